@@ -1,0 +1,6 @@
+"""What every sub-command shares: settings from TOML and flags, and progress that works without a terminal."""
+
+from console.progress import Progress
+from console.settings import Fraction, Settings, load_settings
+
+__all__ = ["Fraction", "Progress", "Settings", "load_settings"]

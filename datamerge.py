@@ -1,0 +1,92 @@
+"""The `datamerge` command. Sub-commands are imported when they are called, so that help answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+
+import click
+
+# name → (module, attribute, extra that installs what it needs, one-line help)
+COMMANDS = {
+    "merge": ("merge_service.cli", "merge", "merge", "Make groups of similar samples and store their moments."),
+    "train": ("trainer.cli", "train", "train", "Fine-tune an encoder on an artifact."),
+    "evaluate": ("evaluation.cli", "evaluate", "eval", "Measure encoders on raw images, clean and under attack."),
+    "inspect": ("storage_schemas.cli", "inspect", "", "Show what an artifact holds and where it comes from."),
+    "preview": ("storage_schemas.cli", "preview", "", "Draw a contact sheet of an artifact's groups."),
+    "demo": ("demo.cli", "demo", "demo", "Run the whole pipeline on real handwritten digits."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, extra, _ = COMMANDS[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise click.ClickException(
+                f"`datamerge {cmd_name}` needs the package {error.name!r}: pip install 'datamerge[{extra}]'"
+            ) from None
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("datamerge"), prog_name="datamerge")
+def cli() -> None:
+    """Replace groups of similar samples by their mean and mean square, once, and train on those.
+
+    \b
+    datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --members 10
+    datamerge train my-artifact my-run --preset paper
+    datamerge evaluate my-run --data test-photos/
+    """
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose become one line and an exit code (2: wrong request, 1: failure)."""
+    # Imported here: `--help` must not wait for pydantic and zarr.
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
+    from storage_schemas.errors import DatamergeError
+
+    if isinstance(error, DatamergeError):
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        return 1
+    raise error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The artifact contract: what a merged group is, how it is stored, and how anyone reads it back.
+
+Imports neither torch nor Ray. FORMAT.md beside this file is the specification.
+"""
+
+from storage_schemas.artifact import Artifact, open_artifact
+from storage_schemas.errors import (
+    ConfigError,
+    CorruptShard,
+    DatamergeError,
+    NotAnArtifact,
+    SchemaError,
+    SourceError,
+    UserError,
+)
+from storage_schemas.location import Location
+from storage_schemas.manifest import ArraySpec, Commit, Layout, Manifest, Reject
+from storage_schemas.moments import ExactMoments, two_pass_moments
+from storage_schemas.record import Record
+from storage_schemas.writer import ArtifactWriter
+
+__all__ = [
+    "ArraySpec",
+    "Artifact",
+    "ArtifactWriter",
+    "Commit",
+    "ConfigError",
+    "CorruptShard",
+    "DatamergeError",
+    "ExactMoments",
+    "Layout",
+    "Location",
+    "Manifest",
+    "NotAnArtifact",
+    "Record",
+    "Reject",
+    "SchemaError",
+    "SourceError",
+    "UserError",
+    "open_artifact",
+    "two_pass_moments",
+]

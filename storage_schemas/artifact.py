@@ -1,0 +1,184 @@
+"""Reading an artifact: by index, by key, in storage order; from a folder or any fsspec URL."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.location import Location
+from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, parse
+from storage_schemas.record import Array, Record, checksum
+from storage_schemas.webdataset_store import WebDatasetReader
+from storage_schemas.writer import commit_path
+from storage_schemas.zarr_store import ZarrReader
+
+CACHED_COMMITS = 256
+
+
+def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify: bool = True) -> Artifact:
+    """Open an artifact for reading.
+
+    Args:
+        url: a folder or fsspec URL.
+        partial: accept an artifact whose merge has not finished; its committed shards are served.
+        verify: compare each record's checksum on read.
+
+    Raises:
+        NotAnArtifact: no manifest there, or an unfinished merge without `partial`.
+        SchemaError: a manifest that does not follow the format.
+    """
+    return Artifact(Location(url), partial=partial, verify=verify)
+
+
+class Artifact:
+    """A sequence of `Record`s. Index i counts committed groups in storage order.
+
+    Instances can be pickled and sent to workers; open files are not shared.
+    """
+
+    def __init__(self, location: Location, *, partial: bool, verify: bool) -> None:
+        self.location = location
+        self._verify = verify
+        try:
+            data = location.read(MANIFEST)
+        except FileNotFoundError:
+            raise NotAnArtifact(f"{location.url}: expected an artifact, found no {MANIFEST} there") from None
+        self.manifest = parse(Manifest, data, f"{location.url}/{MANIFEST}")
+        if not self.manifest.complete and not partial:
+            raise NotAnArtifact(
+                f"{location.url}: the merge is not finished ({len(self.manifest.shards)} of "
+                f"{self.manifest.layout.shards} shards in the manifest); run the same merge command again"
+            )
+        self.shard_sizes = [shard.groups for shard in self.manifest.shards]
+        self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
+        self._reset()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        """Record `index`; negative indices count from the end.
+
+        Raises:
+            IndexError: no such record.
+            CorruptShard: its bytes are not the committed ones.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
+        index %= len(self)
+        position = bisect.bisect_right(self._starts, index) - 1
+        return self.read(position, index - self._starts[position])
+
+    def __iter__(self) -> Iterator[Record]:
+        for position, size in enumerate(self.shard_sizes):
+            for offset in range(size):
+                yield self.read(position, offset)
+
+    def read(self, position: int, offset: int) -> Record:
+        """Record `offset` of the shard at `position` in the manifest's list."""
+        commit = self.commit(position)
+        arrays = self._reader.read(commit, offset)
+        entry = commit.records[offset]
+        if self._verify and checksum(arrays, self.manifest.layout) != entry.checksum:
+            raise CorruptShard(
+                f"{self.location.url}: shard {commit.shard:05d}, record {entry.key}: the bytes read do not have "
+                f"the committed checksum {entry.checksum}; the shard's files are damaged or missing"
+            )
+        return Record(
+            key=entry.key,
+            count=entry.count,
+            encoding=self.manifest.layout.encoding,
+            arrays=arrays,
+            label=entry.label,
+            samples=entry.samples,
+            info=entry.info,
+        )
+
+    def commit(self, position: int) -> Commit:
+        """Sidecar of the shard at `position` in the manifest's list."""
+        cached = self._commits.get(position)
+        if cached is not None:
+            self._commits.move_to_end(position)
+            return cached
+        entry = self.manifest.shards[position]
+        path = commit_path(entry.shard)
+        where = f"{self.location.url}/{path}"
+        try:
+            commit = parse(Commit, self.location.read(path), where)
+        except FileNotFoundError:
+            raise CorruptShard(f"{where}: the manifest lists this shard, its sidecar is missing") from None
+        if len(commit.records) != entry.groups or commit.plan_sha256 != self.manifest.plan_sha256:
+            raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
+        self._commits[position] = commit
+        if len(self._commits) > CACHED_COMMITS:
+            self._commits.popitem(last=False)
+        return commit
+
+    def index_of(self, key: str) -> int:
+        """Index of the record with this key; reads sidecars until it is found.
+
+        Raises:
+            KeyError: no such key.
+        """
+        for position in range(len(self.shard_sizes)):
+            for offset, entry in enumerate(self.commit(position).records):
+                if entry.key == key:
+                    return int(self._starts[position] + offset)
+        raise KeyError(f"{self.location.url}: no record with key {key!r}")
+
+    def head(self) -> tuple[dict[str, Array], list[str]] | None:
+        """The class head (`weight` [classes, K], optionally `bias` [classes]) and class names, if there is one.
+
+        Raises:
+            SchemaError: the file is not a head.
+        """
+        if not any(file.path == HEAD for file in self.manifest.files):
+            return None
+        return parse_head(self.location.read(HEAD), f"{self.location.url}/{HEAD}")
+
+    def _reset(self) -> None:
+        self._commits: OrderedDict[int, Commit] = OrderedDict()
+        layout = self.manifest.layout
+        reader = ZarrReader if layout.format == "zarr" else WebDatasetReader
+        self._reader: ZarrReader | WebDatasetReader = reader(self.location, layout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in ("_commits", "_reader")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def __repr__(self) -> str:
+        layout = self.manifest.layout
+        return f"<Artifact {self.location.url}: {len(self)} groups, {layout.format}, {layout.encoding}>"
+
+
+def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
+    """Read a class head in safetensors form: `weight`, optional `bias`, class names in the metadata `names`.
+
+    Raises:
+        SchemaError: not safetensors, or no two-dimensional `weight`.
+    """
+    try:
+        tensors: dict[str, Array] = load_safetensors(data)
+    except SafetensorError as error:
+        raise SchemaError(f"{where}: expected a safetensors file with `weight`, found {error}") from None
+    weight = tensors.get("weight")
+    if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias"}:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise SchemaError(f"{where}: expected weight [classes, K] and optional bias [classes], found {shapes}")
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    names = json.loads(header.get("__metadata__", {}).get("names", "[]"))
+    return tensors, [str(name) for name in names]
+
+

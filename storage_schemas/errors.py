@@ -1,0 +1,46 @@
+"""Every error a user can meet.
+
+    DatamergeError            exit code 1: the work failed
+    ├── UserError             exit code 2: the request was wrong, nothing was touched
+    │   ├── ConfigError           a flag, a TOML key or a combination of them
+    │   ├── SourceError           raw data that cannot be found or listed
+    │   └── NotAnArtifact         a location that holds no artifact, or another one
+    ├── SchemaError           a manifest or commit that does not follow the format
+    └── CorruptShard          bytes that differ from what was committed
+
+Messages are one line: what was expected, what was found, where, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class DatamergeError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(DatamergeError):
+    """The request cannot be carried out as it was made."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown, malformed, or does not go with another one."""
+
+
+class SourceError(UserError):
+    """Raw data is missing, empty or not of a kind we read."""
+
+
+class NotAnArtifact(UserError):  # noqa: N818 - names the thing, as FileNotFoundError does not
+    """The location holds no artifact, an unfinished one, or one made from other settings."""
+
+
+class SchemaError(DatamergeError):
+    """A JSON document of the artifact does not follow the format; the message lists every problem."""
+
+
+class CorruptShard(DatamergeError):  # noqa: N818
+    """Stored bytes differ from the committed ones."""

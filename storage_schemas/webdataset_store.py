@@ -1,0 +1,107 @@
+"""Shards as tar files, `shards/00000.tar`, in the WebDataset convention.
+
+Record KEY is the run of members KEY.json, KEY.sum.npy, KEY.scatter.npy, … . Tar headers carry no times or
+owners, so equal records give equal bytes. The commit keeps the position of each array's raw data, which is
+how we read: a memory map, no tar parsing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from storage_schemas.errors import CorruptShard
+from storage_schemas.location import Location
+from storage_schemas.manifest import Commit, Layout
+from storage_schemas.record import Array, Record
+
+OPEN_MAPS = 64
+
+
+def shard_path(shard: int) -> str:
+    return f"shards/{shard:05d}.tar"
+
+
+def encode_shard(
+    layout: Layout, shard: int, records: Sequence[Record]
+) -> tuple[dict[str, bytes], list[dict[str, int] | None]]:
+    """The tar file of one shard, by path in the artifact, and each record's array offsets in it."""
+    buffer = io.BytesIO()
+    offsets: list[dict[str, int] | None] = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for record in records:
+            positions: dict[str, int] = {}
+            facts = {"count": record.count, "label": record.label, "samples": list(record.samples)}
+            _add(tar, f"{record.key}.json", json.dumps(facts, sort_keys=True).encode())
+            for spec in layout.arrays:
+                stream = io.BytesIO()
+                little = np.asarray(record.arrays[spec.name], dtype=np.dtype(spec.dtype).newbyteorder("<"))
+                np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
+                data = stream.getvalue()
+                end = _add(tar, f"{record.key}.{spec.name}.npy", data)
+                positions[spec.name] = end - spec.nbytes
+            offsets.append(positions)
+    return {shard_path(shard): buffer.getvalue()}, offsets
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a member and return the position where its data ends, before padding."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    header.mode = 0o644
+    tar.addfile(header, io.BytesIO(data))
+    padding = -len(data) % tarfile.BLOCKSIZE
+    return int(tar.offset) - padding
+
+
+class WebDatasetReader:
+    """Reads records by offset: a memory map for local files, byte ranges otherwise."""
+
+    def __init__(self, location: Location, layout: Layout) -> None:
+        self._location = location
+        self._layout = layout
+        self._maps: OrderedDict[str, Any] = OrderedDict()
+
+    def read(self, commit: Commit, index: int) -> dict[str, Array]:
+        """Stored arrays of record `index` of a shard, as copies.
+
+        Raises:
+            CorruptShard: the tar file is missing or shorter than committed.
+        """
+        path, record = shard_path(commit.shard), commit.records[index]
+        arrays: dict[str, Array] = {}
+        for spec in self._layout.arrays:
+            start = (record.offsets or {}).get(spec.name)
+            if start is None:
+                raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
+            data = self._range(path, start, start + spec.nbytes)
+            if len(data) != spec.nbytes:
+                raise CorruptShard(
+                    f"{self._location.url}/{path}, record {record.key}, {spec.name}: expected {spec.nbytes} "
+                    f"bytes at {start}, found {len(data)}; the file is cut short"
+                )
+            values = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape)
+            arrays[spec.name] = values.astype(spec.dtype)
+        return arrays
+
+    def _range(self, path: str, start: int, end: int) -> Any:
+        if not self._location.is_local:
+            return self._location.read(path, start, end)
+        mapped = self._maps.get(path)
+        if mapped is None:
+            try:
+                mapped = np.memmap(self._location.path(path), np.uint8, mode="r")
+            except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+                raise CorruptShard(f"{self._location.url}/{path}: missing or empty ({error})") from None
+            self._maps[path] = mapped
+            if len(self._maps) > OPEN_MAPS:
+                self._maps.popitem(last=False)
+        else:
+            self._maps.move_to_end(path)
+        return mapped[start:end]

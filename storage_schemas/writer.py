@@ -1,0 +1,212 @@
+"""Commit protocol: files of a shard first, each whole and atomic, its sidecar last, the manifest from sidecars.
+
+A shard exists when `commits/NNNNN.json` does. Whatever dies between two steps leaves at most files that no
+sidecar names; the next run writes the same bytes over them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from storage_schemas import webdataset_store, zarr_store
+from storage_schemas.errors import NotAnArtifact
+from storage_schemas.location import Location
+from storage_schemas.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Commit,
+    FileEntry,
+    Layout,
+    Manifest,
+    Ranges,
+    RecordEntry,
+    Reject,
+    ShardEntry,
+    dump,
+    parse,
+)
+from storage_schemas.record import Record, checksum
+
+
+def commit_path(shard: int) -> str:
+    return f"commits/{shard:05d}.json"
+
+
+def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
+    """Identity of a plan: what has to be equal for two runs to write the same shards."""
+    document = {"layout": layout.model_dump(mode="json"), "provenance": provenance}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+class ArtifactWriter:
+    """Writes one artifact. Cheap to pickle: every worker holds a copy and commits its own shards."""
+
+    def __init__(self, location: Location, layout: Layout, provenance: Mapping[str, Any]) -> None:
+        self.location = location
+        self.layout = layout
+        self.provenance = dict(provenance)
+        self.plan = plan_sha256(layout, provenance)
+
+    def begin(self, files: Mapping[str, bytes]) -> None:
+        """Claim the location: write `files` and a manifest that says `complete: false`.
+
+        On an artifact of the same plan this changes nothing.
+
+        Raises:
+            NotAnArtifact: the location holds another artifact (the message shows the differences) or a
+                folder with other things in it.
+        """
+        if self.location.exists(MANIFEST):
+            self._check_same_plan(parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}"))
+            return
+        strangers = [name for name in self.location.names() if not name.startswith(".")]
+        if strangers:
+            raise NotAnArtifact(
+                f"{self.location.url}: expected a new folder or an artifact, found {strangers[0]!r} and no "
+                f"{MANIFEST}; choose another output"
+            )
+        contents = {**files, **self._format_files()}
+        for path, data in contents.items():
+            self.location.write(path, data)
+        entries = tuple(_entry(path, data) for path, data in sorted(contents.items()))
+        self.location.write(MANIFEST, dump(self._manifest((), entries)))
+
+    def committed(self) -> set[int]:
+        """Shards that need no work."""
+        names = self.location.names("commits")
+        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+
+    def commit(self, shard: int, records: Sequence[Record], rejects: Sequence[Reject]) -> Commit:
+        """Write the shard's files, then its sidecar.
+
+        Raises:
+            ValueError: a record whose arrays do not follow the layout or are not finite.
+        """
+        for record in records:
+            _check_record(record, self.layout)
+        encode = zarr_store.encode_shard if self.layout.format == "zarr" else webdataset_store.encode_shard
+        files, offsets = encode(self.layout, shard, records)
+        entries = []
+        for path, data in files.items():
+            self.location.write(path, data)
+            entries.append(_entry(path, data))
+        commit = Commit(
+            schema_version=SCHEMA_VERSION,
+            shard=shard,
+            plan_sha256=self.plan,
+            files=tuple(entries),
+            records=tuple(
+                RecordEntry(
+                    key=record.key,
+                    count=record.count,
+                    label=record.label,
+                    samples=record.samples,
+                    checksum=checksum(record.arrays, self.layout),
+                    offsets=offset,
+                    info=dict(record.info),
+                )
+                for record, offset in zip(records, offsets, strict=True)
+            ),
+            rejects=tuple(rejects),
+            ranges=_ranges(records),
+        )
+        self.location.write(commit_path(shard), dump(commit))
+        return commit
+
+    def finish(self) -> Manifest:
+        """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one."""
+        old = parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}")
+        shards = []
+        for shard in sorted(self.committed()):
+            data = self.location.read(commit_path(shard))
+            commit = parse(Commit, data, f"{self.location.url}/{commit_path(shard)}")
+            shards.append(
+                ShardEntry(
+                    shard=shard,
+                    groups=len(commit.records),
+                    rejected=len(commit.rejects),
+                    bytes=commit.bytes,
+                    commit_sha256=hashlib.sha256(data).hexdigest(),
+                )
+            )
+        manifest = self._manifest(tuple(shards), old.files)
+        self.location.write(MANIFEST, dump(manifest))
+        return manifest
+
+    def _format_files(self) -> dict[str, bytes]:
+        return zarr_store.metadata_files(self.layout) if self.layout.format == "zarr" else {}
+
+    def _manifest(self, shards: tuple[ShardEntry, ...], files: tuple[FileEntry, ...]) -> Manifest:
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            writer=f"datamerge {version('datamerge')}",
+            complete=len(shards) == self.layout.shards,
+            layout=self.layout,
+            plan_sha256=self.plan,
+            provenance=self.provenance,
+            files=files,
+            shards=shards,
+        )
+
+    def _check_same_plan(self, found: Manifest) -> None:
+        if found.plan_sha256 == self.plan:
+            return
+        mine = {"layout": self.layout.model_dump(mode="json"), **self.provenance}
+        theirs = {"layout": found.layout.model_dump(mode="json"), **found.provenance}
+        differences = [
+            f"{path}: {_short(old)} there, {_short(new)} now"
+            for path, old, new in _differences(theirs, mine)
+        ]
+        raise NotAnArtifact(
+            f"{self.location.url} already holds an artifact made from other settings "
+            f"({'; '.join(differences[:4])}); choose another output, or remove it first"
+        )
+
+
+def _entry(path: str, data: bytes) -> FileEntry:
+    return FileEntry(path=path, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _check_record(record: Record, layout: Layout) -> None:
+    for spec in layout.arrays:
+        array = record.arrays.get(spec.name)
+        if array is None or array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise ValueError(f"group {record.key}: expected {spec.name} {spec.dtype} {spec.shape}, found {found}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"group {record.key}: {spec.name} is not finite")
+
+
+def _ranges(records: Sequence[Record]) -> Ranges | None:
+    if not records:
+        return None
+    means = [record.mean for record in records]
+    variances = [record.variance for record in records]
+    return Ranges(
+        mean_min=float(min(mean.min() for mean in means)),
+        mean_max=float(max(mean.max() for mean in means)),
+        variance_max=float(max(variance.max() for variance in variances)),
+        variance_mean=float(np.mean([variance.mean(dtype=np.float64) for variance in variances])),
+        clipped_variances=sum(record.clipped_variances() for record in records),
+    )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves at which two JSON trees differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[tuple[str, Any, Any]] = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [(path, old, new)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
