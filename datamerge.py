@@ -10,9 +10,19 @@ import click
 
 # name → (module, attribute, extra that installs what it needs, one-line help)
 COMMANDS = {
-    "merge": ("merge_service.cli", "merge", "merge", "Make groups of similar samples and store their moments."),
+    "merge": (
+        "merge_service.cli",
+        "merge",
+        "merge",
+        "Make groups of similar samples and store their moments.",
+    ),
     "train": ("trainer.cli", "train", "train", "Fine-tune an encoder on an artifact."),
-    "evaluate": ("evaluation.cli", "evaluate", "eval", "Measure encoders on raw images, clean and under attack."),
+    "evaluate": (
+        "evaluation.cli",
+        "evaluate",
+        "eval",
+        "Measure encoders on raw images, clean and under attack.",
+    ),
     "inspect": ("storage_schemas.cli", "inspect", "", "Show what an artifact holds and where it comes from."),
     "preview": ("storage_schemas.cli", "preview", "", "Draw a contact sheet of an artifact's groups."),
     "demo": ("demo.cli", "demo", "demo", "Run the whole pipeline on real handwritten digits."),

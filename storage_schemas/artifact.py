@@ -136,7 +136,7 @@ class Artifact:
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
 
     def head(self) -> tuple[dict[str, Array], list[str]] | None:
-        """The class head (`weight` [classes, K], optionally `bias` [classes]) and class names, if there is one.
+        """The class head's tensors (see `parse_head`) and class names, if the artifact has one.
 
         Raises:
             SchemaError: the file is not a head.
@@ -164,7 +164,10 @@ class Artifact:
 
 
 def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
-    """Read a class head in safetensors form: `weight`, optional `bias`, class names in the metadata `names`.
+    """Read a class head in safetensors form.
+
+    Tensors: `weight` [classes, K], optionally `bias` [classes], optionally `scale` [1] (embeddings are then
+    normalised to length 1 and logits multiplied by it). Class names: JSON list in the metadata entry `names`.
 
     Raises:
         SchemaError: not safetensors, or no two-dimensional `weight`.
@@ -174,11 +177,9 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
     except SafetensorError as error:
         raise SchemaError(f"{where}: expected a safetensors file with `weight`, found {error}") from None
     weight = tensors.get("weight")
-    if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias"}:
+    if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias", "scale"}:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise SchemaError(f"{where}: expected weight [classes, K] and optional bias [classes], found {shapes}")
+        raise SchemaError(f"{where}: expected weight [classes, K] and optional bias and scale, found {shapes}")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     names = json.loads(header.get("__metadata__", {}).get("names", "[]"))
     return tensors, [str(name) for name in names]
-
-

@@ -6,14 +6,14 @@ document are reported at once with their paths. FORMAT.md describes every field.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from storage_schemas.errors import SchemaError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 

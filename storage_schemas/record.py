@@ -54,7 +54,7 @@ class Record:
         """Mean, float32 [C, H, W] in [0, 1]."""
         if self.encoding == "float32":
             return self.arrays["mean"].astype(np.float32, copy=False)
-        return (self.arrays["sum"] / np.float64(LEVELS * self.count)).astype(np.float32)
+        return (self.arrays["sum"].astype(np.float64) / (LEVELS * self.count)).astype(np.float32)
 
     @property
     def mean_square(self) -> Float32Array:
@@ -70,7 +70,7 @@ class Record:
         """Variance (divisor N), float32 [C, H, W], never negative."""
         if self.encoding == "float32":
             return np.maximum(_raw_variance(self), 0.0).astype(np.float32)
-        return (self.arrays["scatter"] / np.float64(LEVELS * self.count) ** 2).astype(np.float32)
+        return (self.arrays["scatter"].astype(np.float64) / (LEVELS * self.count) ** 2).astype(np.float32)
 
     @property
     def target(self) -> Float32Array | None:
@@ -107,7 +107,10 @@ def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
         OverflowError: the values need wider dtypes than the layout has (a group larger than was planned).
     """
     if layout.encoding == "float32":
-        return {"mean": moments.mean.astype(np.float32), "mean_square": moments.mean_square.astype(np.float32)}
+        return {
+            "mean": moments.mean.astype(np.float32),
+            "mean_square": moments.mean_square.astype(np.float32),
+        }
     encoded: dict[str, Array] = {}
     for name, values in (("sum", moments.sum), ("scatter", moments.scatter)):
         spec = layout.array(name)

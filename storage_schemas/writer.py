@@ -160,8 +160,7 @@ class ArtifactWriter:
         mine = {"layout": self.layout.model_dump(mode="json"), **self.provenance}
         theirs = {"layout": found.layout.model_dump(mode="json"), **found.provenance}
         differences = [
-            f"{path}: {_short(old)} there, {_short(new)} now"
-            for path, old, new in _differences(theirs, mine)
+            f"{path}: {_short(old)} there, {_short(new)} now" for path, old, new in _differences(theirs, mine)
         ]
         raise NotAnArtifact(
             f"{self.location.url} already holds an artifact made from other settings "

@@ -1,0 +1,68 @@
+"""Encoder specs: one string that says which network and which weights.
+
+    open_clip:MODEL/PRETRAINED     open_clip:ViT-L-14/openai       weights open_clip knows by that tag
+    open_clip:MODEL@CHECKPOINT     open_clip:ViT-B-32@tuned.safetensors
+    timm:MODEL/PRETRAINED          timm:resnet50/a1_in1k           weights timm knows by that tag
+    timm:MODEL@CHECKPOINT
+    mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
+    python:MODULE:FACTORY          python:my_models:encoder        your own function that returns a module
+
+Any spec without PRETRAINED or CHECKPOINT has random weights, the same on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage_schemas import ConfigError
+
+KINDS = ("open_clip", "timm", "mlp", "python")
+EXAMPLES = "open_clip:ViT-B-32/openai, timm:resnet50@weights.pt, mlp:1x28x28-512-10 or python:module:factory"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """A parsed spec; `pretrained` and `checkpoint` exclude each other."""
+
+    kind: str
+    model: str
+    pretrained: str | None
+    checkpoint: str | None
+
+    def __str__(self) -> str:
+        tag = f"/{self.pretrained}" if self.pretrained else ""
+        checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
+        return f"{self.kind}:{self.model}{tag}{checkpoint}"
+
+
+def parse_spec(text: str) -> EncoderSpec:
+    """Parse an encoder spec.
+
+    Raises:
+        ConfigError: not of one of the forms above, or a checkpoint that does not exist.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS or not rest:
+        raise ConfigError(f"encoder {text!r}: expected one of {EXAMPLES}")
+    model, at, checkpoint = rest.partition("@")
+    pretrained = None
+    if kind in ("open_clip", "timm"):
+        model, _, tag = model.partition("/")
+        pretrained = tag if tag not in ("", "random") else None
+    if at and not Path(checkpoint).expanduser().is_file():
+        raise ConfigError(f"encoder {text!r}: expected a weights file at {checkpoint!r}, found none")
+    if at and pretrained:
+        raise ConfigError(f"encoder {text!r}: give either /{pretrained} or @{checkpoint}, not both")
+    if not model:
+        raise ConfigError(f"encoder {text!r}: the model's name is missing; expected e.g. {EXAMPLES}")
+    return EncoderSpec(kind, model, pretrained, checkpoint or None)
+
+
+def with_checkpoint(spec: str, path: str) -> str:
+    """The same network with its weights from `path`."""
+    kind, _, rest = spec.partition(":")
+    model = rest.partition("@")[0]
+    if kind in ("open_clip", "timm"):
+        model = model.partition("/")[0]
+    return f"{kind}:{model}@{path}"

@@ -1,0 +1,57 @@
+"""Lets `import torchvision` work next to a CPU-only torch.
+
+PyPI's torchvision is compiled against CUDA; beside a CPU build of torch its library does not load, and the
+import then dies with "operator torchvision::nms does not exist" (pytorch#122494, vision#9077), although
+transforms, timm and open_clip need none of its compiled operators. Declaring the two operators' schemas lets
+the import pass. Nothing is declared where the compiled library loads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+# The declarations live as long as this object.
+_library: torch.library.Library | None = None
+
+
+def make_torchvision_importable() -> bool:
+    """Declare the missing schemas once, before the first import of torchvision.
+
+    Returns:
+        Whether the schemas had to be declared.
+    """
+    global _library
+    if _library is not None:
+        return True
+    if _compiled_library_loads():
+        return False
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS.values():
+        _library.define(schema)
+    return True
+
+
+def _compiled_library_loads() -> bool:
+    """Whether torchvision's operators exist, or would after its import; also true when it is not installed."""
+    if _operator_exists():
+        return True
+    package = importlib.util.find_spec("torchvision")
+    if package is None or package.origin is None:
+        return True
+    for library in Path(package.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(library)
+        except OSError:
+            continue
+    return _operator_exists()
+
+
+def _operator_exists() -> bool:
+    return torch._C._jit_get_operation("torchvision::nms")[0] is not None

@@ -1,0 +1,63 @@
+"""From an encoded image to 8-bit pixels, the way CLIP's evaluation does it (PAPER §4)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+
+class BadImage(Exception):  # noqa: N818
+    """An image that cannot be used; the message is the reason that goes into the artifact."""
+
+
+def decode(data: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    """Decode, convert to grey (C = 1) or RGB (C = 3), resize and crop; uint8 [C, H, W].
+
+    The shorter side is resized to fill H×W (bicubic, antialiased) and the centre cropped; an image that already
+    has the size is left alone. Transparency is dropped as `PIL.Image.convert` drops it, like torchvision's
+    ImageFolder.
+
+    Raises:
+        BadImage: not an image, cut short, or absurdly large.
+    """
+    channels, height, width = shape
+    try:
+        with warnings.catch_warnings():
+            # A palette with transparency only warns; a decompression bomb is refused.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                pixels = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image ({len(data)} bytes)") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadImage("larger than any photo: refused as a decompression bomb") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise BadImage(f"broken image: {error}") from None
+    array = np.asarray(_resize_and_crop(pixels, height, width))
+    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit greys would be clipped by PIL's conversion, not scaled."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        wide = np.asarray(image, dtype=np.float64)
+        return Image.fromarray((wide / 257.0).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    # The longer side is truncated to an integer, as torchvision's Resize does.
+    if image.width * height <= image.height * width:
+        size = (width, image.height * width // image.width)
+    else:
+        size = (image.width * height // image.height, height)
+    resized = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    return resized.crop((left, top, left + width, top + height))

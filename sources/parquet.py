@@ -1,0 +1,126 @@
+"""Parquet files with a column of encoded images, as Hugging Face datasets store them ({bytes, path}, or bytes)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sources.sample import Sample, Source, fingerprint, make_keys
+from storage_schemas import Location, SourceError
+
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
+
+class ParquetReader:
+    """Reads rows; keeps the last row group in memory, because shards are runs of rows."""
+
+    def __init__(self, location: Location, column: str) -> None:
+        self._location = location
+        self._column = column
+        self._file: tuple[str, pq.ParquetFile] | None = None
+        self._cached: tuple[str, int, Any] | None = None
+
+    def read(self, sample: Sample) -> bytes:
+        name, _, row = sample.name.rpartition("#")
+        value = self._value(name, int(row))
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise OSError(f"row {row} of {name}: the image column holds no bytes")
+        return data
+
+    def _value(self, name: str, row: int) -> Any:
+        if self._file is None or self._file[0] != name:
+            self._file = (name, pq.ParquetFile(self._location.fs.open(self._location.path(name), "rb")))
+        file = self._file[1]
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < rows:
+                if self._cached is None or self._cached[:2] != (name, group):
+                    table = file.read_row_group(group, columns=[self._column])
+                    self._cached = (name, group, table.column(self._column))
+                return self._cached[2][row].as_py()
+            row -= rows
+        raise OSError(f"{name} has no row {row}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_location": self._location, "_column": self._column, "_file": None, "_cached": None}
+
+
+def open_parquet(
+    location: Location, files: Sequence[tuple[str, int]], image_column: str | None, label_column: str | None
+) -> Source:
+    """List the rows of Parquet files below a location.
+
+    Raises:
+        SourceError: a file is not Parquet, or has no such columns.
+    """
+    samples: list[Sample] = []
+    entries: list[tuple[str, int, int]] = []
+    raw_labels: list[Any] = []
+    names: list[str] = []
+    column = image_column
+    for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
+        try:
+            file = pq.ParquetFile(location.fs.open(location.path(name), "rb"))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SourceError(f"{location.url}/{name}: expected a Parquet file: {error}") from None
+        schema = file.schema_arrow
+        column = _image_column(schema, column, f"{location.url}/{name}")
+        label = _label_column(schema, label_column, f"{location.url}/{name}")
+        names = names or _hugging_face_names(schema, label)
+        rows = file.metadata.num_rows
+        raw_labels += file.read(columns=[label]).column(label).to_pylist() if label else [None] * rows
+        samples += [Sample(f"{stem}-{row:08d}", f"{name}#{row}", None) for row in range(rows)]
+        entries.append((name, size, rows))
+    labels, names = _to_indices(raw_labels, names)
+    samples = [Sample(s.key, s.name, label) for s, label in zip(samples, labels, strict=True)]
+    if not samples or column is None:
+        raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
+    return Source(
+        location.url, "parquet", samples, names, fingerprint([column, entries]), ParquetReader(location, column)
+    )
+
+
+def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
+    candidates = [
+        field.name
+        for field in schema
+        if pa.types.is_binary(field.type)
+        or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
+    ]
+    if wanted is None and len(candidates) == 1:
+        return str(candidates[0])
+    if wanted in candidates:
+        return str(wanted)
+    asked = f"the image column {wanted!r}" if wanted else "one image column"
+    raise SourceError(
+        f"{where}: expected {asked}, found {candidates or schema.names}; name it with --image-column"
+    )
+
+
+def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str | None:
+    if wanted is not None and wanted not in schema.names:
+        raise SourceError(f"{where}: expected a label column {wanted!r}, found {schema.names}")
+    return wanted or next((name for name in LABEL_COLUMNS if name in schema.names), None)
+
+
+def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
+    """Class names that Hugging Face datasets keep in the schema's metadata."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if not metadata or not label:
+        return []
+    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
+    return [str(name) for name in feature.get("names", [])]
+
+
+def _to_indices(raw: Sequence[Any], names: list[str]) -> tuple[list[int | None], list[str]]:
+    """Integer labels as they are; text labels numbered in alphabetical order."""
+    if any(isinstance(value, str) for value in raw):
+        names = sorted({str(value) for value in raw if value is not None})
+        index = {name: position for position, name in enumerate(names)}
+        return [None if value is None else index[str(value)] for value in raw], names
+    return [None if value is None else int(value) for value in raw], names

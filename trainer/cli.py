@@ -1,0 +1,64 @@
+"""`datamerge train`: flags to settings, outcomes to exit codes."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, get_args
+
+import click
+
+from console import load_settings
+from trainer.config import Arm, LossName, TrainConfig, preset_names, read_preset
+from trainer.loop import Stopped
+from trainer.loop import train as run_training
+
+
+@click.command()
+@click.argument("artifact")
+@click.argument("run")
+@click.option("--preset", type=click.Choice(preset_names()), help="Settings that ship with datamerge.")
+@click.option("--config", "file", metavar="FILE.toml", help="Settings from a file; flags override them.")
+@click.option(
+    "--arm", type=click.Choice(get_args(Arm)), help="Merged groups, single members, or means only. [avg]"
+)
+@click.option("--members", type=int, help="For --arm ind: first so many stored members of each group. [all]")
+@click.option("--loss", type=click.Choice(get_args(LossName)), help="[auto: by what the artifact stores]")
+@click.option("--encoder", metavar="SPEC", help="Encoder to start from. [the artifact's]")
+@click.option("--head", metavar="SPEC", help="Frozen class head for cross_entropy. [the artifact's]")
+@click.option("--steps", type=int, help="Length of the run in optimiser steps.")
+@click.option("--epochs", type=int, help="Length of the run in passes over the artifact.")
+@click.option("--batch-size", type=int, help="Groups per step. [1]")
+@click.option("--lr", "learning_rate", type=float, help="Peak learning rate. [1e-5]")
+@click.option("--weight-decay", type=float, help="Decoupled weight decay. [1e-4]")
+@click.option("--warmup", "warmup_steps", type=int, help="Steps of linear warm-up. [0]")
+@click.option("--clip", "gradient_clip", type=float, help="Largest allowed gradient norm. [none]")
+@click.option("--seed", type=int, help="Seed of the order of groups and of all random draws. [0]")
+@click.option("--device", help="cpu, cuda, cuda:1 … [auto]")
+@click.option("--checkpoint-every", type=int, help="Steps between two checkpoints. [500]")
+@click.option("--data-workers", type=int, help="Processes that read ahead. [0]")
+def train(preset: str | None, file: str | None, **flags: Any) -> None:
+    """Fine-tune an encoder on the groups of ARTIFACT; everything it writes goes to the folder RUN.
+
+    \b
+    datamerge train my-artifact my-run --preset paper
+    datamerge train my-artifact my-baseline --preset paper --arm ind --members 2
+    datamerge train my-artifact quick-look --epochs 1 --batch-size 16 --lr 1e-4
+
+    The same command again continues an interrupted run, and does nothing for a finished one. RUN/run.json and
+    RUN/encoder.safetensors appear at the end; `datamerge evaluate RUN` reads them. Follow a run with
+    `tensorboard --logdir RUN`.
+    """
+    values = read_preset(preset) if preset else {}
+    if flags["epochs"] is not None:
+        # The flag asks for another length in another unit; only one of the two can hold.
+        values.pop("steps", None)
+    elif flags["steps"] is not None:
+        values.pop("epochs", None)
+    try:
+        summary = run_training(load_settings(TrainConfig, file, flags, values))
+    except Stopped as stopped:
+        click.echo(str(stopped), err=True)
+        # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell
+        # to know.
+        raise click.exceptions.Exit(130 if stopped.signal == signal.SIGINT else 0) from None
+    click.echo(summary.encoder)
