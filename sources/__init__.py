@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 from sources.image_folder import list_files, open_image_folder
-from sources.images import BadImage, decode
+from sources.images import BadImage, decode, native_shape
 from sources.sample import Reader, Sample, Source
 from storage_schemas import Location, SourceError
 
-__all__ = ["BadImage", "Reader", "Sample", "Source", "decode", "open_source"]
+__all__ = ["BadImage", "Reader", "Sample", "Source", "decode", "native_shape", "open_source"]
 
 
 def open_source(

@@ -61,3 +61,17 @@ def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return resized.crop((left, top, left + width, top + height))
+
+
+def native_shape(data: bytes) -> tuple[int, int, int]:
+    """(C, H, W) of an encoded image without decoding its pixels; C is 1 for greys, else 3.
+
+    Raises:
+        BadImage: not an image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+            return (1 if grey else 3, image.height, image.width)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadImage(str(error)) from None

@@ -64,6 +64,12 @@ class Location:
             # Object stores publish a PUT only when it is complete.
             self.fs.pipe_file(self.path(relative), data)
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files of writers that were killed; only local folders have them."""
+        if self.is_local:
+            for path in Path(self.root).rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     def remove(self, relative: str) -> None:
         self.fs.rm_file(self.path(relative))
 

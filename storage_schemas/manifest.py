@@ -37,6 +37,11 @@ class ArraySpec(Document):
     dtype: Literal["uint8", "uint16", "uint32", "uint64", "float32"]
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
+    @classmethod
+    def of(cls, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ArraySpec:
+        """A spec from a numpy dtype; raises ValidationError for names and dtypes outside the format."""
+        return cls.model_validate({"name": name, "dtype": dtype.name, "shape": shape})
+
     @property
     def nbytes(self) -> int:
         """Bytes of one record's array."""

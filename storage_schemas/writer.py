@@ -39,8 +39,11 @@ def commit_path(shard: int) -> str:
 
 
 def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
-    """Identity of a plan: what has to be equal for two runs to write the same shards."""
-    document = {"layout": layout.model_dump(mode="json"), "provenance": provenance}
+    """Identity of a plan: what has to be equal for two runs to write the same shards.
+
+    Entries named `url` and `spec` are left out: they say where data and weights were, hashes say what they were.
+    """
+    document = {"layout": layout.model_dump(mode="json"), "provenance": _without_locations(provenance)}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
@@ -119,8 +122,15 @@ class ArtifactWriter:
         self.location.write(commit_path(shard), dump(commit))
         return commit
 
-    def finish(self) -> Manifest:
-        """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one."""
+    def finish(self, extra: Mapping[str, bytes] | None = None) -> Manifest:
+        """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one.
+
+        Args:
+            extra: more files of the artifact, such as its card and preview.
+        """
+        added = [_entry(path, data) for path, data in (extra or {}).items()]
+        for path, data in (extra or {}).items():
+            self.location.write(path, data)
         old = parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}")
         shards = []
         for shard in sorted(self.committed()):
@@ -135,8 +145,11 @@ class ArtifactWriter:
                     commit_sha256=hashlib.sha256(data).hexdigest(),
                 )
             )
-        manifest = self._manifest(tuple(shards), old.files)
+        files = {entry.path: entry for entry in (*old.files, *added)}
+        manifest = self._manifest(tuple(shards), tuple(files[path] for path in sorted(files)))
         self.location.write(MANIFEST, dump(manifest))
+        if manifest.complete:
+            self.location.remove_leftovers()
         return manifest
 
     def _format_files(self) -> dict[str, bytes]:
@@ -157,8 +170,8 @@ class ArtifactWriter:
     def _check_same_plan(self, found: Manifest) -> None:
         if found.plan_sha256 == self.plan:
             return
-        mine = {"layout": self.layout.model_dump(mode="json"), **self.provenance}
-        theirs = {"layout": found.layout.model_dump(mode="json"), **found.provenance}
+        mine = {"layout": self.layout.model_dump(mode="json"), **_without_locations(self.provenance)}
+        theirs = {"layout": found.layout.model_dump(mode="json"), **_without_locations(found.provenance)}
         differences = [
             f"{path}: {_short(old)} there, {_short(new)} now" for path, old, new in _differences(theirs, mine)
         ]
@@ -166,6 +179,12 @@ class ArtifactWriter:
             f"{self.location.url} already holds an artifact made from other settings "
             f"({'; '.join(differences[:4])}); choose another output, or remove it first"
         )
+
+
+def _without_locations(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _without_locations(value) for key, value in tree.items() if key not in ("url", "spec")}
+    return tree
 
 
 def _entry(path: str, data: bytes) -> FileEntry:
