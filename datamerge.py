@@ -68,9 +68,9 @@ def main() -> None:
     """Entry point: errors raised on purpose become one line and an exit code (2: wrong request, 1: failure)."""
     # Imported here: `--help` must not wait for pydantic and zarr.
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        # Outside standalone mode click returns the code of an Exit, and whatever a command returns.
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)

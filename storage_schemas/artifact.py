@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -50,7 +51,7 @@ class Artifact:
         self._verify = verify
         try:
             data = location.read(MANIFEST)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise NotAnArtifact(f"{location.url}: expected an artifact, found no {MANIFEST} there") from None
         self.manifest = parse(Manifest, data, f"{location.url}/{MANIFEST}")
         if not self.manifest.complete and not partial:
@@ -112,10 +113,8 @@ class Artifact:
         entry = self.manifest.shards[position]
         path = commit_path(entry.shard)
         where = f"{self.location.url}/{path}"
-        try:
-            commit = parse(Commit, self.location.read(path), where)
-        except FileNotFoundError:
-            raise CorruptShard(f"{where}: the manifest lists this shard, its sidecar is missing") from None
+        # Counts and labels live here: a damaged sidecar would give wrong means from intact arrays.
+        commit = parse(Commit, self._read_committed(path, entry.commit_sha256), where)
         if len(commit.records) != entry.groups or commit.plan_sha256 != self.manifest.plan_sha256:
             raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
         self._commits[position] = commit
@@ -140,10 +139,26 @@ class Artifact:
 
         Raises:
             SchemaError: the file is not a head.
+            CorruptShard: its bytes are not the committed ones.
         """
-        if not any(file.path == HEAD for file in self.manifest.files):
+        entry = next((file for file in self.manifest.files if file.path == HEAD), None)
+        if entry is None:
             return None
-        return parse_head(self.location.read(HEAD), f"{self.location.url}/{HEAD}")
+        return parse_head(self._read_committed(HEAD, entry.sha256), f"{self.location.url}/{HEAD}")
+
+    def _read_committed(self, path: str, sha256: str) -> bytes:
+        """A file that the manifest names; raises CorruptShard unless it is there and has this hash."""
+        where = f"{self.location.url}/{path}"
+        try:
+            data = self.location.read(path)
+        except FileNotFoundError:
+            raise CorruptShard(f"{where}: the manifest lists this file, it is missing") from None
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise CorruptShard(
+                f"{where}: expected sha256 {sha256[:12]}…, found {found[:12]}…; the file is damaged or was replaced"
+            )
+        return data
 
     def _reset(self) -> None:
         self._commits: OrderedDict[int, Commit] = OrderedDict()

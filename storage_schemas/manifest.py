@@ -6,6 +6,7 @@ document are reported at once with their paths. FORMAT.md describes every field.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -45,7 +46,7 @@ class ArraySpec(Document):
     @property
     def nbytes(self) -> int:
         """Bytes of one record's array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Layout(Document):

@@ -10,18 +10,15 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from storage_schemas.errors import CorruptShard
+from storage_schemas.files import FileRanges
 from storage_schemas.location import Location
 from storage_schemas.manifest import Commit, Layout
 from storage_schemas.record import Array, Record
-
-OPEN_MAPS = 64
 
 
 def shard_path(shard: int) -> str:
@@ -61,12 +58,11 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 
 class WebDatasetReader:
-    """Reads records by offset: a memory map for local files, byte ranges otherwise."""
+    """Reads records by offset, without parsing the tar file."""
 
     def __init__(self, location: Location, layout: Layout) -> None:
-        self._location = location
+        self._files = FileRanges(location)
         self._layout = layout
-        self._maps: OrderedDict[str, Any] = OrderedDict()
 
     def read(self, commit: Commit, index: int) -> dict[str, Array]:
         """Stored arrays of record `index` of a shard, as copies.
@@ -80,28 +76,6 @@ class WebDatasetReader:
             start = (record.offsets or {}).get(spec.name)
             if start is None:
                 raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
-            data = self._range(path, start, start + spec.nbytes)
-            if len(data) != spec.nbytes:
-                raise CorruptShard(
-                    f"{self._location.url}/{path}, record {record.key}, {spec.name}: expected {spec.nbytes} "
-                    f"bytes at {start}, found {len(data)}; the file is cut short"
-                )
-            values = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).reshape(spec.shape)
-            arrays[spec.name] = values.astype(spec.dtype)
+            values = self._files.read(path, start, spec.nbytes).view(np.dtype(spec.dtype).newbyteorder("<"))
+            arrays[spec.name] = values.astype(spec.dtype).reshape(spec.shape)
         return arrays
-
-    def _range(self, path: str, start: int, end: int) -> Any:
-        if not self._location.is_local:
-            return self._location.read(path, start, end)
-        mapped = self._maps.get(path)
-        if mapped is None:
-            try:
-                mapped = np.memmap(self._location.path(path), np.uint8, mode="r")
-            except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-                raise CorruptShard(f"{self._location.url}/{path}: missing or empty ({error})") from None
-            self._maps[path] = mapped
-            if len(self._maps) > OPEN_MAPS:
-                self._maps.popitem(last=False)
-        else:
-            self._maps.move_to_end(path)
-        return mapped[start:end]

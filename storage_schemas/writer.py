@@ -68,13 +68,16 @@ class ArtifactWriter:
         if self.location.exists(MANIFEST):
             self._check_same_plan(parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}"))
             return
-        strangers = [name for name in self.location.names() if not name.startswith(".")]
+        contents = {**files, **self._format_files()}
+        # An earlier begin() that died before its manifest leaves these very files, byte for byte.
+        own = {path.partition("/")[0] for path in contents}
+        strangers = [name for name in self.location.names() if not name.startswith(".") and name not in own]
+        strangers += [path for path, data in contents.items() if not self._absent_or_equal(path, data)]
         if strangers:
             raise NotAnArtifact(
                 f"{self.location.url}: expected a new folder or an artifact, found {strangers[0]!r} and no "
                 f"{MANIFEST}; choose another output"
             )
-        contents = {**files, **self._format_files()}
         for path, data in contents.items():
             self.location.write(path, data)
         entries = tuple(_entry(path, data) for path, data in sorted(contents.items()))
@@ -151,6 +154,9 @@ class ArtifactWriter:
         if manifest.complete:
             self.location.remove_leftovers()
         return manifest
+
+    def _absent_or_equal(self, path: str, data: bytes) -> bool:
+        return not self.location.exists(path) or self.location.read(path) == data
 
     def _format_files(self) -> dict[str, bytes]:
         return zarr_store.metadata_files(self.layout) if self.layout.format == "zarr" else {}

@@ -60,5 +60,5 @@ def train(preset: str | None, file: str | None, **flags: Any) -> None:
         click.echo(str(stopped), err=True)
         # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell
         # to know.
-        raise click.exceptions.Exit(130 if stopped.signal == signal.SIGINT else 0) from None
+        raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
     click.echo(summary.encoder)

@@ -24,64 +24,78 @@ class TrainConfig(Settings):
         description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
     )
     arm: Arm = Field(
-        "avg",
+        default="avg",
         description="avg: merged groups with the curvature correction; ind: their stored members one by one; "
         "mean-only: merged groups without the correction.",
     )
     members: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="For the arm ind: the first so many stored members of each group (all if not set).",
     )
     loss: LossName = Field(
-        "auto",
+        default="auto",
         description="auto: squared_error if the artifact stores target embeddings, else cross_entropy.",
     )
     loss_scale: float = Field(
-        1.0,
+        default=1.0,
         description="Factor of the squared error: 1.0 as in the paper's eq. 11, 0.5 as in its Appendix A.",
     )
     curvature: CurvatureName = Field(
-        "gauss_newton", description="Estimate behind the correction; exact is for small models."
+        default="gauss_newton", description="Estimate behind the correction; exact is for small models."
     )
-    pseudo_labels: int = Field(1, ge=1, description="Pseudo-labels drawn per group and step by gauss_newton.")
+    pseudo_labels: int = Field(
+        default=1, ge=1, description="Pseudo-labels drawn per group and step by gauss_newton."
+    )
     encoder: str | None = Field(
-        None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
+        default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
     )
     head: str | None = Field(
-        None,
+        default=None,
         description="Frozen class head for cross_entropy (the artifact's, or the encoder's own "
         "outputs, if not set).",
     )
-    steps: int | None = Field(None, ge=1, description="Length of the run in optimiser steps; or set epochs.")
-    epochs: int | None = Field(
-        None, ge=1, description="Length of the run in passes over the artifact; or set steps."
+    steps: int | None = Field(
+        default=None, ge=1, description="Length of the run in optimiser steps; or set epochs."
     )
-    batch_size: int = Field(1, ge=1, description="Groups per optimiser step.")
+    epochs: int | None = Field(
+        default=None, ge=1, description="Length of the run in passes over the artifact; or set steps."
+    )
+    batch_size: int = Field(default=1, ge=1, description="Groups per optimiser step.")
     learning_rate: float = Field(
-        1e-5,
+        default=1e-5,
         gt=0,
         le=10,
         allow_inf_nan=False,
         description="Peak learning rate of AdamW, reached after the warm-up.",
     )
-    weight_decay: float = Field(1e-4, ge=0, le=10, allow_inf_nan=False, description="AdamW's decoupled decay.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up before the cosine decay to 0.")
+    weight_decay: float = Field(
+        default=1e-4, ge=0, le=10, allow_inf_nan=False, description="AdamW's decoupled decay."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up before the cosine decay to 0.")
     gradient_clip: float | None = Field(
-        None,
+        default=None,
         gt=0,
         allow_inf_nan=False,
         description="Largest allowed norm of the gradient (no limit if not set).",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws.")
-    device: str = Field(
-        "auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one."
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws."
     )
-    checkpoint_every: int = Field(500, ge=1, description="Steps between two checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept; older ones are removed.")
-    data_workers: int = Field(0, ge=0, description="Processes that read ahead (0 reads in the training process).")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch (its own choice if not set).")
-    log_every: int = Field(10, ge=1, description="Steps between two lines of the log.")
+    device: str = Field(
+        default="auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one."
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="Newest checkpoints that are kept; older ones are removed."
+    )
+    data_workers: int = Field(
+        default=0, ge=0, description="Processes that read ahead (0 reads in the training process)."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of torch (its own choice if not set)."
+    )
+    log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
 
     @field_validator("loss_scale")
     @classmethod

@@ -100,7 +100,9 @@ def make_job(config: TrainConfig) -> Job:
     if encoder.random_weights:
         warn(f"encoder {spec} starts from random weights; nobody has trained it")
 
-    resolved = _resolved(config, artifact, loss_name, encoder, head, steps)
+    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(
+        update={"device": str(device)}
+    )
     return Job(
         config=resolved,
         artifact=artifact,

@@ -132,7 +132,7 @@ class _Run:
             losses = self._losses(batch.to(self.job.device))
             loss = losses.loss.mean()
             self._check_finite(losses, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
         limit = config.gradient_clip if config.gradient_clip is not None else math.inf
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
@@ -140,8 +140,8 @@ class _Run:
             raise DatamergeError(self._not_finite("gradient norm", norm, batch.keys))
         self.optimizer.step()
         return {
-            "loss": float(loss),
-            "correction": float(losses.correction.mean()),
+            "loss": float(loss.detach()),
+            "correction": float(losses.correction.detach().mean()),
             "gradient_norm": norm,
             "learning_rate": rate,
         }

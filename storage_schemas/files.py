@@ -1,0 +1,57 @@
+"""Byte ranges of an artifact's files: memory maps where they are local, range requests elsewhere."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.errors import CorruptShard
+from storage_schemas.location import Location
+
+Bytes = npt.NDArray[np.uint8]
+
+OPEN_MAPS = 64
+
+
+class FileRanges:
+    """Reads ranges of many files, keeping the maps of the last `OPEN_MAPS` open."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._maps: OrderedDict[str, Bytes] = OrderedDict()
+
+    def read(self, path: str, start: int, size: int) -> Bytes:
+        """`size` bytes from `start`; a view of the map for local files.
+
+        Raises:
+            CorruptShard: the file is missing or too short.
+        """
+        if self._location.is_local:
+            data = self._map(path)[start : start + size]
+        else:
+            try:
+                data = np.frombuffer(self._location.read(path, start, start + size), np.uint8)
+            except FileNotFoundError:
+                raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
+        if len(data) != size:
+            raise CorruptShard(
+                f"{self._location.url}/{path}: expected {size} bytes at {start}, found {len(data)}; it is cut short"
+            )
+        return data
+
+    def _map(self, path: str) -> Bytes:
+        mapped = self._maps.get(path)
+        if mapped is not None:
+            self._maps.move_to_end(path)
+            return mapped
+        try:
+            # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
+            mapped = np.memmap(self._location.path(path), np.uint8, mode="r").view(np.ndarray)
+        except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise CorruptShard(f"{self._location.url}/{path}: missing or empty ({error})") from None
+        self._maps[path] = mapped
+        if len(self._maps) > OPEN_MAPS:
+            self._maps.popitem(last=False)
+        return mapped

@@ -1,0 +1,164 @@
+"""Losses and accuracies against values worked out by hand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import EvaluateConfig, Evaluation, evaluate
+from storage_schemas import DatamergeError
+
+MakeEncoder = Callable[[list[list[float]]], str]
+MakeRun = Callable[..., str]
+MakeHead = Callable[..., str]
+
+IDENTITY = [[1.0, 0.0], [0.0, 1.0]]
+EPSILON = 2 / 255
+
+
+def measure(*runs: str, data: Path, **settings: object) -> list[Evaluation]:
+    return evaluate(EvaluateConfig.model_validate({"runs": list(runs), "data": str(data), **settings}))
+
+
+@pytest.fixture
+def textures(tmp_path: Path) -> Path:
+    """Seven random images away from black and white, so that the ball is never cut off."""
+    folder = tmp_path / "textures"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    for index in range(7):
+        Image.fromarray(rng.integers(20, 230, (2, 2), np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+def read_pixels(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return np.stack([np.asarray(Image.open(path)).reshape(-1) / 255 for path in sorted(folder.rglob("*.png"))])
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "robust"), [("0", 1.0), ("1/255", 1.0), ("2/255", 0.5), ("7/255", 0.5), ("8/255", 0.0)]
+)
+def test_robust_accuracy_of_a_linear_classifier_is_the_worst_case(
+    two_class: str, photos: Path, make_head: MakeHead, epsilon: str, robust: float
+) -> None:
+    # The worst case moves every pixel by ε towards the boundary, which is 1.5 or 7.5 levels away.
+    (result,) = measure(two_class, data=photos, head=make_head(IDENTITY), epsilon=epsilon)
+    assert (result.images, result.labelled) == (4, 4)
+    assert (result.accuracy_clean, result.accuracy_clean_se) == (1.0, 0.0)
+    assert result.accuracy_robust == robust
+    assert result.accuracy_robust_se == pytest.approx((robust * (1 - robust) / 4) ** 0.5)
+
+
+def test_what_is_wrong_clean_is_not_robust(two_class: str, photos: Path, make_head: MakeHead) -> None:
+    shutil.move(photos / "dark" / "far.png", photos / "light" / "wrong.png")
+    (result,) = measure(two_class, data=photos, head=make_head(IDENTITY), epsilon="8/255")
+    assert result.accuracy_clean == 0.75
+    assert result.accuracy_robust == 0.0
+
+
+def test_outputs_as_logits(two_class: str, photos: Path) -> None:
+    (result,) = measure(two_class, data=photos, head="outputs")
+    assert (result.accuracy_clean, result.accuracy_robust) == (1.0, 0.5)
+
+
+def test_classes_are_matched_by_name_where_the_head_has_names(
+    two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path
+) -> None:
+    swapped = [[0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]
+    (named,) = measure(two_class, data=photos, head=make_head(swapped, ["light", "moon", "dark"]))
+    assert named.accuracy_clean == 1.0
+    names = tmp_path / "names.txt"
+    names.write_text("light\nmoon\ndark\n")
+    (listed,) = measure(two_class, data=photos, head=make_head(swapped), class_names=str(names))
+    assert listed.accuracy_clean == 1.0
+
+
+def test_original_is_at_distance_zero_and_its_attack_reaches_the_maximum(
+    make_encoder: MakeEncoder, textures: Path
+) -> None:
+    weight = [0.5, -1.0, 2.0, 0.25]
+    (result,) = measure(make_encoder([weight]), data=textures)
+    assert result.arm == "w/o AT"
+    assert result.embedding_loss_clean == 0.0
+    # f(x + δ) − f(x) = 2 w·δ, at most 2ε‖w‖₁, for every image.
+    assert result.embedding_loss_adversarial == pytest.approx((2 * EPSILON * 3.75) ** 2, rel=1e-4)
+    assert result.embedding_loss_adversarial_se == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_adversarial_loss_is_positive_and_within_the_closed_form_bound(
+    make_encoder: MakeEncoder, textures: Path, on_grid: bool
+) -> None:
+    weight = np.random.default_rng(1).normal(size=(3, 4))
+    (result,) = measure(make_encoder(weight.tolist()), data=textures, on_grid=on_grid)
+    bound = float(((2 * EPSILON * np.abs(weight).sum(axis=1)) ** 2).sum())
+    assert 0 < result.embedding_loss_adversarial <= bound * (1 + 1e-5)
+
+
+def test_clean_loss_of_a_run_is_the_distance_to_its_original(
+    make_encoder: MakeEncoder, make_run: MakeRun, textures: Path
+) -> None:
+    before, after = np.eye(2, 4), np.eye(2, 4) * 1.5
+    original, tuned = make_encoder(before.tolist()), make_encoder(after.tolist())
+    baseline, result = measure(original, make_run(tuned, original), data=textures)
+    distances = ((2 * read_pixels(textures) - 1) @ (after - before).T) ** 2
+    expected = distances.sum(axis=1)
+    assert result.embedding_loss_clean == pytest.approx(expected.mean(), rel=1e-5)
+    assert result.embedding_loss_clean_se == pytest.approx(expected.std(ddof=1) / 7**0.5, rel=1e-5)
+    assert result.embedding_loss_adversarial > result.embedding_loss_clean
+    assert baseline.embedding_loss_clean == 0.0
+    assert (result.arm, result.train_seconds, result.artifact_bytes) == ("avg", 12.5, 3_000_000)
+    assert (baseline.train_seconds, baseline.artifact_bytes) == (None, None)
+    (against_itself,) = measure(f"{result.run}", data=textures, original=tuned)
+    assert against_itself.embedding_loss_clean == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_batch_size_does_not_change_results(
+    make_encoder: MakeEncoder, textures: Path, photos: Path, batch_size: int
+) -> None:
+    shutil.copytree(textures, photos / "dark", dirs_exist_ok=True)
+    (photos / "dark" / "4x.png").write_bytes(b"no image")
+    weight = np.random.default_rng(2).normal(size=(2, 4)).tolist()
+    settings = {"data": photos, "head": "outputs", "steps": 4}
+    (expected,) = measure(make_encoder(weight), batch_size=4, **settings)  # type: ignore[arg-type]
+    (result,) = measure(make_encoder(weight), batch_size=batch_size, **settings)  # type: ignore[arg-type]
+    assert (result.images, result.rejected) == (expected.images, expected.rejected) == (11, expected.rejected)
+    assert result.embedding_loss_adversarial == pytest.approx(expected.embedding_loss_adversarial, rel=1e-5)
+    assert result.accuracy_clean == expected.accuracy_clean
+    assert result.accuracy_robust == expected.accuracy_robust
+
+
+def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, textures: Path) -> None:
+    spec = make_encoder(np.random.default_rng(3).normal(size=(3, 4)).tolist())
+
+    def loss(seed: int) -> float:
+        # One small step leaves each image near its random start.
+        (result,) = measure(spec, data=textures, seed=seed, steps=1, step_size="1/2550")
+        return result.embedding_loss_adversarial
+
+    first = loss(0)
+    assert loss(0) == first
+    assert loss(1) != first
+    (alone,) = measure(spec, data=textures, limit=1, steps=1, step_size="1/2550")
+    for path in sorted(textures.iterdir())[1:]:
+        path.unlink()
+    (only,) = measure(spec, data=textures, steps=1, step_size="1/2550")
+    assert only.embedding_loss_adversarial == alone.embedding_loss_adversarial
+
+
+def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
+    before = torch.get_num_threads()
+    measure(two_class, data=photos, steps=1, threads=2)
+    assert torch.get_num_threads() == before
+
+
+def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
+    with pytest.raises(DatamergeError, match=r"not finite for dark/far\.png, dark/near\.png"):
+        measure(make_encoder([[float("nan")] * 4]), data=photos)

@@ -1,0 +1,91 @@
+"""Small artifacts to train on: random 8-bit groups, with targets, labels and members as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adversarial import load_encoder
+from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
+from storage_schemas.record import encode_exact
+
+ENCODER = "mlp:1x4x4-8-6"
+SHAPE, WIDTH, MEMBERS = (1, 4, 4), 6, 3
+GROUPS, GROUPS_PER_SHARD = 10, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small lose most of their time to the hand-over between threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_artifact(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes an artifact below tmp_path and returns its path.
+
+    Its keyword arguments: `name`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the
+    provenance), `sha256` (of the encoder; None for the true one), `huge` (key of a record whose target overflows
+    the loss), `head` (bytes of a head.safetensors).
+    """
+
+    def make(**options: Any) -> str:
+        path = tmp_path / options.get("name", "artifact")
+        _write(path, options)
+        return str(path)
+
+    return make
+
+
+def _write(path: Path, options: dict[str, Any]) -> None:
+    arrays = [
+        ArraySpec(name="sum", dtype="uint16", shape=SHAPE),
+        ArraySpec(name="scatter", dtype="uint32", shape=SHAPE),
+    ]
+    if options.get("targets", True):
+        arrays.append(ArraySpec(name="target", dtype="float32", shape=(WIDTH,)))
+    if options.get("members", True):
+        arrays.append(ArraySpec(name="members", dtype="uint8", shape=(MEMBERS, *SHAPE)))
+    layout = Layout(
+        format=options.get("format", "webdataset"),
+        encoding="uint8_moments",
+        arrays=tuple(arrays),
+        groups=GROUPS,
+        groups_per_shard=GROUPS_PER_SHARD,
+    )
+    spec = options.get("encoder", ENCODER)
+    provenance: dict[str, Any] = {"seed": 7}
+    if spec is not None:
+        provenance["encoder"] = {"spec": spec, "sha256": options.get("sha256") or load_encoder(ENCODER).sha256}
+    writer = ArtifactWriter(Location(path), layout, provenance)
+    writer.begin({"head.safetensors": options["head"]} if "head" in options else {})
+    rng = np.random.default_rng(3)
+    for shard in range(layout.shards):
+        first = shard * GROUPS_PER_SHARD
+        numbers = range(first, min(first + GROUPS_PER_SHARD, GROUPS))
+        writer.commit(shard, [_record(number, layout, rng, options) for number in numbers], [])
+    writer.finish()
+
+
+def _record(number: int, layout: Layout, rng: np.random.Generator, options: dict[str, Any]) -> Record:
+    key = f"k{number}"
+    members = rng.integers(0, 256, (MEMBERS, *SHAPE)).astype(np.uint8)
+    target = rng.normal(size=WIDTH).astype(np.float32)
+    if key == options.get("huge"):
+        target[:] = 1e30
+    arrays = {**encode_exact(ExactMoments.of(members), layout), "members": members, "target": target}
+    return Record(
+        key=key,
+        count=MEMBERS,
+        encoding=layout.encoding,
+        arrays={spec.name: arrays[spec.name] for spec in layout.arrays},
+        label=number % WIDTH if options.get("labels") else None,
+    )

@@ -1,0 +1,60 @@
+"""The global order as a function: a permutation per epoch, and batches that cover it exactly once."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.order import Order, epoch_order, stream_seed
+
+SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(any)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@given(SIZES, SEEDS, st.integers(0, 1000), st.integers(1, 5))
+def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, epoch: int, window: int) -> None:
+    order = epoch_order(sizes, seed, epoch, window).tolist()
+    assert sorted(order) == list(range(sum(sizes)))
+    assert order == epoch_order(sizes, seed, epoch, window).tolist()
+
+
+@given(SEEDS, SEEDS, st.integers(0, 50), st.integers(0, 50))
+def test_seeds_and_epochs_have_orders_of_their_own(seed: int, other: int, epoch: int, later: int) -> None:
+    sizes = [16] * 8
+    same = epoch_order(sizes, seed, epoch).tolist() == epoch_order(sizes, other, later).tolist()
+    assert same == ((seed, epoch) == (other, later))
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 20))
+def test_only_a_window_of_shards_is_open_at_a_time(seed: int, window: int, shards: int) -> None:
+    size = 5
+    touched = [int(index) // size for index in epoch_order([size] * shards, seed, 0, window)]
+    windows = [set(touched[i : i + window * size]) for i in range(0, len(touched), window * size)]
+    assert all(len(shards_of_window) <= window for shards_of_window in windows)
+    assert sum(len(shards_of_window) for shards_of_window in windows) == shards
+
+
+@given(SIZES, SEEDS, st.integers(1, 9), st.integers(0, 3))
+def test_batches_of_an_epoch_cover_it_exactly_once(sizes: list[int], seed: int, batch: int, epoch: int) -> None:
+    order = Order(sizes, batch, seed)
+    first = epoch * order.steps_per_epoch
+    batches = list(order.batches(first, first + order.steps_per_epoch))
+    assert sorted(index for indices in batches for index in indices) == list(range(sum(sizes)))
+    assert all(len(indices) == batch for indices in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch
+    assert {order.epoch(step) for step in range(first, first + order.steps_per_epoch)} == {epoch}
+
+
+@given(SIZES, SEEDS, st.integers(1, 9), st.integers(0, 30), st.integers(0, 10))
+def test_any_step_can_be_the_first(sizes: list[int], seed: int, batch: int, start: int, length: int) -> None:
+    order = Order(sizes, batch, seed)
+    whole = list(order.batches(0, start + length))
+    assert list(Order(sizes, batch, seed).batches(start, start + length)) == whole[start:]
+    assert order.groups_until(start) == sum(len(indices) for indices in whole[:start])
+
+
+def test_random_streams_are_distinct() -> None:
+    seeds = [
+        stream_seed(seed, purpose, index) for seed in range(4) for purpose in (1, 2, 3) for index in range(50)
+    ]
+    assert len(set(seeds)) == len(seeds)

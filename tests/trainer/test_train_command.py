@@ -1,0 +1,213 @@
+"""Requests that cannot work, and the command line around the loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+import datamerge
+import trainer.loop
+import trainer.stream
+from adversarial import Head
+from console import load_settings
+from storage_schemas import ConfigError, NotAnArtifact
+from trainer import TrainConfig, train
+from trainer.cli import train as command
+from trainer.config import read_preset
+from trainer.stream import Batch
+
+MakeArtifact = Callable[..., str]
+LABELS = {"targets": False, "labels": True}
+
+
+@pytest.mark.parametrize(
+    ("artifact", "settings", "message"),
+    [
+        ({"encoder": None}, {}, r"names no encoder; add --encoder"),
+        ({}, {"encoder": "mlp:1x5x5-8-6"}, r"takes pixels \(1, 5, 5\), found \(1, 4, 4\) in"),
+        ({}, {"encoder": "mlp:1x4x4-8-7"}, r"embeddings of width 7, found targets of shape \(6,\)"),
+        ({}, {"encoder": "mpl:1x4x4-8-6"}, r"encoder 'mpl:1x4x4-8-6': expected"),
+        ({"members": False}, {"arm": "ind"}, r"arm: ind expects stored members, found none in"),
+        ({}, {"arm": "ind", "members": 4}, r"members: expected at most the 3 stored in .*, found 4"),
+        (LABELS, {"loss": "squared_error"}, r"squared_error expects stored target embeddings, found none"),
+        ({}, {"loss": "cross_entropy"}, r"expects a label for every group, found none for record k0"),
+        (LABELS, {"encoder": "mlp:1x4x4-8-5"}, r"labels below 5.*found label 5 at record k5"),
+        (LABELS, {"loss_scale": 0.5}, r"loss_scale: only the squared error is scaled"),
+        (LABELS, {"head": "artifact"}, r"head: found none in .*--head"),
+        (LABELS, {"head": "nowhere.safetensors"}, r"head 'nowhere.safetensors': expected"),
+        ({}, {"head": "artifact"}, r"head: squared_error .* takes no head"),
+        ({}, {"warmup_steps": 5}, r"warmup_steps: expected fewer than the run's 5 steps, found 5"),
+        ({}, {"device": "warp"}, r"device: 'warp' cannot be used here"),
+        ({}, {"device": "meta:0:0"}, r"device: 'meta:0:0' cannot be used here"),
+    ],
+)
+def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
+    make_artifact: MakeArtifact, tmp_path: Path, artifact: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    config = TrainConfig(artifact=make_artifact(**artifact), run=str(tmp_path / "run"), steps=5, **settings)
+    with pytest.raises(ConfigError, match=message) as error:
+        train(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_of_another_width_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact(**LABELS, head=Head(torch.eye(9)).to_bytes())
+    with pytest.raises(ConfigError, match="head for embeddings of width 6"):
+        train(TrainConfig(artifact=artifact, run=str(tmp_path / "run"), steps=5))
+
+
+def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter1.tex").write_text("!")
+    with pytest.raises(ConfigError, match=r"expected a new folder or a run, found 'chapter1\.tex'"):
+        train(TrainConfig(artifact=artifact, run=str(folder), steps=5))
+    with pytest.raises(ConfigError, match="found a file"):
+        train(TrainConfig(artifact=artifact, run=str(folder / "chapter1.tex"), steps=5))
+    with pytest.raises(NotAnArtifact):
+        train(TrainConfig(artifact=str(folder), run=str(tmp_path / "run"), steps=5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"loss_scale": 2.0}, "eq. 11"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps": None}, "expected one of steps and epochs, found none"),
+        ({"epochs": 3}, "steps = 5 and epochs = 3"),
+        ({"members": 2}, "only the arm ind takes single members"),
+        ({"pseudo_labels": 3, "arm": "mean-only"}, "only the arm avg"),
+        ({"batchsize": 3}, "did you mean batch_size"),
+        ({"arm": "average"}, "arm"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_settings(TrainConfig, None, {}, {"artifact": "a", "run": "r", "steps": 5, **settings})
+
+
+def test_settings_are_immutable() -> None:
+    config = TrainConfig(artifact="a", run="r", steps=5)
+    with pytest.raises(ValidationError):
+        config.seed = 1
+
+
+def test_the_paper_preset_is_the_papers_table() -> None:
+    assert resources.files("trainer").joinpath("presets/paper.toml").is_file()
+    config = load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, read_preset("paper"))
+    assert (config.learning_rate, config.weight_decay, config.batch_size) == (1e-5, 1e-4, 1)
+    assert (config.steps, config.warmup_steps) == (5000, 350)
+    assert (config.arm, config.loss, config.loss_scale) == ("avg", "squared_error", 1.0)
+    with pytest.raises(ConfigError, match="expected one of paper, found 'papre'"):
+        read_preset("papre")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("seed = 4\nbatch_size = 2\nwarmup_steps = 0\n")
+    arguments = [make_artifact(), str(tmp_path / "run"), "--preset", "paper", "--config", str(file)]
+    result = CliRunner().invoke(
+        command, [*arguments, "--epochs", "1", "--seed", "9", "--lr", "0.001", "--clip", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    expected = {"seed": 9, "batch_size": 2, "steps": 5, "learning_rate": 0.001, "weight_decay": 1e-4}
+    assert {name: config[name] for name in expected} == expected
+    assert result.stdout.strip() == f"mlp:1x4x4-8-6@{tmp_path / 'run/encoder.safetensors'}"
+
+
+def test_doubtful_starts_are_warned_of(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    arguments = [make_artifact(sha256="0" * 64), str(tmp_path / "run"), "--steps", "1"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0
+    assert "WARNING: encoder mlp:1x4x4-8-6 starts from random weights" in result.stderr
+    assert "come from another encoder (mlp:1x4x4-8-6, sha256 000000000000)" in result.stderr
+
+
+def _datamerge(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of the whole command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["datamerge", "train", *arguments])
+    with pytest.raises(SystemExit) as end:
+        datamerge.main()
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_have_their_exit_codes(
+    make_artifact: MakeArtifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+    code: int,
+) -> None:
+    original = trainer.stream.stream
+
+    def stream(*args: Any, **options: Any) -> Iterator[Batch]:
+        for batch in original(*args, **options):
+            signal.raise_signal(number)
+            yield batch
+
+    monkeypatch.setattr(trainer.loop, "stream", stream)
+    assert _datamerge(monkeypatch, make_artifact(), str(tmp_path / "run"), "--steps", "5") == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    checkpoint = tmp_path / "run/checkpoints/step-000001.pt"
+    assert last == f"stopped after step 1 of 5, saved {checkpoint}; run the same command again to continue"
+    assert checkpoint.exists()
+
+
+def test_a_wrong_request_is_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _datamerge(monkeypatch, "artifact", str(tmp_path / "run"), "--steps", "3", "--lr", "-1") == 2
+    assert capsys.readouterr().err == "error: learning_rate: Input should be greater than 0, found -1.0\n"
+
+
+def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "datamerge",
+            "train",
+            make_artifact(),
+            str(run),
+            "--steps",
+            "1000000",
+            "--data-workers",
+            "1",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A group of its own, so that the signal reaches the readers too, as it does from a terminal.
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").stat().st_size:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    assert len(list((run / "checkpoints").iterdir())) == 1

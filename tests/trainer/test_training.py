@@ -1,0 +1,327 @@
+"""The loop as a whole: what it learns, that it continues to the same bits, and that it stops when it must."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import trainer.job
+import trainer.loop
+import trainer.stream
+from adversarial import Encoder, Head, load_encoder, weights_sha256
+from storage_schemas import ConfigError, CorruptShard, DatamergeError, open_artifact
+from trainer import RunSummary, Stopped, TrainConfig, train
+from trainer.loop import learning_rate
+from trainer.order import Order
+
+MakeArtifact = Callable[..., str]
+STEPS = 9
+
+
+def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
+    defaults = {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
+    return TrainConfig(artifact=artifact, run=str(run), **{**defaults, **settings})
+
+
+def _log(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _losses(run: Path) -> list[tuple[float, float, float, float]]:
+    return [(line["step"], line["loss"], line["correction"], line["gradient_norm"]) for line in _log(run)]
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "encoder.safetensors")
+
+
+def _assert_same_result(one: Path, other: Path) -> None:
+    assert _losses(one) == _losses(other)
+    for name, tensor in _weights(one).items():
+        assert torch.equal(tensor, _weights(other)[name]), name
+
+
+class _Dropout(nn.Module):
+    """A network with everything that makes resuming hard: dropout, and BatchNorm's running statistics."""
+
+    input_shape = (1, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 6)
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.layers(pixels)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def dropout_spec(monkeypatch: pytest.MonkeyPatch) -> str:
+    module = types.ModuleType("toy_networks")
+    module.__dict__["dropout"] = _Dropout
+    monkeypatch.setitem(sys.modules, "toy_networks", module)
+    return "python:toy_networks:dropout"
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int, act: Callable[[], None]) -> None:
+    """Do something when the batch after `after` steps of this sitting is asked for."""
+    original = trainer.stream.stream
+
+    def stream(*args: Any, **options: Any) -> Iterator[Any]:
+        for number, batch in enumerate(original(*args, **options)):
+            if number == after:
+                act()
+            yield batch
+
+    monkeypatch.setattr(trainer.loop, "stream", stream)
+
+
+def _crash() -> None:
+    raise MemoryError("the machine died")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [0, 1, 4, 7])
+def test_a_stopped_run_continues_to_the_same_bits(
+    make_artifact: MakeArtifact, tmp_path: Path, stop: int, number: signal.Signals, dropout_spec: str
+) -> None:
+    artifact = make_artifact()
+    train(_config(artifact, tmp_path / "whole", encoder=dropout_spec))
+    config = _config(artifact, tmp_path / "stopped", encoder=dropout_spec)
+    with pytest.MonkeyPatch.context() as patch:
+        _interrupt(patch, stop, lambda: signal.raise_signal(number))
+        with pytest.raises(Stopped, match=rf"after step {stop + 1} of {STEPS}.*same command again") as stopped:
+            train(config)
+    assert stopped.value.signal == number
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    summary = train(config)
+    assert summary.steps == STEPS
+    _assert_same_result(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("arm", ["avg", "ind", "mean-only"])
+def test_a_killed_run_repeats_only_the_steps_since_its_checkpoint(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    artifact = make_artifact()
+    train(_config(artifact, tmp_path / "whole", arm=arm))
+    config = _config(artifact, tmp_path / "killed", arm=arm, checkpoint_every=2, keep_checkpoints=2)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 7, _crash)
+        with pytest.raises(MemoryError):
+            train(config)
+    with (tmp_path / "killed/log.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "lo')  # torn by the crash
+    names = [path.name for path in sorted((tmp_path / "killed/checkpoints").iterdir())]
+    assert names == ["step-000004.pt", "step-000006.pt"]
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 0, lambda: seen.append(1))
+        train(config)
+    _assert_same_result(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_damaged_checkpoint_is_named(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(make_artifact(), tmp_path / "run", checkpoint_every=2)
+    with monkeypatch.context() as patch:
+        _interrupt(patch, 5, _crash)
+        with pytest.raises(MemoryError):
+            train(config)
+    newest = tmp_path / "run/checkpoints/step-000004.pt"
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.raises(DatamergeError, match=r"step-000004\.pt: not a readable checkpoint .*remove it"):
+        train(config)
+    newest.unlink()
+    assert train(config).steps == STEPS
+
+
+def test_a_finished_run_is_left_alone(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    config = _config(make_artifact(), tmp_path / "run")
+    summary = train(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    # Where and how fast may change; it is the same run.
+    assert train(config.model_copy(update={"checkpoint_every": 3, "threads": None})) == summary
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_summary_is_what_evaluation_needs(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    summary = train(_config(artifact, tmp_path / "run", steps=None, epochs=2))
+    document = json.loads((tmp_path / "run/run.json").read_text())
+    assert RunSummary.model_validate(document) == summary
+    assert document["original"] == "mlp:1x4x4-8-6"
+    assert document["encoder"] == f"mlp:1x4x4-8-6@{tmp_path / 'run/encoder.safetensors'}"
+    assert load_encoder(document["encoder"]).sha256 == document["encoder_sha256"]
+    assert document["encoder_sha256"] != document["original_sha256"] == load_encoder("mlp:1x4x4-8-6").sha256
+    assert (document["steps"], document["groups"]) == (6, 20)
+    assert document["bytes"] == 2 * open_artifact(artifact).manifest.bytes
+    assert document["artifact"] == artifact
+    assert document["config"]["loss"] == "squared_error"
+    assert document["config"]["device"] != "auto"
+
+
+def test_formats_and_reading_ahead_do_not_change_a_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    tar, zarr = make_artifact(name="tar"), make_artifact(name="zarr", format="zarr")
+    train(_config(tar, tmp_path / "a"))
+    train(_config(zarr, tmp_path / "b"))
+    train(_config(tar, tmp_path / "c", data_workers=1))
+    _assert_same_result(tmp_path / "a", tmp_path / "b")
+    _assert_same_result(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("members", [1, 2, None])
+def test_ind_is_the_ordinary_loss_of_the_first_members(
+    make_artifact: MakeArtifact, tmp_path: Path, members: int | None
+) -> None:
+    path = make_artifact()
+    config = _config(path, tmp_path / "run", arm="ind", members=members, warmup_steps=2)
+    train(config)
+
+    artifact, encoder = open_artifact(path), load_encoder("mlp:1x4x4-8-6")
+    optimizer = torch.optim.AdamW(encoder.parameters(), weight_decay=1e-4)
+    order, losses = Order(artifact.shard_sizes, 4, 0), []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step, STEPS)
+        groups = []
+        for record in (artifact[int(index)] for index in order.batch(step)):
+            assert record.members is not None
+            assert record.target is not None
+            images = torch.from_numpy(record.members[:members]).float() / 255
+            groups.append(
+                torch.stack([((encoder(x[None]) - torch.from_numpy(record.target)) ** 2).sum() for x in images])
+            )
+        loss = torch.stack([group.mean() for group in groups]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert [line["loss"] for line in _log(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
+
+
+def test_avg_learns(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    train(_config(make_artifact(), tmp_path / "run", steps=150, batch_size=10))
+    losses = [line["loss"] for line in _log(tmp_path / "run")]
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    assert all(line["correction"] > 0 for line in _log(tmp_path / "run"))
+    assert {"learning_rate", "groups_per_second", "data_wait", "epoch"} <= _log(tmp_path / "run")[0].keys()
+    assert list((tmp_path / "run/tensorboard").iterdir())
+
+
+def test_exact_curvature_and_more_pseudo_labels_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    train(_config(artifact, tmp_path / "exact", curvature="exact", learning_rate=1e-9))
+    train(_config(artifact, tmp_path / "many", pseudo_labels=200, learning_rate=1e-9))
+    exact, many = (np.mean([line["correction"] for line in _log(tmp_path / name)]) for name in ("exact", "many"))
+    assert many == pytest.approx(exact, rel=0.1)
+
+
+def test_cross_entropy_through_the_frozen_head_of_the_artifact(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    head = Head(torch.eye(6) * 2, torch.zeros(6), names=list("abcdef"))
+    artifact = make_artifact(targets=False, labels=True, head=head.to_bytes())
+    summary = train(_config(artifact, tmp_path / "run", steps=60, batch_size=10))
+    losses = [line["loss"] for line in _log(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (summary.config["loss"], summary.config["head"]) == ("cross_entropy", "artifact")
+    assert set(_weights(tmp_path / "run")) == set(load_encoder("mlp:1x4x4-8-6").model.state_dict())
+    (tmp_path / "head.safetensors").write_bytes(head.to_bytes())
+    train(_config(artifact, tmp_path / "given", steps=60, batch_size=10, head=str(tmp_path / "head.safetensors")))
+    _assert_same_result(tmp_path / "run", tmp_path / "given")
+
+
+def test_cross_entropy_without_head_trains_the_encoders_outputs(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    summary = train(_config(make_artifact(targets=False, labels=True), tmp_path / "run"))
+    assert summary.config["head"] is None
+
+
+def test_batch_norm_statistics_stay(make_artifact: MakeArtifact, tmp_path: Path, dropout_spec: str) -> None:
+    train(_config(make_artifact(), tmp_path / "run", encoder=dropout_spec, batch_size=1))
+    weights = _weights(tmp_path / "run")
+    assert not weights["layers.2.running_mean"].any()
+    assert torch.equal(weights["layers.2.running_var"], torch.ones(8))
+    assert not torch.equal(weights["layers.2.weight"], torch.ones(8))
+
+
+@pytest.mark.parametrize("arm", ["avg", "ind"])
+def test_a_loss_that_is_not_finite_names_the_record_and_changes_nothing(
+    make_artifact: MakeArtifact, tmp_path: Path, arm: str
+) -> None:
+    config = _config(make_artifact(huge="k6"), tmp_path / "run", checkpoint_every=1, arm=arm)
+    with pytest.raises(DatamergeError, match=r"^step \d+: the loss is inf at record k6; no update was made"):
+        train(config)
+    assert all(np.isfinite(line["loss"]) for line in _log(tmp_path / "run"))
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[Encoder] = []
+
+    def load(spec: str, device: str) -> Encoder:
+        encoders.append(load_encoder(spec, device))
+        return encoders[0]
+
+    monkeypatch.setattr(trainer.job, "load_encoder", load)
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(DatamergeError, match=r"^step 1: the gradient norm is nan at record k\d, k\d, k\d, k\d; "):
+        train(_config(make_artifact(), tmp_path / "run"))
+    assert weights_sha256(encoders[0].model) == encoders[0].sha256
+
+
+def test_a_damaged_shard_is_one_line_from_a_reader_process(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    shard = Path(artifact) / "shards/00001.tar"
+    data = bytearray(shard.read_bytes())
+    entry = open_artifact(artifact).commit(1).records[2]
+    assert entry.offsets is not None
+    data[entry.offsets["sum"]] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CorruptShard, match=r"^[^\n]*k6[^\n]*$"):
+        train(_config(artifact, tmp_path / "run", steps=4, data_workers=1))
+
+
+def test_clipping_and_warm_up(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    config = _config(make_artifact(), tmp_path / "run", warmup_steps=3, learning_rate=1.0)
+    rates = [learning_rate(config, step, STEPS) for step in range(STEPS + 1)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[STEPS] == pytest.approx(0)
+
+
+def test_global_random_state_is_left_alone(make_artifact: MakeArtifact, tmp_path: Path, dropout_spec: str) -> None:
+    artifact = make_artifact()
+    load_encoder(dropout_spec)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(_config(artifact, tmp_path / "run", encoder=dropout_spec))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_folder_or_other_settings_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    train(_config(artifact, tmp_path / "run"))
+    with pytest.raises(
+        ConfigError, match=r"other settings \(learning_rate: 0.01 there, 0.1 now; seed: 0 there, 1 now\)"
+    ):
+        train(_config(artifact, tmp_path / "run", learning_rate=0.1, seed=1))
+    with pytest.raises(ConfigError, match="plan_sha256"):
+        train(_config(make_artifact(name="other", members=False), tmp_path / "run"))
