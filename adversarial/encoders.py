@@ -11,7 +11,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ConfigError(
                     f"encoder {self.spec!r}: expected a network on pixels {self.input_shape}, it fails with: "
-                    f"{str(error).splitlines()[0]}"
+                    f"{_first_line(error)}"
                 ) from error
         if not isinstance(output, Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -92,13 +93,20 @@ def load_encoder(spec: str, device: str = "cpu") -> Encoder:
     """
     parsed = parse_spec(spec)
     build = {"open_clip": _open_clip, "timm": _timm, "mlp": _mlp, "python": _python}[parsed.kind]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+    with seeded():
         model, shape, mean, std = build(parsed)
     if parsed.checkpoint:
         _load_checkpoint(model, parsed)
     random_weights = parsed.pretrained is None and parsed.checkpoint is None and parsed.kind != "python"
     return Encoder(model, str(parsed), shape, mean, std, random_weights).to(device)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random weights built in here are those that a spec without weights means."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        yield
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -124,13 +132,8 @@ def _open_clip(spec: EncoderSpec) -> Built:
     make_torchvision_importable()
     import open_clip
 
-    known = open_clip.list_models()
-    if spec.model not in known:
-        raise ConfigError(_unknown("open_clip model", spec.model, known))
-    if spec.pretrained and (spec.model, spec.pretrained) not in open_clip.list_pretrained():
-        tags = [tag for model, tag in open_clip.list_pretrained() if model == spec.model]
-        raise ConfigError(_unknown(f"weights of open_clip {spec.model}", spec.pretrained, tags))
-    model = _downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=spec.pretrained))
+    check_open_clip(spec)
+    model = downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=spec.pretrained))
     visual: Any = model.visual
     size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
     mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
@@ -138,10 +141,32 @@ def _open_clip(spec: EncoderSpec) -> Built:
     return visual, (3, *size), mean, std
 
 
+def check_open_clip(spec: EncoderSpec) -> None:
+    """Raise ConfigError unless open_clip knows the model and the tag."""
+    import open_clip
+
+    known = open_clip.list_models()
+    if spec.model not in known:
+        raise ConfigError(_unknown("open_clip model", spec.model, known))
+    if spec.pretrained and (spec.model, spec.pretrained) not in open_clip.list_pretrained():
+        tags = [tag for model, tag in open_clip.list_pretrained() if model == spec.model]
+        raise ConfigError(_unknown(f"weights of open_clip {spec.model}", spec.pretrained, tags))
+
+
 def _timm(spec: EncoderSpec) -> Built:
     make_torchvision_importable()
     import timm
     from timm.data.config import resolve_model_data_config
+
+    name = timm_name(spec)
+    model = downloading(spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained), num_classes=0))
+    config = resolve_model_data_config(model)
+    return model, tuple(config["input_size"]), config["mean"], config["std"]
+
+
+def timm_name(spec: EncoderSpec) -> str:
+    """Model and tag as timm spells them; raises ConfigError for unknown ones."""
+    import timm
 
     if not timm.is_model(spec.model):
         raise ConfigError(_unknown("timm model", spec.model, timm.list_models()))
@@ -151,9 +176,7 @@ def _timm(spec: EncoderSpec) -> Built:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{spec.model}.*")]
         if spec.pretrained not in tags:
             raise ConfigError(_unknown(f"weights of timm {spec.model}", spec.pretrained, tags))
-    model = _downloading(spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained), num_classes=0))
-    config = resolve_model_data_config(model)
-    return model, tuple(config["input_size"]), config["mean"], config["std"]
+    return name
 
 
 def _mlp(spec: EncoderSpec) -> Built:
@@ -191,7 +214,7 @@ def _python(spec: EncoderSpec) -> Built:
     return model, (int(shape[0]), int(shape[1]), int(shape[2])), [0.0], [1.0]
 
 
-def _downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
+def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
     """Run a constructor that may reach for a hub, quietly, and say what to do when it cannot."""
     # The libraries narrate missing weights and every retry; what matters is said below, once.
     logging.disable(logging.ERROR)
@@ -210,14 +233,12 @@ def _downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
 
 
 def _load_checkpoint(model: nn.Module, spec: EncoderSpec) -> None:
-    path = Path(spec.checkpoint or "").expanduser()
+    path = Path(spec.checkpoint or "")
     state = read_state_dict(path)
     own = model.state_dict()
     # A full CLIP checkpoint holds the image tower under `visual.`; a classifier's head is not the encoder's.
     if not own.keys() <= state.keys() and any(name.startswith("visual.") for name in state):
-        state = {
-            name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")
-        }
+        state = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
     missing = sorted(own.keys() - state.keys())
     wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if missing or wrong:
@@ -240,7 +261,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path}: not a weights file: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}: not a weights file: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and friends
         raise ConfigError(f"{path}: expected plain tensors, found other objects: {type(error).__name__}") from None
     for wrapper in ("state_dict", "model"):
@@ -249,6 +270,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ConfigError(f"{path}: expected a state_dict, found {type(state).__name__}")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message; some have none."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:

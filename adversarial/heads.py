@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from adversarial.encoders import read_state_dict
+from adversarial.encoders import check_open_clip, downloading, read_state_dict, seeded, timm_name
 from adversarial.specs import KINDS, EncoderSpec, parse_spec
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -93,9 +93,7 @@ def load_head(spec: str, class_names: Sequence[str] = ()) -> Head:
     if spec.partition(":")[0] not in KINDS:
         path = Path(spec).expanduser()
         if not path.is_file():
-            raise ConfigError(
-                f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec, found none"
-            )
+            raise ConfigError(f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec, found none")
         arrays, names = parse_head(path.read_bytes(), spec)
         return head_from_arrays(arrays, names)
     parsed = parse_spec(spec)
@@ -112,16 +110,15 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     make_torchvision_importable()
     import timm
 
-    tag = f".{spec.pretrained}" if spec.pretrained and spec.pretrained != "pretrained" else ""
-    if not timm.is_model(spec.model):
-        raise ConfigError(f"head '{spec}': unknown timm model {spec.model!r}")
-    model: Any = timm.create_model(f"{spec.model}{tag}", pretrained=bool(spec.pretrained))
+    name = timm_name(spec)
+    with seeded():
+        model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained)))
     layer = model.get_classifier()
     if not isinstance(layer, nn.Linear):
         raise ConfigError(f"head '{spec}': expected a linear classifier, found {type(layer).__name__}")
     if spec.checkpoint:
         prefix = next(name for name, module in model.named_modules() if module is layer)
-        state = read_state_dict(Path(spec.checkpoint).expanduser())
+        state = read_state_dict(Path(spec.checkpoint))
         if f"{prefix}.weight" not in state:
             raise ConfigError(f"head '{spec}': the file has no {prefix}.weight")
         return Head(state[f"{prefix}.weight"].float(), state.get(f"{prefix}.bias"))
@@ -132,9 +129,10 @@ def _zero_shot(spec: EncoderSpec, class_names: Sequence[str]) -> Head:
     make_torchvision_importable()
     import open_clip
 
-    if spec.model not in open_clip.list_models():
-        raise ConfigError(f"head '{spec}': unknown open_clip model {spec.model!r}")
-    model: Any = open_clip.create_model(spec.model, pretrained=spec.checkpoint or spec.pretrained)
+    check_open_clip(spec)
+    weights = spec.checkpoint or spec.pretrained
+    with seeded():
+        model: Any = downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=weights))
     with torch.no_grad():
         weight = open_clip.build_zero_shot_classifier(
             model,

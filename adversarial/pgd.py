@@ -127,7 +127,11 @@ def attack(
         if settings.on_grid and (settings.step_size * LEVELS).denominator != 1:
             # The bounds are integers, so rounding stays inside them.
             points = points.round()
-        return _keep_better(model, start, points, target, objective, scale, start_loss)
+        with torch.no_grad():
+            loss = objective(model(points / scale), target)
+        # The last iterate has no gradient, but its loss goes into the record.
+        _check_finite(loss, torch.zeros_like(points), names, settings.steps)
+        return _keep_better(start, points, loss, start_loss, scale)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -164,18 +168,8 @@ def _start(clean: Tensor, settings: PGD, generators: Sequence[np.random.Generato
     return (torch.from_numpy(np.stack(uniform)).to(clean.device) * 2 - 1) * float(settings.epsilon)
 
 
-def _keep_better(
-    model: nn.Module,
-    start: Tensor,
-    points: Tensor,
-    target: Tensor,
-    objective: Objective,
-    scale: float,
-    start_loss: Tensor | None,
-) -> Attacked:
+def _keep_better(start: Tensor, points: Tensor, loss: Tensor, start_loss: Tensor | None, scale: float) -> Attacked:
     """The last iterate, or the start where that has the higher loss."""
-    with torch.no_grad():
-        loss = objective(model(points / scale), target)
     if start_loss is None:  # zero steps: the start is the last iterate
         return Attacked(points / scale, loss, loss)
     worse = loss < start_loss

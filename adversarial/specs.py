@@ -56,7 +56,9 @@ def parse_spec(text: str) -> EncoderSpec:
         raise ConfigError(f"encoder {text!r}: give either /{pretrained} or @{checkpoint}, not both")
     if not model:
         raise ConfigError(f"encoder {text!r}: the model's name is missing; expected e.g. {EXAMPLES}")
-    return EncoderSpec(kind, model, pretrained, checkpoint or None)
+    # Absolute, because specs are recorded in manifests and runs and read back from other folders.
+    absolute = str(Path(checkpoint).expanduser().absolute()) if at else None
+    return EncoderSpec(kind, model, pretrained, absolute)
 
 
 def with_checkpoint(spec: str, path: str) -> str:

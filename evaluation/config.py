@@ -37,9 +37,7 @@ class EvaluateConfig(Settings):
         description="Spec of the frozen encoder that embedding losses are measured against (what each run "
         "started from if not set).",
     )
-    epsilon: Fraction = Field(
-        "2/255", description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range."
-    )
+    epsilon: Fraction = Field("2/255", description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range.")
     step_size: Fraction | None = Field(
         None,
         description="Step of the attack as a fraction of the pixel range (max(1/255, epsilon/4) if not set).",
@@ -52,9 +50,7 @@ class EvaluateConfig(Settings):
     limit: int | None = Field(None, ge=1, description="Use the first so many samples (all if not set).")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; does not change what is measured.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the attack's random starts.")
-    device: str = Field(
-        "auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one."
-    )
+    device: str = Field("auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch (its own choice if not set).")
     image_column: str | None = Field(None, description="Parquet column of images, if there are several.")
     label_column: str | None = Field(
@@ -67,9 +63,7 @@ class EvaluateConfig(Settings):
         if isinstance(values, dict) and not values.get("runs"):
             raise ValueError("runs: expected a run's folder or an encoder spec, found none; name at least one RUN")
         if isinstance(values, dict) and not values.get("data"):
-            raise ValueError(
-                "data: expected a folder or Parquet file of raw images, found none; add --data SOURCE"
-            )
+            raise ValueError("data: expected a folder or Parquet file of raw images, found none; add --data SOURCE")
         return values
 
     @model_validator(mode="after")

@@ -149,9 +149,7 @@ def _measure(
                 progress.advance(batch.listed, note=subject.run.arm)
     if len(rejected) == len(source.samples):
         reason = f"; the first one: {rejected[0].sample}: {rejected[0].reason}" if rejected else ""
-        raise SourceError(
-            f"{config.data}: expected images, found none that can be used of {len(rejected)}{reason}"
-        )
+        raise SourceError(f"{config.data}: expected images, found none that can be used of {len(rejected)}{reason}")
     if rejected:
         warn(
             f"{len(rejected)} of {len(source.samples)} images could not be used, e.g. {rejected[0].sample}: "

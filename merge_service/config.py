@@ -61,13 +61,9 @@ class MergeConfig(Settings):
         if self.grouping == "label" and self.keep_clean:
             raise ValueError("keep_clean: label groups have no clean image; leave it out")
         if self.grouping == "label" and self.keep_members and self.members is None:
-            raise ValueError(
-                "keep_members: a whole class is too much to keep; give --members N for smaller groups"
-            )
+            raise ValueError("keep_members: a whole class is too much to keep; give --members N for smaller groups")
         if not self.grid and self.encoding == "uint8_moments":
-            raise ValueError(
-                "encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32"
-            )
+            raise ValueError("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
         if not self.grid and self.keep_members:
             raise ValueError("keep_members: members are stored as 8-bit images; drop --no-grid")
         return self

@@ -66,8 +66,7 @@ def make_plan(config: MergeConfig, source: Source, encoder: Encoder | None, head
     )
     per_shard = layout.groups_per_shard
     tasks = [
-        ShardTask(shard, tuple(groups[shard * per_shard : (shard + 1) * per_shard]))
-        for shard in range(layout.shards)
+        ShardTask(shard, tuple(groups[shard * per_shard : (shard + 1) * per_shard])) for shard in range(layout.shards)
     ]
     return Plan(tasks, layout, _provenance(config, source, encoder, head, shape), shape)
 

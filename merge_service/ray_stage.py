@@ -38,9 +38,7 @@ def start(address: str | None, workers: int | None, threads: int) -> None:
             raise ConfigError(f"ray_address {address!r}: expected a Ray cluster, found none ({error})") from None
         return
     cpus = max(os.cpu_count() or 1, (workers or 1) * threads)
-    ray.init(
-        address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-    )
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
 def stop() -> None:

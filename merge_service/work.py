@@ -95,9 +95,7 @@ class ShardWorker:
             kept: list[Pixels] = []
             used: list[str] = []
 
-            def pixels(
-                group: Group = group, kept: list[Pixels] = kept, used: list[str] = used
-            ) -> Iterator[Pixels]:
+            def pixels(group: Group = group, kept: list[Pixels] = kept, used: list[str] = used) -> Iterator[Pixels]:
                 for sample in group.samples:
                     image = self._read(group, sample, rejects)
                     if image is not None:
@@ -140,9 +138,7 @@ class ShardWorker:
                     # Without the bad ones the rest of the batch is fine.
                     bad = {index // members for index in error.indices}
                     rejects += [
-                        Reject(
-                            key=batch[i][0].key, sample=batch[i][0].samples[0].name, reason="non-finite gradient"
-                        )
+                        Reject(key=batch[i][0].key, sample=batch[i][0].samples[0].name, reason="non-finite gradient")
                         for i in sorted(bad)
                     ]
                     batch = [item for i, item in enumerate(batch) if i not in bad]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+
+# A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
+MAX_RESIZED_PIXELS = 50_000_000
 
 
 class BadImage(Exception):  # noqa: N818
@@ -22,24 +27,31 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
     ImageFolder.
 
     Raises:
-        BadImage: not an image, cut short, or absurdly large.
+        BadImage: not an image, cut short, or absurdly large or narrow.
     """
     channels, height, width = shape
+    with _opened(data) as image:
+        pixels = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+    array = np.asarray(_resize_and_crop(pixels, height, width))
+    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; whatever PIL has against it becomes BadImage."""
     try:
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                pixels = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
+                yield image
     except UnidentifiedImageError:
         raise BadImage(f"not an image ({len(data)} bytes)") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadImage(f"broken image: {error}") from None
-    array = np.asarray(_resize_and_crop(pixels, height, width))
-    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -58,6 +70,8 @@ def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image
         size = (width, image.height * width // image.width)
     else:
         size = (image.width * height // image.height, height)
+    if size[0] * size[1] > MAX_RESIZED_PIXELS:
+        raise BadImage(f"{image.width}x{image.height} pixels: too narrow to fill {width}x{height}")
     resized = image.resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
     return resized.crop((left, top, left + width, top + height))
@@ -67,11 +81,8 @@ def native_shape(data: bytes) -> tuple[int, int, int]:
     """(C, H, W) of an encoded image without decoding its pixels; C is 1 for greys, else 3.
 
     Raises:
-        BadImage: not an image.
+        BadImage: not an image, or absurdly large.
     """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-            return (1 if grey else 3, image.height, image.width)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadImage(str(error)) from None
+    with _opened(data) as image:
+        grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+        return (1 if grey else 3, image.height, image.width)

@@ -35,7 +35,7 @@ class ParquetReader:
     def _value(self, name: str, row: int) -> Any:
         if self._file is None or self._file[0] != name:
             self._file = (name, pq.ParquetFile(self._location.fs.open(self._location.path(name), "rb")))
-        file = self._file[1]
+        file, wanted = self._file[1], row
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:
@@ -44,7 +44,7 @@ class ParquetReader:
                     self._cached = (name, group, table.column(self._column))
                 return self._cached[2][row].as_py()
             row -= rows
-        raise OSError(f"{name} has no row {row}")
+        raise OSError(f"{name} has no row {wanted}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_location": self._location, "_column": self._column, "_file": None, "_cached": None}
@@ -90,6 +90,7 @@ def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
         field.name
         for field in schema
         if pa.types.is_binary(field.type)
+        or pa.types.is_large_binary(field.type)
         or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
     ]
     if wanted is None and len(candidates) == 1:
@@ -97,15 +98,32 @@ def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
     if wanted in candidates:
         return str(wanted)
     asked = f"the image column {wanted!r}" if wanted else "one image column"
-    raise SourceError(
-        f"{where}: expected {asked}, found {candidates or schema.names}; name it with --image-column"
-    )
+    raise SourceError(f"{where}: expected {asked}, found {candidates or schema.names}; name it with --image-column")
 
 
 def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str | None:
     if wanted is not None and wanted not in schema.names:
         raise SourceError(f"{where}: expected a label column {wanted!r}, found {schema.names}")
-    return wanted or next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if wanted is not None and not _is_class(schema.field(wanted).type):
+        raise SourceError(
+            f"{where}: expected integers or text in the label column {wanted!r}, found {schema.field(wanted).type}"
+        )
+    usable = [name for name in LABEL_COLUMNS if name in schema.names and _is_class(schema.field(name).type)]
+    return wanted or next(iter(usable), None)
+
+
+def _is_class(kind: pa.DataType) -> bool:
+    """Whether values of this type name one class: neither lists of labels nor scores."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    checks = (
+        pa.types.is_integer,
+        pa.types.is_boolean,
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_null,
+    )
+    return any(check(kind) for check in checks)
 
 
 def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Artifact:
                 f"{self.manifest.layout.shards} shards in the manifest); run the same merge command again"
             )
         self.shard_sizes = [shard.groups for shard in self.manifest.shards]
+        self._specs = self.manifest.layout.arrays
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
         self._reset()
 
@@ -87,13 +89,15 @@ class Artifact:
     def read(self, position: int, offset: int) -> Record:
         """Record `offset` of the shard at `position` in the manifest's list."""
         commit = self.commit(position)
-        arrays = self._reader.read(commit, offset)
+        arrays = self._reader.read(commit, offset, self._specs)
         entry = commit.records[offset]
-        if self._verify and checksum(arrays, self.manifest.layout) != entry.checksum:
-            raise CorruptShard(
-                f"{self.location.url}: shard {commit.shard:05d}, record {entry.key}: the bytes read do not have "
-                f"the committed checksum {entry.checksum}; the shard's files are damaged or missing"
-            )
+        for spec in self._specs if self._verify else ():
+            expected = entry.checksums.get(spec.name)
+            if checksum(arrays[spec.name], spec) != expected:
+                raise CorruptShard(
+                    f"{self.location.url}: shard {commit.shard:05d}, record {entry.key}: {spec.name} does not have "
+                    f"the committed checksum {expected}; the shard's files are damaged or missing"
+                )
         return Record(
             key=entry.key,
             count=entry.count,
@@ -103,6 +107,12 @@ class Artifact:
             samples=entry.samples,
             info=entry.info,
         )
+
+    def only(self, names: Collection[str]) -> Artifact:
+        """The same artifact, reading these arrays alone; a record then lacks what the others would give."""
+        selected = copy.copy(self)
+        selected._specs = tuple(spec for spec in self.manifest.layout.arrays if spec.name in names)
+        return selected
 
     def commit(self, position: int) -> Commit:
         """Sidecar of the shard at `position` in the manifest's list."""

@@ -30,9 +30,7 @@ def dataset_card(artifact: Artifact) -> str:
     provenance = {key: value for key, value in facts["provenance"].items() if key != "source"}
     source = dict(facts["provenance"].get("source", {}))
     source.pop("class_names", None)
-    arrays = "\n".join(
-        f"| `{name}` | {spec['dtype']} | {spec['shape']} |" for name, spec in facts["arrays"].items()
-    )
+    arrays = "\n".join(f"| `{name}` | {spec['dtype']} | {spec['shape']} |" for name, spec in facts["arrays"].items())
     size = next(name for limit, name in _SIZES if facts["groups"] < limit)
     return f"""---
 pretty_name: datamerge artifact

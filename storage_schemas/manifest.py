@@ -83,7 +83,7 @@ class FileEntry(Document):
 class RecordEntry(Document):
     """What a commit says of one record.
 
-    `checksum` is the crc32c of its arrays' little-endian bytes in layout order, the same in every format.
+    `checksums` are the crc32c of each array's little-endian bytes, the same in every format.
     `offsets` (webdataset only) are the positions of the raw array data inside the tar file.
     """
 
@@ -91,7 +91,7 @@ class RecordEntry(Document):
     count: Annotated[int, Field(ge=1)]
     label: int | None
     samples: tuple[str, ...]
-    checksum: Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]
+    checksums: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]]
     offsets: dict[str, Count] | None
     info: dict[str, float]
 

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from storage_schemas.manifest import EncodingName, Layout
+from storage_schemas.manifest import ArraySpec, EncodingName, Layout
 from storage_schemas.moments import LEVELS, ExactMoments
 
 Array = npt.NDArray[np.generic]
@@ -120,10 +120,12 @@ def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
     return encoded
 
 
-def checksum(arrays: Mapping[str, Array], layout: Layout) -> str:
-    """crc32c, as 8 hex digits, of the arrays' little-endian C-order bytes in layout order."""
-    digest = google_crc32c.Checksum()
-    for spec in layout.arrays:
-        little = np.ascontiguousarray(arrays[spec.name], dtype=np.dtype(spec.dtype).newbyteorder("<"))
-        digest.update(little.reshape(-1).view(np.uint8))
-    return str(digest.hexdigest().decode())
+def checksum(array: Array, spec: ArraySpec) -> str:
+    """crc32c, as 8 hex digits, of an array's little-endian C-order bytes."""
+    little = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype).newbyteorder("<"))
+    return f"{google_crc32c.value(little.reshape(-1).view(np.uint8)):08x}"
+
+
+def checksums(arrays: Mapping[str, Array], layout: Layout) -> dict[str, str]:
+    """`checksum` of every array of a record, by name; the same in every format."""
+    return {spec.name: checksum(arrays[spec.name], spec) for spec in layout.arrays}

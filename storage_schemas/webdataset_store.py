@@ -17,7 +17,7 @@ import numpy as np
 from storage_schemas.errors import CorruptShard
 from storage_schemas.files import FileRanges
 from storage_schemas.location import Location
-from storage_schemas.manifest import Commit, Layout
+from storage_schemas.manifest import ArraySpec, Commit, Layout
 from storage_schemas.record import Array, Record
 
 
@@ -62,9 +62,8 @@ class WebDatasetReader:
 
     def __init__(self, location: Location, layout: Layout) -> None:
         self._files = FileRanges(location)
-        self._layout = layout
 
-    def read(self, commit: Commit, index: int) -> dict[str, Array]:
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
         """Stored arrays of record `index` of a shard, as copies.
 
         Raises:
@@ -72,7 +71,7 @@ class WebDatasetReader:
         """
         path, record = shard_path(commit.shard), commit.records[index]
         arrays: dict[str, Array] = {}
-        for spec in self._layout.arrays:
+        for spec in specs:
             start = (record.offsets or {}).get(spec.name)
             if start is None:
                 raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")

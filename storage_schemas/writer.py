@@ -31,7 +31,7 @@ from storage_schemas.manifest import (
     dump,
     parse,
 )
-from storage_schemas.record import Record, checksum
+from storage_schemas.record import Record, checksums
 
 
 def commit_path(shard: int) -> str:
@@ -113,7 +113,7 @@ class ArtifactWriter:
                     count=record.count,
                     label=record.label,
                     samples=record.samples,
-                    checksum=checksum(record.arrays, self.layout),
+                    checksums=checksums(record.arrays, self.layout),
                     offsets=offset,
                     info=dict(record.info),
                 )

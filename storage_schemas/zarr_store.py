@@ -75,14 +75,14 @@ class ZarrReader:
         self._layout = layout
         self._indices: OrderedDict[str, npt.NDArray[np.uint64]] = OrderedDict()
 
-    def read(self, commit: Commit, index: int) -> dict[str, Array]:
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
         """Stored arrays of record `index` of a shard.
 
         Raises:
             CorruptShard: a file is missing, cut short, or fails its crc32c.
         """
         sizes = {file.path: file.bytes for file in commit.files}
-        return {spec.name: self._chunk(spec, commit.shard, index, sizes) for spec in self._layout.arrays}
+        return {spec.name: self._chunk(spec, commit.shard, index, sizes) for spec in specs}
 
     def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Array:
         path = _shard_file(spec, shard)

@@ -33,13 +33,13 @@ class RunSummary(BaseModel):
         encoder_sha256: hash of the trained weights.
         original: spec of the encoder the run started from.
         original_sha256: hash of its weights.
-        arm: avg, ind or mean-only.
+        arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
         artifact: where the groups came from.
         plan_sha256: identity of that artifact.
         steps: optimiser steps.
         groups: groups consumed, repetitions counted.
         seconds: wall time of all sittings, without loading the encoder.
-        bytes: estimate of the stored bytes read: groups consumed times the artifact's mean bytes per group.
+        bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
         config: all settings, defaults resolved.
     """
 
@@ -151,9 +151,7 @@ class RunFolder:
                 f"{path}: not a readable checkpoint ({reason}); remove it to continue from the one before"
             ) from None
         if other:
-            raise ConfigError(
-                f"{path}: a checkpoint of a run with other settings; remove it, or choose another RUN"
-            )
+            raise ConfigError(f"{path}: a checkpoint of a run with other settings; remove it, or choose another RUN")
         return state
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:

@@ -18,9 +18,7 @@ from trainer.loop import train as run_training
 @click.argument("run")
 @click.option("--preset", type=click.Choice(preset_names()), help="Settings that ship with datamerge.")
 @click.option("--config", "file", metavar="FILE.toml", help="Settings from a file; flags override them.")
-@click.option(
-    "--arm", type=click.Choice(get_args(Arm)), help="Merged groups, single members, or means only. [avg]"
-)
+@click.option("--arm", type=click.Choice(get_args(Arm)), help="Merged groups, single members, or means only. [avg]")
 @click.option("--members", type=int, help="For --arm ind: first so many stored members of each group. [all]")
 @click.option("--loss", type=click.Choice(get_args(LossName)), help="[auto: by what the artifact stores]")
 @click.option("--encoder", metavar="SPEC", help="Encoder to start from. [the artifact's]")

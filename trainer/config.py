@@ -20,9 +20,7 @@ class TrainConfig(Settings):
     """Settings of `datamerge train`; a TOML file holds them under the same names."""
 
     artifact: str = Field(description="Folder or fsspec URL of the artifact to train on.", min_length=1)
-    run: str = Field(
-        description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
-    )
+    run: str = Field(description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1)
     arm: Arm = Field(
         default="avg",
         description="avg: merged groups with the curvature correction; ind: their stored members one by one; "
@@ -44,20 +42,15 @@ class TrainConfig(Settings):
     curvature: CurvatureName = Field(
         default="gauss_newton", description="Estimate behind the correction; exact is for small models."
     )
-    pseudo_labels: int = Field(
-        default=1, ge=1, description="Pseudo-labels drawn per group and step by gauss_newton."
-    )
+    pseudo_labels: int = Field(default=1, ge=1, description="Pseudo-labels drawn per group and step by gauss_newton.")
     encoder: str | None = Field(
         default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
     )
     head: str | None = Field(
         default=None,
-        description="Frozen class head for cross_entropy (the artifact's, or the encoder's own "
-        "outputs, if not set).",
+        description="Frozen class head for cross_entropy (the artifact's, or the encoder's own outputs, if not set).",
     )
-    steps: int | None = Field(
-        default=None, ge=1, description="Length of the run in optimiser steps; or set epochs."
-    )
+    steps: int | None = Field(default=None, ge=1, description="Length of the run in optimiser steps; or set epochs.")
     epochs: int | None = Field(
         default=None, ge=1, description="Length of the run in passes over the artifact; or set steps."
     )
@@ -79,9 +72,7 @@ class TrainConfig(Settings):
         allow_inf_nan=False,
         description="Largest allowed norm of the gradient (no limit if not set).",
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws."
-    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws.")
     device: str = Field(
         default="auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one."
     )
@@ -92,9 +83,7 @@ class TrainConfig(Settings):
     data_workers: int = Field(
         default=0, ge=0, description="Processes that read ahead (0 reads in the training process)."
     )
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of torch (its own choice if not set)."
-    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch (its own choice if not set).")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
 
     @field_validator("loss_scale")

@@ -80,28 +80,26 @@ def exact(outputs: Tensor, inputs: Tensor, loss: Loss) -> Tensor:
             f"found {width} outputs "
             f'x {values} pixel values; use curvature = "gauss_newton"'
         )
-    rows = [
-        torch.autograd.grad(outputs[:, k].sum(), inputs, create_graph=True)[0].flatten(1) for k in range(width)
-    ]
+    rows = [torch.autograd.grad(outputs[:, k].sum(), inputs, create_graph=True)[0].flatten(1) for k in range(width)]
     jacobian = torch.stack(rows, dim=1)
     diagonal = (jacobian * (loss.output_hessian(outputs) @ jacobian)).sum(dim=1)
     return diagonal.reshape(inputs.shape)
 
 
 def merged_loss(
-    model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Loss, curvature: Curvature | None
+    model: Model, mean: Tensor, variance: Tensor | None, target: Tensor, loss: Loss, curvature: Curvature | None
 ) -> GroupLoss:
     """Loss of merged groups.
 
     Args:
         model: [0, 1] pixels [B, C, H, W] → outputs [B, K].
         mean: x̄, [B, C, H, W].
-        variance: v, [B, C, H, W].
+        variance: v, [B, C, H, W]; None without curvature.
         target: what `loss` takes: embeddings [B, K] or class indices [B].
         loss: the loss at one image.
         curvature: an estimate of diag[GGN_x]; None drops the correction (the `mean-only` arm).
     """
-    if curvature is None:
+    if curvature is None or variance is None:
         value = loss.value(model(mean), target)
         return GroupLoss(value, torch.zeros_like(value))
     inputs = mean.detach().requires_grad_()

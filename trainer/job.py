@@ -100,9 +100,7 @@ def make_job(config: TrainConfig) -> Job:
     if encoder.random_weights:
         warn(f"encoder {spec} starts from random weights; nobody has trained it")
 
-    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(
-        update={"device": str(device)}
-    )
+    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(update={"device": str(device)})
     return Job(
         config=resolved,
         artifact=artifact,
@@ -110,7 +108,7 @@ def make_job(config: TrainConfig) -> Job:
         model=encoder if head is None else nn.Sequential(encoder, head.to(device)),
         loss=SquaredError(config.loss_scale) if loss_name == "squared_error" else CrossEntropy(),
         order=order,
-        collate=Collate(labels=loss_name == "cross_entropy", members=members),
+        collate=Collate(arm=config.arm, labels=loss_name == "cross_entropy", members=members),
         device=device,
         identity={
             **{name: value for name, value in resolved.model_dump(mode="json").items() if name not in _FREE},

@@ -71,9 +71,7 @@ class _Run:
         self.job, self.folder = job, folder
         config = job.config
         self.parameters = [p for p in job.encoder.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.step, self.seconds = 0, 0.0
         self._continue()
         _train_mode(job.encoder)
@@ -150,6 +148,8 @@ class _Run:
         job = self.job
         if batch.members is not None:
             return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
+        if batch.mean is None:
+            raise ValueError("a batch holds members or a mean")
         curvature: Curvature | None = None
         if job.config.arm == "avg":
             curvature = exact
@@ -207,23 +207,34 @@ class _Run:
         weights = self.folder.path / WEIGHTS
         save_encoder(job.encoder.eval(), weights)
         groups, manifest = job.order.groups_until(job.steps), job.artifact.manifest
+        wanted = job.collate.arrays()
+        bytes_read = sum(spec.nbytes for spec in manifest.layout.arrays if spec.name in wanted)
         summary = RunSummary(
             encoder=with_checkpoint(job.encoder.spec, str(weights)),
             encoder_sha256=weights_sha256(job.encoder.model),
             original=job.encoder.spec,
             original_sha256=job.encoder.sha256,
-            arm=job.config.arm,
+            arm=_arm_name(job),
             artifact=job.config.artifact,
             plan_sha256=manifest.plan_sha256,
             steps=job.steps,
             groups=groups,
             seconds=round(self.seconds, 3),
-            bytes=round(groups * manifest.bytes / manifest.groups),
+            bytes=groups * bytes_read,
             config=job.config.model_dump(mode="json"),
         )
         self.folder.publish(summary)
         say(f"finished {job.steps} steps in {self.seconds:.0f} s; encoder: {summary.encoder}")
         return summary
+
+
+def _arm_name(job: Job) -> str:
+    """The arm as the paper writes it: AT-N-Avg, AT-N-Ind; AT-N-Mean without the correction."""
+    grouping = job.artifact.manifest.provenance.get("grouping")
+    size = grouping.get("members") if isinstance(grouping, dict) else None
+    count = job.collate.members if job.config.arm == "ind" else size
+    kind = {"avg": "Avg", "ind": "Ind", "mean-only": "Mean"}[job.config.arm]
+    return f"AT-{count}-{kind}" if count else f"AT-{kind}"
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

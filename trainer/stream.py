@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from storage_schemas import Artifact, DatamergeError, Record
+from trainer.config import Arm
 from trainer.order import Order
 
 
@@ -24,27 +25,31 @@ class Batch(NamedTuple):
 
     Attributes:
         keys: record keys.
-        mean: float32 [B, C, H, W] in [0, 1].
-        variance: float32 [B, C, H, W].
+        mean: float32 [B, C, H, W] in [0, 1]; None when the arm does not use it.
+        variance: float32 [B, C, H, W]; None when the arm does not use it.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
         members: uint8 [M, C, H, W], group after group; None when the arm does not use them.
         counts: members of each group; their sum is M.
     """
 
     keys: list[str]
-    mean: Tensor
-    variance: Tensor
+    mean: Tensor | None
+    variance: Tensor | None
     target: Tensor
     members: Tensor | None
     counts: list[int]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return self._replace(
-            mean=self.mean.to(device, non_blocking=True),
-            variance=self.variance.to(device, non_blocking=True),
+            mean=move(self.mean),
+            variance=move(self.variance),
             target=self.target.to(device, non_blocking=True),
-            members=None if self.members is None else self.members.to(device, non_blocking=True),
+            members=move(self.members),
         )
 
 
@@ -73,13 +78,24 @@ class Collate:
     """Stacks records to a batch.
 
     Attributes:
+        arm: which tensors are needed.
         labels: the target is the record's label, else its embedding.
         members: how many of each group's first stored members to deliver (a smaller group delivers all it
             has); 0 for none.
     """
 
+    arm: Arm
     labels: bool
     members: int
+
+    def arrays(self) -> set[str]:
+        """Names of the stored arrays that this arm reads; the others are left alone."""
+        names = {
+            "avg": {"sum", "scatter", "mean", "mean_square"},
+            "mean-only": {"sum", "mean"},
+            "ind": {"members"},
+        }
+        return names[self.arm] | (set() if self.labels else {"target"})
 
     def __call__(self, records: list[Record | DatamergeError]) -> Batch | DatamergeError:
         groups: list[Record] = []
@@ -90,8 +106,8 @@ class Collate:
         stored = [self._members(record) for record in groups] if self.members else []
         return Batch(
             keys=[record.key for record in groups],
-            mean=torch.from_numpy(np.stack([record.mean for record in groups])),
-            variance=torch.from_numpy(np.stack([record.variance for record in groups])),
+            mean=_stack([record.mean for record in groups]) if self.arm != "ind" else None,
+            variance=_stack([record.variance for record in groups]) if self.arm == "avg" else None,
             target=self._targets(groups),
             members=torch.from_numpy(np.concatenate(stored)) if stored else None,
             counts=[len(members) for members in stored],
@@ -100,10 +116,14 @@ class Collate:
     def _targets(self, groups: list[Record]) -> Tensor:
         if self.labels:
             return torch.tensor([_present(record.label, record, "label") for record in groups])
-        return torch.from_numpy(np.stack([_present(record.target, record, "target") for record in groups]))
+        return _stack([_present(record.target, record, "target") for record in groups])
 
     def _members(self, record: Record) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         return _present(record.members, record, "members")[: self.members]
+
+
+def _stack(arrays: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))
 
 
 T = TypeVar("T")
@@ -144,7 +164,7 @@ def stream(
         CorruptShard: bytes that differ from what was committed.
     """
     loader: DataLoader[Record | DatamergeError] = DataLoader(
-        Groups(artifact),
+        Groups(artifact.only(collate.arrays())),
         batch_sampler=_Steps(order, start, stop),
         collate_fn=collate,
         num_workers=workers,

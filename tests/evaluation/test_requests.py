@@ -40,9 +40,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
-def test_bad_images_are_counted_and_listed(
-    two_class: str, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "dark" / "broken.png").write_bytes(b"not a picture")
     baseline, again = measure(two_class, two_class, data=photos, head="outputs")
     assert (baseline.images, baseline.labelled) == (4, 4)

@@ -176,9 +176,7 @@ def test_parameter_gradients_match_the_dense_oracle(loss: Loss) -> None:
 
     outputs = network(mean)
     value = (
-        (outputs - target).square().sum()
-        if squared
-        else functional.cross_entropy(outputs, target, reduction="sum")
+        (outputs - target).square().sum() if squared else functional.cross_entropy(outputs, target, reduction="sum")
     )
     oracle = value + 0.5 * (variance * _diagonal(network, mean, hessian)).sum()
     for mine, theirs in zip(found, torch.autograd.grad(oracle, parameters), strict=True):

@@ -54,7 +54,5 @@ def test_any_step_can_be_the_first(sizes: list[int], seed: int, batch: int, star
 
 
 def test_random_streams_are_distinct() -> None:
-    seeds = [
-        stream_seed(seed, purpose, index) for seed in range(4) for purpose in (1, 2, 3) for index in range(50)
-    ]
+    seeds = [stream_seed(seed, purpose, index) for seed in range(4) for purpose in (1, 2, 3) for index in range(50)]
     assert len(set(seeds)) == len(seeds)

@@ -123,9 +123,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(make_artifact: Mak
     file = tmp_path / "settings.toml"
     file.write_text("seed = 4\nbatch_size = 2\nwarmup_steps = 0\n")
     arguments = [make_artifact(), str(tmp_path / "run"), "--preset", "paper", "--config", str(file)]
-    result = CliRunner().invoke(
-        command, [*arguments, "--epochs", "1", "--seed", "9", "--lr", "0.001", "--clip", "2"]
-    )
+    result = CliRunner().invoke(command, [*arguments, "--epochs", "1", "--seed", "9", "--lr", "0.001", "--clip", "2"])
     assert result.exit_code == 0, result.output
     config = json.loads((tmp_path / "run/run.json").read_text())["config"]
     expected = {"seed": 9, "batch_size": 2, "steps": 5, "learning_rate": 0.001, "weight_decay": 1e-4}

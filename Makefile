@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PACKAGES := datamerge.py storage_schemas console sources adversarial merge_service trainer evaluation demo tests
+# Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help demo test check lint format clean
+
+help:
+	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
+	@echo "make test    run the tests"
+	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
+	@echo "make format  reformat the code"
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing datamerge and what the demo needs into $(VENV) …"
+	$(PIP) torch
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo "installing test tools into $(VENV) …"
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/datamerge demo demo-output
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(PACKAGES)
+	$(BIN)/ruff format --check $(PACKAGES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+
+check: lint test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(PACKAGES)
+	$(BIN)/ruff format $(PACKAGES)
+
+clean:
+	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

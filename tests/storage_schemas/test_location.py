@@ -1,0 +1,92 @@
+"""Folders through fsspec: whole files or none, and errors that name the URL."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from storage_schemas import Location, UserError
+
+
+@pytest.fixture(params=["local", "memory"])
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    if request.param == "local":
+        yield Location(tmp_path / "deep" / "er")
+        return
+    yield Location("memory://location-tests/deep/er")
+    files = fsspec.filesystem("memory")
+    if files.exists("/location-tests"):
+        files.rm("/location-tests", recursive=True)
+
+
+def test_one_behaviour_on_every_file_system(location: Location) -> None:
+    assert not location.exists()
+    assert location.names() == []
+    assert location.names("nowhere") == []
+    location.write("b/two", b"0123456789")
+    location.write("a", b"")
+    location.write("b/one", b"x")
+    location.write("b/two", b"9876543210")
+    assert location.exists()
+    assert location.exists("b/two")
+    assert not location.exists("b/three")
+    assert location.names() == ["a", "b"]
+    assert location.names("b") == ["one", "two"]
+    assert location.read("b/two") == b"9876543210"
+    assert location.read("b/two", 2, 5) == b"765"
+    assert location.read("a") == b""
+    assert location.size("b/two") == 10
+    location.remove("b/two")
+    assert location.names("b") == ["one"]
+    for read in (location.read, location.size):
+        with pytest.raises(FileNotFoundError):
+            read("b/two")
+
+
+def test_pickles(location: Location) -> None:
+    location.write("a", b"text")
+    copy = pickle.loads(pickle.dumps(location))  # noqa: S301 - our own bytes
+    assert copy.read("a") == b"text"
+    assert copy.url == location.url
+
+
+def test_local_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = Location(tmp_path)
+    location.write("f", b"old")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(KeyboardInterrupt):
+            location.write("f", b"new and longer")
+    assert location.read("f") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_local_files_are_readable_by_others(tmp_path: Path) -> None:
+    """A published artifact is read by other accounts; temporary files are private by default."""
+    Location(tmp_path).write("f", b"x")
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o644
+
+
+def test_relative_paths_and_trailing_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Location("here/").write("f", b"x")
+    assert (tmp_path / "here" / "f").read_bytes() == b"x"
+    assert Location("./here").names() == ["f"]
+    assert Location("./here").is_local
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/x", "no-driver://x"])
+def test_an_unknown_protocol_is_the_users_error(url: str) -> None:
+    with pytest.raises(UserError, match=url.partition(":")[0]) as caught:
+        Location(url)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,123 @@
+"""The JSON documents are strict, and tell everything that is wrong with them at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage_schemas import Commit, Layout, Manifest, Record, SchemaError, open_artifact
+from storage_schemas.manifest import dump, parse
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def manifest(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Callable[..., list[Record]]
+) -> dict[str, Any]:
+    """The JSON of a real manifest."""
+    write_artifact(tmp_path / "a", make_layout("webdataset"), (1,))
+    document: dict[str, Any] = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    return document
+
+
+def test_documents_round_trip(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    models: list[tuple[str, type[Manifest] | type[Commit]]] = [
+        ("manifest.json", Manifest),
+        ("commits/00000.json", Commit),
+    ]
+    for path, model in models:
+        data = (tmp_path / "a" / path).read_bytes()
+        assert dump(parse(model, data, path)) == data
+
+
+@pytest.mark.parametrize(
+    ("edit", "path"),
+    [
+        (lambda m: m.update(surprise=1), "surprise"),
+        (lambda m: m["layout"].update(surprise=1), "layout.surprise"),
+        (lambda m: m["layout"].update(format="parquet"), "layout.format"),
+        (lambda m: m["layout"].update(encoding="float16"), "layout.encoding"),
+        (lambda m: m["layout"].update(groups="7"), "layout.groups"),
+        (lambda m: m["layout"].update(groups=7.0), "layout.groups"),
+        (lambda m: m["layout"].update(groups=0), "layout.groups"),
+        (lambda m: m["layout"].update(groups_per_shard=0), "layout.groups_per_shard"),
+        (lambda m: m["layout"]["arrays"][0].update(dtype="float16"), "layout.arrays.0.dtype"),
+        (lambda m: m["layout"]["arrays"][0].update(name="median"), "layout.arrays.0.name"),
+        (lambda m: m["layout"]["arrays"][1].update(shape=[3, 0, 5]), "layout.arrays.1.shape.1"),
+        (lambda m: m.update(complete="yes"), "complete"),
+        (lambda m: m.update(complete=1), "complete"),
+        (lambda m: m.update(plan_sha256="abc"), "plan_sha256"),
+        (lambda m: m.pop("shards"), "shards"),
+        (lambda m: m["shards"][2].update(bytes=-1), "shards.2.bytes"),
+        (lambda m: m["shards"][0].update(commit_sha256="Z" * 64), "shards.0.commit_sha256"),
+        (lambda m: m.update(files=[{"path": "../../etc/passwd", "bytes": 1, "sha256": "0" * 64}]), "files.0.path"),
+        (lambda m: m.update(files=[{"path": "/etc/passwd", "bytes": 1, "sha256": "0" * 64}]), "files.0.path"),
+        (lambda m: m.update(files=[{"path": "a//b", "bytes": 1, "sha256": "0" * 64}]), "files.0.path"),
+    ],
+)
+def test_every_deviation_is_refused_with_its_path(manifest: dict[str, Any], edit: Edit, path: str) -> None:
+    parse(Manifest, json.dumps(manifest), "here")
+    edit(manifest)
+    with pytest.raises(SchemaError) as caught:
+        parse(Manifest, json.dumps(manifest), "here/manifest.json")
+    message = str(caught.value)
+    assert message.startswith("here/manifest.json: 1 problem(s)")
+    assert f" {path}: " in message
+    assert "\n" not in message
+
+
+def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
+    manifest["layout"]["groups"] = "seven"
+    manifest["shards"][1]["groups"] = None
+    manifest["writer"] = 3
+    del manifest["provenance"]
+    with pytest.raises(SchemaError, match="4 problem") as caught:
+        parse(Manifest, json.dumps(manifest), "m")
+    for path in ("layout.groups", "shards.1.groups", "writer", "provenance"):
+        assert f" {path}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("found", [2, 0, 99])
+def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, Any], found: int) -> None:
+    """A newer release will also have keys that this one does not know: they are not the news."""
+    manifest.update(schema_version=found, new_in_version_2=True)
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SchemaError, match=rf"schema_version {found} .*reads 1.*newer datamerge") as caught:
+        open_artifact(tmp_path / "a")
+    assert "new_in_version_2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 1', b'"text"'])
+def test_what_is_no_document_is_a_schema_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(SchemaError, match=r"manifest\.json"):
+        open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("edit", [lambda m: m.pop("schema_version"), lambda m: m.update(schema_version="1")])
+def test_a_version_that_is_no_number(manifest: dict[str, Any], edit: Edit) -> None:
+    edit(manifest)
+    with pytest.raises(SchemaError, match="schema_version: "):
+        parse(Manifest, json.dumps(manifest), "m")
+
+
+@pytest.mark.parametrize("key", ["a.b", "a/b", "", "ä", "a b"])
+def test_keys_that_tar_or_zarr_would_mangle_are_refused(tmp_path: Path, manifest: dict[str, Any], key: str) -> None:
+    commit = json.loads((tmp_path / "a" / "commits" / "00000.json").read_text())
+    commit["records"][0]["key"] = key
+    with pytest.raises(SchemaError, match=r"records\.0\.key: "):
+        parse(Commit, json.dumps(commit), "c")
+
+
+def test_documents_cannot_be_changed(manifest: dict[str, Any]) -> None:
+    document = parse(Manifest, json.dumps(manifest), "m")
+    with pytest.raises(ValueError, match="frozen"):
+        document.complete = False
+    assert document.groups == 6
+    assert document.layout.shards == 3
+    assert document.layout.bytes_per_record == 3 * 4 * 5 * (2 + 4) + 6 * 4 + 5 * 60

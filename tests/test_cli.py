@@ -1,0 +1,94 @@
+"""The `datamerge` command from outside: help that answers at once, errors that are one line and an exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("merge", "train", "evaluate", "inspect", "preview", "demo")
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "datamerge", *arguments], capture_output=True, text=True)
+
+
+def test_help_lists_every_command() -> None:
+    done = _run("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert done.stderr == ""
+    assert _run("-h").stdout == done.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "ray", "zarr", "pydantic", "numpy", "PIL", "pyarrow", "fsspec", "rich", "storage_schemas"]
+    code = (
+        "import sys, datamerge\n"
+        "sys.argv = ['datamerge', '--help']\n"
+        "try:\n    datamerge.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('IMPORTED', [name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("IMPORTED []")
+
+
+def test_inspect_imports_no_torch(tmp_path: Path) -> None:
+    """Looking at an artifact works where only the contract is installed."""
+    code = (
+        "import sys, datamerge\n"
+        f"sys.argv = ['datamerge', 'inspect', {str(tmp_path)!r}]\n"
+        "try:\n    datamerge.main()\nexcept SystemExit as end:\n    print('EXIT', end.code)\n"
+        "print('IMPORTED', [name for name in ('torch', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["EXIT 2", "IMPORTED []"]
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    done = _run("--version")
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"datamerge, version {version('datamerge')}"
+
+
+@pytest.mark.parametrize("arguments", [("mrege",), ("--surprise",), ("inspect",), ("inspect", "a", "--surprise")])
+def test_a_malformed_command_line_exits_with_2(arguments: tuple[str, ...]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Error: " in done.stderr
+
+
+def test_no_command_shows_help() -> None:
+    done = _run()
+    assert done.returncode == 2
+    assert "merge" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "preview"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "unknown protocol"])
+def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str, kind: str) -> None:
+    place = tmp_path / "x"
+    if kind == "empty":
+        place.mkdir()
+    if kind == "file":
+        place.write_text("text")
+    done = _run(command, "nosuch://x" if kind == "unknown protocol" else str(place))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+
+
+def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
+    done = _run("inspect", str(tmp_path))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "schema_version 99" in done.stderr
