@@ -108,4 +108,4 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed() -> None:
     settings = load_settings(Attack, None, {"members": 1})
     with pytest.raises(ValueError, match="frozen"):
-        settings.steps = 3
+        settings.steps = 3  # type: ignore[misc]

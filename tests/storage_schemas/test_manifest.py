@@ -117,7 +117,7 @@ def test_keys_that_tar_or_zarr_would_mangle_are_refused(tmp_path: Path, manifest
 def test_documents_cannot_be_changed(manifest: dict[str, Any]) -> None:
     document = parse(Manifest, json.dumps(manifest), "m")
     with pytest.raises(ValueError, match="frozen"):
-        document.complete = False
+        document.complete = False  # type: ignore[misc]
     assert document.groups == 6
     assert document.layout.shards == 3
     assert document.layout.bytes_per_record == 3 * 4 * 5 * (2 + 4) + 6 * 4 + 5 * 60

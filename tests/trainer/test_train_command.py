@@ -106,7 +106,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
 def test_settings_are_immutable() -> None:
     config = TrainConfig(artifact="a", run="r", steps=5)
     with pytest.raises(ValidationError):
-        config.seed = 1
+        config.seed = 1  # type: ignore[misc]
 
 
 def test_the_paper_preset_is_the_papers_table() -> None:
