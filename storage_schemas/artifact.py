@@ -9,13 +9,14 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.files import damage
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, parse
 from storage_schemas.record import Array, Record, checksum
@@ -23,33 +24,42 @@ from storage_schemas.webdataset_store import WebDatasetReader
 from storage_schemas.writer import commit_path
 from storage_schemas.zarr_store import ZarrReader
 
-CACHED_COMMITS = 256
+CACHED_COMMITS = 64
+
+Verify = Literal["off", "record", "shard"]
 
 
-def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify: bool = True) -> Artifact:
+def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify: Verify = "record") -> Artifact:
     """Open an artifact for reading.
 
     Args:
         url: a folder or fsspec URL.
         partial: accept an artifact whose merge has not finished; its committed shards are served.
-        verify: compare each record's checksum on read.
+        verify: what is compared with the committed checksums when a record is read: its arrays (`record`), all
+            files of its shard once, when the first of its records is read (`shard`), or nothing (`off`).
+            Sidecars are always checked.
 
     Raises:
+        ConfigError: another value of `verify`.
         NotAnArtifact: no manifest there, or an unfinished merge without `partial`.
         SchemaError: a manifest that does not follow the format.
+        CorruptShard: a manifest that is not as it was written.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify: expected one of {', '.join(get_args(Verify))}, found {verify!r}")
     return Artifact(Location(url), partial=partial, verify=verify)
 
 
 class Artifact:
-    """A sequence of `Record`s. Index i counts committed groups in storage order.
+    """A sequence of `Record`s. Index i counts committed groups in storage order; a key works as an index too.
 
-    Instances can be pickled and sent to workers; open files are not shared.
+    The arrays of a record are read-only: those of a local tar file are views of it. Instances can be pickled and sent to workers; open files are not shared.
     """
 
-    def __init__(self, location: Location, *, partial: bool, verify: bool) -> None:
+    def __init__(self, location: Location, *, partial: bool, verify: Verify) -> None:
         self.location = location
         self._verify = verify
+        self._checked_shards: set[int] = set()
         try:
             data = location.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
@@ -68,13 +78,15 @@ class Artifact:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Record:
-        """Record `index`; negative indices count from the end.
+    def __getitem__(self, index: int | str) -> Record:
+        """The record with this index or key; negative indices count from the end.
 
         Raises:
-            IndexError: no such record.
+            IndexError, KeyError: no such record.
             CorruptShard: its bytes are not the committed ones.
         """
+        if isinstance(index, str):
+            return self.read(*self._find(index))
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
         index %= len(self)
@@ -89,9 +101,12 @@ class Artifact:
     def read(self, position: int, offset: int) -> Record:
         """Record `offset` of the shard at `position` in the manifest's list."""
         commit = self.commit(position)
+        if self._verify == "shard" and position not in self._checked_shards:
+            self._check_files(commit)
+            self._checked_shards.add(position)
         arrays = self._reader.read(commit, offset, self._specs)
         entry = commit.records[offset]
-        for spec in self._specs if self._verify else ():
+        for spec in self._specs if self._verify == "record" else ():
             expected = entry.checksums.get(spec.name)
             if checksum(arrays[spec.name], spec) != expected:
                 raise CorruptShard(
@@ -133,16 +148,28 @@ class Artifact:
         return commit
 
     def index_of(self, key: str) -> int:
-        """Index of the record with this key; reads sidecars until it is found.
+        """Index of the record with this key; reads the sidecars whose range of keys holds it, as a rule one.
 
         Raises:
             KeyError: no such key.
         """
-        for position in range(len(self.shard_sizes)):
-            for offset, entry in enumerate(self.commit(position).records):
-                if entry.key == key:
-                    return int(self._starts[position] + offset)
+        position, offset = self._find(key)
+        return int(self._starts[position]) + offset
+
+    def _find(self, key: str) -> tuple[int, int]:
+        for position, entry in enumerate(self.manifest.shards):
+            if entry.key_range is None or not entry.key_range[0] <= key <= entry.key_range[1]:
+                continue
+            for offset, record in enumerate(self.commit(position).records):
+                if record.key == key:
+                    return position, offset
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
+
+    def _check_files(self, commit: Commit) -> None:
+        for file in commit.files:
+            found = damage(self.location, file)
+            if found is not None:
+                raise CorruptShard(f"{self.location.url}/{file.path}: {found}; run `datamerge verify` to see the rest")
 
     def head(self) -> tuple[dict[str, Array], list[str]] | None:
         """The class head's tensors (see `parse_head`) and class names, if the artifact has one.

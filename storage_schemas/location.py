@@ -59,7 +59,11 @@ class Location:
     def write(self, relative: str, data: bytes) -> None:
         """Write a file so that a reader sees all of it or none, whatever kills this process."""
         if self.is_local:
-            _write_local(Path(self.path(relative)), data)
+            try:
+                _write_local(Path(self.path(relative)), data)
+            except FileNotFoundError:
+                # Another writer that has just finished took our temporary file for a leftover; it does so once.
+                _write_local(Path(self.path(relative)), data)
         else:
             # Object stores publish a PUT only when it is complete.
             self.fs.pipe_file(self.path(relative), data)

@@ -1,28 +1,41 @@
 """The JSON documents of an artifact: `manifest.json` and one commit sidecar per shard.
 
 Parsing is strict: an unknown key, a wrong type or an unknown version is an error, and all problems of a
-document are reported at once with their paths. FORMAT.md describes every field.
+document are reported at once with their paths. Every document is sealed: it holds the sha256 of its own bytes,
+so that a flipped bit in a count or in the provenance is noticed too. FORMAT.md describes every field.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
 
 Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
 Count = Annotated[int, Field(ge=0)]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+Seal = Annotated[Sha256, Field(description="sha256 of this document with these 64 digits replaced by zeros")]
+
+# Arrays without which a record has no moments; all others are optional.
+MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
+    "float32": ("mean", "mean_square"),
+    "uint8_moments": ("sum", "scatter"),
+}
 
 
 class Document(BaseModel):
@@ -32,10 +45,16 @@ class Document(BaseModel):
 
 
 class ArraySpec(Document):
-    """One array of every record: its name, little-endian dtype and shape per record."""
+    """One array of every record: its name, little-endian dtype and shape per record.
 
-    name: Literal["sum", "scatter", "mean", "mean_square", "target", "members", "clean"]
-    dtype: Literal["uint8", "uint16", "uint32", "uint64", "float32"]
+    Names that a release does not know are allowed: they are stored, checked and served like the others, so that an
+    optional array can be added without a new schema version.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    dtype: Literal[
+        "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+    ]
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
     @classmethod
@@ -57,6 +76,16 @@ class Layout(Document):
     arrays: tuple[ArraySpec, ...]
     groups: Annotated[int, Field(ge=1, description="planned groups, rejected ones included")]
     groups_per_shard: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _arrays_go_together(self) -> Layout:
+        names = [array.name for array in self.arrays]
+        missing = [name for name in MOMENT_ARRAYS[self.encoding] if name not in names]
+        if missing:
+            raise ValueError(f"arrays: encoding {self.encoding} needs {' and '.join(missing)}, found {names}")
+        if len(set(names)) < len(names) or {"count", "label"} & set(names):
+            raise ValueError(f"arrays: expected distinct names other than count and label, found {names}")
+        return self
 
     @property
     def shards(self) -> int:
@@ -87,7 +116,7 @@ class RecordEntry(Document):
     `offsets` (webdataset only) are the positions of the raw array data inside the tar file.
     """
 
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+    key: Key
     count: Annotated[int, Field(ge=1)]
     label: int | None
     samples: tuple[str, ...]
@@ -124,6 +153,7 @@ class Commit(Document):
     records: tuple[RecordEntry, ...]
     rejects: tuple[Reject, ...]
     ranges: Ranges | None
+    self_sha256: Seal
 
     @property
     def bytes(self) -> int:
@@ -132,13 +162,18 @@ class Commit(Document):
 
 
 class ShardEntry(Document):
-    """What the manifest says of one committed shard."""
+    """What the manifest says of one committed shard.
+
+    `key_range` is the first and the last of its keys in alphabetical order: a key is looked up in the shards whose
+    range holds it.
+    """
 
     shard: Annotated[int, Field(ge=0)]
     groups: Count
     rejected: Count
     bytes: Count
     commit_sha256: Sha256
+    key_range: tuple[Key, Key] | None
 
 
 class Manifest(Document):
@@ -152,6 +187,7 @@ class Manifest(Document):
     provenance: dict[str, JsonValue]
     files: tuple[FileEntry, ...]
     shards: tuple[ShardEntry, ...]
+    self_sha256: Seal
 
     @property
     def groups(self) -> int:
@@ -164,32 +200,55 @@ class Manifest(Document):
         return sum(shard.bytes for shard in self.shards)
 
 
-D = TypeVar("D", bound=Document)
+D = TypeVar("D", Manifest, Commit)
 
 
-def parse(model: type[D], data: bytes | str, where: str) -> D:
-    """Parse a JSON document.
+def parse(model: type[D], data: bytes, where: str) -> D:
+    """Parse a sealed JSON document.
 
     Raises:
-        SchemaError: names the release needed for an unknown version, else lists every problem with its path.
+        UnknownVersion: names the release needed.
+        SchemaError: lists every problem with its path.
+        CorruptShard: the document follows the format, and its bytes are not the ones that were sealed.
     """
     try:
-        return model.model_validate_json(data)
+        document = model.model_validate_json(data)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    else:
+        if _seal(_with_seal(data, document.self_sha256, UNSEALED)) != document.self_sha256:
+            raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
+        return document
     for problem in problems:
         if problem["loc"] == ("schema_version",) and isinstance(problem["input"], int):
-            raise SchemaError(
-                f"{where}: schema_version {problem['input']} is not one this release reads "
-                f"(it reads {SCHEMA_VERSION}); install a newer datamerge"
-            )
+            raise UnknownVersion(_unknown_version(problem["input"], data, where))
     details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems)
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
 
 
-def dump(document: Document) -> bytes:
-    """Serialise a document; the same document always gives the same bytes."""
-    return document.model_dump_json(indent=1).encode() + b"\n"
+def dump(document: Manifest | Commit) -> bytes:
+    """Serialise and seal a document; the same document always gives the same bytes."""
+    unsealed = document.model_copy(update={"self_sha256": UNSEALED})
+    data = unsealed.model_dump_json(indent=1).encode() + b"\n"
+    return _with_seal(data, UNSEALED, _seal(data))
+
+
+def _seal(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _with_seal(data: bytes, old: str, new: str) -> bytes:
+    """The seal is the last field; the same digits may occur before it, in the provenance for example."""
+    before, _, after = data.rpartition(old.encode())
+    return before + new.encode() + after
+
+
+def _unknown_version(found: int, data: bytes, where: str) -> str:
+    writer = json.loads(data).get("writer")
+    release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
+    return (
+        f"{where}: schema_version {found} is not one this release reads (it reads {SCHEMA_VERSION}); install {release}"
+    )
 
 
 def _dotted(location: tuple[Any, ...]) -> str:

@@ -25,6 +25,11 @@ def shard_path(shard: int) -> str:
     return f"shards/{shard:05d}.tar"
 
 
+def shard_files(layout: Layout, shard: int) -> list[str]:
+    """Paths of a shard's files."""
+    return [shard_path(shard)]
+
+
 def encode_shard(
     layout: Layout, shard: int, records: Sequence[Record]
 ) -> tuple[dict[str, bytes], list[dict[str, int] | None]]:
@@ -64,7 +69,7 @@ class WebDatasetReader:
         self._files = FileRanges(location)
 
     def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        """Stored arrays of record `index` of a shard, as copies.
+        """Stored arrays of record `index` of a shard: read-only views of the file's map where it is local.
 
         Raises:
             CorruptShard: the tar file is missing or shorter than committed.
@@ -76,5 +81,5 @@ class WebDatasetReader:
             if start is None:
                 raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
             values = self._files.read(path, start, spec.nbytes).view(np.dtype(spec.dtype).newbyteorder("<"))
-            arrays[spec.name] = values.astype(spec.dtype).reshape(spec.shape)
+            arrays[spec.name] = values.astype(spec.dtype, copy=False).reshape(spec.shape)
         return arrays

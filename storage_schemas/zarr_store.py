@@ -44,6 +44,12 @@ def metadata_files(layout: Layout) -> dict[str, bytes]:
     return _contents(store)
 
 
+def shard_files(layout: Layout, shard: int) -> list[str]:
+    """Paths of a shard's files."""
+    arrays = [_shard_file(spec.name, shard, len(spec.shape)) for spec in layout.arrays]
+    return [*arrays, *(_shard_file(name, shard, 0) for name in ("count", "label"))]
+
+
 def encode_shard(
     layout: Layout, shard: int, records: Sequence[Record]
 ) -> tuple[dict[str, bytes], list[dict[str, int] | None]]:
@@ -76,7 +82,7 @@ class ZarrReader:
         self._indices: OrderedDict[str, npt.NDArray[np.uint64]] = OrderedDict()
 
     def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        """Stored arrays of record `index` of a shard.
+        """Stored arrays of record `index` of a shard, read-only.
 
         Raises:
             CorruptShard: a file is missing, cut short, or fails its crc32c.
@@ -85,7 +91,7 @@ class ZarrReader:
         return {spec.name: self._chunk(spec, commit.shard, index, sizes) for spec in specs}
 
     def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Array:
-        path = _shard_file(spec, shard)
+        path = _shard_file(spec.name, shard, len(spec.shape))
         where = f"{path}, record {index}"
         start, size = (int(value) for value in self._index(path, sizes.get(path, 0))[index])
         if size > MAX_CHUNK_OVERHEAD + 2 * spec.nbytes:  # also the mark of an inner chunk that was never written
@@ -97,7 +103,8 @@ class ZarrReader:
             raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
         if len(data) != spec.nbytes:
             raise CorruptShard(f"{where}: expected {spec.nbytes} bytes, found {len(data)}")
-        return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).astype(spec.dtype).reshape(spec.shape)
+        values = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"))
+        return values.astype(spec.dtype, copy=False).reshape(spec.shape)
 
     def _index(self, path: str, file_size: int) -> npt.NDArray[np.uint64]:
         """(offset, size) of every inner chunk: the last 16 bytes a chunk of the file, and their crc32c."""
@@ -125,8 +132,8 @@ def _checked(data: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.uint8]:
     return payload
 
 
-def _shard_file(spec: ArraySpec, shard: int) -> str:
-    return "/".join([STORE, spec.name, "c", str(shard), *("0" for _ in spec.shape)])
+def _shard_file(array: str, shard: int, axes: int) -> str:
+    return "/".join([STORE, array, "c", str(shard), *("0" * axes)])
 
 
 def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
