@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ from safetensors.numpy import load as load_safetensors
 from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.files import damage
 from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, parse
+from storage_schemas.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
 from storage_schemas.record import Array, Record, checksum
 from storage_schemas.webdataset_store import WebDatasetReader
 from storage_schemas.writer import commit_path
@@ -53,7 +53,8 @@ def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify:
 class Artifact:
     """A sequence of `Record`s. Index i counts committed groups in storage order; a key works as an index too.
 
-    The arrays of a record are read-only: those of a local tar file are views of it. Instances can be pickled and sent to workers; open files are not shared.
+    The arrays of a record are read-only: those of a local tar file are views of it.
+    Instances can be pickled and sent to workers; open files are not shared.
     """
 
     def __init__(self, location: Location, *, partial: bool, verify: Verify) -> None:
@@ -104,15 +105,11 @@ class Artifact:
         if self._verify == "shard" and position not in self._checked_shards:
             self._check_files(commit)
             self._checked_shards.add(position)
-        arrays = self._reader.read(commit, offset, self._specs)
         entry = commit.records[offset]
-        for spec in self._specs if self._verify == "record" else ():
-            expected = entry.checksums.get(spec.name)
-            if checksum(arrays[spec.name], spec) != expected:
-                raise CorruptShard(
-                    f"{self.location.url}: shard {commit.shard:05d}, record {entry.key}: {spec.name} does not have "
-                    f"the committed checksum {expected}; the shard's files are damaged or missing"
-                )
+        try:
+            arrays = read_arrays(self._reader, commit, offset, self._specs, check=self._verify == "record")
+        except CorruptShard as error:
+            raise CorruptShard(f"{self.location.url}: {error}; see `datamerge verify`") from None
         return Record(
             key=entry.key,
             count=entry.count,
@@ -169,7 +166,9 @@ class Artifact:
         for file in commit.files:
             found = damage(self.location, file)
             if found is not None:
-                raise CorruptShard(f"{self.location.url}/{file.path}: {found}; run `datamerge verify` to see the rest")
+                raise CorruptShard(
+                    f"{self.location.url}/{file.path}: {found}; run `datamerge verify` to see the rest"
+                )
 
     def head(self) -> tuple[dict[str, Array], list[str]] | None:
         """The class head's tensors (see `parse_head`) and class names, if the artifact has one.
@@ -199,9 +198,7 @@ class Artifact:
 
     def _reset(self) -> None:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
-        layout = self.manifest.layout
-        reader = ZarrReader if layout.format == "zarr" else WebDatasetReader
-        self._reader: ZarrReader | WebDatasetReader = reader(self.location, layout)
+        self._reader = make_reader(self.location, self.manifest.layout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_commits", "_reader")}
@@ -213,6 +210,33 @@ class Artifact:
     def __repr__(self) -> str:
         layout = self.manifest.layout
         return f"<Artifact {self.location.url}: {len(self)} groups, {layout.format}, {layout.encoding}>"
+
+
+Reader = ZarrReader | WebDatasetReader
+
+
+def make_reader(location: Location, layout: Layout) -> Reader:
+    """The reader of a layout's format."""
+    return ZarrReader(location, layout) if layout.format == "zarr" else WebDatasetReader(location)
+
+
+def read_arrays(
+    reader: Reader, commit: Commit, index: int, specs: Sequence[ArraySpec], check: bool
+) -> dict[str, Array]:
+    """Arrays of record `index` of a shard, compared with their checksums if `check`.
+
+    Raises:
+        CorruptShard: names the record and the first array that is not as it was committed.
+    """
+    arrays = reader.read(commit, index, specs)
+    record = commit.records[index]
+    for spec in specs if check else ():
+        found, expected = checksum(arrays[spec.name], spec), record.checksums.get(spec.name)
+        if found != expected:
+            raise CorruptShard(
+                f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, expected {expected}"
+            )
+    return arrays
 
 
 def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:

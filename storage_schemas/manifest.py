@@ -247,7 +247,8 @@ def _unknown_version(found: int, data: bytes, where: str) -> str:
     writer = json.loads(data).get("writer")
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
-        f"{where}: schema_version {found} is not one this release reads (it reads {SCHEMA_VERSION}); install {release}"
+        f"{where}: schema_version {found} is not one that this release reads (it reads {SCHEMA_VERSION}); "
+        f"install {release}"
     )
 
 

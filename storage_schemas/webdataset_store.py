@@ -25,9 +25,14 @@ def shard_path(shard: int) -> str:
     return f"shards/{shard:05d}.tar"
 
 
-def shard_files(layout: Layout, shard: int) -> list[str]:
-    """Paths of a shard's files."""
-    return [shard_path(shard)]
+def metadata_files(layout: Layout) -> dict[str, bytes]:
+    """Files of the whole store, by path in the artifact: tar files need none."""
+    return {}
+
+
+def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+    """Paths of a shard's files, and the arrays whose data they hold."""
+    return {shard_path(shard): layout.arrays}
 
 
 def encode_shard(
@@ -65,7 +70,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 class WebDatasetReader:
     """Reads records by offset, without parsing the tar file."""
 
-    def __init__(self, location: Location, layout: Layout) -> None:
+    def __init__(self, location: Location) -> None:
         self._files = FileRanges(location)
 
     def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:

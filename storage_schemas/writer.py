@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,19 @@ from storage_schemas.manifest import (
 from storage_schemas.record import Record, checksums
 
 
+def store(layout: Layout) -> ModuleType:
+    """The module of a layout's format: `metadata_files`, `shard_files`, `encode_shard`."""
+    return zarr_store if layout.format == "zarr" else webdataset_store
+
+
 def commit_path(shard: int) -> str:
     return f"commits/{shard:05d}.json"
+
+
+def shard_of_sidecar(path: str) -> int | None:
+    """The shard whose sidecar has this path; None for any other path."""
+    digits = path.removeprefix("commits/").removesuffix(".json")
+    return int(digits) if digits.isdecimal() and commit_path(int(digits)) == path else None
 
 
 def shard_entry(commit: Commit, commit_sha256: str) -> ShardEntry:
@@ -81,7 +93,7 @@ class ArtifactWriter:
             NotAnArtifact: the location holds another artifact (the message shows the differences) or a
                 folder with other things in it.
         """
-        contents = {**files, **self._format_files()}
+        contents = {**files, **store(self.layout).metadata_files(self.layout)}
         if not self._ours():
             # An earlier begin() that died before its manifest leaves these very files, byte for byte.
             own = {path.partition("/")[0] for path in contents}
@@ -100,8 +112,8 @@ class ArtifactWriter:
 
     def committed(self) -> set[int]:
         """Shards that need no work."""
-        names = self.location.names("commits")
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+        numbers = (shard_of_sidecar(f"commits/{name}") for name in self.location.names("commits"))
+        return {number for number in numbers if number is not None}
 
     def commit(self, shard: int, records: Sequence[Record], rejects: Sequence[Reject]) -> Commit:
         """Write the shard's files, then its sidecar; a shard that is committed by now is left as it is.
@@ -116,8 +128,7 @@ class ArtifactWriter:
         committed = self._committed(shard)
         if committed is not None:
             return committed
-        encode = zarr_store.encode_shard if self.layout.format == "zarr" else webdataset_store.encode_shard
-        files, offsets = encode(self.layout, shard, records)
+        files, offsets = store(self.layout).encode_shard(self.layout, shard, records)
         entries = []
         for path, data in files.items():
             self.location.write(path, data)
@@ -207,9 +218,6 @@ class ArtifactWriter:
 
     def _absent_or_equal(self, path: str, data: bytes) -> bool:
         return not self.location.exists(path) or self.location.read(path) == data
-
-    def _format_files(self) -> dict[str, bytes]:
-        return zarr_store.metadata_files(self.layout) if self.layout.format == "zarr" else {}
 
     def _manifest(self, shards: tuple[ShardEntry, ...], files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(

@@ -44,10 +44,10 @@ def metadata_files(layout: Layout) -> dict[str, bytes]:
     return _contents(store)
 
 
-def shard_files(layout: Layout, shard: int) -> list[str]:
-    """Paths of a shard's files."""
-    arrays = [_shard_file(spec.name, shard, len(spec.shape)) for spec in layout.arrays]
-    return [*arrays, *(_shard_file(name, shard, 0) for name in ("count", "label"))]
+def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+    """Paths of a shard's files, and the arrays whose data they hold; `count` and `label` are in the sidecar too."""
+    arrays = {_shard_file(spec.name, shard, len(spec.shape)): (spec,) for spec in layout.arrays}
+    return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
 
 
 def encode_shard(
