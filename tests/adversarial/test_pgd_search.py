@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adversarial import (
     PGD,
+    Attacked,
     NonFiniteGradient,
     attack,
     cross_entropy,
@@ -19,7 +20,6 @@ from adversarial import (
     sample_generators,
     squared_error,
 )
-from adversarial.pgd import Attacked
 from storage_schemas import DatamergeError
 
 SHAPE = (1, 4, 5)
