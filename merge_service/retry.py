@@ -30,8 +30,7 @@ def explain(error: BaseException, where: str) -> DatamergeError:
     number = error.errno if isinstance(error, OSError) else None
     reason = {**_FULL, **_CLOSED}.get(number or 0, first_line(error))
     return DatamergeError(
-        f"{where}: cannot write: {reason}; finished shards are kept, mend that and "
-        "run the same command again"
+        f"{where}: cannot write: {reason}; finished shards are kept, mend that and run the same command again"
     )
 
 
