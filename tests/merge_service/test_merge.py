@@ -33,7 +33,7 @@ def _config(photos: Path, artifact: Path, workers: int) -> MergeConfig:
         members=3,
         steps=2,
         groups_per_shard=3,
-        workers=workers,
+        max_workers=workers,
         keep_members=True,
         keep_clean=True,
     )

@@ -1,0 +1,188 @@
+"""What a merge will take, from a small measured piece of it: time, bytes, FLOPs, money."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from merge_service.config import MergeConfig
+from merge_service.merge import Prepared, local_device, worker_setup
+from merge_service.planning import PartTask, ShardTask, part_items
+from merge_service.work import ShardWorker
+from storage_schemas import ArtifactWriter, DatamergeError, Location
+
+MEASURE_SECONDS = 3.0
+# A worker's interpreter, its imports and Ray's own start, besides loading the encoder.
+START_SECONDS = 10.0
+SAMPLES_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An extrapolation.
+
+    Attributes:
+        bytes: of all shards, after compression.
+        seconds: wall time with `workers` workers like this machine's device, their start included.
+        workers: W.
+        flops: of all encoder passes; None where no encoder runs.
+        flop_per_second: that one worker reached.
+        peak_share: of what a large matrix product reaches on the same device and threads.
+        measured: groups, or samples, that were measured.
+    """
+
+    bytes: int
+    seconds: float
+    workers: int
+    flops: float | None
+    flop_per_second: float | None
+    peak_share: float | None
+    measured: int
+
+    def cost(self, price_per_hour: float) -> float:
+        """Price of the workers' time, in the price's currency."""
+        return self.seconds / 3600 * self.workers * price_per_hour
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """Measure a small piece of the real work on this machine, into a temporary folder, and extrapolate.
+
+    Raises:
+        DatamergeError: none of the first groups can be used.
+    """
+    config, plan = prepared.config, prepared.plan
+    device = local_device(config)
+    with tempfile.TemporaryDirectory(prefix="datamerge-dry-run-") as folder:
+        writer = ArtifactWriter(Location(folder), plan.layout, plan.provenance)
+        started = time.perf_counter()
+        worker = ShardWorker(worker_setup(prepared, writer, device))
+        worker.prepare()
+        start = START_SECONDS + time.perf_counter() - started
+        threads = torch.get_num_threads()
+        try:
+            measure = _measure_groups if config.grouping == "adversarial" else _measure_samples
+            measured = measure(prepared, worker, writer)
+        finally:
+            torch.set_num_threads(threads)
+    workers = min(config.max_workers or _fitting(config, device), plan.layout.shards)
+    total = measured.units_in_all * measured.seconds / measured.units
+    flops = measured.flops / measured.flop_units * measured.units_in_all if measured.flops else None
+    rate = flops / measured.units_in_all * measured.units / measured.attack_seconds if flops else None
+    return Estimate(
+        bytes=round(measured.bytes_per_group * plan.layout.groups),
+        seconds=start + total / workers,
+        workers=workers,
+        flops=flops,
+        flop_per_second=rate,
+        peak_share=rate / _matrix_product_rate(config, device) if rate else None,
+        measured=measured.units,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A piece of work: units are groups if they are attacked, else samples."""
+
+    units: int
+    units_in_all: int
+    seconds: float
+    attack_seconds: float
+    bytes_per_group: float
+    flops: float
+    flop_units: int
+
+
+def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
+    config, plan = prepared.config, prepared.plan
+    batch = min(max(1, config.batch_size // (config.group_size or 1)), plan.layout.groups_per_shard)
+    # The first batch warms up caches and allocators, and is the one whose FLOPs are counted.
+    with FlopCounterMode(display=False) as counter:
+        first = worker.run(ShardTask(0, tuple(plan.groups[:batch])))
+    _check_usable(first.groups, prepared)
+    size = batch
+    while True:
+        groups = tuple(plan.groups[:size])
+        started = time.perf_counter()
+        result = worker.run(ShardTask(0, groups))
+        seconds = time.perf_counter() - started
+        if seconds > MEASURE_SECONDS or size >= min(len(plan.groups), plan.layout.groups_per_shard):
+            break
+        size = min(2 * size, len(plan.groups), plan.layout.groups_per_shard)
+    if config.device != "cpu" and torch.cuda.is_available():
+        seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU they overlap
+    return _Measured(
+        units=len(groups),
+        units_in_all=plan.layout.groups,
+        seconds=seconds,
+        attack_seconds=result.attack_seconds,
+        bytes_per_group=_bytes(writer) / max(1, result.groups),
+        flops=float(counter.get_total_flops()),
+        flop_units=batch,
+    )
+
+
+def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
+    plan = prepared.plan
+    task = plan.task(0)
+    items = part_items(task.groups, plan.order)[:SAMPLES_AT_ONCE]
+    with FlopCounterMode(display=False) as counter:
+        worker.part(PartTask(0, items))
+    started = time.perf_counter()
+    partial = worker.part(PartTask(0, items))
+    seconds = time.perf_counter() - started
+    result = worker.complete(task, partial)
+    _check_usable(result.groups, prepared)
+    return _Measured(
+        units=len(items),
+        units_in_all=sum(len(group.samples) for group in plan.groups),
+        seconds=seconds,
+        attack_seconds=seconds,
+        bytes_per_group=_bytes(writer) / result.groups,
+        flops=float(counter.get_total_flops()),
+        flop_units=len(items),
+    )
+
+
+def _check_usable(groups: int, prepared: Prepared) -> None:
+    if not groups:
+        raise DatamergeError(
+            f"{prepared.source.url}: none of the first groups can be used, so nothing can be measured; merge a few "
+            "with --limit to see the reasons"
+        )
+
+
+def _bytes(writer: ArtifactWriter) -> int:
+    return int(sum(file["size"] for file in writer.location.fs.find(writer.location.root, detail=True).values()))
+
+
+def _fitting(config: MergeConfig, device: str) -> int:
+    if device == "cuda":
+        return max(1, int(torch.cuda.device_count() / (config.num_gpus or 1.0)))
+    return max(1, (os.cpu_count() or 1) // config.cpus)
+
+
+def _matrix_product_rate(config: MergeConfig, device: str) -> float:
+    """FLOP/s of a large matrix product, the best a device does, in the attack's precision."""
+    size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    torch.set_num_threads(config.threads)
+    try:
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            matrix @ matrix
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+    return 2 * size**3 / min(times)
