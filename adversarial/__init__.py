@@ -2,7 +2,7 @@
 
 from adversarial.apgd import APGD, apgd
 from adversarial.attacks import gradient_sign, run_attack
-from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_generators
+from adversarial.ball import Attacked, NonFiniteGradient, Precision, group_generator, sample_generators
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from adversarial.heads import Head, head_from_arrays, load_head
 from adversarial.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
@@ -24,6 +24,7 @@ __all__ = [
     "attack",
     "cross_entropy",
     "gradient_sign",
+    "group_generator",
     "head_from_arrays",
     "load_encoder",
     "load_head",

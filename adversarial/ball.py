@@ -212,5 +212,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def sample_generators(seed: int, key: str, count: int) -> list[np.random.Generator]:
     """Independent generators for `count` members of group `key`: a function of the seed and the key alone."""
-    words = np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], "<u4").tolist()
-    return [np.random.default_rng(child) for child in np.random.SeedSequence([seed, *words]).spawn(count)]
+    return [np.random.default_rng(child) for child in np.random.SeedSequence([seed, *_words(key)]).spawn(count)]
+
+
+def group_generator(seed: int, key: str) -> np.random.Generator:
+    """A generator for what concerns group `key` as a whole, independent of its members'."""
+    return np.random.default_rng(np.random.SeedSequence([seed, *_words(key)]))
+
+
+def _words(key: str) -> list[int]:
+    return [int(word) for word in np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], "<u4")]

@@ -18,6 +18,7 @@ from adversarial import (
     Head,
     NonFiniteGradient,
     Precision,
+    group_generator,
     run_attack,
     sample_generators,
 )
@@ -25,6 +26,7 @@ from merge_service.config import MergeConfig
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
 from storage_schemas import ExactMoments, Layout, Record, Reject, two_pass_moments
+from storage_schemas.factors import factors
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Array, encode_exact
 
@@ -108,7 +110,7 @@ class Attacker:
                 key=group.key,
                 count=members,
                 encoding=self._layout.encoding,
-                arrays=self._arrays(clean, pixels[i], targets[i]),
+                arrays=self._arrays(group.key, clean, pixels[i], targets[i]),
                 label=group.label,
                 samples=(group.samples[0].name,),
                 info={"attack_loss_start": start[i], "attack_loss": end[i]},
@@ -116,13 +118,15 @@ class Attacker:
             for i, (group, clean) in enumerate(batch)
         ]
 
-    def _arrays(self, clean: Pixels, pixels: Tensor, target: Array) -> dict[str, Array]:
+    def _arrays(self, key: str, clean: Pixels, pixels: Tensor, target: Array) -> dict[str, Array]:
         arrays: dict[str, Array]
         if self._config.grid:
             members = (pixels * LEVELS).round().to(torch.uint8).numpy()
             arrays = encode_exact(ExactMoments.of(members), self._layout)
             if self._config.keep_members:
                 arrays["members"] = members
+            if self._config.factors is not None:
+                arrays["factors"] = self._factors(key, members)
         else:
             mean, mean_square = two_pass_moments(pixels.numpy())
             arrays = {"mean": mean.astype(np.float32), "mean_square": mean_square.astype(np.float32)}
@@ -131,6 +135,13 @@ class Attacker:
         if self._config.stores_embedding:
             arrays["target"] = target
         return arrays
+
+    def _factors(self, key: str, members: Pixels) -> Array:
+        spec = self._layout.array("factors")
+        if spec is None:
+            raise ValueError("the layout has no factors")
+        stored = factors(members, spec.shape[0], self._config.factor_kind, group_generator(self._config.seed, key))
+        return stored.astype(spec.dtype)
 
 
 def _on_embeddings(config: MergeConfig) -> bool:

@@ -45,6 +45,8 @@ from storage_schemas import UserError
 @click.option("--encoding", help="uint8_moments (default on the grid) or float32.")
 @click.option("--groups-per-shard", type=int, help="Unit of work and retry (256).")
 @click.option("--keep-members/--no-keep-members", default=None, help="Store the members too.")
+@click.option("--factors", type=int, help="Factors K of each group's covariance to store too; see --factor-kind.")
+@click.option("--factor-kind", help="sketch (default), or principal.")
 @click.option("--keep-clean/--no-keep-clean", default=None, help="Store the clean image too.")
 @click.option("--shape", metavar="CxHxW", help="Pixels where no encoder says; the first image's by default.")
 @click.option("--resize/--no-resize", default=None, help="Resize and crop (default), or reject other sizes.")

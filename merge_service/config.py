@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from adversarial import APGD, PGD, ObjectiveName
 from console import Fraction, Settings
+from storage_schemas.factors import FactorKind
 from storage_schemas.manifest import EncodingName, Format
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -53,6 +54,10 @@ class MergeConfig(Settings):
     groups_per_shard: PositiveInt = Field(256, description="Groups in a shard, the unit of work and of retry.")
     keep_members: bool = Field(False, description="Store the members too, as 8-bit images.")
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
+    factors: PositiveInt | None = Field(
+        None, description="Factors k of each group's covariance to store besides its variance; none by default."
+    )
+    factor_kind: FactorKind = Field("sketch", description="Random sketches of the members, or principal directions.")
     shape: str | None = Field(None, description="Pixels CxHxW where no encoder says; the first image's by default.")
     resize: bool = Field(True, description="Resize and crop images of other sizes; else they are rejected.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")
@@ -124,6 +129,15 @@ class MergeConfig(Settings):
             problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
         if not self.grid and self.encoding == "uint8_moments":
             problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
+        if self.factors is not None and (self.grouping != "adversarial" or not self.grid):
+            problems.append("factors: only adversarial groups on the 8-bit grid have them; drop --factors")
+        if self.factors is not None and self.factors >= (self.group_size or 1):
+            problems.append(
+                f"factors: {self.group_size} members span {(self.group_size or 1) - 1} directions, found "
+                f"{self.factors}; store fewer, or the members themselves (--keep-members)"
+            )
+        if self.factors is None and self.factor_kind != "sketch":
+            problems.append("factor_kind: there are no factors; add --factors K")
         if not self.grid and self.keep_members:
             problems.append("keep_members: members are stored as 8-bit images; drop --no-grid")
         return problems

@@ -19,6 +19,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.factors import decode_factors
 from storage_schemas.manifest import ArraySpec, EncodingName, Layout
 from storage_schemas.moments import LEVELS, ExactMoments
 
@@ -35,7 +36,8 @@ class Record:
         count: number of members N.
         encoding: which moments `arrays` holds.
         arrays: stored arrays by name, see the module's table; optionally
-            target float32 [K], members uint8 [N, C, H, W], clean uint8 [C, H, W].
+            target float32 [K], members uint8 [N, C, H, W], clean uint8 [C, H, W], factors
+            int8, int16 or int32 [k, C, H, W].
         label: class index, if known.
         samples: names of the raw samples in the source.
         info: measured facts about the group, such as the attack's loss.
@@ -89,6 +91,12 @@ class Record:
         """The clean image an adversarial group was made from, uint8 [C, H, W], if the artifact keeps it."""
         clean = self.arrays.get("clean")
         return None if clean is None else clean.astype(np.uint8, copy=False)
+
+    @property
+    def factors(self) -> Float32Array | None:
+        """Factors F of the covariance, Σ_j F_j F_jᵀ ≈ C, float32 [k, C, H, W], if the artifact keeps them."""
+        stored = self.arrays.get("factors")
+        return None if stored is None else decode_factors(stored)
 
     def clipped_variances(self) -> int:
         """How many values of `variance` were raised to 0."""
