@@ -69,7 +69,8 @@ def _sketch(centred: IntArray, count: int, generator: np.random.Generator) -> In
     signs = 2 * generator.integers(0, 2, (count, members), np.int64) - 1
     # The sums are exact; only the last division is rounded.
     sums = np.stack([sum((sign * image for sign, image in zip(row, centred, strict=True))) for row in signs.tolist()])
-    return np.rint(sums / members**1.5).astype(np.int64)
+    scaled: npt.NDArray[np.float64] = sums / members**1.5
+    return np.rint(scaled).astype(np.int64)
 
 
 def _principal(centred: IntArray, count: int) -> IntArray:
