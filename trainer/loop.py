@@ -149,7 +149,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "identity": self.job.identity,
         }
 
@@ -169,7 +169,7 @@ class _Run:
         if self.training.average is not None:
             self.training.average.load_state_dict(state["average"])
         self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
-        if state["torch"] != torch.__version__:
+        if state["torch"] != str(torch.__version__):
             warn(
                 f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "
                 "where it was, its results may differ in the last digits"
