@@ -13,7 +13,7 @@ from console import Fraction, Settings
 from storage_schemas import ConfigError
 from trainer.estimators import COMPILABLE
 
-Arm = Literal["avg", "ind", "mean-only", "random-member"]
+Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
 LossName = Literal["auto", "squared_error", "cross_entropy"]
 EstimatorName = Literal["gauss_newton", "sampled", "antithetic", "jvp", "exact"]
 Precision = Literal["float32", "bf16"]
@@ -26,7 +26,8 @@ class TrainConfig(Settings):
     run: str = Field(description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1)
     arm: Arm = Field(
         default="avg",
-        description="avg: merged groups with the curvature correction; ind: their stored members one by one; "
+        description="avg: merged groups with the curvature correction; factors: merged groups with a random point "
+        "along the stored factors of their covariance; ind: their stored members one by one; "
         "mean-only: merged groups without the correction; random-member: one stored member a step, drawn anew.",
     )
     members: int | None = Field(
@@ -50,6 +51,14 @@ class TrainConfig(Settings):
     )
     samples: int = Field(
         default=1, ge=1, description="Pseudo-labels (or directions) drawn per group and step by the estimator."
+    )
+    deviation: float = Field(
+        default=1.0,
+        gt=0,
+        le=10,
+        allow_inf_nan=False,
+        description="For the arm factors: multiplies the deviation from the mean; above 1 for more robustness at the "
+        "price of clean accuracy.",
     )
     encoder: str | None = Field(
         default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
@@ -146,11 +155,13 @@ class TrainConfig(Settings):
                 f"members: only the arms ind and random-member take single members, found arm {self.arm}; "
                 "drop members"
             )
-        if self.samples != 1 and (self.arm != "avg" or self.estimator == "exact"):
+        if self.samples != 1 and (self.arm not in ("avg", "factors") or self.estimator == "exact"):
             raise ValueError(
-                f"samples: only the arm avg draws them, and not with estimator exact; found arm {self.arm} with "
-                f"estimator {self.estimator}; drop samples"
+                f"samples: only the arms avg and factors draw them, and not with estimator exact; found arm "
+                f"{self.arm} with estimator {self.estimator}; drop samples"
             )
+        if self.deviation != 1.0 and self.arm != "factors":
+            raise ValueError(f"deviation: only the arm factors has one, found arm {self.arm}; drop deviation")
         if self.compile and self.arm == "avg" and self.estimator not in COMPILABLE:
             raise ValueError(
                 f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "

@@ -244,7 +244,9 @@ def _arm_name(config: TrainConfig, manifest: Manifest, collate: Collate) -> str:
     grouping = manifest.provenance.get("grouping")
     size = grouping.get("members") if isinstance(grouping, dict) else None
     count = collate.members or size
-    kind = {"avg": "Avg", "ind": "Ind", "mean-only": "Mean", "random-member": "Random"}[config.arm]
+    kind = {"avg": "Avg", "ind": "Ind", "factors": "Factors", "mean-only": "Mean", "random-member": "Random"}[
+        config.arm
+    ]
     return f"AT-{count}-{kind}" if count else f"AT-{kind}"
 
 
@@ -316,6 +318,11 @@ def _loss_name(config: TrainConfig, manifest: Manifest) -> str:
 
 def _members(config: TrainConfig, manifest: Manifest) -> int:
     """Stored members to read of each group."""
+    if config.arm == "factors" and manifest.layout.array("factors") is None:
+        raise ConfigError(
+            f"arm: factors expects stored factors, found none in {config.artifact}; merge again with --factors 1, or "
+            "use --arm avg"
+        )
     if config.arm not in ("ind", "random-member"):
         return 0
     stored = manifest.layout.array("members")

@@ -28,6 +28,7 @@ class Batch(NamedTuple):
         keys: record keys.
         mean: float32 [B, C, H, W] in [0, 1]; None when the arm does not use it.
         variance: float32 [B, C, H, W]; None when the arm does not use it.
+        factors: float32 [B, k, C, H, W]; None when the arm does not use them.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
         members: uint8 [M, C, H, W], group after group; None when the arm does not use them.
         counts: members of each group; their sum is M.
@@ -36,6 +37,7 @@ class Batch(NamedTuple):
     keys: list[str]
     mean: Tensor | None
     variance: Tensor | None
+    factors: Tensor | None
     target: Tensor
     members: Tensor | None
     counts: list[int]
@@ -49,6 +51,7 @@ class Batch(NamedTuple):
         return self._replace(
             mean=move(self.mean),
             variance=move(self.variance),
+            factors=move(self.factors),
             target=self.target.to(device, non_blocking=True),
             members=move(self.members),
         )
@@ -102,6 +105,7 @@ class Collate:
         """Names of the stored arrays that this arm reads; the others are left alone."""
         names = {
             "avg": {"sum", "scatter", "mean", "mean_square"},
+            "factors": {"sum", "mean", "factors"},
             "mean-only": {"sum", "mean"},
             "ind": {"members"},
             "random-member": {"members"},
@@ -124,6 +128,7 @@ class Collate:
             keys=[record.key for record in groups],
             mean=None if self.members else _stack([record.mean for record in groups]),
             variance=_stack([record.variance for record in groups]) if self.arm == "avg" else None,
+            factors=self._factors(groups) if self.arm == "factors" else None,
             target=target,
             members=torch.from_numpy(np.concatenate(stored)) if stored else None,
             counts=[len(members) for members in stored],
@@ -133,6 +138,9 @@ class Collate:
         if self.labels:
             return torch.tensor([check_label(record.key, record.label, self.classes) for record in groups])
         return _stack([_present(record.target, record, "target") for record in groups])
+
+    def _factors(self, groups: list[Record]) -> Tensor:
+        return _stack([_present(record.factors, record, "factors") for record in groups])
 
     def _members(self, record: Record, word: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         members = _present(record.members, record, "members")[: self.members]

@@ -23,7 +23,7 @@ from storage_schemas import DatamergeError
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
 from trainer.draws import Draws
-from trainer.estimators import RANDOM, GroupLoss, exact, individual_loss, mean_only
+from trainer.estimators import RANDOM, GroupLoss, along_factors, exact, individual_loss, mean_only
 from trainer.job import Job
 from trainer.order import ESTIMATOR, LAYERS, Layout, Share, stream_seeds
 from trainer.stream import Batch
@@ -188,6 +188,17 @@ def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
         return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
     if batch.mean is None:
         raise ValueError("a batch holds members or a mean")
+    if batch.factors is not None:
+        return along_factors(
+            job.model,
+            batch.mean,
+            batch.factors,
+            batch.target,
+            job.loss,
+            draws,
+            samples=config.samples,
+            deviation=config.deviation,
+        )
     if config.arm == "mean-only" or batch.variance is None:
         return mean_only(job.model, batch.mean, None, batch.target, job.loss)
     estimate = exact if config.estimator == "exact" else partial(RANDOM[config.estimator], samples=config.samples)

@@ -8,6 +8,7 @@ gradient only if row b of the outputs depends on row b of the inputs alone.
 
 from collections.abc import Callable, Mapping
 
+from trainer.estimators.along_factors import along_factors
 from trainer.estimators.base import Estimator, GroupLoss, Model, check_batch_norm
 from trainer.estimators.exact import exact
 from trainer.estimators.gauss_newton import gauss_newton
@@ -32,6 +33,7 @@ __all__ = [
     "Estimator",
     "GroupLoss",
     "Model",
+    "along_factors",
     "antithetic",
     "check_batch_norm",
     "exact",
