@@ -23,10 +23,10 @@ def along_factors(
 ) -> GroupLoss:
     """1/S Σ_s L(x̄ + d·Σ_j z_sj F_j, y), z_sj ∈ {−1, +1} independent, Σ_j F_j F_jᵀ ≈ C
 
-    Unbiased for the mean loss over the 2ᵏ points x̄ ± d F_1 … ± d F_k, which have the group's mean and, with d = 1,
-    the covariance that its factors keep: L(x̄) + ½ tr(C ∇²_x L) and terms of third and higher order. `sampled` does the
-    same with the diagonal of C, where the deviations of pixels cancel that attacks align. For a linear model under
-    squared error and factors with Σ_j F_j F_jᵀ = C: the group's mean loss, whatever C.
+    Unbiased for the mean loss over the 2ᵏ points x̄ ± d F_1 … ± d F_k. They have the group's mean and, with d = 1, the
+    covariance that its factors keep: L(x̄) + ½ tr(C ∇²_x L) and terms of third and higher order. `sampled` has the
+    diagonal of C instead, in which deviations that an attack aligned cancel. For a linear model under squared error
+    and factors with Σ_j F_j F_jᵀ = C: the group's mean loss, whatever C.
 
     Cost: S plain steps in one batch. Fused kernels, `torch.compile` and bfloat16 all apply.
     The images may leave [0, 1].
