@@ -29,7 +29,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
 Count = Annotated[int, Field(ge=0)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
-Seal = Annotated[Sha256, Field(description="sha256 of this document with these 64 digits replaced by zeros")]
 
 # Arrays without which a record has no moments; all others are optional.
 MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
@@ -42,6 +41,14 @@ class Document(BaseModel):
     """A strict, immutable JSON document."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+
+
+class Sealed(Document):
+    """A document in a file of its own, which begins with the sha256 of its bytes."""
+
+    self_sha256: Annotated[
+        Sha256, Field(description="sha256 of this file with these 64 digits replaced by zeros; the first field")
+    ]
 
 
 class ArraySpec(Document):
@@ -143,7 +150,7 @@ class Ranges(Document):
     clipped_variances: Count
 
 
-class Commit(Document):
+class Commit(Sealed):
     """The sidecar that makes a shard exist; written last."""
 
     schema_version: Literal[1]
@@ -153,7 +160,6 @@ class Commit(Document):
     records: tuple[RecordEntry, ...]
     rejects: tuple[Reject, ...]
     ranges: Ranges | None
-    self_sha256: Seal
 
     @property
     def bytes(self) -> int:
@@ -176,7 +182,7 @@ class ShardEntry(Document):
     key_range: tuple[Key, Key] | None
 
 
-class Manifest(Document):
+class Manifest(Sealed):
     """`manifest.json`: the layout, where the groups come from, and the shards that are committed."""
 
     schema_version: Literal[1]
@@ -187,7 +193,6 @@ class Manifest(Document):
     provenance: dict[str, JsonValue]
     files: tuple[FileEntry, ...]
     shards: tuple[ShardEntry, ...]
-    self_sha256: Seal
 
     @property
     def groups(self) -> int:
@@ -200,7 +205,7 @@ class Manifest(Document):
         return sum(shard.bytes for shard in self.shards)
 
 
-D = TypeVar("D", Manifest, Commit)
+D = TypeVar("D", bound=Sealed)
 
 
 def parse(model: type[D], data: bytes, where: str) -> D:
@@ -216,7 +221,7 @@ def parse(model: type[D], data: bytes, where: str) -> D:
     except ValidationError as error:
         problems = error.errors(include_url=False)
     else:
-        if _seal(_with_seal(data, document.self_sha256, UNSEALED)) != document.self_sha256:
+        if _seal(data.replace(document.self_sha256.encode(), UNSEALED.encode(), 1)) != document.self_sha256:
             raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
         return document
     for problem in problems:
@@ -226,21 +231,15 @@ def parse(model: type[D], data: bytes, where: str) -> D:
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
 
 
-def dump(document: Manifest | Commit) -> bytes:
+def dump(document: Sealed) -> bytes:
     """Serialise and seal a document; the same document always gives the same bytes."""
     unsealed = document.model_copy(update={"self_sha256": UNSEALED})
     data = unsealed.model_dump_json(indent=1).encode() + b"\n"
-    return _with_seal(data, UNSEALED, _seal(data))
+    return data.replace(UNSEALED.encode(), _seal(data).encode(), 1)
 
 
 def _seal(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _with_seal(data: bytes, old: str, new: str) -> bytes:
-    """The seal is the last field; the same digits may occur before it, in the provenance for example."""
-    before, _, after = data.rpartition(old.encode())
-    return before + new.encode() + after
 
 
 def _unknown_version(found: int, data: bytes, where: str) -> str:

@@ -248,7 +248,9 @@ class _ShardCheck:
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
     layout = manifest.layout
-    expected: set[str] = set() if manifest.complete else {HEAD, *PRESENTATION, *store(layout).metadata_files(layout)}
+    expected = set(PRESENTATION)
+    if not manifest.complete:
+        expected |= {HEAD, *store(layout).metadata_files(layout)}
     for shard in range(layout.shards):
         if shard in bad_shards or not manifest.complete:
             expected.update(store(layout).shard_files(layout, shard))

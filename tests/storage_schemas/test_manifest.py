@@ -20,9 +20,8 @@ Edit = Callable[[dict[str, Any]], Any]
 def _sealed(document: dict[str, Any]) -> bytes:
     """The JSON of a document with its seal made anew, as FORMAT.md describes it."""
     data = json.dumps({**document, "self_sha256": UNSEALED}).encode()
-    before, digits, after = data.rpartition(UNSEALED.encode())
-    assert digits
-    return before + hashlib.sha256(data).hexdigest().encode() + after
+    assert data.startswith(b'{"self_sha256": "')
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 @pytest.fixture

@@ -151,7 +151,7 @@ def _check_reader(case: Case, same_record: Same) -> None:
     """Right values or an error, in each of the modes that check."""
     for mode in ("record", "shard"):
         try:
-            artifact = open_artifact(case.folder, verify=mode)  # type: ignore[arg-type]
+            artifact = open_artifact(case.folder, verify=mode)
         except DatamergeError:
             continue
         for index in range(len(artifact)):
