@@ -19,7 +19,7 @@ from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, Sch
 from storage_schemas.files import damage
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
-from storage_schemas.record import Array, Record, checksum
+from storage_schemas.record import Array, Record, crc32c
 from storage_schemas.webdataset_store import WebDatasetReader
 from storage_schemas.writer import commit_path
 from storage_schemas.zarr_store import ZarrReader
@@ -228,14 +228,15 @@ def read_arrays(
     Raises:
         CorruptShard: names the record and the first array that is not as it was committed.
     """
-    arrays = reader.read(commit, index, specs)
+    arrays: dict[str, Array] = {}
     record = commit.records[index]
-    for spec in specs if check else ():
-        found, expected = checksum(arrays[spec.name], spec), record.checksums.get(spec.name)
-        if found != expected:
+    for spec, data in zip(specs, reader.read(commit, index, specs), strict=True):
+        if check and (found := crc32c(data)) != record.checksums.get(spec.name):
             raise CorruptShard(
-                f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, expected {expected}"
+                f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, "
+                f"expected {record.checksums.get(spec.name)}"
             )
+        arrays[spec.name] = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(spec.shape)
     return arrays
 
 

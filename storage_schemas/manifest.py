@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -69,7 +70,12 @@ class ArraySpec(Document):
         """A spec from a numpy dtype; raises ValidationError for names and dtypes outside the format."""
         return cls.model_validate({"name": name, "dtype": dtype.name, "shape": shape})
 
-    @property
+    @cached_property
+    def little_endian(self) -> np.dtype[Any]:
+        """The dtype as it is stored."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one record's array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
