@@ -24,6 +24,7 @@ COMMANDS = {
         "Measure encoders on raw images, clean and under attack.",
     ),
     "inspect": ("storage_schemas.cli", "inspect", "", "Show what an artifact holds and where it comes from."),
+    "verify": ("storage_schemas.cli", "verify", "", "Check every file of an artifact against its hashes."),
     "preview": ("storage_schemas.cli", "preview", "", "Draw a contact sheet of an artifact's groups."),
     "demo": ("demo.cli", "demo", "demo", "Run the whole pipeline on real handwritten digits."),
 }

@@ -11,6 +11,7 @@ from storage_schemas.errors import (
     NotAnArtifact,
     SchemaError,
     SourceError,
+    UnknownVersion,
     UserError,
 )
 from storage_schemas.location import Location
@@ -36,6 +37,7 @@ __all__ = [
     "Reject",
     "SchemaError",
     "SourceError",
+    "UnknownVersion",
     "UserError",
     "open_artifact",
     "two_pass_moments",

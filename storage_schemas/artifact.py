@@ -8,48 +8,59 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.files import damage
 from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, parse
-from storage_schemas.record import Array, Record, checksum
+from storage_schemas.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
+from storage_schemas.record import Array, Record, crc32c
 from storage_schemas.webdataset_store import WebDatasetReader
 from storage_schemas.writer import commit_path
 from storage_schemas.zarr_store import ZarrReader
 
-CACHED_COMMITS = 256
+CACHED_COMMITS = 64
+
+Verify = Literal["off", "record", "shard"]
 
 
-def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify: bool = True) -> Artifact:
+def open_artifact(url: str | os.PathLike[str], *, partial: bool = False, verify: Verify = "record") -> Artifact:
     """Open an artifact for reading.
 
     Args:
         url: a folder or fsspec URL.
         partial: accept an artifact whose merge has not finished; its committed shards are served.
-        verify: compare each record's checksum on read.
+        verify: what is compared with the committed checksums when a record is read: its arrays (`record`), all
+            files of its shard once, when the first of its records is read (`shard`), or nothing (`off`).
+            Sidecars are always checked.
 
     Raises:
+        ConfigError: another value of `verify`.
         NotAnArtifact: no manifest there, or an unfinished merge without `partial`.
         SchemaError: a manifest that does not follow the format.
+        CorruptShard: a manifest that is not as it was written.
     """
+    if verify not in get_args(Verify):
+        raise ConfigError(f"verify: expected one of {', '.join(get_args(Verify))}, found {verify!r}")
     return Artifact(Location(url), partial=partial, verify=verify)
 
 
 class Artifact:
-    """A sequence of `Record`s. Index i counts committed groups in storage order.
+    """A sequence of `Record`s. Index i counts committed groups in storage order; a key works as an index too.
 
+    The arrays of a record are read-only: those of a local tar file are views of it.
     Instances can be pickled and sent to workers; open files are not shared.
     """
 
-    def __init__(self, location: Location, *, partial: bool, verify: bool) -> None:
+    def __init__(self, location: Location, *, partial: bool, verify: Verify) -> None:
         self.location = location
         self._verify = verify
+        self._checked_shards: set[int] = set()
         try:
             data = location.read(MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
@@ -68,13 +79,15 @@ class Artifact:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Record:
-        """Record `index`; negative indices count from the end.
+    def __getitem__(self, index: int | str) -> Record:
+        """The record with this index or key; negative indices count from the end.
 
         Raises:
-            IndexError: no such record.
+            IndexError, KeyError: no such record.
             CorruptShard: its bytes are not the committed ones.
         """
+        if isinstance(index, str):
+            return self.read(*self._find(index))
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
         index %= len(self)
@@ -89,15 +102,14 @@ class Artifact:
     def read(self, position: int, offset: int) -> Record:
         """Record `offset` of the shard at `position` in the manifest's list."""
         commit = self.commit(position)
-        arrays = self._reader.read(commit, offset, self._specs)
+        if self._verify == "shard" and position not in self._checked_shards:
+            self._check_files(commit)
+            self._checked_shards.add(position)
         entry = commit.records[offset]
-        for spec in self._specs if self._verify else ():
-            expected = entry.checksums.get(spec.name)
-            if checksum(arrays[spec.name], spec) != expected:
-                raise CorruptShard(
-                    f"{self.location.url}: shard {commit.shard:05d}, record {entry.key}: {spec.name} does not have "
-                    f"the committed checksum {expected}; the shard's files are damaged or missing"
-                )
+        try:
+            arrays = read_arrays(self._reader, commit, offset, self._specs, check=self._verify == "record")
+        except CorruptShard as error:
+            raise CorruptShard(f"{self.location.url}: {error}; see `datamerge verify`") from None
         return Record(
             key=entry.key,
             count=entry.count,
@@ -133,16 +145,30 @@ class Artifact:
         return commit
 
     def index_of(self, key: str) -> int:
-        """Index of the record with this key; reads sidecars until it is found.
+        """Index of the record with this key; reads the sidecars whose range of keys holds it, as a rule one.
 
         Raises:
             KeyError: no such key.
         """
-        for position in range(len(self.shard_sizes)):
-            for offset, entry in enumerate(self.commit(position).records):
-                if entry.key == key:
-                    return int(self._starts[position] + offset)
+        position, offset = self._find(key)
+        return int(self._starts[position]) + offset
+
+    def _find(self, key: str) -> tuple[int, int]:
+        for position, entry in enumerate(self.manifest.shards):
+            if entry.key_range is None or not entry.key_range[0] <= key <= entry.key_range[1]:
+                continue
+            for offset, record in enumerate(self.commit(position).records):
+                if record.key == key:
+                    return position, offset
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
+
+    def _check_files(self, commit: Commit) -> None:
+        for file in commit.files:
+            found = damage(self.location, file)
+            if found is not None:
+                raise CorruptShard(
+                    f"{self.location.url}/{file.path}: {found}; run `datamerge verify` to see the rest"
+                )
 
     def head(self) -> tuple[dict[str, Array], list[str]] | None:
         """The class head's tensors (see `parse_head`) and class names, if the artifact has one.
@@ -172,9 +198,7 @@ class Artifact:
 
     def _reset(self) -> None:
         self._commits: OrderedDict[int, Commit] = OrderedDict()
-        layout = self.manifest.layout
-        reader = ZarrReader if layout.format == "zarr" else WebDatasetReader
-        self._reader: ZarrReader | WebDatasetReader = reader(self.location, layout)
+        self._reader = make_reader(self.location, self.manifest.layout)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_commits", "_reader")}
@@ -186,6 +210,34 @@ class Artifact:
     def __repr__(self) -> str:
         layout = self.manifest.layout
         return f"<Artifact {self.location.url}: {len(self)} groups, {layout.format}, {layout.encoding}>"
+
+
+Reader = ZarrReader | WebDatasetReader
+
+
+def make_reader(location: Location, layout: Layout) -> Reader:
+    """The reader of a layout's format."""
+    return ZarrReader(location, layout) if layout.format == "zarr" else WebDatasetReader(location)
+
+
+def read_arrays(
+    reader: Reader, commit: Commit, index: int, specs: Sequence[ArraySpec], check: bool
+) -> dict[str, Array]:
+    """Arrays of record `index` of a shard, compared with their checksums if `check`.
+
+    Raises:
+        CorruptShard: names the record and the first array that is not as it was committed.
+    """
+    arrays: dict[str, Array] = {}
+    record = commit.records[index]
+    for spec, data in zip(specs, reader.read(commit, index, specs), strict=True):
+        if check and (found := crc32c(data)) != record.checksums.get(spec.name):
+            raise CorruptShard(
+                f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, "
+                f"expected {record.checksums.get(spec.name)}"
+            )
+        arrays[spec.name] = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(spec.shape)
+    return arrays
 
 
 def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:

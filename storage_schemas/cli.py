@@ -1,20 +1,27 @@
-"""`datamerge inspect` and `datamerge preview`."""
+"""`datamerge inspect`, `datamerge preview` and `datamerge verify`."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.filesize import decimal as human_bytes
+from rich.progress import Progress
 from rich.table import Table
 
 from storage_schemas.artifact import open_artifact
 from storage_schemas.location import Location
 from storage_schemas.preview import contact_sheet
 from storage_schemas.summary import summarise
+from storage_schemas.verify import Report, fix
+from storage_schemas.verify import verify as verify_artifact
+
+SHOWN_PROBLEMS = 8  # of one file
 
 
 @click.command()
@@ -50,6 +57,55 @@ def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> N
     target = Path(output).absolute()
     Location(target.parent).write(target.name, data)
     click.echo(f"{output}: {human_bytes(len(data))}")
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("--fix", "mend", is_flag=True, help="Take back the commits of damaged shards.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def verify(artifact: str, mend: bool, as_json: bool) -> None:
+    """Compare every file of ARTIFACT with what was committed.
+
+    Exit code 0: sound; 1: damaged; 2: not an artifact. --fix removes the sidecars of damaged shards, so that the
+    merge command that made ARTIFACT writes these shards again, and mends other damaged files.
+
+    \b
+    datamerge verify adv-2-255
+    datamerge verify adv-2-255 --fix && datamerge merge photos/ adv-2-255 …
+    """
+    location = Location(artifact)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("verify", total=None)
+        report = verify_artifact(location, lambda done, total: bar.update(task, completed=done, total=total))
+    if mend:
+        fix(location, report)
+    if as_json:
+        click.echo(json.dumps({"sound": not report.problems, **asdict(report)}))
+    else:
+        _show_report(report, mend)
+    if report.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _show_report(report: Report, mended: bool) -> None:
+    shown: Counter[str] = Counter()
+    for problem in report.problems:
+        shown[problem.file] += 1
+        if shown[problem.file] <= SHOWN_PROBLEMS:
+            click.echo(str(problem))
+    for file, number in shown.items():
+        if number > SHOWN_PROBLEMS:
+            click.echo(f"{file}: … and {number - SHOWN_PROBLEMS} more, see --json")
+    state = "" if report.complete else " (unfinished)"
+    checked = f"{report.groups} groups in {report.shards} shards, {human_bytes(report.bytes)}"
+    if not report.problems:
+        click.echo(f"{report.url}: sound{state}; {checked}")
+        return
+    advice = "run with --fix, then the same merge command again"
+    if mended:
+        advice = f"removed {', '.join(report.removed) or 'nothing'}; run the same merge command again"
+    click.echo(f"{report.url}: {len(shown)} files are not as committed; {checked} were checked; {advice}")
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@
     │   ├── SourceError           raw data that cannot be found or listed
     │   └── NotAnArtifact         a location that holds no artifact, or another one
     ├── SchemaError           a manifest or commit that does not follow the format
+    │   └── UnknownVersion        … because a newer release wrote it
     └── CorruptShard          bytes that differ from what was committed
 
 Messages are one line: what was expected, what was found, where, what to do next.
@@ -40,6 +41,10 @@ class NotAnArtifact(UserError):  # noqa: N818 - names the thing, as FileNotFound
 
 class SchemaError(DatamergeError):
     """A JSON document of the artifact does not follow the format; the message lists every problem."""
+
+
+class UnknownVersion(SchemaError):  # noqa: N818
+    """The document has a schema version that this release does not read; the message names the one that does."""
 
 
 class CorruptShard(DatamergeError):  # noqa: N818

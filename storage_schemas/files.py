@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 
 import numpy as np
@@ -9,10 +10,29 @@ import numpy.typing as npt
 
 from storage_schemas.errors import CorruptShard
 from storage_schemas.location import Location
+from storage_schemas.manifest import FileEntry
 
 Bytes = npt.NDArray[np.uint8]
 
-OPEN_MAPS = 64
+# More than the 8 shards of the trainer's window, times the arrays it reads of a Zarr shard.
+OPEN_MAPS = 32
+BLOCK = 16 * 2**20
+
+
+def damage(location: Location, entry: FileEntry) -> str | None:
+    """What is wrong with a file, compared with what was committed; None if nothing is. Reads it in blocks."""
+    try:
+        size = location.size(entry.path)
+        if size != entry.bytes:
+            return f"expected {entry.bytes} bytes, found {size}"
+        digest = hashlib.sha256()
+        for start in range(0, size, BLOCK):
+            digest.update(location.read(entry.path, start, min(start + BLOCK, size)))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return "the file is missing"
+    if digest.hexdigest() != entry.sha256:
+        return f"expected sha256 {entry.sha256[:12]}…, found {digest.hexdigest()[:12]}…"
+    return None
 
 
 class FileRanges:

@@ -11,6 +11,8 @@ import fsspec
 
 from storage_schemas.errors import UserError
 
+WRITE_ATTEMPTS = 5
+
 
 class Location:
     """A root folder: a local path or any fsspec URL (``s3://``, ``gs://``, ``https://``, ``memory://``).
@@ -59,7 +61,13 @@ class Location:
     def write(self, relative: str, data: bytes) -> None:
         """Write a file so that a reader sees all of it or none, whatever kills this process."""
         if self.is_local:
-            _write_local(Path(self.path(relative)), data)
+            for attempt in range(WRITE_ATTEMPTS):
+                try:
+                    return _write_local(Path(self.path(relative)), data)
+                except FileNotFoundError:
+                    # Another writer that has finished took our temporary file for a leftover.
+                    if attempt == WRITE_ATTEMPTS - 1:
+                        raise
         else:
             # Object stores publish a PUT only when it is complete.
             self.fs.pipe_file(self.path(relative), data)

@@ -1,28 +1,41 @@
 """The JSON documents of an artifact: `manifest.json` and one commit sidecar per shard.
 
 Parsing is strict: an unknown key, a wrong type or an unknown version is an error, and all problems of a
-document are reported at once with their paths. FORMAT.md describes every field.
+document are reported at once with their paths. Every document is sealed: it holds the sha256 of its own bytes,
+so that a flipped bit in a count or in the provenance is noticed too. FORMAT.md describes every field.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
 
 Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
 Count = Annotated[int, Field(ge=0)]
+Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+
+# Arrays without which a record has no moments; all others are optional.
+MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
+    "float32": ("mean", "mean_square"),
+    "uint8_moments": ("sum", "scatter"),
+}
 
 
 class Document(BaseModel):
@@ -31,11 +44,25 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
 
-class ArraySpec(Document):
-    """One array of every record: its name, little-endian dtype and shape per record."""
+class Sealed(Document):
+    """A document in a file of its own, which begins with the sha256 of its bytes."""
 
-    name: Literal["sum", "scatter", "mean", "mean_square", "target", "members", "clean"]
-    dtype: Literal["uint8", "uint16", "uint32", "uint64", "float32"]
+    self_sha256: Annotated[
+        Sha256, Field(description="sha256 of this file with these 64 digits replaced by zeros; the first field")
+    ]
+
+
+class ArraySpec(Document):
+    """One array of every record: its name, little-endian dtype and shape per record.
+
+    Names that a release does not know are allowed: they are stored, checked and served like the others, so that an
+    optional array can be added without a new schema version.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    dtype: Literal[
+        "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+    ]
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
     @classmethod
@@ -43,7 +70,12 @@ class ArraySpec(Document):
         """A spec from a numpy dtype; raises ValidationError for names and dtypes outside the format."""
         return cls.model_validate({"name": name, "dtype": dtype.name, "shape": shape})
 
-    @property
+    @cached_property
+    def little_endian(self) -> np.dtype[Any]:
+        """The dtype as it is stored."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one record's array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -57,6 +89,16 @@ class Layout(Document):
     arrays: tuple[ArraySpec, ...]
     groups: Annotated[int, Field(ge=1, description="planned groups, rejected ones included")]
     groups_per_shard: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _arrays_go_together(self) -> Layout:
+        names = [array.name for array in self.arrays]
+        missing = [name for name in MOMENT_ARRAYS[self.encoding] if name not in names]
+        if missing:
+            raise ValueError(f"arrays: encoding {self.encoding} needs {' and '.join(missing)}, found {names}")
+        if len(set(names)) < len(names) or {"count", "label"} & set(names):
+            raise ValueError(f"arrays: expected distinct names other than count and label, found {names}")
+        return self
 
     @property
     def shards(self) -> int:
@@ -87,7 +129,7 @@ class RecordEntry(Document):
     `offsets` (webdataset only) are the positions of the raw array data inside the tar file.
     """
 
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+    key: Key
     count: Annotated[int, Field(ge=1)]
     label: int | None
     samples: tuple[str, ...]
@@ -114,7 +156,7 @@ class Ranges(Document):
     clipped_variances: Count
 
 
-class Commit(Document):
+class Commit(Sealed):
     """The sidecar that makes a shard exist; written last."""
 
     schema_version: Literal[1]
@@ -132,16 +174,21 @@ class Commit(Document):
 
 
 class ShardEntry(Document):
-    """What the manifest says of one committed shard."""
+    """What the manifest says of one committed shard.
+
+    `key_range` is the first and the last of its keys in alphabetical order: a key is looked up in the shards whose
+    range holds it.
+    """
 
     shard: Annotated[int, Field(ge=0)]
     groups: Count
     rejected: Count
     bytes: Count
     commit_sha256: Sha256
+    key_range: tuple[Key, Key] | None
 
 
-class Manifest(Document):
+class Manifest(Sealed):
     """`manifest.json`: the layout, where the groups come from, and the shards that are committed."""
 
     schema_version: Literal[1]
@@ -164,32 +211,50 @@ class Manifest(Document):
         return sum(shard.bytes for shard in self.shards)
 
 
-D = TypeVar("D", bound=Document)
+D = TypeVar("D", bound=Sealed)
 
 
-def parse(model: type[D], data: bytes | str, where: str) -> D:
-    """Parse a JSON document.
+def parse(model: type[D], data: bytes, where: str) -> D:
+    """Parse a sealed JSON document.
 
     Raises:
-        SchemaError: names the release needed for an unknown version, else lists every problem with its path.
+        UnknownVersion: names the release needed.
+        SchemaError: lists every problem with its path.
+        CorruptShard: the document follows the format, and its bytes are not the ones that were sealed.
     """
     try:
-        return model.model_validate_json(data)
+        document = model.model_validate_json(data)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+    else:
+        if _seal(data.replace(document.self_sha256.encode(), UNSEALED.encode(), 1)) != document.self_sha256:
+            raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
+        return document
     for problem in problems:
         if problem["loc"] == ("schema_version",) and isinstance(problem["input"], int):
-            raise SchemaError(
-                f"{where}: schema_version {problem['input']} is not one this release reads "
-                f"(it reads {SCHEMA_VERSION}); install a newer datamerge"
-            )
+            raise UnknownVersion(_unknown_version(problem["input"], data, where))
     details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems)
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
 
 
-def dump(document: Document) -> bytes:
-    """Serialise a document; the same document always gives the same bytes."""
-    return document.model_dump_json(indent=1).encode() + b"\n"
+def dump(document: Sealed) -> bytes:
+    """Serialise and seal a document; the same document always gives the same bytes."""
+    unsealed = document.model_copy(update={"self_sha256": UNSEALED})
+    data = unsealed.model_dump_json(indent=1).encode() + b"\n"
+    return data.replace(UNSEALED.encode(), _seal(data).encode(), 1)
+
+
+def _seal(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _unknown_version(found: int, data: bytes, where: str) -> str:
+    writer = json.loads(data).get("writer")
+    release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
+    return (
+        f"{where}: schema_version {found} is not one that this release reads (it reads {SCHEMA_VERSION}); "
+        f"install {release}"
+    )
 
 
 def _dotted(location: tuple[Any, ...]) -> str:

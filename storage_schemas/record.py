@@ -120,10 +120,14 @@ def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
     return encoded
 
 
+def crc32c(data: npt.NDArray[np.uint8]) -> str:
+    """crc32c of contiguous bytes, as 8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
 def checksum(array: Array, spec: ArraySpec) -> str:
-    """crc32c, as 8 hex digits, of an array's little-endian C-order bytes."""
-    little = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-    return f"{google_crc32c.value(little.reshape(-1).view(np.uint8)):08x}"
+    """crc32c of an array's little-endian C-order bytes."""
+    return crc32c(np.ascontiguousarray(array, dtype=spec.little_endian).reshape(-1).view(np.uint8))
 
 
 def checksums(arrays: Mapping[str, Array], layout: Layout) -> dict[str, str]:

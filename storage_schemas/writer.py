@@ -1,7 +1,8 @@
 """Commit protocol: files of a shard first, each whole and atomic, its sidecar last, the manifest from sidecars.
 
 A shard exists when `commits/NNNNN.json` does. Whatever dies between two steps leaves at most files that no
-sidecar names; the next run writes the same bytes over them.
+sidecar names; the next run writes the same bytes over them. For the same reason two writers of one plan may work
+on an artifact at once: each file is replaced whole, by a file with the same bytes.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from storage_schemas import webdataset_store, zarr_store
-from storage_schemas.errors import NotAnArtifact
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.location import Location
 from storage_schemas.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    UNSEALED,
     Commit,
     FileEntry,
     Layout,
@@ -34,8 +37,32 @@ from storage_schemas.manifest import (
 from storage_schemas.record import Record, checksums
 
 
+def store(layout: Layout) -> ModuleType:
+    """The module of a layout's format: `metadata_files`, `shard_files`, `encode_shard`."""
+    return zarr_store if layout.format == "zarr" else webdataset_store
+
+
 def commit_path(shard: int) -> str:
     return f"commits/{shard:05d}.json"
+
+
+def shard_of_sidecar(path: str) -> int | None:
+    """The shard whose sidecar has this path; None for any other path."""
+    digits = path.removeprefix("commits/").removesuffix(".json")
+    return int(digits) if digits.isdecimal() and commit_path(int(digits)) == path else None
+
+
+def shard_entry(commit: Commit, commit_sha256: str) -> ShardEntry:
+    """What the manifest says of a sidecar."""
+    keys = sorted(record.key for record in commit.records)
+    return ShardEntry(
+        shard=commit.shard,
+        groups=len(commit.records),
+        rejected=len(commit.rejects),
+        bytes=commit.bytes,
+        commit_sha256=commit_sha256,
+        key_range=(keys[0], keys[-1]) if keys else None,
+    )
 
 
 def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
@@ -59,45 +86,49 @@ class ArtifactWriter:
     def begin(self, files: Mapping[str, bytes]) -> None:
         """Claim the location: write `files` and a manifest that says `complete: false`.
 
-        On an artifact of the same plan this changes nothing.
+        On an artifact of the same plan this writes only those of `files` that its manifest does not list (any
+        more, see `verify`). Where the manifest is missing and sidecars of the same plan are there, it is rebuilt.
 
         Raises:
             NotAnArtifact: the location holds another artifact (the message shows the differences) or a
                 folder with other things in it.
         """
-        if self.location.exists(MANIFEST):
-            self._check_same_plan(parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}"))
-            return
-        contents = {**files, **self._format_files()}
-        # An earlier begin() that died before its manifest leaves these very files, byte for byte.
-        own = {path.partition("/")[0] for path in contents}
-        strangers = [name for name in self.location.names() if not name.startswith(".") and name not in own]
-        strangers += [path for path, data in contents.items() if not self._absent_or_equal(path, data)]
-        if strangers:
-            raise NotAnArtifact(
-                f"{self.location.url}: expected a new folder or an artifact, found {strangers[0]!r} and no "
-                f"{MANIFEST}; choose another output"
-            )
-        for path, data in contents.items():
-            self.location.write(path, data)
-        entries = tuple(_entry(path, data) for path, data in sorted(contents.items()))
-        self.location.write(MANIFEST, dump(self._manifest((), entries)))
+        contents = {**files, **store(self.layout).metadata_files(self.layout)}
+        if not self._ours():
+            # An earlier begin() that died before its manifest leaves these very files, byte for byte.
+            own = {path.partition("/")[0] for path in contents}
+            strangers = [name for name in self.location.names() if not name.startswith(".") and name not in own]
+            strangers += [path for path, data in contents.items() if not self._absent_or_equal(path, data)]
+            # Asked again, for a second writer may have begun in the meantime.
+            if strangers and not self._ours():
+                raise NotAnArtifact(
+                    f"{self.location.url}: expected a new folder or an artifact, found {strangers[0]!r} and no "
+                    f"{MANIFEST}; choose another output"
+                )
+        old = self._old_manifest()
+        listed = {entry.path for entry in old.files} if old else set()
+        if not contents.keys() <= listed or old is None:
+            self.finish({path: data for path, data in contents.items() if path not in listed})
 
     def committed(self) -> set[int]:
         """Shards that need no work."""
-        names = self.location.names("commits")
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+        numbers = (shard_of_sidecar(f"commits/{name}") for name in self.location.names("commits"))
+        return {number for number in numbers if number is not None}
 
     def commit(self, shard: int, records: Sequence[Record], rejects: Sequence[Reject]) -> Commit:
-        """Write the shard's files, then its sidecar.
+        """Write the shard's files, then its sidecar; a shard that is committed by now is left as it is.
 
         Raises:
-            ValueError: a record whose arrays do not follow the layout or are not finite.
+            ValueError: a record whose arrays do not follow the layout or are not finite, or a key used twice.
         """
         for record in records:
             _check_record(record, self.layout)
-        encode = zarr_store.encode_shard if self.layout.format == "zarr" else webdataset_store.encode_shard
-        files, offsets = encode(self.layout, shard, records)
+        if len({record.key for record in records}) < len(records):
+            raise ValueError(f"shard {shard}: expected distinct keys, found {[record.key for record in records]}")
+        committed = self._committed(shard)
+        if committed is not None:
+            return committed
+        files, offsets = store(self.layout).encode_shard(self.layout, shard, records)
         entries = []
         for path, data in files.items():
             self.location.write(path, data)
@@ -121,6 +152,7 @@ class ArtifactWriter:
             ),
             rejects=tuple(rejects),
             ranges=_ranges(records),
+            self_sha256=UNSEALED,
         )
         self.location.write(commit_path(shard), dump(commit))
         return commit
@@ -130,36 +162,62 @@ class ArtifactWriter:
 
         Args:
             extra: more files of the artifact, such as its card and preview.
+
+        Raises:
+            SchemaError, CorruptShard: a sidecar is damaged, or not one of this plan's.
         """
         added = [_entry(path, data) for path, data in (extra or {}).items()]
         for path, data in (extra or {}).items():
             self.location.write(path, data)
-        old = parse(Manifest, self.location.read(MANIFEST), f"{self.location.url}/{MANIFEST}")
-        shards = []
-        for shard in sorted(self.committed()):
-            data = self.location.read(commit_path(shard))
-            commit = parse(Commit, data, f"{self.location.url}/{commit_path(shard)}")
-            shards.append(
-                ShardEntry(
-                    shard=shard,
-                    groups=len(commit.records),
-                    rejected=len(commit.rejects),
-                    bytes=commit.bytes,
-                    commit_sha256=hashlib.sha256(data).hexdigest(),
-                )
-            )
-        files = {entry.path: entry for entry in (*old.files, *added)}
-        manifest = self._manifest(tuple(shards), tuple(files[path] for path in sorted(files)))
+        old = self._old_manifest()
+        known = {entry.shard: entry for entry in old.shards} if old else {}
+        shards = tuple(self._shard_entry(shard, known.get(shard)) for shard in sorted(self.committed()))
+        files = {entry.path: entry for entry in (*(old.files if old else ()), *added)}
+        manifest = self._manifest(shards, tuple(files[path] for path in sorted(files)))
         self.location.write(MANIFEST, dump(manifest))
         if manifest.complete:
             self.location.remove_leftovers()
         return manifest
 
+    def _ours(self) -> bool:
+        """Whether the location holds an artifact of this plan, with its manifest or without."""
+        old = self._old_manifest()
+        if old is not None:
+            self._check_same_plan(old)
+            return True
+        return any(self._committed(shard) is not None for shard in sorted(self.committed()))
+
+    def _old_manifest(self) -> Manifest | None:
+        try:
+            data = self.location.read(MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return parse(Manifest, data, f"{self.location.url}/{MANIFEST}")
+
+    def _committed(self, shard: int) -> Commit | None:
+        """The sidecar of a shard, if there is one, it is sound and belongs to this plan."""
+        try:
+            commit = parse(Commit, self.location.read(commit_path(shard)), commit_path(shard))
+        except (FileNotFoundError, NotADirectoryError, SchemaError, CorruptShard):
+            return None
+        return commit if (commit.shard, commit.plan_sha256) == (shard, self.plan) else None
+
+    def _shard_entry(self, shard: int, known: ShardEntry | None) -> ShardEntry:
+        data = self.location.read(commit_path(shard))
+        sha256 = hashlib.sha256(data).hexdigest()
+        if known is not None and known.commit_sha256 == sha256:
+            return known
+        where = f"{self.location.url}/{commit_path(shard)}"
+        commit = parse(Commit, data, where)
+        if commit.shard != shard or shard >= self.layout.shards or commit.plan_sha256 != self.plan:
+            raise CorruptShard(
+                f"{where}: expected the sidecar of shard {shard} of this artifact, found one of shard {commit.shard} "
+                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify --fix {self.location.url}`"
+            )
+        return shard_entry(commit, sha256)
+
     def _absent_or_equal(self, path: str, data: bytes) -> bool:
         return not self.location.exists(path) or self.location.read(path) == data
-
-    def _format_files(self) -> dict[str, bytes]:
-        return zarr_store.metadata_files(self.layout) if self.layout.format == "zarr" else {}
 
     def _manifest(self, shards: tuple[ShardEntry, ...], files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
@@ -171,6 +229,7 @@ class ArtifactWriter:
             provenance=self.provenance,
             files=files,
             shards=shards,
+            self_sha256=UNSEALED,
         )
 
     def _check_same_plan(self, found: Manifest) -> None:

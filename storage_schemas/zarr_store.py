@@ -11,7 +11,7 @@ zarr reads a missing file as fill values without an error, hence the sizes, hash
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -24,10 +24,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage_schemas.errors import CorruptShard
-from storage_schemas.files import FileRanges
+from storage_schemas.files import Bytes, FileRanges
 from storage_schemas.location import Location
 from storage_schemas.manifest import ArraySpec, Commit, Layout
-from storage_schemas.record import Array, Record
+from storage_schemas.record import Record
 
 STORE = "groups.zarr"
 UNLABELLED = -1
@@ -42,6 +42,12 @@ def metadata_files(layout: Layout) -> dict[str, bytes]:
     store = MemoryStore()
     _create_arrays(store, layout)
     return _contents(store)
+
+
+def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+    """Paths of a shard's files, and the arrays whose data they hold; `count` and `label` are in the sidecar too."""
+    arrays = {_shard_file(spec.name, shard, len(spec.shape)): (spec,) for spec in layout.arrays}
+    return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
 
 
 def encode_shard(
@@ -75,17 +81,17 @@ class ZarrReader:
         self._layout = layout
         self._indices: OrderedDict[str, npt.NDArray[np.uint64]] = OrderedDict()
 
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        """Stored arrays of record `index` of a shard.
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+        """The bytes of arrays of record `index` of a shard.
 
         Raises:
             CorruptShard: a file is missing, cut short, or fails its crc32c.
         """
         sizes = {file.path: file.bytes for file in commit.files}
-        return {spec.name: self._chunk(spec, commit.shard, index, sizes) for spec in specs}
+        return (self._chunk(spec, commit.shard, index, sizes) for spec in specs)
 
-    def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Array:
-        path = _shard_file(spec, shard)
+    def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Bytes:
+        path = _shard_file(spec.name, shard, len(spec.shape))
         where = f"{path}, record {index}"
         start, size = (int(value) for value in self._index(path, sizes.get(path, 0))[index])
         if size > MAX_CHUNK_OVERHEAD + 2 * spec.nbytes:  # also the mark of an inner chunk that was never written
@@ -97,7 +103,7 @@ class ZarrReader:
             raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
         if len(data) != spec.nbytes:
             raise CorruptShard(f"{where}: expected {spec.nbytes} bytes, found {len(data)}")
-        return np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<")).astype(spec.dtype).reshape(spec.shape)
+        return np.frombuffer(data, np.uint8)
 
     def _index(self, path: str, file_size: int) -> npt.NDArray[np.uint64]:
         """(offset, size) of every inner chunk: the last 16 bytes a chunk of the file, and their crc32c."""
@@ -115,7 +121,7 @@ class ZarrReader:
         return index
 
 
-def _checked(data: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.uint8]:
+def _checked(data: Bytes, where: str) -> Bytes:
     """The bytes before a trailing crc32c, which they must have."""
     if len(data) < CRC_BYTES:
         raise CorruptShard(f"{where}: expected a checksum, found {len(data)} bytes")
@@ -125,8 +131,8 @@ def _checked(data: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.uint8]:
     return payload
 
 
-def _shard_file(spec: ArraySpec, shard: int) -> str:
-    return "/".join([STORE, spec.name, "c", str(shard), *("0" for _ in spec.shape)])
+def _shard_file(array: str, shard: int, axes: int) -> str:
+    return "/".join([STORE, array, "c", str(shard), *("0" * axes)])
 
 
 def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:

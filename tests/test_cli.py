@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("merge", "train", "evaluate", "inspect", "preview", "demo")
+COMMANDS = ("merge", "train", "evaluate", "inspect", "verify", "preview", "demo")
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +70,7 @@ def test_no_command_shows_help() -> None:
     assert "merge" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "preview"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "preview"])
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "unknown protocol"])
 def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str, kind: str) -> None:
     place = tmp_path / "x"

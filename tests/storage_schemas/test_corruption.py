@@ -228,7 +228,7 @@ def test_verify_can_be_switched_off(
     data = bytearray(path.read_bytes())
     data[offsets["sum"]] ^= 1
     path.write_bytes(bytes(data))
-    artifact: Artifact = open_artifact(tmp_path / "a", verify=False)
+    artifact: Artifact = open_artifact(tmp_path / "a", verify="off")
     assert artifact[0].key == "k0"
     with pytest.raises(CorruptShard, match="k0"):
         open_artifact(tmp_path / "a")[0]

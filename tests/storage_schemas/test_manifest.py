@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from storage_schemas import Commit, Layout, Manifest, Record, SchemaError, open_artifact
-from storage_schemas.manifest import dump, parse
+from storage_schemas import Commit, CorruptShard, Layout, Manifest, Record, SchemaError, UnknownVersion, open_artifact
+from storage_schemas.manifest import UNSEALED, dump, parse
 
 Edit = Callable[[dict[str, Any]], Any]
+
+
+def _sealed(document: dict[str, Any]) -> bytes:
+    """The JSON of a document with its seal made anew, as FORMAT.md describes it."""
+    data = json.dumps({**document, "self_sha256": UNSEALED}).encode()
+    assert data.startswith(b'{"self_sha256": "')
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 @pytest.fixture
@@ -46,8 +55,11 @@ def test_documents_round_trip(tmp_path: Path, manifest: dict[str, Any]) -> None:
         (lambda m: m["layout"].update(groups=7.0), "layout.groups"),
         (lambda m: m["layout"].update(groups=0), "layout.groups"),
         (lambda m: m["layout"].update(groups_per_shard=0), "layout.groups_per_shard"),
-        (lambda m: m["layout"]["arrays"][0].update(dtype="float16"), "layout.arrays.0.dtype"),
-        (lambda m: m["layout"]["arrays"][0].update(name="median"), "layout.arrays.0.name"),
+        (lambda m: m["layout"]["arrays"][0].update(dtype="float8"), "layout.arrays.0.dtype"),
+        (lambda m: m["layout"]["arrays"][0].update(name="Sum.x"), "layout.arrays.0.name"),
+        (lambda m: m["layout"]["arrays"][0].update(name="median"), "layout"),
+        (lambda m: m["layout"]["arrays"][2].update(name="sum"), "layout"),
+        (lambda m: m["layout"]["arrays"][2].update(name="count"), "layout"),
         (lambda m: m["layout"]["arrays"][1].update(shape=[3, 0, 5]), "layout.arrays.1.shape.1"),
         (lambda m: m.update(complete="yes"), "complete"),
         (lambda m: m.update(complete=1), "complete"),
@@ -61,10 +73,10 @@ def test_documents_round_trip(tmp_path: Path, manifest: dict[str, Any]) -> None:
     ],
 )
 def test_every_deviation_is_refused_with_its_path(manifest: dict[str, Any], edit: Edit, path: str) -> None:
-    parse(Manifest, json.dumps(manifest), "here")
+    parse(Manifest, _sealed(manifest), "here")
     edit(manifest)
     with pytest.raises(SchemaError) as caught:
-        parse(Manifest, json.dumps(manifest), "here/manifest.json")
+        parse(Manifest, _sealed(manifest), "here/manifest.json")
     message = str(caught.value)
     assert message.startswith("here/manifest.json: 1 problem(s)")
     assert f" {path}: " in message
@@ -77,7 +89,7 @@ def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
     manifest["writer"] = 3
     del manifest["provenance"]
     with pytest.raises(SchemaError, match="4 problem") as caught:
-        parse(Manifest, json.dumps(manifest), "m")
+        parse(Manifest, _sealed(manifest), "m")
     for path in ("layout.groups", "shards.1.groups", "writer", "provenance"):
         assert f" {path}: " in str(caught.value)
 
@@ -85,11 +97,14 @@ def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize("found", [2, 0, 99])
 def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, Any], found: int) -> None:
     """A newer release will also have keys that this one does not know: they are not the news."""
-    manifest.update(schema_version=found, new_in_version_2=True)
+    manifest.update(schema_version=found, writer="datamerge 7.1", new_in_version_2=True)
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SchemaError, match=rf"schema_version {found} .*reads 1.*newer datamerge") as caught:
+    with pytest.raises(UnknownVersion, match=rf"schema_version {found} .*reads 1.*install datamerge 7\.1") as caught:
         open_artifact(tmp_path / "a")
     assert "new_in_version_2" not in str(caught.value)
+    del manifest["writer"]
+    with pytest.raises(UnknownVersion, match=r"install a newer datamerge"):
+        parse(Manifest, _sealed(manifest), "m")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 1', b'"text"'])
@@ -103,7 +118,7 @@ def test_what_is_no_document_is_a_schema_error(tmp_path: Path, data: bytes) -> N
 def test_a_version_that_is_no_number(manifest: dict[str, Any], edit: Edit) -> None:
     edit(manifest)
     with pytest.raises(SchemaError, match="schema_version: "):
-        parse(Manifest, json.dumps(manifest), "m")
+        parse(Manifest, _sealed(manifest), "m")
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "ä", "a b"])
@@ -111,13 +126,35 @@ def test_keys_that_tar_or_zarr_would_mangle_are_refused(tmp_path: Path, manifest
     commit = json.loads((tmp_path / "a" / "commits" / "00000.json").read_text())
     commit["records"][0]["key"] = key
     with pytest.raises(SchemaError, match=r"records\.0\.key: "):
-        parse(Commit, json.dumps(commit), "c")
+        parse(Commit, _sealed(commit), "c")
 
 
 def test_documents_cannot_be_changed(manifest: dict[str, Any]) -> None:
-    document = parse(Manifest, json.dumps(manifest), "m")
+    document = parse(Manifest, _sealed(manifest), "m")
     with pytest.raises(ValueError, match="frozen"):
         document.complete = False  # type: ignore[misc]
     assert document.groups == 6
     assert document.layout.shards == 3
     assert document.layout.bytes_per_record == 3 * 4 * 5 * (2 + 4) + 6 * 4 + 5 * 60
+
+
+@pytest.mark.parametrize("path", ["manifest.json", "commits/00000.json"])
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, manifest: dict[str, Any], path: str) -> None:
+    """The seal covers every byte: one bit of each of them, the seal's own digits and the white space included."""
+    data = (tmp_path / "a" / path).read_bytes()
+    model: type[Manifest] | type[Commit] = Manifest if path == "manifest.json" else Commit
+    rng = np.random.default_rng(5)
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        with pytest.raises((SchemaError, CorruptShard), match="m: "):
+            parse(model, bytes(damaged), "m")
+
+
+def test_the_seal_is_the_hash_of_the_file_without_it(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    """Also when the same digits occur elsewhere in the document."""
+    manifest["provenance"]["encoder"] = {"sha256": UNSEALED, "self_sha256": UNSEALED}
+    data = dump(parse(Manifest, _sealed(manifest), "m"))
+    digits = json.loads(data)["self_sha256"]
+    assert hashlib.sha256(data.replace(digits.encode(), UNSEALED.encode())).hexdigest() == digits
+    assert parse(Manifest, data, "m").provenance["encoder"] == {"sha256": UNSEALED, "self_sha256": UNSEALED}

@@ -36,7 +36,9 @@ def test_round_trip(
         same_record(found, expected)
     for index in range(-7, 7):
         same_record(artifact[index], records[index])
-    assert [artifact.index_of(record.key) for record in records] == list(range(7))
+    for index, record in enumerate(records):
+        assert artifact.index_of(record.key) == index
+        same_record(artifact[record.key], record)
 
 
 def test_indices_and_keys_that_are_not_there(
@@ -47,8 +49,11 @@ def test_indices_and_keys_that_are_not_there(
     for index in (7, -8, 10**9):
         with pytest.raises(IndexError, match="of 7"):
             artifact[index]
-    with pytest.raises(KeyError, match="k99"):
-        artifact.index_of("k99")
+    for key in ("k99", "k00", "a", "z", ""):
+        with pytest.raises(KeyError, match=f"key '{key}'"):
+            artifact.index_of(key)
+        with pytest.raises(KeyError, match=f"key '{key}'"):
+            artifact[key]
 
 
 @pytest.mark.parametrize("rejected", [(1,), (0, 3, 6), (3, 4, 5), (0, 1, 2, 3, 4, 5, 6)])
@@ -155,14 +160,15 @@ def test_a_pickled_artifact_reads_the_same(
         same_record(found, expected)
 
 
-def test_records_are_writable_copies(
+def test_records_are_read_only(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same, format_name: str
 ) -> None:
-    """A consumer that works in place cannot damage the file or the next reader."""
+    """A consumer that works in place can damage neither the file nor what the next reader sees."""
     records = write_artifact(tmp_path / "a", make_layout(format_name))
     artifact = open_artifact(tmp_path / "a")
     for array in artifact[0].arrays.values():
-        array[...] = 0
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
     same_record(artifact[0], records[0])
 
 

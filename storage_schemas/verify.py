@@ -1,0 +1,258 @@
+"""`datamerge verify`: every file of an artifact against what was committed.
+
+The chain of hashes starts in `manifest.json`, which holds its own sha256. It names the sha256 of every sidecar and
+of every file outside shards; each sidecar names those of its shard's files. A damaged shard file is then read
+record by record, to say which groups are lost.
+
+`fix` removes the sidecars of bad shards and makes the manifest say so: the shards are then not committed, and the
+same merge command writes them, and only them, again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from storage_schemas.artifact import make_reader, read_arrays
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion
+from storage_schemas.files import damage
+from storage_schemas.location import Location
+from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, ShardEntry, dump, parse
+from storage_schemas.writer import commit_path, plan_sha256, shard_entry, shard_of_sidecar, store
+
+THREADS = 4
+# Written by every merge, over whatever is there.
+PRESENTATION = ("README.md", "croissant.json", "preview.png")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is not as it was committed.
+
+    Attributes:
+        file: path in the artifact.
+        cause: expected and found.
+        shard: number of the shard that is lost by it; None if none is.
+        record: key of the record that cannot be read; None where the file as a whole is meant.
+    """
+
+    file: str
+    cause: str
+    shard: int | None = None
+    record: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}{f', record {self.record}' if self.record else ''}: {self.cause}"
+
+
+@dataclass(slots=True)
+class Report:
+    """What `verify` found.
+
+    Attributes:
+        url: the artifact.
+        complete: the manifest says that every planned shard is committed.
+        shards, groups, bytes: that were checked.
+        problems: in the order of the manifest: itself, files outside shards, shards, files nobody names.
+        removed: files that `fix` removed.
+    """
+
+    url: str
+    complete: bool = False
+    shards: int = 0
+    groups: int = 0
+    bytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardFindings:
+    groups: int
+    bytes: int
+    files: set[str]
+    problems: tuple[Problem, ...]
+
+
+def verify(location: Location, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Check every file of an artifact, with at most a block of each file in memory.
+
+    Args:
+        location: the artifact.
+        on_shard: called with the number of shards checked and their total.
+
+    Raises:
+        NotAnArtifact: neither a manifest nor sidecars there.
+        UnknownVersion: the artifact follows a newer format.
+    """
+    report = Report(location.url)
+    found_paths = _paths(location)
+    sidecars = sorted(number for path in found_paths if (number := shard_of_sidecar(path)) is not None)
+    manifest = _manifest(location, sidecars, report)
+    named = {MANIFEST}
+    entries: dict[int, ShardEntry | None] = dict.fromkeys(sidecars)
+    if manifest is not None:
+        report.complete = manifest.complete
+        entries |= {entry.shard: entry for entry in manifest.shards}
+        named |= {file.path for file in manifest.files}
+        causes = ((file.path, damage(location, file)) for file in manifest.files)
+        report.problems += [Problem(path, cause) for path, cause in causes if cause is not None]
+    with ThreadPoolExecutor(THREADS) as pool:
+        shards = sorted(entries)
+        findings = pool.map(_ShardCheck(location, manifest), shards, map(entries.get, shards))
+        for done, found in enumerate(findings, 1):
+            report.groups += found.groups
+            report.bytes += found.bytes
+            report.problems += found.problems
+            named |= found.files
+            report.shards = done
+            on_shard(done, len(shards))
+    if manifest is not None:
+        bad_shards = {problem.shard for problem in report.problems}
+        report.problems += _strangers(manifest, found_paths - named, bad_shards)
+    return report
+
+
+def fix(location: Location, report: Report) -> None:
+    """Take back the commits of the shards that `report` found bad, and the listing of other damaged files.
+
+    Afterwards the manifest says `complete: false`, and the merge command that made the artifact repairs it. A
+    damaged manifest is removed; the merge rebuilds it from the sidecars.
+    """
+    bad_files = {problem.file for problem in report.problems}
+    bad_shards = {problem.shard for problem in report.problems if problem.shard is not None}
+    for shard in sorted(bad_shards):
+        if location.exists(commit_path(shard)):
+            _remove(location, commit_path(shard), report)
+    if MANIFEST in bad_files:
+        if location.exists(MANIFEST):
+            _remove(location, MANIFEST, report)
+        return
+    manifest = parse(Manifest, location.read(MANIFEST), MANIFEST)
+    kept = tuple(entry for entry in manifest.shards if entry.shard not in bad_shards)
+    files = tuple(file for file in manifest.files if file.path not in bad_files)
+    if kept != manifest.shards or files != manifest.files:
+        changes = {"complete": False, "shards": kept, "files": files}
+        location.write(MANIFEST, dump(manifest.model_copy(update=changes)))
+
+
+def _remove(location: Location, path: str, report: Report) -> None:
+    location.remove(path)
+    report.removed.append(path)
+
+
+def _paths(location: Location) -> set[str]:
+    """All files below the location but hidden ones; none where the protocol cannot list, as plain HTTP."""
+    if "http" in location.fs.protocol:
+        return set()
+    location.fs.invalidate_cache()
+    found = (path[len(location.root) :].strip("/") for path in location.fs.find(location.root))
+    return {path for path in found if not any(part.startswith(".") for part in path.split("/"))}
+
+
+def _manifest(location: Location, sidecars: Sequence[int], report: Report) -> Manifest | None:
+    """The manifest, if it can be relied on."""
+    try:
+        manifest = parse(Manifest, location.read(MANIFEST), MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        if not sidecars:
+            raise NotAnArtifact(f"{location.url}: expected an artifact, found no {MANIFEST} there") from None
+        cause: str | None = "the file is missing"
+    except UnknownVersion:
+        raise
+    except (SchemaError, CorruptShard) as error:
+        cause = str(error).removeprefix(f"{MANIFEST}: ")
+    else:
+        cause = _other_plan(location, manifest)
+    if cause is None:
+        return manifest
+    report.problems.append(Problem(MANIFEST, cause))
+    return None
+
+
+def _other_plan(location: Location, manifest: Manifest) -> str | None:
+    """Why the manifest is not this artifact's; one sidecar of its plan is enough to trust it."""
+    if plan_sha256(manifest.layout, manifest.provenance) != manifest.plan_sha256:
+        return "plan_sha256 is not that of its layout and provenance"
+    other: str | None = None
+    for entry in manifest.shards:
+        try:
+            plan = parse(Commit, location.read(commit_path(entry.shard)), "").plan_sha256
+        except (FileNotFoundError, SchemaError, CorruptShard):
+            continue
+        if plan == manifest.plan_sha256:
+            return None
+        other = other or plan
+    return other and f"it is of plan {manifest.plan_sha256[:12]}…, the sidecars are of plan {other[:12]}…"
+
+
+class _ShardCheck:
+    """Checks one shard; called from several threads."""
+
+    def __init__(self, location: Location, manifest: Manifest | None) -> None:
+        self._location, self._manifest = location, manifest
+
+    def __call__(self, shard: int, entry: ShardEntry | None) -> _ShardFindings:
+        path = commit_path(shard)
+        try:
+            commit = self._sidecar(path, shard, entry)
+        except (SchemaError, CorruptShard) as error:
+            problem = Problem(path, str(error).removeprefix(f"{path}: "), shard)
+            return _ShardFindings(0, 0, {path}, (problem,))
+        problems: list[Problem] = []
+        for file in commit.files:
+            cause = damage(self._location, file)
+            if cause is not None:
+                lost = list(self._lost_records(commit, file.path))
+                note = "" if lost else "; the arrays of its records are not affected"
+                problems += [Problem(file.path, cause + note, shard), *lost]
+        files = {path, *(file.path for file in commit.files)}
+        return _ShardFindings(len(commit.records), commit.bytes, files, tuple(problems))
+
+    def _sidecar(self, path: str, shard: int, entry: ShardEntry | None) -> Commit:
+        """The sidecar of a shard; raises SchemaError or CorruptShard unless it is the one the manifest means."""
+        try:
+            data = self._location.read(path)
+        except FileNotFoundError:
+            raise CorruptShard(f"{path}: the manifest lists this shard, its sidecar is missing") from None
+        commit = parse(Commit, data, path)
+        if commit.shard != shard:
+            raise CorruptShard(f"{path}: it is the sidecar of shard {commit.shard}")
+        if self._manifest is None:
+            return commit
+        if commit.plan_sha256 != self._manifest.plan_sha256:
+            raise CorruptShard(f"{path}: it is of another artifact, of plan {commit.plan_sha256[:12]}…")
+        if entry is None and (self._manifest.complete or shard >= self._manifest.layout.shards):
+            raise CorruptShard(f"{path}: the manifest lists no such shard")
+        if entry is not None and shard_entry(commit, hashlib.sha256(data).hexdigest()) != entry:
+            raise CorruptShard(f"{path}: it is not the sidecar that the manifest lists")
+        return commit
+
+    def _lost_records(self, commit: Commit, path: str) -> Iterator[Problem]:
+        """The records that a reader refuses: none if the damage is in headers, padding or JSON members."""
+        if self._manifest is None:
+            return
+        layout = self._manifest.layout
+        specs = store(layout).shard_files(layout, commit.shard).get(path, ())
+        reader = make_reader(self._location, layout)
+        for index, record in enumerate(commit.records):
+            try:
+                read_arrays(reader, commit, index, specs, check=True)
+            except CorruptShard as error:
+                # The reader's message starts with the place, which the problem names already.
+                yield Problem(path, str(error).partition(": ")[2], commit.shard, record.key)
+
+
+def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
+    """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
+    layout = manifest.layout
+    expected = set(PRESENTATION)
+    if not manifest.complete:
+        expected |= {HEAD, *store(layout).metadata_files(layout)}
+    for shard in range(layout.shards):
+        if shard in bad_shards or not manifest.complete:
+            expected.update(store(layout).shard_files(layout, shard))
+    for path in sorted(paths - expected):
+        yield Problem(path, "neither the manifest nor a sidecar names this file; move it out of the artifact")
