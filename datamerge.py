@@ -17,6 +17,12 @@ COMMANDS = {
         "Make groups of similar samples and store their moments.",
     ),
     "train": ("trainer.cli", "train", "train", "Fine-tune an encoder on an artifact."),
+    "export-encoder": (
+        "trainer.export",
+        "export_encoder",
+        "train",
+        "Write a trained encoder for open_clip or Hugging Face.",
+    ),
     "evaluate": (
         "evaluation.cli",
         "evaluate",

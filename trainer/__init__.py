@@ -5,21 +5,38 @@
 
 from trainer.checkpoint import RunSummary
 from trainer.config import TrainConfig
-from trainer.curvature import GroupLoss, exact, gauss_newton, individual_loss, merged_loss
-from trainer.loop import Stopped, train
+from trainer.draws import Draws
+from trainer.estimators import (
+    Estimator,
+    GroupLoss,
+    antithetic,
+    exact,
+    gauss_newton,
+    individual_loss,
+    jvp,
+    mean_only,
+    sampled,
+)
+from trainer.loop import train
 from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.signals import Stopped
 
 __all__ = [
     "CrossEntropy",
+    "Draws",
+    "Estimator",
     "GroupLoss",
     "Loss",
     "RunSummary",
     "SquaredError",
     "Stopped",
     "TrainConfig",
+    "antithetic",
     "exact",
     "gauss_newton",
     "individual_loss",
-    "merged_loss",
+    "jvp",
+    "mean_only",
+    "sampled",
     "train",
 ]

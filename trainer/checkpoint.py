@@ -5,7 +5,8 @@ encoder.safetensors   trained weights
 identity.json         settings that determine the weights; written first, compared on every later call
 log.jsonl             one line per logged step
 tensorboard/          the same numbers for TensorBoard
-checkpoints/          step-000350.pt: the state after 350 updates
+checkpoints/          step-000350.pt: the state after 350 updates; best.pt: that with the lowest held-out loss
+not-finite-step-….pt  the batch at which a loss or gradient was not finite
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage_schemas import ConfigError, DatamergeError, Location
 
 SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
+BEST = "best.pt"
+# Entries of the identity that are no settings.
+_CHANGED_THINGS = {
+    "plan_sha256": "an artifact",
+    "encoder_sha256": "an encoder",
+    "head_sha256": "a class head",
+}
 
 
 class RunSummary(BaseModel):
@@ -89,12 +97,15 @@ class RunFolder:
             for name in sorted(found.keys() | identity.keys())
             if found.get(name) != identity.get(name)
         ]
-        if differences:
-            raise ConfigError(
-                f"{self.path} holds a run with other settings ({'; '.join(differences)}); choose "
-                f"another RUN, "
-                "or use the same settings to continue it"
-            )
+        if not differences:
+            return
+        changed = _CHANGED_THINGS.keys() & {name for name in identity if found.get(name) != identity[name]}
+        what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
+        problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
+        raise ConfigError(
+            f"{self.path} {problem} ({'; '.join(differences)}); choose another RUN, "
+            f"or use the same {what or 'settings'} to continue it"
+        )
 
     def summary(self) -> RunSummary | None:
         """The summary of a finished run; None while it is not finished."""
@@ -112,13 +123,23 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.pt"), key=_step_of)
+        return sorted((self.path / "checkpoints").glob("step-*.pt"), key=step_of)
 
     def save(self, state: Mapping[str, Any], keep: int) -> Path:
         """Write a checkpoint whole or not at all, then remove all but the newest `keep`."""
+        path = self._write_state(f"step-{state['step']:06d}.pt", state)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+        return path
+
+    def save_best(self, state: Mapping[str, Any]) -> Path:
+        """Write the state with the lowest held-out loss so far, whole or not at all, in place of the one before."""
+        return self._write_state(BEST, state)
+
+    def _write_state(self, file_name: str, state: Mapping[str, Any]) -> Path:
         folder = self.path / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"step-{state['step']:06d}.pt"
+        path = folder / file_name
         descriptor, name = tempfile.mkstemp(prefix=".step-", suffix=".tmp", dir=folder)
         temporary = Path(name)
         try:
@@ -131,8 +152,6 @@ class RunFolder:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        for old in self.checkpoints()[:-keep]:
-            old.unlink()
         return path
 
     def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -167,7 +186,8 @@ class RunFolder:
         return content
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Step of a checkpoint file; -1 for any other."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
 

@@ -8,9 +8,18 @@ from typing import Any, get_args
 import click
 
 from console import load_settings
-from trainer.config import Arm, LossName, TrainConfig, preset_names, read_preset
-from trainer.loop import Stopped
+from trainer.config import (
+    Arm,
+    EstimatorName,
+    LossName,
+    Precision,
+    TrainConfig,
+    parse_override,
+    preset_names,
+    read_preset,
+)
 from trainer.loop import train as run_training
+from trainer.signals import Stopped
 
 
 @click.command()
@@ -18,14 +27,18 @@ from trainer.loop import train as run_training
 @click.argument("run")
 @click.option("--preset", type=click.Choice(preset_names()), help="Settings that ship with datamerge.")
 @click.option("--config", "file", metavar="FILE.toml", help="Settings from a file; flags override them.")
-@click.option("--arm", type=click.Choice(get_args(Arm)), help="Merged groups, single members, or means only. [avg]")
-@click.option("--members", type=int, help="For --arm ind: first so many stored members of each group. [all]")
+@click.option("--set", "overrides", metavar="NAME=VALUE", multiple=True, help="Any setting; wins over all others.")
+@click.option("--arm", type=click.Choice(get_args(Arm)), help="Merged groups, stored members, or means only. [avg]")
+@click.option("--members", type=int, help="For ind, random-member: first so many stored members of each group. [all]")
+@click.option("--estimator", type=click.Choice(get_args(EstimatorName)), help="For --arm avg. [gauss_newton]")
 @click.option("--loss", type=click.Choice(get_args(LossName)), help="[auto: by what the artifact stores]")
 @click.option("--encoder", metavar="SPEC", help="Encoder to start from. [the artifact's]")
 @click.option("--head", metavar="SPEC", help="Frozen class head for cross_entropy. [the artifact's]")
 @click.option("--steps", type=int, help="Length of the run in optimiser steps.")
 @click.option("--epochs", type=int, help="Length of the run in passes over the artifact.")
-@click.option("--batch-size", type=int, help="Groups per step. [1]")
+@click.option("--batch-size", type=int, help="Groups per step, over all processes. [1]")
+@click.option("--accumulate", type=int, help="Micro-batches per process and step; saves memory. [1]")
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="[float32]")
 @click.option("--lr", "learning_rate", type=float, help="Peak learning rate. [1e-5]")
 @click.option("--weight-decay", type=float, help="Decoupled weight decay. [1e-4]")
 @click.option("--warmup", "warmup_steps", type=int, help="Steps of linear warm-up. [0]")
@@ -33,24 +46,31 @@ from trainer.loop import train as run_training
 @click.option("--seed", type=int, help="Seed of the order of groups and of all random draws. [0]")
 @click.option("--device", help="cpu, cuda, cuda:1 … [auto]")
 @click.option("--checkpoint-every", type=int, help="Steps between two checkpoints. [500]")
-@click.option("--data-workers", type=int, help="Processes that read ahead. [0]")
-def train(preset: str | None, file: str | None, **flags: Any) -> None:
+@click.option("--data-workers", type=int, help="Processes that read ahead; 0 uses a thread. [0]")
+@click.option(
+    "--eval-artifact", metavar="ARTIFACT", help="Held-out artifact: logs its loss and keeps the best state."
+)
+def train(preset: str | None, file: str | None, overrides: tuple[str, ...], **flags: Any) -> None:
     """Fine-tune an encoder on the groups of ARTIFACT; everything it writes goes to the folder RUN.
 
     \b
     datamerge train my-artifact my-run --preset paper
     datamerge train my-artifact my-baseline --preset paper --arm ind --members 2
     datamerge train my-artifact quick-look --epochs 1 --batch-size 16 --lr 1e-4
+    datamerge train my-artifact my-run --preset fare2 --arm avg --set ema=0.999 --set 'freeze=["conv1.*"]'
+    torchrun --nproc-per-node 8 -m datamerge train my-artifact my-run --preset fare2
 
     The same command again continues an interrupted run, and does nothing for a finished one. RUN/run.json and
     RUN/encoder.safetensors appear at the end; `datamerge evaluate RUN` reads them. Follow a run with
     `tensorboard --logdir RUN`.
     """
     values = read_preset(preset) if preset else {}
-    if flags["epochs"] is not None:
+    for text in overrides:
+        flags |= parse_override(text)
+    if flags.get("epochs") is not None:
         # The flag asks for another length in another unit; only one of the two can hold.
         values.pop("steps", None)
-    elif flags["steps"] is not None:
+    elif flags.get("steps") is not None:
         values.pop("epochs", None)
     try:
         summary = run_training(load_settings(TrainConfig, file, flags, values))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from importlib import resources
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from console import Settings
+from console import Fraction, Settings
 from storage_schemas import ConfigError
+from trainer.estimators import COMPILABLE
 
-Arm = Literal["avg", "ind", "mean-only"]
+Arm = Literal["avg", "ind", "mean-only", "random-member"]
 LossName = Literal["auto", "squared_error", "cross_entropy"]
-CurvatureName = Literal["gauss_newton", "exact"]
+EstimatorName = Literal["gauss_newton", "sampled", "antithetic", "jvp", "exact"]
+Precision = Literal["float32", "bf16"]
 
 
 class TrainConfig(Settings):
@@ -24,12 +27,13 @@ class TrainConfig(Settings):
     arm: Arm = Field(
         default="avg",
         description="avg: merged groups with the curvature correction; ind: their stored members one by one; "
-        "mean-only: merged groups without the correction.",
+        "mean-only: merged groups without the correction; random-member: one stored member a step, drawn anew.",
     )
     members: int | None = Field(
         default=None,
         ge=1,
-        description="For the arm ind: the first so many stored members of each group (all if not set).",
+        description="For the arms ind and random-member: the first so many stored members of each group "
+        "(all if not set).",
     )
     loss: LossName = Field(
         default="auto",
@@ -39,10 +43,14 @@ class TrainConfig(Settings):
         default=1.0,
         description="Factor of the squared error: 1.0 as in the paper's eq. 11, 0.5 as in its Appendix A.",
     )
-    curvature: CurvatureName = Field(
-        default="gauss_newton", description="Estimate behind the correction; exact is for small models."
+    estimator: EstimatorName = Field(
+        default="gauss_newton",
+        description="For the arm avg: gauss_newton is the paper's; sampled, antithetic and jvp draw directions "
+        "instead of labels; exact is for small models.",
     )
-    pseudo_labels: int = Field(default=1, ge=1, description="Pseudo-labels drawn per group and step by gauss_newton.")
+    samples: int = Field(
+        default=1, ge=1, description="Pseudo-labels (or directions) drawn per group and step by the estimator."
+    )
     encoder: str | None = Field(
         default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
     )
@@ -54,7 +62,15 @@ class TrainConfig(Settings):
     epochs: int | None = Field(
         default=None, ge=1, description="Length of the run in passes over the artifact; or set steps."
     )
-    batch_size: int = Field(default=1, ge=1, description="Groups per optimiser step.")
+    batch_size: int = Field(
+        default=1, ge=1, description="Groups per optimiser step, over all processes and micro-batches."
+    )
+    accumulate: int = Field(
+        default=1,
+        ge=1,
+        description="Micro-batches that each process cuts its share of a batch into; saves memory, changes no result "
+        "beyond rounding.",
+    )
     learning_rate: float = Field(
         default=1e-5,
         gt=0,
@@ -71,6 +87,33 @@ class TrainConfig(Settings):
         gt=0,
         allow_inf_nan=False,
         description="Largest allowed norm of the gradient (no limit if not set).",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="Decay of an exponential moving average of the weights, such as 0.999; the average is then what "
+        "is evaluated and published.",
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="Patterns (* and ?) of parameter names that keep their values, such as transformer.resblocks.0.*",
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="bf16 runs the encoder under autocast; weights, moments, losses and corrections stay float32.",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the encoder; for estimators without a double backward."
+    )
+    eval_artifact: str | None = Field(
+        default=None,
+        description="Held-out artifact: its loss is logged and picks the checkpoint that is kept as best.",
+    )
+    eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on eval_artifact.")
+    epsilon: Fraction | None = Field(
+        default=None, description="Refuse an artifact whose members were attacked within another radius than this."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws.")
     device: str = Field(
@@ -98,12 +141,20 @@ class TrainConfig(Settings):
         if (self.steps is None) == (self.epochs is None):
             found = "none" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs}"
             raise ValueError(f"expected one of steps and epochs, found {found}; set --steps or --epochs")
-        if self.members is not None and self.arm != "ind":
-            raise ValueError(f"members: only the arm ind takes single members, found arm {self.arm}; drop members")
-        if self.pseudo_labels != 1 and (self.arm != "avg" or self.curvature != "gauss_newton"):
+        if self.members is not None and self.arm not in ("ind", "random-member"):
             raise ValueError(
-                "pseudo_labels: only the arm avg with curvature gauss_newton draws them, found arm "
-                f"{self.arm} with curvature {self.curvature}; drop pseudo_labels"
+                f"members: only the arms ind and random-member take single members, found arm {self.arm}; "
+                "drop members"
+            )
+        if self.samples != 1 and (self.arm != "avg" or self.estimator == "exact"):
+            raise ValueError(
+                f"samples: only the arm avg draws them, and not with estimator exact; found arm {self.arm} with "
+                f"estimator {self.estimator}; drop samples"
+            )
+        if self.compile and self.arm == "avg" and self.estimator not in COMPILABLE:
+            raise ValueError(
+                f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "
+                "use estimator sampled or antithetic, or drop compile"
             )
         return self
 
@@ -123,3 +174,21 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"preset: expected one of {', '.join(preset_names())}, found {name!r}")
     return tomllib.loads(resources.files("trainer").joinpath("presets", f"{name}.toml").read_text("utf-8"))
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """Settings of one `--set NAME=VALUE`: the value as TOML, or else the text itself.
+
+    >>> parse_override("learning_rate=3e-4"), parse_override("device=cuda:1")
+    ({'learning_rate': 0.0003}, {'device': 'cuda:1'})
+
+    Raises:
+        ConfigError: not of this form.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"--set {text!r}: expected NAME=VALUE, such as --set gradient_clip=1.0")
+    try:
+        return tomllib.loads(f"{name} = {value}")
+    except tomllib.TOMLDecodeError:
+        return tomllib.loads(f"{name} = {json.dumps(value)}")

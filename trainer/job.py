@@ -5,25 +5,33 @@ Nothing is written here and nothing is trained; a request that cannot work fails
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, weights_sha256
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest, open_artifact
 from trainer.config import TrainConfig
+from trainer.distributed import Processes
+from trainer.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.logs import warn
 from trainer.losses import CrossEntropy, Loss, SquaredError
-from trainer.order import Order
-from trainer.stream import Collate
+from trainer.order import Layout, Order
+from trainer.stream import Batch, Collate, check_label, stream
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
 _FREE = {
     "artifact",
     "run",
     "epochs",
+    "accumulate",
+    "compile",
+    "eval_artifact",
+    "eval_every",
     "device",
     "checkpoint_every",
     "keep_checkpoints",
@@ -31,7 +39,38 @@ _FREE = {
     "threads",
     "log_every",
 }
+# Shards whose labels are checked before anything starts; those of the others are checked as they are read.
+EAGER_SHARDS = 64
 ARTIFACT_HEAD = "artifact"
+
+
+Feed = Callable[[Layout, int, int], Iterator[Batch]]
+"""(layout, first step, step after the last) → the micro-batches of those steps, as `Order.shares` lists them."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the groups come from, for the summary.
+
+    Attributes:
+        url: of the artifact.
+        sha256: identity of what is there.
+        arm: in the words of the paper.
+        bytes_per_group: uncompressed, of the arrays that are read.
+    """
+
+    url: str
+    sha256: str
+    arm: str
+    bytes_per_group: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Groups that are not trained on."""
+
+    order: Order
+    feed: Feed
 
 
 @dataclass(frozen=True)
@@ -40,23 +79,25 @@ class Job:
 
     Attributes:
         config: the settings with every default resolved; `steps` is set and `epochs` is not.
-        artifact: opened.
-        encoder: on its device, with the weights the run starts from.
+        encoder: on its device, in training mode, with the weights the run starts from.
         model: pixels → outputs: the encoder, followed by the frozen head if there is one.
         loss: loss of one image.
         order: which groups form which step.
-        collate: what is read of each group.
+        feed: reads them.
+        held_out: other groups to measure on, if any.
+        origin: where the groups come from.
         device: where the encoder is.
         identity: settings and hashes that determine the result.
     """
 
     config: TrainConfig
-    artifact: Artifact
     encoder: Encoder
-    model: nn.Module
+    model: Forward
     loss: Loss
     order: Order
-    collate: Collate
+    feed: Feed
+    held_out: HeldOut | None
+    origin: Origin
     device: torch.device
     identity: dict[str, Any]
 
@@ -66,57 +107,145 @@ class Job:
         return cast(int, self.config.steps)
 
 
-def make_job(config: TrainConfig) -> Job:
+def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     """Open the artifact, load the encoder and check that they go together.
+
+    Args:
+        config: settings.
+        own: this process among those of the run; one alone if not given.
 
     Raises:
         ConfigError: they do not, or not with these settings.
         NotAnArtifact: nothing to train on at `config.artifact`.
     """
-    device = _device(config.device)
+    own = own or Processes()
+    device = choose_device(config.device, own)
     artifact = open_artifact(config.artifact)
-    manifest = artifact.manifest
-    if not len(artifact):
-        raise ConfigError(f"{config.artifact}: expected groups to train on, found none")
-    loss_name = _loss_name(config, manifest)
-    members = _members(config, manifest)
-    order = Order(artifact.shard_sizes, config.batch_size, config.seed)
+    loss_name = _loss_name(config, artifact.manifest)
+    members = _members(config, artifact.manifest)
+    _check_epsilon(config, artifact.manifest)
+    spec = config.encoder or _recorded(artifact.manifest).get("spec")
+    if not isinstance(spec, str):
+        raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
+    order = _order(artifact, config)
+    steps = length(config, order, own)
+    encoder = load_encoder(spec, str(device))
+    head = _head(config, artifact, loss_name)
+    classes = None
+    if loss_name == "cross_entropy":
+        if head is not None:
+            head.check_width(encoder.embedding_dim, "head")
+        classes = encoder.embedding_dim if head is None else len(head.weight)
+    collate = Collate(arm=config.arm, labels=loss_name == "cross_entropy", members=members, classes=classes)
+    _check_groups(artifact, encoder, collate)
+    warn_of_start(encoder)
+    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(update={"device": str(device)})
+    pin = device.type == "cuda"
+    return Job(
+        config=resolved,
+        encoder=encoder,
+        model=ready(encoder, head, config, device),
+        loss=SquaredError(config.loss_scale) if loss_name == "squared_error" else CrossEntropy(),
+        order=order,
+        feed=_feed(artifact, order, collate, config.data_workers, pin),
+        held_out=_held_out(config, encoder, collate, pin),
+        origin=_origin(resolved, artifact, collate),
+        device=device,
+        identity={
+            **free_of_place(resolved),
+            "plan_sha256": artifact.manifest.plan_sha256,
+            "encoder_sha256": encoder.sha256,
+            "head_sha256": None if head is None else weights_sha256(head),
+        },
+    )
+
+
+def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torch.device) -> Forward:
+    """The encoder as it is trained: layers frozen, in training mode, checked for mixing rows."""
+    freeze(encoder, config.freeze)
+    train_mode(encoder)
+    check_rows_apart(encoder, device)
+    return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
+
+
+def free_of_place(config: TrainConfig) -> dict[str, Any]:
+    """The settings that determine the result."""
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+
+
+def warn_of_start(encoder: Encoder) -> None:
+    """Say so if there is nothing to fine-tune."""
+    if encoder.random_weights:
+        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
+
+
+def length(config: TrainConfig, order: Order, own: Processes) -> int:
+    """Steps of the run.
+
+    Raises:
+        ConfigError: a warm-up as long as the run, or batches that cannot be cut as asked.
+    """
     steps = config.steps or (config.epochs or 0) * order.steps_per_epoch
     if config.warmup_steps >= steps:
         raise ConfigError(
             f"warmup_steps: expected fewer than the run's {steps} steps, found {config.warmup_steps}; "
             f"add --warmup {steps // 10}"
         )
-    spec = config.encoder or _recorded(manifest).get("spec")
-    if not isinstance(spec, str):
-        raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
-    encoder = load_encoder(spec, str(device))
-    _check_pixels(encoder, config, manifest)
-    head = _head(config, artifact, loss_name)
-    if loss_name == "squared_error":
-        _check_targets(encoder, config, manifest)
-    else:
-        _check_labels(encoder, head, config, artifact)
-    if encoder.random_weights:
-        warn(f"encoder {spec} starts from random weights; nobody has trained it")
+    pieces = own.world * config.accumulate
+    if config.batch_size < pieces:
+        raise ConfigError(
+            f"batch_size: expected at least {pieces} groups, one for each of {own.world} processes x "
+            f"{config.accumulate} micro-batches, found {config.batch_size}; add --batch-size {pieces}"
+        )
+    return steps
 
-    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(update={"device": str(device)})
-    return Job(
-        config=resolved,
-        artifact=artifact,
-        encoder=encoder,
-        model=encoder if head is None else nn.Sequential(encoder, head.to(device)),
-        loss=SquaredError(config.loss_scale) if loss_name == "squared_error" else CrossEntropy(),
-        order=order,
-        collate=Collate(arm=config.arm, labels=loss_name == "cross_entropy", members=members),
-        device=device,
-        identity={
-            **{name: value for name, value in resolved.model_dump(mode="json").items() if name not in _FREE},
-            "plan_sha256": manifest.plan_sha256,
-            "encoder_sha256": encoder.sha256,
-            "head_sha256": None if head is None else weights_sha256(head),
-        },
+
+def _order(artifact: Artifact, config: TrainConfig) -> Order:
+    if not len(artifact):
+        raise ConfigError(f"{artifact.location.url}: expected groups to train on, found none")
+    return Order(artifact.shard_sizes, config.batch_size, config.seed)
+
+
+def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+    def feed(layout: Layout, start: int, stop: int) -> Iterator[Batch]:
+        return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, layout=layout)
+
+    return feed
+
+
+def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool) -> HeldOut | None:
+    """The held-out artifact, checked as the one that is trained on."""
+    if config.eval_artifact is None:
+        return None
+    other = config.model_copy(update={"artifact": config.eval_artifact})
+    artifact = open_artifact(config.eval_artifact)
+    _loss_name(
+        other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
     )
+    collate = dataclasses.replace(collate, members=_members(other, artifact.manifest))
+    _check_groups(artifact, encoder, collate)
+    order = _order(artifact, other)
+    return HeldOut(order, _feed(artifact, order, collate, config.data_workers, pin))
+
+
+def _origin(config: TrainConfig, artifact: Artifact, collate: Collate) -> Origin:
+    wanted = collate.arrays()
+    return Origin(
+        url=config.artifact,
+        sha256=artifact.manifest.plan_sha256,
+        arm=_arm_name(config, artifact.manifest, collate),
+        bytes_per_group=sum(spec.nbytes for spec in artifact.manifest.layout.arrays if spec.name in wanted),
+    )
+
+
+def _arm_name(config: TrainConfig, manifest: Manifest, collate: Collate) -> str:
+    """The arm as the paper writes it: AT-N-Avg, AT-N-Ind; AT-N-Mean without the correction, AT-N-Random for one
+    member a step of N."""
+    grouping = manifest.provenance.get("grouping")
+    size = grouping.get("members") if isinstance(grouping, dict) else None
+    count = collate.members or size
+    kind = {"avg": "Avg", "ind": "Ind", "mean-only": "Mean", "random-member": "Random"}[config.arm]
+    return f"AT-{count}-{kind}" if count else f"AT-{kind}"
 
 
 def _resolved(
@@ -135,9 +264,24 @@ def _resolved(
     )
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str, own: Processes) -> torch.device:
+    """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if own.world == 1:
+            return torch.device("cuda")
+        if own.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: expected a GPU for each process, found {torch.cuda.device_count()} on this machine; "
+                "start at most as many processes there"
+            )
+        torch.cuda.set_device(own.local_rank)
+        return torch.device("cuda", own.local_rank)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -172,14 +316,13 @@ def _loss_name(config: TrainConfig, manifest: Manifest) -> str:
 
 def _members(config: TrainConfig, manifest: Manifest) -> int:
     """Stored members to read of each group."""
-    if config.arm != "ind":
+    if config.arm not in ("ind", "random-member"):
         return 0
     stored = manifest.layout.array("members")
     if stored is None:
         raise ConfigError(
-            f"arm: ind expects stored members, found none in {config.artifact}; merge again with "
-            f"its members kept, "
-            "or use --arm avg"
+            f"arm: {config.arm} expects stored members, found none in {config.artifact}; merge again with "
+            "--keep-members, or use --arm avg"
         )
     if config.members is not None and config.members > stored.shape[0]:
         raise ConfigError(
@@ -188,31 +331,50 @@ def _members(config: TrainConfig, manifest: Manifest) -> int:
     return config.members or stored.shape[0]
 
 
-def _check_pixels(encoder: Encoder, config: TrainConfig, manifest: Manifest) -> None:
+def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
+    attack = manifest.provenance.get("attack")
+    found = attack.get("epsilon") if isinstance(attack, dict) else None
+    if config.epsilon is not None and (found is None or Fraction(str(found)) != Fraction(config.epsilon)):
+        raise ConfigError(
+            f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
+            f"{config.artifact}; choose another artifact or preset"
+        )
+
+
+def _check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
+    """Whether these groups go through that encoder."""
+    _check_pixels(encoder, artifact.location.url, artifact.manifest)
+    if not collate.labels:
+        _check_targets(encoder, artifact.location.url, artifact.manifest)
+        return
+    for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
+        for entry in artifact.commit(position).records:
+            check_label(entry.key, entry.label, collate.classes)
+
+
+def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
     moments = manifest.layout.array("sum") or manifest.layout.array("mean")
     if moments is None:
-        raise DatamergeError(
-            f"{config.artifact}: its manifest lists neither sum nor mean; the artifact is not usable"
-        )
+        raise DatamergeError(f"{where}: its manifest lists neither sum nor mean; the artifact is not usable")
     if moments.shape != tuple(encoder.input_shape):
         raise ConfigError(
             f"encoder {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
-            f"{config.artifact}; choose another --encoder, or merge at its size"
+            f"{where}; choose another --encoder, or merge at its size"
         )
 
 
-def _check_targets(encoder: Encoder, config: TrainConfig, manifest: Manifest) -> None:
+def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
     target = manifest.layout.array("target")
     if target is not None and target.shape != (encoder.embedding_dim,):
         raise ConfigError(
             f"encoder {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found "
             f"targets of shape "
-            f"{target.shape} in {config.artifact}; choose the --encoder that made them"
+            f"{target.shape} in {where}; choose the --encoder that made them"
         )
     recorded = _recorded(manifest).get("sha256")
     if recorded is not None and recorded != encoder.sha256:
         warn(
-            f"the targets of {config.artifact} come from another encoder "
+            f"the targets of {where} come from another encoder "
             f"({_recorded(manifest).get('spec')}, sha256 "
             f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 "
             f"{encoder.sha256[:12]})"
@@ -229,25 +391,3 @@ def _head(config: TrainConfig, artifact: Artifact, loss_name: str) -> Head | Non
     if stored is None and config.head is not None:
         raise ConfigError(f"head: found none in {config.artifact}; give a file or spec with --head")
     return None if stored is None else head_from_arrays(*stored)
-
-
-def _check_labels(encoder: Encoder, head: Head | None, config: TrainConfig, artifact: Artifact) -> None:
-    if head is not None:
-        head.check_width(encoder.embedding_dim, "head")
-    classes = encoder.embedding_dim if head is None else head.weight.shape[0]
-    source = f"the outputs of encoder {encoder.spec!r}" if head is None else "the head"
-    for position in range(len(artifact.shard_sizes)):
-        for entry in artifact.commit(position).records:
-            if entry.label is None:
-                raise ConfigError(
-                    f"loss: cross_entropy expects a label for every group, found none for record "
-                    f"{entry.key} of "
-                    f"{config.artifact}; use --loss squared_error"
-                )
-            if not 0 <= entry.label < classes:
-                raise ConfigError(
-                    f"loss: cross_entropy expects labels below {classes}, the classes of {source}, "
-                    f"found label "
-                    f"{entry.label} at record {entry.key} of {config.artifact}; choose another "
-                    f"--head or --encoder"
-                )

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import click
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from storage_schemas import Location
@@ -15,13 +16,19 @@ from trainer.checkpoint import LOG
 
 
 def say(message: str) -> None:
-    """One line to the person in front, on stderr as all progress."""
-    click.echo(message, err=True)
+    """One line to the person in front, on stderr as all progress; of several processes the first speaks."""
+    if _speaks():
+        click.echo(message, err=True)
 
 
 def warn(message: str) -> None:
-    """A warning that should not be overlooked."""
-    click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
+    """A warning that should not be overlooked; of several processes the first gives it."""
+    if _speaks():
+        click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
+
+
+def _speaks() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 class RunLog:
@@ -29,8 +36,7 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        start: step the run continues after. Later lines of an earlier sitting are dropped from `log.jsonl`,
-        and
+        start: step the run continues after. Later lines of an earlier sitting are dropped from `log.jsonl`, and
             hidden in TensorBoard, so that every step occurs once.
     """
 
@@ -53,12 +59,18 @@ class RunLog:
         """Log the values of one step, with the rates since the last line."""
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
+        if "correction" in values and values["loss"] != 0:
+            values = {**values, "correction_share": values["correction"] / values["loss"]}
         values = {**values, "groups_per_second": self._groups / elapsed, "data_wait": self._waited / elapsed}
         self._since, self._waited, self._groups = now, 0.0, 0
         self._stream.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no training out of the rates."""
+        self._since += seconds
 
     def __enter__(self) -> RunLog:
         return self

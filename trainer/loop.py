@@ -1,289 +1,203 @@
-"""The training loop: order → stream → loss → AdamW, with checkpoints, logs, and a stop that loses nothing.
+"""The training loop: order → stream → step, with checkpoints, logs, and a stop that loses nothing.
 
 State after step s is a pure function of the settings and s: the batch comes from `trainer.order`, the random
 draws from streams keyed by the step. A run that was stopped and continued ends with the same bits as one that
-was not (on the same hardware and number of threads).
+was not (on the same hardware and number of threads and processes).
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from types import FrameType, TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
 
-from adversarial import save_encoder, weights_sha256, with_checkpoint
+from adversarial import Encoder, save_encoder, weights_sha256, with_checkpoint
 from console import Progress
 from storage_schemas import DatamergeError
-from trainer.checkpoint import WEIGHTS, RunFolder, RunSummary
+from trainer.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
 from trainer.config import TrainConfig
-from trainer.curvature import Curvature, GroupLoss, exact, gauss_newton, individual_loss, merged_loss
+from trainer.distributed import Processes, processes
+from trainer.held_out import held_out_loss
 from trainer.job import Job, make_job
-from trainer.logs import RunLog, say
-from trainer.order import LAYERS, PSEUDO_LABELS, stream_seed
-from trainer.stream import Batch, stream
-
-
-class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, not an error
-    """A signal ended the run early; its state is saved.
-
-    Attributes:
-        signal: the signal's number.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
+from trainer.logs import RunLog, say, warn
+from trainer.signals import Stopped, StopSignals
+from trainer.stream import Batch
+from trainer.update import NotFinite, Optimisation, Outcome
 
 
 def train(config: TrainConfig) -> RunSummary:
     """Run, continue or recognise as finished the training that the settings describe.
 
+    Every process that torchrun started calls this; they do it together.
+
     Raises:
         ConfigError: settings, artifact and encoder do not go together, or the folder holds another run.
-        DatamergeError: a loss or gradient that is not finite; names the step and the records.
+        DatamergeError: a loss or gradient that is not finite; names the step and the records. Out of memory.
         CorruptShard: stored bytes that differ from what was committed.
         Stopped: SIGINT or SIGTERM arrived; call again to continue.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    folder = RunFolder(config.run)
-    job = make_job(config.model_copy(update={"run": str(folder.path)}))
-    folder.claim(job.identity)
-    finished = folder.summary()
+    with processes(config.device) as own:
+        folder = own.together(lambda: RunFolder(config.run))
+        settings = config.model_copy(update={"run": str(folder.path)})
+        return run_job(own.together(lambda: make_job(settings, own)), folder, own)
+
+
+def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
+    """Run, continue or recognise as finished a prepared job. Raises as `train`."""
+    own.first_alone(lambda: folder.claim(job.identity))
+    own.together(lambda: folder.claim(job.identity))
+    finished = own.together(folder.summary)
     if finished is not None:
-        say(f"{config.run} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
+        say(f"{folder.path} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
         return finished
-    return _Run(job, folder).finish()
+    return _Run(job, folder, own).finish()
 
 
 class _Run:
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self.job, self.folder = job, folder
-        config = job.config
-        self.parameters = [p for p in job.encoder.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.step, self.seconds = 0, 0.0
+    def __init__(self, job: Job, folder: RunFolder, own: Processes) -> None:
+        self.job, self.folder, self.own = job, folder, own
+        self.training = Optimisation(job, own)
+        self.step, self.seconds, self.best = 0, 0.0, math.inf
         self._continue()
-        _train_mode(job.encoder)
+
+    @property
+    def published(self) -> Encoder:
+        """The encoder that is evaluated and published: the average if there is one."""
+        average = self.training.average
+        return self.job.encoder if average is None else average.module  # type: ignore[return-value]
 
     def finish(self) -> RunSummary:
         """Train to the end, publish the encoder and the summary."""
         job, config = self.job, self.job.config
         started = time.monotonic() - self.seconds
-        waiting = time.monotonic()
-        with (
-            _StopSignals() as stop,
-            RunLog(self.folder.path, self.step) as log,
-            Progress("train", job.steps, "steps", self.step) as progress,
-        ):
-            for batch in self._batches():
-                waited = time.monotonic() - waiting
-                values = self._update(batch)
-                self.step += 1
+        batches = job.feed(self.training.layout, self.step, job.steps)
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignals())
+            log = stack.enter_context(RunLog(self.folder.path, self.step)) if self.own.first else None
+            progress = (
+                stack.enter_context(Progress("train", job.steps, "steps", self.step)) if self.own.first else None
+            )
+            while self.step < job.steps:
+                outcome = self._update(batches, stop)
                 self.seconds = time.monotonic() - started
-                log.count(len(batch.keys), waited)
-                if self.step % config.log_every == 0 or self.step == job.steps:
-                    log.write(self.step, job.order.epoch(self.step - 1), values)
-                progress.advance(1, f"loss {values['loss']:.4g}")
-                if self.step == job.steps:
-                    break
-                if stop.received is not None:
-                    self._stop(stop.received)
-                if self.step % config.checkpoint_every == 0:
-                    self._save()
-                waiting = time.monotonic()
+                values = {**outcome.values, **self._evaluate(log)}
+                if log is not None:
+                    log.count(job.order.batch_size_of(self.step - 1), outcome.waited)
+                    if self.step % config.log_every == 0 or self.step == job.steps or "eval_loss" in values:
+                        log.write(self.step, job.order.epoch(self.step - 1), values)
+                if progress is not None:
+                    progress.advance(1, f"loss {values['loss']:.4g}")
+                if self.step < job.steps:
+                    self._save_or_stop(outcome.stop)
         return self._publish()
 
-    def _batches(self) -> Iterator[Batch]:
-        job = self.job
-        return stream(
-            job.artifact,
-            job.order,
-            job.collate,
-            start=self.step,
-            stop=job.steps,
-            workers=job.config.data_workers,
-            pin=job.device.type == "cuda",
-        )
+    def _update(self, batches: Iterator[Batch], stop: StopSignals) -> Outcome:
+        try:
+            outcome = self.training.step(self.step, batches, lambda: stop.received)
+        except NotFinite as error:
+            raise DatamergeError(self._not_finite(error)) from None
+        self.step += 1
+        return outcome
 
-    def _update(self, batch: Batch) -> dict[str, float]:
-        """One optimiser step; returns what is logged of it."""
-        config = self.job.config
-        rate = learning_rate(config, self.step, self.job.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        # Dropout and stochastic depth draw from torch's global generators and take no other. They get a state
-        # that depends on the step alone, for the length of the step alone.
-        with torch.random.fork_rng(devices=[self.job.device] if self.job.device.type == "cuda" else []):
-            torch.manual_seed(stream_seed(config.seed, LAYERS, self.step))
-            losses = self._losses(batch.to(self.job.device))
-            loss = losses.loss.mean()
-            self._check_finite(losses, batch)
-            loss.backward()
-        # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
-        limit = config.gradient_clip if config.gradient_clip is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
-        if not math.isfinite(norm):
-            raise DatamergeError(self._not_finite("gradient norm", norm, batch.keys))
-        self.optimizer.step()
-        return {
-            "loss": float(loss.detach()),
-            "correction": float(losses.correction.detach().mean()),
-            "gradient_norm": norm,
-            "learning_rate": rate,
-        }
-
-    def _losses(self, batch: Batch) -> GroupLoss:
-        job = self.job
-        if batch.members is not None:
-            return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
-        if batch.mean is None:
-            raise ValueError("a batch holds members or a mean")
-        curvature: Curvature | None = None
-        if job.config.arm == "avg":
-            curvature = exact
-            if job.config.curvature == "gauss_newton":
-                generator = torch.Generator().manual_seed(stream_seed(job.config.seed, PSEUDO_LABELS, self.step))
-                curvature = functools.partial(gauss_newton, generator=generator, samples=job.config.pseudo_labels)
-        return merged_loss(job.model, batch.mean, batch.variance, batch.target, job.loss, curvature)
-
-    def _check_finite(self, losses: GroupLoss, batch: Batch) -> None:
-        values = losses.loss.detach().cpu()
-        bad = [key for key, good in zip(batch.keys, values.isfinite().tolist(), strict=True) if not good]
-        if bad:
-            worst = float(values[~values.isfinite()][0])
-            raise DatamergeError(self._not_finite("loss", worst, bad))
-
-    def _not_finite(self, what: str, value: float, keys: list[str]) -> str:
+    def _not_finite(self, error: NotFinite) -> str:
         newest = self.folder.checkpoints()[-1:]
         state = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+        dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
+        torch.save({"step": self.step + 1, "batches": [batch._asdict() for batch in error.batches]}, dump)
         return (
-            f"step {self.step + 1}: the {what} is {value} at record {', '.join(keys)}; no update "
-            f"was made, {state}; "
+            f"step {self.step + 1}: {error}; no update was made, {state}, the batch is in {dump}; "
             "try a lower --lr, a --clip or a longer --warmup in a new RUN"
         )
 
-    def _stop(self, number: int) -> None:
-        path = self._save()
-        raise Stopped(
-            f"stopped after step {self.step} of {self.job.steps}, saved {path}; "
-            "run the same command again to continue",
-            number,
-        )
+    def _evaluate(self, log: RunLog | None) -> dict[str, float]:
+        """The loss on the held-out artifact where it is due; the best state so far is kept."""
+        job = self.job
+        if job.held_out is None or (self.step % job.config.eval_every and self.step != job.steps):
+            return {}
+        started = time.monotonic()
+        loss = held_out_loss(job, job.held_out, self.published, self.training.layout, self.own)
+        if loss < self.best:
+            self.best = loss
+            self.own.first_alone(lambda: self.folder.save_best(self._state()))
+        if log is not None:
+            log.pause(time.monotonic() - started)
+        return {"eval_loss": loss}
 
-    def _save(self) -> Path:
-        state = {
+    def _save_or_stop(self, number: int) -> None:
+        if not number and self.step % self.job.config.checkpoint_every:
+            return
+        path = self.own.first_alone(lambda: self.folder.save(self._state(), self.job.config.keep_checkpoints))
+        if number:
+            raise Stopped(
+                f"stopped after step {self.step} of {self.job.steps}, saved {path}; "
+                "run the same command again to continue",
+                number,
+            )
+
+    def _state(self) -> dict[str, Any]:
+        average = self.training.average
+        return {
             "model": self.job.encoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "average": None if average is None else average.state_dict(),
+            "optimizer": self.training.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "best": self.best,
+            "torch": str(torch.__version__),
             "identity": self.job.identity,
         }
-        return self.folder.save(state, self.job.config.keep_checkpoints)
 
     def _continue(self) -> None:
-        checkpoints = self.folder.checkpoints()
-        if not checkpoints:
+        newest = self.own.gather(max(self.folder.checkpoints(), key=step_of, default=None))
+        if len(set(newest)) > 1:
+            raise DatamergeError(
+                f"{self.folder.path}: expected all processes to see the same checkpoints, found {newest}; put RUN on "
+                "a file system that all machines share"
+            )
+        path = newest[0]
+        if path is None:
             return
-        state = self.folder.load(checkpoints[-1], self.job.identity, self.job.device)
+        state = self.own.together(lambda: self.folder.load(path, self.job.identity, self.job.device))
         self.job.encoder.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        say(f"continuing after step {self.step} of {self.job.steps} from {checkpoints[-1]}")
+        self.training.optimizer.load_state_dict(state["optimizer"])
+        if self.training.average is not None:
+            self.training.average.load_state_dict(state["average"])
+        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        if state["torch"] != str(torch.__version__):
+            warn(
+                f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "
+                "where it was, its results may differ in the last digits"
+            )
+        say(f"continuing after step {self.step} of {self.job.steps} from {path}")
 
     def _publish(self) -> RunSummary:
         job = self.job
         weights = self.folder.path / WEIGHTS
-        save_encoder(job.encoder.eval(), weights)
-        groups, manifest = job.order.groups_until(job.steps), job.artifact.manifest
-        wanted = job.collate.arrays()
-        bytes_read = sum(spec.nbytes for spec in manifest.layout.arrays if spec.name in wanted)
+        self.own.first_alone(lambda: save_encoder(self.published.eval(), weights))
+        groups = job.order.groups_until(job.steps)
         summary = RunSummary(
             encoder=with_checkpoint(job.encoder.spec, str(weights)),
-            encoder_sha256=weights_sha256(job.encoder.model),
+            encoder_sha256=weights_sha256(self.published.model),
             original=job.encoder.spec,
             original_sha256=job.encoder.sha256,
-            arm=_arm_name(job),
-            artifact=job.config.artifact,
-            plan_sha256=manifest.plan_sha256,
+            arm=job.origin.arm,
+            artifact=job.origin.url,
+            plan_sha256=job.origin.sha256,
             steps=job.steps,
             groups=groups,
             seconds=round(self.seconds, 3),
-            bytes=groups * bytes_read,
+            bytes=groups * job.origin.bytes_per_group,
             config=job.config.model_dump(mode="json"),
         )
-        self.folder.publish(summary)
+        self.own.first_alone(lambda: self.folder.publish(summary))
         say(f"finished {job.steps} steps in {self.seconds:.0f} s; encoder: {summary.encoder}")
         return summary
 
 
-def _arm_name(job: Job) -> str:
-    """The arm as the paper writes it: AT-N-Avg, AT-N-Ind; AT-N-Mean without the correction."""
-    grouping = job.artifact.manifest.provenance.get("grouping")
-    size = grouping.get("members") if isinstance(grouping, dict) else None
-    count = job.collate.members if job.config.arm == "ind" else size
-    kind = {"avg": "Avg", "ind": "Ind", "mean-only": "Mean"}[job.config.arm]
-    return f"AT-{count}-{kind}" if count else f"AT-{kind}"
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of a step counted from 0: linear warm-up to the peak, then a cosine that ends at 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _train_mode(encoder: nn.Module) -> None:
-    """train() for all layers but BatchNorm.
-
-    In train mode BatchNorm would let every group's outputs, and so its input gradient, depend on the other
-    groups of the batch (with one group it has no statistics at all), and its running statistics would become
-    those of merged images, which are smoother than any image the encoder will see.
-    """
-    encoder.train()
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
-class _StopSignals:
-    """Notes the first SIGINT or SIGTERM instead of dying of it; the second has its usual effect."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        # Only the main thread may set handlers; elsewhere signals are somebody else's business.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        # Not through sys.stderr: the signal may have interrupted a write to it, which cannot be entered twice.
-        os.write(2, b"stopping after this step; once more to stop at once\n")
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
+__all__ = ["Stopped", "run_job", "train"]

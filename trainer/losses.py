@@ -3,8 +3,7 @@
 Every loss here is the negative log-likelihood of a density p(y | t) ∝ exp(−L(t, y)) over labels y given the
 outputs t. For such losses the Hessian in t equals the Fisher matrix, E_{ŷ~p}[∇_t L(t, ŷ) ∇_t L(t, ŷ)ᵀ], so
 
-    diag[GGN_x] = diag[Jᵀ (∇²_t L) J] = E_{ŷ~p}[ (∇_x L(t, ŷ))∘² ]            with J = ∂t/∂x      (PAPER eq.
-    9, 16)
+    diag[GGN_x] = diag[Jᵀ (∇²_t L) J] = E_{ŷ~p}[ (∇_x L(t, ŷ))∘² ]      with J = ∂t/∂x      (PAPER eq. 9, 16)
 
 One formula serves all of them, provided that the label is drawn from the density of *the same* loss:
 
@@ -30,18 +29,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.draws import Draws
+
 
 class Loss(Protocol):
-    """What the estimators of `trainer.curvature` need to know of a loss."""
+    """What the estimators of `trainer.estimators` need to know of a loss."""
 
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Loss of each row: outputs [B, K] → [B]."""
 
-    def pseudo_label(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
         """A label drawn from exp(−loss)/Z for each row; no gradient flows through the draw."""
 
     def output_hessian(self, outputs: Tensor) -> Tensor:
         """∇²_t L of each row, [B, K, K]; for all losses here it does not depend on the label."""
+
+    def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        """uᵀ (∇²_t L) u of each row, [B], for tangents u [B, K], without forming the Hessian."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,16 @@ class SquaredError:
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self.scale * (outputs - target).square().sum(dim=1)
 
-    def pseudo_label(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype, device=generator.device)
-        return outputs.detach() + noise.to(outputs.device) / math.sqrt(2.0 * self.scale)
+    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
+        return outputs.detach() + draws.normal(outputs) / math.sqrt(2.0 * self.scale)
 
     def output_hessian(self, outputs: Tensor) -> Tensor:
         rows, width = outputs.shape
         identity = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
         return (2.0 * self.scale * identity).expand(rows, width, width)
+
+    def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        return 2.0 * self.scale * tangents.square().sum(dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +83,15 @@ class CrossEntropy:
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, target, reduction="none")
 
-    def pseudo_label(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        # The class whose exponential clock of rate p_k rings first. Unlike torch.multinomial this draws the
-        # noise where the generator lives, so the labels are the same on every device.
-        clock = torch.empty(outputs.shape, dtype=outputs.dtype, device=generator.device)
-        clock.exponential_(generator=generator)
-        return (outputs.detach() - clock.log().to(outputs.device)).argmax(dim=1)
+    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
+        # The class whose exponential clock of rate p_k rings first.
+        return (outputs.detach() - draws.exponential(outputs).log()).argmax(dim=1)
 
     def output_hessian(self, outputs: Tensor) -> Tensor:
         probabilities = outputs.softmax(dim=1)
         return torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
+
+    def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
+        probabilities = outputs.softmax(dim=1)
+        centred = tangents - (probabilities * tangents).sum(dim=1, keepdim=True)
+        return (probabilities * centred.square()).sum(dim=1)

@@ -4,8 +4,13 @@ Per epoch, shards are permuted and cut into windows of `WINDOW`; the groups of a
 A reader therefore touches a few shards at a time, whatever the size of the artifact. Neither the storage
 format nor the number of loader workers enters, and a run continues at any step without stored reader state.
 
-The last batch of an epoch is kept when it is short: every group counts once per epoch, and a step's loss is
-the mean over the groups that are in its batch.
+A step's batch is cut into one share per process and micro-batch, of sizes that differ by at most one. The
+batch is the same in every layout; only its cut differs.
+
+Policy for what does not divide: nothing is dropped and nothing is repeated. The last batch of an epoch is
+short, the loss of every step is the mean over the groups that are in it, and a share may be empty; a process
+with an empty share contributes a zero gradient to the one exchange that each step has, so no process waits for
+another and no group counts twice.
 
 Random streams of the trainer are SeedSequence([seed, purpose, index]); the purposes are named here. (A
 sequence without purpose, [seed, epoch], would be the same stream as [seed, epoch, 0]: numpy pads with
@@ -15,6 +20,7 @@ zeros.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +28,45 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 WINDOW = 8
-ORDER, PSEUDO_LABELS, LAYERS = 1, 2, 3
+ORDER, ESTIMATOR, LAYERS, MEMBER = 1, 2, 3, 4
 
 
-def stream_seed(seed: int, purpose: int, index: int) -> int:
-    """64 random bits for one purpose (`ORDER`, `PSEUDO_LABELS`, `LAYERS`) and one step or epoch."""
-    return int(np.random.SeedSequence([seed, purpose, index]).generate_state(1, np.uint64)[0])
+def stream_seeds(seed: int, purpose: int, index: int, count: int) -> list[int]:
+    """64 random bits for each of `count` groups; those of the first groups do not depend on `count`.
+
+    Args:
+        seed: the run's.
+        purpose: `ORDER`, `ESTIMATOR` (pseudo-labels and directions), `LAYERS` (dropout) or `MEMBER`.
+        index: step or epoch.
+        count: how many.
+    """
+    words: list[int] = np.random.SeedSequence([seed, purpose, index]).generate_state(count, np.uint64).tolist()
+    return words
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a batch is cut: over `world` processes, each in `accumulate` micro-batches; this process is `rank`."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Groups of one step that go through the model together.
+
+    Attributes:
+        first: position of the first of them in the step's batch; the others follow.
+        indices: of the groups, in the artifact.
+    """
+
+    first: int
+    indices: list[int]
+
+
+WHOLE = Layout()
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> IntArray:
@@ -61,7 +100,7 @@ class Order:
 
     def __init__(self, shard_sizes: Sequence[int], batch_size: int, seed: int) -> None:
         self._shard_sizes = tuple(shard_sizes)
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_size, self.seed = batch_size, seed
         self.groups = sum(self._shard_sizes)
         self.steps_per_epoch = -(-self.groups // batch_size)
         self._cached: tuple[int, IntArray] | None = None
@@ -74,13 +113,27 @@ class Order:
         """Indices of the groups of one step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._cached is None or self._cached[0] != epoch:
-            self._cached = epoch, epoch_order(self._shard_sizes, self._seed, epoch)
+            self._cached = epoch, epoch_order(self._shard_sizes, self.seed, epoch)
         return self._cached[1][position * self._batch_size : (position + 1) * self._batch_size]
 
-    def batches(self, start: int, stop: int) -> Iterator[list[int]]:
-        """Batches of the steps [start, stop)."""
+    def shares(self, step: int, layout: Layout = WHOLE) -> list[Share]:
+        """What one process does in one step: its micro-batches, in order, without the empty ones."""
+        batch = self.batch(step)
+        pieces = layout.world * layout.accumulate
+        mine = range(layout.rank * layout.accumulate, (layout.rank + 1) * layout.accumulate)
+        cuts = [piece * len(batch) // pieces for piece in range(pieces + 1)]
+        return [Share(cuts[i], batch[cuts[i] : cuts[i + 1]].tolist()) for i in mine if cuts[i] < cuts[i + 1]]
+
+    def batches(self, start: int, stop: int, layout: Layout = WHOLE) -> Iterator[list[int]]:
+        """Indices of all micro-batches of this process in the steps [start, stop)."""
         for step in range(start, stop):
-            yield self.batch(step).tolist()
+            for share in self.shares(step, layout):
+                yield share.indices
+
+    def batch_size_of(self, step: int) -> int:
+        """Groups of a step over all processes; less than the batch size at the end of an epoch."""
+        position = step % self.steps_per_epoch
+        return min(self._batch_size, self.groups - position * self._batch_size)
 
     def groups_until(self, step: int) -> int:
         """Groups consumed by the steps before `step`."""

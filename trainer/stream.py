@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from storage_schemas import Artifact, DatamergeError, Record
+from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.config import Arm
-from trainer.order import Order
+from trainer.order import MEMBER, WHOLE, Layout, Order, stream_seeds
 
 
 class Batch(NamedTuple):
-    """Groups of one step.
+    """Groups that go through the model together.
 
     Attributes:
         keys: record keys.
@@ -53,8 +54,15 @@ class Batch(NamedTuple):
         )
 
 
-class Groups(Dataset[Record | DatamergeError]):
-    """The artifact as a map-style dataset.
+class Wanted(NamedTuple):
+    """One item of a batch: which group, and 64 random bits for the arm random-member."""
+
+    group: int
+    word: int
+
+
+class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
+    """The artifact as a map-style dataset, asked by `Wanted`.
 
     A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
     message in its own traceback.
@@ -66,9 +74,9 @@ class Groups(Dataset[Record | DatamergeError]):
     def __len__(self) -> int:
         return len(self._artifact)
 
-    def __getitem__(self, index: int) -> Record | DatamergeError:
+    def __getitem__(self, wanted: Wanted) -> tuple[Record, int] | DatamergeError:
         try:
-            return self._artifact[index]
+            return self._artifact[wanted.group], wanted.word
         except DatamergeError as error:
             return error
 
@@ -80,13 +88,15 @@ class Collate:
     Attributes:
         arm: which tensors are needed.
         labels: the target is the record's label, else its embedding.
-        members: how many of each group's first stored members to deliver (a smaller group delivers all it
-            has); 0 for none.
+        members: how many of each group's first stored members to deliver, or to choose one from (a smaller
+            group delivers all it has); 0 for none.
+        classes: labels must be below this.
     """
 
     arm: Arm
     labels: bool
     members: int
+    classes: int | None = None
 
     def arrays(self) -> set[str]:
         """Names of the stored arrays that this arm reads; the others are left alone."""
@@ -94,32 +104,61 @@ class Collate:
             "avg": {"sum", "scatter", "mean", "mean_square"},
             "mean-only": {"sum", "mean"},
             "ind": {"members"},
+            "random-member": {"members"},
         }
         return names[self.arm] | (set() if self.labels else {"target"})
 
-    def __call__(self, records: list[Record | DatamergeError]) -> Batch | DatamergeError:
-        groups: list[Record] = []
-        for record in records:
-            if isinstance(record, DatamergeError):
-                return record
-            groups.append(record)
-        stored = [self._members(record) for record in groups] if self.members else []
+    def __call__(self, items: list[tuple[Record, int] | DatamergeError]) -> Batch | DatamergeError:
+        found: list[tuple[Record, int]] = []
+        for item in items:
+            if isinstance(item, DatamergeError):
+                return item
+            found.append(item)
+        groups = [record for record, _ in found]
+        stored = [self._members(record, word) for record, word in found] if self.members else []
+        try:
+            target = self._targets(groups)
+        except ConfigError as error:
+            return error
         return Batch(
             keys=[record.key for record in groups],
-            mean=_stack([record.mean for record in groups]) if self.arm != "ind" else None,
+            mean=None if self.members else _stack([record.mean for record in groups]),
             variance=_stack([record.variance for record in groups]) if self.arm == "avg" else None,
-            target=self._targets(groups),
+            target=target,
             members=torch.from_numpy(np.concatenate(stored)) if stored else None,
             counts=[len(members) for members in stored],
         )
 
     def _targets(self, groups: list[Record]) -> Tensor:
         if self.labels:
-            return torch.tensor([_present(record.label, record, "label") for record in groups])
+            return torch.tensor([check_label(record.key, record.label, self.classes) for record in groups])
         return _stack([_present(record.target, record, "target") for record in groups])
 
-    def _members(self, record: Record) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        return _present(record.members, record, "members")[: self.members]
+    def _members(self, record: Record, word: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        members = _present(record.members, record, "members")[: self.members]
+        if self.arm == "random-member":
+            chosen = word % len(members)
+            return members[chosen : chosen + 1]
+        return members
+
+
+def check_label(key: str, label: int | None, classes: int | None) -> int:
+    """The label, if cross entropy can take it.
+
+    Raises:
+        ConfigError: there is none, or it is none of the classes.
+    """
+    if label is None:
+        raise ConfigError(
+            f"loss: cross_entropy expects a label for every group, found none for record {key}; "
+            "use --loss squared_error"
+        )
+    if not 0 <= label < (classes if classes is not None else label + 1):
+        raise ConfigError(
+            f"loss: cross_entropy expects labels below {classes}, the classes of the head (or the outputs of an "
+            f"encoder without one), found label {label} at record {key}; choose another --head or --encoder"
+        )
+    return label
 
 
 def _stack(arrays: list[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]) -> Tensor:
@@ -135,21 +174,32 @@ def _present(value: T | None, record: Record, name: str) -> T:
     return value
 
 
-class _Steps(Sampler[list[int]]):
-    def __init__(self, order: Order, start: int, stop: int) -> None:
-        self._order, self._start, self._stop = order, start, stop
+class _Steps(Sampler[list[Wanted]]):
+    def __init__(self, order: Order, layout: Layout, start: int, stop: int, draws: bool) -> None:
+        self._order, self._layout, self._start, self._stop, self._draws = order, layout, start, stop, draws
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._order.batches(self._start, self._stop)
-
-    def __len__(self) -> int:
-        return self._stop - self._start
+    def __iter__(self) -> Iterator[list[Wanted]]:
+        for step in range(self._start, self._stop):
+            for share in self._order.shares(step, self._layout):
+                words = [0] * len(share.indices)
+                if self._draws:
+                    last = share.first + len(share.indices)
+                    words = stream_seeds(self._order.seed, MEMBER, step, last)[share.first :]
+                yield [Wanted(index, word) for index, word in zip(share.indices, words, strict=True)]
 
 
 def stream(
-    artifact: Artifact, order: Order, collate: Collate, *, start: int, stop: int, workers: int, pin: bool
+    artifact: Artifact,
+    order: Order,
+    collate: Collate,
+    *,
+    start: int,
+    stop: int,
+    workers: int,
+    pin: bool,
+    layout: Layout = WHOLE,
 ) -> Iterator[Batch]:
-    """Batches of the steps [start, stop).
+    """Micro-batches of the steps [start, stop), as `order.shares` lists them.
 
     Args:
         artifact: where the groups are.
@@ -157,15 +207,17 @@ def stream(
         collate: what to deliver of each.
         start: first step, counted from 0.
         stop: step after the last.
-        workers: processes that read ahead; 0 reads in this one.
+        workers: processes that read ahead; 0 reads ahead in a thread of this one.
         pin: page-locked memory, for copies to a GPU that overlap with its work.
+        layout: which part of each step is ours.
 
     Raises:
         CorruptShard: bytes that differ from what was committed.
+        ConfigError: a label that is missing or out of range.
     """
-    loader: DataLoader[Record | DatamergeError] = DataLoader(
+    loader: DataLoader[tuple[Record, int] | DatamergeError] = DataLoader(
         Groups(artifact.only(collate.arrays())),
-        batch_sampler=_Steps(order, start, stop),
+        batch_sampler=_Steps(order, layout, start, stop, collate.arm == "random-member"),
         collate_fn=collate,
         num_workers=workers,
         # Readers keep threads and locks that do not survive a fork.
@@ -175,10 +227,20 @@ def stream(
         generator=torch.Generator(),
         pin_memory=pin,
     )
-    for batch in loader:
+    for batch in loader if workers else _ahead(iter(loader)):
         if isinstance(batch, DatamergeError):
             raise batch
         yield batch
+
+
+def _ahead(batches: Iterator[T]) -> Iterator[T]:
+    """The same items, the next of them already being made in a thread (decompression and hashes release the GIL)."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
+        upcoming = pool.submit(next, batches, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, batches, end)
+            yield item  # type: ignore[misc]  # not `end`
 
 
 def _ignore_signals(worker: int) -> None:

@@ -33,8 +33,8 @@ def make_artifact(tmp_path: Path) -> Callable[..., str]:
     """A function that writes an artifact below tmp_path and returns its path.
 
     Its keyword arguments: `name`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the
-    provenance), `sha256` (of the encoder; None for the true one), `huge` (key of a record whose target overflows
-    the loss), `head` (bytes of a head.safetensors).
+    provenance), `sha256` (of the encoder; None for the true one), `shape`, `width` (of the target), `attack`,
+    `huge` (key of a record whose target overflows the loss), `head` (bytes of a head.safetensors).
     """
 
     def make(**options: Any) -> str:
@@ -46,14 +46,15 @@ def make_artifact(tmp_path: Path) -> Callable[..., str]:
 
 
 def _write(path: Path, options: dict[str, Any]) -> None:
+    shape, width = options.get("shape", SHAPE), options.get("width", WIDTH)
     arrays = [
-        ArraySpec(name="sum", dtype="uint16", shape=SHAPE),
-        ArraySpec(name="scatter", dtype="uint32", shape=SHAPE),
+        ArraySpec(name="sum", dtype="uint16", shape=shape),
+        ArraySpec(name="scatter", dtype="uint32", shape=shape),
     ]
     if options.get("targets", True):
-        arrays.append(ArraySpec(name="target", dtype="float32", shape=(WIDTH,)))
+        arrays.append(ArraySpec(name="target", dtype="float32", shape=(width,)))
     if options.get("members", True):
-        arrays.append(ArraySpec(name="members", dtype="uint8", shape=(MEMBERS, *SHAPE)))
+        arrays.append(ArraySpec(name="members", dtype="uint8", shape=(MEMBERS, *shape)))
     layout = Layout(
         format=options.get("format", "webdataset"),
         encoding="uint8_moments",
@@ -64,7 +65,9 @@ def _write(path: Path, options: dict[str, Any]) -> None:
     spec = options.get("encoder", ENCODER)
     provenance: dict[str, Any] = {"seed": 7}
     if spec is not None:
-        provenance["encoder"] = {"spec": spec, "sha256": options.get("sha256") or load_encoder(ENCODER).sha256}
+        provenance["encoder"] = {"spec": spec, "sha256": options.get("sha256") or load_encoder(spec).sha256}
+    if "attack" in options:
+        provenance["attack"] = options["attack"]
     writer = ArtifactWriter(Location(path), layout, provenance)
     writer.begin({"head.safetensors": options["head"]} if "head" in options else {})
     rng = np.random.default_rng(3)
@@ -77,8 +80,8 @@ def _write(path: Path, options: dict[str, Any]) -> None:
 
 def _record(number: int, layout: Layout, rng: np.random.Generator, options: dict[str, Any]) -> Record:
     key = f"k{number}"
-    members = rng.integers(0, 256, (MEMBERS, *SHAPE)).astype(np.uint8)
-    target = rng.normal(size=WIDTH).astype(np.float32)
+    members = rng.integers(0, 256, (MEMBERS, *options.get("shape", SHAPE))).astype(np.uint8)
+    target = rng.normal(size=options.get("width", WIDTH)).astype(np.float32)
     if key == options.get("huge"):
         target[:] = 1e30
     arrays = {**encode_exact(ExactMoments.of(members), layout), "members": members, "target": target}

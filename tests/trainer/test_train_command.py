@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 import datamerge
-import trainer.loop
+import trainer.job
 import trainer.stream
 from adversarial import Head
 from console import load_settings
@@ -92,8 +92,10 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"batch_size": 0}, "batch_size"),
         ({"steps": None}, "expected one of steps and epochs, found none"),
         ({"epochs": 3}, "steps = 5 and epochs = 3"),
-        ({"members": 2}, "only the arm ind takes single members"),
-        ({"pseudo_labels": 3, "arm": "mean-only"}, "only the arm avg"),
+        ({"members": 2}, "only the arms ind and random-member take single members"),
+        ({"samples": 3, "arm": "mean-only"}, "only the arm avg"),
+        ({"samples": 3, "estimator": "exact"}, "not with estimator exact"),
+        ({"compile": True}, "estimator gauss_newton differentiates twice"),
         ({"batchsize": 3}, "did you mean batch_size"),
         ({"arm": "average"}, "arm"),
     ],
@@ -115,7 +117,7 @@ def test_the_paper_preset_is_the_papers_table() -> None:
     assert (config.learning_rate, config.weight_decay, config.batch_size) == (1e-5, 1e-4, 1)
     assert (config.steps, config.warmup_steps) == (5000, 350)
     assert (config.arm, config.loss, config.loss_scale) == ("avg", "squared_error", 1.0)
-    with pytest.raises(ConfigError, match="expected one of paper, found 'papre'"):
+    with pytest.raises(ConfigError, match="expected one of fare2, fare4, paper, tecoa, found 'papre'"):
         read_preset("papre")
 
 
@@ -163,7 +165,7 @@ def test_signals_have_their_exit_codes(
             signal.raise_signal(number)
             yield batch
 
-    monkeypatch.setattr(trainer.loop, "stream", stream)
+    monkeypatch.setattr(trainer.job, "stream", stream)
     assert _datamerge(monkeypatch, make_artifact(), str(tmp_path / "run"), "--steps", "5") == code
     last = capsys.readouterr().err.splitlines()[-1]
     checkpoint = tmp_path / "run/checkpoints/step-000001.pt"

@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import trainer.job
-import trainer.loop
 import trainer.stream
 from adversarial import Encoder, Head, load_encoder, weights_sha256
 from storage_schemas import ConfigError, CorruptShard, DatamergeError, open_artifact
 from trainer import RunSummary, Stopped, TrainConfig, train
-from trainer.loop import learning_rate
 from trainer.order import Order
+from trainer.update import learning_rate
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
@@ -85,7 +84,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int, act: Callable[[], No
                 act()
             yield batch
 
-    monkeypatch.setattr(trainer.loop, "stream", stream)
+    monkeypatch.setattr(trainer.job, "stream", stream)
 
 
 def _crash() -> None:
@@ -219,14 +218,16 @@ def test_avg_learns(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     losses = [line["loss"] for line in _log(tmp_path / "run")]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
     assert all(line["correction"] > 0 for line in _log(tmp_path / "run"))
-    assert {"learning_rate", "groups_per_second", "data_wait", "epoch"} <= _log(tmp_path / "run")[0].keys()
+    assert {"learning_rate", "groups_per_second", "data_wait", "epoch", "correction_share"} <= _log(tmp_path / "run")[
+        0
+    ].keys()
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
-def test_exact_curvature_and_more_pseudo_labels_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_exact_estimator_and_more_pseudo_labels_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
-    train(_config(artifact, tmp_path / "exact", curvature="exact", learning_rate=1e-9))
-    train(_config(artifact, tmp_path / "many", pseudo_labels=200, learning_rate=1e-9))
+    train(_config(artifact, tmp_path / "exact", estimator="exact", learning_rate=1e-9))
+    train(_config(artifact, tmp_path / "many", samples=200, learning_rate=1e-9))
     exact, many = (np.mean([line["correction"] for line in _log(tmp_path / name)]) for name in ("exact", "many"))
     assert many == pytest.approx(exact, rel=0.1)
 

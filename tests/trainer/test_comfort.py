@@ -1,0 +1,368 @@
+"""What a user asks of a run beside its result: presets, bfloat16, averages, held-out losses, reasons."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import trainer.update
+from adversarial import load_encoder
+from console import load_settings
+from storage_schemas import ConfigError, DatamergeError, open_artifact
+from trainer import CrossEntropy, SquaredError, TrainConfig, train
+from trainer.checkpoint import RunFolder
+from trainer.cli import train as command
+from trainer.config import parse_override, read_preset
+from trainer.forward import check_rows_apart
+from trainer.order import MEMBER, Order, stream_seeds
+
+MakeArtifact = Callable[..., str]
+
+
+def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
+    defaults = {"steps": 9, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
+    return TrainConfig(artifact=artifact, run=str(run), **{**defaults, **settings})
+
+
+def _log(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fare2", {"arm": "random-member", "loss": "squared_error", "epsilon": "2/255"}),
+        ("fare4", {"arm": "random-member", "loss": "squared_error", "epsilon": "4/255"}),
+        ("tecoa", {"arm": "random-member", "loss": "cross_entropy", "epsilon": None}),
+    ],
+)
+def test_presets_are_the_published_settings(name: str, expected: dict[str, Any]) -> None:
+    config = load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, read_preset(name))
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert (config.steps, config.batch_size, config.warmup_steps) == (20_000, 128, 1400)
+    assert (config.learning_rate, config.weight_decay) == (1e-5, 1e-4)
+
+
+def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact(attack={"epsilon": "4/255"})
+    with pytest.raises(ConfigError, match="epsilon: expected an artifact attacked within 2/255, found 4/255"):
+        train(_config(artifact, tmp_path / "run", epsilon="2/255"))
+    train(_config(artifact, tmp_path / "run", epsilon="4/255"))
+
+
+def test_any_setting_can_be_set(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    flags = "--steps 2 --batch-size 4 --lr 0.5 --set learning_rate=0.001 --set samples=3 --set device=cpu"
+    arguments = [make_artifact(), str(tmp_path / "run"), *flags.split(), "--set", 'freeze=["1.*"]']
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert (config["learning_rate"], config["samples"], config["freeze"]) == (0.001, 3, ["1.*"])
+
+
+@pytest.mark.parametrize("text", ["samples", "=3", "sam ples=3", "a..b=1"])
+def test_a_malformed_override_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+        parse_override(text)
+
+
+def test_an_override_can_be_nested_and_misspelt() -> None:
+    assert parse_override("a.b=1") == {"a": {"b": 1}}
+    with pytest.raises(ConfigError, match="smaples: unknown setting; did you mean samples"):
+        load_settings(TrainConfig, None, {"artifact": "a", "run": "r", "steps": 1, **parse_override("smaples=3")})
+
+
+def test_frozen_layers_keep_their_values(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    train(_config(make_artifact(), tmp_path / "run", freeze=["1.*"]))
+    before = load_encoder("mlp:1x4x4-8-6").model.state_dict()
+    after = _weights(tmp_path / "run")
+    assert {name for name in after if torch.equal(after[name], before[name])} == {"1.weight", "1.bias"}
+
+
+def test_a_pattern_that_matches_nothing_or_all_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    with pytest.raises(ConfigError, match=r"freeze: '1\.wieght' matches no parameter .* is '1\.weight'"):
+        train(_config(artifact, tmp_path / "run", freeze=["1.wieght"]))
+    with pytest.raises(ConfigError, match=r"freeze: \* match all parameters"):
+        train(_config(artifact, tmp_path / "run", freeze=["*"]))
+
+
+def test_the_average_is_what_is_published(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    decay, steps = 0.8, 4
+    averages = dict(load_encoder("mlp:1x4x4-8-6").model.state_dict())
+    train(_config(artifact, tmp_path / "run", ema=decay, steps=steps, checkpoint_every=1, keep_checkpoints=9))
+    train(_config(artifact, tmp_path / "plain", steps=steps))
+    for step in range(1, steps + 1):
+        if step < steps:
+            state = torch.load(tmp_path / f"run/checkpoints/step-{step:06d}.pt", weights_only=True)["model"]
+            weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        else:  # the last weights are not in a checkpoint, but the same run without an average ends with them
+            weights = _weights(tmp_path / "plain")
+        # The first update starts the average.
+        averages = {
+            name: weights[name].clone() if step == 1 else decay * averages[name] + (1 - decay) * weights[name]
+            for name in averages
+        }
+    for name, tensor in _weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, averages[name])
+    assert not torch.equal(_weights(tmp_path / "run")["1.weight"], _weights(tmp_path / "plain")["1.weight"])
+
+
+@pytest.mark.parametrize("estimator", ["gauss_newton", "sampled", "antithetic", "jvp"])
+def test_bfloat16_trains_close_to_float32(make_artifact: MakeArtifact, tmp_path: Path, estimator: str) -> None:
+    artifact = make_artifact()
+    for precision in ("float32", "bf16"):
+        train(_config(artifact, tmp_path / precision, precision=precision, estimator=estimator, learning_rate=1e-3))
+    full, half = (_log(tmp_path / precision) for precision in ("float32", "bf16"))
+    assert [line["loss"] for line in half] == pytest.approx([line["loss"] for line in full], rel=0.05)
+    assert [line["loss"] for line in half] != [line["loss"] for line in full]
+    assert all(tensor.dtype == torch.float32 for tensor in _weights(tmp_path / "bf16").values())
+
+
+def test_compiled_is_the_same_run(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without code generation: what is compiled, and that names and results stay, does not depend on the backend.
+    calls: list[int] = []
+    original = torch.compile
+
+    def compile_eagerly(function: Callable[..., Any]) -> Any:
+        calls.append(1)
+        return original(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    artifact = make_artifact()
+    train(_config(artifact, tmp_path / "a", estimator="sampled", steps=3))
+    assert not calls
+    train(_config(artifact, tmp_path / "b", estimator="sampled", steps=3, compile=True))
+    assert calls
+    for name, tensor in _weights(tmp_path / "a").items():
+        torch.testing.assert_close(tensor, _weights(tmp_path / "b")[name])
+
+
+def test_random_member_trains_on_the_drawn_member(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """The losses of an independent loop, one group at a time; different members in different epochs."""
+    path = make_artifact()
+    train(_config(path, tmp_path / "run", arm="random-member", learning_rate=1e-12, seed=5))
+    artifact, encoder = open_artifact(path), load_encoder("mlp:1x4x4-8-6")
+    order, losses, chosen = Order(artifact.shard_sizes, 4, 5), [], {}
+    for step in range(9):
+        values = []
+        words = stream_seeds(5, MEMBER, step, 4)
+        for position, index in enumerate(order.batch(step).tolist()):
+            record = artifact[index]
+            assert record.members is not None
+            assert record.target is not None
+            member = words[position] % 3
+            chosen.setdefault(index, []).append(member)
+            pixels = torch.from_numpy(record.members[member : member + 1]).float() / 255
+            values.append(float(((encoder(pixels).detach() - torch.from_numpy(record.target)) ** 2).sum()))
+        losses.append(np.mean(values))
+    assert [line["loss"] for line in _log(tmp_path / "run")] == pytest.approx(losses, rel=1e-5)
+    assert any(len(set(members)) > 1 for members in chosen.values())
+    assert json.loads((tmp_path / "run/run.json").read_text())["arm"] == "AT-3-Random"
+
+
+@pytest.mark.parametrize("arm", ["avg", "ind", "mean-only"])
+def test_the_held_out_loss_is_logged_and_its_best_state_kept(
+    make_artifact: MakeArtifact, tmp_path: Path, arm: str
+) -> None:
+    artifact, other = make_artifact(), make_artifact(name="other", format="zarr")
+    settings = {"eval_artifact": other, "eval_every": 2, "arm": arm, "learning_rate": 0.3, "steps": 9}
+    train(_config(artifact, tmp_path / "run", log_every=100, **settings))
+    lines = _log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
+    best = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
+    assert best["best"] == min(line["eval_loss"] for line in lines)
+    # The arms without randomness: recomputed from the records one by one.
+    encoder = load_encoder("mlp:1x4x4-8-6")
+    encoder.load_state_dict(best["model"])
+    values = []
+    for record in open_artifact(other):
+        assert record.members is not None
+        pixels = (
+            torch.from_numpy(record.members).float() / 255 if arm == "ind" else torch.from_numpy(record.mean)[None]
+        )
+        values.append(float(((encoder(pixels) - torch.from_numpy(record.target)) ** 2).sum(1).mean().detach()))
+    if arm == "avg":
+        assert best["best"] > np.mean(values)
+    else:
+        assert best["best"] == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_a_held_out_artifact_is_checked_like_the_other(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    other = make_artifact(name="other", width=7)
+    with pytest.raises(ConfigError, match=r"embeddings of width 6, found targets of shape \(7,\) in .*other"):
+        train(_config(make_artifact(), tmp_path / "run", eval_artifact=other))
+
+
+def test_the_batch_at_a_loss_that_is_not_finite_is_written(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    with pytest.raises(DatamergeError, match=r"the batch is in (\S+\.pt);") as error:
+        train(_config(make_artifact(huge="k6"), tmp_path / "run", accumulate=2))
+    path = str(error.value).partition("the batch is in ")[2].partition(";")[0]
+    batches = torch.load(path, weights_only=True)["batches"]
+    assert "k6" in [key for batch in batches for key in batch["keys"]]
+    assert sum(len(batch["keys"]) for batch in batches) in (2, 4)
+    assert batches[0]["mean"].shape[1:] == (1, 4, 4)
+
+
+def test_out_of_memory_names_the_knobs(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*arguments: Any) -> None:
+        # What PyTorch's own allocator says on the CPU, and its subclass on a GPU.
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(trainer.update, "group_losses", exhausted)
+    with pytest.raises(
+        DatamergeError, match=r"out of memory with 4 groups at a time .*--accumulate 2 .*sampled.*bf16"
+    ):
+        train(_config(make_artifact(), tmp_path / "run"))
+
+
+class _Centred(nn.Module):
+    input_shape = (1, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        embeddings: Tensor = self.layer(pixels.flatten(1))
+        return embeddings - embeddings.mean(0)
+
+
+def test_an_encoder_that_mixes_its_batch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    module = types.ModuleType("mixing_networks")
+    module.__dict__["centred"] = _Centred
+    monkeypatch.setitem(sys.modules, "mixing_networks", module)
+    with pytest.raises(ConfigError, match=r"depend on that image alone, found one that moves by .*LayerNorm"):
+        check_rows_apart(load_encoder("python:mixing_networks:centred"), torch.device("cpu"))
+
+
+def test_a_changed_artifact_or_torch_is_said(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = make_artifact()
+    config = _config(artifact, tmp_path / "run", checkpoint_every=3)
+
+    def die(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "publish", die)
+        with pytest.raises(MemoryError):
+            train(config)
+    with pytest.raises(ConfigError, match=r"was started from an artifact, which changed since \(plan_sha256: "):
+        train(config.model_copy(update={"artifact": make_artifact(name="other", members=False)}))
+    newest = tmp_path / "run/checkpoints/step-000006.pt"
+    state = torch.load(newest, weights_only=True)
+    torch.save({**state, "torch": "1.0.0"}, newest)
+    train(config)
+    assert f"was written with torch 1.0.0, this is {torch.__version__}" in capsys.readouterr().err
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """SIGKILL at whatever step it has come to, thrice; then SIGTERM; then to the end."""
+    artifact, run = make_artifact(), tmp_path / "run"
+    steps, flags = 800, {"batch_size": 4, "threads": 1, "checkpoint_every": 25, "log_every": 10, "ema": 0.9}
+    arguments = [f"--set={name}={value}" for name, value in flags.items()]
+    process = [sys.executable, "-m", "datamerge", "train", artifact, str(run), f"--steps={steps}", *arguments]
+
+    def reached() -> int:
+        checkpoints = RunFolder(str(run)).checkpoints() if (run / "identity.json").exists() else []
+        return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
+
+    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        before, deadline = reached(), time.monotonic() + 60
+        sitting = subprocess.Popen(
+            process, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while reached() <= before:
+            assert sitting.poll() is None, sitting.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        sitting.send_signal(number)
+        _, errors = sitting.communicate(timeout=60)
+        assert sitting.returncode == (0 if number == signal.SIGTERM else -number), errors
+    assert "run the same command again to continue" in errors
+    assert before < reached() < steps
+    summary = train(TrainConfig(artifact=artifact, run=str(run), steps=steps, **flags))
+    train(TrainConfig(artifact=artifact, run=str(tmp_path / "whole"), steps=steps, **flags))
+    for name, tensor in _weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, _weights(run)[name])
+    keys = ("step", "epoch", "loss", "gradient_norm")
+    assert [[line[key] for key in keys] for line in _log(run)] == [
+        [line[key] for key in keys] for line in _log(tmp_path / "whole")
+    ]
+    assert summary.steps == steps
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), CrossEntropy()])
+def test_an_independent_loop_gives_the_same_curve(
+    make_artifact: MakeArtifact, tmp_path: Path, loss: SquaredError | CrossEntropy
+) -> None:
+    """The exact estimator against a loop written from eq. 6 with torch.func and AdamW from its paper."""
+    squared = isinstance(loss, SquaredError)
+    path = make_artifact(targets=squared, labels=not squared)
+    config = _config(path, tmp_path / "run", estimator="exact", steps=5, learning_rate=1e-3, weight_decay=0.1)
+    train(config)
+    artifact, encoder = open_artifact(path), load_encoder("mlp:1x4x4-8-6").double()
+    parameters = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    order, losses = Order(artifact.shard_sizes, 4, 0), []
+
+    def outputs(values: dict[str, Tensor], pixels: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(encoder, values, (pixels.reshape(1, 1, 4, 4),))[0]
+        return found
+
+    def total(values: dict[str, Tensor], records: list[Any]) -> Tensor:
+        result = torch.zeros((), dtype=torch.float64)
+        for record in records:
+            pixels = torch.from_numpy(record.mean).double().flatten()
+            variance = torch.from_numpy(record.variance).double().flatten()
+            jacobian = torch.func.jacrev(lambda x: outputs(values, x))(pixels)
+            logits = outputs(values, pixels)
+            if squared:
+                result = result + (logits - torch.from_numpy(record.target).double()).square().sum()
+                diagonal = 2 * (jacobian**2).sum(0)
+            else:
+                p = logits.softmax(0)
+                result = result - logits.log_softmax(0)[record.label]
+                diagonal = (p[:, None] * jacobian**2).sum(0) - (p @ jacobian) ** 2
+            result = result + 0.5 * (variance * diagonal).sum()
+        return result / len(records)
+
+    for step in range(5):
+        records = [artifact[int(index)] for index in order.batch(step)]
+        gradients, value = torch.func.grad_and_value(total)(parameters, records)
+        losses.append(float(value))
+        rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 5))
+        for name, gradient in gradients.items():
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            parameters[name] = parameters[name] * (1 - rate * 0.1) - rate * mean / (square.sqrt() + 1e-8)
+    assert [line["loss"] for line in _log(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)

@@ -1,0 +1,549 @@
+"""The merged loss against oracles obtained another way, in float64.
+
+Shapes: B groups, D pixel values, K outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev
+from torch.nn import functional
+
+from storage_schemas import ConfigError
+from trainer import (
+    CrossEntropy,
+    Draws,
+    GroupLoss,
+    Loss,
+    SquaredError,
+    antithetic,
+    exact,
+    gauss_newton,
+    individual_loss,
+    jvp,
+    mean_only,
+    sampled,
+)
+from trainer.estimators.exact import dense_diagonal
+from trainer.estimators.gauss_newton import diagonal_estimate
+
+SHAPE = (1, 2, 3)
+D, K = 6, 4
+
+
+def _draws(groups: int = 2, seed: int = 0) -> Draws:
+    return Draws([seed * 1_000_003 + group for group in range(groups)])
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _network(seed: int = 0) -> nn.Sequential:
+    """A smooth network, so that nothing depends on where a ReLU has its kink."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, K)).double()
+    for index, parameter in enumerate(network.parameters()):
+        parameter.data = _random(*parameter.shape, seed=100 * seed + index) - 0.5
+    return network
+
+
+def _linear() -> nn.Sequential:
+    layer = nn.Linear(D, K).double()
+    layer.weight.data, layer.bias.data = _random(K, D, seed=1) - 0.5, _random(K, seed=2)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
+def _diagonal(network: nn.Module, inputs: Tensor, output_hessian: Callable[[Tensor], Tensor]) -> Tensor:
+    """diag[Jᵀ H J] of each row by forward definition: Jacobians from torch.func, H as given."""
+
+    def outputs(pixels: Tensor) -> Tensor:
+        return functional_call(network, dict(network.named_parameters()), (pixels[None],))[0]  # type: ignore[no-any-return]
+
+    rows = []
+    for pixels in inputs:
+        jacobian = jacrev(outputs)(pixels).reshape(K, D)
+        rows.append(torch.diagonal(jacobian.T @ output_hessian(outputs(pixels)) @ jacobian).reshape(SHAPE))
+    return torch.stack(rows)
+
+
+def _softmax_hessian(logits: Tensor) -> Tensor:
+    p = torch.exp(logits) / torch.exp(logits).sum()
+    return torch.diag(p) - torch.outer(p, p)
+
+
+def _estimate(network: nn.Module, inputs: Tensor, loss: Loss, samples: int, seed: int = 0) -> Tensor:
+    pixels = inputs.clone().requires_grad_()
+    return diagonal_estimate(network(pixels), pixels, loss, _draws(len(inputs), seed), samples).detach()
+
+
+def _exact(network: nn.Module, inputs: Tensor, loss: Loss) -> Tensor:
+    pixels = inputs.clone().requires_grad_()
+    return dense_diagonal(network(pixels), pixels, loss).detach()
+
+
+def _target(loss: Loss, groups: int = 2) -> Tensor:
+    return _random(groups, K, seed=2) if isinstance(loss, SquaredError) else torch.arange(groups) % K
+
+
+def _group() -> tuple[Tensor, Tensor, Tensor]:
+    """Members of a group with diagonal covariance, their mean and variance."""
+    centre, deviations = _random(*SHAPE, seed=3), torch.diag(0.1 + _random(D, seed=4)).reshape(D, *SHAPE)
+    members = torch.cat([centre + deviations, centre - deviations])
+    mean = members.mean(0, keepdim=True)
+    return members, mean, ((members - mean) ** 2).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_linear_model_and_diagonal_covariance_give_the_group_loss_exactly(scale: float) -> None:
+    network, (members, mean, variance) = _linear(), _group()
+    target = _random(1, K, seed=5)
+    # Eq. 1, written out.
+    group = torch.stack([scale * ((network(x[None]) - target) ** 2).sum() for x in members]).mean()
+    merged = exact(network, mean, variance, target, SquaredError(scale))
+    assert merged.correction is not None
+    assert merged.loss.shape == (1,)
+    torch.testing.assert_close(merged.loss[0], group, rtol=0, atol=1e-10)
+    assert merged.correction[0] > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("estimate", [gauss_newton, jvp, sampled, antithetic])
+def test_random_estimates_average_to_the_group_loss_of_a_linear_model(
+    estimate: Callable[..., GroupLoss], scale: float
+) -> None:
+    network, (members, mean, variance) = _linear(), _group()
+    target, repeats = _random(1, K, seed=5), 4000
+    group = _group_loss(network, members, target, scale)
+    values = estimate(
+        network,
+        mean.expand(repeats, *SHAPE),
+        variance.expand(repeats, *SHAPE),
+        target.expand(repeats, K),
+        SquaredError(scale),
+        _draws(repeats),
+    ).loss.detach()
+    assert abs(float(values.mean() - group)) < 4.5 * float(values.std()) / math.sqrt(repeats)
+    # A bound that is worth something: less than half of what the correction adds.
+    correction = float(group - _group_loss(network, mean, target, scale))
+    assert 4.5 * float(values.std()) / math.sqrt(repeats) < 0.5 * correction
+
+
+def _group_loss(network: nn.Module, members: Tensor, target: Tensor, scale: float) -> Tensor:
+    return scale * ((network(members) - target) ** 2).sum(1).mean().detach()
+
+
+def _all_signs() -> Tensor:
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=D)), dtype=torch.float64).reshape(-1, *SHAPE)
+
+
+class _Fixed(Draws):
+    """Every direction once, so that averages over rows are expectations."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def signs(self, like: Tensor) -> Tensor:
+        return _all_signs()
+
+
+def _over_all_signs(estimate: Callable[..., GroupLoss], model: Any, loss: Loss) -> tuple[Tensor, Tensor]:
+    mean, variance, target = _random(1, *SHAPE), 0.05 * _random(1, *SHAPE, seed=1), _target(loss, 1)
+    rows = 2**D
+    expanded = _repeat(rows, mean, variance, target)
+    return estimate(model, *expanded, loss, _Fixed()).loss.detach(), variance
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
+def test_jvp_over_all_directions_is_exact(loss: Loss) -> None:
+    network = _network()
+    values, variance = _over_all_signs(jvp, network, loss)
+    oracle = exact(network, _random(1, *SHAPE), variance, _target(loss, 1), loss).loss[0]
+    torch.testing.assert_close(values.mean(), oracle, rtol=0, atol=1e-12)
+    assert values.std() > 1e-5
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), CrossEntropy()])
+def test_sampled_and_antithetic_average_to_the_mean_over_the_cloud(loss: Loss) -> None:
+    network, mean = _network(), _random(1, *SHAPE)
+    values, variance = _over_all_signs(sampled, network, loss)
+    pairs, _ = _over_all_signs(antithetic, network, loss)
+    cloud = mean + variance.sqrt() * _all_signs()
+    oracle = torch.stack([loss.value(network(x[None]), _target(loss, 1))[0] for x in cloud]).detach()
+    torch.testing.assert_close(values.mean(), oracle.mean(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(pairs.mean(), oracle.mean(), rtol=0, atol=1e-12)
+    # Without the first order little is left.
+    assert pairs.std() < 0.5 * values.std()
+
+
+class _Quadratic(nn.Module):
+    """f(x) = A x + ½ xᵀ B_k x for each output k: the curvature of f itself enters the full Hessian, not the GGN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(_random(K, D, seed=6) - 0.5)
+        b = _random(K, D, D, seed=7) - 0.5
+        self.b = nn.Parameter(b + b.transpose(1, 2))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = pixels.flatten(1)
+        return x @ self.a.T + 0.5 * torch.einsum("ni,kij,nj->nk", x, self.b, x)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
+def test_quadratic_model_has_the_closed_form_correction(loss: Loss) -> None:
+    model, mean, variance = _Quadratic(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
+    found = exact(model, mean, variance, _target(loss), loss).correction
+    assert found is not None
+    x, v = mean.flatten(1), variance.flatten(1)
+    jacobian = model.a + torch.einsum("kij,nj->nki", model.b, x)
+    outputs = model(mean)
+    if isinstance(loss, SquaredError):
+        oracle = loss.scale * torch.einsum("nki,ni->n", jacobian**2, v)
+    else:
+        p = outputs.softmax(1)
+        first = torch.einsum("nk,nki->ni", p, jacobian)
+        oracle = 0.5 * ((torch.einsum("nk,nki->ni", p, jacobian**2) - first**2) * v).sum(1)
+    torch.testing.assert_close(found, oracle, rtol=0, atol=1e-10)
+
+
+def test_antithetic_has_the_full_hessian_where_exact_has_the_ggn() -> None:
+    """For small deviations: (pair − L(x̄)) / t² → ½ (√v∘z)ᵀ ∇²L (√v∘z), which averages to ½ vᵀ diag ∇²L."""
+    model, loss = _Quadratic(), SquaredError()
+    mean, variance, target = _random(1, *SHAPE), _random(1, *SHAPE, seed=1), _random(1, K, seed=2)
+
+    def value(pixels: Tensor) -> Tensor:
+        return loss.value(model(pixels[None]), target)[0]
+
+    curvature = torch.diagonal(jacrev(jacrev(value))(mean[0]).reshape(D, D)).detach()
+    full = 0.5 * (variance.flatten() * curvature).sum()
+    t, rows = 1e-3, 2**D
+    pairs = antithetic(
+        model, mean.expand(rows, *SHAPE), t**2 * variance.expand(rows, *SHAPE), target.expand(rows, K), loss, _Fixed()
+    ).loss.detach()
+    found = ((pairs.mean() - value(mean[0])) / t**2).detach()
+    torch.testing.assert_close(found, full, rtol=1e-4, atol=0)
+    ggn = exact(model, mean, variance, target, loss).correction
+    assert ggn is not None
+    assert abs(float(ggn[0].detach() - full)) > 0.05 * abs(float(full))
+
+
+def test_correction_follows_the_scale_of_the_loss() -> None:
+    network, mean, variance = _network(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
+    target = _random(2, K, seed=2)
+
+    def correction(scale: float, estimate: Callable[..., GroupLoss]) -> Tensor:
+        found = estimate(network, mean, variance, target, SquaredError(scale), _draws()).correction
+        assert found is not None
+        return found.detach()
+
+    # The same noise is scaled in both, so the ratio is exact for the estimates too.
+    for estimate in (exact, gauss_newton, jvp):
+        torch.testing.assert_close(correction(1.0, estimate), 2 * correction(0.5, estimate), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_exact_squared_error_matches_dense_oracle(scale: float) -> None:
+    network, inputs = _network(), _random(3, *SHAPE)
+    oracle = _diagonal(network, inputs, lambda outputs: 2 * scale * torch.eye(K, dtype=torch.float64))
+    torch.testing.assert_close(_exact(network, inputs, SquaredError(scale)), oracle, rtol=0, atol=1e-10)
+
+
+def test_exact_cross_entropy_matches_dense_oracle() -> None:
+    network, inputs = _network(), _random(3, *SHAPE)
+    oracle = _diagonal(network, inputs, _softmax_hessian)
+    torch.testing.assert_close(_exact(network, inputs, CrossEntropy()), oracle, rtol=0, atol=1e-10)
+
+
+def test_all_cross_entropy_labels_weighted_by_their_probability_give_the_exact_diagonal() -> None:
+    network, pixels = _network(), _random(2, *SHAPE).requires_grad_()
+    outputs = network(pixels)
+    probabilities = outputs.softmax(1).detach()
+    total = torch.zeros_like(pixels)
+    for label in range(K):
+        value = CrossEntropy().value(outputs, torch.full((2,), label)).sum()
+        gradient = torch.autograd.grad(value, pixels, retain_graph=True)[0]
+        total += probabilities[:, label, None, None, None] * gradient.square()
+    oracle = _diagonal(network, pixels.detach(), _softmax_hessian)
+    torch.testing.assert_close(total, oracle, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
+def test_estimate_converges_at_the_monte_carlo_rate(loss: Loss) -> None:
+    network, inputs = _network(), _random(1, *SHAPE)
+    oracle = _exact(network, inputs, loss)
+    repeats, errors = 400, {}
+    for samples in (1, 4, 16):
+        # Every row of the batch draws its own labels: `repeats` independent estimates in one call.
+        estimates = _estimate(network, inputs.expand(repeats, *SHAPE), loss, samples, seed=samples)
+        standard_error = estimates.std(0) / math.sqrt(repeats)
+        assert ((estimates.mean(0) - oracle[0]).abs() < 4.5 * standard_error).all()
+        errors[samples] = float((estimates - oracle).square().mean().sqrt())
+    assert errors[1] / errors[4] == pytest.approx(2, rel=0.25)
+    assert errors[4] / errors[16] == pytest.approx(2, rel=0.25)
+
+
+def test_pseudo_labels_follow_the_density_of_the_loss() -> None:
+    outputs = _random(1, K).expand(10_000, K)
+    for scale in (1.0, 0.5):
+        labels = SquaredError(scale).pseudo_label(outputs, _draws(len(outputs)))
+        torch.testing.assert_close(labels.mean(0), outputs[0], rtol=0, atol=0.05)
+        torch.testing.assert_close(labels.var(0), torch.full_like(outputs[0], 1 / (2 * scale)), rtol=0.08, atol=0)
+    classes = CrossEntropy().pseudo_label(outputs, _draws(len(outputs)))
+    shares = torch.bincount(classes, minlength=K) / len(classes)
+    torch.testing.assert_close(shares.double(), outputs[0].softmax(0), rtol=0, atol=0.024)
+
+
+def test_no_gradient_flows_through_the_draw() -> None:
+    outputs = _random(2, K).requires_grad_()
+    assert not SquaredError().pseudo_label(outputs, _draws()).requires_grad
+    assert not CrossEntropy().pseudo_label(outputs, _draws()).requires_grad
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
+def test_parameter_gradients_match_the_dense_oracle(loss: Loss) -> None:
+    network, mean, variance = _network(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
+    target, parameters = _target(loss), list(network.parameters())
+    found = torch.autograd.grad(exact(network, mean, variance, target, loss).loss.sum(), parameters)
+
+    def output_hessian(outputs: Tensor) -> Tensor:
+        if isinstance(loss, SquaredError):
+            return 2 * loss.scale * torch.eye(K, dtype=torch.float64)
+        return _softmax_hessian(outputs)
+
+    outputs = network(mean)
+    if isinstance(loss, SquaredError):
+        value = loss.scale * (outputs - target).square().sum()
+    else:
+        value = functional.cross_entropy(outputs, target, reduction="sum")
+    oracle = value + 0.5 * (variance * _diagonal(network, mean, output_hessian)).sum()
+    for mine, theirs in zip(found, torch.autograd.grad(oracle, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+        assert theirs.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("estimate", [gauss_newton, jvp])
+@pytest.mark.parametrize("loss", [SquaredError(1.0), CrossEntropy()])
+def test_parameter_gradients_of_the_estimates_converge_to_those_of_exact(
+    estimate: Callable[..., GroupLoss], loss: Loss
+) -> None:
+    network, mean, variance = _network(), _random(1, *SHAPE), _random(1, *SHAPE, seed=1)
+    target = _target(loss, 1)
+    weight = network[1].weight
+    assert isinstance(weight, Tensor)
+
+    def gradient(loss_of: Tensor) -> Tensor:
+        return torch.autograd.grad(loss_of, [weight])[0]
+
+    oracle = gradient(exact(network, mean, variance, target, loss).loss.sum())
+    correction = oracle - gradient(mean_only(network, mean, None, target, loss).loss.sum())
+    errors = {}
+    for rows in (64, 4096):
+        expanded = _repeat(rows, mean, variance, target)
+        found = gradient(estimate(network, *expanded, loss, _draws(rows)).loss.mean())
+        errors[rows] = float((found - oracle).norm() / correction.norm())
+    assert errors[4096] < 0.1
+    assert errors[4096] < 0.5 * errors[64]
+
+
+@pytest.mark.parametrize("estimate", [gauss_newton, jvp, sampled, antithetic])
+def test_more_samples_are_the_mean_of_single_ones(estimate: Callable[..., GroupLoss]) -> None:
+    network, mean, variance = _network(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
+    target, loss, draws = _random(2, K, seed=2), SquaredError(), _draws()
+    together = estimate(network, mean, variance, target, loss, draws, samples=3).loss
+    again = _draws()
+    single = [estimate(network, mean, variance, target, loss, again).loss for _ in range(3)]
+    torch.testing.assert_close(together, torch.stack(single).mean(0), rtol=1e-12, atol=0)
+    assert single[0][0] != single[1][0]
+
+
+def test_parameter_gradient_of_the_estimate_matches_finite_differences() -> None:
+    network, mean, variance = _network(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
+    label = _random(2, K, seed=8)
+
+    class FixedSquaredError(SquaredError):
+        """The label as a constant, as it is within one step."""
+
+        def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
+            return label
+
+    def total() -> Tensor:
+        return gauss_newton(network, mean, variance, label + 1, FixedSquaredError(), _draws()).loss.sum()
+
+    weight = network[1].weight
+    assert isinstance(weight, Tensor)
+    (gradient,) = torch.autograd.grad(total(), [weight])
+    for index in ((0, 0), (4, 5), (2, 3)):
+        with torch.no_grad():
+            weight[index] += 1e-5
+        above = float(total().detach())
+        with torch.no_grad():
+            weight[index] -= 2e-5
+        below = float(total().detach())
+        with torch.no_grad():
+            weight[index] += 1e-5
+        assert float(gradient[index]) == pytest.approx((above - below) / 2e-5, rel=1e-6)
+
+
+ESTIMATES: dict[str, Callable[..., GroupLoss]] = {
+    "mean_only": mean_only,
+    "gauss_newton": gauss_newton,
+    "sampled": sampled,
+    "antithetic": antithetic,
+    "jvp": jvp,
+    "exact": exact,
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+@pytest.mark.parametrize("loss", [SquaredError(1.0), CrossEntropy()])
+def test_rows_of_a_batch_do_not_mix(loss: Loss, name: str) -> None:
+    network, inputs = _network(), _random(3, *SHAPE)
+    variance, other, target = _random(3, *SHAPE, seed=1), inputs.clone(), _target(loss, 3)
+    other[0] = 0.9
+    results = [ESTIMATES[name](network, x, variance, target, loss, _draws(3)) for x in (inputs, other)]
+    assert results[0].loss[0] != results[1].loss[0]
+    torch.testing.assert_close(results[0].loss[1:], results[1].loss[1:], rtol=0, atol=1e-12)
+    # A group alone has the loss it has in company.
+    alone = ESTIMATES[name](network, inputs[1:2], variance[1:2], target[1:2], loss, Draws([1]))
+    torch.testing.assert_close(alone.loss[0], results[0].loss[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "sampled", "antithetic", "jvp", "exact"])
+def test_batch_norm_in_training_mode_is_refused(name: str) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(D, K), nn.BatchNorm1d(K)).double()
+    arguments = (_random(2, *SHAPE), _random(2, *SHAPE, seed=1), _random(2, K), SquaredError(), _draws())
+    with pytest.raises(ConfigError, match=r"^2: expected BatchNorm in eval mode.*mixes the groups"):
+        ESTIMATES[name](network, *arguments)
+    ESTIMATES[name](network.eval(), *arguments)
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "sampled", "antithetic", "jvp", "exact"])
+def test_half_precision_moments_are_refused(name: str) -> None:
+    mean, variance = _random(2, *SHAPE).float(), _random(2, *SHAPE, seed=1).bfloat16()
+    with pytest.raises(ConfigError, match="variance: expected float32 or float64, found bfloat16"):
+        ESTIMATES[name](_network().float(), mean, variance, _random(2, K), SquaredError(), _draws())
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "sampled", "antithetic", "jvp"])
+def test_under_autocast_losses_and_corrections_stay_float32(name: str) -> None:
+    network, mean = _network().float(), _random(2, *SHAPE).float()
+    variance, target = _random(2, *SHAPE, seed=1).float(), _random(2, K).float()
+
+    def model(pixels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs: Tensor = network(pixels)
+        assert outputs.dtype == torch.bfloat16
+        return outputs
+
+    found = ESTIMATES[name](model, mean, variance, target, SquaredError(), _draws())
+    oracle = ESTIMATES[name](network, mean, variance, target, SquaredError(), _draws())
+    assert found.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss, oracle.loss, rtol=0.05, atol=0)
+    if found.correction is not None:
+        assert found.correction.dtype == torch.float32
+        torch.testing.assert_close(found.correction, oracle.correction, rtol=0.05, atol=0)
+    found.loss.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
+
+
+def test_mean_only_has_no_correction() -> None:
+    network, mean, target = _network(), _random(2, *SHAPE), _random(2, K, seed=1)
+    merged = mean_only(network, mean, torch.ones_like(mean), target, SquaredError())
+    assert merged.correction is not None
+    assert not merged.correction.any()
+    torch.testing.assert_close(merged.loss, (network(mean) - target).square().sum(1))
+
+
+def test_individual_loss_averages_within_groups_of_any_size() -> None:
+    network, counts = _network().float(), [3, 1, 2]
+    members = torch.randint(0, 256, (6, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    target = _random(3, K, seed=1).float()
+    found = individual_loss(network, members, counts, target, SquaredError())
+    groups = [members[:3], members[3:4], members[4:]]
+    oracle = [((network(group / 255) - y) ** 2).sum(1).mean() for group, y in zip(groups, target, strict=True)]
+    torch.testing.assert_close(found.loss, torch.stack(oracle))
+
+
+class _Attention(nn.Module):
+    """One attention layer, through the fused kernel or written out."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.projection = nn.Linear(8, 24, bias=False)
+        self.projection.weight.data = _random(24, 8, seed=9).float() - 0.5
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        query, key, value = self.projection(pixels.reshape(len(pixels), 1, 4, 8)).chunk(3, dim=-1)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query @ key.transpose(-1, -2) / math.sqrt(8)).softmax(-1) @ value
+        return mixed.flatten(1)
+
+
+@pytest.mark.parametrize("estimate", [gauss_newton, jvp])
+def test_attention_has_a_double_backward(estimate: Callable[..., GroupLoss]) -> None:
+    pixels, variance = _random(2, 1, 4, 8).float(), _random(2, 1, 4, 8, seed=1).float()
+    gradients = []
+    for fused in (True, False):
+        model = _Attention(fused)
+        correction = estimate(model, pixels, variance, torch.zeros(2, 32), SquaredError(), _draws()).correction
+        assert correction is not None
+        correction.sum().backward()
+        assert model.projection.weight.grad is not None
+        gradients.append(model.projection.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert float(gradients[0].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gauss_newton", "sampled", "antithetic", "jvp"])
+def test_transformer_layer_trains(name: str) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Flatten(2), layer, nn.Flatten())
+    pixels = _random(2, 4, 2, 4).float()
+    ESTIMATES[name](model, pixels, pixels, torch.zeros(2, 32), SquaredError(), _draws()).loss.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_exact_refuses_large_models() -> None:
+    pixels = torch.zeros(1, 3, 224, 224)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 512))
+    with pytest.raises(ConfigError, match=r"estimator.*512 outputs.*gauss_newton"):
+        exact(model, pixels, pixels, torch.zeros(1, 512), SquaredError())
+
+
+def test_monte_carlo_over_members_confirms_the_second_order() -> None:
+    """Members drawn from a narrow product density: the mean of their losses exceeds L(x̄) by the full-Hessian term."""
+    network, loss, width = _network(), CrossEntropy(), 0.2
+    mean, variance = _random(1, *SHAPE), torch.full((1, *SHAPE), width**2 / 3, dtype=torch.float64)
+    noise = (2 * _random(100_000, *SHAPE, seed=11) - 1) * width
+    target = torch.tensor([1])
+    with torch.no_grad():
+        # Antithetic members: the first-order noise would drown what is looked for.
+        values = 0.5 * sum(loss.value(network(mean + s * noise), target.expand(len(noise))) for s in (1, -1))
+        assert isinstance(values, Tensor)
+        excess = values - loss.value(network(mean), target)
+
+    def value(pixels: Tensor) -> Tensor:
+        return loss.value(network(pixels[None]), target)[0]
+
+    curvature = torch.diagonal(jacrev(jacrev(value))(mean[0]).reshape(D, D)).detach()
+    oracle = 0.5 * float((variance.flatten() * curvature).sum())
+    error = 4.5 * float(excess.std()) / math.sqrt(len(noise))
+    assert abs(float(excess.mean()) - oracle) < error + 0.05 * abs(oracle)
+    assert error < 0.2 * abs(oracle)
+    pairs = antithetic(network, *_repeat(4096, mean, variance, target), loss, _draws(4096)).loss.detach()
+    found = pairs - loss.value(network(mean), target).detach()
+    assert abs(float(found.mean()) - oracle) < 4.5 * float(found.std()) / math.sqrt(4096) + 0.05 * abs(oracle)
+
+
+def _repeat(rows: int, *tensors: Tensor) -> list[Tensor]:
+    return [tensor.expand(rows, *tensor.shape[1:]) for tensor in tensors]

@@ -1,0 +1,172 @@
+"""Exported encoders, loaded by the stock libraries: the same embeddings as the run's encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor
+
+from adversarial import Encoder, load_encoder
+from adversarial.torchvision_ops import make_torchvision_importable
+from storage_schemas import ConfigError, DatamergeError
+from trainer import RunSummary, TrainConfig, train
+from trainer.export import export, export_encoder
+from trainer.hf_clip import clip_config
+
+MakeArtifact = Callable[..., str]
+# Of the architecture of ViT-B/32, B/16 and L/14, which differ in these numbers and the activation alone.
+TOWER = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny-gelu": {},
+    "tiny-quickgelu": {"quick_gelu": True},
+    "tiny-average": {"vision": {"pool_type": "avg"}},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    make_torchvision_importable()
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("configs")
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+    for name, options in MODELS.items():
+        config = {"embed_dim": 24, "text_cfg": text, "vision_cfg": {**TOWER, **options.get("vision", {})}}
+        config |= {"quick_gelu": True} if options.get("quick_gelu") else {}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    yield
+    for name in MODELS:
+        open_clip.factory._MODEL_CONFIGS.pop(name)
+
+
+def _run(make_artifact: MakeArtifact, folder: Path, model: str, **settings: Any) -> RunSummary:
+    """A finished run whose weights are far from their initial zeros and ones, so that a swapped name shows."""
+    encoder = load_encoder(f"open_clip:{model}")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in encoder.model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    weights = folder.parent / f"{model}.pt"
+    torch.save(encoder.model.state_dict(), weights)
+    artifact = make_artifact(
+        name=f"artifact-{model}", shape=(3, 32, 32), width=24, encoder=f"open_clip:{model}@{weights}"
+    )
+    if "eval_artifact" in settings:
+        settings["eval_artifact"] = artifact
+    config = TrainConfig(artifact=artifact, run=str(folder), steps=4, batch_size=5, learning_rate=1e-3, **settings)
+    return train(config)
+
+
+def _pixels(encoder: Encoder) -> Tensor:
+    return torch.rand((3, *encoder.input_shape), generator=torch.Generator().manual_seed(5))
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("model", ["tiny-gelu", "tiny-quickgelu"])
+def test_both_exports_give_the_runs_embeddings(make_artifact: MakeArtifact, tmp_path: Path, model: str) -> None:
+    import open_clip
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    summary = _run(make_artifact, tmp_path / "run", model)
+    encoder = load_encoder(summary.encoder)
+    pixels = _pixels(encoder)
+    with torch.no_grad():
+        expected = encoder(pixels)
+
+    result = CliRunner().invoke(
+        export_encoder, [str(tmp_path / "run"), "--to", "open_clip", "-o", str(tmp_path / "a/visual")]
+    )
+    assert result.exit_code == 0, result.output
+    stock = open_clip.create_model(model)
+    stock.visual.load_state_dict(torch.load(tmp_path / "a/visual/visual.pt", weights_only=True))
+    with torch.no_grad():
+        assert _difference(stock.eval().encode_image((pixels - encoder.mean) / encoder.std), expected) < 1e-5
+    assert load_encoder(f"open_clip:{model}@{tmp_path / 'a/visual/visual.pt'}").sha256 == summary.encoder_sha256
+
+    result = CliRunner().invoke(export_encoder, [str(tmp_path / "run"), "--to", "hf", "-o", str(tmp_path / "hf")])
+    assert result.exit_code == 0, result.output
+    hugging_face = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "hf").eval()
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "hf")
+    image = (np.random.default_rng(0).integers(0, 256, (32, 32, 3))).astype(np.uint8)
+    with torch.no_grad():
+        found = hugging_face(pixel_values=(pixels - encoder.mean) / encoder.std).image_embeds
+        assert _difference(found, expected) < 1e-5
+        # An image of the right size comes through the processor as the pixels that the encoder takes.
+        processed = hugging_face(**processor([image], return_tensors="pt")).image_embeds
+        direct = encoder(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
+    torch.testing.assert_close(processed, direct, rtol=0, atol=1e-4)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    card = (tmp_path / "hf/README.md").read_text()
+    for fact in (summary.arm, summary.plan_sha256, summary.encoder_sha256, summary.original, str(summary.steps)):
+        assert fact in card
+
+
+def test_the_best_state_is_exported_on_request(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    summary = _run(make_artifact, tmp_path / "run", "tiny-gelu", eval_artifact="", eval_every=1, ema=0.5)
+    export(str(tmp_path / "run"), "open_clip", str(tmp_path / "best"), best=True)
+    state = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
+    exported = torch.load(tmp_path / "best/visual.pt", weights_only=True)
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, state["average"][f"module.model.{name}"])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert state["best"] == min(line["eval_loss"] for line in lines)
+    assert lines[state["step"] - 1]["eval_loss"] == state["best"]
+    assert "lowest held-out loss" in (tmp_path / "best/README.md").read_text()
+    assert summary.steps == 4
+
+
+def test_what_cannot_be_exported_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    _run(make_artifact, tmp_path / "average", "tiny-average")
+    with pytest.raises(ConfigError, match=r"--to hf expects CLIP's own vision transformer, and it has avg pooling"):
+        export(str(tmp_path / "average"), "hf", out)
+    train(TrainConfig(artifact=make_artifact(), run=str(tmp_path / "mlp"), steps=1))
+    with pytest.raises(ConfigError, match="the network is a Sequential"):
+        export(str(tmp_path / "mlp"), "hf", out)
+    with pytest.raises(ConfigError, match="expects an open_clip encoder, found mlp"):
+        export(str(tmp_path / "mlp"), "open_clip", out)
+    with pytest.raises(ConfigError, match=r"found no best\.pt"):
+        export(str(tmp_path / "mlp"), "open_clip", out, best=True)
+    with pytest.raises(ConfigError, match="expected a finished training run, found none"):
+        export(str(tmp_path / "nowhere"), "hf", out)
+    assert not Path(out).exists()
+    Path(out).mkdir()
+    with pytest.raises(ConfigError, match="expected a new folder"):
+        export(str(tmp_path / "average"), "open_clip", out)
+
+
+def test_damaged_weights_are_not_exported(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    _run(make_artifact, tmp_path / "run", "tiny-gelu")
+    file = tmp_path / "run/encoder.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DatamergeError, match=r"not those of run\.json"):
+        export(str(tmp_path / "run"), "open_clip", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("model", ["ViT-B-32-quickgelu", "ViT-B-16"])
+def test_the_published_shapes_map(model: str) -> None:
+    """Settings only; the networks themselves take seconds to build and are compared by `export` in every use."""
+    import open_clip
+
+    config = open_clip.get_model_config(model)
+    assert config is not None
+    tower = config["vision_cfg"]
+    small = {"vision_cfg": {**tower, "layers": 1}, "text_cfg": {**config["text_cfg"], "layers": 1, "vocab_size": 16}}
+    visual = open_clip.CLIP(config["embed_dim"], **small, quick_gelu=config.get("quick_gelu", False)).visual
+    encoder = Encoder(visual, f"open_clip:{model}", (3, 224, 224), [0.5] * 3, [0.5] * 3, True)
+    found = clip_config(encoder)
+    assert found["patch_size"] == tower["patch_size"]
+    assert found["hidden_act"] == ("quick_gelu" if "quickgelu" in model else "gelu")
+    assert (found["hidden_size"], found["projection_dim"]) == (tower["width"], config["embed_dim"])

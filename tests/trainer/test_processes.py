@@ -1,0 +1,180 @@
+"""Several processes, real ones over gloo: curves, orders, interruptions and deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from storage_schemas import ConfigError
+from trainer import TrainConfig, train
+from trainer.distributed import processes
+
+MakeArtifact = Callable[..., str]
+STEPS = 9
+
+# Runs every configuration it is given, one after the other; where there is `trouble`, process `who` sends itself
+# that signal when it is handed micro-batch `at` of the sitting.
+SCRIPT = """
+import json, os, signal, sys
+import torch.distributed, trainer.job, trainer.stream
+from trainer import Stopped, TrainConfig, train
+from storage_schemas import DatamergeError
+torch.distributed.init_process_group("gloo")
+original = trainer.stream.stream
+for entry in json.loads(sys.argv[1]):
+    trouble = entry.pop("trouble", None)
+    def stream(*arguments, **options):
+        for number, batch in enumerate(original(*arguments, **options)):
+            if trouble and number == trouble["at"] and int(os.environ["RANK"]) == trouble["who"]:
+                os.kill(os.getpid(), trouble["signal"])
+            yield batch
+    trainer.job.stream = stream
+    try:
+        train(TrainConfig(**entry))
+    except Stopped as stopped:
+        print("STOPPED", stopped, file=sys.stderr)
+    except DatamergeError as error:
+        print("ERROR", error, file=sys.stderr)
+"""
+
+
+def _port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launch(world: int, entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each rank."""
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": str(world)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, json.dumps(entries)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outcomes = [process.communicate(timeout=120)[1] for process in ranks]
+    return [(process.returncode, text) for process, text in zip(ranks, outcomes, strict=True)]
+
+
+def _entry(artifact: str, run: Path, **settings: Any) -> dict[str, Any]:
+    defaults = {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "threads": 1}
+    return {"artifact": artifact, "run": str(run), **defaults, **settings}
+
+
+def _train(entry: Mapping[str, Any]) -> None:
+    train(TrainConfig(**entry))
+
+
+def _losses(run: Path) -> list[tuple[float, ...]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines]
+
+
+def _assert_close(one: Path, other: Path) -> None:
+    """The same run but for the order in which float32 numbers were added."""
+    expected = _losses(one)
+    assert [step for step, *_ in _losses(other)] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(_losses(other), expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    weights = load_file(other / "encoder.safetensors")
+    for name, tensor in load_file(one / "encoder.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "avg": {"gradient_clip": 5.0},
+    "sampled": {"estimator": "sampled", "samples": 2},
+    "ind": {"arm": "ind"},
+    "random": {"arm": "random-member", "ema": 0.9},
+}
+
+
+def test_every_layout_has_the_same_curve(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """10 groups in batches of 4: the last batch leaves some processes with nothing."""
+    artifact = make_artifact()
+    for name, settings in LAYOUTS.items():
+        _train(_entry(artifact, tmp_path / f"1-{name}", **settings))
+        _train(_entry(artifact, tmp_path / f"1x3-{name}", accumulate=3, **settings))
+        _assert_close(tmp_path / f"1-{name}", tmp_path / f"1x3-{name}")
+    for world, cuts in ((2, [(1, name) for name in LAYOUTS] + [(2, "avg")]), (3, [(1, name) for name in LAYOUTS])):
+        runs = {(k, name): tmp_path / f"{world}x{k}-{name}" for k, name in cuts}
+        entries = [_entry(artifact, run, accumulate=k, **LAYOUTS[name]) for (k, name), run in runs.items()]
+        outcomes = _launch(world, entries)
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+        for (_, name), run in runs.items():
+            _assert_close(tmp_path / f"1-{name}", run)
+
+
+def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """2 → 3 → 1 processes, each sitting but the last ended by a signal to one of its processes."""
+    artifact = make_artifact()
+    _train(_entry(artifact, tmp_path / "whole"))
+    entry = _entry(artifact, tmp_path / "moved")
+    for world, who, ends in ((2, 1, 1), (3, 2, 3)):
+        outcomes = _launch(world, [{**entry, "trouble": {"at": world - 2, "who": who, "signal": 15}}])
+        for code, text in outcomes:
+            assert code == 0, text
+            assert f"STOPPED stopped after step {ends} of {STEPS}, saved" in text
+    _train(entry)
+    _assert_close(tmp_path / "whole", tmp_path / "moved")
+
+
+def test_a_killed_process_ends_the_run_which_then_continues(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    _train(_entry(artifact, tmp_path / "whole"))
+    entry = _entry(artifact, tmp_path / "killed", checkpoint_every=2)
+    first, second = _launch(2, [{**entry, "trouble": {"at": 5, "who": 1, "signal": 9}}])
+    assert second[0] == -signal.SIGKILL
+    assert re.search(r"ERROR lost contact with the other processes of this run .*newest checkpoint", first[1])
+    _train(entry)
+    _assert_close(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_what_fails_in_one_process_fails_in_all(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    entries = [
+        _entry(make_artifact(huge="k6"), tmp_path / "run"),
+        _entry(make_artifact(name="other"), tmp_path / "few", batch_size=1),
+    ]
+    for _, text in _launch(2, entries):
+        assert re.search(r"ERROR step \d: the loss is inf at record k6; no update was made", text)
+        assert "ERROR batch_size: expected at least 2 groups, one for each of 2 processes" in text
+
+
+def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    _train(_entry(artifact, tmp_path / "whole"))
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 -m datamerge train {artifact} {tmp_path / 'run'}"
+    )
+    flags = f"--steps {STEPS} --batch-size 4 --lr 0.01 --set log_every=1"
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, *command.split(), *flags.split()], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("finished 9 steps") == 1, time.monotonic() - started
+    _assert_close(tmp_path / "whole", tmp_path / "run")
+
+
+def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2: expected RANK and LOCAL_RANK"), processes("cpu"):
+        pass

@@ -1,0 +1,31 @@
+"""The baseline that merging replaces: the ordinary loss over the members themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trainer.estimators.base import GroupLoss, Model, evaluate
+from trainer.losses import Loss
+
+
+def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target: Tensor, loss: Loss) -> GroupLoss:
+    """1/N Σ_i L(θ, x_i, y) of each group                                                                (PAPER eq. 1)
+
+    No randomness. Cost: N plain steps in one batch. Groups may have different N.
+
+    Args:
+        model: pixels → outputs.
+        members: uint8 [M, C, H, W], the members of one group after those of the other.
+        counts: members of each group; their sum is M.
+        target: one per group, embeddings [B, K] or class indices [B].
+        loss: the loss at one image.
+    """
+    # Pixels are float32 multiples of 1/255, as in every other arm, whatever the parameters' dtype.
+    outputs = evaluate(model, members.to(torch.float32) / 255.0)
+    repeated = target.repeat_interleave(torch.tensor(counts, device=target.device), dim=0)
+    values = loss.value(outputs, repeated)
+    mean = torch.stack([group.mean() for group in values.split(list(counts))])
+    return GroupLoss(mean, torch.zeros_like(mean))
