@@ -150,7 +150,7 @@ class StoreBehaviour(ABC):
     ) -> None:
         records = write_artifact(tmp_path / "a", make_layout(self.format))
         for mode in ("off", "record", "shard"):
-            for found, expected in zip(open_artifact(tmp_path / "a", verify=mode), records, strict=True):  # type: ignore[arg-type]
+            for found, expected in zip(open_artifact(tmp_path / "a", verify=mode), records, strict=True):
                 same_record(found, expected)
         with pytest.raises(ConfigError, match=r"off, record, shard, found True"):
             open_artifact(tmp_path / "a", verify=True)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class StoreBehaviour(ABC):
         with pytest.raises(KeyError, match="group-9"):
             artifact["group-9"]
         peaks = []
-        for records in (50, len(artifact)):
+        for records in (140, len(artifact)):
             fresh = open_artifact(tmp_path)
             tracemalloc.start()
             for index in range(records):
@@ -198,7 +198,7 @@ class StoreBehaviour(ABC):
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert layout.shards == 100
-        assert peaks[1] < 1.5 * peaks[0] + 200_000
+        assert peaks[1] < 1.1 * peaks[0]  # the caches are full at 64 shards
 
     def _many_shards(self, folder: Path) -> Layout:
         """A hundred of two groups each."""
