@@ -166,9 +166,8 @@ def _report(title: str, times: dict[str, list[tuple[float, float]]], records: in
     for name, values in times.items():
         cpu, wall = (statistics.median(column) for column in zip(*values, strict=True))
         rate = records * per_record / 1e6
-        click.echo(
-            f"  {name:26} {rate / cpu:8.0f} MB per CPU second, {rate / wall:8.0f} MB/s, {records / wall:6.0f} records/s"
-        )
+        speeds = f"{rate / cpu:7.0f} MB per CPU second, {rate / wall:7.0f} MB/s, {records / wall:6.0f} records/s"
+        click.echo(f"  {name:26} {speeds}")
 
 
 def _compare(times: dict[str, list[tuple[float, float]]], peer: str, bar: float) -> None:
