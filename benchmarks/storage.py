@@ -1,6 +1,6 @@
 """Bytes a value of a real merge: photos, PGD against an encoder, in every format and encoding.
 
-A value is a pixel of the mean or of the mean square: an artifact of G groups of C×H×W pixels has 2·G·C·H·W of them.
+A value is a pixel of a group with both its moments, 8 bytes as plain float32: G groups of C×H×W pixels have G·C·H·W.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limi
                 config = {"source": photos, "artifact": name, "format": format, "encoding": encoding, "limit": limit}
                 attack = {"encoder": encoder, "members": members, "epsilon": epsilon, "steps": steps}
                 merge(MergeConfig.model_validate({**config, **attack}))
+                # `inspect` counts the two moments of a pixel as two values.
                 facts = summarise(open_artifact(name))
-                click.echo(f"{format:10} {encoding:13} {facts['bytes_per_value']:.2f} bytes a value")
+                click.echo(f"{format:10} {encoding:13} {2 * facts['bytes_per_value']:.2f} bytes a value")
 
 
 if __name__ == "__main__":
