@@ -34,8 +34,8 @@ class Record:
         key: identifier, unique in the artifact; no dots or slashes.
         count: number of members N.
         encoding: which moments `arrays` holds.
-        arrays: stored arrays by name, see the module's table; optionally
-            target float32 [K], members uint8 [N, C, H, W], clean uint8 [C, H, W].
+        arrays: stored arrays by name, see the module's table; optionally target float32 [K], members uint8
+            [N, C, H, W], clean uint8 [C, H, W]. As read they are views and read-only; the properties are copies.
         label: class index, if known.
         samples: names of the raw samples in the source.
         info: measured facts about the group, such as the attack's loss.
@@ -53,14 +53,14 @@ class Record:
     def mean(self) -> Float32Array:
         """Mean, float32 [C, H, W] in [0, 1]."""
         if self.encoding == "float32":
-            return self.arrays["mean"].astype(np.float32, copy=False)
+            return self.arrays["mean"].astype(np.float32)
         return (self.arrays["sum"].astype(np.float64) / (LEVELS * self.count)).astype(np.float32)
 
     @property
     def mean_square(self) -> Float32Array:
         """Mean square, float32 [C, H, W] in [0, 1]."""
         if self.encoding == "float32":
-            return self.arrays["mean_square"].astype(np.float32, copy=False)
+            return self.arrays["mean_square"].astype(np.float32)
         total = self.arrays["sum"].astype(np.float64)
         scatter = self.arrays["scatter"].astype(np.float64)
         return ((scatter + total * total) / (LEVELS * self.count) ** 2).astype(np.float32)
@@ -76,19 +76,19 @@ class Record:
     def target(self) -> Float32Array | None:
         """Embedding to train towards, float32 [K]."""
         target = self.arrays.get("target")
-        return None if target is None else target.astype(np.float32, copy=False)
+        return None if target is None else target.astype(np.float32)
 
     @property
     def members(self) -> npt.NDArray[np.uint8] | None:
         """The members themselves, uint8 [N, C, H, W], if the artifact keeps them."""
         members = self.arrays.get("members")
-        return None if members is None else members[: self.count].astype(np.uint8, copy=False)
+        return None if members is None else members[: self.count].astype(np.uint8)
 
     @property
     def clean(self) -> npt.NDArray[np.uint8] | None:
         """The clean image an adversarial group was made from, uint8 [C, H, W], if the artifact keeps it."""
         clean = self.arrays.get("clean")
-        return None if clean is None else clean.astype(np.uint8, copy=False)
+        return None if clean is None else clean.astype(np.uint8)
 
     def clipped_variances(self) -> int:
         """How many values of `variance` were raised to 0."""

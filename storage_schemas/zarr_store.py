@@ -32,7 +32,7 @@ from storage_schemas.record import Record
 STORE = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
-CACHED_INDICES = 256
+CACHED_INDICES = 64
 # What blosc may add to incompressible data, generously; also far below the index's mark for "not written".
 MAX_CHUNK_OVERHEAD = 4096
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from storage_schemas.verify import verify
 Same = Callable[[Record, Record], None]
 Shards = Callable[..., list[list[Record]]]
 
+PROGRAM = Path(__file__).with_name("writers.py")
+
 
 def _tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -30,21 +33,15 @@ def job(
     return layout, make_shards(layout), provenance
 
 
-def _merge(folder: Path, job: tuple[Layout, list[list[Record]], dict[str, Any]]) -> dict[str, bytes]:
-    layout, shards, provenance = job
-    writer = ArtifactWriter(Location(folder), layout, provenance)
-    writer.begin({"head.safetensors": b"head"})
-    for shard in sorted(set(range(layout.shards)) - writer.committed()):
-        writer.commit(shard, shards[shard], [])
-    writer.finish()
-    writer.finish({"README.md": b"card"})
+def _merge(folder: Path, job: object) -> dict[str, bytes]:
+    """The same merge in this process."""
+    runpy.run_path(str(PROGRAM))["merge"](folder, job)
     return _tree(folder)
 
 
 def _run(kind: str, folder: Path, job: object) -> int:
     (folder / "job.pickle").write_bytes(pickle.dumps(job))
-    program = str(Path(__file__).with_name("writers.py"))
-    arguments = [sys.executable, program, kind, str(folder / "job.pickle"), str(folder)]
+    arguments = [sys.executable, str(PROGRAM), kind, str(folder / "job.pickle"), str(folder)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=120)
     assert done.stderr == ""
     return int(done.stdout)
