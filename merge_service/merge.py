@@ -128,7 +128,7 @@ def _complete(writer: ArtifactWriter) -> Manifest:
             f"{writer.location.url}: expected at least one usable group, found none; "
             f"see `datamerge inspect {writer.location.url}` for the reasons"
         )
-    artifact = open_artifact(writer.location.url)
+    artifact = open_artifact(writer.location)
     return writer.finish({"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)})
 
 
