@@ -30,7 +30,7 @@ class S3Server:
     """Moto behind a WSGI layer that logs and fails requests."""
 
     def __init__(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
         self.requests: list[tuple[str, str, str]] = []
         self.fault: Fault | None = None

@@ -180,7 +180,8 @@ def test_processes_share_a_cache_that_is_too_small(
     workers = [context.Process(target=_hammer, args=(artifact, seed, queue)) for seed in range(3)]
     for worker in workers:
         worker.start()
-    largest, results = 0, []
+    largest = 0
+    results: list[tuple[set[str], str | None]] = []
     while len(results) < len(workers):
         sizes = []
         for path in _copies(tmp_path / "cache"):
@@ -251,8 +252,9 @@ def test_a_full_disk_costs_the_cache_not_the_run(
 
     monkeypatch.setattr(artifact.location.fs, "get_file", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
-        for found, expected in zip(artifact, records, strict=True):
-            same_record(found, expected)
+        found = list(artifact)
+    for one, expected in zip(found, records, strict=True):
+        same_record(one, expected)
     assert _held(tmp_path / "cache") == 0
 
 

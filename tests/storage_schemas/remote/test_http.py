@@ -106,7 +106,7 @@ def test_refusals_are_not_retried(web: Any, quick: list[float], status: int, err
 
 
 def test_a_server_that_is_gone_is_one_line(web: Any, quick: list[float]) -> None:
-    with pytest.raises(DatamergeError, match="127.0.0.1:9") as caught:
+    with pytest.raises(DatamergeError, match=r"127\.0\.0\.1:9") as caught:
         open_artifact("http://127.0.0.1:9/a")
     assert "\n" not in str(caught.value)
     assert len(quick) == ATTEMPTS - 1

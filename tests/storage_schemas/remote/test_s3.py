@@ -136,7 +136,7 @@ def test_failures_that_last_are_one_line(
 ) -> None:
     write_artifact(f"{bucket}/a", make_layout())
     s3.fault = lambda method, path: 503
-    with pytest.raises(DatamergeError, match="/a/manifest.json") as caught:
+    with pytest.raises(DatamergeError, match=r"/a/manifest\.json") as caught:
         open_artifact(f"{bucket}/a")
     assert "\n" not in str(caught.value)
     assert len([wait for wait in quick if wait > 0.05]) >= ATTEMPTS - 1
@@ -195,7 +195,7 @@ def test_worker_processes_read_what_their_parent_opened(
     write_artifact(f"{bucket}/a", make_layout("webdataset"))
     artifact = open_artifact(f"{bucket}/a")
     keys = [record.key for record in artifact]
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=_read_all, args=(artifact, queue))
     process.start()
