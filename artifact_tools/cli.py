@@ -11,7 +11,7 @@ from rich.filesize import decimal as human_bytes
 
 from console import Progress
 from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact
-from storage_schemas.combine import combine as combine_artifacts
+from storage_schemas.combine import plan_combination
 from storage_schemas.convert import convert as convert_artifact
 from storage_schemas.diff import Difference
 from storage_schemas.diff import diff as diff_artifacts
@@ -76,13 +76,8 @@ def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], a
     datamerge combine round-1 round-2 rounds-1-2
     datamerge combine part-a part-b part-c whole
     """
-    inputs = [open_artifact(url) for url in artifacts]
-    manifest = _write(
-        output,
-        "combine",
-        sum(len(artifact) for artifact in inputs),
-        lambda location, advance: combine_artifacts(inputs, location, allowed, advance),
-    )
+    plan = plan_combination([open_artifact(url) for url in artifacts], allowed)
+    manifest = _write(output, "combine", plan.layout.groups, plan.write)
     _show_written(output, manifest, as_json)
 
 

@@ -14,7 +14,9 @@ _LOAD = {
 ```python
 import zarr
 groups = zarr.open_group("groups.zarr", mode="r")
+```
 
+```python
 import xarray
 groups = xarray.open_zarr("groups.zarr", consolidated=False)
 ```""",
@@ -23,7 +25,9 @@ groups = xarray.open_zarr("groups.zarr", consolidated=False)
 ```python
 import glob, webdataset
 groups = webdataset.WebDataset(sorted(glob.glob("shards/*.tar")), shardshuffle=False).decode()
+```
 
+```python
 import datasets
 groups = datasets.load_dataset("webdataset", data_files="shards/*.tar", split="train")
 ```""",

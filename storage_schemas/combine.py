@@ -25,6 +25,7 @@ from storage_schemas.compatibility import (
     SOURCE,
     Leaves,
     check_compatible,
+    check_names,
     combined_provenance,
     is_under,
     leaves,
@@ -37,6 +38,7 @@ from storage_schemas.errors import ConfigError, UserError
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.moments import LEVELS
+from storage_schemas.record import Record
 from storage_schemas.unite import unite
 from storage_schemas.writer import ArtifactWriter
 
@@ -45,11 +47,15 @@ TARGET_TOLERANCE = 1e-3
 MOMENTS = ("sum", "scatter", "mean", "mean_square")
 
 
+Part = tuple[int, int, int]
+"""Where a part of a group is: number of the input, position of its shard, offset in the shard."""
+
+
 @dataclass(slots=True)
 class Group:
-    """Where the parts of a group are: (input, position, offset) each; and what its parts must agree on."""
+    """The parts of a group, and what they must agree on."""
 
-    parts: list[tuple[int, int, int]]
+    parts: list[Part]
     count: int
     label: int | None
     checksums: dict[str, str]
@@ -58,30 +64,58 @@ class Group:
 
 @dataclass
 class Union:
-    """All groups of the inputs by key, and the keys for which there are rejects only."""
+    """All groups of the inputs by key, in order; then the keys for which there are rejects only.
+
+    Attributes:
+        repeated: whether any key occurs in several inputs.
+        targets: whether all parts of such groups have targets.
+        unequal: parts whose target differs from the one of their group's first part, in any bit.
+    """
 
     groups: dict[str, Group] = field(default_factory=dict)
     slots: list[str] = field(default_factory=list)
-    rejects: dict[str, list[Reject]] = field(default_factory=dict)
-    overlap: bool = False
+    rejects: dict[str, dict[Reject, None]] = field(default_factory=dict)
+    repeated: bool = False
+    targets: bool = True
+    unequal: list[tuple[str, Part]] = field(default_factory=list)
 
 
-def combine(
-    inputs: Sequence[Artifact],
-    target: Location,
-    allow_different: Sequence[str] = (),
-    advance: Advance = lambda _: None,
-) -> Manifest:
-    """Write the union of `inputs` to `target`; an unfinished one is continued.
+@dataclass(frozen=True)
+class Combination:
+    """A union that may be written: what goes into it, its layout and its provenance."""
 
-    Format and shard size are those of the first input.
+    inputs: Sequence[Artifact]
+    union: Union
+    layout: Layout
+    provenance: dict[str, Any]
+
+    def write(self, target: Location, advance: Advance = lambda _: None) -> Manifest:
+        """Write the new artifact; an unfinished one is continued.
+
+        Raises:
+            NotAnArtifact: the target holds something else.
+        """
+        writer = ArtifactWriter(target, self.layout, self.provenance)
+        return write_shards(writer, head_file(self.inputs[0]), self._shard, advance)
+
+    def _shard(self, shard: int) -> tuple[list[Record], list[Reject]]:
+        first = shard * self.layout.groups_per_shard
+        keys = self.union.slots[first : first + self.layout.groups_per_shard]
+        groups = [self.union.groups[key] for key in keys if key in self.union.groups]
+        records = [
+            unite([self.inputs[number].read(*place) for number, *place in group.parts], self.layout)
+            for group in groups
+        ]
+        return records, [reject for key in keys for reject in self.union.rejects.get(key, ())]
+
+
+def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] = ()) -> Combination:
+    """Find out what the union of `inputs` is, reading their sidecars. Format and shard size are the first input's.
 
     Args:
         inputs: two or more complete artifacts with the same encoding.
-        target: where the new artifact goes.
         allow_different: names of the provenance, such as ``attack.epsilon``, in which the inputs may differ. An
             array that not all inputs have (``arrays.members``) is left out then.
-        advance: told about progress.
 
     Raises:
         UserError: inputs that do not go together, with every difference.
@@ -96,34 +130,25 @@ def combine(
         for part in origins(artifact.manifest.provenance, artifact.manifest.plan_sha256, len(artifact))
     ]
     flat = [leaves(artifact.manifest.provenance) | _stored(artifact) for artifact in inputs]
+    check_names(flat, allow_different)
     attacked = any("attack.kind" in part["leaves"] for part in parts)
     same_source = all(one.get("source.fingerprint") == flat[0].get("source.fingerprint") for one in flat)
     union = _collect(inputs, remember_samples=not attacked and same_source)
-    free = [*FREE, *(SOURCE if not attacked or not union.overlap else ()), COMBINED]
-    if union.overlap:
-        if attacked:
-            _check_no_repetition(urls, parts)
-        if _targets_agree(inputs, union):
-            free.append("encoder")  # equal targets come from one encoder; the one attacked may be another
+    if union.repeated and attacked:
+        _check_no_repetition(urls, parts)
+    distance = _check_distance(inputs, union) if union.unequal else None
+    free = [COMBINED, *FREE, *(SOURCE if not attacked or not union.repeated else ())]
+    if union.repeated and union.targets and distance is None:
+        free.append("encoder")  # equal targets come from one encoder; the attacked one may be another
     check_compatible(urls, flat, free, allow_different)
+    if distance is not None:
+        raise UserError(distance)
     sizes = {group.count for group in union.groups.values()}
     provenance = combined_provenance(parts, sizes.pop() if len(sizes) == 1 else None)
     spread = max(pixel_spread(tree(part["leaves"])) for part in parts)
     if any(is_under(name, ("source", "preprocessing")) for name in allow_different):
         spread = LEVELS  # members of one key may stem from different images then
-    layout = _layout(inputs, union, spread)
-
-    def make(shard: int) -> tuple[list[Any], list[Reject]]:
-        first = shard * layout.groups_per_shard
-        keys = union.slots[first : first + layout.groups_per_shard]
-        records = [
-            unite([inputs[i].read(position, offset) for i, position, offset in union.groups[key].parts], layout)
-            for key in keys
-            if key in union.groups
-        ]
-        return records, [reject for key in keys for reject in union.rejects.get(key, ())]
-
-    return write_shards(ArtifactWriter(target, layout, provenance), head_file(inputs[0]), make, advance)
+    return Combination(inputs, union, _layout(inputs, union, spread), provenance)
 
 
 def _collect(inputs: Sequence[Artifact], remember_samples: bool) -> Union:
@@ -135,22 +160,20 @@ def _collect(inputs: Sequence[Artifact], remember_samples: bool) -> Union:
             for offset, entry in enumerate(commit.records):
                 _add(union, inputs, entry, (number, position, offset), remember_samples)
             for reject in commit.rejects:
-                union.rejects.setdefault(reject.key, []).append(reject)
+                union.rejects.setdefault(reject.key, {})[reject] = None  # several inputs may have the same one
     union.slots = [*union.groups, *(key for key in union.rejects if key not in union.groups)]
     if not union.slots:
         raise UserError(f"{inputs[0].location.url}: expected groups to combine, found none in any artifact")
     return union
 
 
-def _add(
-    union: Union, inputs: Sequence[Artifact], entry: RecordEntry, part: tuple[int, int, int], remember_samples: bool
-) -> None:
+def _add(union: Union, inputs: Sequence[Artifact], entry: RecordEntry, part: Part, remember_samples: bool) -> None:
     group = union.groups.get(entry.key)
     if group is None:
         facts = {name: sum for name, sum in entry.checksums.items() if name in ("target", "clean")}
         union.groups[entry.key] = Group([part], entry.count, entry.label, facts)
     else:
-        union.overlap = True
+        union.repeated = True
         where = f"group {entry.key}: {inputs[group.parts[0][0]].location.url} and {inputs[part[0]].location.url}"
         if group.label != entry.label:
             raise UserError(f"{where} have different labels, {group.label} and {entry.label}")
@@ -160,40 +183,31 @@ def _add(
         shared = group.samples.intersection(entry.samples)
         if shared:
             raise UserError(f"{where} both hold the sample {min(shared)}; it would count twice")
+        targets = group.checksums.get("target"), entry.checksums.get("target")
+        union.targets &= None not in targets
+        if targets[0] != targets[1]:
+            union.unequal.append((entry.key, part))
         group.parts.append(part)
         group.count += entry.count
     if remember_samples:
         union.groups[entry.key].samples.update(entry.samples)
 
 
-def _targets_agree(inputs: Sequence[Artifact], union: Union) -> bool:
-    """Whether all groups with several parts have targets, equal ones; raises UserError for unequal ones."""
+def _check_distance(inputs: Sequence[Artifact], union: Union) -> str | None:
+    """What is wrong with targets that are not equal in every bit; None if they are as far as rounding goes."""
     readers = [artifact.only(["target"]) for artifact in inputs]
-    found = False
-    for key, group in union.groups.items():
-        expected = None
-        for number, position, offset in group.parts[1:]:
-            checksum = inputs[number].commit(position).records[offset].checksums.get("target")
-            if checksum is None or "target" not in group.checksums:
-                return False
-            found = True
-            if checksum == group.checksums["target"]:
-                continue
-            if expected is None:
-                first = group.parts[0]
-                expected = readers[first[0]].read(first[1], first[2]).target
-            target = readers[number].read(position, offset).target
-            if expected is None or target is None:
-                return False
-            distance = float(np.linalg.norm(target - expected))
-            if distance > TARGET_TOLERANCE * float(np.linalg.norm(expected)):
-                urls = inputs[group.parts[0][0]].location.url, inputs[number].location.url
-                raise UserError(
-                    f"group {key}: its targets in {urls[0]} and {urls[1]} lie {distance:.3g} apart, "
-                    f"{np.abs(target - expected).max():.3g} at most in one dimension; later rounds attack another "
-                    "encoder, but targets have to come from the same one"
-                )
-    return found
+    for key, (number, *place) in union.unequal:
+        first, *first_place = union.groups[key].parts[0]
+        expected, target = readers[first].read(*first_place).target, readers[number].read(*place).target
+        if expected is None or target is None:
+            continue  # one of the inputs has no targets at all: a difference of the arrays
+        distance = float(np.linalg.norm(target - expected))
+        if distance > TARGET_TOLERANCE * float(np.linalg.norm(expected)):
+            return (
+                f"group {key}: its targets in {inputs[first].location.url} and {inputs[number].location.url} lie "
+                f"{distance:.3g} apart; rounds may attack different encoders, but their targets have to come from one"
+            )
+    return None
 
 
 def _check_no_repetition(urls: Sequence[str], parts: Sequence[dict[str, Any]]) -> None:

@@ -97,15 +97,8 @@ def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None)
     return {**tree(shared), COMBINED: entries}
 
 
-def check_compatible(
-    urls: Sequence[str], flat: Sequence[Leaves], free: Collection[str], allowed: Collection[str]
-) -> None:
-    """Refuse inputs that differ in anything but `free` and `allowed` paths.
-
-    Raises:
-        ConfigError: an allowed name that no input has.
-        UserError: names every difference, and how to allow it.
-    """
+def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:
+    """Raise ConfigError for an allowed name that no input has."""
     paths = sorted({path for one in flat for path in one})
     for name in allowed:
         if not any(is_under(path, [name]) for path in paths):
@@ -114,6 +107,17 @@ def check_compatible(
                 f"--allow-different {name}: expected a name of the provenance such as attack.epsilon or one of "
                 f"{', '.join(known)}"
             )
+
+
+def check_compatible(
+    urls: Sequence[str], flat: Sequence[Leaves], free: Collection[str], allowed: Collection[str]
+) -> None:
+    """Refuse inputs that differ in anything but `free` and `allowed` paths.
+
+    Raises:
+        UserError: names every difference, and how to allow it.
+    """
+    paths = sorted({path for one in flat for path in one})
     problems = []
     for path in paths:
         if path.rpartition(".")[2] in LOCATIONS or is_under(path, [*free, *allowed]):
