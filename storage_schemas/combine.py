@@ -259,6 +259,9 @@ def _layout(inputs: Sequence[Artifact], union: Union, spread: int) -> Layout:
     largest = max((group.count for group in union.groups.values()), default=1)
     shape = next(spec.shape for spec in old.arrays if spec.name in MOMENTS)
     arrays = moment_specs(old.encoding, shape, largest, spread)
+    stored = [spec for artifact in inputs for spec in artifact.manifest.layout.arrays if spec.name == "scatter"]
+    if any(spec.nbytes > arrays[1].nbytes for spec in stored):  # the provenance promises too little
+        arrays = moment_specs(old.encoding, shape, largest, LEVELS)
     for spec in old.arrays:
         if spec.name in MOMENTS or not all(artifact.manifest.layout.array(spec.name) for artifact in inputs):
             continue

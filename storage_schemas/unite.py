@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from storage_schemas.derive import exact_moments
+from storage_schemas.errors import DatamergeError
 from storage_schemas.manifest import Layout
 from storage_schemas.moments import ExactMoments
 from storage_schemas.record import Array, Record, encode_exact
@@ -26,7 +27,13 @@ def unite(parts: Sequence[Record], layout: Layout) -> Record:
     arrays: dict[str, Array] = {name: parts[0].arrays[name] for name in ("target", "clean") if layout.array(name)}
     if layout.encoding == "uint8_moments":
         moments = functools.reduce(ExactMoments.combine, (exact_moments(part, "combine") for part in parts))
-        arrays |= encode_exact(moments, layout)
+        try:
+            arrays |= encode_exact(moments, layout)
+        except OverflowError as error:
+            raise DatamergeError(
+                f"group {parts[0].key}: {error}; its members differ by more than the attack.epsilon of the provenance "
+                "allows, so the provenance is not that of these groups"
+            ) from None
     else:
         arrays |= _pooled(parts, count)
     spec = layout.array("members")

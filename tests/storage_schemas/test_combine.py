@@ -18,6 +18,7 @@ from storage_schemas import (
     Artifact,
     ArtifactWriter,
     ConfigError,
+    DatamergeError,
     ExactMoments,
     Layout,
     Location,
@@ -415,6 +416,25 @@ def test_sums_that_outgrow_their_dtype_get_a_wider_one(tmp_path: Path) -> None:
     union = combine(tmp_path / "ab", a, b)
     assert union.manifest.layout.arrays[0].dtype == "uint32"
     check(union[0], np.concatenate([white, white]))
+
+
+def test_groups_that_belie_their_provenance_are_an_error(tmp_path: Path) -> None:
+    """Scatters of 4 members of any pixels in the 16 bits that 2/255 needs."""
+    dark = {"k0": np.array([0, 0, 0, 100], np.uint8).reshape(4, 1, 1, 1) * np.ones((4, *SHAPE), np.uint8)}
+    light = {"k0": dark["k0"] + np.uint8(100)}
+    inputs = []
+    for seed, groups in enumerate((dark, light)):
+        a = make(tmp_path / f"{seed}", groups, changes={"seed": seed}, extras=())
+        layout = a.manifest.layout.model_copy(
+            update={"arrays": tuple(ArraySpec.of(s.name, np.dtype("u2"), s.shape) for s in a.manifest.layout.arrays)}
+        )
+        writer = ArtifactWriter(Location(tmp_path / f"narrow{seed}"), layout, a.manifest.provenance)
+        writer.begin({})
+        writer.commit(0, [Record("k0", 4, "uint8_moments", {n: v.astype("u2") for n, v in a[0].arrays.items()})], [])
+        writer.finish()
+        inputs.append(open_artifact(tmp_path / f"narrow{seed}"))
+    with pytest.raises(DatamergeError, match=r"group k0: scatter.*attack\.epsilon"):
+        combine(tmp_path / "ab", *inputs)
 
 
 def test_an_interrupted_union_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
