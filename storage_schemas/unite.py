@@ -31,7 +31,7 @@ def unite(parts: Sequence[Record], layout: Layout) -> Record:
             arrays |= encode_exact(moments, layout)
         except OverflowError as error:
             raise DatamergeError(
-                f"group {parts[0].key}: {error}; its members differ by more than the attack.epsilon of the provenance "
+                f"group {parts[0].key}: {error}; its members differ by more than attack.epsilon of the provenance "
                 "allows, so the provenance is not that of these groups"
             ) from None
     else:

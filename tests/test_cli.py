@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("merge", "train", "evaluate", "inspect", "preview", "demo")
+COMMANDS = ("merge", "train", "evaluate", "inspect", "preview", "convert", "combine", "diff", "export", "demo")
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
