@@ -39,6 +39,9 @@ class MergeConfig(Settings):
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
     shape: str | None = Field(None, description="Pixels CxHxW for label groups; the first image's by default.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+\-]+$")] | None = Field(
+        None, description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0."
+    )
     limit: PositiveInt | None = Field(None, description="Use the first LIMIT samples only.")
     image_column: str | None = Field(None, description="Parquet column with the images.")
     label_column: str | None = Field(None, description="Parquet column with the labels.")

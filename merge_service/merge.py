@@ -17,9 +17,8 @@ from merge_service.planning import Plan, make_plan
 from merge_service.work import WorkerSetup
 from sources import Source, open_source
 from storage_schemas import ArtifactWriter, ConfigError, DatamergeError, Location, Manifest, Reject, open_artifact
-from storage_schemas.card import dataset_card
 from storage_schemas.manifest import HEAD
-from storage_schemas.preview import contact_sheet
+from storage_schemas.presentation import presentation_files
 
 MIN_REJECTED = 10
 
@@ -128,8 +127,7 @@ def _complete(writer: ArtifactWriter) -> Manifest:
             f"{writer.location.url}: expected at least one usable group, found none; "
             f"see `datamerge inspect {writer.location.url}` for the reasons"
         )
-    artifact = open_artifact(writer.location.url)
-    return writer.finish({"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)})
+    return writer.finish(presentation_files(open_artifact(writer.location)))
 
 
 def _check_rejects(config: MergeConfig, rejects: list[Reject], samples: int) -> None:

@@ -185,6 +185,8 @@ def _provenance(
             "random_start": config.random_start,
             "grid": config.grid,
         }
+    if config.license is not None:
+        provenance["license"] = config.license
     if head is not None:
         provenance["head"] = {"spec": config.head, "classes": len(head.weight)}
     return provenance

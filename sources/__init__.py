@@ -34,10 +34,9 @@ def open_source(
     if not location.exists():
         raise SourceError(f"{location.url}: expected a folder of images or Parquet files, found nothing there")
     if location.fs.isfile(location.root):
-        folder, _, name = location.url.rpartition("/")
+        location, name = location.split()
         if not name.endswith(".parquet"):
-            raise SourceError(f"{location.url}: expected a folder or a .parquet file")
-        location = Location(folder or ".")
+            raise SourceError(f"{location.url}/{name}: expected a folder or a .parquet file")
         files = [(name, location.size(name))]
     else:
         files = list_files(location, (".parquet",))

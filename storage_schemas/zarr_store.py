@@ -33,6 +33,13 @@ STORE = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
 CACHED_INDICES = 64
+# Axes of a stored array, for readers that go by names, such as xarray.
+PIXELS = ("channel", "height", "width")
+AXES = {
+    "target": ("group", "embedding"),
+    "members": ("group", "member", *PIXELS),
+    "factors": ("group", "factor", *PIXELS),
+}
 # What blosc may add to incompressible data, generously; also far below the index's mark for "not written".
 MAX_CHUNK_OVERHEAD = 4096
 
@@ -152,6 +159,7 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             chunks=(1, *spec.shape),
             shards=(per_shard, *spec.shape),
             fill_value=np.nan if dtype.kind == "f" else int(np.iinfo(dtype).max),
+            dimension_names=AXES.get(spec.name, ("group", *PIXELS)),
             compressors=[
                 BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=dtype.itemsize),
                 Crc32cCodec(),
@@ -165,6 +173,7 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             dtype=np.dtype(np.int64),
             chunks=(per_shard,),
             fill_value=fill,
+            dimension_names=("group",),
             compressors=[Crc32cCodec()],
             config={"write_empty_chunks": True},
         )
