@@ -227,12 +227,14 @@ def parse(model: type[D], data: bytes, where: str) -> D:
     except ValidationError as error:
         problems = error.errors(include_url=False)
     else:
-        if _seal(data.replace(document.self_sha256.encode(), UNSEALED.encode(), 1)) != document.self_sha256:
-            raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
+        _check_seal(data, document.self_sha256, where)
         return document
     for problem in problems:
         if problem["loc"] == ("schema_version",) and isinstance(problem["input"], int):
-            raise UnknownVersion(_unknown_version(problem["input"], data, where))
+            found = json.loads(data)
+            # Every version is sealed alike: a version that a flipped bit made is no newer version.
+            _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
+            raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
     details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems)
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
 
@@ -248,8 +250,12 @@ def _seal(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _unknown_version(found: int, data: bytes, where: str) -> str:
-    writer = json.loads(data).get("writer")
+def _check_seal(data: bytes, seal: str, where: str) -> None:
+    if _seal(data.replace(seal.encode(), UNSEALED.encode(), 1)) != seal:
+        raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
+
+
+def _unknown_version(found: int, writer: Any, where: str) -> str:
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
         f"{where}: schema_version {found} is not one that this release reads (it reads {SCHEMA_VERSION}); "
