@@ -59,7 +59,7 @@ class Group:
     count: int
     label: int | None
     checksums: dict[str, str]
-    samples: set[str] = field(default_factory=set)
+    samples: set[tuple[str, str]] = field(default_factory=set)
 
 
 @dataclass
@@ -132,8 +132,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     flat = [leaves(artifact.manifest.provenance) | _stored(artifact) for artifact in inputs]
     check_names(flat, allow_different)
     attacked = any("attack.kind" in part["leaves"] for part in parts)
-    same_source = all(one.get("source.fingerprint") == flat[0].get("source.fingerprint") for one in flat)
-    union = _collect(inputs, remember_samples=not attacked and same_source)
+    union = _collect(inputs, [() if attacked else _identities(one) for one in flat])
     if union.repeated and attacked:
         _check_no_repetition(urls, parts)
     distance = _check_distance(inputs, union) if union.unequal else None
@@ -151,14 +150,25 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     return Combination(inputs, union, _layout(inputs, union, spread), provenance)
 
 
-def _collect(inputs: Sequence[Artifact], remember_samples: bool) -> Union:
-    """Read all sidecars; raises UserError for groups of one key that are not about the same thing."""
+def _identities(flat: Leaves) -> tuple[str, ...]:
+    """What a source is known by; two with one of these in common have the same samples under the same names."""
+    return tuple(str(flat[name]) for name in ("source.fingerprint", "source.url") if flat.get(name))
+
+
+def _collect(inputs: Sequence[Artifact], sources: Sequence[tuple[str, ...]]) -> Union:
+    """Read all sidecars; raises UserError for groups of one key that do not go together.
+
+    Args:
+        inputs: the artifacts.
+        sources: of each, the identities of its source, if its members are samples, which may count only once.
+    """
     union = Union()
     for number, artifact in enumerate(inputs):
         for position in range(len(artifact.shard_sizes)):
             commit = artifact.commit(position)
             for offset, entry in enumerate(commit.records):
-                _add(union, inputs, entry, (number, position, offset), remember_samples)
+                samples = {(source, name) for source in sources[number] for name in entry.samples}
+                _add(union, inputs, entry, (number, position, offset), samples)
             for reject in commit.rejects:
                 union.rejects.setdefault(reject.key, {})[reject] = None  # several inputs may have the same one
     union.slots = [*union.groups, *(key for key in union.rejects if key not in union.groups)]
@@ -167,7 +177,9 @@ def _collect(inputs: Sequence[Artifact], remember_samples: bool) -> Union:
     return union
 
 
-def _add(union: Union, inputs: Sequence[Artifact], entry: RecordEntry, part: Part, remember_samples: bool) -> None:
+def _add(
+    union: Union, inputs: Sequence[Artifact], entry: RecordEntry, part: Part, samples: set[tuple[str, str]]
+) -> None:
     group = union.groups.get(entry.key)
     if group is None:
         facts = {name: sum for name, sum in entry.checksums.items() if name in ("target", "clean")}
@@ -180,17 +192,16 @@ def _add(union: Union, inputs: Sequence[Artifact], entry: RecordEntry, part: Par
         clean = group.checksums.get("clean"), entry.checksums.get("clean")
         if None not in clean and clean[0] != clean[1]:
             raise UserError(f"{where} were made from different clean images; the union of their members has no sense")
-        shared = group.samples.intersection(entry.samples)
+        shared = group.samples & samples
         if shared:
-            raise UserError(f"{where} both hold the sample {min(shared)}; it would count twice")
+            raise UserError(f"{where} both hold the sample {min(shared)[1]}; it would count twice")
         targets = group.checksums.get("target"), entry.checksums.get("target")
         union.targets &= None not in targets
         if targets[0] != targets[1]:
             union.unequal.append((entry.key, part))
         group.parts.append(part)
         group.count += entry.count
-    if remember_samples:
-        union.groups[entry.key].samples.update(entry.samples)
+    union.groups[entry.key].samples |= samples
 
 
 def _check_distance(inputs: Sequence[Artifact], union: Union) -> str | None:

@@ -6,14 +6,14 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import fsspec
 
 from storage_schemas.errors import DatamergeError, UserError
-from storage_schemas.retries import http_status, retry
+from storage_schemas.retries import http_status, is_transient, retry
 
 T = TypeVar("T")
 
@@ -22,8 +22,9 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 # Failures of this machine's disk while it takes a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_USER = re.compile(r"(?<=://)[^/\s@]+@")
-_QUERY = re.compile(r"(?<=[?&])([^=&\s'\"]+)=[^&\s'\"),]*")
+_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
+_USER = re.compile(r"(?<=://)[^/@]+@")
+_QUERY = re.compile(r"(?<=[?&])([^=&]+)=[^&),]*")
 
 WRITE_ATTEMPTS = 5
 
@@ -91,7 +92,14 @@ class Location:
         return False
 
     def exists(self, relative: str = "") -> bool:
-        return bool(self._call(relative, lambda path: self.fs.exists(path)))
+        if self.is_local:
+            return bool(self.fs.exists(self.path(relative)))
+        try:
+            # Not `exists`, which takes a failing server for a missing file: a finished artifact would be begun anew.
+            self._call(relative, lambda path: self.fs.info(path))
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self, relative: str) -> int:
         """Bytes of one file; raises FileNotFoundError."""
@@ -176,13 +184,13 @@ class Location:
         where = f"{self.url}/{relative}" if relative else self.url
         try:
             return retry(lambda: operation(path))
-        except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "no such file", where) from None
         except Exception as error:
             if isinstance(error, DatamergeError) or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
         status = http_status(failure)
+        if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
+            raise FileNotFoundError(errno.ENOENT, "no such file", where)
         reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
         if status == 416:
             raise _RangeError(where)
@@ -207,7 +215,16 @@ class _RangeError(DatamergeError):
 
 def redact(text: str) -> str:
     """A URL, or a text that contains some, with user names, passwords and query values masked."""
-    return _QUERY.sub(r"\1=***", _USER.sub("***@", text))
+    return _URL.sub(lambda url: _QUERY.sub(r"\1=***", _USER.sub("***@", url[0])), text)
+
+
+def redact_tree(tree: Any) -> Any:
+    """A JSON tree with every string redacted."""
+    if isinstance(tree, Mapping):
+        return {key: redact_tree(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [redact_tree(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) else tree
 
 
 def _is_http(url: str) -> bool:

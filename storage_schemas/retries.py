@@ -45,10 +45,11 @@ def retry(operation: Callable[[], T]) -> T:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later: time-outs, lost connections, 429 and 5xx answers."""
+    """Whether the same call may succeed a little later: time-outs, lost connections, 429 and 5xx answers.
+
+    Causes count too: some drivers call every failure a missing file.
+    """
     for cause in _chain(error):
-        if isinstance(cause, (FileNotFoundError, PermissionError)):
-            return False
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return True
         status = http_status(cause)

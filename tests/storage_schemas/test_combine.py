@@ -234,7 +234,7 @@ def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: P
     """Other samples of one class, from another file: the union that sums are kept for."""
     halves = [{f"k{label}": _members([i, label], 300 + 7 * i) for label in (0, 1)} for i in (0, 1)]
     inputs = [
-        make(tmp_path / f"{i}", half, LABELS, {"source.fingerprint": f"f{i}"}, extras=())
+        make(tmp_path / f"{i}", half, LABELS, {"source.fingerprint": f"f{i}", "source.url": f"{i}/"}, extras=())
         for i, half in enumerate(halves)
     ]
     union = combine(tmp_path / "all", *inputs)
@@ -242,9 +242,11 @@ def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: P
         check(record, np.concatenate([half[record.key] for half in halves]))
 
 
-def test_a_sample_counts_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"source.fingerprint": "f1"}, {"source.url": "copy/"}])
+def test_a_sample_counts_once(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """The same source, at another place, or more of it."""
     a = make(tmp_path / "a", {"k0": _members([1], 3)}, LABELS)
-    b = make(tmp_path / "b", {"k0": _members([2], 3)}, LABELS, {"seed": 1})
+    b = make(tmp_path / "b", {"k0": _members([2], 3)}, LABELS, changes)
     with pytest.raises(UserError, match=r"k0\.png"):
         plan_combination([a, b])
 
@@ -411,7 +413,7 @@ def test_sums_that_outgrow_their_dtype_get_a_wider_one(tmp_path: Path) -> None:
     """255 white members fit uint16, 510 do not."""
     white = np.full((255, *SHAPE), 255, np.uint8)
     a = make(tmp_path / "a", {"k0": white}, LABELS, extras=())
-    b = make(tmp_path / "b", {"k0": white}, LABELS, {"source.fingerprint": "f1"}, extras=())
+    b = make(tmp_path / "b", {"k0": white}, LABELS, {"source.fingerprint": "f1", "source.url": "b/"}, extras=())
     assert a.manifest.layout.arrays[0].dtype == "uint16"
     union = combine(tmp_path / "ab", a, b)
     assert union.manifest.layout.arrays[0].dtype == "uint32"

@@ -19,6 +19,7 @@ from storage_schemas import (
     Location,
     NotAnArtifact,
     Record,
+    Reject,
     UserError,
     open_artifact,
 )
@@ -140,6 +141,40 @@ def test_failures_that_last_are_one_line(
         open_artifact(f"{bucket}/a")
     assert "\n" not in str(caught.value)
     assert len([wait for wait in quick if wait > 0.05]) >= ATTEMPTS - 1
+
+
+def test_a_failing_server_is_not_an_empty_place(
+    bucket: str,
+    s3: Any,
+    quick: list[float],
+    make_layout: Callable[..., Layout],
+    write_artifact: Write,
+    provenance: dict[str, Any],
+) -> None:
+    """Taken for one, a finished artifact would be begun anew."""
+    write_artifact(f"{bucket}/a", make_layout())
+    manifest = Location(f"{bucket}/a").read("manifest.json")
+    s3.fault = lambda method, path: 503 if method == "HEAD" else None
+    with pytest.raises(DatamergeError):
+        ArtifactWriter(Location(f"{bucket}/a"), make_layout(), provenance).begin({})
+    s3.fault = None
+    ArtifactWriter(Location(f"{bucket}/a"), make_layout(), provenance).begin({})
+    assert Location(f"{bucket}/a").read("manifest.json") == manifest
+
+
+def test_what_is_published_shows_no_secret(bucket: str, make_layout: Callable[..., Layout]) -> None:
+    """Whatever a provenance or a reason for a rejection was given."""
+    secret = "https://me:passw0rd@host/photos?sig=s3cret"
+    provenance = {"source": {"url": secret, "class_names": [secret]}, "head": f"see {secret}"}
+    writer = ArtifactWriter(Location(f"{bucket}/a"), make_layout(groups=1), provenance)
+    writer.begin({})
+    writer.commit(0, [], [Reject(key="k0", sample="0.png", reason=f"cannot read {secret}")])
+    writer.finish()
+    for name in ("manifest.json", "commits/00000.json"):
+        data = writer.location.read(name)
+        assert b"https://***@host/photos?sig=***" in data
+        assert b"passw0rd" not in data
+        assert b"s3cret" not in data
 
 
 @pytest.mark.parametrize("status", [403, 404])
