@@ -122,6 +122,8 @@ class MergeConfig(Settings):
         problems = []
         if not self.random_start and self.start_radius is not None:
             problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
+        if not self.random_start and self.restarts > 1:
+            problems.append("restarts: without a random start they would all be the same; drop one of the two")
         if not self.grid and self.encoding == "uint8_moments":
             problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
         if not self.grid and self.keep_members:

@@ -16,6 +16,7 @@ import torch
 
 from adversarial import Encoder, Head, load_encoder
 from merge_service.adversarial_groups import Attacker
+from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
 from merge_service.planning import PartTask, ShardTask, part_items
 from merge_service.precision import compare
@@ -130,8 +131,6 @@ class ShardWorker:
 
     def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
         """The cluster of every sample of a class."""
-        from merge_service.clustering import cluster_class  # scikit-learn takes a second
-
         with self._attack_lock:
             self._use_threads()
             encoder = self._encoder if self._config.cluster_by == "embedding" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+import datamerge
+
 REPOSITORY = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
-SHARDS, GROUPS = 8, 13
+SHARDS, GROUPS = 9, 13
+STORE_BYTES = 80 * 2**20
 
 
 @dataclass
@@ -50,10 +55,13 @@ class Bench:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def merge(self, artifact: str | Path, *more: str) -> tuple[int, str]:
-        """Merge to the end; exit code and what was printed to stderr."""
-        process = self.start(artifact, *more)
-        _, errors = process.communicate(timeout=200)
-        return process.returncode, errors
+        """Merge to the end, in this process; exit code and what was printed to stderr."""
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+                patch.setattr(sys, "argv", ["datamerge", *self.arguments(artifact, *more)])
+                datamerge.main()
+        return int(end.value.code or 0), errors.getvalue()
 
     def switch(self, **switches: str) -> None:
         """Switch exactly these faults on; `upload_failures="2"` writes 2 into its file."""
@@ -87,7 +95,7 @@ def write_photos(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for index in range(14):
         pixels = generator.integers(0, 248, (8, 8, 3), np.uint8)
-        pixels[0, 0, 0] = {5: 251, 8: 249}.get(index, 100)
+        pixels[0, 0, 0] = {5: 255, 8: 249}.get(index, 100)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
     (folder / "03-corrupt.jpg").write_text("not an image")
     buffer = io.BytesIO()
@@ -110,14 +118,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    # This process is running already: it neither reads PYTHONPATH again nor the entry point of the file system.
+    sys.path.append(str(FAULTS))
+    fsspec.register_implementation("flaky", "faulty.FlakyFileSystem", clobber=True)
     write_photos(folder / "photos")
-    memory = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
-    cluster.add_node(num_cpus=1, **memory)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES})
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     found = Bench(cluster.address, cluster, folder / "photos", folder / "faults")
     found.switch()
     yield found
     cluster.shutdown()
+    sys.path.remove(str(FAULTS))
     for name, value in before.items():
         if value is None:
             del os.environ[name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas import open_artifact
-from tests.merge_service.conftest import GROUPS, SHARDS, Bench, tree, wait_for
+from tests.merge_service.conftest import GROUPS, SHARDS, STORE_BYTES, Bench, tree, wait_for
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -31,7 +31,7 @@ def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> 
         (tmp_path / path).write_bytes(data)
     artifact = open_artifact(tmp_path)
     assert len(artifact) == GROUPS
-    assert len(artifact.manifest.shards) == SHARDS + 1
+    assert len(artifact.manifest.shards) == SHARDS
     names = [record.samples[0] for record in artifact]
     assert names == sorted(f"{index:02d}.png" for index in range(14) if index != 5)
     rejects = {
@@ -64,7 +64,7 @@ def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_pa
     wait_for(lambda: len(_pids(bench, "busy")) == 2)
     (node,) = bench.cluster.worker_nodes
     bench.cluster.remove_node(node, allow_graceful=False)
-    bench.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    bench.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert tree(tmp_path / "a") == undisturbed
@@ -144,7 +144,7 @@ def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path
     assert poisoned not in found
     manifest = json.loads(found["manifest.json"])
     assert not manifest["complete"]
-    assert len(manifest["shards"]) == SHARDS
+    assert len(manifest["shards"]) == SHARDS - 1
     bench.switch()
     code, errors = bench.merge(tmp_path / "a")
     assert code == 0, errors
