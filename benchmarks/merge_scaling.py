@@ -1,8 +1,8 @@
 """The merge around the attack: job over attack time, one worker against two, Ray's cost of a shard, driver memory.
 
-    job        seconds of a whole job on one worker (Ray up, worker start subtracted) over the seconds of its attacks
-    scaling    1 worker against 2 on the same shards
-    overhead   seconds a shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards
+job        seconds of a whole job on one worker (Ray up, worker start subtracted) over the seconds of its attacks
+scaling    1 worker against 2 on the same shards
+overhead   seconds a shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main(encoder: str, shards: int, groups_per_shard: int, members: int, repeats
         job, attack, two = (statistics.median(column) for column in zip(*rounds, strict=True))
         ratio = statistics.median(a / b for a, b, _ in rounds)
         scaling = statistics.median(a / c for a, _, c in rounds)
-        click.echo(f"job {job:.2f} s, attack alone {attack:.2f} s, ratio {ratio:.3f}, {shards} shards, {repeats} rounds")
+        click.echo(
+            f"job {job:.2f} s, attack alone {attack:.2f} s, ratio {ratio:.3f}, {shards} shards, {repeats} rounds"
+        )
         click.echo(f"2 workers {two:.2f} s, scaling {scaling:.2f}")
         count = 10
         while count <= most_shards:

@@ -16,7 +16,7 @@ from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
 from merge_service.grouping import by_class, clusters_of
 from merge_service.planning import Plan, ShardTask, make_plan, pixels_shape
-from merge_service.retry import explain, is_hopeless, retrying
+from merge_service.retry import PatientLocation, explain, is_hopeless
 from merge_service.rounds import ResolvedEncoder, resolve
 from merge_service.work import WorkerSetup
 from merge_service.work_queue import SetAside
@@ -129,9 +129,9 @@ def merge(config: MergeConfig) -> MergeResult:
 def run(prepared: Prepared) -> MergeResult:
     """Carry out a prepared merge."""
     config, plan = prepared.config, prepared.plan
-    writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
+    writer = ArtifactWriter(PatientLocation(config.artifact), plan.layout, plan.provenance)
     try:
-        retrying(lambda: writer.begin(prepared.files))
+        writer.begin(prepared.files)
         committed = writer.committed()
         # Rejects of earlier runs count towards the limit.
         earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
@@ -256,7 +256,7 @@ def _clusters(
 
 
 def _complete(writer: ArtifactWriter) -> Manifest:
-    manifest = retrying(writer.finish)
+    manifest = writer.finish()
     if manifest.groups == 0:
         raise DatamergeError(
             f"{writer.location.url}: expected at least one usable group, found none; "
@@ -264,7 +264,7 @@ def _complete(writer: ArtifactWriter) -> Manifest:
         )
     artifact = open_artifact(writer.location.url)
     extra = {"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)}
-    return retrying(lambda: writer.finish(extra))
+    return writer.finish(extra)
 
 
 def _note(rejected: int, aside: Sequence[SetAside]) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage_schemas import DatamergeError, UserError
+from storage_schemas import DatamergeError, Location, UserError
 
 T = TypeVar("T")
 
@@ -50,6 +50,13 @@ def retrying(action: Callable[[], T]) -> T:
                 raise
         time.sleep(wait)
     return action()
+
+
+class PatientLocation(Location):
+    """A location whose uploads are tried again, file by file."""
+
+    def write(self, relative: str, data: bytes) -> None:
+        retrying(lambda: Location.write(self, relative, data))
 
 
 def first_line(error: BaseException) -> str:

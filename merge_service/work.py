@@ -21,7 +21,6 @@ from merge_service.config import MergeConfig
 from merge_service.planning import PartTask, ShardTask, part_items
 from merge_service.precision import compare
 from merge_service.reading import PixelReader
-from merge_service.retry import retrying
 from merge_service.sample_groups import Accumulator, Partial
 from sources import Reader, Sample
 from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
@@ -162,7 +161,7 @@ class ShardWorker:
         if writer is None:
             raise ConfigError("this worker was set up before the plan was made")
         with self._write_lock:
-            commit = retrying(lambda: writer.commit(task.shard, records, rejects))
+            commit = writer.commit(task.shard, records, rejects)
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
 
     def _use_threads(self) -> None:

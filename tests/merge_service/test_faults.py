@@ -35,7 +35,8 @@ def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> 
     names = [record.samples[0] for record in artifact]
     assert names == sorted(f"{index:02d}.png" for index in range(14) if index != 5)
     rejects = {
-        reject.sample: reject.reason for position in range(len(artifact.shard_sizes))
+        reject.sample: reject.reason
+        for position in range(len(artifact.shard_sizes))
         for reject in artifact.commit(position).rejects
     }
     assert rejects.keys() == {"03-corrupt.jpg", "05.png", "06-cut.png", "09-large.png"}
@@ -45,9 +46,7 @@ def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> 
     assert sum(shard.rejected for shard in artifact.manifest.shards) == 4
 
 
-def test_a_killed_worker_costs_its_shards_and_nothing_else(
-    bench: Bench, undisturbed: Tree, tmp_path: Path
-) -> None:
+def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     bench.switch(slow="")
     process = bench.start(tmp_path / "a")
     victim = wait_for(lambda: _pids(bench, "busy"))[0]

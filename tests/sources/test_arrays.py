@@ -31,7 +31,7 @@ def _idx(array: npt.NDArray[Any]) -> bytes:
 
 
 def _check(source: Source, images: npt.NDArray[np.uint8], labels: list[int] | None) -> None:
-    assert [sample.label for sample in source.samples] == (labels or [None] * len(images))
+    assert [s.label for s in source.samples] == (labels if labels is not None else [None for _ in images])
     assert len({sample.key for sample in source.samples}) == len(images)
     reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
     for sample, image in zip(source.samples, images, strict=True):
@@ -58,7 +58,7 @@ def test_idx(tmp_path: Path, images_gz: bool, labels_gz: bool | None) -> None:
 @pytest.mark.parametrize("data", [b"", b"text text text", _idx(GREY)[:-1], gzip.compress(_idx(GREY))[:-20]])
 def test_broken_idx(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(data)
-    with pytest.raises(SourceError, match="expected an IDX file|broken gzip") as caught:
+    with pytest.raises(SourceError, match=r"expected an IDX file|broken gzip") as caught:
         open_source(tmp_path / "x-idx3-ubyte")
     assert "\n" not in str(caught.value)
 

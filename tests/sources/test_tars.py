@@ -119,7 +119,11 @@ def test_text_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none-{0..1}.tar", "found nothing there"), ("no-*.tar", "found nothing there"), ("bad.tar", "uncompressed tar")],
+    [
+        ("none-{0..1}.tar", "found nothing there"),
+        ("no-*.tar", "found nothing there"),
+        ("bad.tar", "uncompressed tar"),
+    ],
 )
 def test_what_is_no_tar(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
@@ -135,7 +139,9 @@ def test_a_tar_without_images(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize(("command", "message"), [("false", "exit code 1|tar from this"), ("echo text", "a tar from")])
+@pytest.mark.parametrize(
+    ("command", "message"), [("false", "exit code 1|tar from this"), ("echo text", "a tar from")]
+)
 def test_a_pipe_that_fails(command: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         open_source(f"pipe:{command}")
