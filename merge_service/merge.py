@@ -137,6 +137,7 @@ def run(prepared: Prepared) -> MergeResult:
         earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
     except OSError as error:
         raise _told(error, config) from error
+    _check_rejects(prepared, earlier, ())
     shards = [shard for shard in range(plan.layout.shards) if shard not in committed]
     started = time.monotonic()
     rejects: list[Reject] = []
@@ -167,7 +168,7 @@ def _run_stage(
                     rejects += result.rejects
                     attack_seconds += result.attack_seconds
                 progress.advance(len(plan.task(result.shard).groups), _note(earlier + len(rejects), aside))
-                _check_rejects(config, rejects, earlier, len(prepared.source.samples))
+                _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # What is committed stays; say so in the manifest before anything else is said, if there is room to.
         try:
@@ -295,13 +296,14 @@ def _told(error: OSError, config: MergeConfig) -> Exception:
     return explain(error, config.artifact) if is_hopeless(error) else error
 
 
-def _check_rejects(config: MergeConfig, rejects: Sequence[Reject], earlier: int, samples: int) -> None:
+def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> None:
+    config, samples = prepared.config, len(prepared.source.samples)
     allowed = config.max_rejected if config.max_rejected is not None else max(MIN_REJECTED, samples // 100)
-    if rejects and earlier + len(rejects) > allowed:
-        last = rejects[-1]
+    if count > allowed:
+        last = f"the last: {latest[-1].sample}: {latest[-1].reason}" if latest else f"see {config.artifact}/commits"
         raise DatamergeError(
-            f"{earlier + len(rejects)} samples could not be used, more than the {allowed} allowed; the last: "
-            f"{last.sample}: {last.reason}. Mend the source, or raise --max-rejected and run again"
+            f"{count} samples could not be used, more than the {allowed} allowed; {last}. Mend the source and merge "
+            "it anew, or raise --max-rejected and run again"
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from adversarial import Encoder, Head, load_encoder
 from merge_service.adversarial_groups import Attacker
@@ -147,6 +148,11 @@ class ShardWorker:
         with self._attack_lock:
             self._use_threads()
             return compare(self._attacker, batch, members) if batch else ""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The network that attacks or targets run, if any."""
+        return self._attacker.model if self._attacker is not None else self._encoder
 
     @property
     def _accumulate(self) -> Accumulator:
