@@ -102,6 +102,8 @@ class _Pool:
         config = setup.config
         self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
         self._cpus, self._limit = config.cpus, config.max_workers
+        self._setup, self._failed_starts, self.workers = setup, 0, list[_Worker]()
+        self._looked = self._worked = time.monotonic()
         self._class: Any = ray.remote(_RayWorker)
         self._options = {
             "num_cpus": self._cpus,
@@ -111,11 +113,6 @@ class _Pool:
             "max_concurrency": PIECES_PER_WORKER,
             "scheduling_strategy": "SPREAD",
         }
-        # By value, not through ray.put: a later worker must not depend on an object that died with a node.
-        self._setup = setup
-        self._failed_starts = 0
-        self._looked = self._worked = time.monotonic()
-        self.workers: list[_Worker] = []
 
     def fit(self, wanted: int) -> None:
         """Start workers until there are as many as fit the cluster, are allowed, and have work."""
@@ -130,6 +127,7 @@ class _Pool:
         # One is asked for even where none fits: an autoscaler may add a node for it.
         target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
         while len(self.workers) < target:
+            # By value, not through ray.put: a later worker must not depend on an object that died with a node.
             actor = self._class.options(**self._options).remote(self._setup)
             self.workers.append(_Worker(actor, actor.begin.remote()))
         if any(worker.starting is None for worker in self.workers):
@@ -143,8 +141,7 @@ class _Pool:
 
     def started(self, worker: _Worker) -> None:
         """Take note that a worker is ready; raises what its start raised."""
-        worker.node = ray.get(worker.starting)
-        worker.starting = None
+        worker.node, worker.starting = ray.get(worker.starting), None
         self._failed_starts = 0
 
     def lost(self, worker: _Worker, error: RayActorError) -> bool:
@@ -186,12 +183,12 @@ class _Stage:
         raise NotImplementedError
 
     def _received(self, piece: Piece, result: Any) -> Iterator[Any]:
-        """What the stage yields for a finished piece; takes finished pieces off `_left`."""
+        """What the stage yields for a finished piece."""
         raise NotImplementedError
 
     def _dropped(self, shard: int) -> None:
-        """A shard has been set aside; takes its pieces off `_left`."""
-        raise NotImplementedError
+        """A shard needs no more work: takes its pieces off `_left`."""
+        self._left -= 1
 
     def run(self) -> Iterator[Any]:
         """Yield results and SetAside until nothing is left."""
@@ -248,8 +245,7 @@ class _Stage:
             return
         piece = worker.running.pop(reference)
         self._queue.succeeded(piece)
-        self._succeeded = True
-        self._failing.clear()
+        self._succeeded, self._failing = True, set()
         if not self._queue.gives_up(piece.shard):
             yield from self._received(piece, result)
 
@@ -341,11 +337,8 @@ class _Clusters(_Stage):
         return actor.cluster.remote(piece.shard, self._classes[piece.shard], self._counts[piece.shard])
 
     def _received(self, piece: Piece, result: Any) -> Iterator[tuple[int, list[int]]]:
-        self._left -= 1
+        self._dropped(piece.shard)
         yield piece.shard, result
-
-    def _dropped(self, shard: int) -> None:
-        self._left -= 1
 
 
 def run_shards(plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> Iterator[ShardResult | SetAside]:

@@ -33,12 +33,14 @@ class Bench:
 
     Attributes:
         address: of the Ray cluster.
+        dashboard: URL of its dashboard.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
     """
 
     address: str
+    dashboard: str
     cluster: Any
     photos: Path
     faults: Path
@@ -121,6 +123,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     environment = {
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(FAULTS)]),
         "DATAMERGE_FAULTS": str(folder / "faults"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -128,9 +131,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     sys.path.append(str(FAULTS))
     fsspec.register_implementation("flaky", "faulty.FlakyFileSystem", clobber=True)
     write_photos(folder / "photos")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": STORE_BYTES})
+    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-    found = Bench(cluster.address, cluster, folder / "photos", folder / "faults")
+    dashboard = f"http://{cluster.head_node.webui_url}"
+    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults")
     found.switch()
     yield found
     cluster.shutdown()
