@@ -134,7 +134,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-    dashboard = f"http://{cluster.head_node.webui_url}"
+    node: Any = cluster.head_node
+    dashboard = f"http://{node.webui_url}"
     found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults")
     found.switch()
     yield found

@@ -51,8 +51,18 @@ def test_the_plan_has_time_bytes_and_cost_and_writes_nothing(tmp_path: Path, gro
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(30) % 3)
     more = {"adversarial": ["--encoder", ENCODER], "label": [], "cluster": ["--clusters", "2"]}[grouping]
-    arguments = [str(tmp_path / "x.npz"), str(tmp_path / "a"), "--grouping", grouping, "--groups-per-shard", "2", *more]
-    done = CliRunner().invoke(command, [*arguments, "--dry-run", "--json", "--price-per-hour", "3.6", "--device", "cpu"])
+    arguments = [
+        str(tmp_path / "x.npz"),
+        str(tmp_path / "a"),
+        "--grouping",
+        grouping,
+        "--groups-per-shard",
+        "2",
+        *more,
+    ]
+    done = CliRunner().invoke(
+        command, [*arguments, "--dry-run", "--json", "--price-per-hour", "3.6", "--device", "cpu"]
+    )
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts["groups"] == {"adversarial": 30, "label": 3, "cluster": 6}[grouping]

@@ -46,7 +46,17 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rounds")
     np.savez(folder / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
     _merge(folder / "photos.npz", folder / "adv-1", encoder=ORIGINAL)
-    command = ["train", str(folder / "adv-1"), str(folder / "run"), "--steps", "6", "--batch-size", "4", "--warmup", "1"]
+    command = [
+        "train",
+        str(folder / "adv-1"),
+        str(folder / "run"),
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--warmup",
+        "1",
+    ]
     command += ["--lr", "0.01", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "datamerge", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -97,7 +107,11 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "expected run.json in the folder, found none"), ("{", "the summary of a training run"), ("[]", "summary")],
+    [
+        (None, "expected run.json in the folder, found none"),
+        ("{", "the summary of a training run"),
+        ("[]", "summary"),
+    ],
 )
 def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
