@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,28 @@ def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: s
     assert narrow.manifest.provenance["attack"]["kind"] == attack  # type: ignore[index,call-overload]
     for record in narrow:
         assert record.variance.max() <= (1 / 255) ** 2 * 1.0001  # ±1 level at most
+
+
+def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) -> None:
+    """Both attacks on the first batch: how many signs agree, what they reach; and the exact one agrees with itself."""
+    base = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 4, "limit": 6}
+    lines = {}
+    for precision in ("bfloat16", "float32"):
+        prepared = prepare(_config(digits, tmp_path / precision, **base, precision=precision))
+        writer = ArtifactWriter(Location(tmp_path / precision), prepared.plan.layout, prepared.plan.provenance)
+        worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+        threads = torch.get_num_threads()
+        worker.prepare()
+        lines[precision] = worker.check_precision(prepared.plan.task(0))
+        torch.set_num_threads(threads)
+    found = re.search(
+        r"([0-9.]+) % of gradient signs as in float32; .* \(([0-9.]+) %\), on 12 images", lines["bfloat16"]
+    )
+    assert found is not None, lines
+    assert 80 < float(found[1]) <= 100
+    assert 90 < float(found[2]) < 110
+    assert "100.0 % of gradient signs" in lines["float32"]
+    assert "(100.0 %)" in lines["float32"]
 
 
 def test_parts_on_a_cluster_give_the_bytes_of_one_piece(
