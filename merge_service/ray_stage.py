@@ -20,7 +20,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from merge_service.config import MergeConfig
 from merge_service.planning import PartTask, Plan
-from merge_service.retry import explain, first_line, is_hopeless
+from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
 from merge_service.sample_groups import Partial
 from merge_service.work import ShardResult, ShardWorker, WorkerSetup
 from merge_service.work_queue import Piece, SetAside, WorkQueue
@@ -35,6 +35,8 @@ PIECES_PER_WORKER = 2
 MOST_FAILING, MOST_FAILING_LATER = 3, 8
 # How often the cluster is looked at for nodes that came or went.
 LOOK_SECONDS = 5.0
+# How long a new cluster may take until it accepts jobs, or a first worker until it is missed.
+START_SECONDS = 60
 # Tasks are small lists of names; results are counts. Only partial moments go through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -132,7 +134,7 @@ class _Pool:
             self.workers.append(_Worker(actor, actor.begin.remote()))
         if any(worker.starting is None for worker in self.workers):
             self._worked = now
-        elif now - self._worked > 60:
+        elif now - self._worked > START_SECONDS:
             self._worked = now
             sys.stderr.write(
                 f"merge: no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster "
@@ -230,7 +232,7 @@ class _Stage:
                 for piece in reversed(pieces):
                     self._queue.add(piece)
             else:
-                yield from self._failed(pieces, f"its worker died: {_cause_of_death(error)}")
+                yield from self._failed(pieces, f"its worker died: {cause_of_death(error)}")
             return
         except (RayTaskError, ObjectLostError) as error:
             cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
@@ -275,8 +277,7 @@ class _Shards(_Stage):
         counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
         self._counts = {shard: parts for shard, parts in counts.items() if parts > 1}
         super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), len(shards) + sum(self._counts.values()))
-        self._plan = plan
-        self._first = shards[0]
+        self._plan, self._first = plan, shards[0]
         self._check = setup.config.precision != "float32"
         # References only: the moments stay where they were made until they are put together.
         self._partials: dict[int, dict[int, Any]] = {}
@@ -372,14 +373,20 @@ def submit_job(address: str, command: Sequence[str]) -> int:
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(command))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found none "
-            f"({first_line(error)})"
-        ) from None
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(entrypoint=shlex.join(command))
+            break
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # A head that has just started has no agent for jobs yet.
+            if "try again later" not in str(error) or time.monotonic() > end:
+                raise ConfigError(
+                    f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found "
+                    f"none ({first_line(error)})"
+                ) from None
+        time.sleep(2)
     sys.stderr.write(f"submitted {job}; it goes on if this command ends: ray job logs --address {address} -f {job}\n")
 
     async def show() -> None:
@@ -391,10 +398,3 @@ def submit_job(address: str, command: Sequence[str]) -> int:
     while not client.get_job_status(job).is_terminal():
         time.sleep(1)
     return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1
-
-
-def _cause_of_death(error: RayActorError) -> str:
-    """What Ray knows of a worker's end, without the paragraphs around it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    known = [line for line in lines if "exit" in line.lower() or "memory" in line.lower() or "node" in line.lower()]
-    return (known or lines or ["unknown"])[-1][:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -62,3 +63,10 @@ class PatientLocation(Location):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cause_of_death(error: BaseException) -> str:
+    """What Ray knows of a worker's end, without the paragraphs around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
+    return (known or lines or ["unknown"])[-1][:300]
