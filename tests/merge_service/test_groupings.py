@@ -164,7 +164,7 @@ def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: s
 
 
 def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) -> None:
-    """Both attacks on the first batch: how many signs agree, what they reach; and the exact one agrees with itself."""
+    """Both attacks on the first batch: which signs agree, what they reach; the exact one agrees with itself."""
     base = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 4, "limit": 6}
     lines = {}
     for precision in ("bfloat16", "float32"):
@@ -175,9 +175,8 @@ def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) 
         worker.prepare()
         lines[precision] = worker.check_precision(prepared.plan.task(0))
         torch.set_num_threads(threads)
-    found = re.search(
-        r"([0-9.]+) % of gradient signs as in float32; .* \(([0-9.]+) %\), on 12 images", lines["bfloat16"]
-    )
+    pattern = r"([0-9.]+) % of gradient signs as in float32; .* \(([0-9.]+) %\), on 12 images"
+    found = re.search(pattern, lines["bfloat16"])
     assert found is not None, lines
     assert 80 < float(found[1]) <= 100
     assert 90 < float(found[2]) < 110

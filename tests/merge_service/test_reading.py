@@ -56,13 +56,13 @@ def _read(store: Store, resize: bool = True, threads: int = 1, count: int = 1) -
 def test_order_and_pixels_with_any_number_of_threads(threads: int, concurrent: bool) -> None:
     found = _read(Store([_png(), Image.fromarray(PIXELS)] * 4, concurrent), threads=threads, count=8)
     for pixels in found:
-        np.testing.assert_array_equal(pixels, PIXELS.transpose(2, 0, 1))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(pixels, PIXELS.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow"), OSError(errno.EIO, "disk")])
 def test_a_moment_of_trouble_is_nobodys_fault(error: Exception) -> None:
     store = Store([error, error, _png()])
-    np.testing.assert_array_equal(_read(store)[0], PIXELS.transpose(2, 0, 1))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(_read(store)[0], PIXELS.transpose(2, 0, 1))
     assert store.calls == 3
 
 
