@@ -288,7 +288,7 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
-        f"{'; '.join(told)}{more}. Mend or remove those samples' cause and run the same command again"
+        f"{'; '.join(told)}{more}. Mend the cause and run the same command again"
     )
 
 

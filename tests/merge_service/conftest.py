@@ -131,7 +131,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     sys.path.append(str(FAULTS))
     fsspec.register_implementation("flaky", "faulty.FlakyFileSystem", clobber=True)
     write_photos(folder / "photos")
-    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True, "dashboard_port": 0}
+    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
+    # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
+    head |= {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     node: Any = cluster.head_node

@@ -27,6 +27,7 @@ from storage_schemas import (
     Artifact,
     ArtifactWriter,
     ConfigError,
+    DatamergeError,
     Location,
     NotAnArtifact,
     Record,
@@ -254,6 +255,14 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None
     Image.fromarray(np.full((4, 4), 10, np.uint8)).save(folder / "a" / "1.png")
     with pytest.raises(NotAnArtifact, match="seed: 0 there, 1 now"):
         _merge_here(config.model_copy(update={"seed": 1}))
+
+
+def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:
+    bench.switch()
+    np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=[0, 0])
+    config = _config(tmp_path / "x.npz", tmp_path / "a", shape="1x6x5", resize=False, ray_address=bench.address)
+    with pytest.raises(DatamergeError, match="at least one usable group"):
+        merge(config)
 
 
 def _mnist_means(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""A merge from Python: on Ray that starts by itself, and when there is nothing to merge."""
+"""A merge from Python: on Ray that starts by itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from PIL import Image
 from merge_service import MergeConfig, merge
 from merge_service.merge import prepare, worker_setup
 from merge_service.work import ShardWorker
-from storage_schemas import ArtifactWriter, DatamergeError, Location, open_artifact
-from tests.merge_service.conftest import Bench
+from storage_schemas import ArtifactWriter, Location, open_artifact
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -72,12 +71,3 @@ def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos:
         assert np.abs(record.members.astype(int) - record.clean.astype(int)).max() <= 2
         np.testing.assert_allclose(record.mean, record.members.mean(axis=0) / 255, atol=1e-7)
         np.testing.assert_allclose(record.variance, (record.members / 255).var(axis=0), atol=1e-9)
-
-
-def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:
-    bench.switch()
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jpg").write_text("text")
-    config = _config(tmp_path / "in", tmp_path / "out", 1).model_copy(update={"ray_address": bench.address})
-    with pytest.raises(DatamergeError, match="at least one usable group"):
-        merge(config)
