@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
-from merge_service.planning import PartTask, ShardTask, part_items
+from merge_service.planning import ShardTask
 from merge_service.work import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location
 
@@ -125,10 +125,10 @@ def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWri
 def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
     plan = prepared.plan
     task = plan.task(0)
-    items = part_items(task.groups, plan.order)[:SAMPLES_AT_ONCE]
-    worker.part(PartTask(0, items))
+    items = plan.part(0, 0)[:SAMPLES_AT_ONCE]
+    worker.part(items)
     started = time.perf_counter()
-    partial = worker.part(PartTask(0, items))
+    partial = worker.part(items)
     seconds = time.perf_counter() - started
     result = worker.complete(task, partial)
     _check_usable(result.groups, prepared)

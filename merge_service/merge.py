@@ -14,8 +14,8 @@ from adversarial import Head, load_head
 from console import Progress
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.grouping import by_class, clusters_of
-from merge_service.planning import Plan, ShardTask, make_plan, pixels_shape
+from merge_service.grouping import Group, by_class, clusters_of
+from merge_service.planning import Plan, make_plan, pixels_shape
 from merge_service.retry import PatientLocation, explain, is_hopeless
 from merge_service.rounds import ResolvedEncoder, resolve
 from merge_service.work import WorkerSetup
@@ -156,7 +156,7 @@ def _run_stage(
     rejects: list[Reject] = []
     aside: list[SetAside] = []
     attack_seconds = 0.0
-    left = sum(len(plan.task(shard).groups) for shard in shards)
+    left = sum(len(plan.groups_of(shard)) for shard in shards)
     try:
         ray_stage.start(config)
         setup = worker_setup(prepared, writer, ray_stage.device(config, local_device(config)))
@@ -167,7 +167,7 @@ def _run_stage(
                 else:
                     rejects += result.rejects
                     attack_seconds += result.attack_seconds
-                progress.advance(len(plan.task(result.shard).groups), _note(earlier + len(rejects), aside))
+                progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # What is committed stays; say so in the manifest before anything else is said, if there is room to.
@@ -277,12 +277,12 @@ def _note(rejected: int, aside: Sequence[SetAside]) -> str:
 def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str:
     """One line on the shards that could not be done: which samples, how often tried, why."""
 
-    def names(task: ShardTask) -> str:
-        first, last = task.groups[0].samples[0].name, task.groups[-1].samples[-1].name
+    def names(groups: Sequence[Group]) -> str:
+        first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
         return first if first == last else f"{first} … {last}"
 
     told = [
-        f"shard {one.shard:05d} ({names(plan.task(one.shard))}) failed {one.tries} times: {one.reason}"
+        f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
         for one in sorted(aside, key=lambda one: one.shard)[:5]
     ]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""

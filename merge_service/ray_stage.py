@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from merge_service.config import MergeConfig
-from merge_service.planning import PartTask, Plan
+from merge_service.planning import Items, Plan
 from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
 from merge_service.sample_groups import Partial
 from merge_service.work import ShardResult, ShardWorker, WorkerSetup
@@ -82,9 +82,9 @@ class _RayWorker(ShardWorker):
         self.prepare()
         return str(ray.get_runtime_context().get_node_id())
 
-    def part_apart(self, task: PartTask) -> tuple[None, Partial]:
+    def part_apart(self, items: Items) -> tuple[None, Partial]:
         """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
-        return None, self.part(task)
+        return None, self.part(items)
 
 
 @dataclass(eq=False)
@@ -283,12 +283,11 @@ class _Shards(_Stage):
         self._partials: dict[int, dict[int, Any]] = {}
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
-        task = self._plan.task(piece.shard)
         if piece.completes:
             parts = self._partials[piece.shard]
-            return actor.complete.remote(task, *(parts[part] for part in sorted(parts)))
+            return actor.complete.remote(self._plan.task(piece.shard), *(parts[part] for part in sorted(parts)))
         if piece.part is None:
-            return actor.run.remote(task)
+            return actor.run.remote(self._plan.task(piece.shard))
         done, partial = actor.part_apart.options(num_returns=2).remote(self._plan.part(piece.shard, piece.part))
         self._partials.setdefault(piece.shard, {})[piece.part] = partial
         return done

@@ -19,7 +19,7 @@ from adversarial import Encoder, Head, load_encoder
 from merge_service.adversarial_groups import Attacker
 from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
-from merge_service.planning import PartTask, ShardTask, part_items
+from merge_service.planning import Items, ShardTask
 from merge_service.precision import compare
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import Accumulator, Partial
@@ -68,8 +68,8 @@ class ShardWorker:
         self._attacker: Attacker | None = None
         self._accumulator: Accumulator | None = None
 
-    def prepare(self) -> str:
-        """Load encoders; returns the name of the machine.
+    def prepare(self) -> None:
+        """Load encoders.
 
         Raises:
             ConfigError: other weights than the plan was made with, or no GPU.
@@ -87,12 +87,11 @@ class ShardWorker:
             if self._config.grouping == "adversarial" and self._encoder is not None:
                 self._attacker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
             self._accumulator = Accumulator(self._config, layout, self._reader, self._encoder)
-        return socket.gethostname()
 
     def run(self, task: ShardTask) -> ShardResult:
         """Merge one shard and commit it."""
         if self._attacker is None:
-            return self.complete(task, self.part(PartTask(task.shard, part_items(task.groups, {}))))
+            return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
         images = self._reader.read([group.samples[0] for group in task.groups])
         usable = []
@@ -114,12 +113,12 @@ class ShardWorker:
             seconds = time.monotonic() - started
         return self._commit(task, records, rejects, seconds)
 
-    def part(self, task: PartTask) -> Partial:
+    def part(self, items: Items) -> Partial:
         """Add up some samples of a shard."""
         # Reading and adding up alternate, so two parts at a time would only wait for each other's encoder.
         with self._attack_lock:
             self._use_threads()
-            return self._accumulate.add_up(task.items)
+            return self._accumulate.add_up(items)
 
     def complete(self, task: ShardTask, *partials: Partial) -> ShardResult:
         """Put the parts of a shard together, in their order, and commit it."""
