@@ -67,10 +67,8 @@ def apgd(
     It takes `settings.steps` + 1 gradients.
     """
     ball = Ball.around(clean, settings.epsilon, settings.on_grid)
-    start = ball.centre
-    radius = settings.start_radius
-    if settings.random_start:
-        start = ball.random_start(settings.epsilon if radius is None else radius, generators)
+    radius = settings.epsilon if settings.start_radius is None else settings.start_radius
+    start = ball.start(settings.random_start, radius, generators)
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
         if settings.steps == 0:
