@@ -1,12 +1,16 @@
 """Encoders that take [0, 1] pixels, what attacks maximise, and the attacks."""
 
+from adversarial.apgd import APGD, apgd
+from adversarial.attacks import gradient_sign, run_attack
+from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_generators
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from adversarial.heads import Head, head_from_arrays, load_head
 from adversarial.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
-from adversarial.pgd import PGD, Attacked, NonFiniteGradient, attack, sample_generators
+from adversarial.pgd import PGD, attack
 from adversarial.specs import parse_spec, with_checkpoint
 
 __all__ = [
+    "APGD",
     "OBJECTIVES",
     "PGD",
     "Attacked",
@@ -15,12 +19,16 @@ __all__ = [
     "NonFiniteGradient",
     "Objective",
     "ObjectiveName",
+    "Precision",
+    "apgd",
     "attack",
     "cross_entropy",
+    "gradient_sign",
     "head_from_arrays",
     "load_encoder",
     "load_head",
     "parse_spec",
+    "run_attack",
     "sample_generators",
     "save_encoder",
     "squared_error",

@@ -7,48 +7,68 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adversarial import PGD, ObjectiveName
+from adversarial import APGD, PGD, ObjectiveName
 from console import Fraction, Settings
 from storage_schemas.manifest import EncodingName, Format
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Grouping = Literal["adversarial", "label", "cluster", "column"]
+Targets = Literal["embedding", "label", "both"]
+
+DEFAULT_MEMBERS = 10
 
 
 class MergeConfig(Settings):
     """Everything `datamerge merge` can be told."""
 
-    source: str = Field(description="Folder of images, Parquet file or folder of them; path or fsspec URL.")
+    source: str = Field(description="Images: folder, Parquet, tars, .npz, IDX, python:MODULE:FACTORY; path or URL.")
     artifact: str = Field(description="Where the artifact goes; path or fsspec URL.")
-    grouping: Literal["adversarial", "label"] = Field("adversarial", description="What makes samples a group.")
+    grouping: Grouping = Field("adversarial", description="What makes samples a group.")
     members: PositiveInt | None = Field(
-        None, description="Samples N in a group: adversarial images of one photo (10), or of a class (all of it)."
+        None,
+        description="Samples N in a group: adversarial images of one photo (10), of a class (all), of a cluster.",
     )
-    encoder: str | None = Field(None, description="Encoder spec, e.g. open_clip:ViT-B-32/openai; attacked.")
+    clusters: PositiveInt | None = Field(None, description="k-means clusters of a class.")
+    cluster_by: Literal["pixels", "embedding"] = Field("pixels", description="Space in which k-means runs.")
+    group_column: str | None = Field(None, description="Column of the source whose values name the groups.")
+    targets: Targets | None = Field(
+        None, description="What records train towards; embedding for adversarial groups, label for others."
+    )
+    encoder: str | None = Field(None, description="Encoder spec or folder of a training run; attacked.")
+    target_encoder: str | None = Field(None, description="Encoder of the targets, if not the attacked one.")
     head: str | None = Field(None, description="Class head for --objective cross_entropy, stored in the artifact.")
     class_names: str | None = Field(None, description="File with one class name a line, for a zero-shot head.")
     objective: ObjectiveName = Field("squared_error", description="Loss the attack maximises.")
+    attack: Literal["pgd", "apgd"] = Field("pgd", description="pgd, or apgd with its own step sizes.")
     epsilon: Fraction = Field("2/255", description="Radius of the l-inf ball, a fraction of the pixel range.")
     steps: Annotated[int, Field(ge=0)] = Field(10, description="Gradient steps of the attack.")
-    step_size: Fraction = Field("1/255", description="Length of a step, a fraction of the pixel range.")
+    step_size: Fraction = Field("1/255", description="Length of a PGD step, a fraction of the pixel range.")
     random_start: bool = Field(True, description="Start at a random point of the ball.")
+    start_radius: Fraction | None = Field(None, description="Radius of the random start, if not epsilon.")
+    restarts: PositiveInt = Field(1, description="Attacks of each member, of which the strongest is kept.")
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field("float32", description="Forward pass of the attack.")
     format: Format = Field("zarr", description="Physical form of the shards.")
     encoding: EncodingName | None = Field(None, description="uint8_moments on the grid, float32 off it.")
     groups_per_shard: PositiveInt = Field(256, description="Groups in a shard, the unit of work and of retry.")
     keep_members: bool = Field(False, description="Store the members too, as 8-bit images.")
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
-    shape: str | None = Field(None, description="Pixels CxHxW for label groups; the first image's by default.")
+    shape: str | None = Field(None, description="Pixels CxHxW where no encoder says; the first image's by default.")
+    resize: bool = Field(True, description="Resize and crop images of other sizes; else they are rejected.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")
     license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+\-]+$")] | None = Field(
         None, description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0."
     )
     limit: PositiveInt | None = Field(None, description="Use the first LIMIT samples only.")
-    image_column: str | None = Field(None, description="Parquet column with the images.")
-    label_column: str | None = Field(None, description="Parquet column with the labels.")
+    image_column: str | None = Field(None, description="Column with the images.")
+    label_column: str | None = Field(None, description="Column with the labels.")
     batch_size: PositiveInt = Field(64, description="Images in one forward pass of the attack.")
-    threads: PositiveInt = Field(1, description="CPU threads of a worker; more threads, other rounding.")
+    threads: PositiveInt = Field(1, description="Threads of an encoder on a CPU; more threads, other rounding.")
+    compile: bool = Field(False, description="Run encoders through torch.compile.")
     # What follows changes how fast the work is done, never what is written.
-    workers: PositiveInt | None = Field(None, description="Ray workers; as many as fit by default.")
+    max_workers: PositiveInt | None = Field(None, description="Ray workers; as many as fit by default.")
+    num_cpus: PositiveInt | None = Field(None, description="CPUs of a worker; its threads by default.")
+    num_gpus: Annotated[float, Field(gt=0)] | None = Field(None, description="GPUs of a worker, e.g. 0.5; 1.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where encoders run.")
     ray_address: str | None = Field(None, description="Ray cluster to use; one is started here by default.")
     max_rejected: Annotated[int, Field(ge=0)] | None = Field(
@@ -57,36 +77,111 @@ class MergeConfig(Settings):
 
     @model_validator(mode="after")
     def _combinations(self) -> MergeConfig:
-        if self.grouping == "adversarial" and self.encoder is None:
-            raise ValueError("encoder: adversarial groups need one; add --encoder, e.g. open_clip:ViT-B-32/openai")
-        if self.grouping == "adversarial" and self.shape is not None:
-            raise ValueError("shape: adversarial groups have the encoder's; leave it out")
-        if self.grouping == "label" and self.keep_clean:
-            raise ValueError("keep_clean: label groups have no clean image; leave it out")
-        if self.grouping == "label" and self.keep_members and self.members is None:
-            raise ValueError("keep_members: a whole class is too much to keep; give --members N for smaller groups")
-        if not self.grid and self.encoding == "uint8_moments":
-            raise ValueError("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
-        if not self.grid and self.keep_members:
-            raise ValueError("keep_members: members are stored as 8-bit images; drop --no-grid")
+        for problem in (*self._grouping_problems(), *self._encoder_problems(), *self._pixel_problems()):
+            raise ValueError(problem)
         return self
 
+    def _grouping_problems(self) -> list[str]:
+        problems = []
+        if self.grouping == "cluster" and (self.clusters is None) == (self.members is None):
+            problems.append(
+                "clusters: cluster groups need --clusters K a class, or --members N of an average cluster"
+            )
+        if self.grouping != "cluster" and self.clusters is not None:
+            problems.append(f"clusters: {self.grouping} groups have none; add --grouping cluster")
+        if self.grouping != "cluster" and self.cluster_by != "pixels":
+            problems.append(f"cluster_by: {self.grouping} groups have no clusters; add --grouping cluster")
+        if self.grouping == "column" and self.group_column is None:
+            problems.append("group_column: column groups need its name; add --group-column NAME")
+        if self.grouping != "column" and self.group_column is not None:
+            problems.append(f"group_column: {self.grouping} groups have none; add --grouping column")
+        if self.grouping == "column" and self.members is not None:
+            problems.append("members: column groups have those that the column gives them; leave it out")
+        if self.grouping != "adversarial" and self.keep_clean:
+            problems.append(f"keep_clean: {self.grouping} groups have no clean image; leave it out")
+        if self.grouping == "label" and self.keep_members and self.members is None:
+            problems.append("keep_members: a whole class is too much to keep; give --members N for smaller groups")
+        if self.grouping in ("cluster", "column") and self.keep_members:
+            problems.append(f"keep_members: {self.grouping} groups differ in size; leave it out")
+        return problems
+
+    def _encoder_problems(self) -> list[str]:
+        problems = []
+        if self.encoder is None and self.grouping == "adversarial":
+            problems.append("encoder: adversarial groups need one; add --encoder, e.g. open_clip:ViT-B-32/openai")
+        elif self.encoder is None and self.needs_encoder:
+            problems.append("encoder: embeddings need one; add --encoder, e.g. open_clip:ViT-B-32/openai")
+        if self.encoder is not None and not self.needs_encoder:
+            problems.append(
+                f"encoder: {self.grouping} groups with label targets use none; drop it, or add --targets embedding"
+            )
+        if self.encoder is not None and self.shape is not None:
+            problems.append("shape: pixels have the encoder's; leave it out")
+        if self.target_encoder is not None and self.grouping != "adversarial":
+            problems.append(f"target_encoder: {self.grouping} groups are not attacked; give --encoder alone")
+        return problems
+
+    def _pixel_problems(self) -> list[str]:
+        problems = []
+        if not self.random_start and self.start_radius is not None:
+            problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
+        if not self.random_start and self.restarts > 1:
+            problems.append("restarts: without a random start they would all be the same; drop one of the two")
+        if not self.grid and self.encoding == "uint8_moments":
+            problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
+        if not self.grid and self.keep_members:
+            problems.append("keep_members: members are stored as 8-bit images; drop --no-grid")
+        return problems
+
     @property
-    def pgd(self) -> PGD:
+    def needs_encoder(self) -> bool:
+        """Whether any step runs an encoder."""
+        return (
+            self.grouping == "adversarial"
+            or self.stores_embedding
+            or (self.grouping == "cluster" and self.cluster_by == "embedding")
+        )
+
+    @property
+    def resolved_targets(self) -> Targets:
+        """What records train towards."""
+        if self.targets is not None:
+            return self.targets
+        if self.grouping != "adversarial":
+            return "label"
+        return "both" if self.objective == "cross_entropy" else "embedding"
+
+    @property
+    def stores_embedding(self) -> bool:
+        """Whether records hold an embedding."""
+        return self.resolved_targets != "label"
+
+    @property
+    def attack_settings(self) -> PGD | APGD:
         """The attack's settings."""
+        start_radius = None if self.start_radius is None else ExactFraction(self.start_radius)
+        if self.attack == "apgd":
+            return APGD(ExactFraction(self.epsilon), self.steps, self.random_start, self.grid, start_radius)
         return PGD(
             epsilon=ExactFraction(self.epsilon),
             step_size=ExactFraction(self.step_size),
             steps=self.steps,
             random_start=self.random_start,
             on_grid=self.grid,
+            start_radius=start_radius,
         )
 
     @property
     def group_size(self) -> int | None:
-        """Members of a group; None for all of a class."""
-        return self.members or (10 if self.grouping == "adversarial" else None)
+        """Members of a group; None where the data decides."""
+        return self.members or (DEFAULT_MEMBERS if self.grouping == "adversarial" else None)
 
     @property
     def resolved_encoding(self) -> EncodingName:
+        """How moments are stored."""
         return self.encoding or ("uint8_moments" if self.grid else "float32")
+
+    @property
+    def cpus(self) -> int:
+        """CPUs a worker asks Ray for."""
+        return self.num_cpus or self.threads

@@ -3,102 +3,132 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from adversarial import Encoder, Head
+from adversarial import PGD, Encoder, Head
 from merge_service.config import MergeConfig
+from merge_service.grouping import Group, assignment_sha256, make_groups
+from merge_service.rounds import ResolvedEncoder
+from merge_service.work_queue import Piece
 from sources import BadImage, Sample, Source, decode, native_shape
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
 from storage_schemas.moments import LEVELS, scatter_dtype, sum_dtype
 
 # Bytes depend on these: decoding, resizing and arithmetic.
 VERSIONED = ("datamerge", "numpy", "pillow", "torch")
+# A shard of given samples is cut into parts of this many, which different workers add up.
+PART_SAMPLES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Samples that become one record."""
-
-    key: str
-    samples: tuple[Sample, ...]
-    label: int | None
+Items = tuple[tuple[int, int, Sample], ...]
+"""Samples of a shard in the source's order: (index of the group, position in the group, sample)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One unit of work: the groups of one shard."""
+    """One unit of work: the groups of one shard.
+
+    Attributes:
+        items: all its samples, if they are given and few enough for one piece.
+    """
 
     shard: int
     groups: tuple[Group, ...]
+    items: Items = ()
 
 
 @dataclass(frozen=True)
 class Plan:
     """All that is known before the first shard."""
 
-    tasks: Sequence[ShardTask]
+    groups: Sequence[Group]
+    order: Mapping[str, int]
     layout: Layout
     provenance: dict[str, Any]
     shape: tuple[int, int, int]
+    in_parts: bool
+    _sorted: dict[int, Items] = field(default_factory=dict)
+
+    def groups_of(self, shard: int) -> tuple[Group, ...]:
+        """The groups of a shard."""
+        first = shard * self.layout.groups_per_shard
+        return tuple(self.groups[first : first + self.layout.groups_per_shard])
+
+    def task(self, shard: int) -> ShardTask:
+        """A shard as a worker gets it."""
+        whole = self.in_parts and self.parts(shard) == 1
+        return ShardTask(shard, self.groups_of(shard), self.part(shard, 0) if whole else ())
+
+    def parts(self, shard: int) -> int:
+        """Parts that the samples of a shard are cut into; 1 for a shard that is done in one go."""
+        if not self.in_parts:
+            return 1
+        return max(1, -(-sum(len(group.samples) for group in self.groups_of(shard)) // PART_SAMPLES))
+
+    def part(self, shard: int, part: int) -> Items:
+        """Part of a shard: a run of its samples in the source's order, so that files are read from front to back."""
+        if shard not in self._sorted:
+            self._sorted.clear()  # one shard's list is enough: its parts are handed out one after the other
+            self._sorted[shard] = self._in_order(self.groups_of(shard))
+        return self._sorted[shard][part * PART_SAMPLES : (part + 1) * PART_SAMPLES]
+
+    def pieces(self, shards: Sequence[int]) -> Iterator[Piece]:
+        """The pieces of work that these shards begin with."""
+        for shard in shards:
+            parts = self.parts(shard)
+            if parts == 1:
+                yield Piece(shard)
+            else:
+                yield from (Piece(shard, part) for part in range(parts))
+
+    def _in_order(self, groups: Sequence[Group]) -> Items:
+        items = [
+            (index, position, sample)
+            for index, group in enumerate(groups)
+            for position, sample in enumerate(group.samples)
+        ]
+        return tuple(sorted(items, key=lambda item: self.order[item[2].key]))
 
 
-def make_plan(config: MergeConfig, source: Source, encoder: Encoder | None, head: Head | None) -> Plan:
+def make_plan(
+    config: MergeConfig,
+    source: Source,
+    encoder: ResolvedEncoder | None,
+    target_encoder: ResolvedEncoder | None,
+    head: Head | None,
+    clusters: Mapping[int, Sequence[int]] | None = None,
+) -> Plan:
     """Plan groups, shards, arrays and provenance.
 
     Raises:
         ConfigError, SourceError: settings that do not go with the data.
     """
-    groups = _label_groups(config, source) if config.grouping == "label" else _single_groups(source)
+    groups = make_groups(config, source, clusters)
+    loaded = (target_encoder or encoder) if config.needs_encoder else None
     if config.objective == "cross_entropy" and config.grouping == "adversarial":
-        _check_labels(groups, encoder, head)
-    shape = encoder.input_shape if encoder and config.grouping == "adversarial" else _shape(config, source)
+        _check_classes(groups, encoder.encoder if encoder else None, head)
+    shape = loaded.encoder.input_shape if loaded else pixels_shape(config, source)
     layout = Layout(
         format=config.format,
         encoding=config.resolved_encoding,
-        arrays=tuple(_arrays(config, shape, groups, encoder)),
+        arrays=tuple(_arrays(config, shape, groups, loaded.encoder if loaded else None)),
         groups=len(groups),
         groups_per_shard=min(config.groups_per_shard, len(groups)),
     )
-    per_shard = layout.groups_per_shard
-    tasks = [
-        ShardTask(shard, tuple(groups[shard * per_shard : (shard + 1) * per_shard])) for shard in range(layout.shards)
-    ]
-    return Plan(tasks, layout, _provenance(config, source, encoder, head, shape), shape)
+    provenance = _provenance(config, source, encoder, target_encoder, head, shape)
+    if config.grouping == "cluster":
+        provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
+    in_parts = config.grouping != "adversarial"
+    order = {sample.key: index for index, sample in enumerate(source.samples)} if in_parts else {}
+    return Plan(groups, order, layout, provenance, shape, in_parts)
 
 
-def _single_groups(source: Source) -> list[Group]:
-    return [Group(sample.key, (sample,), sample.label) for sample in source.samples]
-
-
-def _label_groups(config: MergeConfig, source: Source) -> list[Group]:
-    """Every class, or random runs of `members` of it."""
-    classes: dict[int, list[Sample]] = {}
-    for sample in source.samples:
-        if sample.label is None:
-            raise ConfigError(
-                f"{source.url}: label groups need labels, {sample.name} has none; expected one sub-folder "
-                "a class, or a Parquet label column (--label-column)"
-            )
-        classes.setdefault(sample.label, []).append(sample)
-    groups = []
-    for label in sorted(classes):
-        samples = classes[label]
-        size = config.group_size or len(samples)
-        if size < len(samples):
-            order = np.random.default_rng(np.random.SeedSequence([config.seed, label])).permutation(len(samples))
-            samples = [samples[index] for index in order]
-        for start in range(0, len(samples), size):
-            key = f"class-{label:05d}-{start // size:06d}"
-            groups.append(Group(key, tuple(samples[start : start + size]), label))
-    return groups
-
-
-def _check_labels(groups: Sequence[Group], encoder: Encoder | None, head: Head | None) -> None:
+def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None) -> None:
     classes = len(head.weight) if head else (encoder.embedding_dim if encoder else 0)
     for group in groups:
         if group.label is None:
@@ -110,8 +140,8 @@ def _check_labels(groups: Sequence[Group], encoder: Encoder | None, head: Head |
             )
 
 
-def _shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
-    """Pixels of label groups: as told, else as the first image that can be decoded."""
+def pixels_shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
+    """Pixels where no encoder says: as told, else as the first image that can be decoded."""
     if config.shape is not None:
         parts = config.shape.lower().split("x")
         if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[0] not in "13":
@@ -119,8 +149,9 @@ def _shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
         return int(parts[0]), int(parts[1]), int(parts[2])
     for sample in source.samples:
         try:
-            shape = native_shape(source.reader.read(sample))
-            decode(source.reader.read(sample), shape)
+            data = source.reader.read(sample)
+            shape = native_shape(data)
+            decode(data, shape)
         except (BadImage, OSError):
             continue
         return shape
@@ -135,13 +166,13 @@ def _arrays(
     if config.resolved_encoding == "float32":
         arrays = [ArraySpec.of(name, np.dtype(np.float32), shape) for name in ("mean", "mean_square")]
     else:
-        radius = math.floor(config.pgd.epsilon * LEVELS)
+        radius = math.floor(config.attack_settings.epsilon * LEVELS)
         spread = min(LEVELS, 2 * radius) if adversarial else LEVELS
         arrays = [
             ArraySpec.of("sum", sum_dtype(largest), shape),
             ArraySpec.of("scatter", scatter_dtype(largest, spread), shape),
         ]
-    if adversarial and encoder is not None:
+    if config.stores_embedding and encoder is not None:
         arrays.append(ArraySpec(name="target", dtype="float32", shape=(encoder.embedding_dim,)))
     if config.keep_members:
         arrays.append(ArraySpec(name="members", dtype="uint8", shape=(largest, *shape)))
@@ -151,7 +182,12 @@ def _arrays(
 
 
 def _provenance(
-    config: MergeConfig, source: Source, encoder: Encoder | None, head: Head | None, shape: tuple[int, int, int]
+    config: MergeConfig,
+    source: Source,
+    encoder: ResolvedEncoder | None,
+    target_encoder: ResolvedEncoder | None,
+    head: Head | None,
+    shape: tuple[int, int, int],
 ) -> dict[str, Any]:
     """What the groups are made from and how. `url` and `spec` say where things were; hashes say what they were."""
     provenance: dict[str, Any] = {
@@ -162,31 +198,54 @@ def _provenance(
             "fingerprint": source.fingerprint,
             "class_names": list(source.class_names),
         },
-        "preprocessing": {"shape": list(shape), "resize": "bicubic, shorter side", "crop": "centre"},
-        "grouping": {"kind": config.grouping, "members": config.group_size},
+        "preprocessing": {
+            "shape": list(shape),
+            **({"resize": "bicubic, shorter side", "crop": "centre"} if config.resize else {"resize": "none"}),
+        },
+        "grouping": _grouping(config),
+        "targets": config.resolved_targets,
         "seed": config.seed,
-        "numerics": {"batch_size": config.batch_size, "threads": config.threads, "dtype": "float32"},
+        "numerics": {
+            "batch_size": config.batch_size,
+            "threads": config.threads,
+            "dtype": config.precision,
+            "compiled": config.compile,
+        },
         "versions": {name: version(name) for name in VERSIONED},
     }
-    if config.grouping == "adversarial" and encoder is not None:
-        provenance["encoder"] = {
-            "spec": encoder.spec,
-            "sha256": encoder.sha256,
-            "random_weights": encoder.random_weights,
-            "embedding_dim": encoder.embedding_dim,
-        }
-        provenance["attack"] = {
-            "kind": "pgd",
-            "norm": "linf",
-            "objective": config.objective,
-            "epsilon": config.epsilon,
-            "step_size": config.step_size,
-            "steps": config.steps,
-            "random_start": config.random_start,
-            "grid": config.grid,
-        }
+    if config.needs_encoder and encoder is not None:
+        provenance["encoder"] = (target_encoder or encoder).provenance()
+        if target_encoder is not None:
+            provenance["attacked_encoder"] = encoder.provenance()
+    if config.grouping == "adversarial":
+        provenance["attack"] = _attack(config)
     if config.license is not None:
         provenance["license"] = config.license
     if head is not None:
         provenance["head"] = {"spec": config.head, "classes": len(head.weight)}
     return provenance
+
+
+def _grouping(config: MergeConfig) -> dict[str, Any]:
+    grouping: dict[str, Any] = {"kind": config.grouping, "members": config.group_size}
+    if config.grouping == "cluster":
+        grouping |= {"clusters": config.clusters, "space": config.cluster_by}
+    if config.grouping == "column":
+        grouping |= {"column": config.group_column}
+    return grouping
+
+
+def _attack(config: MergeConfig) -> dict[str, Any]:
+    settings = config.attack_settings
+    return {
+        "kind": config.attack,
+        "norm": "linf",
+        "objective": config.objective,
+        "epsilon": config.epsilon,
+        **({"step_size": config.step_size} if isinstance(settings, PGD) else {}),
+        "steps": config.steps,
+        "random_start": config.random_start,
+        "start_radius": config.start_radius or config.epsilon,
+        "restarts": config.restarts,
+        "grid": config.grid,
+    }

@@ -1,48 +1,47 @@
-"""One shard, from raw images to its commit: a plain object without Ray, so that it can be called from anywhere.
+"""What a worker does, as a plain object without Ray: whole shards, parts of shards, clusters of a class.
 
-Shapes: G groups of a batch, N members, C H W pixels, K embedding.
+Two calls may run at the same time, in two threads: while one attacks, the other writes what it has attacked and
+decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most.
 """
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from adversarial import (
-    OBJECTIVES,
-    Attacked,
-    Encoder,
-    Head,
-    NonFiniteGradient,
-    attack,
-    load_encoder,
-    sample_generators,
-)
+from adversarial import Encoder, Head, load_encoder
+from merge_service.adversarial_groups import Attacker
+from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
-from merge_service.planning import Group, ShardTask
-from sources import BadImage, Reader, Sample, decode
-from storage_schemas import ArtifactWriter, Commit, ConfigError, ExactMoments, Record, Reject, two_pass_moments
-from storage_schemas.moments import LEVELS
-from storage_schemas.record import Array, encode_exact
-
-Pixels = npt.NDArray[np.uint8]
+from merge_service.planning import Items, ShardTask
+from merge_service.precision import compare
+from merge_service.reading import PixelReader
+from merge_service.sample_groups import Accumulator, Partial
+from sources import Reader, Sample
+from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
 
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker needs to start; sent once."""
+    """What a worker needs to start; sent once.
+
+    Attributes:
+        encoder, target_encoder: (spec, sha256) to load, None where not needed.
+        writer: None before the plan is made, when only clusters are asked for.
+    """
 
     config: MergeConfig
-    writer: ArtifactWriter
+    writer: ArtifactWriter | None
     reader: Reader
     shape: tuple[int, int, int]
-    encoder_sha256: str | None
+    encoder: tuple[str, str] | None
+    target_encoder: tuple[str, str] | None
     head: Head | None
     device: str
 
@@ -55,184 +54,133 @@ class ShardResult:
     groups: int
     rejects: tuple[Reject, ...]
     attack_seconds: float
-    seconds: float
 
 
 class ShardWorker:
-    """Merges shards, one after the other, with one encoder in memory."""
+    """Merges shards with one encoder in memory. `prepare` comes first."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
         self._config = setup.config
-        self._encoder = _load(setup)
-        self._attack_seconds = 0.0
+        self._attack_lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._reader = PixelReader(setup.reader, setup.shape, setup.config.resize, setup.config.cpus)
+        self._encoder: Encoder | None = None
+        self._attacker: Attacker | None = None
+        self._accumulator: Accumulator | None = None
+
+    def prepare(self) -> None:
+        """Load encoders.
+
+        Raises:
+            ConfigError: other weights than the plan was made with, or no GPU.
+        """
+        setup = self._setup
+        if setup.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device cuda: torch sees no GPU on {socket.gethostname()}; use --device cpu")
+        self._use_threads()
+        target = _load(setup.target_encoder, setup.device) if setup.target_encoder else None
+        self._encoder = _load(setup.encoder, setup.device) if setup.encoder else None
+        if setup.head is not None:
+            setup.head.to(setup.device)
+        if setup.writer is not None:
+            layout = setup.writer.layout
+            if self._config.grouping == "adversarial" and self._encoder is not None:
+                self._attacker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
+            self._accumulator = Accumulator(self._config, layout, self._reader, self._encoder)
 
     def run(self, task: ShardTask) -> ShardResult:
         """Merge one shard and commit it."""
-        started, self._attack_seconds = time.monotonic(), 0.0
+        if self._attacker is None:
+            return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
-        make = self._adversarial if self._config.grouping == "adversarial" else self._by_label
-        records = list(make(task.groups, rejects))
-        commit: Commit = self._setup.writer.commit(task.shard, records, rejects)
-        return ShardResult(
-            shard=task.shard,
-            groups=len(commit.records),
-            rejects=commit.rejects,
-            attack_seconds=self._attack_seconds,
-            seconds=time.monotonic() - started,
-        )
-
-    def _read(self, group: Group, sample: Sample, rejects: list[Reject]) -> Pixels | None:
-        try:
-            return decode(self._setup.reader.read(sample), self._setup.shape)
-        except (BadImage, OSError) as error:
-            rejects.append(Reject(key=group.key, sample=sample.name, reason=str(error)))
-            return None
-
-    def _by_label(self, groups: Sequence[Group], rejects: list[Reject]) -> Iterator[Record]:
-        """Groups of given samples: read one by one, added up, forgotten."""
-        for group in groups:
-            kept: list[Pixels] = []
-            used: list[str] = []
-
-            def pixels(group: Group = group, kept: list[Pixels] = kept, used: list[str] = used) -> Iterator[Pixels]:
-                for sample in group.samples:
-                    image = self._read(group, sample, rejects)
-                    if image is not None:
-                        used.append(sample.name)
-                        if self._config.keep_members:
-                            kept.append(image)
-                        yield image
-
-            try:
-                moments = ExactMoments.of(pixels())
-            except ValueError:
-                continue  # no sample could be read: every one of them is in the rejects
-            arrays = encode_exact(moments, self._setup.writer.layout)
-            if self._config.keep_members:
-                arrays["members"] = self._padded(np.stack(kept))
-            yield Record(
-                key=group.key,
-                count=moments.count,
-                encoding=self._setup.writer.layout.encoding,
-                arrays=arrays,
-                label=group.label,
-                samples=tuple(used),
-            )
-
-    def _adversarial(self, groups: Sequence[Group], rejects: list[Reject]) -> Iterator[Record]:
-        """Groups of adversarial images of one photo, attacked in batches that hold whole groups."""
-        members = self._config.group_size or 1
-        per_batch = max(1, self._config.batch_size // members)
-        for start in range(0, len(groups), per_batch):
-            batch = [
-                (group, image)
-                for group in groups[start : start + per_batch]
-                if (image := self._read(group, group.samples[0], rejects)) is not None
+        images = self._reader.read([group.samples[0] for group in task.groups])
+        usable = []
+        for group, image in zip(task.groups, images, strict=True):
+            if isinstance(image, str):
+                rejects.append(Reject(key=group.key, sample=group.samples[0].name, reason=image))
+            else:
+                usable.append((group, image))
+        del images
+        with self._attack_lock:
+            started = time.monotonic()
+            self._use_threads()
+            per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
+            records = [
+                record
+                for start in range(0, len(usable), per_batch)
+                for record in self._attacker.records(usable[start : start + per_batch], rejects)
             ]
-            while batch:
-                try:
-                    yield from self._attack(batch, members)
-                    break
-                except NonFiniteGradient as error:
-                    # Without the bad ones the rest of the batch is fine.
-                    bad = {index // members for index in error.indices}
-                    rejects += [
-                        Reject(key=batch[i][0].key, sample=batch[i][0].samples[0].name, reason="non-finite gradient")
-                        for i in sorted(bad)
-                    ]
-                    batch = [item for i, item in enumerate(batch) if i not in bad]
+            seconds = time.monotonic() - started
+        return self._commit(task, records, rejects, seconds)
 
-    def _attack(self, batch: Sequence[tuple[Group, Pixels]], members: int) -> list[Record]:
-        """Attack G groups at once: the clean images are encoded once, their N members run together."""
-        encoder = self._encoder
-        if encoder is None:
-            raise ConfigError("adversarial groups need an encoder")
-        started = time.monotonic()
-        device = self._setup.device
-        clean8 = np.stack([image for _, image in batch])
-        clean = torch.from_numpy(clean8).to(device).float() / LEVELS
-        with torch.no_grad():
-            embeddings = encoder(clean)
-        model, target = self._model_and_target(encoder, embeddings, [group for group, _ in batch])
-        generators = [g for group, _ in batch for g in sample_generators(self._config.seed, group.key, members)]
-        result = attack(
-            model,
-            clean.repeat_interleave(members, dim=0),
-            target.repeat_interleave(members, dim=0),
-            OBJECTIVES[self._config.objective],
-            self._config.pgd,
-            generators,
-            [f"{group.samples[0].name} (member {i})" for group, _ in batch for i in range(members)],
-        )
-        pixels = result.pixels.cpu().unflatten(0, (len(batch), members))
-        self._attack_seconds += time.monotonic() - started
-        losses = _group_losses(result, members)
-        return [
-            self._record(group, clean8[i], pixels[i], embeddings[i].cpu(), losses[i])
-            for i, (group, _) in enumerate(batch)
-        ]
+    def part(self, items: Items) -> Partial:
+        """Add up some samples of a shard."""
+        # Reading and adding up alternate, so two parts at a time would only wait for each other's encoder.
+        with self._attack_lock:
+            self._use_threads()
+            return self._accumulate.add_up(items)
 
-    def _model_and_target(
-        self, encoder: Encoder, embeddings: Tensor, groups: Sequence[Group]
-    ) -> tuple[nn.Module, Tensor]:
-        if self._config.objective == "squared_error":
-            return encoder, embeddings
-        labels = torch.tensor([group.label for group in groups], device=embeddings.device)
-        head = self._setup.head
-        return (encoder if head is None else nn.Sequential(encoder, head)), labels
+    def complete(self, task: ShardTask, *partials: Partial) -> ShardResult:
+        """Put the parts of a shard together, in their order, and commit it."""
+        whole = Partial()
+        for partial in partials:
+            whole.combine(partial)
+        records, rejects = self._accumulate.records(task, whole)
+        return self._commit(task, records, rejects, 0.0)
 
-    def _record(
-        self, group: Group, clean: Pixels, pixels: Tensor, embedding: Tensor, losses: dict[str, float]
-    ) -> Record:
-        layout = self._setup.writer.layout
-        arrays: dict[str, Array]
-        if self._config.grid:
-            members = (pixels * LEVELS).round().to(torch.uint8).numpy()
-            arrays = encode_exact(ExactMoments.of(members), layout)
-            if self._config.keep_members:
-                arrays["members"] = members
-        else:
-            mean, mean_square = two_pass_moments(pixels.numpy())
-            arrays = {"mean": mean.astype(np.float32), "mean_square": mean_square.astype(np.float32)}
-        if self._config.keep_clean:
-            arrays["clean"] = clean
-        arrays["target"] = embedding.float().numpy()
-        return Record(
-            key=group.key,
-            count=len(pixels),
-            encoding=layout.encoding,
-            arrays=arrays,
-            label=group.label,
-            samples=(group.samples[0].name,),
-            info=losses,
-        )
+    def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
+        """The cluster of every sample of a class."""
+        with self._attack_lock:
+            self._use_threads()
+            encoder = self._encoder if self._config.cluster_by == "embedding" else None
+            seed = (self._config.seed, label)
+            return cluster_class(samples, clusters, seed, self._reader, encoder, self._config.batch_size)
 
-    def _padded(self, members: Pixels) -> Pixels:
-        """Members of a smaller group, filled up with zeros to the stored shape."""
-        spec = self._setup.writer.layout.array("members")
-        missing = (spec.shape[0] if spec else 0) - len(members)
-        return np.pad(members, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    def check_precision(self, task: ShardTask) -> str:
+        """How far the chosen precision is from float32, on the first groups of a shard; a line to print."""
+        if self._attacker is None:
+            return ""
+        members = self._config.group_size or 1
+        groups = task.groups[: max(1, self._config.batch_size // members)]
+        images = self._reader.read([group.samples[0] for group in groups])
+        batch = [(g, image) for g, image in zip(groups, images, strict=True) if not isinstance(image, str)]
+        with self._attack_lock:
+            self._use_threads()
+            return compare(self._attacker, batch, members) if batch else ""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The network that attacks or targets run, if any."""
+        return self._attacker.model if self._attacker is not None else self._encoder
+
+    @property
+    def _accumulate(self) -> Accumulator:
+        if self._accumulator is None:
+            raise ConfigError("this worker was set up before the plan was made")
+        return self._accumulator
+
+    def _commit(
+        self, task: ShardTask, records: Sequence[Record], rejects: Sequence[Reject], seconds: float
+    ) -> ShardResult:
+        writer = self._setup.writer
+        if writer is None:
+            raise ConfigError("this worker was set up before the plan was made")
+        with self._write_lock:
+            commit = writer.commit(task.shard, records, rejects)
+        return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
+
+    def _use_threads(self) -> None:
+        # The setting belongs to the calling thread, and calls come in on several.
+        torch.set_num_threads(self._config.threads)
 
 
-def _group_losses(result: Attacked, members: int) -> list[dict[str, float]]:
-    """Mean objective of each group's members, at the start and at the end of the attack."""
-    start = result.start_loss.view(-1, members).mean(dim=1).tolist()
-    end = result.loss.view(-1, members).mean(dim=1).tolist()
-    return [{"attack_loss_start": a, "attack_loss": b} for a, b in zip(start, end, strict=True)]
-
-
-def _load(setup: WorkerSetup) -> Encoder | None:
-    """The encoder, with the threads its rounding depends on, and the weights the plan was made with."""
-    torch.set_num_threads(setup.config.threads)
-    if setup.config.encoder is None or setup.config.grouping != "adversarial":
-        return None
-    encoder = load_encoder(setup.config.encoder, setup.device)
-    if encoder.sha256 != setup.encoder_sha256:
+def _load(wanted: tuple[str, str], device: str) -> Encoder:
+    """An encoder with the weights that the plan was made with."""
+    spec, sha256 = wanted
+    encoder = load_encoder(spec, device)
+    if encoder.sha256 != sha256:
         raise ConfigError(
-            f"encoder {setup.config.encoder!r}: the weights on this worker have sha256 {encoder.sha256[:12]}…, "
-            f"expected {str(setup.encoder_sha256)[:12]}…; every node needs the same weights"
+            f"encoder {spec!r}: the weights on {socket.gethostname()} have sha256 {encoder.sha256[:12]}…, "
+            f"expected {sha256[:12]}…; every node needs the same weights"
         )
-    if setup.head is not None:
-        setup.head.to(setup.device)
-    return encoder
+    return encoder.requires_grad_(False)

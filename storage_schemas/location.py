@@ -174,7 +174,7 @@ class Location:
     def split(self) -> tuple[Location, str]:
         """The folder that holds this location, and its name there."""
         folder, _, name = self._base.rpartition("/")
-        return Location((folder or ".") + self._query, **self._options), name
+        return Location((folder or ("/" if self._base.startswith("/") else ".")) + self._query, **self._options), name
 
     def _call(self, relative: str, operation: Callable[[str], T]) -> T:
         """Run an operation on a path, with retries and readable errors where it goes over a network."""

@@ -1,0 +1,88 @@
+"""k-means inside one class, in pixels or embeddings; the same clusters whatever the machine's threads.
+
+Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007), by scikit-learn.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from adversarial import Encoder
+from merge_service.reading import PixelReader
+from merge_service.sample_groups import READ_AT_ONCE, embed
+from sources import Sample
+
+FILE = "clusters.json"
+
+
+def cluster_class(
+    samples: Sequence[Sample],
+    clusters: int,
+    seed: Sequence[int],
+    reader: PixelReader,
+    encoder: Encoder | None,
+    batch_size: int,
+) -> list[int]:
+    """The cluster, 0 to `clusters` − 1, of every sample of a class.
+
+    Samples that cannot be read are put into cluster 0: whoever merges it rejects them, with the reason.
+
+    Args:
+        seed: words of the seed sequence for the start.
+        encoder: cluster its embeddings; pixels if None.
+    """
+    features: list[Any] = []
+    positions: list[int] = []
+    for start in range(0, len(samples), READ_AT_ONCE):
+        images = reader.read(samples[start : start + READ_AT_ONCE])
+        usable = [(start + i, image) for i, image in enumerate(images) if not isinstance(image, str)]
+        if not usable:
+            continue
+        pixels = np.stack([image for _, image in usable])
+        positions += [position for position, _ in usable]
+        # 8-bit until all are there: float32 would take four times the memory twice over.
+        features.append(pixels.reshape(len(pixels), -1) if encoder is None else embed(encoder, pixels, batch_size))
+    assignment = [0] * len(samples)
+    if not positions:
+        return assignment
+    found = _k_means(np.concatenate(features).astype(np.float32), min(clusters, len(positions)), seed)
+    for position, cluster in zip(positions, found, strict=True):
+        assignment[position] = cluster
+    return assignment
+
+
+def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, seed: Sequence[int]) -> list[int]:
+    # Here, because scikit-learn takes two seconds that other workers need not wait.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
+    state = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+    # Several threads add up in another order, and the last digit decides ties.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
+        # Fewer distinct points than clusters: the others stay empty and become no group.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = KMeans(clusters, init="k-means++", n_init=1, random_state=state, algorithm="lloyd").fit(features)
+    return [int(label) for label in model.labels_]
+
+
+def to_bytes(identity: str, clusters: Mapping[int, Sequence[int]]) -> bytes:
+    """The assignment as the artifact keeps it, so that a resumed merge need not cluster again."""
+    document = {"identity": identity, "clusters": {str(label): list(found) for label, found in clusters.items()}}
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def from_bytes(data: bytes, identity: str) -> dict[int, list[int]] | None:
+    """The assignment, if it was made from the same samples in the same way."""
+    try:
+        document = json.loads(data)
+        if document["identity"] != identity:
+            return None
+        return {int(label): [int(c) for c in found] for label, found in document["clusters"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

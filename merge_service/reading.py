@@ -1,0 +1,76 @@
+"""Samples to pixels, several at a time; what is wrong with a sample becomes a reject, not an error."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from merge_service.retry import first_line, retrying
+from sources import BadImage, RawImage, Reader, Sample, decode
+
+Pixels = npt.NDArray[np.uint8]
+
+# A remote store answers in tens of milliseconds, whatever the number of requests.
+REMOTE_REQUESTS = 16
+
+
+class PixelReader:
+    """Reads and decodes; one caller at a time, because readers keep open files.
+
+    Args:
+        reader: of the source.
+        shape: (C, H, W) of the pixels.
+        resize: bring images of other sizes to the shape; without, they are unusable.
+        threads: that decode at the same time.
+    """
+
+    def __init__(self, reader: Reader, shape: tuple[int, int, int], resize: bool, threads: int) -> None:
+        self._reader = reader
+        self._shape = shape
+        self._resize = resize
+        self._lock = threading.Lock()
+        requests = REMOTE_REQUESTS if reader.is_remote else threads
+        self._pool = ThreadPoolExecutor(requests, "decode") if requests > 1 else None
+
+    def read(self, samples: Sequence[Sample]) -> list[Pixels | str]:
+        """Pixels uint8 [C, H, W] of every sample, or the reason why there are none.
+
+        Raises:
+            ConnectionError, TimeoutError: a store stays away; that is nobody's fault and must not reject samples.
+        """
+        with self._lock:
+            if self._pool is None:
+                return [self._one(sample) for sample in samples]
+            if self._reader.is_concurrent:
+                return list(self._pool.map(self._one, samples))
+            raw = [self._raw(sample) for sample in samples]
+            return list(self._pool.map(self._decoded, raw))
+
+    def _one(self, sample: Sample) -> Pixels | str:
+        return self._decoded(self._raw(sample))
+
+    def _raw(self, sample: Sample) -> RawImage | BadImage:
+        try:
+            return retrying(lambda: self._read(sample))
+        except (ConnectionError, TimeoutError):
+            raise
+        except OSError as error:
+            return BadImage(first_line(error))
+
+    def _read(self, sample: Sample) -> RawImage | BadImage:
+        try:
+            return self._reader.read(sample)
+        except BadImage as error:
+            return error
+
+    def _decoded(self, raw: RawImage | BadImage) -> Pixels | str:
+        if isinstance(raw, BadImage):
+            return str(raw)
+        try:
+            return decode(raw, self._shape, resize=self._resize)
+        except BadImage as error:
+            return str(error)

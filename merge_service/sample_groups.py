@@ -1,0 +1,174 @@
+"""Groups of given samples: added up part by part, in any order and on any worker, without a difference.
+
+Sums of 8-bit pixels are integers, so partial moments combine exactly. Embeddings are floats: their sums are
+float64 and combined in the order of the parts, which the plan fixes.
+
+Shapes: C H W pixels, K embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from adversarial import Encoder
+from merge_service.config import MergeConfig
+from merge_service.planning import ShardTask
+from merge_service.reading import PixelReader, Pixels
+from sources import Sample
+from storage_schemas import ExactMoments, Layout, Record, Reject
+from storage_schemas.moments import LEVELS
+from storage_schemas.record import Array, encode_exact
+
+# Pixels in memory at a time, besides the sums.
+READ_AT_ONCE = 256
+
+
+@dataclass
+class PartialGroup:
+    """What some of a group's samples add up to.
+
+    Attributes:
+        count, sum, sum_of_squares: as in ExactMoments; int64 [C, H, W].
+        names: (position in the group, name) of the samples that could be used.
+        embedding: sum of their embeddings, float64 [K].
+        members: the pixels by position, where they are kept.
+    """
+
+    count: int = 0
+    sum: npt.NDArray[np.int64] | None = None
+    sum_of_squares: npt.NDArray[np.int64] | None = None
+    names: list[tuple[int, str]] = field(default_factory=list)
+    embedding: npt.NDArray[np.float64] | None = None
+    members: dict[int, Pixels] = field(default_factory=dict)
+
+    def add(self, position: int, name: str, pixels: Pixels) -> None:
+        """Add one sample."""
+        if self.sum is None or self.sum_of_squares is None:
+            self.sum = np.zeros(pixels.shape, np.int64)
+            self.sum_of_squares = np.zeros(pixels.shape, np.int64)
+        self.sum += pixels
+        self.sum_of_squares += np.square(pixels, dtype=np.uint16)  # 255² fits 16 bits
+        self.count += 1
+        self.names.append((position, name))
+
+    def add_embedding(self, embedding: npt.NDArray[np.float64]) -> None:
+        """Add the embedding of one sample, or a sum of them."""
+        self.embedding = embedding if self.embedding is None else self.embedding + embedding
+
+    def combine(self, other: PartialGroup) -> None:
+        """Add what another part found."""
+        if other.sum is None or other.sum_of_squares is None:
+            return
+        self.sum = other.sum if self.sum is None else self.sum + other.sum
+        squares = other.sum_of_squares
+        self.sum_of_squares = squares if self.sum_of_squares is None else self.sum_of_squares + squares
+        self.count += other.count
+        self.names += other.names
+        self.members |= other.members
+        if other.embedding is not None:
+            self.add_embedding(other.embedding)
+
+
+@dataclass
+class Partial:
+    """What some of a shard's samples add up to: groups by their index, and (group, position) → reject."""
+
+    groups: dict[int, PartialGroup] = field(default_factory=dict)
+    rejects: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+
+    def combine(self, other: Partial) -> None:
+        """Add another part."""
+        for index, group in other.groups.items():
+            self.groups.setdefault(index, PartialGroup()).combine(group)
+        self.rejects |= other.rejects
+
+
+class Accumulator:
+    """Adds up samples.
+
+    Args:
+        encoder: whose embeddings become targets; None where labels are enough.
+    """
+
+    def __init__(self, config: MergeConfig, layout: Layout, reader: PixelReader, encoder: Encoder | None) -> None:
+        self._config = config
+        self._layout = layout
+        self._reader = reader
+        self._encoder = encoder
+
+    def add_up(self, items: Sequence[tuple[int, int, Sample]]) -> Partial:
+        """Moments of (group, position, sample) items."""
+        partial = Partial()
+        for start in range(0, len(items), READ_AT_ONCE):
+            some = items[start : start + READ_AT_ONCE]
+            self._add(some, self._reader.read([sample for _, _, sample in some]), partial)
+        return partial
+
+    def _add(
+        self, items: Sequence[tuple[int, int, Sample]], images: Sequence[Pixels | str], partial: Partial
+    ) -> None:
+        usable: list[tuple[PartialGroup, Pixels]] = []
+        for (index, position, sample), image in zip(items, images, strict=True):
+            if isinstance(image, str):
+                partial.rejects[index, position] = (sample.name, image)
+                continue
+            group = partial.groups.setdefault(index, PartialGroup())
+            group.add(position, sample.name, image)
+            if self._config.keep_members:
+                group.members[position] = image
+            usable.append((group, image))
+        if self._encoder is None or not self._config.stores_embedding or not usable:
+            return
+        embeddings = embed(self._encoder, np.stack([image for _, image in usable]), self._config.batch_size)
+        for (group, _), embedding in zip(usable, embeddings, strict=True):
+            group.add_embedding(embedding.astype(np.float64))
+
+    def records(self, task: ShardTask, partial: Partial) -> tuple[list[Record], list[Reject]]:
+        """Records and rejects of a shard, from the moments of all its samples."""
+        rejects = [
+            Reject(key=task.groups[index].key, sample=name, reason=reason)
+            for (index, _), (name, reason) in sorted(partial.rejects.items())
+        ]
+        return [self._record(task, index, partial.groups[index]) for index in sorted(partial.groups)], rejects
+
+    def _record(self, task: ShardTask, index: int, group: PartialGroup) -> Record:
+        if group.sum is None or group.sum_of_squares is None:
+            raise ValueError(f"group {task.groups[index].key} has no sample")
+        arrays: dict[str, Array] = encode_exact(
+            ExactMoments(group.count, group.sum, group.sum_of_squares), self._layout
+        )
+        if self._config.stores_embedding and group.embedding is not None:
+            arrays["target"] = (group.embedding / group.count).astype(np.float32)
+        if self._config.keep_members:
+            arrays["members"] = self._members(group)
+        return Record(
+            key=task.groups[index].key,
+            count=group.count,
+            encoding=self._layout.encoding,
+            arrays=arrays,
+            label=task.groups[index].label,
+            samples=tuple(name for _, name in sorted(group.names)),
+        )
+
+    def _members(self, group: PartialGroup) -> Pixels:
+        """Members in the group's order, filled up with zeros to the stored shape."""
+        members = np.stack([group.members[position] for position in sorted(group.members)])
+        spec = self._layout.array("members")
+        missing = (spec.shape[0] if spec else 0) - len(members)
+        return np.pad(members, ((0, missing), (0, 0), (0, 0), (0, 0)))
+
+
+def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.float32]:
+    """Embeddings float32 [B, K] of pixels uint8 [B, C, H, W], in batches."""
+    device = encoder.mean.device
+    with torch.no_grad():
+        parts = [
+            encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS).float().cpu()
+            for start in range(0, len(images), batch_size)
+        ]
+    return torch.cat(parts).numpy()
