@@ -61,11 +61,12 @@ def test_members_are_fresh_attacks_inside_the_ball(
 
     monkeypatch.setattr(online.OnlineFeed, "__call__", feed)
     assert _run(online, photos, tmp_path / "run").exit_code == 0
-    encoder, seen = load_encoder(SPEC), {}
+    encoder = load_encoder(SPEC)
+    seen: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
         assert batch.members is not None
         for key, member, target in zip(batch.keys, batch.members, batch.target, strict=True):
-            clean = torch.from_numpy(np.asarray(Image.open(photos / key))).permute(2, 0, 1)
+            clean = torch.from_numpy(np.array(Image.open(photos / key))).permute(2, 0, 1)
             assert (member.int() - clean.int()).abs().max() <= 2
             torch.testing.assert_close(encoder(clean[None].float() / 255)[0].detach(), target)
             seen.setdefault(key, []).append(member)

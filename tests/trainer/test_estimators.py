@@ -136,7 +136,8 @@ def test_random_estimates_average_to_the_group_loss_of_a_linear_model(
 
 
 def _group_loss(network: nn.Module, members: Tensor, target: Tensor, scale: float) -> Tensor:
-    return scale * ((network(members) - target) ** 2).sum(1).mean().detach()
+    outputs: Tensor = network(members)
+    return scale * ((outputs - target) ** 2).sum(1).mean().detach()
 
 
 def _all_signs() -> Tensor:
@@ -540,7 +541,8 @@ def test_monte_carlo_over_members_confirms_the_second_order() -> None:
     error = 4.5 * float(excess.std()) / math.sqrt(len(noise))
     assert abs(float(excess.mean()) - oracle) < error + 0.05 * abs(oracle)
     assert error < 0.2 * abs(oracle)
-    pairs = antithetic(network, *_repeat(4096, mean, variance, target), loss, _draws(4096)).loss.detach()
+    means, variances, targets = _repeat(4096, mean, variance, target)
+    pairs = antithetic(network, means, variances, targets, loss, _draws(4096)).loss.detach()
     found = pairs - loss.value(network(mean), target).detach()
     assert abs(float(found.mean()) - oracle) < 4.5 * float(found.std()) / math.sqrt(4096) + 0.05 * abs(oracle)
 

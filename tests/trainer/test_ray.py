@@ -54,7 +54,7 @@ def _cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         address="local",
         num_cpus=3,
         include_dashboard=False,
-        logging_level="ERROR",
+        logging_level=40,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
     )
