@@ -297,16 +297,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeAr
         return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
 
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        before, deadline = reached(), time.monotonic() + 60
-        sitting = subprocess.Popen(
-            process, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        while reached() <= before:
-            assert sitting.poll() is None, sitting.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        sitting.send_signal(number)
-        _, errors = sitting.communicate(timeout=60)
+        before, deadline = reached(), time.monotonic() + 240
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(process, stderr=subprocess.PIPE, text=True, env=environment) as sitting:
+            while reached() <= before and sitting.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            sitting.send_signal(number)
+            _, errors = sitting.communicate(timeout=60)
         assert sitting.returncode == (0 if number == signal.SIGTERM else -number), errors
     assert "run the same command again to continue" in errors
     assert before < reached() < steps
