@@ -86,7 +86,8 @@ def main(encoders: str, draws: int, truth: int, repeats: int, threads: int) -> N
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     click.echo(
         f"`python benchmarks/train_estimators.py --draws {draws} --truth {truth} --repeats {repeats} "
-        f"--threads {threads}`, commit {commit.stdout.strip()}, {date.today()}, {platform.machine()} CPU, torch {torch.__version__}\n"
+        f"--threads {threads}`, commit {commit.stdout.strip()}, {date.today()}, "
+        f"{platform.machine()} CPU, torch {torch.__version__}\n"
     )
     for spec in encoders.split(","):
         _table(Cloud(load_encoder(spec)), spec, draws, truth, repeats)
