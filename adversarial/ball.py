@@ -100,6 +100,10 @@ class Ball:
         """Project onto the ball, in place."""
         return torch.clamp(points, self.lower, self.upper, out=points)
 
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The steepest ascent direction of length 1 in the ball's norm."""
+        return gradient.sign()
+
     def choose(self, start: Tensor, start_loss: Tensor, points: Tensor, loss: Tensor) -> Attacked:
         """`points`, or the start where that has the higher loss: an attack never makes things easier."""
         worse = loss < start_loss

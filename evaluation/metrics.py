@@ -5,7 +5,6 @@ Shapes: B images, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -104,23 +103,6 @@ def correct(
         attacked = attack(model, pixels[chosen], labels[chosen], cross_entropy, settings, generators, names)
         robust[chosen] = _predicts(model, attacked.pixels, labels[chosen], names)
     return clean, robust
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error s/√n with s² = Σ(x − x̄)²/(n − 1); no error for one value."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-
-
-def rate_and_error(hits: Sequence[bool]) -> tuple[float | None, float | None]:
-    """Fraction p of hits and its binomial standard error √(p(1 − p)/n); None for no trials."""
-    if not hits:
-        return None, None
-    rate = sum(hits) / len(hits)
-    return rate, math.sqrt(rate * (1 - rate) / len(hits))
 
 
 def _predicts(model: nn.Module, pixels: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
