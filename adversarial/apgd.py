@@ -2,9 +2,10 @@
 
     z   = Π[ x_t + η_t·d(∇ L(x_t)) ];   x_{t+1} = Π[ x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ],   a = 0.75
 
-d is the sign in the ℓ∞ ball, ∇/‖∇‖₂ in the ℓ2 ball. η starts at 2ε unless told otherwise. At checkpoints, ever closer to each other, a sample's η is halved and its search goes on from its best
-point, if fewer than ρ = 0.75 of the steps since the last checkpoint raised its loss, or if neither η nor the best
-loss has changed since. On the 8-bit grid the best point is rounded inside the ball at the end.
+d is the sign in the ℓ∞ ball, ∇/‖∇‖₂ in the ℓ2 ball. η starts at 2ε unless told otherwise. At checkpoints, ever closer
+to each other, a sample's η is halved and its search goes on from its best point, if fewer than ρ = 0.75 of the steps
+since the last checkpoint raised its loss, or if neither η nor the best loss has changed since. On the 8-bit grid the
+best point is rounded inside the ball at the end.
 
 Shapes: B samples, C H W pixels.
 """

@@ -162,7 +162,7 @@ def check_masking(
         One sentence per failed check: four times the steps from other starts break significantly more images, or
         images survive a ball so large that it holds other images.
     """
-    warnings = []
+    warnings: list[str] = []
     count = len(labels)
     survivors = int(robust.sum())
     if not survivors:

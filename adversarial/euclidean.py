@@ -52,8 +52,9 @@ class EuclideanBall(Ball):
         factor = (self.radius * INWARDS / offsets.flatten(1).norm(dim=1).clamp_min(1e-300)).clamp_max(1)
         inside = self.centre.double() + offsets * factor.view(-1, 1, 1, 1)
         points.copy_(inside)
-        return torch.clamp(points, self.lower, self.upper, out=points)
+        return points.clamp_(0, 1)
 
     def direction(self, gradient: Tensor) -> Tensor:
         """∇/‖∇‖₂ of each sample; 0 where the gradient is 0."""
-        return gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+        length: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return gradient / length.view(-1, 1, 1, 1)

@@ -52,8 +52,7 @@ def make_heads(
         head.check_width(encoder.embedding_dim, f"head {spec!r} for encoder {encoder.spec!r}")
         if names and len(names) != len(head.weight):
             raise ConfigError(
-                f"{class_names}: expected the names of the head's {len(head.weight)} classes, "
-                f"found {len(names)}"
+                f"{class_names}: expected the names of the head's {len(head.weight)} classes, found {len(names)}"
             )
     return heads
 

@@ -57,10 +57,10 @@ def embedding_losses(
     names = [sample.name for sample in samples]
     with torch.no_grad():
         clean = squared_error(encoder(pixels), target)
-    _check_finite(clean, names, "the clean embedding loss")
+    check_finite(clean, names, "the clean embedding loss")
     generators = [sample_generators(seed, sample.key, 1)[0] for sample in samples]
     attacked = attack(encoder, pixels, target, squared_error, settings, generators, names)
-    _check_finite(attacked.loss, names, "the embedding loss under attack")
+    check_finite(attacked.loss, names, "the embedding loss under attack")
     return clean, torch.maximum(clean, attacked.loss)
 
 
@@ -108,11 +108,12 @@ def correct(
 def _predicts(model: nn.Module, pixels: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
     with torch.no_grad():
         logits = model(pixels)
-    _check_finite(logits.sum(dim=1), names, "the sum of logits")
+    check_finite(logits.sum(dim=1), names, "the sum of logits")
     return torch.eq(logits.argmax(dim=1), labels)
 
 
-def _check_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+def check_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+    """Raise DatamergeError that names the samples with a value that is not finite."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = [names[index] for index in torch.nonzero(~finite).flatten().tolist()]

@@ -1,10 +1,10 @@
 """The output folder: every finished piece of work is a file, so that an interrupted evaluation goes on where it was.
 
-    OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
-    OUTPUT/PART/results.json                         zero-shot, embedding, captions or vqa
-    OUTPUT/PART/ARM-HASH/identity.json               settings that determine the numbers; compared on every later call
-    OUTPUT/PART/ARM-HASH/items/NAME.json             one image, question or batch, written whole or not at all
-    OUTPUT/PART/ARM-HASH/images/NAME.png, NAME.npy   adversarial images
+OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
+OUTPUT/PART/results.json                         zero-shot, embedding, captions or vqa
+OUTPUT/PART/ARM-HASH/identity.json               settings that determine the numbers; compared on every later call
+OUTPUT/PART/ARM-HASH/items/NAME.json             one image, question or batch, written whole or not at all
+OUTPUT/PART/ARM-HASH/images/NAME.png, NAME.npy   adversarial images
 """
 
 from __future__ import annotations
