@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -157,8 +158,9 @@ def captions(runs: tuple[str, ...], file: str | None, **flags: Any) -> None:
     A RUN may also be hf:PATH, a Hugging Face CLIP vision model, or `own`, LLaVA's own tower. One JSON file per image
     is stored; the same command again continues.
     """
-    from evaluation.captions import evaluate_captions
-    from evaluation.llava_config import CaptionsConfig
+    with _needs_packages():
+        from evaluation.captions import evaluate_captions
+        from evaluation.llava_config import CaptionsConfig
 
     config = load_settings(CaptionsConfig, file, {**flags, "runs": list(runs) or None})
     check_output(config.output)
@@ -169,8 +171,9 @@ def captions(runs: tuple[str, ...], file: str | None, **flags: Any) -> None:
 @_options(_RUNS, *_VQA_DATA, *_LLAVA, *_WORK)
 def vqa(runs: tuple[str, ...], file: str | None, **flags: Any) -> None:
     """VQAv2 accuracy of LLaVA with each RUN as its vision encoder, clean and under attack; see `captions`."""
-    from evaluation.llava_config import VqaConfig
-    from evaluation.vqa import evaluate_vqa
+    with _needs_packages():
+        from evaluation.llava_config import VqaConfig
+        from evaluation.vqa import evaluate_vqa
 
     config = load_settings(VqaConfig, file, {**flags, "runs": list(runs) or None})
     check_output(config.output)
@@ -204,9 +207,21 @@ def everything(runs: tuple[str, ...], file: str, data: str | None, output: str |
     annotations = "annotations.json"
     images = "coco/val2014"
     """
-    from evaluation.everything import evaluate_all
+    with _needs_packages():
+        from evaluation.everything import evaluate_all
 
     print_rows(evaluate_all(file, list(runs), data=data, output=output, device=device))
+
+
+@contextmanager
+def _needs_packages() -> Iterator[None]:
+    """Imports that a smaller installation may lack."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"`datamerge evaluate` needs the package {error.name!r} for this: pip install 'datamerge[eval]'"
+        ) from None
 
 
 def _split(epsilons: str | None) -> list[str] | None:

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlavaForConditionalGeneration
 
+from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.runs import Run
 from evaluation.towers import Tower, load_tower
 from storage_schemas import ConfigError
@@ -72,10 +73,11 @@ class Llava:
     """
 
     def __init__(self, path: str, run: Run, image_size: int, device: torch.device, arithmetic: Arithmetic) -> None:
+        _prepare()
         dtype = DTYPES[arithmetic]
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+            model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise unreadable(path, error) from None
         if not self.tokenizer.is_fast:
@@ -189,12 +191,13 @@ def count_parameters(path: str) -> int:
     Raises:
         ConfigError: no such model.
     """
+    _prepare()
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "llava":
             raise ConfigError(f"llava {path!r}: expected a model of type llava, found {config.model_type}")
         with torch.device("meta"):
-            model = LlavaForConditionalGeneration(config)
+            model = transformers.LlavaForConditionalGeneration(config)
     except (OSError, ValueError, RuntimeError) as error:
         raise unreadable(path, error) from None
     return sum(parameter.numel() for parameter in model.parameters())
@@ -207,6 +210,12 @@ def unreadable(path: str, error: Exception) -> ConfigError:
         f"llava {path!r}: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found: {reason}; "
         "download it on a connected machine and give its folder with --llava"
     )
+
+
+def _prepare() -> None:
+    """Models of transformers are imported on first use, and with them torchvision; loading them draws bars."""
+    make_torchvision_importable()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _around_image(question: str) -> tuple[str, str]:

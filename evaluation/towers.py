@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from adversarial import load_encoder, weights_sha256
 from evaluation.runs import BASELINE, Run, read_run, warn
@@ -70,7 +69,7 @@ class OpenClipTower(nn.Module):
         if self._block < 0:
             raise ValueError("the embeddings are no layer")
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Tensor, **_: Any) -> Any:
         """Hidden states with the selected one in its place, the others None."""
         found = self.visual.forward_intermediates(
             pixel_values,
@@ -83,7 +82,7 @@ class OpenClipTower(nn.Module):
         tokens = torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
         states: list[Tensor | None] = [None] * (self._layers + 1)
         states[self._block + 1] = tokens
-        return BaseModelOutputWithPooling(hidden_states=cast(Any, tuple(states)))
+        return transformers.modeling_outputs.BaseModelOutputWithPooling(hidden_states=cast(Any, tuple(states)))
 
 
 def read_tower_run(text: str) -> Run:
@@ -121,7 +120,7 @@ def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
     if run.encoder.startswith(HUGGING_FACE):
         name = run.encoder.removeprefix(HUGGING_FACE)
         try:
-            module = CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+            module = transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"RUN {run.name!r}: expected a CLIP vision model of Hugging Face at {name!r}, found "
@@ -188,10 +187,9 @@ def _resize_positions(module: Any, before: int, after: int) -> None:
 
 def _pixel_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation that a checkpoint's image processor normalises with; CLIP's without one."""
-    from transformers import CLIPImageProcessor
 
     try:
-        processor = CLIPImageProcessor.from_pretrained(name)
+        processor = transformers.CLIPImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         return CLIP_MEAN, CLIP_STD
     return list(processor.image_mean), list(processor.image_std)
