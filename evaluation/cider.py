@@ -43,6 +43,7 @@ class CaptionScorer:
         self.tokeniser = PTB if shutil.which("java") else PLAIN
         if self.tokeniser == PLAIN:
             warn(NOT_COMPARABLE)
+        self._tokens: dict[str, str] = {}
         keys = [key for key, captions in references.items() for _ in captions]
         tokens = self._tokenise([caption for captions in references.values() for caption in captions])
         self._references: dict[str, list[str]] = {}
@@ -60,7 +61,12 @@ class CaptionScorer:
 
     def _tokenise(self, captions: Sequence[str]) -> list[str]:
         lines = [caption.replace("\n", " ") for caption in captions]
-        return _ptb(lines) if self.tokeniser == PTB else [_plain(line) for line in lines]
+        # Starting Java takes longer than anything it does here, and models repeat themselves.
+        new = list(dict.fromkeys(line for line in lines if line not in self._tokens))
+        if new:
+            found = _ptb(new) if self.tokeniser == PTB else [_plain(line) for line in new]
+            self._tokens |= dict(zip(new, found, strict=True))
+        return [self._tokens[line] for line in lines]
 
 
 def _ptb(lines: Sequence[str]) -> list[str]:
