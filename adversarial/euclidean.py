@@ -5,6 +5,7 @@ Shapes: B samples, C H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,8 +18,8 @@ from torch import Tensor
 from adversarial.ball import Ball
 
 Norm = Literal["linf", "l2"]
-# Points are rounded to float32 after the projection, which could carry them just outside.
-INWARDS = 1 - 1e-6
+# Numbers in [0, 1] are off by at most this after rounding to float32.
+HALF_ULP = 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,10 @@ class EuclideanBall(Ball):
     def clamp_(self, points: Tensor) -> Tensor:
         """Project onto the ball, then onto the pixel range, which only shortens δ; in place."""
         offsets = points.double() - self.centre.double()
+        # Room for the rounding of all pixels, which could otherwise carry points outside.
+        radius = max(self.radius - HALF_ULP * math.sqrt(offsets[0].numel()), 0.0)
         # A sample that has not moved stays where it is.
-        factor = (self.radius * INWARDS / offsets.flatten(1).norm(dim=1).clamp_min(1e-300)).clamp_max(1)
+        factor = (radius / offsets.flatten(1).norm(dim=1).clamp_min(1e-300)).clamp_max(1)
         inside = self.centre.double() + offsets * factor.view(-1, 1, 1, 1)
         points.copy_(inside)
         return points.clamp_(0, 1)

@@ -1,4 +1,4 @@
-"""CIDEr against pycocoevalcap's own tools on real captions, and VQA accuracy against the official script's numbers."""
+"""CIDEr against pycocoevalcap on real captions, and VQA accuracy against the official script's numbers."""
 
 from __future__ import annotations
 
