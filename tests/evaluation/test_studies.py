@@ -217,8 +217,8 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
 def test_requests_that_are_refused(
     two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], message: str
 ) -> None:
+    values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
     with pytest.raises(ConfigError, match=message):
-        values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
         evaluate_zero_shot(load_settings(ZeroShotConfig, None, {"runs": [two_class], **values}))
     assert not (tmp_path / "out").exists()
 
