@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -19,49 +20,74 @@ from storage_schemas import UserError
 @click.argument("source", required=False)
 @click.argument("artifact", required=False)
 @click.option("--config", "config_file", metavar="FILE.toml", help="Settings by their long names; flags win.")
-@click.option("--grouping", help="adversarial (default) or label.")
-@click.option("--encoder", metavar="SPEC", help="Encoder to attack, e.g. open_clip:ViT-B-32/openai, timm:M@FILE.")
+@click.option("--grouping", help="adversarial (default), label, cluster or column.")
+@click.option("--encoder", metavar="SPEC|RUN", help="Encoder to attack, e.g. open_clip:ViT-B-32/openai, or a run.")
+@click.option("--target-encoder", metavar="SPEC|RUN", help="Encoder of the targets, if not the attacked one.")
+@click.option("--targets", help="embedding (default of adversarial groups), label (of others) or both.")
 @click.option("--members", type=int, help="Samples N in a group (adversarial: 10; label: the whole class).")
+@click.option("--clusters", type=int, help="k-means clusters of a class, for --grouping cluster.")
+@click.option("--cluster-by", help="pixels (default) or embedding.")
+@click.option("--group-column", help="Column whose values name the groups, for --grouping column.")
+@click.option("--attack", help="pgd (default) or apgd.")
 @click.option("--epsilon", metavar="FRACTION", help="Radius of the l-inf ball, e.g. 2/255 (default).")
 @click.option("--steps", type=int, help="Gradient steps (10).")
-@click.option("--step-size", metavar="FRACTION", help="Step length, e.g. 1/255 (default).")
+@click.option("--step-size", metavar="FRACTION", help="Length of a PGD step, e.g. 1/255 (default).")
+@click.option("--random-start/--no-random-start", default=None, help="Start at a random point of the ball.")
+@click.option("--start-radius", metavar="FRACTION", help="Radius of the random start, if smaller than epsilon.")
+@click.option("--restarts", type=int, help="Attacks of each member, of which the strongest is kept (1).")
 @click.option("--objective", help="squared_error to the clean embedding (default), or cross_entropy.")
 @click.option("--head", metavar="FILE|SPEC", help="Class head for cross_entropy; stored in the artifact.")
 @click.option("--class-names", metavar="FILE", help="Class names, one a line, for a zero-shot head.")
-@click.option("--random-start/--no-random-start", default=None, help="Start at a random point of the ball.")
 @click.option("--grid/--no-grid", default=None, help="Keep members on the 8-bit grid (default).")
+@click.option("--precision", help="Forward passes of the attack: float32 (default), tf32 or bfloat16.")
+@click.option("--compile/--no-compile", default=None, help="Run encoders through torch.compile.")
 @click.option("--format", help="zarr (default) or webdataset.")
 @click.option("--encoding", help="uint8_moments (default on the grid) or float32.")
 @click.option("--groups-per-shard", type=int, help="Unit of work and retry (256).")
 @click.option("--keep-members/--no-keep-members", default=None, help="Store the members too.")
 @click.option("--keep-clean/--no-keep-clean", default=None, help="Store the clean image too.")
-@click.option("--shape", metavar="CxHxW", help="Pixels of label groups; the first image's by default.")
-@click.option("--image-column", help="Parquet column with the images.")
-@click.option("--label-column", help="Parquet column with the labels.")
+@click.option("--shape", metavar="CxHxW", help="Pixels where no encoder says; the first image's by default.")
+@click.option("--resize/--no-resize", default=None, help="Resize and crop (default), or reject other sizes.")
+@click.option("--image-column", help="Column or array with the images.")
+@click.option("--label-column", help="Column, array or tar member with the labels.")
 @click.option("--seed", type=int, help="Seed of all random choices (0).")
 @click.option("--limit", type=int, help="Use the first LIMIT samples only.")
 @click.option("--batch-size", type=int, help="Images in one forward pass (64).")
-@click.option("--workers", type=int, help="Ray workers; as many as fit by default.")
-@click.option("--threads", type=int, help="CPU threads of a worker (1); more threads, other rounding.")
+@click.option("--max-workers", type=int, help="Ray workers; as many as fit by default.")
+@click.option("--num-cpus", type=int, help="CPUs of a worker; its threads by default.")
+@click.option("--num-gpus", type=float, help="GPUs of a worker (1); 0.5 lets two share one.")
+@click.option("--threads", type=int, help="Threads of an encoder on a CPU (1); more threads, other rounding.")
 @click.option("--device", help="auto (default), cpu or cuda.")
 @click.option("--ray-address", metavar="ADDRESS", help="Ray cluster, e.g. auto; started here by default.")
 @click.option("--max-rejected", type=int, help="Unusable samples to tolerate (1 %, at least 10).")
-@click.option("--dry-run", is_flag=True, help="Show the plan and stop.")
+@click.option("--dry-run", is_flag=True, help="Measure a small piece, show what the whole would take, and stop.")
+@click.option("--price-per-hour", type=float, help="Of one worker, for the cost that --dry-run shows.")
+@click.option("--submit", metavar="URL", help="Run on this cluster through the Ray Jobs API, e.g. http://head:8265.")
 @click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
-def merge(config_file: str | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
+def merge(
+    config_file: str | None,
+    dry_run: bool,
+    price_per_hour: float | None,
+    submit: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Make groups of similar samples from SOURCE and store their moments in ARTIFACT.
 
-    SOURCE is a folder of images, a Parquet file or a folder of them. Running the same command again continues
-    where an earlier run stopped.
+    SOURCE is a folder of images, Parquet files or tars, one such file, an .npz or IDX file, a pattern of tars, or
+    python:MODULE:FACTORY. Running the same command again continues where an earlier run stopped.
 
     \b
     datamerge merge photos/ adv-2-255 --encoder open_clip:ViT-L-14/openai --members 10 --epsilon 2/255
     datamerge merge mnist.parquet class-means --grouping label
+    datamerge merge 'shards/{000..099}.tar' clusters --grouping cluster --clusters 20
     """
     config = load_settings(MergeConfig, config_file, flags)
-    prepared = prepare(config)
+    if submit is not None:
+        _submit(config, submit, as_json)
+    prepared = prepare(config, planning_only=dry_run)
     if dry_run:
-        _show_plan(prepared, as_json)
+        _show_plan(prepared, price_per_hour, as_json)
         return
     try:
         result = run(prepared)
@@ -76,23 +102,66 @@ def merge(config_file: str | None, dry_run: bool, as_json: bool, **flags: Any) -
     _show_result(config, result, as_json)
 
 
-def _show_plan(prepared: Prepared, as_json: bool) -> None:
+def _submit(config: MergeConfig, address: str, as_json: bool) -> NoReturn:
+    """Run the same merge on a cluster, and end with its exit code."""
+    from merge_service.ray_stage import submit_job
+
+    if config.ray_address is not None:
+        raise UserError("submit: the job finds its own cluster; drop --ray-address")
+    command = ["datamerge", "merge", *as_arguments(config), "--ray-address", "auto"]
+    raise click.exceptions.Exit(submit_job(address, command + (["--json"] if as_json else [])))
+
+
+def as_arguments(config: MergeConfig) -> list[str]:
+    """The command line that gives these settings, independent of any file on this machine."""
+    arguments = [config.source, config.artifact]
+    for name, value in config.model_dump(exclude_defaults=True, exclude={"source", "artifact"}).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", str(value)]
+    return arguments
+
+
+def _show_plan(prepared: Prepared, price_per_hour: float | None, as_json: bool) -> None:
+    from merge_service.estimate import estimate  # torch's FLOP counter takes a second
+
     layout = prepared.plan.layout
+    found = estimate(prepared)
     raw = layout.bytes_per_record * layout.groups
-    facts = {
+    facts: dict[str, Any] = {
         "groups": layout.groups,
         "shards": layout.shards,
         "uncompressed_bytes": raw,
         "arrays": {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in layout.arrays},
+        "estimate": dataclasses.asdict(found),
     }
+    if price_per_hour is not None:
+        facts["estimate"]["cost"] = round(found.cost(price_per_hour), 2)
     if as_json:
         click.echo(json.dumps(facts))
         return
-    arrays = ", ".join(f"{name} {text}" for name, text in facts["arrays"].items())  # type: ignore[attr-defined]
+    arrays = ", ".join(f"{name} {text}" for name, text in facts["arrays"].items())
     click.echo(
         f"{layout.groups} groups in {layout.shards} shards of {layout.groups_per_shard}, {layout.format}, "
-        f"{layout.encoding}; {human_bytes(raw)} before compression\narrays: {arrays}"
+        f"{layout.encoding}; {human_bytes(raw)} before compression, about {human_bytes(found.bytes)} after\n"
+        f"arrays: {arrays}"
     )
+    if found.flops and found.flop_per_second and found.peak_share:
+        click.echo(
+            f"encoder: {found.flops:.3g} FLOPs in all, {found.flop_per_second:.3g} a second and worker, "
+            f"{100 * found.peak_share:.0f} % of what a large matrix product reaches here"
+        )
+    cost = "" if price_per_hour is None else f", {facts['estimate']['cost']:.2f} at {price_per_hour:g} a worker-hour"
+    click.echo(
+        f"time: about {_human_seconds(found.seconds)} with {found.workers} workers like this machine{cost} "
+        f"(from {found.measured} measured)"
+    )
+
+
+def _human_seconds(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
 
 
 def _show_result(config: MergeConfig, result: MergeResult, as_json: bool) -> None:

@@ -25,7 +25,8 @@ class MergeConfig(Settings):
     artifact: str = Field(description="Where the artifact goes; path or fsspec URL.")
     grouping: Grouping = Field("adversarial", description="What makes samples a group.")
     members: PositiveInt | None = Field(
-        None, description="Samples N in a group: adversarial images of one photo (10), of a class (all), of a cluster."
+        None,
+        description="Samples N in a group: adversarial images of one photo (10), of a class (all), of a cluster.",
     )
     clusters: PositiveInt | None = Field(None, description="k-means clusters of a class.")
     cluster_by: Literal["pixels", "embedding"] = Field("pixels", description="Space in which k-means runs.")
@@ -80,7 +81,9 @@ class MergeConfig(Settings):
     def _grouping_problems(self) -> list[str]:
         problems = []
         if self.grouping == "cluster" and (self.clusters is None) == (self.members is None):
-            problems.append("clusters: cluster groups need --clusters K a class, or --members N of an average cluster")
+            problems.append(
+                "clusters: cluster groups need --clusters K a class, or --members N of an average cluster"
+            )
         if self.grouping != "cluster" and self.clusters is not None:
             problems.append(f"clusters: {self.grouping} groups have none; add --grouping cluster")
         if self.grouping != "cluster" and self.cluster_by != "pixels":
@@ -119,6 +122,8 @@ class MergeConfig(Settings):
         problems = []
         if not self.random_start and self.start_radius is not None:
             problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
+        if not self.random_start and self.restarts > 1:
+            problems.append("restarts: without a random start they would all be the same; drop one of the two")
         if not self.grid and self.encoding == "uint8_moments":
             problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
         if not self.grid and self.keep_members:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from adversarial import Encoder, Head, load_encoder, load_head
+from adversarial import Head, load_head
 from console import Progress
-from merge_service import ray_stage
+from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.planning import Plan, make_plan
+from merge_service.grouping import Group, by_class, clusters_of
+from merge_service.planning import Plan, make_plan, pixels_shape
+from merge_service.retry import PatientLocation, explain, is_hopeless
+from merge_service.rounds import ResolvedEncoder, resolve
 from merge_service.work import WorkerSetup
-from sources import Source, open_source
-from storage_schemas import ArtifactWriter, ConfigError, DatamergeError, Location, Manifest, Reject, open_artifact
+from merge_service.work_queue import SetAside
+from sources import LISTING, Source, open_source
+from sources.sample import fingerprint
+from storage_schemas import (
+    ArtifactWriter,
+    ConfigError,
+    DatamergeError,
+    Location,
+    Manifest,
+    Reject,
+    SourceError,
+    open_artifact,
+)
 from storage_schemas.card import dataset_card
-from storage_schemas.manifest import HEAD
+from storage_schemas.manifest import HEAD, MANIFEST, parse
 from storage_schemas.preview import contact_sheet
 
 MIN_REJECTED = 10
@@ -45,33 +60,60 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A merge that has been planned and not begun."""
+    """A merge that has been planned and not begun.
+
+    Attributes:
+        files: what the artifact keeps besides its shards: class head, source listing, clusters.
+    """
 
     config: MergeConfig
     source: Source
     plan: Plan
-    encoder_sha256: str | None
+    encoder: ResolvedEncoder | None
+    target_encoder: ResolvedEncoder | None
     head: Head | None
+    files: Mapping[str, bytes]
 
 
-def prepare(config: MergeConfig) -> Prepared:
+def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
     """List the source, load the encoder once to learn its shape and hash, plan.
+
+    Args:
+        planning_only: do not look for clusters; deal the samples out evenly in their place.
 
     Raises:
         UserError: anything that would make the merge fail later and can be known now.
     """
     source = open_source(
-        config.source, limit=config.limit, image_column=config.image_column, label_column=config.label_column
+        config.source,
+        limit=config.limit,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        group_column=config.group_column,
     )
-    encoder = load_encoder(config.encoder) if config.encoder and config.grouping == "adversarial" else None
+    check_source(config.artifact, source)
+    encoder = resolve(config.encoder) if config.encoder and config.needs_encoder else None
+    target_encoder = resolve(config.target_encoder) if config.target_encoder else None
+    _check_pair(encoder, target_encoder)
     head = _load_head(config, encoder)
-    plan = make_plan(config, source, encoder, head)
-    if encoder is not None and encoder.random_weights:
+    files = {LISTING: source.listing_bytes()}
+    clusters = None
+    if config.grouping == "cluster":
+        classes = by_class(source)
+        counts = {label: clusters_of(config, len(samples)) for label, samples in classes.items()}
+        if planning_only:
+            clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
+        else:
+            clusters, files[clustering.FILE] = _clusters(config, source, encoder, counts)
+    plan = make_plan(config, source, encoder, target_encoder, head, clusters)
+    if encoder is not None and encoder.encoder.random_weights:
         sys.stderr.write(
-            f"warning: encoder {encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
-            f"name weights as {encoder.spec}@FILE\n"
+            f"warning: encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out "
+            f"only; name weights as {encoder.encoder.spec}@FILE\n"
         )
-    return Prepared(config, source, plan, encoder.sha256 if encoder else None, head)
+    if head is not None:
+        files[HEAD] = head.to_bytes()
+    return Prepared(config, source, plan, encoder, target_encoder, head, files)
 
 
 def merge(config: MergeConfig) -> MergeResult:
@@ -79,7 +121,7 @@ def merge(config: MergeConfig) -> MergeResult:
 
     Raises:
         UserError: see `prepare`; or the location holds something else.
-        DatamergeError: too many samples had to be rejected, or none could be used.
+        DatamergeError: too many samples had to be rejected, none could be used, or shards had to be set aside.
     """
     return run(prepare(config))
 
@@ -87,38 +129,131 @@ def merge(config: MergeConfig) -> MergeResult:
 def run(prepared: Prepared) -> MergeResult:
     """Carry out a prepared merge."""
     config, plan = prepared.config, prepared.plan
-    writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
-    writer.begin({} if prepared.head is None else {HEAD: prepared.head.to_bytes()})
-    committed = writer.committed()
-    tasks = [task for task in plan.tasks if task.shard not in committed]
+    writer = ArtifactWriter(PatientLocation(config.artifact), plan.layout, plan.provenance)
+    try:
+        writer.begin(prepared.files)
+        committed = writer.committed()
+        # Rejects of earlier runs count towards the limit.
+        earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
+    except OSError as error:
+        raise _told(error, config) from error
+    _check_rejects(prepared, earlier, ())
+    shards = [shard for shard in range(plan.layout.shards) if shard not in committed]
     started = time.monotonic()
     rejects: list[Reject] = []
     attack_seconds = 0.0
-    if tasks:
-        device = _device(config)
-        setup = WorkerSetup(
-            config, writer, prepared.source.reader, plan.shape, prepared.encoder_sha256, prepared.head, device
-        )
-        ray_stage.start(config.ray_address, config.workers, config.threads)
-        workers = ray_stage.worker_count(config.workers, config.threads, device == "cuda", len(tasks))
-        left = sum(len(task.groups) for task in tasks)
-        try:
-            with Progress("merge", plan.layout.groups, "groups", plan.layout.groups - left) as progress:
-                for result in ray_stage.run_shards(tasks, setup, workers, device == "cuda"):
+    if shards:
+        rejects, attack_seconds = _run_stage(prepared, writer, shards, earlier)
+    manifest = _complete(writer)
+    return MergeResult(manifest, len(shards), tuple(rejects), time.monotonic() - started, attack_seconds)
+
+
+def _run_stage(
+    prepared: Prepared, writer: ArtifactWriter, shards: Sequence[int], earlier: int
+) -> tuple[list[Reject], float]:
+    """Do the shards; returns rejects and the seconds of the attack."""
+    config, plan = prepared.config, prepared.plan
+    rejects: list[Reject] = []
+    aside: list[SetAside] = []
+    attack_seconds = 0.0
+    left = sum(len(plan.groups_of(shard)) for shard in shards)
+    try:
+        ray_stage.start(config)
+        setup = worker_setup(prepared, writer, ray_stage.device(config, local_device(config)))
+        with Progress("merge", plan.layout.groups, "groups", plan.layout.groups - left) as progress:
+            for result in ray_stage.run_shards(plan, shards, setup):
+                if isinstance(result, SetAside):
+                    aside.append(result)
+                else:
                     rejects += result.rejects
                     attack_seconds += result.attack_seconds
-                    progress.advance(
-                        len(plan.tasks[result.shard].groups), f"{len(rejects)} rejected" if rejects else ""
-                    )
-                    _check_rejects(config, rejects, len(prepared.source.samples))
-        except BaseException:
-            # What is committed stays; say so in the manifest before anything else is said.
+                progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
+                _check_rejects(prepared, earlier + len(rejects), rejects)
+    except BaseException:
+        # What is committed stays; say so in the manifest before anything else is said, if there is room to.
+        try:
             writer.finish()
-            raise
-        finally:
-            ray_stage.stop()
-    manifest = _complete(writer)
-    return MergeResult(manifest, len(tasks), tuple(rejects), time.monotonic() - started, attack_seconds)
+        except OSError:
+            pass
+        raise
+    finally:
+        ray_stage.stop()
+    if aside:
+        writer.finish()
+        raise DatamergeError(_describe(aside, plan, config))
+    return rejects, attack_seconds
+
+
+def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> WorkerSetup:
+    """What a worker of this merge needs."""
+    encoder, target = (
+        None if found is None else (found.encoder.spec, found.encoder.sha256)
+        for found in (prepared.encoder, prepared.target_encoder)
+    )
+    reader, shape = prepared.source.reader, prepared.plan.shape
+    return WorkerSetup(prepared.config, writer, reader, shape, encoder, target, prepared.head, device)
+
+
+def local_device(config: MergeConfig) -> str:
+    """Where encoders run on this machine.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    if config.device == "cuda" and config.ray_address is None and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def check_source(artifact: str, source: Source) -> None:
+    """Refuse to continue an artifact whose source has changed since.
+
+    Raises:
+        SourceError: names the files that differ.
+    """
+    location = Location(artifact)
+    if not location.exists(MANIFEST) or not location.exists(LISTING):
+        return
+    manifest = parse(Manifest, location.read(MANIFEST), f"{location.url}/{MANIFEST}")
+    recorded = manifest.provenance.get("source")
+    if not isinstance(recorded, dict) or recorded.get("fingerprint") == source.fingerprint:
+        return
+    changes = source.changes(location.read(LISTING))
+    if changes:
+        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
+        raise SourceError(
+            f"{source.url} is not what {artifact} was begun from: {'; '.join(changes[:5])}{more}; restore it, or "
+            "choose another output"
+        )
+
+
+def _clusters(
+    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, counts: Mapping[int, int]
+) -> tuple[dict[int, list[int]], bytes]:
+    """Clusters of every class and the file that keeps them; from the artifact, if an earlier run has found them."""
+    shape = encoder.encoder.input_shape if encoder else pixels_shape(config, source)
+    identity = fingerprint(
+        [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, shape, config.resize]
+        + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
+    )
+    location = Location(config.artifact)
+    if location.exists(clustering.FILE):
+        data = location.read(clustering.FILE)
+        known = clustering.from_bytes(data, identity)
+        if known is not None:
+            return known, data
+    ray_stage.start(config)
+    device = ray_stage.device(config, local_device(config))
+    wanted = (encoder.encoder.spec, encoder.encoder.sha256) if encoder else None
+    setup = WorkerSetup(config, None, source.reader, shape, wanted, None, None, device)
+    found: dict[int, list[int]] = {}
+    classes = by_class(source)
+    with Progress("cluster", len(source.samples), "samples") as progress:
+        for label, clusters in ray_stage.run_clusters(setup, classes, counts):
+            found[label] = clusters
+            progress.advance(len(clusters))
+    found = {label: found[label] for label in sorted(found)}
+    return found, clustering.to_bytes(identity, found)
 
 
 def _complete(writer: ArtifactWriter) -> Manifest:
@@ -129,26 +264,61 @@ def _complete(writer: ArtifactWriter) -> Manifest:
             f"see `datamerge inspect {writer.location.url}` for the reasons"
         )
     artifact = open_artifact(writer.location.url)
-    return writer.finish({"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)})
+    extra = {"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)}
+    return writer.finish(extra)
 
 
-def _check_rejects(config: MergeConfig, rejects: list[Reject], samples: int) -> None:
+def _note(rejected: int, aside: Sequence[SetAside]) -> str:
+    notes = [f"{rejected} rejected"] if rejected else []
+    notes += [f"{len(aside)} shards set aside"] if aside else []
+    return ", ".join(notes)
+
+
+def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str:
+    """One line on the shards that could not be done: which samples, how often tried, why."""
+
+    def names(groups: Sequence[Group]) -> str:
+        first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
+        return first if first == last else f"{first} … {last}"
+
+    told = [
+        f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
+        for one in sorted(aside, key=lambda one: one.shard)[:5]
+    ]
+    more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
+    return (
+        f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
+        f"{'; '.join(told)}{more}. Mend the cause and run the same command again"
+    )
+
+
+def _told(error: OSError, config: MergeConfig) -> Exception:
+    return explain(error, config.artifact) if is_hopeless(error) else error
+
+
+def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> None:
+    config, samples = prepared.config, len(prepared.source.samples)
     allowed = config.max_rejected if config.max_rejected is not None else max(MIN_REJECTED, samples // 100)
-    if len(rejects) > allowed:
-        last = rejects[-1]
+    if count > allowed:
+        last = f"the last: {latest[-1].sample}: {latest[-1].reason}" if latest else f"see {config.artifact}/commits"
         raise DatamergeError(
-            f"{len(rejects)} samples could not be used, more than the {allowed} allowed; the last: {last.sample}: "
-            f"{last.reason}. Mend the source, or raise --max-rejected and run again"
+            f"{count} samples could not be used, more than the {allowed} allowed; {last}. Mend the source and merge "
+            "it anew, or raise --max-rejected and run again"
         )
 
 
-def _device(config: MergeConfig) -> str:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; use --device cpu")
-    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:
+    if encoder is None or target is None:
+        return
+    mine, other = encoder.encoder, target.encoder
+    if (mine.input_shape, mine.embedding_dim) != (other.input_shape, other.embedding_dim):
+        raise ConfigError(
+            f"target_encoder: expected pixels {mine.input_shape} and width {mine.embedding_dim}, as the attacked "
+            f"encoder's, found {other.input_shape} and {other.embedding_dim}"
+        )
 
 
-def _load_head(config: MergeConfig, encoder: Encoder | None) -> Head | None:
+def _load_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
     if config.head is None:
         return None
     names: list[str] = []
@@ -159,5 +329,5 @@ def _load_head(config: MergeConfig, encoder: Encoder | None) -> Head | None:
             raise ConfigError(f"class_names: {config.class_names}: {error.strerror}") from None
     head = load_head(config.head, [name.strip() for name in names if name.strip()])
     if encoder is not None:
-        head.check_width(encoder.embedding_dim, f"head {config.head!r}")
+        head.check_width(encoder.encoder.embedding_dim, f"head {config.head!r}")
     return head

@@ -1,9 +1,14 @@
-"""The one file that knows Ray: shards out, results in, workers that may die."""
+"""The one file that knows Ray: a pool of workers that may die, work out, results in, jobs submitted to clusters."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator, Sequence
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 # Read when ray is imported: no usage reports, no hiding of GPUs from workers that ask for none.
@@ -11,18 +16,32 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from merge_service.planning import ShardTask
+from merge_service.config import MergeConfig
+from merge_service.planning import Items, Plan
+from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
+from merge_service.sample_groups import Partial
 from merge_service.work import ShardResult, ShardWorker, WorkerSetup
+from merge_service.work_queue import Piece, SetAside, WorkQueue
+from sources import Sample
 from storage_schemas import ConfigError, DatamergeError
 
-RETRIES = 3
-# Tasks are small lists of names; results are counts. Nothing large goes through the object store.
+# Failures after which a shard is set aside, or a worker that never starts ends the job.
+TRIES = 3
+# A worker holds the piece it attacks, and one that it writes or decodes meanwhile.
+PIECES_PER_WORKER = 2
+# Different shards that may fail one after the other, before and after the first success, until the job stops.
+MOST_FAILING, MOST_FAILING_LATER = 3, 8
+# How often the cluster is looked at for nodes that came or went.
+LOOK_SECONDS = 5.0
+# How long a new cluster may take until it accepts jobs, or a first worker until it is missed.
+START_SECONDS = 60
+# Tasks are small lists of names; results are counts. Only partial moments go through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def start(address: str | None, workers: int | None, threads: int) -> None:
+def start(config: MergeConfig) -> None:
     """Connect to a cluster, or start Ray on this machine.
 
     Raises:
@@ -31,74 +50,350 @@ def start(address: str | None, workers: int | None, threads: int) -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if address is not None:
+    if config.ray_address is not None:
         try:
-            ray.init(address=address, **quiet)
+            ray.init(address=config.ray_address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"ray_address {address!r}: expected a Ray cluster, found none ({error})") from None
+            raise ConfigError(
+                f"ray_address {config.ray_address!r}: expected a Ray cluster, found none ({first_line(error)})"
+            ) from None
         return
-    cpus = max(os.cpu_count() or 1, (workers or 1) * threads)
+    cpus = max(os.cpu_count() or 1, (config.max_workers or 1) * config.cpus)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
 
 
 def stop() -> None:
+    """Leave the cluster; Ray that `start` started ends."""
     ray.shutdown()
 
 
-def worker_count(requested: int | None, threads: int, gpus: bool, tasks: int) -> int:
-    """Workers that fit the cluster: one a GPU, or as many as its CPUs hold; never more than there is work."""
-    resources = ray.cluster_resources()
-    fitting = int(resources.get("GPU", 0)) if gpus else int(resources.get("CPU", 1)) // threads
-    return max(1, min(requested or fitting, tasks))
+def device(config: MergeConfig, local: str) -> str:
+    """Where the workers' encoders run: on the cluster's GPUs if it has any, unless told otherwise."""
+    if config.ray_address is None or config.device != "auto":
+        return local
+    return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-def run_shards(tasks: Sequence[ShardTask], setup: WorkerSetup, workers: int, gpus: bool) -> Iterator[ShardResult]:
-    """Run every task on a pool of actors, yielding results as they come, in any order.
+class _RayWorker(ShardWorker):
+    """A worker that knows its node, and keeps large results out of the driver."""
 
-    An actor that dies is restarted and its task retried, `RETRIES` times.
+    def begin(self) -> str:
+        """Prepare; returns the node's id."""
+        self.prepare()
+        return str(ray.get_runtime_context().get_node_id())
+
+    def part_apart(self, items: Items) -> tuple[None, Partial]:
+        """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
+        return None, self.part(items)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """An actor, the start it is in, and what it holds."""
+
+    actor: Any
+    starting: Any
+    node: str | None = None
+    running: dict[Any, Piece] = field(default_factory=dict)
+
+
+class _Pool:
+    """Workers on a cluster: replaced when they die, more when nodes join."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        config = setup.config
+        self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
+        self._cpus, self._limit = config.cpus, config.max_workers
+        self._setup, self._failed_starts, self.workers = setup, 0, list[_Worker]()
+        self._looked = self._worked = time.monotonic()
+        self._class: Any = ray.remote(_RayWorker)
+        self._options = {
+            "num_cpus": self._cpus,
+            "num_gpus": self._gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": PIECES_PER_WORKER,
+            "scheduling_strategy": "SPREAD",
+        }
+
+    def fit(self, wanted: int) -> None:
+        """Start workers until there are as many as fit the cluster, are allowed, and have work."""
+        now = time.monotonic()
+        if self.workers and now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
+        resources = ray.cluster_resources()
+        fitting = int(resources.get("CPU", 1)) // self._cpus
+        if self._gpus:
+            fitting = min(fitting, int(resources.get("GPU", 0) / self._gpus + 1e-9))
+        # One is asked for even where none fits: an autoscaler may add a node for it.
+        target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
+        while len(self.workers) < target:
+            # By value, not through ray.put: a later worker must not depend on an object that died with a node.
+            actor = self._class.options(**self._options).remote(self._setup)
+            self.workers.append(_Worker(actor, actor.begin.remote()))
+        if any(worker.starting is None for worker in self.workers):
+            self._worked = now
+        elif now - self._worked > START_SECONDS:
+            self._worked = now
+            sys.stderr.write(
+                f"merge: no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster "
+                f"has {resources.get('CPU', 0):g} and {resources.get('GPU', 0):g} in all\n"
+            )
+
+    def started(self, worker: _Worker) -> None:
+        """Take note that a worker is ready; raises what its start raised."""
+        worker.node, worker.starting = ray.get(worker.starting), None
+        self._failed_starts = 0
+
+    def lost(self, worker: _Worker, error: RayActorError) -> bool:
+        """Drop a dead worker; returns whether its node went too, which is not its work's fault.
+
+        Raises:
+            DatamergeError: workers keep dying before they are ready.
+        """
+        self.workers.remove(worker)
+        self._looked = 0.0
+        ray.kill(worker.actor)  # it may only be out of reach
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        gone = bool(getattr(error, "preempted", False)) or (worker.node is not None and worker.node not in alive)
+        if worker.starting is not None:
+            self._failed_starts += 1
+            if self._failed_starts >= TRIES:
+                raise DatamergeError(
+                    f"{TRIES} workers in a row died while they loaded the encoder ({first_line(error)}); give them "
+                    "more memory, e.g. by a smaller --max-workers, and run the same command again"
+                )
+        return gone
+
+    def close(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker.actor)
+
+
+class _Stage:
+    """Work on a pool: what to hand out comes from a queue, what comes back goes to `_received`."""
+
+    def __init__(self, setup: WorkerSetup, queue: WorkQueue, pieces: int) -> None:
+        self._pool, self._queue, self._left = _Pool(setup), queue, pieces
+        self._where = setup.config.artifact
+        self._failing: set[int] = set()
+        self._succeeded = False
+
+    def _submit(self, actor: Any, piece: Piece) -> Any:
+        """Hand a piece to an actor; returns the reference to wait for."""
+        raise NotImplementedError
+
+    def _received(self, piece: Piece, result: Any) -> Iterator[Any]:
+        """What the stage yields for a finished piece."""
+        raise NotImplementedError
+
+    def _dropped(self, shard: int) -> None:
+        """A shard needs no more work: takes its pieces off `_left`."""
+        self._left -= 1
+
+    def run(self) -> Iterator[Any]:
+        """Yield results and SetAside until nothing is left."""
+        try:
+            while self._left > 0:
+                self._pool.fit(self._left)
+                owners: dict[Any, _Worker] = {}
+                for worker in self._pool.workers:
+                    if worker.starting is not None:
+                        owners[worker.starting] = worker
+                    else:
+                        self._hand_out(worker)
+                    owners |= dict.fromkeys(worker.running, worker)
+                ready, _ = ray.wait(list(owners), timeout=LOOK_SECONDS)
+                for reference in ready:
+                    yield from self._settle(owners[reference], reference)
+        finally:
+            self._pool.close()
+
+    def _hand_out(self, worker: _Worker) -> None:
+        while True:
+            alone = any(self._queue.is_suspect(piece) for piece in worker.running.values())
+            piece = self._queue.take(len(worker.running), PIECES_PER_WORKER, alone)
+            if piece is None:
+                return
+            worker.running[self._submit(worker.actor, piece)] = piece
+
+    def _settle(self, worker: _Worker, reference: Any) -> Iterator[Any]:
+        """Deal with one reference that is ready: a start, a result, an exception, or a death."""
+        try:
+            if reference is worker.starting:
+                self._pool.started(worker)
+                self._ready(worker.actor)
+                return
+            result = ray.get(reference)
+        except RayActorError as error:
+            pieces = list(worker.running.values())
+            if self._pool.lost(worker, error):
+                for piece in reversed(pieces):
+                    self._queue.add(piece)
+            else:
+                yield from self._failed(pieces, f"its worker died: {cause_of_death(error)}")
+            return
+        except (RayTaskError, ObjectLostError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+            if reference is worker.starting or is_hopeless(cause):
+                raise explain(cause, self._where) from error
+            piece = worker.running.pop(reference)
+            if isinstance(cause, ObjectLostError):
+                self._lost_parts(piece)
+                return
+            self._failing.add(piece.shard)
+            yield from self._failed([piece], f"{type(cause).__name__}: {first_line(cause)}")
+            return
+        piece = worker.running.pop(reference)
+        self._queue.succeeded(piece)
+        self._succeeded, self._failing = True, set()
+        if not self._queue.gives_up(piece.shard):
+            yield from self._received(piece, result)
+
+    def _ready(self, actor: Any) -> None:
+        """A worker has started."""
+
+    def _lost_parts(self, piece: Piece) -> None:
+        """What a piece builds on died with a node."""
+        self._queue.add(piece)
+
+    def _failed(self, pieces: Sequence[Piece], reason: str) -> Iterator[SetAside]:
+        for aside in self._queue.failed(pieces, reason):
+            self._failing.add(aside.shard)
+            self._dropped(aside.shard)
+            yield aside
+        if len(self._failing) >= (MOST_FAILING_LATER if self._succeeded else MOST_FAILING):
+            raise DatamergeError(
+                f"{len(self._failing)} shards failed one after the other, the last: {reason}; finished shards are "
+                "kept, mend that and run the same command again"
+            )
+
+
+class _Shards(_Stage):
+    """Whole shards, and shards whose parts are added up on several workers."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> None:
+        counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
+        self._counts = {shard: parts for shard, parts in counts.items() if parts > 1}
+        super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), len(shards) + sum(self._counts.values()))
+        self._plan, self._first = plan, shards[0]
+        self._check = setup.config.precision != "float32"
+        # References only: the moments stay where they were made until they are put together.
+        self._partials: dict[int, dict[int, Any]] = {}
+
+    def _submit(self, actor: Any, piece: Piece) -> Any:
+        if piece.completes:
+            parts = self._partials[piece.shard]
+            return actor.complete.remote(self._plan.task(piece.shard), *(parts[part] for part in sorted(parts)))
+        if piece.part is None:
+            return actor.run.remote(self._plan.task(piece.shard))
+        done, partial = actor.part_apart.options(num_returns=2).remote(self._plan.part(piece.shard, piece.part))
+        self._partials.setdefault(piece.shard, {})[piece.part] = partial
+        return done
+
+    def _received(self, piece: Piece, result: Any) -> Iterator[ShardResult]:
+        if piece.part is None:
+            self._dropped(piece.shard)
+            yield result
+            return
+        self._counts[piece.shard] -= 1
+        self._left -= 1
+        if self._counts[piece.shard] == 0:
+            self._queue.add(Piece(piece.shard, completes=True))
+
+    def _dropped(self, shard: int) -> None:
+        self._left -= 1 + self._counts.pop(shard, 0)
+        self._partials.pop(shard, None)
+
+    def _lost_parts(self, piece: Piece) -> None:
+        self._partials.pop(piece.shard, None)
+        parts = self._plan.parts(piece.shard)
+        self._counts[piece.shard] = parts
+        self._left += parts
+        for part in reversed(range(parts)):
+            self._queue.add(Piece(piece.shard, part))
+
+    def _ready(self, actor: Any) -> None:
+        if not self._check:
+            return
+        self._check = False
+        try:
+            sys.stderr.write(f"{ray.get(actor.check_precision.remote(self._plan.task(self._first)))}\n")
+        except RayTaskError as error:
+            sys.stderr.write(f"the precision could not be checked: {first_line(error.cause)}\n")
+
+
+class _Clusters(_Stage):
+    """The clusters of classes; a class takes the place of a shard."""
+
+    def __init__(
+        self, setup: WorkerSetup, classes: Mapping[int, Sequence[Sample]], counts: Mapping[int, int]
+    ) -> None:
+        super().__init__(setup, WorkQueue((Piece(label) for label in classes), TRIES), len(classes))
+        self._classes, self._counts = classes, counts
+
+    def _submit(self, actor: Any, piece: Piece) -> Any:
+        return actor.cluster.remote(piece.shard, self._classes[piece.shard], self._counts[piece.shard])
+
+    def _received(self, piece: Piece, result: Any) -> Iterator[tuple[int, list[int]]]:
+        self._dropped(piece.shard)
+        yield piece.shard, result
+
+
+def run_shards(plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> Iterator[ShardResult | SetAside]:
+    """Do these shards on a pool of workers, yielding results as they come, in any order.
 
     Raises:
-        DatamergeError: a task kept killing its workers.
-        Whatever a task raises itself.
+        DatamergeError: a failure that every shard would meet, such as a full disk or other weights.
     """
-    actor_class = ray.remote(
-        num_cpus=setup.config.threads,
-        num_gpus=1 if gpus else 0,
-        max_restarts=-1,
-        max_task_retries=RETRIES,
-    )(ShardWorker)
-    # By value, not through ray.put: a restarted actor must not depend on an object that died with a node.
-    actors: list[Any] = [actor_class.remote(setup) for _ in range(workers)]
-    waiting = iter(tasks)
-    running: dict[Any, tuple[Any, ShardTask]] = {}
+    yield from _Shards(plan, shards, setup).run()
 
-    def submit(actor: Any) -> None:
-        task = next(waiting, None)
-        if task is not None:
-            running[actor.run.remote(task)] = (actor, task)
 
-    # Two tasks per actor: the next one is there when the first ends.
-    for actor in [*actors, *actors]:
-        submit(actor)
-    try:
-        while running:
-            (ready, *_), _ = ray.wait(list(running))
-            actor, task = running.pop(ready)
-            try:
-                result: ShardResult = ray.get(ready)
-            except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, Exception) else error from None
-            except RayActorError as error:
-                raise DatamergeError(
-                    f"shard {task.shard:05d}: its worker died {RETRIES + 1} times ({_first_line(error)}); the "
-                    "other shards are kept, run the same command again to retry"
+def run_clusters(
+    setup: WorkerSetup, classes: Mapping[int, Sequence[Sample]], counts: Mapping[int, int]
+) -> Iterator[tuple[int, list[int]]]:
+    """Label and clusters of every class's samples, as they come, in any order.
+
+    Raises:
+        DatamergeError: a class cannot be clustered.
+    """
+    for found in _Clusters(setup, classes, counts).run():
+        if isinstance(found, SetAside):
+            raise DatamergeError(f"class {found.shard} cannot be clustered: {found.reason}")
+        yield found
+
+
+def submit_job(address: str, command: Sequence[str]) -> int:
+    """Run a command on a cluster through the Ray Jobs API, show its log, and return its exit code: 0 or 1.
+
+    Raises:
+        ConfigError: nobody answers at the address.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(entrypoint=shlex.join(command))
+            break
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # A head that has just started has no agent for jobs yet.
+            if "try again later" not in str(error) or time.monotonic() > end:
+                raise ConfigError(
+                    f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found "
+                    f"none ({first_line(error)})"
                 ) from None
-            submit(actor)
-            yield result
-    finally:
-        for actor in actors:
-            ray.kill(actor)
+        time.sleep(2)
+    sys.stderr.write(f"submitted {job}; it goes on if this command ends: ray job logs --address {address} -f {job}\n")
 
+    async def show() -> None:
+        async for lines in client.tail_job_logs(job):
+            sys.stderr.write(lines)
+            sys.stderr.flush()
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    asyncio.run(show())
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(1)
+    return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage_schemas import DatamergeError, UserError
+from storage_schemas import DatamergeError, Location, UserError
 
 T = TypeVar("T")
 
@@ -30,8 +31,7 @@ def explain(error: BaseException, where: str) -> DatamergeError:
     number = error.errno if isinstance(error, OSError) else None
     reason = {**_FULL, **_CLOSED}.get(number or 0, first_line(error))
     return DatamergeError(
-        f"{where}: cannot write: {reason}; finished shards are kept, mend that and "
-        "run the same command again"
+        f"{where}: cannot write: {reason}; finished shards are kept, mend that and run the same command again"
     )
 
 
@@ -53,6 +53,20 @@ def retrying(action: Callable[[], T]) -> T:
     return action()
 
 
+class PatientLocation(Location):
+    """A location whose uploads are tried again, file by file."""
+
+    def write(self, relative: str, data: bytes) -> None:
+        retrying(lambda: Location.write(self, relative, data))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cause_of_death(error: BaseException) -> str:
+    """What Ray knows of a worker's end, without the paragraphs around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
+    return (known or lines or ["unknown"])[-1][:300]

@@ -1,15 +1,27 @@
-"""Raw images: image folders and Parquet files, anywhere fsspec reaches, as 8-bit pixels."""
+"""Raw images as 8-bit pixels: folders, Parquet, WebDataset tars, arrays, your own data sets; see README.md."""
 
 from __future__ import annotations
 
 import os
 
+from sources.factories import PREFIX, open_factory
 from sources.image_folder import list_files, open_image_folder
 from sources.images import BadImage, decode, native_shape
-from sources.sample import Reader, Sample, Source
+from sources.sample import LISTING, RawImage, Reader, Sample, Source
+from sources.tars import is_tar_url, open_tar_url, open_tars
 from storage_schemas import Location, SourceError
 
-__all__ = ["BadImage", "Reader", "Sample", "Source", "decode", "native_shape", "open_source"]
+__all__ = [
+    "LISTING",
+    "BadImage",
+    "RawImage",
+    "Reader",
+    "Sample",
+    "Source",
+    "decode",
+    "native_shape",
+    "open_source",
+]
 
 
 def open_source(
@@ -18,31 +30,54 @@ def open_source(
     limit: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
 ) -> Source:
-    """List a source: a `.parquet` file, a folder of them, or a folder of images.
+    """List a source: images, Parquet files or tars in a folder, one such file, arrays, or a Python factory.
 
     Args:
-        url: path or fsspec URL.
+        url: path, fsspec URL, pattern of tars, `pipe:COMMAND` or `python:MODULE:FACTORY`.
         limit: use the first `limit` samples only.
-        image_column: Parquet column of images; needed when there are several.
-        label_column: Parquet column of labels; `label`, `labels` or `fine_label` by default.
+        image_column: column or array of images; needed when there are several.
+        label_column: column, array or tar member of labels; the usual names by default.
+        group_column: column, array or tar member whose values name groups.
 
     Raises:
         SourceError: nothing there, or nothing we read.
     """
+    text = os.fspath(url)
+    if text.startswith(PREFIX):
+        if label_column or group_column or image_column:
+            raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
+        return open_factory(text, limit)
+    if is_tar_url(text):
+        return open_tar_url(text, label_column, group_column).limited(limit)
     location = Location(url)
     if not location.exists():
-        raise SourceError(f"{location.url}: expected a folder of images or Parquet files, found nothing there")
+        raise SourceError(f"{location.url}: expected images, Parquet files, tars or arrays, found nothing there")
     if location.fs.isfile(location.root):
-        folder, _, name = location.url.rpartition("/")
-        if not name.endswith(".parquet"):
-            raise SourceError(f"{location.url}: expected a folder or a .parquet file")
-        location = Location(folder or ".")
-        files = [(name, location.size(name))]
-    else:
-        files = list_files(location, (".parquet",))
+        return _open_file(location, image_column, label_column, group_column).limited(limit)
+    files = list_files(location, (".parquet",))
     if files:
         from sources.parquet import open_parquet  # pyarrow takes half a second
 
-        return open_parquet(location, files, image_column, label_column).limited(limit)
-    return open_image_folder(location).limited(limit)
+        return open_parquet(location, files, image_column, label_column, group_column).limited(limit)
+    tars = list_files(location, (".tar",))
+    if tars:
+        return open_tars(location, location.url, tars, label_column, group_column).limited(limit)
+    return open_image_folder(location, label_column, group_column).limited(limit)
+
+
+def _open_file(
+    location: Location, image_column: str | None, label_column: str | None, group_column: str | None
+) -> Source:
+    folder, _, name = location.url.rpartition("/")
+    parent = Location(folder or ("/" if location.url.startswith("/") else "."))
+    if name.endswith(".parquet"):
+        from sources.parquet import open_parquet
+
+        return open_parquet(parent, [(name, parent.size(name))], image_column, label_column, group_column)
+    from sources.arrays import is_array_file, open_arrays
+
+    if is_array_file(name):
+        return open_arrays(parent, name, image_column, label_column, group_column)
+    raise SourceError(f"{location.url}: expected a folder, a .parquet or .tar file, an .npz archive or an IDX file")

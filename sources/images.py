@@ -19,7 +19,7 @@ class BadImage(Exception):  # noqa: N818
     """An image that cannot be used; the message is the reason that goes into the artifact."""
 
 
-def decode(data: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+def decode(data: bytes | Image.Image, shape: tuple[int, int, int], resize: bool = True) -> npt.NDArray[np.uint8]:
     """Decode, convert to grey (C = 1) or RGB (C = 3), resize and crop; uint8 [C, H, W].
 
     The shorter side is resized to fill H×W (bicubic, antialiased) and the centre cropped; an image that already
@@ -27,18 +27,23 @@ def decode(data: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
     ImageFolder.
 
     Raises:
-        BadImage: not an image, cut short, or absurdly large or narrow.
+        BadImage: not an image, cut short, or absurdly large or narrow; of another size, without `resize`.
     """
     channels, height, width = shape
     with _opened(data) as image:
+        if not resize and image.size != (width, height):
+            raise BadImage(f"expected {width}x{height} pixels, found {image.width}x{image.height}")
         pixels = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
     array = np.asarray(_resize_and_crop(pixels, height, width))
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """An image whose pixels are not decoded yet; whatever PIL has against it becomes BadImage."""
+def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
+    """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
+    if isinstance(data, Image.Image):
+        yield data
+        return
     try:
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
@@ -77,8 +82,8 @@ def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image
     return resized.crop((left, top, left + width, top + height))
 
 
-def native_shape(data: bytes) -> tuple[int, int, int]:
-    """(C, H, W) of an encoded image without decoding its pixels; C is 1 for greys, else 3.
+def native_shape(data: bytes | Image.Image) -> tuple[int, int, int]:
+    """(C, H, W) of an image without decoding its pixels; C is 1 for greys, else 3.
 
     Raises:
         BadImage: not an image, or absurdly large.

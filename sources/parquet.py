@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sources.sample import Sample, Source, fingerprint, make_keys
+from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, to_indices
 from storage_schemas import Location, SourceError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -17,6 +17,10 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 class ParquetReader:
     """Reads rows; keeps the last row group in memory, because shards are runs of rows."""
+
+    is_concurrent = False
+    # Row groups are fetched whole: more threads would not help.
+    is_remote = False
 
     def __init__(self, location: Location, column: str) -> None:
         self._location = location
@@ -51,7 +55,11 @@ class ParquetReader:
 
 
 def open_parquet(
-    location: Location, files: Sequence[tuple[str, int]], image_column: str | None, label_column: str | None
+    location: Location,
+    files: Sequence[tuple[str, int]],
+    image_column: str | None,
+    label_column: str | None,
+    group_column: str | None,
 ) -> Source:
     """List the rows of Parquet files below a location.
 
@@ -61,6 +69,7 @@ def open_parquet(
     samples: list[Sample] = []
     entries: list[tuple[str, int, int]] = []
     raw_labels: list[Any] = []
+    groups: list[str | None] = []
     names: list[str] = []
     column = image_column
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
@@ -74,15 +83,26 @@ def open_parquet(
         names = names or _hugging_face_names(schema, label)
         rows = file.metadata.num_rows
         raw_labels += file.read(columns=[label]).column(label).to_pylist() if label else [None] * rows
+        groups += _group_values(file, group_column, f"{location.url}/{name}")
         samples += [Sample(f"{stem}-{row:08d}", f"{name}#{row}", None) for row in range(rows)]
         entries.append((name, size, rows))
-    labels, names = _to_indices(raw_labels, names)
-    samples = [Sample(s.key, s.name, label) for s, label in zip(samples, labels, strict=True)]
+    labels, names = to_indices(raw_labels, names)
+    samples = [Sample(s.key, s.name, label, group) for s, label, group in zip(samples, labels, groups, strict=True)]
     if not samples or column is None:
         raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
-    return Source(
-        location.url, "parquet", samples, names, fingerprint([column, entries]), ParquetReader(location, column)
-    )
+    listing = make_listing(location, files)
+    identity = fingerprint([column, entries, listing])
+    return Source(location.url, "parquet", samples, names, identity, ParquetReader(location, column), listing)
+
+
+def _group_values(file: pq.ParquetFile, column: str | None, where: str) -> list[str | None]:
+    """Values of the group column as text, a value a row."""
+    if column is None:
+        return [None] * file.metadata.num_rows
+    if column not in file.schema_arrow.names:
+        raise SourceError(f"{where}: expected a group column {column!r}, found {file.schema_arrow.names}")
+    values = file.read(columns=[column]).column(column).to_pylist()
+    return [None if value is None else str(value) for value in values]
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
@@ -133,12 +153,3 @@ def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
         return []
     feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
     return [str(name) for name in feature.get("names", [])]
-
-
-def _to_indices(raw: Sequence[Any], names: list[str]) -> tuple[list[int | None], list[str]]:
-    """Integer labels as they are; text labels numbered in alphabetical order."""
-    if any(isinstance(value, str) for value in raw):
-        names = sorted({str(value) for value in raw if value is not None})
-        index = {name: position for position, name in enumerate(names)}
-        return [None if value is None else index[str(value)] for value in raw], names
-    return [None if value is None else int(value) for value in raw], names

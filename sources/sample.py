@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+
+from PIL import Image
+
+from storage_schemas import Location
+
+RawImage = bytes | Image.Image
+"""What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
+
+LISTING = "source.json.gz"
+# Files whose content goes into a fingerprint. All of them would mean reading the whole source before any work.
+HASHED_FILES = 64
+HASHED_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +32,30 @@ class Sample:
         key: identifier of letters, digits, `_` and `-`, unique in the source.
         name: how the source calls it: a path, or file and row.
         label: class index, if known.
+        group: value of the group column, if one was asked for.
     """
 
     key: str
     name: str
     label: int | None
+    group: str | None = None
 
 
 class Reader(Protocol):
     """Reads samples; small enough to be sent to every worker."""
 
-    def read(self, sample: Sample) -> bytes:
-        """The encoded image (JPEG, PNG, …); raises OSError."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read waits for a network."""
+        ...
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether several threads may read at the same time."""
+        ...
+
+    def read(self, sample: Sample) -> RawImage:
+        """The image; raises OSError or BadImage."""
         ...
 
 
@@ -40,11 +65,12 @@ class Source:
 
     Attributes:
         url: where it is.
-        kind: `image_folder` or `parquet`.
+        kind: `image_folder`, `parquet`, `webdataset`, `arrays` or `python`.
         samples: in the order that defines shards.
         class_names: by label, empty if there are none.
-        fingerprint: hash of names and sizes, to notice that the data changed.
+        fingerprint: hash of the listing, to notice that the data changed.
         reader: reads the samples.
+        listing: by file, what identifies its content: [bytes, hash or None, …].
     """
 
     url: str
@@ -53,13 +79,49 @@ class Source:
     class_names: Sequence[str]
     fingerprint: str
     reader: Reader
+    listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""
         return self if limit is None else replace(self, samples=self.samples[:limit])
 
+    def listing_bytes(self) -> bytes:
+        """The listing as an artifact keeps it, to say later what has changed; the same bytes for the same listing."""
+        return gzip.compress(json.dumps(self.listing, sort_keys=True).encode(), mtime=0)
 
-def fingerprint(entries: Sequence[Any]) -> str:
+    def changes(self, earlier: bytes) -> list[str]:
+        """How the files differ from an earlier `listing_bytes`, a line each."""
+        before = json.loads(gzip.decompress(earlier))
+        now = {name: list(facts) for name, facts in self.listing.items()}
+        lines = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
+        lines += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+        for name in sorted(before.keys() & now.keys()):
+            old, new = before[name], now[name]
+            if old[0] != new[0]:
+                lines.append(f"{name} had {old[0]} bytes, has {new[0]}")
+            elif old != new:
+                lines.append(f"{name} has other content")
+        return lines
+
+
+def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[str, list[Any]]:
+    """Size of every file, and its hash for a fixed choice of up to `HASHED_FILES` of them.
+
+    A hash is the sha256 of the first and the last 64 KiB; which files are read depends on their names alone.
+    """
+    chosen = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]
+    hashes = {name: _content_hash(location, name, size) for name, size in chosen}
+    return {name: [size, hashes.get(name)] for name, size in files}
+
+
+def _content_hash(location: Location, name: str, size: int) -> str:
+    digest = hashlib.sha256(location.read(name, 0, min(size, HASHED_BYTES)) if size else b"")
+    if size > HASHED_BYTES:
+        digest.update(location.read(name, max(HASHED_BYTES, size - HASHED_BYTES), size))
+    return digest.hexdigest()
+
+
+def fingerprint(entries: Any) -> str:
     """Hash of a JSON-like listing."""
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -75,3 +137,12 @@ def make_keys(names: Sequence[str]) -> list[str]:
         key if times[key] == 1 else f"{key}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         for key, name in zip(plain, names, strict=True)
     ]
+
+
+def to_indices(raw: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int | None], list[str]]:
+    """Class indices and class names: integer labels as they are, text labels numbered in alphabetical order."""
+    if any(isinstance(value, str) for value in raw):
+        ordered = sorted({str(value) for value in raw if value is not None})
+        index = {name: position for position, name in enumerate(ordered)}
+        return [None if value is None else index[str(value)] for value in raw], ordered
+    return [None if value is None else int(value) for value in raw], list(names)

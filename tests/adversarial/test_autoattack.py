@@ -55,7 +55,7 @@ def network(digits: tuple[Tensor, Tensor]) -> nn.Module:
         for step in range(150):
             batch = torch.arange(64 * step, 64 * step + 64) % len(labels)
             optimizer.zero_grad()
-            cross_entropy(model(pixels[batch]), labels[batch]).mean().backward()  # type: ignore[no-untyped-call]
+            cross_entropy(model(pixels[batch]), labels[batch]).mean().backward()
             optimizer.step()
     return model.eval().requires_grad_(False)
 
@@ -84,7 +84,7 @@ def test_results_stay_in_the_ball_and_the_pixel_range(
     clean = torch.from_numpy(rng.random((3, 2, 4, 4), np.float32)).round(decimals=1)
     weight = torch.from_numpy(rng.standard_normal((32, 5), np.float32))
     model = nn.Sequential(nn.Flatten(), nn.Linear(32, 5, bias=False))
-    model[1].weight.data = weight.T.contiguous()  # type: ignore[union-attr]
+    model[1].weight.data = weight.T.contiguous()
     attack = APGD(min(epsilon, Fraction(1)) if norm == "linf" else epsilon, steps, on_grid=False, norm=norm)
     initial = torch.from_numpy(rng.random(clean.shape, np.float32)) if started else None
     found = apgd(model, clean, torch.tensor([0, 1, 2]), cross_entropy, attack, generators(3), initial=initial)
@@ -100,8 +100,8 @@ def test_a_linear_classifier_is_robust_up_to_its_margin(norm: Norm) -> None:
     rng = np.random.default_rng(3)
     weight = torch.from_numpy(rng.standard_normal(12, np.float32))
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    model[1].weight.data = torch.stack([-weight / 2, weight / 2])  # type: ignore[union-attr]
-    model[1].bias.data = torch.stack([weight.sum() / 4, -weight.sum() / 4])  # type: ignore[union-attr]
+    model[1].weight.data = torch.stack([-weight / 2, weight / 2])
+    model[1].bias.data = torch.stack([weight.sum() / 4, -weight.sum() / 4])
     clean = torch.from_numpy(rng.uniform(0.3, 0.7, (60, 3, 2, 2)).astype(np.float32))
     signed = (clean.flatten(1) - 0.5) @ weight
     dual = weight.abs().sum() if norm == "linf" else weight.norm()

@@ -80,9 +80,8 @@ def test_agrees_with_an_independent_reference(on_grid: bool) -> None:
     reference = _net(16, 16, 6, dtype=torch.float64)
     clean = _images(8)
     target = model(clean).detach()
-    settings = {"random_start": True, "on_grid": on_grid}
-    start = _attack(model, clean, target, PGD(TWO, ONE, 0, **settings)).pixels
-    found = _attack(model, clean, target, PGD(TWO, ONE, 10, **settings))
+    start = _attack(model, clean, target, PGD(TWO, ONE, 0, on_grid=on_grid)).pixels
+    found = _attack(model, clean, target, PGD(TWO, ONE, 10, on_grid=on_grid))
     assert not torch.equal(found.pixels, start)
     expected = _naive(reference, clean.double(), start.double(), target.double(), 2 / 255, 1 / 255)
     assert (found.loss > found.start_loss).all()  # else the start was kept and this compares nothing

@@ -186,7 +186,7 @@ def llava_path(tmp_path_factory: pytest.TempPathFactory, captioned: list[Caption
     optimizer = torch.optim.Adam(llava.model.parameters(), lr=5e-3)
     for _ in range(70):
         optimizer.zero_grad()
-        llava.losses(pixels.float() / 255, tokens).mean().backward()  # type: ignore[no-untyped-call]
+        llava.losses(pixels.float() / 255, tokens).mean().backward()
         optimizer.step()
     llava.model.save_pretrained(path)
     return path

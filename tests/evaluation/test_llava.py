@@ -138,7 +138,7 @@ def test_an_open_clip_tower_equals_hugging_faces_with_the_same_weights(make_clip
         patch_size=8,
         hidden_act="gelu",
     )
-    twin: Any = transformers.CLIPVisionModel(config).eval()
+    twin: Any = transformers.CLIPVisionModel(config).train(False)
     own = twin.state_dict()
     source = visual.state_dict()
     state = {

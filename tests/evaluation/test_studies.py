@@ -17,7 +17,7 @@ from PIL import Image
 import datamerge
 from adversarial import load_encoder, save_encoder
 from console import load_settings
-from evaluation import study, zero_shot
+from evaluation import labels, study, zero_shot
 from evaluation.config import EmbeddingConfig, ZeroShotConfig
 from evaluation.embedding import evaluate_embedding
 from evaluation.results import ArmResult
@@ -87,7 +87,8 @@ def test_top_5_counts_labels_among_the_best_five(make_encoder: MakeEncoder, phot
     # Class 0 (dark) is always fifth of six, class 1 (light) last.
     spec = make_encoder([[0.0] * 4] * 6)
     encoder = load_encoder(spec)
-    encoder.model[1].bias.data = torch.tensor([-3.0, -4.0, 2.0, 1.0, 0.0, -1.0])  # type: ignore[index, union-attr]
+    network: Any = encoder.model
+    network[1].bias.data = torch.tensor([-3.0, -4.0, 2.0, 1.0, 0.0, -1.0])
     save_encoder(encoder, tmp_path / "six.safetensors")
     result = measure(f"mlp:1x2x2-6@{tmp_path / 'six.safetensors'}", photos, tmp_path / "out", head="outputs")
     assert scores(result)["top-1 clean"] == 0
@@ -152,12 +153,11 @@ def test_text_features_are_made_once(
     (tmp_path / "prompts.txt").write_text("a photo of a {}.\na {}\n")
     flags = {"class_names": str(names), "templates": str(tmp_path / "prompts.txt"), "epsilons": ["1/255"], "steps": 2}
     calls = 0
-    make_heads = zero_shot.make_heads
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return make_heads(*arguments)
+        return labels.make_heads(*arguments)
 
     monkeypatch.setattr(zero_shot, "make_heads", counted)
     first = measure(make_clip(), data, tmp_path / "out", **flags)

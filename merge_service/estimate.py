@@ -1,0 +1,201 @@
+"""What a merge will take, from a small measured piece of it: time, bytes, FLOPs, money."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from merge_service.config import MergeConfig
+from merge_service.merge import Prepared, local_device, worker_setup
+from merge_service.planning import ShardTask
+from merge_service.work import ShardWorker
+from storage_schemas import ArtifactWriter, DatamergeError, Location
+
+MEASURE_SECONDS = 3.0
+# A worker's interpreter, its imports and Ray's own start, besides loading the encoder.
+START_SECONDS = 10.0
+SAMPLES_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An extrapolation.
+
+    Attributes:
+        bytes: of all shards, after compression.
+        seconds: wall time with `workers` workers like this machine's device, their start included.
+        workers: W.
+        flops: of all encoder passes; None where no encoder runs.
+        flop_per_second: that one worker reached.
+        peak_share: of what a large matrix product reaches on the same device and threads.
+        measured: groups, or samples, that were measured.
+    """
+
+    bytes: int
+    seconds: float
+    workers: int
+    flops: float | None
+    flop_per_second: float | None
+    peak_share: float | None
+    measured: int
+
+    def cost(self, price_per_hour: float) -> float:
+        """Price of the workers' time, in the price's currency."""
+        return self.seconds / 3600 * self.workers * price_per_hour
+
+
+def estimate(prepared: Prepared) -> Estimate:
+    """Measure a small piece of the real work on this machine, into a temporary folder, and extrapolate.
+
+    Raises:
+        DatamergeError: none of the first groups can be used.
+    """
+    config, plan = prepared.config, prepared.plan
+    device = local_device(config)
+    with tempfile.TemporaryDirectory(prefix="datamerge-dry-run-") as folder:
+        writer = ArtifactWriter(Location(folder), plan.layout, plan.provenance)
+        started = time.perf_counter()
+        worker = ShardWorker(worker_setup(prepared, writer, device))
+        worker.prepare()
+        start = START_SECONDS + time.perf_counter() - started
+        threads = torch.get_num_threads()
+        try:
+            measure = _measure_groups if config.grouping == "adversarial" else _measure_samples
+            measured = measure(prepared, worker, writer)
+        finally:
+            torch.set_num_threads(threads)
+    workers = min(config.max_workers or _fitting(config, device), plan.layout.shards)
+    total = measured.units_in_all * measured.seconds / measured.units
+    per_unit = _flops_per_unit(prepared, worker.model)
+    flops = per_unit * measured.units_in_all if per_unit else None
+    rate = per_unit * measured.units / measured.attack_seconds if per_unit else None
+    return Estimate(
+        bytes=round(measured.bytes_per_group * plan.layout.groups),
+        seconds=start + total / workers,
+        workers=workers,
+        flops=flops,
+        flop_per_second=rate,
+        peak_share=rate / _matrix_product_rate(config, device) if rate else None,
+        measured=measured.units,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A piece of work: units are groups if they are attacked, else samples."""
+
+    units: int
+    units_in_all: int
+    seconds: float
+    attack_seconds: float
+    bytes_per_group: float
+
+
+def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
+    config, plan = prepared.config, prepared.plan
+    first = worker.run(ShardTask(0, tuple(plan.groups[:1])))  # warms up caches and allocators
+    size, most = 1, plan.layout.groups_per_shard
+    while True:
+        groups = tuple(plan.groups[:size])
+        started = time.perf_counter()
+        result = worker.run(ShardTask(0, groups))
+        seconds = time.perf_counter() - started
+        if seconds > MEASURE_SECONDS or size >= most:
+            break
+        # Larger pieces until one takes long enough to be measured; whole batches if they are quick.
+        size = min(most, size * max(2, min(16, int(MEASURE_SECONDS / seconds) + 1)))
+    _check_usable(first.groups + result.groups, prepared)
+    if config.device != "cpu" and torch.cuda.is_available():
+        seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU they overlap
+    return _Measured(
+        units=len(groups),
+        units_in_all=plan.layout.groups,
+        seconds=seconds,
+        attack_seconds=result.attack_seconds,
+        bytes_per_group=_bytes(writer) / max(1, result.groups),
+    )
+
+
+def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
+    plan = prepared.plan
+    task = plan.task(0)
+    items = plan.part(0, 0)[:SAMPLES_AT_ONCE]
+    worker.part(items)
+    started = time.perf_counter()
+    partial = worker.part(items)
+    seconds = time.perf_counter() - started
+    result = worker.complete(task, partial)
+    _check_usable(result.groups, prepared)
+    return _Measured(
+        units=len(items),
+        units_in_all=sum(len(group.samples) for group in plan.groups),
+        seconds=seconds,
+        attack_seconds=seconds,
+        bytes_per_group=_bytes(writer) / result.groups,
+    )
+
+
+def _flops_per_unit(prepared: Prepared, model: nn.Module | None) -> float:
+    """FLOPs of all encoder passes for one group or sample; 0 where no encoder runs."""
+    config = prepared.config
+    if model is None or not config.needs_encoder:
+        return 0.0
+    device = next(model.parameters()).device
+    pixels = torch.zeros((1, *prepared.plan.shape), device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        outputs = model(pixels)
+    with FlopCounterMode(display=False) as backward:
+        outputs.sum().backward()
+    one = float(forward.get_total_flops())
+    if config.grouping != "adversarial":
+        return one
+    gradient = one + float(backward.get_total_flops())
+    gradients = config.steps + (1 if config.attack == "apgd" else 0)
+    # Every attack ends with the loss of its result, and every group begins with its clean embedding.
+    return one + (config.group_size or 1) * config.restarts * (gradients * gradient + one)
+
+
+def _check_usable(groups: int, prepared: Prepared) -> None:
+    if not groups:
+        raise DatamergeError(
+            f"{prepared.source.url}: none of the first groups can be used, so nothing can be measured; merge a few "
+            "with --limit to see the reasons"
+        )
+
+
+def _bytes(writer: ArtifactWriter) -> int:
+    return int(sum(file["size"] for file in writer.location.fs.find(writer.location.root, detail=True).values()))
+
+
+def _fitting(config: MergeConfig, device: str) -> int:
+    if device == "cuda":
+        return max(1, int(torch.cuda.device_count() / (config.num_gpus or 1.0)))
+    return max(1, (os.cpu_count() or 1) // config.cpus)
+
+
+def _matrix_product_rate(config: MergeConfig, device: str) -> float:
+    """FLOP/s of a large matrix product, the best a device does, in the attack's precision."""
+    size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    torch.set_num_threads(config.threads)
+    try:
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            matrix @ matrix
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.set_num_threads(threads)
+    return 2 * size**3 / min(times)

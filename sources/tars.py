@@ -1,0 +1,256 @@
+"""WebDataset tars: local files, globs, braces, any fsspec URL, or `pipe:` commands.
+
+A sample is the run of members that share the name before the first dot: KEY.jpg, KEY.cls, KEY.json, … . Tars that
+can be seeked are listed once by their headers, and readers then fetch single images by their byte ranges. A pipe has
+to be run once to be listed, and again by every worker that reads from it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import braceexpand
+import fsspec
+
+from sources.image_folder import EXTENSIONS
+from sources.images import BadImage
+from sources.sample import HASHED_BYTES, Sample, Source, fingerprint, make_keys, make_listing, to_indices
+from storage_schemas import Location, SourceError
+
+PIPE = "pipe:"
+LABEL_EXTENSION = "cls"
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """Where an image is in its tar."""
+
+    tar: str
+    start: int
+    size: int
+
+
+@dataclass
+class _Parts:
+    """What a sample consists of."""
+
+    image: _Member | None = None
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+
+class TarReader:
+    """Reads images by their byte ranges."""
+
+    is_concurrent = True
+
+    def __init__(self, url: str) -> None:
+        self._folder = Location(url)
+
+    @property
+    def is_remote(self) -> bool:
+        return not self._folder.is_local
+
+    def read(self, sample: Sample) -> bytes:
+        tar, _, range_ = sample.name.rpartition("#")
+        start, _, rest = range_.partition("+")
+        size = int(rest.partition(" ")[0])
+        data = self._folder.read(tar, int(start), int(start) + size)
+        if len(data) != size:
+            raise BadImage(f"{tar}: expected {size} bytes at {start}, found {len(data)}: the tar is cut short")
+        return data
+
+
+class PipeReader:
+    """Runs a command again and goes forward through its tar; going back starts it anew."""
+
+    is_concurrent = False
+    is_remote = False
+
+    def __init__(self) -> None:
+        self._open: tuple[str, Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]], int] | None = None
+
+    def read(self, sample: Sample) -> bytes:
+        command, _, range_ = sample.name.rpartition("#")
+        start = int(range_.partition("+")[0])
+        if self._open is None or self._open[0] != command or self._open[2] >= start:
+            self._open = (command, _pipe_members(command), -1)
+        for info, tar in self._open[1]:
+            if info.offset_data == start:
+                self._open = (command, self._open[1], start)
+                stream = tar.extractfile(info)
+                return stream.read() if stream else b""
+        self._open = None
+        raise OSError(f"{command}: its output ends before byte {start}; it gave more when it was listed")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": None}
+
+
+def is_tar_url(url: str) -> bool:
+    """Whether a source is one tar or a pattern of them."""
+    return url.startswith(PIPE) or url.endswith((".tar", ".tar}")) or (".tar" in url and any(c in url for c in "*{["))
+
+
+def open_tar_url(url: str, label_column: str | None, group_column: str | None) -> Source:
+    """List the tars of a URL with globs and braces, or of a `pipe:` command.
+
+    Raises:
+        SourceError: nothing there, not a tar, or no image in it.
+    """
+    if url.startswith(PIPE):
+        return _open_pipes(url, label_column, group_column)
+    paths: list[str] = []
+    for pattern in braceexpand.braceexpand(url):
+        fs, root = fsspec.core.url_to_fs(pattern)
+        found = sorted(fs.glob(root)) if any(c in root for c in "*?[") else [root]
+        if not found or not all(fs.exists(path) for path in found):
+            raise SourceError(f"{pattern}: expected tar files, found nothing there")
+        paths += [fs.unstrip_protocol(path) for path in found]
+    folder = paths[0].rpartition("/")[0]
+    while not all(path.startswith(f"{folder}/") for path in paths):
+        folder = folder.rpartition("/")[0]
+    location = Location(folder)
+    names = [path[len(folder) + 1 :] for path in paths]
+    files = [(name, location.size(name)) for name in names]
+    return open_tars(location, url, files, label_column, group_column)
+
+
+def open_tars(
+    location: Location,
+    url: str,
+    files: Sequence[tuple[str, int]],
+    label_column: str | None,
+    group_column: str | None,
+) -> Source:
+    """List the samples of tars below a location.
+
+    Raises:
+        SourceError: a file is no tar, or none has images.
+    """
+    found: dict[str, _Parts] = {}
+    for name, _ in files:
+        try:
+            with (
+                location.fs.open(location.path(name), "rb") as stream,
+                tarfile.open(fileobj=stream, mode="r:") as tar,
+            ):
+                _list_members(name, tar, found, label_column, group_column)
+        except tarfile.ReadError as error:
+            raise SourceError(f"{location.url}/{name}: expected an uncompressed tar: {error}") from None
+    listing = make_listing(location, files)
+    return _source(url, found, TarReader(location.url), listing, label_column, group_column)
+
+
+def _open_pipes(url: str, label_column: str | None, group_column: str | None) -> Source:
+    found: dict[str, _Parts] = {}
+    listing: dict[str, list[Any]] = {}
+    for command in braceexpand.braceexpand(url):
+        members = 0
+        heads = b""
+        for info, tar in _pipe_members(command):
+            _note_member(command, info, tar, found, label_column, group_column)
+            members += 1
+            heads = heads if len(heads) > HASHED_BYTES else heads + info.tobuf()
+        listing[command] = [members, fingerprint(heads.hex())]
+    return _source(url, found, PipeReader(), listing, label_column, group_column)
+
+
+def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+    """Members of the tar that a shell command writes, as they come."""
+    # The command is the user's own, as in the WebDataset library.
+    process = subprocess.Popen(command.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
+    try:
+        stream: IO[bytes] | None = process.stdout
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for info in tar:
+                yield info, tar
+        if process.wait() != 0:
+            raise SourceError(f"{command}: the command failed with exit code {process.returncode}")
+    except tarfile.ReadError as error:
+        raise SourceError(f"{command}: expected a tar from this command: {error}") from None
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _list_members(
+    name: str, tar: tarfile.TarFile, found: dict[str, _Parts], label_column: str | None, group_column: str | None
+) -> None:
+    for info in tar:
+        _note_member(name, info, tar, found, label_column, group_column)
+
+
+def _note_member(
+    name: str,
+    info: tarfile.TarInfo,
+    tar: tarfile.TarFile,
+    found: dict[str, _Parts],
+    label_column: str | None,
+    group_column: str | None,
+) -> None:
+    """Remember an image's place, or the content of a member that labels and groups come from."""
+    folder, _, base = info.name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not info.isfile() or not dot or base.startswith("."):
+        return
+    key = f"{name}#{folder}/{stem}" if folder else f"{name}#{stem}"
+    parts = found.setdefault(key, _Parts())
+    extension = extension.lower()
+    if f".{extension}".endswith(EXTENSIONS):
+        if parts.image is not None:
+            raise SourceError(f"{name}: expected one image a sample, found a second one: {info.name}")
+        parts.image = _Member(name, info.offset_data, info.size)
+    elif extension in (label_column or LABEL_EXTENSION, group_column, "json"):
+        stream = tar.extractfile(info)
+        parts.texts[extension] = stream.read() if stream else b""
+
+
+def _source(
+    url: str,
+    found: dict[str, _Parts],
+    reader: TarReader | PipeReader,
+    listing: dict[str, list[Any]],
+    label_column: str | None,
+    group_column: str | None,
+) -> Source:
+    complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
+    if not complete:
+        raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
+    labels, names = to_indices([_label(parts, label_column, key) for key, parts, _ in complete])
+    keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
+    samples = [
+        Sample(
+            key,
+            f"{image.tar}#{image.start}+{image.size} {name.rpartition('#')[2]}",
+            label,
+            None if group_column is None else _text(parts, group_column),
+        )
+        for key, label, (name, parts, image) in zip(keys, labels, complete, strict=True)
+    ]
+    identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
+    return Source(url, "webdataset", samples, names, identity, reader, listing)
+
+
+def _label(parts: _Parts, column: str | None, key: str) -> int | str | None:
+    text = _text(parts, column or LABEL_EXTENSION)
+    if text is None and column is not None:
+        raise SourceError(f"{key}: expected a member or JSON field {column!r} with the label, found none")
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _text(parts: _Parts, column: str) -> str | None:
+    """A member's text, or the field of that name in the sample's JSON member."""
+    try:
+        if column in parts.texts:
+            return parts.texts[column].decode().strip()
+        value = json.loads(parts.texts.get("json", b"{}")).get(column)
+    except (ValueError, AttributeError):
+        return None
+    return None if value is None else str(value)

@@ -1,0 +1,70 @@
+"""An encoder and a file system that go wrong on demand; on the path of every process of the test's cluster.
+
+Files in the folder that DATAMERGE_FAULTS names switch faults on. The encoder's numbers never depend on them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor, nn
+
+# Grey levels of the first pixel that mark an image.
+NAN_LEVEL, POISON_LEVEL = 255, 249
+
+
+def faults() -> Path:
+    return Path(os.environ["DATAMERGE_FAULTS"])
+
+
+class FaultyEncoder(nn.Sequential):
+    """A small network that is slow, deadly for a poisoned image, and never finite for a marked one."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4))
+        (faults() / "pids" / str(os.getpid())).touch()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        first = (pixels.detach()[:, 0, 0, 0] * 255).round()
+        if (faults() / "slow").exists():
+            (faults() / "busy" / str(os.getpid())).touch()
+            time.sleep(0.1)
+        if (faults() / "poison").exists() and bool(((first - POISON_LEVEL).abs() <= 1).any()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        outputs: Tensor = super().forward(pixels)  # type: ignore[no-untyped-call]
+        nan = first == NAN_LEVEL
+        return outputs * torch.where(nan, float("nan"), 1.0)[:, None]
+
+
+def encoder() -> FaultyEncoder:
+    return FaultyEncoder()
+
+
+class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]
+    """An object store on the local disk: every upload fails the first times, without leaving anything."""
+
+    protocol = "flaky"
+    local_file = False
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> str:
+        return str(LocalFileSystem._strip_protocol(str(path).removeprefix("flaky://")))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        failures = faults() / "uploads" / path.replace("/", "_")
+        times = int(failures.read_text()) if failures.exists() else 0
+        wanted = int((faults() / "upload-failures").read_text())
+        if times < wanted:
+            failures.write_text(str(times + 1))
+            raise OSError(f"503 slow down, {path}")
+        self.makedirs(self._parent(path), exist_ok=True)
+        with Path(path).open("wb") as stream:
+            stream.write(value)

@@ -1,0 +1,166 @@
+"""Faults on a real cluster: whatever dies, every good group is there once, and no byte is another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage_schemas import open_artifact
+from tests.merge_service.conftest import GROUPS, SHARDS, STORE_BYTES, Bench, tree, wait_for
+
+# Ray's own start-up leaves file handles and sockets to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+
+Tree = dict[str, bytes]
+
+
+def _workers(bench: Bench, folder: str, driver: subprocess.Popen[str]) -> list[int]:
+    """Processes that have loaded the encoder (`pids`) or used it (`busy`), without the driver."""
+    return [int(path.name) for path in (bench.faults / folder).iterdir() if int(path.name) != driver.pid]
+
+
+def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """Every usable photo exactly once, the others with their reasons, and a true manifest."""
+    for path, data in undisturbed.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    artifact = open_artifact(tmp_path)
+    assert len(artifact) == GROUPS
+    assert len(artifact.manifest.shards) == SHARDS
+    names = [record.samples[0] for record in artifact]
+    assert names == sorted(f"{index:02d}.png" for index in range(14) if index != 5)
+    rejects = {
+        reject.sample: reject.reason
+        for position in range(len(artifact.shard_sizes))
+        for reject in artifact.commit(position).rejects
+    }
+    assert rejects.keys() == {"03-corrupt.jpg", "05.png", "06-cut.png", "09-large.png"}
+    assert "not an image" in rejects["03-corrupt.jpg"]
+    assert rejects["05.png"] == "non-finite gradient"
+    assert rejects["09-large.png"] == "expected 8x8 pixels, found 8x9"
+    assert sum(shard.rejected for shard in artifact.manifest.shards) == 4
+
+
+def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    bench.switch(slow="")
+    process = bench.start(tmp_path / "a")
+    victim = wait_for(lambda: _workers(bench, "busy", process))[0]
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert len(_workers(bench, "pids", process)) >= 3  # one in the victim's place
+    assert tree(tmp_path / "a") == undisturbed
+
+
+def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    bench.switch(slow="")
+    process = bench.start(tmp_path / "a")
+    wait_for(lambda: len(_workers(bench, "busy", process)) == 2)
+    (node,) = bench.cluster.worker_nodes
+    bench.cluster.remove_node(node, allow_graceful=False)
+    bench.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert tree(tmp_path / "a") == undisturbed
+
+
+def test_a_killed_driver_resumes(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    bench.switch(slow="")
+    process = bench.start(tmp_path / "a")
+    commits = tmp_path / "a" / "commits"
+    wait_for(lambda: commits.is_dir() and len(list(commits.glob("*.json"))) >= 2)
+    process.kill()
+    process.communicate()
+    done = {path.name: path.stat().st_mtime_ns for path in commits.glob("*.json")}
+    assert not json.loads((tmp_path / "a" / "manifest.json").read_bytes())["complete"]
+    bench.switch()
+    code, errors = bench.merge(tmp_path / "a")
+    assert code == 0, errors
+    assert tree(tmp_path / "a") == undisturbed
+    # Finished work was not done again.
+    assert {name: (commits / name).stat().st_mtime_ns for name in done} == done
+    code, errors = bench.merge(tmp_path / "a")
+    assert code == 0, errors
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_job_and_costs_nothing(bench: Bench, undisturbed: Tree, small_disk: Path) -> None:
+    bench.switch()
+    code, errors = bench.merge(small_disk / "a")
+    assert code == 1
+    last = errors.strip().splitlines()[-1]
+    assert "the disk is full" in last, errors
+    assert "run the same command again" in last
+    assert "Traceback" not in errors
+    # What is there is whole.
+    for path, data in tree(small_disk / "a").items():
+        if path.startswith("commits/"):
+            assert undisturbed[path] == data
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    code, errors = bench.merge(small_disk / "a")
+    assert code == 0, errors
+    assert tree(small_disk / "a") == undisturbed
+
+
+def test_uploads_that_fail_are_tried_again_by_one_worker(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    bench.switch(upload_failures="1")
+    code, errors = bench.merge(f"flaky://{tmp_path}/a", "--max-workers", "1")
+    assert code == 0, errors
+    found = tree(tmp_path / "a")
+    assert len(list((bench.faults / "uploads").iterdir())) == len(found)  # every single one had failed
+    assert found == undisturbed
+    # No terminal: lines, no bar, no colours, nothing of Ray's.
+    assert "\x1b" not in errors
+    assert all(line.startswith(("merge:", "rejected ")) for line in errors.strip().splitlines()), errors
+
+
+def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """It kills every worker; the others finish, its photos are named, and the cure completes the artifact."""
+    bench.switch(poison="")
+    code, errors = bench.merge(tmp_path / "a")
+    assert code == 1
+    last = errors.strip().splitlines()[-1]
+    assert "1 of 9 shards could not be done, the others are finished" in last, errors
+    assert "08.png" in last
+    assert "failed 3 times: its worker died" in last
+    assert "Traceback" not in errors
+    poisoned = next(path for path in undisturbed if path.startswith("commits/") and b"08.png" in undisturbed[path])
+    found = tree(tmp_path / "a")
+    assert found.keys() >= {path for path in undisturbed if path.startswith("commits/")} - {poisoned}
+    assert poisoned not in found
+    manifest = json.loads(found["manifest.json"])
+    assert not manifest["complete"]
+    assert len(manifest["shards"]) == SHARDS - 1
+    bench.switch()
+    code, errors = bench.merge(tmp_path / "a")
+    assert code == 0, errors
+    assert tree(tmp_path / "a") == undisturbed
+
+
+def test_too_many_rejects_stop_the_job(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """Also when they come in several runs; a higher limit finishes."""
+    bench.switch()
+    for _ in range(2):
+        code, errors = bench.merge(tmp_path / "a", "--max-rejected", "3")
+        assert code == 1
+        assert "4 samples could not be used, more than the 3 allowed" in errors
+    code, errors = bench.merge(tmp_path / "a", "--max-rejected", "4")
+    assert code == 0, errors
+    assert tree(tmp_path / "a") == undisturbed
