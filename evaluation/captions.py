@@ -31,7 +31,7 @@ def evaluate_captions(config: CaptionsConfig) -> list[ArmResult]:
         items=[Item(image.key, image.image, QUESTION, image.captions) for image in images],
         new_tokens=NEW_TOKENS,
         targets=(),
-        threshold=THRESHOLD,
+        is_broken=lambda score: score < THRESHOLD,
         clean_up=clean_caption,
         score=scorer.scores,
     )

@@ -6,7 +6,7 @@
     "maybe", "Word"   APGD that minimises the cross entropy of that word, in float32 (VQA only)
 
 After each pass the model answers anew and the answer is scored. The lowest score counts; an image is left alone as
-soon as its score falls to a threshold. Passes for references that an image does not have are left out.
+soon as its score is low enough. Passes for references that an image does not have are left out.
 
 Shapes: B images, S pixels a side.
 """

@@ -56,7 +56,7 @@ class Task:
         items: what to ask.
         new_tokens: at most, of an answer.
         targets: answers of the targeted passes.
-        threshold: an image is left alone once its score is at most this.
+        is_broken: whether an image with this score is left alone.
         clean_up: the answer out of the generated text.
         score: of answers, by key.
     """
@@ -65,7 +65,7 @@ class Task:
     items: Sequence[Item]
     new_tokens: int
     targets: Sequence[str]
-    threshold: float
+    is_broken: Callable[[float], bool]
     clean_up: Callable[[str], str]
     score: Callable[[Mapping[str, str]], Mapping[str, float]]
 
@@ -244,7 +244,7 @@ class ArmStudy:
                 buffer = io.BytesIO()
                 np.save(buffer, attempt.pixels.cpu().numpy())
                 self.folder.write_image(f"{case.item.key}.npy", buffer.getvalue())
-        case.state["dropped"] = bool(self._config.attack and score is not None and score <= self._task.threshold)
+        case.state["dropped"] = bool(self._config.attack and score is not None and self._task.is_broken(score))
         if case.next is None:
             self._keep_image(llava, case, clean)
         self.folder.write(case.item.key, case.state)

@@ -18,7 +18,6 @@ PART = "vqa"
 PROMPT = "\nAnswer the question using a single word or phrase."
 NEW_TOKENS = 5
 TARGETS = ("maybe", "Word")
-THRESHOLD = 0.0
 
 
 def evaluate_vqa(config: VqaConfig) -> list[ArmResult]:
@@ -43,7 +42,7 @@ def evaluate_vqa(config: VqaConfig) -> list[ArmResult]:
         ],
         new_tokens=NEW_TOKENS,
         targets=TARGETS,
-        threshold=THRESHOLD,
+        is_broken=lambda score: score == 0,
         clean_up=clean_answer,
         score=score,
     )
