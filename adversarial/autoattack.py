@@ -89,6 +89,7 @@ def auto_attack(
         logits = model(clean)
     right = torch.eq(logits.argmax(dim=1), labels)
     robust, pixels = right.clone(), clean.clone()
+    called = list(names) or [f"sample {row}" for row in range(len(clean))]
 
     def attack(objective: Objective, target: Tensor) -> None:
         """On all survivors; `target` has a row per image of the batch."""
@@ -97,16 +98,8 @@ def auto_attack(
             return
         chosen = rows.tolist()
         watch = _Watch(model, labels[rows], clean[rows])
-        apgd(
-            watch,
-            clean[rows],
-            target[rows],
-            objective,
-            settings,
-            [generators[row] for row in chosen],
-            [names[row] if row < len(names) else f"sample {row}" for row in chosen],
-            precision=precision,
-        )
+        draws, who = [generators[row] for row in chosen], [called[row] for row in chosen]
+        apgd(watch, clean[rows], target[rows], objective, settings, draws, who, precision=precision)
         pixels[rows], robust[rows] = watch.pixels, ~watch.fooled
 
     for _ in range(restarts):

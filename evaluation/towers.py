@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -92,8 +93,10 @@ def read_tower_run(text: str) -> Run:
         ConfigError: neither a run's folder, nor an open_clip spec, hf:PATH or own.
     """
     if text == OWN or text.startswith(HUGGING_FACE):
+        # Whose work another checkpoint is, only its name can tell.
+        arm = BASELINE if text == OWN else f"{HUGGING_FACE}{Path(text.removeprefix(HUGGING_FACE)).name}"
         empty = dict.fromkeys(("artifact", "steps", "seconds", "bytes"))
-        return Run(name=text, encoder=text, original=text, arm=BASELINE, config={}, **empty)
+        return Run(name=text, encoder=text, original=text, arm=arm, config={}, **empty)
     run = read_run(text)
     if not run.encoder.startswith("open_clip:"):
         raise ConfigError(

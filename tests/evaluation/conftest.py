@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datamerge
 from adversarial import Head, load_encoder, save_encoder
 from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.captions import QUESTION
@@ -34,6 +36,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `datamerge evaluate …`; returns the exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
+        try:
+            datamerge.main()
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
+    return run
 
 
 @pytest.fixture

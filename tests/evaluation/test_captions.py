@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import datamerge
 from adversarial import load_encoder, save_encoder
 from console import load_settings
 from evaluation.captions import evaluate_captions
@@ -273,22 +271,13 @@ def test_vqa_counts_the_lowest_accuracy(
     assert state["dropped"]
 
 
-def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
-    try:
-        datamerge.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
-
-
 def test_both_parts_make_one_table(
     settings: dict[str, Any],
     vqa_files: tuple[str, str],
     make_clip: Callable[..., str],
     make_run: Callable[..., str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     clip = make_clip()
@@ -301,7 +290,7 @@ def test_both_parts_make_one_table(
     lines += [f"data = {json.dumps(vqa_files[0])}", f"annotations = {json.dumps(vqa_files[1])}"]
     config.write_text("\n".join(lines))
     output = tmp_path / "out"
-    assert exit_code(monkeypatch, "all", "own", tuned, "--config", str(config), "-o", str(output)) == 0
+    assert run_command("all", "own", tuned, "--config", str(config), "-o", str(output)) == 0
     markdown = (output / "report.md").read_text()
     header, _, *rows = markdown.splitlines()
     cells = [cell.strip() for cell in header.strip("|").split("|")]

@@ -190,7 +190,9 @@ def test_a_replaced_tower_is_what_is_seen(
 
 def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tmp_path: Path) -> None:
     llava.model.model.vision_tower.save_pretrained(tmp_path)
-    same = Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")
+    run = read_tower_run(f"hf:{tmp_path}")
+    assert run.arm == f"hf:{tmp_path.name}", "two checkpoints must not look alike in the table"
+    same = Llava(llava_path, run, 0, CPU, "float32")
     larger = Llava(llava_path, read_tower_run(OWN), 48, CPU, "float32")
     tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(same.losses(pixels, tokens), llava.losses(pixels, tokens))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import datamerge
 from adversarial import load_encoder, save_encoder
 from console import load_settings
 from evaluation import labels, study, zero_shot
@@ -229,23 +227,14 @@ def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None
         measure(two_class, photos, tmp_path / "out", head="outputs")
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
-    try:
-        datamerge.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
-
-
 def test_commands_share_one_report(
-    two_class: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two_class: str, photos: Path, tmp_path: Path, run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = ["-o", str(tmp_path / "out")]
     data = ["--data", str(photos), "--steps", "3", *output]
     arguments = [two_class, *data, "--head", "outputs", "--epsilons", "1/255,2/255"]
-    assert run_command(monkeypatch, "zero-shot", *arguments) == 0
-    assert run_command(monkeypatch, "embedding", two_class, *data, "--epsilons", "2/255") == 0
+    assert run_command("zero-shot", *arguments) == 0
+    assert run_command("embedding", two_class, *data, "--epsilons", "2/255") == 0
     out = capsys.readouterr().out
     assert "top-1 ε=2/255" in out
     assert "embedding loss clean" in out
@@ -257,33 +246,33 @@ def test_commands_share_one_report(
     # Another arm later does not push the first one out of the report.
     shutil.copy(two_class.partition("@")[2], tmp_path / "copy.safetensors")
     other_run = f"mlp:1x2x2-2@{tmp_path / 'copy.safetensors'}"
-    assert run_command(monkeypatch, "embedding", other_run, *data, "--epsilons", "2/255") == 0
+    assert run_command("embedding", other_run, *data, "--epsilons", "2/255") == 0
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 3
     (tmp_path / "file").write_text("")
-    assert run_command(monkeypatch, "embedding", two_class, *data[:4], "-o", str(tmp_path / "file")) == 2
+    assert run_command("embedding", two_class, *data[:4], "-o", str(tmp_path / "file")) == 2
     errors = capsys.readouterr().err
     assert "output: expected a folder, found the file" in errors
 
 
-def test_help_names_the_parts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(monkeypatch, "--help") == 0
+def test_help_names_the_parts(run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--help") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("zero-shot", "embedding", "captions", "vqa", "all", "both"))
 
 
 def test_all_checks_every_part_first(
-    two_class: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two_class: str, photos: Path, tmp_path: Path, run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "all.toml"
     config.write_text('[embedding]\nsteps = 2\n[zero-shot]\nhead = "outputs"\nstep = 2\n')
     arguments = ["all", two_class, "--config", str(config), "--data", str(photos), "-o", str(tmp_path / "out")]
-    assert run_command(monkeypatch, *arguments) == 2
+    assert run_command(*arguments) == 2
     assert "[zero-shot]: step: unknown setting; did you mean steps?" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     config.write_text("steps = 2\n[embedding]\n")
-    assert run_command(monkeypatch, *arguments) == 0
+    assert run_command(*arguments) == 0
     config.write_text("steps = 2\n")
-    assert run_command(monkeypatch, *arguments) == 2
+    assert run_command(*arguments) == 2
     assert "expected at least one table of [zero-shot], [embedding], [captions], [vqa]" in capsys.readouterr().err
 
 
