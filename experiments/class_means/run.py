@@ -20,11 +20,12 @@ import click
 import matplotlib as mpl
 import numpy as np
 import torch
+from PIL import Image
 
 from adversarial import load_encoder, save_encoder
 from evaluation import EvaluateConfig, evaluate
 from merge_service import MergeConfig, merge
-from sources import open_source
+from sources import decode, native_shape, open_source
 from storage_schemas import open_artifact
 from trainer import TrainConfig, train
 from trainer.config import Arm
@@ -104,11 +105,12 @@ def _random_images(root: Path, source: Path, seed: int) -> Path:
     listed = open_source(str(source / "train.parquet"))
     rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     for label in range(10):
-        target = folder / str(label) / "image"
+        target = folder / str(label) / "image.png"
         samples = [sample for sample in listed.samples if sample.label == label]
         data = listed.reader.read(samples[rng.integers(len(samples))])
+        pixels = decode(data, native_shape(data)).transpose(1, 2, 0)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".png" if data.startswith(b"\x89PNG") else ".webp").write_bytes(data)
+        Image.fromarray(pixels.squeeze()).save(target)
     merge(MergeConfig(source=str(folder), artifact=str(artifact), grouping="label"))
     return artifact
 
