@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := datamerge.py storage_schemas console sources adversarial merge_service trainer evaluation demo benchmarks tests
+PACKAGES := datamerge.py storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools \
+	demo benchmarks experiments tests
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 

@@ -32,6 +32,10 @@ COMMANDS = {
     "inspect": ("storage_schemas.cli", "inspect", "", "Show what an artifact holds and where it comes from."),
     "verify": ("storage_schemas.cli", "verify", "", "Check every file of an artifact against its hashes."),
     "preview": ("storage_schemas.cli", "preview", "", "Draw a contact sheet of an artifact's groups."),
+    "convert": ("artifact_tools.cli", "convert", "", "Write an artifact in another format or encoding."),
+    "combine": ("artifact_tools.cli", "combine", "", "Write the union of artifacts, group by group."),
+    "diff": ("artifact_tools.cli", "diff", "", "Compare two artifacts group by group."),
+    "export": ("artifact_tools.cli", "export", "", "Write single groups as .npz or .png files."),
     "demo": ("demo.cli", "demo", "demo", "Run the whole pipeline on real handwritten digits."),
 }
 

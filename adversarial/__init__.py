@@ -2,8 +2,10 @@
 
 from adversarial.apgd import APGD, apgd
 from adversarial.attacks import gradient_sign, run_attack
+from adversarial.autoattack import Survival, auto_attack, check_masking, targeted_dlr
 from adversarial.ball import Attacked, NonFiniteGradient, Precision, group_generator, sample_generators
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
+from adversarial.euclidean import Norm
 from adversarial.heads import Head, head_from_arrays, load_head
 from adversarial.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
 from adversarial.pgd import PGD, attack
@@ -17,11 +19,15 @@ __all__ = [
     "Encoder",
     "Head",
     "NonFiniteGradient",
+    "Norm",
     "Objective",
     "ObjectiveName",
     "Precision",
+    "Survival",
     "apgd",
     "attack",
+    "auto_attack",
+    "check_masking",
     "cross_entropy",
     "gradient_sign",
     "group_generator",
@@ -33,6 +39,7 @@ __all__ = [
     "sample_generators",
     "save_encoder",
     "squared_error",
+    "targeted_dlr",
     "weights_sha256",
     "with_checkpoint",
 ]

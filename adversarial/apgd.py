@@ -1,10 +1,11 @@
-"""Auto-PGD in the ℓ∞ ball (Croce & Hein 2020, algorithm 1): momentum, step sizes that halve, the best iterate.
+"""Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, step sizes that halve, the best iterate.
 
-    z   = Π[ x_t + η_t·sign ∇ L(x_t) ];   x_{t+1} = Π[ x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ],   a = 0.75
+    z   = Π[ x_t + η_t·d(∇ L(x_t)) ];   x_{t+1} = Π[ x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ],   a = 0.75
 
-η starts at 2ε. At checkpoints, ever closer to each other, a sample's η is halved and its search goes on from its best
-point, if fewer than ρ = 0.75 of the steps since the last checkpoint raised its loss, or if neither η nor the best
-loss has changed since. On the 8-bit grid the best point is rounded inside the ball at the end.
+d is the sign in the ℓ∞ ball, ∇/‖∇‖₂ in the ℓ2 ball. η starts at 2ε unless told otherwise. At checkpoints, ever closer
+to each other, a sample's η is halved and its search goes on from its best point, if fewer than ρ = 0.75 of the steps
+since the last checkpoint raised its loss, or if neither η nor the best loss has changed since. On the 8-bit grid the
+best point is rounded inside the ball at the end.
 
 Shapes: B samples, C H W pixels.
 """
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from adversarial.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen
+from adversarial.euclidean import EuclideanBall, Norm
 from adversarial.objectives import Objective
+from storage_schemas import ConfigError
 
 MOMENTUM = 0.75
 RHO = 0.75
@@ -28,16 +31,25 @@ RHO = 0.75
 
 @dataclass(frozen=True, slots=True)
 class APGD:
-    """Settings of the attack; lengths are exact fractions of the pixel range. See `PGD` for their meaning."""
+    """Settings of the attack; lengths are exact fractions of the pixel range. See `PGD` for their meaning.
+
+    Attributes:
+        norm: of the ball; with `l2`, epsilon bounds ‖δ‖₂ and results are off the grid.
+        initial_step: η at the start, in units of ε.
+    """
 
     epsilon: Fraction
     steps: int
     random_start: bool = True
     on_grid: bool = True
     start_radius: Fraction | None = None
+    norm: Norm = "linf"
+    initial_step: Fraction = Fraction(2)
 
     def __post_init__(self) -> None:
         check_ball(self.epsilon, self.on_grid, self.start_radius)
+        if self.norm == "l2" and self.on_grid:
+            raise ConfigError("norm l2: expected results off the 8-bit grid; leave the grid (--no-grid)")
 
 
 def checkpoints(steps: int) -> set[int]:
@@ -61,23 +73,30 @@ def apgd(
     names: Sequence[str] = (),
     *,
     precision: Precision = "float32",
+    initial: Tensor | None = None,
 ) -> Attacked:
-    """Attack a batch; arguments, result and errors are those of `adversarial.attack`.
+    """Attack a batch; other arguments, result and errors are those of `adversarial.attack`.
 
     It takes `settings.steps` + 1 gradients.
+
+    Args:
+        initial: pixels [B, C, H, W] to start from, e.g. the best of an earlier attack, instead of a random start;
+            projected onto the ball.
     """
-    ball = Ball.around(clean, settings.epsilon, settings.on_grid)
-    start = ball.centre
-    radius = settings.start_radius
-    if settings.random_start:
-        start = ball.random_start(settings.epsilon if radius is None else radius, generators)
+    kind = EuclideanBall if settings.norm == "l2" else Ball
+    ball = kind.around(clean, settings.epsilon, settings.on_grid)
+    if initial is not None:
+        start = ball.clamp_(initial * ball.scale)
+    else:
+        radius = settings.epsilon if settings.start_radius is None else settings.start_radius
+        start = ball.start(settings.random_start, radius, generators)
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
         if settings.steps == 0:
             points = start
             start_loss = loss = gradients.loss_at(start)
         else:
-            search = _Search(ball, gradients, start, float(settings.epsilon) * ball.scale * 2)
+            search = _Search(ball, gradients, start, float(settings.initial_step * settings.epsilon) * ball.scale)
             turns = checkpoints(settings.steps)
             for step in range(1, settings.steps + 1):
                 search.step()
@@ -108,7 +127,7 @@ class _Search:
 
     def step(self) -> None:
         """Move all samples, keep the best point of each."""
-        towards = self._ball.clamp_(self._points + self._step_size * self._gradient.sign())
+        towards = self._ball.clamp_(self._points + self._step_size * self._ball.direction(self._gradient))
         moved = self._points + self._momentum * (towards - self._points)
         moved += (1 - self._momentum) * (self._points - self._previous)
         self._points, self._previous = self._ball.clamp_(moved), self._points

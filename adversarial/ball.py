@@ -84,6 +84,10 @@ class Ball:
         upper = torch.where(upper.double() - wide > radius64, torch.nextafter(upper, clean), upper)
         return cls(lower.clamp_min(0), upper.clamp_max(1), clean, 1.0, False)
 
+    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """The centre, or random points around it."""
+        return self.random_start(radius, generators) if random else self.centre
+
     def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
         """Uniform points around the centre, drawn on the CPU so that they are the same on every device."""
         shape, device = tuple(self.centre.shape[1:]), self.centre.device
@@ -99,6 +103,10 @@ class Ball:
     def clamp_(self, points: Tensor) -> Tensor:
         """Project onto the ball, in place."""
         return torch.clamp(points, self.lower, self.upper, out=points)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The steepest ascent direction of length 1 in the ball's norm."""
+        return gradient.sign()
 
     def choose(self, start: Tensor, start_loss: Tensor, points: Tensor, loss: Tensor) -> Attacked:
         """`points`, or the start where that has the higher loss: an attack never makes things easier."""

@@ -79,12 +79,13 @@ def head_from_arrays(arrays: Mapping[str, Array], names: Sequence[str]) -> Head:
     return Head(tensors["weight"], tensors.get("bias"), tensors.get("scale"), names)
 
 
-def load_head(spec: str, class_names: Sequence[str] = ()) -> Head:
+def load_head(spec: str, class_names: Sequence[str] = (), templates: Sequence[str] = ()) -> Head:
     """Load a head from a file or spec (forms in the module's docstring).
 
     Args:
         spec: a path ending in .safetensors, or an encoder spec.
         class_names: needed by open_clip specs: the classes in label order.
+        templates: prompts of open_clip specs with {} for the name; OpenAI's 80 for ImageNet by default.
 
     Raises:
         ConfigError: no such file or model, or class names missing.
@@ -102,7 +103,7 @@ def load_head(spec: str, class_names: Sequence[str] = ()) -> Head:
     if parsed.kind == "open_clip":
         if not class_names:
             raise ConfigError(f"head {spec!r}: a zero-shot head needs --class-names FILE, one name a line")
-        return _zero_shot(parsed, class_names)
+        return _zero_shot(parsed, class_names, templates)
     raise ConfigError(f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec")
 
 
@@ -125,7 +126,7 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     return Head(layer.weight, layer.bias)
 
 
-def _zero_shot(spec: EncoderSpec, class_names: Sequence[str]) -> Head:
+def _zero_shot(spec: EncoderSpec, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     make_torchvision_importable()
     import open_clip
 
@@ -138,8 +139,9 @@ def _zero_shot(spec: EncoderSpec, class_names: Sequence[str]) -> Head:
             model,
             open_clip.get_tokenizer(spec.model),
             list(class_names),
-            open_clip.OPENAI_IMAGENET_TEMPLATES,
-            num_classes_per_batch=None,
+            list(templates) or open_clip.OPENAI_IMAGENET_TEMPLATES,
+            # All of ImageNet's 80,000 prompts at once would not fit any memory.
+            num_classes_per_batch=10,
         )
     scale = model.logit_scale.detach().exp().reshape(1)
     return Head(weight.T.contiguous(), scale=scale, names=class_names)

@@ -1,4 +1,8 @@
-"""PGD against its floor: steps × (forward + input-only backward) of the same batch, in the same process."""
+"""PGD against its floor, and against torchattacks and Foolbox on the same model, batch, steps and random starts.
+
+The floor is steps × (forward + input-only backward) of the same batch, in the same process. The peers minimise or
+maximise the same loss: cross entropy of a linear head on the embedding, with labels that the clean images get.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from fractions import Fraction
 
 import click
 import torch
+from torch import Tensor, nn
 
-from adversarial import PGD, attack, load_encoder, sample_generators, squared_error
+from adversarial import PGD, Precision, attack, cross_entropy, load_encoder, sample_generators
+
+EPSILON, STEP_SIZE = Fraction(2, 255), Fraction(1, 255)
 
 
 @click.command()
@@ -20,32 +27,86 @@ from adversarial import PGD, attack, load_encoder, sample_generators, squared_er
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-def main(encoder: str, batch: int, steps: int, repeats: int, threads: int, device: str) -> None:
-    """Print medians and their ratio."""
+@click.option("--precision", default="float32", show_default=True, help="Of our attack: float32, tf32 or bfloat16.")
+@click.option("--compile/--no-compile", "compiled", default=False, show_default=True)
+def main(
+    encoder: str,
+    batch: int,
+    steps: int,
+    repeats: int,
+    threads: int,
+    device: str,
+    precision: Precision,
+    compiled: bool,
+) -> None:
+    """Print medians, ratios of interleaved rounds, and the loss that every attack reaches."""
     torch.set_num_threads(threads)
-    model = load_encoder(encoder, device).requires_grad_(False)
+    network = load_encoder(encoder, device).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    clean = (torch.rand((batch, *model.input_shape), generator=generator) * 255).round().to(device) / 255
+    weight = torch.randn(10, network.embedding_dim, generator=generator).to(device)
+    model = nn.Sequential(network, _linear(weight)).eval()
+    clean = (torch.rand((batch, *network.input_shape), generator=generator) * 255).round().to(device) / 255
     with torch.no_grad():
-        target = model(clean)
-    settings = PGD(Fraction(2, 255), Fraction(1, 255), steps)
+        labels = model(clean).argmax(dim=1)
+    attacked: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
 
-    def ours() -> None:
-        attack(model, clean, target, squared_error, settings, sample_generators(0, "benchmark", batch))
+    def ours() -> Tensor:
+        settings = PGD(EPSILON, STEP_SIZE, steps)
+        generators = sample_generators(0, "benchmark", batch)
+        return attack(attacked, clean, labels, cross_entropy, settings, generators, precision=precision).pixels
 
-    def floor() -> None:
+    def floor() -> Tensor:
+        pixels = clean
         for _ in range(steps):
             pixels = clean.clone().requires_grad_()
-            torch.autograd.grad(squared_error(model(pixels), target + 1).sum(), pixels)
+            torch.autograd.grad(cross_entropy(model(pixels), labels).sum(), pixels)
+        return pixels.detach()
 
-    floor()
-    rounds = [(_seconds(ours, device), _seconds(floor, device)) for _ in range(repeats)]
-    mine, bare = (statistics.median(column) for column in zip(*rounds, strict=True))
-    ratio = statistics.median(a / b for a, b in rounds)
-    click.echo(f"attack {mine:.3f} s, floor {bare:.3f} s, ratio {ratio:.3f} ({repeats} interleaved rounds)")
+    contenders = {"ours": ours, "floor": floor, **_peers(model, clean, labels, steps)}
+    reached = {name: _loss(model, work(), labels) for name, work in contenders.items()}  # also warms up
+    rounds = [{name: _seconds(work, device) for name, work in contenders.items()} for _ in range(repeats)]
+    for name in contenders:
+        seconds = statistics.median(found[name] for found in rounds)
+        ratio = statistics.median(found[name] / found["ours"] for found in rounds)
+        click.echo(f"{name:13} {seconds:8.3f} s, {ratio:.3f} of ours, loss {reached[name]:.5f}")
+    ratio = statistics.median(found["ours"] / found["floor"] for found in rounds)
+    click.echo(f"ours over its floor: {ratio:.3f} ({repeats} interleaved rounds, batch {batch}, {steps} steps)")
 
 
-def _seconds(work: Callable[[], None], device: str) -> float:
+def _linear(weight: Tensor) -> nn.Module:
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(weight.device)
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    return head
+
+
+def _peers(model: nn.Module, clean: Tensor, labels: Tensor, steps: int) -> dict[str, Callable[[], Tensor]]:
+    """Other implementations of ℓ∞ PGD, as their documentation shows them."""
+    peers: dict[str, Callable[[], Tensor]] = {}
+    try:
+        import torchattacks
+
+        other = torchattacks.PGD(model, float(EPSILON), float(STEP_SIZE), steps, random_start=True)
+        peers["torchattacks"] = lambda: other(clean, labels)
+    except ImportError:
+        click.echo("torchattacks is not installed: left out")
+    try:
+        from foolbox.attacks import LinfPGD
+        from foolbox.models.pytorch import PyTorchModel
+
+        wrapped = PyTorchModel(model, bounds=(0, 1), device=clean.device)
+        linf = LinfPGD(abs_stepsize=float(STEP_SIZE), steps=steps, random_start=True)
+        peers["foolbox"] = lambda: linf(wrapped, clean, labels, epsilons=float(EPSILON))[1]
+    except ImportError:
+        click.echo("foolbox is not installed: left out")
+    return peers
+
+
+def _loss(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float(cross_entropy(model(pixels), labels).mean())
+
+
+def _seconds(work: Callable[[], Tensor], device: str) -> float:
     started = time.perf_counter()
     work()
     if device.startswith("cuda"):

@@ -75,6 +75,8 @@ def _describe(problem: Any, model: type[Settings]) -> str:
         close = difflib.get_close_matches(name, model.model_fields, n=1)
         return f"{name}: unknown setting" + (f"; did you mean {close[0]}?" if close else "")
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("missing", "value_error"):
+    if problem["type"] == "missing":
+        return f"{name}: expected a value, found none; give it as an argument, a flag or in a --config FILE.toml"
+    if problem["type"] == "value_error":
         return f"{name}: {message}" if name else message
     return f"{name}: {message}, found {problem['input']!r}"

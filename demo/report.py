@@ -44,8 +44,8 @@ def write_report(root: Path, artifact: str, runs: Sequence[str], evaluations: Se
             label=name,
         )
     bars.set_xticks([p + 0.2 for p in positions], [e["arm"] for e in evaluations])
-    bars.set(ylabel="test accuracy, %")
-    bars.legend()
+    bars.set(ylabel="test accuracy, %", ylim=(0, 115))
+    bars.legend(loc="upper center", ncols=2)
     path = root / "report.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.results import RejectedImage
+from evaluation.runs import warn
 from sources import BadImage, Sample, Source, decode
+from storage_schemas import SourceError
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,19 @@ def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]
             rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
     pixels = np.stack(images) if images else np.empty((0, *shape), np.uint8)
     return Batch(usable, pixels, rejected)
+
+
+def report_rejected(rejected: Sequence[RejectedImage], source: Source) -> None:
+    """Warn about images that could not be used.
+
+    Raises:
+        SourceError: none could.
+    """
+    if len(rejected) == len(source.samples):
+        reason = f"; the first one: {rejected[0].sample}: {rejected[0].reason}" if rejected else ""
+        raise SourceError(f"{source.url}: expected images, found none that can be used of {len(rejected)}{reason}")
+    if rejected:
+        warn(
+            f"{len(rejected)} of {len(source.samples)} images could not be used, e.g. {rejected[0].sample}: "
+            f"{rejected[0].reason}; the JSON output lists them all"
+        )

@@ -12,39 +12,47 @@ import torch
 
 from adversarial import Encoder, Head, load_head, parse_spec
 from adversarial.specs import KINDS
-from evaluation.config import EvaluateConfig
+from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.runs import warn
 from sources import Source
 from storage_schemas import ConfigError, SchemaError
 
 OUTPUTS = "outputs"
+IMAGENET = "imagenet"
 
 
-def make_heads(config: EvaluateConfig, encoders: Sequence[Encoder]) -> list[Head] | None:
+def make_heads(
+    spec: str | None, class_names: str | None, encoders: Sequence[Encoder], templates: Sequence[str] = ()
+) -> list[Head] | None:
     """The head behind each encoder, None where no head was asked for.
+
+    Args:
+        spec: of the head, `outputs`, or None.
+        class_names: file with the classes in the head's order, or `imagenet`.
+        encoders: one head each.
+        templates: prompts of zero-shot heads.
 
     Raises:
         ConfigError: no such head, or one that does not take the encoders' embeddings.
     """
-    if config.head is None:
+    if spec is None:
         return None
-    names = _read_names(config.class_names)
-    if config.head == OUTPUTS:
+    names = _read_names(class_names)
+    if spec == OUTPUTS:
         heads = [Head(torch.eye(encoder.embedding_dim), names=names) for encoder in encoders]
     else:
         try:
-            head = load_head(config.head, names)
+            head = load_head(spec, names, templates)
         except SchemaError as error:
             raise ConfigError(f"head: {error}") from None
-        _warn_if_random(config.head)
+        _warn_if_random(spec)
         head.names = names or head.names
         heads = [head] * len(encoders)
     for head, encoder in zip(heads, encoders, strict=True):
-        head.check_width(encoder.embedding_dim, f"head {config.head!r} for encoder {encoder.spec!r}")
+        head.check_width(encoder.embedding_dim, f"head {spec!r} for encoder {encoder.spec!r}")
         if names and len(names) != len(head.weight):
             raise ConfigError(
-                f"{config.class_names}: expected the names of the head's {len(head.weight)} classes, "
-                f"found {len(names)}"
+                f"{class_names}: expected the names of the head's {len(head.weight)} classes, found {len(names)}"
             )
     return heads
 
@@ -82,6 +90,8 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
 def _read_names(file: str | None) -> list[str]:
     if file is None:
         return []
+    if file == IMAGENET:
+        return imagenet_names()
     try:
         lines = Path(file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -91,6 +101,14 @@ def _read_names(file: str | None) -> list[str]:
     if not names:
         raise ConfigError(f"{file}: expected one class name a line, found an empty file")
     return names
+
+
+def imagenet_names() -> list[str]:
+    """The 1,000 class names that open_clip ships, in label order."""
+    make_torchvision_importable()
+    import open_clip
+
+    return list(open_clip.IMAGENET_CLASSNAMES)
 
 
 def _warn_if_random(text: str) -> None:

@@ -5,7 +5,6 @@ Shapes: B images, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -58,10 +57,10 @@ def embedding_losses(
     names = [sample.name for sample in samples]
     with torch.no_grad():
         clean = squared_error(encoder(pixels), target)
-    _check_finite(clean, names, "the clean embedding loss")
+    check_finite(clean, names, "the clean embedding loss")
     generators = [sample_generators(seed, sample.key, 1)[0] for sample in samples]
     attacked = attack(encoder, pixels, target, squared_error, settings, generators, names)
-    _check_finite(attacked.loss, names, "the embedding loss under attack")
+    check_finite(attacked.loss, names, "the embedding loss under attack")
     return clean, torch.maximum(clean, attacked.loss)
 
 
@@ -106,31 +105,15 @@ def correct(
     return clean, robust
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error s/√n with s² = Σ(x − x̄)²/(n − 1); no error for one value."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, None
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-
-
-def rate_and_error(hits: Sequence[bool]) -> tuple[float | None, float | None]:
-    """Fraction p of hits and its binomial standard error √(p(1 − p)/n); None for no trials."""
-    if not hits:
-        return None, None
-    rate = sum(hits) / len(hits)
-    return rate, math.sqrt(rate * (1 - rate) / len(hits))
-
-
 def _predicts(model: nn.Module, pixels: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
     with torch.no_grad():
         logits = model(pixels)
-    _check_finite(logits.sum(dim=1), names, "the sum of logits")
+    check_finite(logits.sum(dim=1), names, "the sum of logits")
     return torch.eq(logits.argmax(dim=1), labels)
 
 
-def _check_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+def check_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+    """Raise DatamergeError that names the samples with a value that is not finite."""
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = [names[index] for index in torch.nonzero(~finite).flatten().tolist()]

@@ -60,20 +60,20 @@ def print_table(results: Sequence[Evaluation]) -> None:
 def _cells(result: Evaluation) -> tuple[str, ...]:
     return (
         result.arm,
-        _short_name(result.run),
+        short_name(result.run),
         f"{result.embedding_loss_clean:.4g}",
         f"{result.embedding_loss_adversarial:.4g}",
         _percent(result.accuracy_clean, result.accuracy_clean_se),
         _percent(result.accuracy_robust, result.accuracy_robust_se),
         str(result.images),
-        _seconds(result.seconds),
-        _seconds(result.train_seconds),
+        format_seconds(result.seconds),
+        format_seconds(result.train_seconds),
         _bytes(result.artifact_bytes),
     )
 
 
-def _short_name(run: str) -> str:
-    """Without the folders in front, which are alike in every row."""
+def short_name(run: str) -> str:
+    """A run without the folders in front, which are alike in every row."""
     if Path(run).expanduser().is_dir():
         return Path(run).expanduser().absolute().name
     network, at, checkpoint = run.partition("@")
@@ -84,7 +84,8 @@ def _percent(rate: float | None, error: float | None) -> str:
     return MISSING if rate is None or error is None else f"{100 * rate:.1f} ± {100 * error:.1f}"
 
 
-def _seconds(seconds: float | None) -> str:
+def format_seconds(seconds: float | None) -> str:
+    """A duration to read."""
     if seconds is None:
         return MISSING
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"

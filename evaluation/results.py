@@ -1,8 +1,13 @@
-"""What an evaluation says of one encoder."""
+"""What evaluations say of one encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
+
+from evaluation.uncertainty import bootstrap_interval, mean_and_error, rate_and_error, wilson_interval
 
 
 class RejectedImage(BaseModel):
@@ -85,3 +90,77 @@ class Evaluation(BaseModel):
     train_steps: int | None
     train_seconds: float | None
     artifact_bytes: int | None
+
+
+class Score(BaseModel):
+    """One cell of the table of arms: a mean over images.
+
+    Attributes:
+        name: of the column, such as `COCO adv.`.
+        value: the mean, in percent for rates.
+        error: its standard error, None for one image.
+        low, high: its 95 % interval.
+        count: images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    value: float
+    error: float | None
+    low: float
+    high: float
+    count: int
+
+
+class ArmResult(BaseModel):
+    """What one part of the evaluation measured for one arm.
+
+    Attributes:
+        part: zero-shot, embedding, captions or vqa.
+        run: the run's folder or spec, as it was given.
+        arm: row of the table.
+        encoder: spec of the evaluated encoder.
+        encoder_sha256: hash of its weights.
+        scores: columns of the table.
+        images: images or questions measured.
+        seconds: wall time spent on this arm in all sittings, decoding left out.
+        warnings: what the reader must know before trusting the scores.
+        settings: all settings of the measurement, defaults resolved.
+        details: what belongs to this part only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    part: str
+    run: str
+    arm: str
+    encoder: str
+    encoder_sha256: str
+    scores: list[Score]
+    images: int
+    seconds: float
+    warnings: list[str]
+    settings: dict[str, Any]
+    details: dict[str, Any]
+
+
+def rate_score(name: str, hits: Sequence[bool]) -> Score:
+    """A rate in percent, with Wilson's interval. Needs at least one trial."""
+    rate, error = rate_and_error(hits)
+    low, high = wilson_interval(sum(hits), len(hits))
+    return Score(
+        name=name,
+        value=100 * (rate or 0.0),
+        error=None if error is None else 100 * error,
+        low=100 * low,
+        high=100 * high,
+        count=len(hits),
+    )
+
+
+def mean_score(name: str, values: Sequence[float]) -> Score:
+    """A mean, with the bootstrap's interval. Needs at least one value."""
+    mean, error = mean_and_error(values)
+    low, high = bootstrap_interval(values)
+    return Score(name=name, value=mean, error=error, low=low, high=high, count=len(values))

@@ -53,6 +53,7 @@ from storage_schemas import UserError
 @click.option("--image-column", help="Column or array with the images.")
 @click.option("--label-column", help="Column, array or tar member with the labels.")
 @click.option("--seed", type=int, help="Seed of all random choices (0).")
+@click.option("--license", metavar="ID", help="Licence for the dataset card, e.g. cc-by-4.0 (other).")
 @click.option("--limit", type=int, help="Use the first LIMIT samples only.")
 @click.option("--batch-size", type=int, help="Images in one forward pass (64).")
 @click.option("--max-workers", type=int, help="Ray workers; as many as fit by default.")

@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 
 from adversarial import Encoder
 from merge_service.reading import PixelReader
@@ -60,6 +57,11 @@ def cluster_class(
 
 
 def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, seed: Sequence[int]) -> list[int]:
+    # Here, because scikit-learn takes two seconds that other workers need not wait.
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     state = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
     # Several threads add up in another order, and the last digit decides ties.
     with threadpool_limits(limits=1), warnings.catch_warnings():

@@ -61,6 +61,9 @@ class MergeConfig(Settings):
     shape: str | None = Field(None, description="Pixels CxHxW where no encoder says; the first image's by default.")
     resize: bool = Field(True, description="Resize and crop images of other sizes; else they are rejected.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+\-]+$")] | None = Field(
+        None, description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0."
+    )
     limit: PositiveInt | None = Field(None, description="Use the first LIMIT samples only.")
     image_column: str | None = Field(None, description="Column with the images.")
     label_column: str | None = Field(None, description="Column with the labels.")
@@ -127,6 +130,8 @@ class MergeConfig(Settings):
         problems = []
         if not self.random_start and self.start_radius is not None:
             problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
+        if not self.random_start and self.restarts > 1:
+            problems.append("restarts: without a random start they would all be the same; drop one of the two")
         if not self.grid and self.encoding == "uint8_moments":
             problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
         if self.factors is not None and (self.grouping != "adversarial" or not self.grid):

@@ -8,11 +8,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
-from merge_service.planning import PartTask, ShardTask, part_items
+from merge_service.planning import ShardTask
 from merge_service.work import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location
 
@@ -71,8 +72,9 @@ def estimate(prepared: Prepared) -> Estimate:
             torch.set_num_threads(threads)
     workers = min(config.max_workers or _fitting(config, device), plan.layout.shards)
     total = measured.units_in_all * measured.seconds / measured.units
-    flops = measured.flops / measured.flop_units * measured.units_in_all if measured.flops else None
-    rate = flops / measured.units_in_all * measured.units / measured.attack_seconds if flops else None
+    per_unit = _flops_per_unit(prepared, worker.model)
+    flops = per_unit * measured.units_in_all if per_unit else None
+    rate = per_unit * measured.units / measured.attack_seconds if per_unit else None
     return Estimate(
         bytes=round(measured.bytes_per_group * plan.layout.groups),
         seconds=start + total / workers,
@@ -93,26 +95,22 @@ class _Measured:
     seconds: float
     attack_seconds: float
     bytes_per_group: float
-    flops: float
-    flop_units: int
 
 
 def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
     config, plan = prepared.config, prepared.plan
-    batch = min(max(1, config.batch_size // (config.group_size or 1)), plan.layout.groups_per_shard)
-    # The first batch warms up caches and allocators, and is the one whose FLOPs are counted.
-    with FlopCounterMode(display=False) as counter:
-        first = worker.run(ShardTask(0, tuple(plan.groups[:batch])))
-    _check_usable(first.groups, prepared)
-    size = batch
+    first = worker.run(ShardTask(0, tuple(plan.groups[:1])))  # warms up caches and allocators
+    size, most = 1, plan.layout.groups_per_shard
     while True:
         groups = tuple(plan.groups[:size])
         started = time.perf_counter()
         result = worker.run(ShardTask(0, groups))
         seconds = time.perf_counter() - started
-        if seconds > MEASURE_SECONDS or size >= min(len(plan.groups), plan.layout.groups_per_shard):
+        if seconds > MEASURE_SECONDS or size >= most:
             break
-        size = min(2 * size, len(plan.groups), plan.layout.groups_per_shard)
+        # Larger pieces until one takes long enough to be measured; whole batches if they are quick.
+        size = min(most, size * max(2, min(16, int(MEASURE_SECONDS / seconds) + 1)))
+    _check_usable(first.groups + result.groups, prepared)
     if config.device != "cpu" and torch.cuda.is_available():
         seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU they overlap
     return _Measured(
@@ -121,19 +119,16 @@ def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWri
         seconds=seconds,
         attack_seconds=result.attack_seconds,
         bytes_per_group=_bytes(writer) / max(1, result.groups),
-        flops=float(counter.get_total_flops()),
-        flop_units=batch,
     )
 
 
 def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
     plan = prepared.plan
     task = plan.task(0)
-    items = part_items(task.groups, plan.order)[:SAMPLES_AT_ONCE]
-    with FlopCounterMode(display=False) as counter:
-        worker.part(PartTask(0, items))
+    items = plan.part(0, 0)[:SAMPLES_AT_ONCE]
+    worker.part(items)
     started = time.perf_counter()
-    partial = worker.part(PartTask(0, items))
+    partial = worker.part(items)
     seconds = time.perf_counter() - started
     result = worker.complete(task, partial)
     _check_usable(result.groups, prepared)
@@ -143,9 +138,27 @@ def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWr
         seconds=seconds,
         attack_seconds=seconds,
         bytes_per_group=_bytes(writer) / result.groups,
-        flops=float(counter.get_total_flops()),
-        flop_units=len(items),
     )
+
+
+def _flops_per_unit(prepared: Prepared, model: nn.Module | None) -> float:
+    """FLOPs of all encoder passes for one group or sample; 0 where no encoder runs."""
+    config = prepared.config
+    if model is None or not config.needs_encoder:
+        return 0.0
+    device = next(model.parameters()).device
+    pixels = torch.zeros((1, *prepared.plan.shape), device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        outputs = model(pixels)
+    with FlopCounterMode(display=False) as backward:
+        outputs.sum().backward()
+    one = float(forward.get_total_flops())
+    if config.grouping != "adversarial":
+        return one
+    gradient = one + float(backward.get_total_flops())
+    gradients = config.steps + (1 if config.attack == "apgd" else 0)
+    # Every attack ends with the loss of its result, and every group begins with its clean embedding.
+    return one + (config.group_size or 1) * config.restarts * (gradients * gradient + one)
 
 
 def _check_usable(groups: int, prepared: Prepared) -> None:

@@ -14,9 +14,9 @@ from adversarial import Head, load_head
 from console import Progress
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.grouping import by_class, clusters_of
-from merge_service.planning import Plan, ShardTask, make_plan, pixels_shape
-from merge_service.retry import explain, is_hopeless, retrying
+from merge_service.grouping import Group, by_class, clusters_of
+from merge_service.planning import Plan, make_plan, pixels_shape
+from merge_service.retry import explain, is_hopeless
 from merge_service.rounds import ResolvedEncoder, resolve
 from merge_service.work import WorkerSetup
 from merge_service.work_queue import SetAside
@@ -32,9 +32,8 @@ from storage_schemas import (
     SourceError,
     open_artifact,
 )
-from storage_schemas.card import dataset_card
 from storage_schemas.manifest import HEAD, MANIFEST, parse
-from storage_schemas.preview import contact_sheet
+from storage_schemas.presentation import presentation_files
 
 MIN_REJECTED = 10
 
@@ -131,12 +130,13 @@ def run(prepared: Prepared) -> MergeResult:
     config, plan = prepared.config, prepared.plan
     writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
     try:
-        retrying(lambda: writer.begin(prepared.files))
+        writer.begin(prepared.files)
         committed = writer.committed()
         # Rejects of earlier runs count towards the limit.
         earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
     except OSError as error:
         raise _told(error, config) from error
+    _check_rejects(prepared, earlier, ())
     shards = [shard for shard in range(plan.layout.shards) if shard not in committed]
     started = time.monotonic()
     rejects: list[Reject] = []
@@ -155,7 +155,7 @@ def _run_stage(
     rejects: list[Reject] = []
     aside: list[SetAside] = []
     attack_seconds = 0.0
-    left = sum(len(plan.task(shard).groups) for shard in shards)
+    left = sum(len(plan.groups_of(shard)) for shard in shards)
     try:
         ray_stage.start(config)
         setup = worker_setup(prepared, writer, ray_stage.device(config, local_device(config)))
@@ -166,8 +166,8 @@ def _run_stage(
                 else:
                     rejects += result.rejects
                     attack_seconds += result.attack_seconds
-                progress.advance(len(plan.task(result.shard).groups), _note(earlier + len(rejects), aside))
-                _check_rejects(config, rejects, earlier, len(prepared.source.samples))
+                progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
+                _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # What is committed stays; say so in the manifest before anything else is said, if there is room to.
         try:
@@ -256,15 +256,13 @@ def _clusters(
 
 
 def _complete(writer: ArtifactWriter) -> Manifest:
-    manifest = retrying(writer.finish)
+    manifest = writer.finish()
     if manifest.groups == 0:
         raise DatamergeError(
             f"{writer.location.url}: expected at least one usable group, found none; "
             f"see `datamerge inspect {writer.location.url}` for the reasons"
         )
-    artifact = open_artifact(writer.location.url)
-    extra = {"README.md": dataset_card(artifact).encode(), "preview.png": contact_sheet(artifact)}
-    return retrying(lambda: writer.finish(extra))
+    return writer.finish(presentation_files(open_artifact(writer.location)))
 
 
 def _note(rejected: int, aside: Sequence[SetAside]) -> str:
@@ -276,18 +274,18 @@ def _note(rejected: int, aside: Sequence[SetAside]) -> str:
 def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str:
     """One line on the shards that could not be done: which samples, how often tried, why."""
 
-    def names(task: ShardTask) -> str:
-        first, last = task.groups[0].samples[0].name, task.groups[-1].samples[-1].name
+    def names(groups: Sequence[Group]) -> str:
+        first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
         return first if first == last else f"{first} … {last}"
 
     told = [
-        f"shard {one.shard:05d} ({names(plan.task(one.shard))}) failed {one.tries} times: {one.reason}"
+        f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
         for one in sorted(aside, key=lambda one: one.shard)[:5]
     ]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
-        f"{'; '.join(told)}{more}. Mend or remove those samples' cause and run the same command again"
+        f"{'; '.join(told)}{more}. Mend the cause and run the same command again"
     )
 
 
@@ -295,13 +293,14 @@ def _told(error: OSError, config: MergeConfig) -> Exception:
     return explain(error, config.artifact) if is_hopeless(error) else error
 
 
-def _check_rejects(config: MergeConfig, rejects: Sequence[Reject], earlier: int, samples: int) -> None:
+def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> None:
+    config, samples = prepared.config, len(prepared.source.samples)
     allowed = config.max_rejected if config.max_rejected is not None else max(MIN_REJECTED, samples // 100)
-    if rejects and earlier + len(rejects) > allowed:
-        last = rejects[-1]
+    if count > allowed:
+        last = f"the last: {latest[-1].sample}: {latest[-1].reason}" if latest else f"see {config.artifact}/commits"
         raise DatamergeError(
-            f"{earlier + len(rejects)} samples could not be used, more than the {allowed} allowed; the last: "
-            f"{last.sample}: {last.reason}. Mend the source, or raise --max-rejected and run again"
+            f"{count} samples could not be used, more than the {allowed} allowed; {last}. Mend the source and merge "
+            "it anew, or raise --max-rejected and run again"
         )
 
 

@@ -26,20 +26,21 @@ VERSIONED = ("datamerge", "numpy", "pillow", "torch")
 PART_SAMPLES = 4096
 
 
+Items = tuple[tuple[int, int, Sample], ...]
+"""Samples of a shard in the source's order: (index of the group, position in the group, sample)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One unit of work: the groups of one shard."""
+    """One unit of work: the groups of one shard.
+
+    Attributes:
+        items: all its samples, if they are given and few enough for one piece.
+    """
 
     shard: int
     groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PartTask:
-    """Some samples of a shard, in the source's order: (index of the group, position in the group, sample)."""
-
-    shard: int
-    items: tuple[tuple[int, int, Sample], ...]
+    items: Items = ()
 
 
 @dataclass(frozen=True)
@@ -52,26 +53,30 @@ class Plan:
     provenance: dict[str, Any]
     shape: tuple[int, int, int]
     in_parts: bool
-    _sorted: dict[int, tuple[tuple[int, int, Sample], ...]] = field(default_factory=dict)
+    _sorted: dict[int, Items] = field(default_factory=dict)
 
-    def task(self, shard: int) -> ShardTask:
+    def groups_of(self, shard: int) -> tuple[Group, ...]:
         """The groups of a shard."""
         first = shard * self.layout.groups_per_shard
-        return ShardTask(shard, tuple(self.groups[first : first + self.layout.groups_per_shard]))
+        return tuple(self.groups[first : first + self.layout.groups_per_shard])
+
+    def task(self, shard: int) -> ShardTask:
+        """A shard as a worker gets it."""
+        whole = self.in_parts and self.parts(shard) == 1
+        return ShardTask(shard, self.groups_of(shard), self.part(shard, 0) if whole else ())
 
     def parts(self, shard: int) -> int:
         """Parts that the samples of a shard are cut into; 1 for a shard that is done in one go."""
         if not self.in_parts:
             return 1
-        return max(1, -(-sum(len(group.samples) for group in self.task(shard).groups) // PART_SAMPLES))
+        return max(1, -(-sum(len(group.samples) for group in self.groups_of(shard)) // PART_SAMPLES))
 
-    def part(self, shard: int, part: int) -> PartTask:
+    def part(self, shard: int, part: int) -> Items:
         """Part of a shard: a run of its samples in the source's order, so that files are read from front to back."""
         if shard not in self._sorted:
             self._sorted.clear()  # one shard's list is enough: its parts are handed out one after the other
-            self._sorted[shard] = part_items(self.task(shard).groups, self.order)
-        items = self._sorted[shard]
-        return PartTask(shard, items[part * PART_SAMPLES : (part + 1) * PART_SAMPLES])
+            self._sorted[shard] = self._in_order(self.groups_of(shard))
+        return self._sorted[shard][part * PART_SAMPLES : (part + 1) * PART_SAMPLES]
 
     def pieces(self, shards: Sequence[int]) -> Iterator[Piece]:
         """The pieces of work that these shards begin with."""
@@ -82,15 +87,13 @@ class Plan:
             else:
                 yield from (Piece(shard, part) for part in range(parts))
 
-
-def part_items(groups: Sequence[Group], order: Mapping[str, int]) -> tuple[tuple[int, int, Sample], ...]:
-    """All samples of these groups in the source's order, with their group and their position in it."""
-    items = [
-        (index, position, sample)
-        for index, group in enumerate(groups)
-        for position, sample in enumerate(group.samples)
-    ]
-    return tuple(sorted(items, key=lambda item: order.get(item[2].key, 0)))
+    def _in_order(self, groups: Sequence[Group]) -> Items:
+        items = [
+            (index, position, sample)
+            for index, group in enumerate(groups)
+            for position, sample in enumerate(group.samples)
+        ]
+        return tuple(sorted(items, key=lambda item: self.order[item[2].key]))
 
 
 def make_plan(
@@ -220,6 +223,8 @@ def _provenance(
             provenance["attacked_encoder"] = encoder.provenance()
     if config.grouping == "adversarial":
         provenance["attack"] = _attack(config)
+    if config.license is not None:
+        provenance["license"] = config.license
     if head is not None:
         provenance["head"] = {"spec": config.head, "classes": len(head.weight)}
     return provenance

@@ -19,8 +19,8 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from merge_service.config import MergeConfig
-from merge_service.planning import PartTask, Plan
-from merge_service.retry import explain, first_line, is_hopeless
+from merge_service.planning import Items, Plan
+from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
 from merge_service.sample_groups import Partial
 from merge_service.work import ShardResult, ShardWorker, WorkerSetup
 from merge_service.work_queue import Piece, SetAside, WorkQueue
@@ -35,6 +35,8 @@ PIECES_PER_WORKER = 2
 MOST_FAILING, MOST_FAILING_LATER = 3, 8
 # How often the cluster is looked at for nodes that came or went.
 LOOK_SECONDS = 5.0
+# How long a new cluster may take until it accepts jobs, or a first worker until it is missed.
+START_SECONDS = 60
 # Tasks are small lists of names; results are counts. Only partial moments go through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
 
@@ -80,9 +82,9 @@ class _RayWorker(ShardWorker):
         self.prepare()
         return str(ray.get_runtime_context().get_node_id())
 
-    def part_apart(self, task: PartTask) -> tuple[None, Partial]:
+    def part_apart(self, items: Items) -> tuple[None, Partial]:
         """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
-        return None, self.part(task)
+        return None, self.part(items)
 
 
 @dataclass(eq=False)
@@ -102,6 +104,8 @@ class _Pool:
         config = setup.config
         self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
         self._cpus, self._limit = config.cpus, config.max_workers
+        self._setup, self._failed_starts, self.workers = setup, 0, list[_Worker]()
+        self._looked = self._worked = time.monotonic()
         self._class: Any = ray.remote(_RayWorker)
         self._options = {
             "num_cpus": self._cpus,
@@ -111,11 +115,6 @@ class _Pool:
             "max_concurrency": PIECES_PER_WORKER,
             "scheduling_strategy": "SPREAD",
         }
-        # By value, not through ray.put: a later worker must not depend on an object that died with a node.
-        self._setup = setup
-        self._failed_starts = 0
-        self._looked = self._worked = time.monotonic()
-        self.workers: list[_Worker] = []
 
     def fit(self, wanted: int) -> None:
         """Start workers until there are as many as fit the cluster, are allowed, and have work."""
@@ -130,11 +129,12 @@ class _Pool:
         # One is asked for even where none fits: an autoscaler may add a node for it.
         target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
         while len(self.workers) < target:
+            # By value, not through ray.put: a later worker must not depend on an object that died with a node.
             actor = self._class.options(**self._options).remote(self._setup)
             self.workers.append(_Worker(actor, actor.begin.remote()))
         if any(worker.starting is None for worker in self.workers):
             self._worked = now
-        elif now - self._worked > 60:
+        elif now - self._worked > START_SECONDS:
             self._worked = now
             sys.stderr.write(
                 f"merge: no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster "
@@ -143,8 +143,7 @@ class _Pool:
 
     def started(self, worker: _Worker) -> None:
         """Take note that a worker is ready; raises what its start raised."""
-        worker.node = ray.get(worker.starting)
-        worker.starting = None
+        worker.node, worker.starting = ray.get(worker.starting), None
         self._failed_starts = 0
 
     def lost(self, worker: _Worker, error: RayActorError) -> bool:
@@ -186,12 +185,12 @@ class _Stage:
         raise NotImplementedError
 
     def _received(self, piece: Piece, result: Any) -> Iterator[Any]:
-        """What the stage yields for a finished piece; takes finished pieces off `_left`."""
+        """What the stage yields for a finished piece."""
         raise NotImplementedError
 
     def _dropped(self, shard: int) -> None:
-        """A shard has been set aside; takes its pieces off `_left`."""
-        raise NotImplementedError
+        """A shard needs no more work: takes its pieces off `_left`."""
+        self._left -= 1
 
     def run(self) -> Iterator[Any]:
         """Yield results and SetAside until nothing is left."""
@@ -233,7 +232,7 @@ class _Stage:
                 for piece in reversed(pieces):
                     self._queue.add(piece)
             else:
-                yield from self._failed(pieces, f"its worker died: {_cause_of_death(error)}")
+                yield from self._failed(pieces, f"its worker died: {cause_of_death(error)}")
             return
         except (RayTaskError, ObjectLostError) as error:
             cause = error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
@@ -248,8 +247,7 @@ class _Stage:
             return
         piece = worker.running.pop(reference)
         self._queue.succeeded(piece)
-        self._succeeded = True
-        self._failing.clear()
+        self._succeeded, self._failing = True, set()
         if not self._queue.gives_up(piece.shard):
             yield from self._received(piece, result)
 
@@ -279,19 +277,17 @@ class _Shards(_Stage):
         counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
         self._counts = {shard: parts for shard, parts in counts.items() if parts > 1}
         super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), len(shards) + sum(self._counts.values()))
-        self._plan = plan
-        self._first = shards[0]
+        self._plan, self._first = plan, shards[0]
         self._check = setup.config.precision != "float32"
         # References only: the moments stay where they were made until they are put together.
         self._partials: dict[int, dict[int, Any]] = {}
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
-        task = self._plan.task(piece.shard)
         if piece.completes:
             parts = self._partials[piece.shard]
-            return actor.complete.remote(task, *(parts[part] for part in sorted(parts)))
+            return actor.complete.remote(self._plan.task(piece.shard), *(parts[part] for part in sorted(parts)))
         if piece.part is None:
-            return actor.run.remote(task)
+            return actor.run.remote(self._plan.task(piece.shard))
         done, partial = actor.part_apart.options(num_returns=2).remote(self._plan.part(piece.shard, piece.part))
         self._partials.setdefault(piece.shard, {})[piece.part] = partial
         return done
@@ -341,11 +337,8 @@ class _Clusters(_Stage):
         return actor.cluster.remote(piece.shard, self._classes[piece.shard], self._counts[piece.shard])
 
     def _received(self, piece: Piece, result: Any) -> Iterator[tuple[int, list[int]]]:
-        self._left -= 1
+        self._dropped(piece.shard)
         yield piece.shard, result
-
-    def _dropped(self, shard: int) -> None:
-        self._left -= 1
 
 
 def run_shards(plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> Iterator[ShardResult | SetAside]:
@@ -379,14 +372,20 @@ def submit_job(address: str, command: Sequence[str]) -> int:
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    try:
-        client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=shlex.join(command))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found none "
-            f"({first_line(error)})"
-        ) from None
+    end = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(entrypoint=shlex.join(command))
+            break
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            # A head that has just started has no agent for jobs yet.
+            if "try again later" not in str(error) or time.monotonic() > end:
+                raise ConfigError(
+                    f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found "
+                    f"none ({first_line(error)})"
+                ) from None
+        time.sleep(2)
     sys.stderr.write(f"submitted {job}; it goes on if this command ends: ray job logs --address {address} -f {job}\n")
 
     async def show() -> None:
@@ -398,10 +397,3 @@ def submit_job(address: str, command: Sequence[str]) -> int:
     while not client.get_job_status(job).is_terminal():
         time.sleep(1)
     return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1
-
-
-def _cause_of_death(error: RayActorError) -> str:
-    """What Ray knows of a worker's end, without the paragraphs around it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    known = [line for line in lines if "exit" in line.lower() or "memory" in line.lower() or "node" in line.lower()]
-    return (known or lines or ["unknown"])[-1][:300]

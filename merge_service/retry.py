@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,7 +12,7 @@ from storage_schemas import DatamergeError, UserError
 
 T = TypeVar("T")
 
-# Waits between the tries of an upload or a download: a store that is away for half a minute costs no shard.
+# Waits between the tries of a source's read; `Location` has its own for requests.
 WAITS = (0.25, 1.0, 5.0, 20.0)
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
@@ -55,3 +56,10 @@ def retrying(action: Callable[[], T]) -> T:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def cause_of_death(error: BaseException) -> str:
+    """What Ray knows of a worker's end, without the paragraphs around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
+    return (known or lines or ["unknown"])[-1][:300]

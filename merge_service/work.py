@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from adversarial import Encoder, Head, load_encoder
 from merge_service.adversarial_groups import Attacker
+from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
-from merge_service.planning import PartTask, ShardTask, part_items
+from merge_service.planning import Items, ShardTask
 from merge_service.precision import compare
 from merge_service.reading import PixelReader
-from merge_service.retry import retrying
 from merge_service.sample_groups import Accumulator, Partial
 from sources import Reader, Sample
 from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
@@ -67,8 +68,8 @@ class ShardWorker:
         self._attacker: Attacker | None = None
         self._accumulator: Accumulator | None = None
 
-    def prepare(self) -> str:
-        """Load encoders; returns the name of the machine.
+    def prepare(self) -> None:
+        """Load encoders.
 
         Raises:
             ConfigError: other weights than the plan was made with, or no GPU.
@@ -86,12 +87,11 @@ class ShardWorker:
             if self._config.grouping == "adversarial" and self._encoder is not None:
                 self._attacker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
             self._accumulator = Accumulator(self._config, layout, self._reader, self._encoder)
-        return socket.gethostname()
 
     def run(self, task: ShardTask) -> ShardResult:
         """Merge one shard and commit it."""
         if self._attacker is None:
-            return self.complete(task, self.part(PartTask(task.shard, part_items(task.groups, {}))))
+            return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
         images = self._reader.read([group.samples[0] for group in task.groups])
         usable = []
@@ -113,12 +113,12 @@ class ShardWorker:
             seconds = time.monotonic() - started
         return self._commit(task, records, rejects, seconds)
 
-    def part(self, task: PartTask) -> Partial:
+    def part(self, items: Items) -> Partial:
         """Add up some samples of a shard."""
         # Reading and adding up alternate, so two parts at a time would only wait for each other's encoder.
         with self._attack_lock:
             self._use_threads()
-            return self._accumulate.add_up(task.items)
+            return self._accumulate.add_up(items)
 
     def complete(self, task: ShardTask, *partials: Partial) -> ShardResult:
         """Put the parts of a shard together, in their order, and commit it."""
@@ -130,8 +130,6 @@ class ShardWorker:
 
     def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
         """The cluster of every sample of a class."""
-        from merge_service.clustering import cluster_class  # scikit-learn takes a second
-
         with self._attack_lock:
             self._use_threads()
             encoder = self._encoder if self._config.cluster_by == "embedding" else None
@@ -151,6 +149,11 @@ class ShardWorker:
             return compare(self._attacker, batch, members) if batch else ""
 
     @property
+    def model(self) -> nn.Module | None:
+        """The network that attacks or targets run, if any."""
+        return self._attacker.model if self._attacker is not None else self._encoder
+
+    @property
     def _accumulate(self) -> Accumulator:
         if self._accumulator is None:
             raise ConfigError("this worker was set up before the plan was made")
@@ -163,7 +166,7 @@ class ShardWorker:
         if writer is None:
             raise ConfigError("this worker was set up before the plan was made")
         with self._write_lock:
-            commit = retrying(lambda: writer.commit(task.shard, records, rejects))
+            commit = writer.commit(task.shard, records, rejects)
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
 
     def _use_threads(self) -> None:

@@ -73,8 +73,8 @@ class WorkQueue:
         return self._failures[piece] > 0
 
     def add(self, piece: Piece) -> None:
-        """Put a piece at the front."""
-        self._returned.appendleft(piece)
+        """Put a piece at the front; a suspect stays one."""
+        (self._suspects if self.is_suspect(piece) else self._returned).appendleft(piece)
 
     def succeeded(self, piece: Piece) -> None:
         """Forget what the piece was suspected of."""

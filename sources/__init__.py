@@ -70,8 +70,7 @@ def open_source(
 def _open_file(
     location: Location, image_column: str | None, label_column: str | None, group_column: str | None
 ) -> Source:
-    folder, _, name = location.url.rpartition("/")
-    parent = Location(folder or ("/" if location.url.startswith("/") else "."))
+    parent, name = location.split()
     if name.endswith(".parquet"):
         from sources.parquet import open_parquet
 

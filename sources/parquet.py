@@ -18,18 +18,15 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 class ParquetReader:
     """Reads rows; keeps the last row group in memory, because shards are runs of rows."""
 
+    is_concurrent = False
+    # Row groups are fetched whole: more threads would not help.
+    is_remote = False
+
     def __init__(self, location: Location, column: str) -> None:
         self._location = location
         self._column = column
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._cached: tuple[str, int, Any] | None = None
-
-    is_concurrent = False
-
-    @property
-    def is_remote(self) -> bool:
-        # Row groups are fetched whole: threads would not help.
-        return False
 
     def read(self, sample: Sample) -> bytes:
         name, _, row = sample.name.rpartition("#")

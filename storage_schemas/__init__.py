@@ -4,6 +4,7 @@ Imports neither torch nor Ray. FORMAT.md beside this file is the specification.
 """
 
 from storage_schemas.artifact import Artifact, open_artifact
+from storage_schemas.cache import Cache
 from storage_schemas.errors import (
     ConfigError,
     CorruptShard,
@@ -24,6 +25,7 @@ __all__ = [
     "ArraySpec",
     "Artifact",
     "ArtifactWriter",
+    "Cache",
     "Commit",
     "ConfigError",
     "CorruptShard",

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.summary import summarise
 
 _LOAD = {
-    "zarr": """```python
+    "zarr": """With stock zarr, xarray or tensorstore; row i is a group if `count[i]` > 0:
+
+```python
 import zarr
-groups = zarr.open_group("groups.zarr", mode="r")   # row i is a group if groups["count"][i] > 0
+groups = zarr.open_group("groups.zarr", mode="r")
+```
+
+```python
+import xarray
+groups = xarray.open_zarr("groups.zarr", consolidated=False)
 ```""",
-    "webdataset": """```python
+    "webdataset": """With stock webdataset or datasets:
+
+```python
 import glob, webdataset
 groups = webdataset.WebDataset(sorted(glob.glob("shards/*.tar")), shardshuffle=False).decode()
+```
+
+```python
+import datasets
+groups = datasets.load_dataset("webdataset", data_files="shards/*.tar", split="train")
 ```""",
 }
 
@@ -23,32 +38,53 @@ _MOMENTS = {
     "float32": "`mean` and `mean_square` as they are; variance = max(mean_square − mean², 0)",
 }
 
+_SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1_000_000_000, "100M<n<1B"),
+    (10**15, "n>1B"),
+)
+
+
+def license_of(artifact: Artifact) -> str:
+    """Licence as the provenance has it, an identifier of the Hugging Face Hub; `other` if it has none."""
+    return str(artifact.manifest.provenance.get("license") or "other")
+
+
+def describe(artifact: Artifact) -> str:
+    """One paragraph on what the groups are."""
+    manifest = artifact.manifest
+    counts = [entry.count for shard in range(len(manifest.shards)) for entry in artifact.commit(shard).records]
+    return (
+        f"{len(counts)} groups of {min(counts, default=0)} to {max(counts, default=0)} samples, each reduced to its "
+        f"mean and mean square over pixels {list(manifest.layout.arrays[0].shape)} in [0, 1] (before any "
+        "normalisation, divisor N)."
+    )
+
 
 def dataset_card(artifact: Artifact) -> str:
     """Markdown text; depends on nothing but the artifact's content."""
     facts = summarise(artifact)
     provenance = {key: value for key, value in facts["provenance"].items() if key != "source"}
-    source = dict(facts["provenance"].get("source", {}))
-    source.pop("class_names", None)
+    source = facts["provenance"].get("source")
+    if isinstance(source, dict):
+        provenance["source"] = {key: value for key, value in source.items() if key != "class_names"}
     arrays = "\n".join(f"| `{name}` | {spec['dtype']} | {spec['shape']} |" for name, spec in facts["arrays"].items())
-    size = next(name for limit, name in _SIZES if facts["groups"] < limit)
     return f"""---
-pretty_name: datamerge artifact
-license: other
-size_categories:
-- {size}
-tags:
-- adversarial-training
-- datamerge
-- {facts["format"]}
+{_front_matter(artifact, facts)}
 ---
 
 # Merged groups
 
-{facts["groups"]} groups of {facts["members"]["min"]} to {facts["members"]["max"]} samples, each reduced to its
-mean and mean square over pixels {facts["pixels"]} in [0, 1] (before any normalisation, divisor N).
-{facts["shards"]} shards, {facts["bytes"]} bytes, format `{facts["format"]}`, encoding `{facts["encoding"]}`,
-schema version {facts["schema_version"]}, written by {facts["writer"]}. The licence of the source applies.
+{describe(artifact)} {facts["shards"]} shards, {facts["bytes"]} bytes, format `{facts["format"]}`, encoding
+`{facts["encoding"]}`, schema version {facts["schema_version"]}, written by {facts["writer"]}. The licence of the
+source applies.
+
+![some of the groups](preview.png)
 
 | array | dtype | shape per group |
 |---|---|---|
@@ -68,15 +104,24 @@ record = open_artifact(".")[0]      # record.mean, record.mean_square, record.va
 ## Provenance
 
 ```json
-{json.dumps({"source": source, **provenance}, indent=1)}
+{json.dumps(provenance, indent=1, sort_keys=True, ensure_ascii=False)}
 ```
 """
 
 
-_SIZES = (
-    (1_000, "n<1K"),
-    (10_000, "1K<n<10K"),
-    (100_000, "10K<n<100K"),
-    (1_000_000, "100K<n<1M"),
-    (10**12, "1M<n"),
-)
+def _front_matter(artifact: Artifact, facts: dict[str, Any]) -> str:
+    lines = [
+        "pretty_name: datamerge artifact",
+        f"license: {json.dumps(license_of(artifact))}",  # a JSON string is a YAML string
+        "size_categories:",
+        f"- {next(name for limit, name in _SIZES if facts['groups'] < limit)}",
+        "task_categories:",
+        "- image-feature-extraction",
+        "tags:",
+        "- adversarial-training",
+        "- datamerge",
+        f"- {facts['format']}",
+    ]
+    if facts["format"] == "webdataset":
+        lines += ["configs:", "- config_name: default", "  data_files: shards/*.tar"]
+    return "\n".join(lines)

@@ -43,34 +43,38 @@ class FileRanges:
         self._maps: OrderedDict[str, Bytes] = OrderedDict()
 
     def read(self, path: str, start: int, size: int) -> Bytes:
-        """`size` bytes from `start`; a view of the map for local files.
+        """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
 
         Raises:
             CorruptShard: the file is missing or too short.
         """
-        if self._location.is_local:
-            data = self._map(path)[start : start + size]
-        else:
-            try:
+        try:
+            mapped = self._map(path)
+            if mapped is not None:
+                data = mapped[start : start + size]
+            else:
                 data = np.frombuffer(self._location.read(path, start, start + size), np.uint8)
-            except FileNotFoundError:
-                raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
+        except FileNotFoundError:
+            raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
         if len(data) != size:
             raise CorruptShard(
                 f"{self._location.url}/{path}: expected {size} bytes at {start}, found {len(data)}; it is cut short"
             )
         return data
 
-    def _map(self, path: str) -> Bytes:
+    def _map(self, path: str) -> Bytes | None:
         mapped = self._maps.get(path)
         if mapped is not None:
             self._maps.move_to_end(path)
             return mapped
+        local = self._location.local_path(path)
+        if local is None:
+            return None
         try:
             # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
-            mapped = np.memmap(self._location.path(path), np.uint8, mode="r").view(np.ndarray)
-        except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise CorruptShard(f"{self._location.url}/{path}: missing or empty ({error})") from None
+            mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
+        except ValueError:  # an empty file cannot be mapped
+            raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
         self._maps[path] = mapped
         if len(self._maps) > OPEN_MAPS:
             self._maps.popitem(last=False)

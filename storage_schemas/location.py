@@ -1,72 +1,166 @@
-"""A folder anywhere fsspec reaches, with whole-file atomic writes."""
+"""A folder anywhere fsspec reaches, with whole-file atomic writes, retries, and errors that show no secret."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
 
-from storage_schemas.errors import UserError
+from storage_schemas.errors import DatamergeError, UserError
+from storage_schemas.retries import http_status, is_transient, retry
+
+T = TypeVar("T")
+
+# Protocol → extra of this package that installs its driver.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+
+# Failures of this machine's disk while it takes a download.
+_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
+_USER = re.compile(r"(?<=://)[^/@]+@")
+_QUERY = re.compile(r"(?<=[?&])([^=&]+)=[^&),]*")
+
+WRITE_ATTEMPTS = 5
 
 
 class Location:
     """A root folder: a local path or any fsspec URL (``s3://``, ``gs://``, ``https://``, ``memory://``).
 
-    Paths given to the methods are relative to the root and use ``/``.
+    Paths given to the methods are relative to the root and use ``/``. Transient failures of remote storage are
+    retried. A query string, such as a signature, is kept and added to every path.
+
+    Attributes:
+        url: the URL as it may be shown and stored: passwords and query values are masked.
     """
 
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
-        self.url = os.fspath(url).rstrip("/") or "/"
+        self._url = os.fspath(url)
         self._options = storage_options
+        base, mark, query = self._url.partition("?") if _is_http(self._url) else (self._url, "", "")
+        self._base, self._query = base.rstrip("/") or "/", mark + query
+        self.url = redact(self._base)
+        self._connect()
+
+    def _connect(self) -> None:
+        options = dict(self._options)
+        if "://" in self._base and "::" not in self._base:
+            # Others write here too: a remembered listing would give sizes of files that were replaced since.
+            options.setdefault("use_listings_cache", False)
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url, **storage_options)
+            self._fs, self.root = fsspec.core.url_to_fs(self._base, **options)
         except ImportError as error:
-            raise UserError(f"{self.url}: the driver for this URL is not installed ({error})") from None
+            raise UserError(f"{self.url}: {_missing_driver(self._base, error)}") from None
         except ValueError as error:
-            raise UserError(f"{self.url}: not a path or URL that fsspec knows ({error})") from None
+            raise UserError(f"{self.url}: not a path or URL that fsspec knows ({redact(str(error))})") from None
+        self._process = os.getpid()
+
+    @property
+    def fs(self) -> Any:
+        """The file system; connected again in a forked process, where the parent's connections are of no use."""
+        if self._process != os.getpid():
+            self._connect()
+        return self._fs
 
     @property
     def is_local(self) -> bool:
-        return "file" in self.fs.protocol or "local" in self.fs.protocol
+        return "file" in self._fs.protocol or "local" in self._fs.protocol
+
+    @property
+    def is_read_only(self) -> bool:
+        return "http" in self._fs.protocol
 
     def path(self, relative: str) -> str:
         """The full path of a file in this folder, as its file system spells it."""
-        return f"{self.root}/{relative}" if relative else self.root
+        return (f"{self.root}/{relative}" if relative else str(self.root)) + self._query
+
+    def local_path(self, relative: str) -> str | None:
+        """A local file with the contents of `relative`, None where reading it means a request.
+
+        Raises:
+            FileNotFoundError: a location that keeps local copies, and no such file to copy.
+        """
+        return self.path(relative) if self.is_local else None
+
+    def forget(self, relatives: Iterable[str]) -> bool:
+        """Drop local copies of these files; whether there was any. A plain location has none."""
+        return False
 
     def exists(self, relative: str = "") -> bool:
-        return bool(self.fs.exists(self.path(relative)))
+        if self.is_local:
+            return bool(self.fs.exists(self.path(relative)))
+        try:
+            # Not `exists`, which takes a failing server for a missing file: a finished artifact would be begun anew.
+            self._call(relative, lambda path: self.fs.info(path))
+        except FileNotFoundError:
+            return False
+        return True
 
     def size(self, relative: str) -> int:
         """Bytes of one file; raises FileNotFoundError."""
-        return int(self.fs.size(self.path(relative)))
+        size = self._call(relative, lambda path: self.fs.size(path))
+        return len(self.read(relative)) if size is None else int(size)  # some web servers do not tell
 
     def names(self, relative: str = "") -> list[str]:
         """Sorted names of the entries of a folder, empty when there is no such folder."""
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.path(relative), detail=False)
+            entries = self._call(relative, lambda path: self.fs.ls(path, detail=False))
         except FileNotFoundError:
             return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
-        """All bytes of a file, or the range [start, end); raises FileNotFoundError."""
-        return cast(bytes, self.fs.cat_file(self.path(relative), start=start, end=end))
+        """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
+        try:
+            data = self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end))
+        except _RangeError:
+            return b""
+        if start is not None and end is not None and len(data) > end - start:
+            data = data[start:end]  # a web server that knows no ranges sends the whole file
+        return cast(bytes, data)
+
+    def download(self, relative: str, target: Path, size: int) -> None:
+        """Copy a file of `size` bytes to a local one; raises FileNotFoundError."""
+
+        def get(path: str) -> None:
+            self.fs.get_file(path, str(target))
+            found = target.stat().st_size
+            if found != size:
+                raise ConnectionError(f"expected {size} bytes, got {found}")
+
+        self._call(relative, get)
 
     def write(self, relative: str, data: bytes) -> None:
-        """Write a file so that a reader sees all of it or none, whatever kills this process."""
+        """Write a file so that a reader sees all of it or none, whatever kills this process.
+
+        Raises:
+            UserError: a place that cannot be written to.
+        """
         if self.is_local:
-            try:
-                _write_local(Path(self.path(relative)), data)
-            except FileNotFoundError:
-                # Another writer that has just finished took our temporary file for a leftover; it does so once.
-                _write_local(Path(self.path(relative)), data)
-        else:
+            self._write_local(relative, data)
+            return
+        if self.is_read_only:
+            raise UserError(f"{self.url}: http(s) locations can only be read; write to a path or an object store")
+        try:
             # Object stores publish a PUT only when it is complete.
-            self.fs.pipe_file(self.path(relative), data)
+            self._call(relative, lambda path: self.fs.pipe_file(path, data))
+        except FileNotFoundError:
+            raise UserError(f"{self.url}: cannot be written to: no such bucket or container") from None
+
+    def _write_local(self, relative: str, data: bytes) -> None:
+        for attempt in range(WRITE_ATTEMPTS):
+            try:
+                return _write_local(Path(self.path(relative)), data)
+            except FileNotFoundError:
+                # Another writer that has finished took our temporary file for a leftover.
+                if attempt == WRITE_ATTEMPTS - 1:
+                    raise
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of writers that were killed; only local folders have them."""
@@ -75,16 +169,73 @@ class Location:
                 path.unlink(missing_ok=True)
 
     def remove(self, relative: str) -> None:
-        self.fs.rm_file(self.path(relative))
+        self._call(relative, lambda path: self.fs.rm_file(path))
+
+    def split(self) -> tuple[Location, str]:
+        """The folder that holds this location, and its name there."""
+        folder, _, name = self._base.rpartition("/")
+        return Location((folder or ("/" if self._base.startswith("/") else ".")) + self._query, **self._options), name
+
+    def _call(self, relative: str, operation: Callable[[str], T]) -> T:
+        """Run an operation on a path, with retries and readable errors where it goes over a network."""
+        path = self.path(relative)
+        if self.is_local:
+            return operation(path)
+        where = f"{self.url}/{relative}" if relative else self.url
+        try:
+            return retry(lambda: operation(path))
+        except Exception as error:
+            if isinstance(error, DatamergeError) or getattr(error, "errno", None) in _LOCAL:
+                raise
+            failure = error
+        status = http_status(failure)
+        if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
+            raise FileNotFoundError(errno.ENOENT, "no such file", where)
+        reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
+        if status == 416:
+            raise _RangeError(where)
+        if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
+            raise UserError(f"{where}: access refused ({reason}); check the credentials in the environment")
+        raise DatamergeError(f"{where}: {type(failure).__name__}: {reason}; run the same command again to continue")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_options": self._options}
+        return {name: value for name, value in vars(self).items() if name not in ("_fs", "root", "_process")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["url"], **state["_options"])  # type: ignore[misc]
+        vars(self).update(state)
+        self._connect()
 
     def __repr__(self) -> str:
         return f"Location({self.url!r})"
+
+
+class _RangeError(DatamergeError):
+    """The range begins behind the end of the file."""
+
+
+def redact(text: str) -> str:
+    """A URL, or a text that contains some, with user names, passwords and query values masked."""
+    return _URL.sub(lambda url: _QUERY.sub(r"\1=***", _USER.sub("***@", url[0])), text)
+
+
+def redact_tree(tree: Any) -> Any:
+    """A JSON tree with every string redacted."""
+    if isinstance(tree, Mapping):
+        return {key: redact_tree(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [redact_tree(value) for value in tree]
+    return redact(tree) if isinstance(tree, str) else tree
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _missing_driver(url: str, error: ImportError) -> str:
+    protocol = url.partition("://")[0]
+    extra = EXTRAS.get(protocol)
+    hint = f"pip install 'datamerge[{extra}]'" if extra else str(error)
+    return f"the driver for {protocol}:// is not installed; {hint}"
 
 
 def _write_local(path: Path, data: bytes) -> None:

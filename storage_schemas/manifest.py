@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -29,7 +30,6 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
 Count = Annotated[int, Field(ge=0)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
-Seal = Annotated[Sha256, Field(description="sha256 of this document with these 64 digits replaced by zeros")]
 
 # Arrays without which a record has no moments; all others are optional.
 MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
@@ -42,6 +42,14 @@ class Document(BaseModel):
     """A strict, immutable JSON document."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+
+
+class Sealed(Document):
+    """A document in a file of its own, which begins with the sha256 of its bytes."""
+
+    self_sha256: Annotated[
+        Sha256, Field(description="sha256 of this file with these 64 digits replaced by zeros; the first field")
+    ]
 
 
 class ArraySpec(Document):
@@ -62,7 +70,12 @@ class ArraySpec(Document):
         """A spec from a numpy dtype; raises ValidationError for names and dtypes outside the format."""
         return cls.model_validate({"name": name, "dtype": dtype.name, "shape": shape})
 
-    @property
+    @cached_property
+    def little_endian(self) -> np.dtype[Any]:
+        """The dtype as it is stored."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of one record's array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -143,7 +156,7 @@ class Ranges(Document):
     clipped_variances: Count
 
 
-class Commit(Document):
+class Commit(Sealed):
     """The sidecar that makes a shard exist; written last."""
 
     schema_version: Literal[1]
@@ -153,7 +166,6 @@ class Commit(Document):
     records: tuple[RecordEntry, ...]
     rejects: tuple[Reject, ...]
     ranges: Ranges | None
-    self_sha256: Seal
 
     @property
     def bytes(self) -> int:
@@ -176,7 +188,7 @@ class ShardEntry(Document):
     key_range: tuple[Key, Key] | None
 
 
-class Manifest(Document):
+class Manifest(Sealed):
     """`manifest.json`: the layout, where the groups come from, and the shards that are committed."""
 
     schema_version: Literal[1]
@@ -187,7 +199,6 @@ class Manifest(Document):
     provenance: dict[str, JsonValue]
     files: tuple[FileEntry, ...]
     shards: tuple[ShardEntry, ...]
-    self_sha256: Seal
 
     @property
     def groups(self) -> int:
@@ -200,7 +211,7 @@ class Manifest(Document):
         return sum(shard.bytes for shard in self.shards)
 
 
-D = TypeVar("D", Manifest, Commit)
+D = TypeVar("D", bound=Sealed)
 
 
 def parse(model: type[D], data: bytes, where: str) -> D:
@@ -216,35 +227,35 @@ def parse(model: type[D], data: bytes, where: str) -> D:
     except ValidationError as error:
         problems = error.errors(include_url=False)
     else:
-        if _seal(_with_seal(data, document.self_sha256, UNSEALED)) != document.self_sha256:
-            raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
+        _check_seal(data, document.self_sha256, where)
         return document
     for problem in problems:
         if problem["loc"] == ("schema_version",) and isinstance(problem["input"], int):
-            raise UnknownVersion(_unknown_version(problem["input"], data, where))
+            found = json.loads(data)
+            # Every version is sealed alike: a version that a flipped bit made is no newer version.
+            _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
+            raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
     details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems)
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
 
 
-def dump(document: Manifest | Commit) -> bytes:
+def dump(document: Sealed) -> bytes:
     """Serialise and seal a document; the same document always gives the same bytes."""
     unsealed = document.model_copy(update={"self_sha256": UNSEALED})
     data = unsealed.model_dump_json(indent=1).encode() + b"\n"
-    return _with_seal(data, UNSEALED, _seal(data))
+    return data.replace(UNSEALED.encode(), _seal(data).encode(), 1)
 
 
 def _seal(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _with_seal(data: bytes, old: str, new: str) -> bytes:
-    """The seal is the last field; the same digits may occur before it, in the provenance for example."""
-    before, _, after = data.rpartition(old.encode())
-    return before + new.encode() + after
+def _check_seal(data: bytes, seal: str, where: str) -> None:
+    if _seal(data.replace(seal.encode(), UNSEALED.encode(), 1)) != seal:
+        raise CorruptShard(f"{where}: the document does not have its own sha256; it is damaged or was edited")
 
 
-def _unknown_version(found: int, data: bytes, where: str) -> str:
-    writer = json.loads(data).get("writer")
+def _unknown_version(found: int, writer: Any, where: str) -> str:
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
         f"{where}: schema_version {found} is not one that this release reads (it reads {SCHEMA_VERSION}); "

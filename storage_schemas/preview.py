@@ -68,29 +68,29 @@ def _tiles(record: Record) -> list[tuple[str, Pixels]]:
     tiles: list[tuple[str, Pixels]] = []
     clean, members = record.clean, record.members
     if clean is not None:
-        tiles.append(("clean", _rgb(clean)))
+        tiles.append(("clean", rgb(clean)))
     if members is not None:
         shown = [members[min(i, len(members) - 1)] for i in range(SHOWN_MEMBERS)]
-        tiles += [(f"member {i}", _rgb(member)) for i, member in enumerate(shown)]
-    tiles.append(("mean", _rgb((record.mean * 255).round().astype(np.uint8))))
+        tiles += [(f"member {i}", rgb(member)) for i, member in enumerate(shown)]
+    tiles.append(("mean", rgb((record.mean * 255).round().astype(np.uint8))))
     reference = members[0] if members is not None else clean
     if reference is not None:
         difference = record.mean - reference.astype(np.float32) / 255
         largest = max(float(np.abs(difference).max()), 1e-6)
         amplified = (127.5 + 127.5 * difference / largest).round().astype(np.uint8)
-        tiles.append((f"mean - {'member 0' if members is not None else 'clean'}", _rgb(amplified)))
-    tiles.append(("variance", _heat(record.variance.mean(axis=0))))
+        tiles.append((f"mean - {'member 0' if members is not None else 'clean'}", rgb(amplified)))
+    tiles.append(("variance", heat(record.variance.mean(axis=0))))
     return tiles
 
 
-def _rgb(pixels: Pixels) -> Pixels:
+def rgb(pixels: Pixels) -> Pixels:
     """uint8 [C, H, W] → [H, W, 3]."""
     if pixels.shape[0] not in (1, 3):
         pixels = pixels[:1]
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
 
 
-def _heat(values: npt.NDArray[np.floating]) -> Pixels:
+def heat(values: npt.NDArray[np.floating]) -> Pixels:
     """Values [H, W] on a heat scale from 0 to their maximum."""
     scaled = values / max(float(values.max()), 1e-12) * (len(_HEAT) - 1)
     channels = [np.interp(scaled, np.arange(len(_HEAT)), _HEAT[:, c]) for c in range(3)]

@@ -35,9 +35,9 @@ class Record:
         key: identifier, unique in the artifact; no dots or slashes.
         count: number of members N.
         encoding: which moments `arrays` holds.
-        arrays: stored arrays by name, see the module's table; optionally
-            target float32 [K], members uint8 [N, C, H, W], clean uint8 [C, H, W], factors
-            int8, int16 or int32 [k, C, H, W].
+        arrays: stored arrays by name, see the module's table; optionally target float32 [K], members uint8
+            [N, C, H, W], clean uint8 [C, H, W], factors integers [k, C, H, W]. As read they are views and read-only;
+            the properties are copies.
         label: class index, if known.
         samples: names of the raw samples in the source.
         info: measured facts about the group, such as the attack's loss.
@@ -55,14 +55,14 @@ class Record:
     def mean(self) -> Float32Array:
         """Mean, float32 [C, H, W] in [0, 1]."""
         if self.encoding == "float32":
-            return self.arrays["mean"].astype(np.float32, copy=False)
+            return self.arrays["mean"].astype(np.float32)
         return (self.arrays["sum"].astype(np.float64) / (LEVELS * self.count)).astype(np.float32)
 
     @property
     def mean_square(self) -> Float32Array:
         """Mean square, float32 [C, H, W] in [0, 1]."""
         if self.encoding == "float32":
-            return self.arrays["mean_square"].astype(np.float32, copy=False)
+            return self.arrays["mean_square"].astype(np.float32)
         total = self.arrays["sum"].astype(np.float64)
         scatter = self.arrays["scatter"].astype(np.float64)
         return ((scatter + total * total) / (LEVELS * self.count) ** 2).astype(np.float32)
@@ -78,19 +78,19 @@ class Record:
     def target(self) -> Float32Array | None:
         """Embedding to train towards, float32 [K]."""
         target = self.arrays.get("target")
-        return None if target is None else target.astype(np.float32, copy=False)
+        return None if target is None else target.astype(np.float32)
 
     @property
     def members(self) -> npt.NDArray[np.uint8] | None:
         """The members themselves, uint8 [N, C, H, W], if the artifact keeps them."""
         members = self.arrays.get("members")
-        return None if members is None else members[: self.count].astype(np.uint8, copy=False)
+        return None if members is None else members[: self.count].astype(np.uint8)
 
     @property
     def clean(self) -> npt.NDArray[np.uint8] | None:
         """The clean image an adversarial group was made from, uint8 [C, H, W], if the artifact keeps it."""
         clean = self.arrays.get("clean")
-        return None if clean is None else clean.astype(np.uint8, copy=False)
+        return None if clean is None else clean.astype(np.uint8)
 
     @property
     def factors(self) -> Float32Array | None:
@@ -128,10 +128,14 @@ def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
     return encoded
 
 
+def crc32c(data: npt.NDArray[np.uint8]) -> str:
+    """crc32c of contiguous bytes, as 8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
 def checksum(array: Array, spec: ArraySpec) -> str:
-    """crc32c, as 8 hex digits, of an array's little-endian C-order bytes."""
-    little = np.ascontiguousarray(array, dtype=np.dtype(spec.dtype).newbyteorder("<"))
-    return f"{google_crc32c.value(little.reshape(-1).view(np.uint8)):08x}"
+    """crc32c of an array's little-endian C-order bytes."""
+    return crc32c(np.ascontiguousarray(array, dtype=spec.little_endian).reshape(-1).view(np.uint8))
 
 
 def checksums(arrays: Mapping[str, Array], layout: Layout) -> dict[str, str]:

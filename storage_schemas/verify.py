@@ -99,8 +99,9 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
         named |= {file.path for file in manifest.files}
         causes = ((file.path, damage(location, file)) for file in manifest.files)
         report.problems += [Problem(path, cause) for path, cause in causes if cause is not None]
-    with ThreadPoolExecutor(THREADS) as pool:
-        shards = sorted(entries)
+    shards = sorted(entries)
+    pool = ThreadPoolExecutor(THREADS)
+    try:
         findings = pool.map(_ShardCheck(location, manifest), shards, map(entries.get, shards))
         for done, found in enumerate(findings, 1):
             report.groups += found.groups
@@ -109,6 +110,8 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
             named |= found.files
             report.shards = done
             on_shard(done, len(shards))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for thousands of shards
     if manifest is not None:
         bad_shards = {problem.shard for problem in report.problems}
         report.problems += _strangers(manifest, found_paths - named, bad_shards)
@@ -248,7 +251,9 @@ class _ShardCheck:
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
     layout = manifest.layout
-    expected: set[str] = set() if manifest.complete else {HEAD, *PRESENTATION, *store(layout).metadata_files(layout)}
+    expected = set(PRESENTATION)
+    if not manifest.complete:
+        expected |= {HEAD, *store(layout).metadata_files(layout)}
     for shard in range(layout.shards):
         if shard in bad_shards or not manifest.complete:
             expected.update(store(layout).shard_files(layout, shard))

@@ -10,15 +10,15 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from storage_schemas.errors import CorruptShard
-from storage_schemas.files import FileRanges
+from storage_schemas.files import Bytes, FileRanges
 from storage_schemas.location import Location
 from storage_schemas.manifest import ArraySpec, Commit, Layout
-from storage_schemas.record import Array, Record
+from storage_schemas.record import Record
 
 
 def shard_path(shard: int) -> str:
@@ -48,7 +48,7 @@ def encode_shard(
             _add(tar, f"{record.key}.json", json.dumps(facts, sort_keys=True).encode())
             for spec in layout.arrays:
                 stream = io.BytesIO()
-                little = np.asarray(record.arrays[spec.name], dtype=np.dtype(spec.dtype).newbyteorder("<"))
+                little = np.asarray(record.arrays[spec.name], dtype=spec.little_endian)
                 np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
                 data = stream.getvalue()
                 end = _add(tar, f"{record.key}.{spec.name}.npy", data)
@@ -73,18 +73,15 @@ class WebDatasetReader:
     def __init__(self, location: Location) -> None:
         self._files = FileRanges(location)
 
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        """Stored arrays of record `index` of a shard: read-only views of the file's map where it is local.
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+        """The bytes of arrays of record `index` of a shard: views of the file's map where it is local.
 
         Raises:
             CorruptShard: the tar file is missing or shorter than committed.
         """
         path, record = shard_path(commit.shard), commit.records[index]
-        arrays: dict[str, Array] = {}
         for spec in specs:
             start = (record.offsets or {}).get(spec.name)
             if start is None:
                 raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
-            values = self._files.read(path, start, spec.nbytes).view(np.dtype(spec.dtype).newbyteorder("<"))
-            arrays[spec.name] = values.astype(spec.dtype, copy=False).reshape(spec.shape)
-        return arrays
+            yield self._files.read(path, start, spec.nbytes)

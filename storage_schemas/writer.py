@@ -18,7 +18,7 @@ import numpy as np
 
 from storage_schemas import webdataset_store, zarr_store
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
-from storage_schemas.location import Location
+from storage_schemas.location import Location, redact, redact_tree
 from storage_schemas.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -80,8 +80,9 @@ class ArtifactWriter:
     def __init__(self, location: Location, layout: Layout, provenance: Mapping[str, Any]) -> None:
         self.location = location
         self.layout = layout
-        self.provenance = dict(provenance)
-        self.plan = plan_sha256(layout, provenance)
+        # What is published is open to all: no passwords and signatures of the URLs that things came from.
+        self.provenance: dict[str, Any] = redact_tree(provenance)
+        self.plan = plan_sha256(layout, self.provenance)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
         """Claim the location: write `files` and a manifest that says `complete: false`.
@@ -150,7 +151,7 @@ class ArtifactWriter:
                 )
                 for record, offset in zip(records, offsets, strict=True)
             ),
-            rejects=tuple(rejects),
+            rejects=tuple(reject.model_copy(update={"reason": redact(reject.reason)}) for reject in rejects),
             ranges=_ranges(records),
             self_sha256=UNSEALED,
         )

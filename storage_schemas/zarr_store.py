@@ -11,7 +11,7 @@ zarr reads a missing file as fill values without an error, hence the sizes, hash
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
@@ -24,15 +24,22 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage_schemas.errors import CorruptShard
-from storage_schemas.files import FileRanges
+from storage_schemas.files import Bytes, FileRanges
 from storage_schemas.location import Location
 from storage_schemas.manifest import ArraySpec, Commit, Layout
-from storage_schemas.record import Array, Record
+from storage_schemas.record import Record
 
 STORE = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
-CACHED_INDICES = 256
+CACHED_INDICES = 64
+# Axes of a stored array, for readers that go by names, such as xarray.
+PIXELS = ("channel", "height", "width")
+AXES = {
+    "target": ("group", "embedding"),
+    "members": ("group", "member", *PIXELS),
+    "factors": ("group", "factor", *PIXELS),
+}
 # What blosc may add to incompressible data, generously; also far below the index's mark for "not written".
 MAX_CHUNK_OVERHEAD = 4096
 
@@ -81,16 +88,16 @@ class ZarrReader:
         self._layout = layout
         self._indices: OrderedDict[str, npt.NDArray[np.uint64]] = OrderedDict()
 
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> dict[str, Array]:
-        """Stored arrays of record `index` of a shard, read-only.
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+        """The bytes of arrays of record `index` of a shard.
 
         Raises:
             CorruptShard: a file is missing, cut short, or fails its crc32c.
         """
         sizes = {file.path: file.bytes for file in commit.files}
-        return {spec.name: self._chunk(spec, commit.shard, index, sizes) for spec in specs}
+        return (self._chunk(spec, commit.shard, index, sizes) for spec in specs)
 
-    def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Array:
+    def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Bytes:
         path = _shard_file(spec.name, shard, len(spec.shape))
         where = f"{path}, record {index}"
         start, size = (int(value) for value in self._index(path, sizes.get(path, 0))[index])
@@ -103,8 +110,7 @@ class ZarrReader:
             raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
         if len(data) != spec.nbytes:
             raise CorruptShard(f"{where}: expected {spec.nbytes} bytes, found {len(data)}")
-        values = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"))
-        return values.astype(spec.dtype, copy=False).reshape(spec.shape)
+        return np.frombuffer(data, np.uint8)
 
     def _index(self, path: str, file_size: int) -> npt.NDArray[np.uint64]:
         """(offset, size) of every inner chunk: the last 16 bytes a chunk of the file, and their crc32c."""
@@ -122,7 +128,7 @@ class ZarrReader:
         return index
 
 
-def _checked(data: npt.NDArray[np.uint8], where: str) -> npt.NDArray[np.uint8]:
+def _checked(data: Bytes, where: str) -> Bytes:
     """The bytes before a trailing crc32c, which they must have."""
     if len(data) < CRC_BYTES:
         raise CorruptShard(f"{where}: expected a checksum, found {len(data)} bytes")
@@ -153,6 +159,7 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             chunks=(1, *spec.shape),
             shards=(per_shard, *spec.shape),
             fill_value=np.nan if dtype.kind == "f" else int(np.iinfo(dtype).max),
+            dimension_names=AXES.get(spec.name, ("group", *PIXELS)),
             compressors=[
                 BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=dtype.itemsize),
                 Crc32cCodec(),
@@ -166,6 +173,7 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             dtype=np.dtype(np.int64),
             chunks=(per_shard,),
             fill_value=fill,
+            dimension_names=("group",),
             compressors=[Crc32cCodec()],
             config={"write_empty_chunks": True},
         )

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("merge", "train", "evaluate", "inspect", "verify", "preview", "demo")
+COMMANDS = (
+    "merge",
+    "train",
+    "evaluate",
+    "inspect",
+    "verify",
+    "preview",
+    "convert",
+    "combine",
+    "diff",
+    "export",
+    "export-encoder",
+    "demo",
+)
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

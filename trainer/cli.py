@@ -50,7 +50,16 @@ from trainer.signals import Stopped
 @click.option(
     "--eval-artifact", metavar="ARTIFACT", help="Held-out artifact: logs its loss and keeps the best state."
 )
-def train(preset: str | None, file: str | None, overrides: tuple[str, ...], **flags: Any) -> None:
+@click.option("--ray-workers", type=int, help="Train on this many Ray workers; restarts them when one dies.")
+@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to use. [starts Ray here]")
+def train(
+    preset: str | None,
+    file: str | None,
+    overrides: tuple[str, ...],
+    ray_workers: int | None,
+    ray_address: str | None,
+    **flags: Any,
+) -> None:
     """Fine-tune an encoder on the groups of ARTIFACT; everything it writes goes to the folder RUN.
 
     \b
@@ -73,7 +82,13 @@ def train(preset: str | None, file: str | None, overrides: tuple[str, ...], **fl
     elif flags.get("steps") is not None:
         values.pop("epochs", None)
     try:
-        summary = run_training(load_settings(TrainConfig, file, flags, values))
+        config = load_settings(TrainConfig, file, flags, values)
+        if ray_workers is None and ray_address is None:
+            summary = run_training(config)
+        else:
+            from trainer.ray_launch import train_on_ray  # takes a second, and needs the extra `ray`
+
+            summary = train_on_ray(config, ray_workers or 1, ray_address)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell

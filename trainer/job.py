@@ -8,20 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, cast
 
 import torch
 
 from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, weights_sha256
-from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest, open_artifact
+from storage_schemas import Artifact, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
+from trainer.fits import check_epsilon, check_groups, loss_name, recorded_encoder, stored_members
 from trainer.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.logs import warn
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.order import Layout, Order
-from trainer.stream import Batch, Collate, check_label, stream
+from trainer.stream import Batch, Collate, stream
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
 _FREE = {
@@ -39,8 +39,6 @@ _FREE = {
     "threads",
     "log_every",
 }
-# Shards whose labels are checked before anything starts; those of the others are checked as they are read.
-EAGER_SHARDS = 64
 ARTIFACT_HEAD = "artifact"
 
 
@@ -121,31 +119,31 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     own = own or Processes()
     device = choose_device(config.device, own)
     artifact = open_artifact(config.artifact)
-    loss_name = _loss_name(config, artifact.manifest)
-    members = _members(config, artifact.manifest)
-    _check_epsilon(config, artifact.manifest)
-    spec = config.encoder or _recorded(artifact.manifest).get("spec")
+    loss = loss_name(config, artifact.manifest)
+    members = stored_members(config, artifact.manifest)
+    check_epsilon(config, artifact.manifest)
+    spec = config.encoder or recorded_encoder(artifact.manifest).get("spec")
     if not isinstance(spec, str):
         raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
     order = _order(artifact, config)
     steps = length(config, order, own)
     encoder = load_encoder(spec, str(device))
-    head = _head(config, artifact, loss_name)
+    head = _head(config, artifact, loss)
     classes = None
-    if loss_name == "cross_entropy":
+    if loss == "cross_entropy":
         if head is not None:
             head.check_width(encoder.embedding_dim, "head")
         classes = encoder.embedding_dim if head is None else len(head.weight)
-    collate = Collate(arm=config.arm, labels=loss_name == "cross_entropy", members=members, classes=classes)
-    _check_groups(artifact, encoder, collate)
+    collate = Collate(arm=config.arm, labels=loss == "cross_entropy", members=members, classes=classes)
+    check_groups(artifact, encoder, collate)
     warn_of_start(encoder)
-    resolved = _resolved(config, artifact, loss_name, encoder, head, steps).model_copy(update={"device": str(device)})
+    resolved = _resolved(config, artifact, loss, encoder, head, steps).model_copy(update={"device": str(device)})
     pin = device.type == "cuda"
     return Job(
         config=resolved,
         encoder=encoder,
         model=ready(encoder, head, config, device),
-        loss=SquaredError(config.loss_scale) if loss_name == "squared_error" else CrossEntropy(),
+        loss=SquaredError(config.loss_scale) if loss == "squared_error" else CrossEntropy(),
         order=order,
         feed=_feed(artifact, order, collate, config.data_workers, pin),
         held_out=_held_out(config, encoder, collate, pin),
@@ -219,11 +217,11 @@ def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
     artifact = open_artifact(config.eval_artifact)
-    _loss_name(
+    loss_name(
         other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
     )
-    collate = dataclasses.replace(collate, members=_members(other, artifact.manifest))
-    _check_groups(artifact, encoder, collate)
+    collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest))
+    check_groups(artifact, encoder, collate)
     order = _order(artifact, other)
     return HeldOut(order, _feed(artifact, order, collate, config.data_workers, pin))
 
@@ -293,104 +291,9 @@ def choose_device(name: str, own: Processes) -> torch.device:
     return device
 
 
-def _recorded(manifest: Manifest) -> dict[str, Any]:
-    """What the artifact says of the encoder its targets come from."""
-    encoder = manifest.provenance.get("encoder")
-    return encoder if isinstance(encoder, dict) else {}
-
-
-def _loss_name(config: TrainConfig, manifest: Manifest) -> str:
-    has_targets = manifest.layout.array("target") is not None
-    name = config.loss if config.loss != "auto" else ("squared_error" if has_targets else "cross_entropy")
-    if name == "squared_error" and not has_targets:
-        raise ConfigError(
-            f"loss: squared_error expects stored target embeddings, found none in {config.artifact}; "
-            "use --loss cross_entropy for an artifact with labels"
-        )
-    if name == "squared_error" and config.head is not None:
-        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop --head")
-    if name == "cross_entropy" and config.loss_scale != 1.0:
-        raise ConfigError(
-            f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; drop it"
-        )
-    return name
-
-
-def _members(config: TrainConfig, manifest: Manifest) -> int:
-    """Stored members to read of each group."""
-    if config.arm == "factors" and manifest.layout.array("factors") is None:
-        raise ConfigError(
-            f"arm: factors expects stored factors, found none in {config.artifact}; merge again with --factors 1, or "
-            "use --arm avg"
-        )
-    if config.arm not in ("ind", "random-member"):
-        return 0
-    stored = manifest.layout.array("members")
-    if stored is None:
-        raise ConfigError(
-            f"arm: {config.arm} expects stored members, found none in {config.artifact}; merge again with "
-            "--keep-members, or use --arm avg"
-        )
-    if config.members is not None and config.members > stored.shape[0]:
-        raise ConfigError(
-            f"members: expected at most the {stored.shape[0]} stored in {config.artifact}, found {config.members}"
-        )
-    return config.members or stored.shape[0]
-
-
-def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
-    attack = manifest.provenance.get("attack")
-    found = attack.get("epsilon") if isinstance(attack, dict) else None
-    if config.epsilon is not None and (found is None or Fraction(str(found)) != Fraction(config.epsilon)):
-        raise ConfigError(
-            f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
-            f"{config.artifact}; choose another artifact or preset"
-        )
-
-
-def _check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
-    """Whether these groups go through that encoder."""
-    _check_pixels(encoder, artifact.location.url, artifact.manifest)
-    if not collate.labels:
-        _check_targets(encoder, artifact.location.url, artifact.manifest)
-        return
-    for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
-        for entry in artifact.commit(position).records:
-            check_label(entry.key, entry.label, collate.classes)
-
-
-def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
-    moments = manifest.layout.array("sum") or manifest.layout.array("mean")
-    if moments is None:
-        raise DatamergeError(f"{where}: its manifest lists neither sum nor mean; the artifact is not usable")
-    if moments.shape != tuple(encoder.input_shape):
-        raise ConfigError(
-            f"encoder {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
-            f"{where}; choose another --encoder, or merge at its size"
-        )
-
-
-def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
-    target = manifest.layout.array("target")
-    if target is not None and target.shape != (encoder.embedding_dim,):
-        raise ConfigError(
-            f"encoder {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found "
-            f"targets of shape "
-            f"{target.shape} in {where}; choose the --encoder that made them"
-        )
-    recorded = _recorded(manifest).get("sha256")
-    if recorded is not None and recorded != encoder.sha256:
-        warn(
-            f"the targets of {where} come from another encoder "
-            f"({_recorded(manifest).get('spec')}, sha256 "
-            f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 "
-            f"{encoder.sha256[:12]})"
-        )
-
-
-def _head(config: TrainConfig, artifact: Artifact, loss_name: str) -> Head | None:
+def _head(config: TrainConfig, artifact: Artifact, loss: str) -> Head | None:
     """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
-    if loss_name != "cross_entropy":
+    if loss != "cross_entropy":
         return None
     stored = artifact.head()
     if config.head is not None and config.head != ARTIFACT_HEAD:

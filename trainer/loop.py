@@ -24,7 +24,7 @@ from trainer.distributed import Processes, processes
 from trainer.held_out import held_out_loss
 from trainer.job import Job, make_job
 from trainer.logs import RunLog, say, warn
-from trainer.signals import Stopped, StopSignals
+from trainer.signals import NotFiniteRun, Stopped, StopSignals
 from trainer.stream import Batch
 from trainer.update import NotFinite, Optimisation, Outcome
 
@@ -36,7 +36,8 @@ def train(config: TrainConfig) -> RunSummary:
 
     Raises:
         ConfigError: settings, artifact and encoder do not go together, or the folder holds another run.
-        DatamergeError: a loss or gradient that is not finite; names the step and the records. Out of memory.
+        NotFiniteRun: a loss or gradient that is not finite; names the step and the records.
+        DatamergeError: out of memory, or another process of the run died.
         CorruptShard: stored bytes that differ from what was committed.
         Stopped: SIGINT or SIGTERM arrived; call again to continue.
     """
@@ -101,7 +102,7 @@ class _Run:
         try:
             outcome = self.training.step(self.step, batches, lambda: stop.received)
         except NotFinite as error:
-            raise DatamergeError(self._not_finite(error)) from None
+            raise NotFiniteRun(self._not_finite(error)) from None
         self.step += 1
         return outcome
 
@@ -198,6 +199,3 @@ class _Run:
         self.own.first_alone(lambda: self.folder.publish(summary))
         say(f"finished {job.steps} steps in {self.seconds:.0f} s; encoder: {summary.encoder}")
         return summary
-
-
-__all__ = ["Stopped", "run_job", "train"]

@@ -1,4 +1,4 @@
-"""Stopping in order: the first SIGINT or SIGTERM is noted, the second has its usual effect."""
+"""How a run ends early. The first SIGINT or SIGTERM is noted, the second has its usual effect."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, no
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.signal = number
+
+
+class NotFiniteRun(DatamergeError):  # noqa: N818 - says what was found
+    """A loss or gradient was not finite; the run would come to it again."""
 
 
 class StopSignals:

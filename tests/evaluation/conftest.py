@@ -1,8 +1,10 @@
-"""Linear encoders and grey images whose losses and accuracies can be worked out by hand."""
+"""Linear encoders whose losses can be worked out by hand; a LLaVA and a CLIP small enough for tests."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
+import datamerge
 from adversarial import Head, load_encoder, save_encoder
+from adversarial.torchvision_ops import make_torchvision_importable
+from evaluation.captions import QUESTION
+from evaluation.coco import Captioned, read_captions
+from evaluation.llava import Llava
+from evaluation.llava_images import read_image
+from evaluation.towers import OWN, read_tower_run
 
+SIZE, PATCH, WIDTH = 32, 8, 32
+CLIP = "datamerge-test-clip"
+CPU = torch.device("cpu")
 MakeEncoder = Callable[[Sequence[Sequence[float]]], str]
 MakeRun = Callable[..., str]
 MakeHead = Callable[..., str]
@@ -24,6 +36,21 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run `datamerge evaluate …`; returns the exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
+        try:
+            datamerge.main()
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
+    return run
 
 
 @pytest.fixture
@@ -93,5 +120,117 @@ def make_run(tmp_path: Path) -> MakeRun:
         kept = {key: value for key, value in summary.items() if value is not None}
         (folder / "run.json").write_text(json.dumps(kept))
         return str(folder)
+
+    return make
+
+
+def make_llava(folder: Path, texts: list[str], **changes: Any) -> str:
+    """A LLaVA with random weights and a byte-level tokeniser trained on `texts`."""
+    make_torchvision_importable()
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(folder)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
+    language = transformers.LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **changes,
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=language, image_token_index=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlavaForConditionalGeneration(config)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def coco() -> Path:
+    """Real COCO images and captions."""
+    folder = Path(os.environ.get("DATAMERGE_DATA", "")) / "coco_mini"
+    if not os.environ.get("DATAMERGE_DATA") or not folder.is_dir():
+        pytest.skip("DATAMERGE_DATA does not name a folder with coco_mini")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def caption_file(coco: Path) -> str:
+    return str(coco / "annotations" / "captions_val2017.json")
+
+
+@pytest.fixture(scope="session")
+def captioned(coco: Path, caption_file: str) -> list[Captioned]:
+    """Four images as the seed chooses them."""
+    return read_captions(caption_file, str(coco / "val2017"), "test", 4, 42)
+
+
+@pytest.fixture(scope="session")
+def llava_path(tmp_path_factory: pytest.TempPathFactory, captioned: list[Captioned]) -> str:
+    """A LLaVA that has learnt the first captions of the four images by heart."""
+    texts = [caption for image in captioned for caption in image.captions]
+    path = make_llava(tmp_path_factory.mktemp("llava"), texts)
+    llava = Llava(path, read_tower_run(OWN), 0, CPU, "float32")
+    pixels = torch.stack([torch.from_numpy(read_image(i.image, SIZE, "pad", llava.image_mean)) for i in captioned])
+    tokens = llava.answers([QUESTION] * 4, [image.captions[0] for image in captioned])
+    llava.model.requires_grad_(True)
+    optimizer = torch.optim.Adam(llava.model.parameters(), lr=5e-3)
+    for _ in range(70):
+        optimizer.zero_grad()
+        llava.losses(pixels.float() / 255, tokens).mean().backward()
+        optimizer.step()
+    llava.model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llava(llava_path: str) -> Llava:
+    return Llava(llava_path, read_tower_run(OWN), 0, CPU, "float32")
+
+
+@pytest.fixture(scope="session")
+def make_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Spec of a small CLIP of open_clip with random weights; of another width or size if asked."""
+    make_torchvision_importable()
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+
+    def make(width: int = WIDTH, size: int = SIZE) -> str:
+        name = f"{CLIP}-{width}-{size}"
+        config = {
+            "embed_dim": 16,
+            "vision_cfg": {"image_size": size, "layers": 3, "width": width, "patch_size": PATCH, "head_width": 16},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder)
+        return f"open_clip:{name}"
 
     return make

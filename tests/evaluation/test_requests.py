@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-import datamerge
 from console import load_settings
 from evaluation import EvaluateConfig, Evaluation, evaluate
 from evaluation.cli import evaluate as command
@@ -28,16 +26,6 @@ IDENTITY = [[1.0, 0.0], [0.0, 1.0]]
 def measure(*runs: str, data: Path, **settings: object) -> list[Evaluation]:
     flags = {"runs": list(runs), "data": str(data), "steps": 2, **settings}
     return evaluate(load_settings(EvaluateConfig, None, flags))
-
-
-def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `datamerge evaluate …`."""
-    monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
-    try:
-        datamerge.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
 
 
 def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +211,7 @@ def test_wrong_requests_exit_with_2_and_one_line(
     two_class: str,
     photos: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_command: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     no_head = tmp_path / "no-head.safetensors"
@@ -240,7 +228,7 @@ def test_wrong_requests_exit_with_2_and_one_line(
         [two_class],
         data,
     ):
-        assert exit_code(monkeypatch, *arguments) == 2, arguments
+        assert run_command(*arguments) == 2, arguments
         errors = capsys.readouterr().err
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -13,13 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+import datamerge
+
 REPOSITORY = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
-SHARDS, GROUPS = 8, 13
+SHARDS, GROUPS = 9, 13
+STORE_BYTES = 80 * 2**20
 
 
 @dataclass
@@ -28,12 +33,14 @@ class Bench:
 
     Attributes:
         address: of the Ray cluster.
+        dashboard: URL of its dashboard.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
     """
 
     address: str
+    dashboard: str
     cluster: Any
     photos: Path
     faults: Path
@@ -50,16 +57,25 @@ class Bench:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def merge(self, artifact: str | Path, *more: str) -> tuple[int, str]:
-        """Merge to the end; exit code and what was printed to stderr."""
-        process = self.start(artifact, *more)
-        _, errors = process.communicate(timeout=200)
-        return process.returncode, errors
+        """Merge to the end, in this process; exit code and what was printed to stderr."""
+        errors, code = io.StringIO(), 0
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr(sys, "argv", ["datamerge", *self.arguments(artifact, *more)])
+            try:
+                datamerge.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+        return code, errors.getvalue()
 
     def switch(self, **switches: str) -> None:
         """Switch exactly these faults on; `upload_failures="2"` writes 2 into its file."""
         for name in ("slow", "poison", "upload-failures"):
             (self.faults / name).unlink(missing_ok=True)
-        for folder in ("pids", "busy", "uploads"):
+        for folder in ("busy", "uploads"):
             shutil.rmtree(self.faults / folder, ignore_errors=True)
             (self.faults / folder).mkdir()
         for name, text in switches.items():
@@ -71,7 +87,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Wait until a condition gives something, and return that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -87,7 +103,7 @@ def write_photos(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for index in range(14):
         pixels = generator.integers(0, 248, (8, 8, 3), np.uint8)
-        pixels[0, 0, 0] = {5: 251, 8: 249}.get(index, 100)
+        pixels[0, 0, 0] = {5: 255, 8: 249}.get(index, 100)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
     (folder / "03-corrupt.jpg").write_text("not an image")
     buffer = io.BytesIO()
@@ -107,17 +123,26 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     environment = {
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(FAULTS)]),
         "DATAMERGE_FAULTS": str(folder / "faults"),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    # This process is running already: it neither reads PYTHONPATH again nor the entry point of the file system.
+    sys.path.append(str(FAULTS))
+    fsspec.register_implementation("flaky", "faulty.FlakyFileSystem", clobber=True)
     write_photos(folder / "photos")
-    memory = {"object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
-    cluster.add_node(num_cpus=1, **memory)
-    found = Bench(cluster.address, cluster, folder / "photos", folder / "faults")
+    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
+    # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
+    head |= {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    node: Any = cluster.head_node
+    dashboard = f"http://{node.webui_url}"
+    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults")
     found.switch()
     yield found
     cluster.shutdown()
+    sys.path.remove(str(FAULTS))
     for name, value in before.items():
         if value is None:
             del os.environ[name]

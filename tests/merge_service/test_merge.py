@@ -1,4 +1,4 @@
-"""The merge command on a real local Ray: same bytes however the work was cut, interrupted or retried."""
+"""A merge from Python: on Ray that starts by itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from merge_service import MergeConfig, merge
-from storage_schemas import DatamergeError, open_artifact
+from merge_service.merge import prepare, worker_setup
+from merge_service.work import ShardWorker
+from storage_schemas import ArtifactWriter, Location, open_artifact
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -43,28 +46,28 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_workers_and_interruptions_do_not_change_a_byte(photos: Path, tmp_path: Path) -> None:
-    first = merge(_config(photos, tmp_path / "one", 1))
-    merge(_config(photos, tmp_path / "two", 2))
-    assert first.manifest.groups == 7
-    assert [reject.sample for reject in first.rejects] == ["broken.jpg"]
-    golden = _tree(tmp_path / "one")
-    assert _tree(tmp_path / "two") == golden
-    # As after a kill: one shard written and not committed, another half written.
-    (tmp_path / "two" / "commits" / "00001.json").unlink()
-    (tmp_path / "two" / "groups.zarr" / "sum" / "c" / "1" / "0" / "0" / ".0.killed.tmp").write_bytes(b"half")
-    assert merge(_config(photos, tmp_path / "two", 2)).merged_shards == 1
-    assert _tree(tmp_path / "two") == golden
-    for record in open_artifact(tmp_path / "two"):
+def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos: Path, tmp_path: Path) -> None:
+    result = merge(_config(photos, tmp_path / "ray", 2))
+    assert result.manifest.groups == 7
+    assert [reject.sample for reject in result.rejects] == ["broken.jpg"]
+    # Without Ray, last shard first, over what a killed writer left behind.
+    prepared = prepare(_config(photos, tmp_path / "loop", 2))
+    writer = ArtifactWriter(Location(tmp_path / "loop"), prepared.plan.layout, prepared.plan.provenance)
+    writer.begin(prepared.files)
+    left = tmp_path / "loop" / "groups.zarr" / "sum" / "c" / "1" / "0" / "0" / ".0.killed.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+    threads = torch.get_num_threads()
+    worker.prepare()
+    for shard in reversed(range(prepared.plan.layout.shards)):
+        worker.run(prepared.plan.task(shard))
+    torch.set_num_threads(threads)
+    assert merge(_config(photos, tmp_path / "loop", 2)).merged_shards == 0
+    assert _tree(tmp_path / "loop") == _tree(tmp_path / "ray")
+    for record in open_artifact(tmp_path / "ray"):
         assert record.members is not None
         assert record.clean is not None
         assert np.abs(record.members.astype(int) - record.clean.astype(int)).max() <= 2
         np.testing.assert_allclose(record.mean, record.members.mean(axis=0) / 255, atol=1e-7)
         np.testing.assert_allclose(record.variance, (record.members / 255).var(axis=0), atol=1e-9)
-
-
-def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jpg").write_text("text")
-    with pytest.raises(DatamergeError, match="at least one usable group"):
-        merge(_config(tmp_path / "in", tmp_path / "out", 1))

@@ -24,30 +24,6 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("rejected", [(), (1, 3), (3, 4, 5)])
-def test_stock_zarr(
-    tmp_path: Path,
-    make_layout: Callable[..., Layout],
-    write_artifact: Write,
-    encoding_name: str,
-    rejected: tuple[int, ...],
-) -> None:
-    records = write_artifact(tmp_path / "a", make_layout("zarr", encoding_name), rejected)
-    group = zarr.open_group(tmp_path / "a" / "groups.zarr", mode="r")
-    counts = np.asarray(group["count"])
-    assert counts.shape == (7,)
-    rows = np.flatnonzero(counts)
-    assert len(rows) == len(records) == 7 - len(rejected)
-    for row, record in zip(rows, records, strict=True):
-        assert counts[row] == record.count
-        assert np.asarray(group["label"])[row] == (-1 if record.label is None else record.label)
-        for name, expected in record.arrays.items():
-            array = group[name]
-            assert isinstance(array, zarr.Array)
-            assert array.dtype == expected.dtype
-            np.testing.assert_array_equal(np.asarray(array[int(row)]), expected)
-
-
 def test_zarr_keeps_one_chunk_a_group_and_one_file_a_shard(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:

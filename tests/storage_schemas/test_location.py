@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import fsspec
 import pytest
 
 from storage_schemas import Location, UserError
+from storage_schemas.retries import is_transient, retry
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -90,3 +94,65 @@ def test_an_unknown_protocol_is_the_users_error(url: str) -> None:
     with pytest.raises(UserError, match=url.partition(":")[0]) as caught:
         Location(url)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "hint"),
+    [
+        ("s3://bucket/a", "s3fs", "pip install 'datamerge[s3]'"),
+        ("gs://bucket/a", "gcsfs", "pip install 'datamerge[gcs]'"),
+        ("https://host/a", "aiohttp", "pip install 'datamerge[http]'"),
+        ("abfs://container/a", "adlfs", "adlfs"),
+    ],
+)
+def test_a_missing_driver_is_named_with_the_way_to_install_it(url: str, driver: str, hint: str) -> None:
+    """In a process that cannot import the driver, whether it is installed here or not."""
+    code = (
+        f"import sys; sys.modules[{driver!r}] = None\n"
+        f"import sys, datamerge; sys.argv = ['datamerge', 'inspect', {url!r}]; datamerge.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert hint in done.stderr
+
+
+def test_the_folder_of_a_file_and_its_name(tmp_path: Path) -> None:
+    folder, name = Location(tmp_path / "in" / "a.parquet").split()
+    assert (folder.root, name) == (str(tmp_path / "in"), "a.parquet")
+    assert Location("memory://a/b.parquet").split()[0].url == "memory://a"
+    assert Location("b.parquet").split()[1] == "b.parquet"
+
+
+def test_errors_that_pass_and_errors_that_stay() -> None:
+    class Answer(Exception):  # noqa: N818 - as aiohttp and azure spell it
+        def __init__(self, status: int) -> None:
+            self.status = status
+
+    def boto(status: int) -> Exception:
+        error = OSError(errno.EIO, "translated")
+        error.__cause__ = Exception()
+        error.__cause__.response = {"ResponseMetadata": {"HTTPStatusCode": status}}  # type: ignore[attr-defined]
+        return error
+
+    class ClientPayloadError(Exception):
+        pass
+
+    passing = [TimeoutError(), ConnectionResetError(), ClientPayloadError(), OSError(errno.EBUSY, "slow down")]
+    staying = [FileNotFoundError(), PermissionError(), ValueError(), OSError(errno.EINVAL, "no"), Answer(404)]
+    passing += [make(status) for make in (Answer, boto) for status in (408, 429, 500, 502, 503, 504)]
+    staying += [make(status) for make in (Answer, boto) for status in (400, 401, 403, 404, 409, 412, 416, 501)]
+    assert [error for error in passing if not is_transient(error)] == []
+    assert [error for error in staying if is_transient(error)] == []
+
+
+def test_retries_end() -> None:
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise ValueError("no use")
+
+    with pytest.raises(ValueError, match="no use"):
+        retry(fail)
+    assert len(calls) == 1

@@ -20,9 +20,8 @@ Edit = Callable[[dict[str, Any]], Any]
 def _sealed(document: dict[str, Any]) -> bytes:
     """The JSON of a document with its seal made anew, as FORMAT.md describes it."""
     data = json.dumps({**document, "self_sha256": UNSEALED}).encode()
-    before, digits, after = data.rpartition(UNSEALED.encode())
-    assert digits
-    return before + hashlib.sha256(data).hexdigest().encode() + after
+    assert data.startswith(b'{"self_sha256": "')
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
 def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, Any], found: int) -> None:
     """A newer release will also have keys that this one does not know: they are not the news."""
     manifest.update(schema_version=found, writer="datamerge 7.1", new_in_version_2=True)
-    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "a" / "manifest.json").write_bytes(_sealed(manifest))
     with pytest.raises(UnknownVersion, match=rf"schema_version {found} .*reads 1.*install datamerge 7\.1") as caught:
         open_artifact(tmp_path / "a")
     assert "new_in_version_2" not in str(caught.value)
@@ -150,6 +149,12 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, manifest: dict[str, Any],
         damaged[position] ^= 1 << int(rng.integers(8))
         with pytest.raises((SchemaError, CorruptShard), match="m: "):
             parse(model, bytes(damaged), "m")
+
+
+def test_a_version_that_damage_made_is_damage(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    data = (tmp_path / "a" / "manifest.json").read_bytes().replace(b'"schema_version": 1', b'"schema_version": 3')
+    with pytest.raises(CorruptShard, match="damaged"):
+        parse(Manifest, data, "m")
 
 
 def test_the_seal_is_the_hash_of_the_file_without_it(tmp_path: Path, manifest: dict[str, Any]) -> None:

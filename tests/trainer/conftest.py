@@ -9,10 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from adversarial import load_encoder
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
 from storage_schemas.record import encode_exact
+
+# How long an example takes says nothing about it on a machine that others use too.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 ENCODER = "mlp:1x4x4-8-6"
 SHAPE, WIDTH, MEMBERS = (1, 4, 4), 6, 3

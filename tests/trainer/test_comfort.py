@@ -164,7 +164,8 @@ def test_random_member_trains_on_the_drawn_member(make_artifact: MakeArtifact, t
     path = make_artifact()
     train(_config(path, tmp_path / "run", arm="random-member", learning_rate=1e-12, seed=5))
     artifact, encoder = open_artifact(path), load_encoder("mlp:1x4x4-8-6")
-    order, losses, chosen = Order(artifact.shard_sizes, 4, 5), [], {}
+    order, losses = Order(artifact.shard_sizes, 4, 5), []
+    chosen: dict[int, list[int]] = {}
     for step in range(9):
         values = []
         words = stream_seeds(5, MEMBER, step, 4)
@@ -286,7 +287,8 @@ def test_a_changed_artifact_or_torch_is_said(
 def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     """SIGKILL at whatever step it has come to, thrice; then SIGTERM; then to the end."""
     artifact, run = make_artifact(), tmp_path / "run"
-    steps, flags = 800, {"batch_size": 4, "threads": 1, "checkpoint_every": 25, "log_every": 10, "ema": 0.9}
+    steps = 800
+    flags: dict[str, Any] = {"batch_size": 4, "threads": 1, "checkpoint_every": 25, "log_every": 10, "ema": 0.9}
     arguments = [f"--set={name}={value}" for name, value in flags.items()]
     process = [sys.executable, "-m", "datamerge", "train", artifact, str(run), f"--steps={steps}", *arguments]
 
@@ -295,16 +297,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeAr
         return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
 
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        before, deadline = reached(), time.monotonic() + 60
-        sitting = subprocess.Popen(
-            process, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        while reached() <= before:
-            assert sitting.poll() is None, sitting.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        sitting.send_signal(number)
-        _, errors = sitting.communicate(timeout=60)
+        before, deadline = reached(), time.monotonic() + 240
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(process, stderr=subprocess.PIPE, text=True, env=environment) as sitting:
+            while reached() <= before and sitting.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            sitting.send_signal(number)
+            _, errors = sitting.communicate(timeout=60)
         assert sitting.returncode == (0 if number == signal.SIGTERM else -number), errors
     assert "run the same command again to continue" in errors
     assert before < reached() < steps

@@ -95,8 +95,9 @@ def test_both_exports_give_the_runs_embeddings(make_artifact: MakeArtifact, tmp_
 
     result = CliRunner().invoke(export_encoder, [str(tmp_path / "run"), "--to", "hf", "-o", str(tmp_path / "hf")])
     assert result.exit_code == 0, result.output
-    hugging_face = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "hf").eval()
-    processor = CLIPImageProcessor.from_pretrained(tmp_path / "hf")
+    hugging_face: Any = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "hf")
+    hugging_face.eval()
+    processor: Any = CLIPImageProcessor.from_pretrained(tmp_path / "hf")
     image = (np.random.default_rng(0).integers(0, 256, (32, 32, 3))).astype(np.uint8)
     with torch.no_grad():
         found = hugging_face(pixel_values=(pixels - encoder.mean) / encoder.std).image_embeds

@@ -69,7 +69,7 @@ def _launch(world: int, entries: Sequence[Mapping[str, Any]]) -> list[tuple[int,
         )
         for rank in range(world)
     ]
-    outcomes = [process.communicate(timeout=120)[1] for process in ranks]
+    outcomes = [process.communicate(timeout=300)[1] for process in ranks]
     return [(process.returncode, text) for process, text in zip(ranks, outcomes, strict=True)]
 
 
@@ -166,7 +166,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
     flags = f"--steps {STEPS} --batch-size 4 --lr 0.01 --set log_every=1"
     started = time.monotonic()
     result = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *command.split(), *flags.split()], capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("finished 9 steps") == 1, time.monotonic() - started

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 # Grey levels of the first pixel that mark an image.
-NAN_LEVEL, POISON_LEVEL = 251, 249
+NAN_LEVEL, POISON_LEVEL = 255, 249
 
 
 def faults() -> Path:
@@ -30,7 +30,6 @@ class FaultyEncoder(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4))
-        (faults() / "pids" / str(os.getpid())).touch()
 
     def forward(self, pixels: Tensor) -> Tensor:
         first = (pixels.detach()[:, 0, 0, 0] * 255).round()
@@ -39,8 +38,8 @@ class FaultyEncoder(nn.Sequential):
             time.sleep(0.1)
         if (faults() / "poison").exists() and bool(((first - POISON_LEVEL).abs() <= 1).any()):
             os.kill(os.getpid(), signal.SIGKILL)
-        outputs: Tensor = super().forward(pixels)
-        nan = (first - NAN_LEVEL).abs() <= 0
+        outputs: Tensor = super().forward(pixels)  # type: ignore[no-untyped-call]
+        nan = first == NAN_LEVEL
         return outputs * torch.where(nan, float("nan"), 1.0)[:, None]
 
 
@@ -48,7 +47,7 @@ def encoder() -> FaultyEncoder:
     return FaultyEncoder()
 
 
-class FlakyFileSystem(LocalFileSystem):
+class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]
     """An object store on the local disk: every upload fails the first times, without leaving anything."""
 
     protocol = "flaky"
@@ -64,7 +63,7 @@ class FlakyFileSystem(LocalFileSystem):
         wanted = int((faults() / "upload-failures").read_text())
         if times < wanted:
             failures.write_text(str(times + 1))
-            raise OSError(f"503 slow down, {path}")
+            raise ConnectionError(f"503 slow down, {path}")
         self.makedirs(self._parent(path), exist_ok=True)
         with Path(path).open("wb") as stream:
             stream.write(value)

@@ -1,0 +1,1 @@
+"""Commands that make artifacts from artifacts, compare them, and take groups out."""

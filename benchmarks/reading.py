@@ -1,0 +1,231 @@
+"""Reading an artifact, against the floor and the peers, on the same files in one process.
+
+Ratios are of CPU seconds: readers run in data loader workers, one a core, and tensorstore uses more than one thread.
+
+tar     against the bare copy of the same bytes out of a memory map, and against stock webdataset on the same files
+zarr    against tensorstore on the same store, record by record
+index   opening a manifest of many shards; looking up a key in it
+memory  private bytes after iterating over one shard, and over all
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import numpy.typing as npt
+import tensorstore
+import webdataset
+
+from sources import decode, open_source
+from storage_schemas import (
+    Artifact,
+    ArtifactWriter,
+    ExactMoments,
+    Layout,
+    Location,
+    Record,
+    open_artifact,
+)
+from storage_schemas.manifest import Manifest, ShardEntry, dump
+from storage_schemas.record import encode_exact
+
+SHAPE, MEMBERS = (3, 224, 224), 10
+
+
+@click.command()
+@click.option("--photos", metavar="SOURCE", help="Folder or Parquet file of images; smooth noise by default.")
+@click.option("--records", default=256, show_default=True)
+@click.option("--shards", default=2, show_default=True)
+@click.option("--repeats", default=7, show_default=True)
+@click.option("--manifest-shards", default=10_000, show_default=True)
+def main(photos: str | None, records: int, shards: int, repeats: int, manifest_shards: int) -> None:
+    """Print ratios of medians over interleaved rounds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        artifacts = {
+            format: _write(folder / format, format, photos, records, shards) for format in ("webdataset", "zarr")
+        }
+        _tar(artifacts["webdataset"], repeats)
+        _zarr(artifacts["zarr"], repeats)
+        _index(folder / "many", artifacts["webdataset"].manifest, manifest_shards)
+        _memory(artifacts)
+
+
+def _images(photos: str | None, count: int) -> Iterator[npt.NDArray[np.uint8]]:
+    if photos is None:
+        for number in range(count):
+            coarse = np.random.default_rng(number).integers(0, 256, (3, 15, 15)).astype(np.float64)
+            fine = coarse.repeat(16, axis=1).repeat(16, axis=2)
+            smooth = sum(np.roll(fine, (i, j), (1, 2)) for i in range(0, 16, 5) for j in range(0, 16, 5)) / 16
+            yield np.asarray(smooth)[:, 8:232, 8:232].round().astype(np.uint8)
+        return
+    source = open_source(photos, limit=count)
+    for sample in source.samples:
+        yield decode(source.reader.read(sample), SHAPE)
+
+
+def _write(folder: Path, format: str, photos: str | None, records: int, shards: int) -> Artifact:
+    """Groups of independent perturbations of up to two levels: the least compressible there are."""
+    arrays = (
+        {"name": "sum", "dtype": "uint16", "shape": SHAPE},
+        {"name": "scatter", "dtype": "uint16", "shape": SHAPE},
+        {"name": "target", "dtype": "float32", "shape": (512,)},
+    )
+    document = {"format": format, "encoding": "uint8_moments", "arrays": arrays, "groups": records}
+    layout = Layout.model_validate({**document, "groups_per_shard": -(-records // shards)})
+    writer = ArtifactWriter(Location(folder), layout, {})
+    writer.begin({})
+    groups = []
+    for number, image in enumerate(_images(photos, records)):
+        rng = np.random.default_rng([1, number])
+        members = np.clip(image + rng.integers(-2, 3, (MEMBERS, *SHAPE)), 0, 255).astype(np.uint8)
+        moments = encode_exact(ExactMoments.of(members), layout)
+        target = rng.normal(size=512).astype(np.float32)
+        groups.append(Record(f"photo-{number:06d}", MEMBERS, "uint8_moments", {**moments, "target": target}))
+    for shard in range(layout.shards):
+        first = shard * layout.groups_per_shard
+        writer.commit(shard, groups[first : first + layout.groups_per_shard], [])
+    writer.finish()
+    return open_artifact(folder)
+
+
+def _tar(artifact: Artifact, repeats: int) -> None:
+    folder, per_record = artifact.location.root, artifact.manifest.layout.bytes_per_record
+    paths = [f"{folder}/shards/{shard:05d}.tar" for shard in range(artifact.manifest.layout.shards)]
+    buffer = np.empty(per_record, np.uint8)
+
+    def floor() -> None:
+        for path, size in zip(paths, artifact.shard_sizes, strict=True):
+            mapped = np.memmap(path, np.uint8, mode="r")
+            for index in range(size):
+                np.copyto(buffer, mapped[index * per_record : (index + 1) * per_record])
+
+    def stock() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the collector
+            for _ in webdataset.WebDataset(paths, shardshuffle=False).decode():
+                pass
+            gc.collect()
+
+    ways: dict[str, Callable[[], None]] = {"copy of a memory map": floor, "stock webdataset": stock}
+    for mode in ("record", "shard", "off"):
+        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
+    times = _interleaved(ways, repeats)
+    _report("tar", times, len(artifact), per_record)
+    _compare(times, "copy of a memory map", 0.5)
+    _compare(times, "stock webdataset", 3)
+
+
+def _zarr(artifact: Artifact, repeats: int) -> None:
+    layout, folder = artifact.manifest.layout, Path(artifact.location.root)
+
+    def stock() -> None:
+        stores = []
+        for spec in layout.arrays:
+            kvstore = {"driver": "file", "path": str(folder / "groups.zarr" / spec.name)}
+            stores.append(tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, read=True).result())
+        for row in range(layout.groups):
+            for pending in [store[row].read() for store in stores]:
+                pending.result()
+
+    ways: dict[str, Callable[[], None]] = {"tensorstore": stock}
+    for mode in ("record", "shard", "off"):
+        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
+    times = _interleaved(ways, repeats)
+    _report("zarr", times, len(artifact), layout.bytes_per_record)
+    _compare(times, "tensorstore", 0.8)
+
+
+def _iterate(artifact: Artifact) -> None:
+    for _ in artifact:
+        pass
+
+
+def _interleaved(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """(CPU, wall) seconds of every round."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for round in range(repeats + 1):
+        for name, work in ways.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            work()
+            if round:  # the first one fills the page cache
+                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return times
+
+
+def _report(title: str, times: dict[str, list[tuple[float, float]]], records: int, per_record: int) -> None:
+    click.echo(f"{title}: {records} records of {per_record / 1e6:.2f} MB")
+    for name, values in times.items():
+        cpu, wall = (statistics.median(column) for column in zip(*values, strict=True))
+        rate = records * per_record / 1e6
+        speeds = f"{rate / cpu:7.0f} MB per CPU second, {rate / wall:7.0f} MB/s, {records / wall:6.0f} records/s"
+        click.echo(f"  {name:26} {speeds}")
+
+
+def _compare(times: dict[str, list[tuple[float, float]]], peer: str, bar: float) -> None:
+    """Median over rounds of the peer's CPU time over ours."""
+    ours = times["datamerge, verify=record"]
+    ratio = statistics.median(theirs[0] / mine[0] for theirs, mine in zip(times[peer], ours, strict=True))
+    click.echo(f"  speed over that of {peer}: {ratio:.2f} (bar {bar})")
+
+
+def _index(folder: Path, manifest: Manifest, shards: int) -> None:
+    """A manifest of many shards of 256 groups; only the sidecars that a look-up needs would have to exist."""
+    entries = tuple(
+        ShardEntry(
+            shard=number,
+            groups=256,
+            rejected=0,
+            bytes=1,
+            commit_sha256="0" * 64,
+            key_range=(f"photo-{number * 256:09d}", f"photo-{number * 256 + 255:09d}"),
+        )
+        for number in range(shards)
+    )
+    layout = manifest.layout.model_copy(update={"groups": 256 * shards, "groups_per_shard": 256})
+    data = dump(manifest.model_copy(update={"shards": entries, "layout": layout}))
+    Location(folder).write("manifest.json", data)
+    started = time.perf_counter()
+    artifact = open_artifact(folder)
+    opened = time.perf_counter() - started
+    started = time.perf_counter()
+    try:
+        artifact.index_of("photo-")
+    except KeyError:
+        looked_up = time.perf_counter() - started
+    click.echo(
+        f"index: {shards} shards, {len(artifact)} groups, {len(data) / 1e6:.1f} MB: opened in {opened:.3f} s "
+        f"(bar 1), shard of a key found in {looked_up * 1e3:.2f} ms"
+    )
+
+
+def _memory(artifacts: dict[str, Artifact]) -> None:
+    for format, artifact in artifacts.items():
+        one = open_artifact(artifact.location.root)
+        for offset in range(one.shard_sizes[0]):
+            one.read(0, offset)
+        first = _private_bytes()
+        _iterate(one)
+        total = artifact.manifest.layout.bytes_per_record * len(artifact)
+        click.echo(
+            f"memory: {format}: {first / 1e6:.0f} MB after one shard, {_private_bytes() / 1e6:.0f} MB after all "
+            f"{len(artifact)} records of {total / 1e6:.0f} MB"
+        )
+
+
+def _private_bytes() -> int:
+    """Memory that is this process's own; pages of mapped files belong to the page cache."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Bytes a value of a real merge: photos, PGD against an encoder, in every format and encoding.
+
+A value is a pixel of a group with both its moments, 8 bytes as plain float32: G groups of C×H×W pixels have G·C·H·W.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import click
+
+from merge_service import MergeConfig, merge
+from storage_schemas import open_artifact
+from storage_schemas.summary import summarise
+
+
+@click.command()
+@click.argument("photos")
+@click.option("--encoder", default="timm:resnet18", show_default=True)
+@click.option("--members", default=10, show_default=True)
+@click.option("--epsilon", default="2/255", show_default=True)
+@click.option("--steps", default=10, show_default=True)
+@click.option("--limit", default=8, show_default=True, help="Photos to merge.")
+def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limit: int) -> None:
+    """Merge PHOTOS four times; print the bytes of all shards, targets included, over the number of values."""
+    with tempfile.TemporaryDirectory() as folder:
+        for format in ("zarr", "webdataset"):
+            for encoding in ("uint8_moments", "float32"):
+                name = f"{folder}/{format}-{encoding}"
+                config = {"source": photos, "artifact": name, "format": format, "encoding": encoding, "limit": limit}
+                attack = {"encoder": encoder, "members": members, "epsilon": epsilon, "steps": steps}
+                merge(MergeConfig.model_validate({**config, **attack}))
+                # `inspect` counts the two moments of a pixel as two values.
+                facts = summarise(open_artifact(name))
+                click.echo(f"{format:10} {encoding:13} {2 * facts['bytes_per_value']:.2f} bytes a value")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Official files of COCO captions, Karpathy's split of them, and VQAv2; and the images they name.
+
+COCO captions   {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
+Karpathy        {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}
+VQAv2           {"data_subtype", "questions": [{"image_id", "question", "question_id"}]}
+                {"data_subtype", "annotations": [{"question_id", "answers": [{"answer"}]}]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from storage_schemas import SourceError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image with its reference captions.
+
+    Attributes:
+        key: COCO's id.
+        image: its file.
+        captions: in the file's order.
+    """
+
+    key: str
+    image: Path
+    captions: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about an image with people's answers.
+
+    Attributes:
+        key: the question's id.
+        image: its file.
+        question: as it was asked.
+        answers: of usually ten people, in the file's order.
+    """
+
+    key: str
+    image: Path
+    question: str
+    answers: Sequence[str]
+
+
+def choose(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """`count` of them in the order of numpy's `choice` without replacement after `seed`, as in FARE; or all."""
+    if count >= len(items):
+        return list(items)
+    chosen = np.random.RandomState(seed).choice(len(items), count, replace=False)
+    return [items[index] for index in chosen.tolist()]
+
+
+def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> list[Captioned]:
+    """Some images of a caption file, chosen by `choose` from the file's order.
+
+    Raises:
+        SourceError: not such a file, or an image that is missing.
+    """
+    content = _read(file, "captions")
+    images = _entries(content, "images", file)
+    if "annotations" in content:
+        captions: dict[Any, list[str]] = {}
+        for entry in _entries(content, "annotations", file):
+            captions.setdefault(_field(entry, "image_id", file), []).append(str(_field(entry, "caption", file)))
+        listed = [image for image in images if _field(image, "id", file) in captions]
+        found = [
+            (str(image["id"]), [str(_field(image, "file_name", file))], captions[image["id"]]) for image in listed
+        ]
+    else:
+        splits = sorted({str(_field(image, "split", file)) for image in images})
+        if split not in splits:
+            raise SourceError(f"{file}: expected the split {split!r}, found {', '.join(splits)}; choose with --split")
+        found = [_karpathy(image, file) for image in images if image["split"] == split]
+    if not found:
+        raise SourceError(f"{file}: expected images with captions, found none")
+    chosen = choose(found, count, seed)
+    paths = _find([(names, key) for key, names, _ in chosen], folder, file)
+    return [Captioned(key, path, captions) for (key, _, captions), path in zip(chosen, paths, strict=True)]
+
+
+def _karpathy(image: Mapping[str, Any], file: str) -> tuple[str, list[str], list[str]]:
+    name = str(_field(image, "filename", file))
+    key = str(image.get("cocoid", Path(name).stem))
+    sentences = [str(_field(sentence, "raw", file)) for sentence in _entries(image, "sentences", file)]
+    return key, [f"{image['filepath']}/{name}" if "filepath" in image else name, name], sentences
+
+
+def read_questions(file: str, annotations: str, folder: str, count: int, seed: int) -> list[Asked]:
+    """Some questions of VQAv2, chosen by `choose` from the file's order.
+
+    Raises:
+        SourceError: not such files, a question without answers, or an image that is missing.
+    """
+    content, answered = _read(file, "questions"), _read(annotations, "annotations")
+    questions = _entries(content, "questions", file)
+    answers = {
+        _field(entry, "question_id", annotations): [
+            str(_field(answer, "answer", annotations)) for answer in _entries(entry, "answers", annotations)
+        ]
+        for entry in _entries(answered, "annotations", annotations)
+    }
+    missing = [entry for entry in questions if not answers.get(_field(entry, "question_id", file))]
+    if missing or not questions:
+        which = f"none for question {missing[0]['question_id']}" if missing else "no questions"
+        raise SourceError(f"{annotations}: expected answers to the questions of {file}, found {which}")
+    subtype = str(content.get("data_subtype", "val2014"))
+    chosen = choose(questions, count, seed)
+    wanted = [(_vqa_names(_field(entry, "image_id", file), subtype), str(entry["image_id"])) for entry in chosen]
+    paths = _find(wanted, folder, file)
+    return [
+        Asked(str(entry["question_id"]), path, str(_field(entry, "question", file)), answers[entry["question_id"]])
+        for entry, path in zip(chosen, paths, strict=True)
+    ]
+
+
+def _vqa_names(image_id: Any, subtype: str) -> list[str]:
+    number = f"{int(image_id):012d}"
+    name = f"COCO_{subtype}_{number}.jpg"
+    return [name, f"{subtype}/{name}", f"{number}.jpg", f"{subtype}/{number}.jpg"]
+
+
+def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -> list[Path]:
+    """The first of each image's names that is a file below the folder."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise SourceError(f"images: expected the folder of the images of {file}, found nothing at {folder!r}")
+    found = [next((root / name for name in names if (root / name).is_file()), None) for names, _ in wanted]
+    missing = [names[0] for (names, _), path in zip(wanted, found, strict=True) if path is None]
+    if missing:
+        raise SourceError(
+            f"{folder}: expected {len(wanted)} images that {file} names, {len(missing)} are missing, e.g. "
+            f"{missing[0]}; complete the folder or choose another with --images"
+        )
+    return [path for path in found if path is not None]
+
+
+def _read(file: str, needed: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(file).expanduser().read_bytes())
+    except OSError as error:
+        raise SourceError(f"{file}: expected a JSON file of {needed}, found {error.strerror}") from None
+    except ValueError as error:
+        raise SourceError(f"{file}: expected a JSON file of {needed}, found {error}") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{file}: expected a JSON object of {needed}, found {type(content).__name__}")
+    return content
+
+
+def _entries(content: Mapping[str, Any], name: str, file: str) -> list[Mapping[str, Any]]:
+    entries = content.get(name)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SourceError(f"{file}: expected a list {name!r}, found the keys {sorted(content)}; is it another file?")
+    return entries
+
+
+def _field(entry: Mapping[str, Any], name: str, file: str) -> Any:
+    if name not in entry:
+        raise SourceError(
+            f"{file}: expected entries with {name!r}, found one with {sorted(entry)}; is it another file?"
+        )
+    return entry[name]

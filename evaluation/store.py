@@ -1,0 +1,109 @@
+"""The output folder: every finished piece of work is a file, so that an interrupted evaluation goes on where it was.
+
+OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
+OUTPUT/PART/results.json                         zero-shot, embedding, captions or vqa
+OUTPUT/PART/ARM-HASH/identity.json               settings that determine the numbers; compared on every later call
+OUTPUT/PART/ARM-HASH/items/NAME.json             one image, question or batch, written whole or not at all
+OUTPUT/PART/ARM-HASH/images/NAME.png, NAME.npy   adversarial images
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage_schemas import ConfigError, DatamergeError, Location
+
+IDENTITY = "identity.json"
+
+
+class ArmFolder:
+    """What was measured of one arm in one part of the evaluation.
+
+    Args:
+        output: the user's output folder.
+        part: zero-shot, embedding, captions or vqa.
+        run: the run as the user named it.
+        arm: its row in the table.
+    """
+
+    def __init__(self, output: str, part: str, run: str, arm: str) -> None:
+        readable = re.sub(r"[^A-Za-z0-9_\-]+", "_", arm).strip("_") or "arm"
+        name = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+        self.path = Path(output).expanduser().absolute() / part / name
+        self._location = Location(self.path)
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder the one of these settings, or check that it is.
+
+        Raises:
+            ConfigError: it holds results of other settings; the message names them.
+        """
+        wanted = json.loads(json.dumps(identity))
+        found = self._read(IDENTITY)
+        if found is None:
+            self._write(IDENTITY, wanted)
+            return
+        differences = [
+            f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} now"
+            for name in sorted(found.keys() | wanted.keys())
+            if found.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds results of other settings ({'; '.join(differences)}); choose another --output, "
+                "or use the same settings to continue"
+            )
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A finished item, None if there is none."""
+        return self._read(f"items/{name}.json")
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Store an item."""
+        self._write(f"items/{name}.json", content)
+
+    def write_image(self, name: str, data: bytes) -> None:
+        """Store a file below `images/`."""
+        self._location.write(f"images/{name}", data)
+
+    def image(self, name: str) -> Path:
+        """Path of a file below `images/`, which may not exist."""
+        return self.path / "images" / name
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
+        if not isinstance(content, dict):
+            raise DatamergeError(f"{file}: expected a JSON object; remove it to measure it again")
+        return content
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        self._location.write(name, text.encode() + b"\n")
+
+
+def check_output(output: str) -> None:
+    """Hours of attacks must not end at a folder that cannot be written.
+
+    Raises:
+        ConfigError: a file is in the way.
+    """
+    target = Path(output).expanduser().absolute()
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,167 @@
+"""`datamerge convert | combine | diff | export` from outside: output, JSON, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record, open_artifact
+
+SHAPE = (3, 8, 8)
+PROVENANCE: dict[str, Any] = {
+    "seed": 0,
+    "source": {"fingerprint": "f0"},
+    "attack": {"kind": "pgd", "epsilon": "2/255"},
+}
+
+
+def make(folder: Path, keys: str = "abcd", seed: int = 0, provenance: Mapping[str, Any] = PROVENANCE) -> str:
+    """Groups of 4 members, one group a shard."""
+    layout = Layout(
+        format="zarr",
+        encoding="uint8_moments",
+        arrays=(
+            ArraySpec(name="sum", dtype="uint16", shape=SHAPE),
+            ArraySpec(name="scatter", dtype="uint32", shape=SHAPE),
+        ),
+        groups=len(keys),
+        groups_per_shard=1,
+    )
+    writer = ArtifactWriter(Location(folder), layout, {**provenance, "seed": seed})
+    writer.begin({})
+    for shard, key in enumerate(keys):
+        members = np.random.default_rng([seed, ord(key)]).integers(0, 256, (4, *SHAPE)).astype(np.uint8)
+        moments = ExactMoments.of(members)
+        arrays = {"sum": moments.sum.astype("u2"), "scatter": moments.scatter.astype("u4")}
+        writer.commit(shard, [Record(key, 4, "uint8_moments", arrays)], [])
+    writer.finish()
+    return str(folder)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "datamerge", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    a, b, c = make(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c")
+    done = run("convert", a, b, "--format", "webdataset", "--encoding", "float32")
+    assert (done.returncode, done.stdout.split(":")[0]) == (0, b)
+    assert "4/4 groups" in done.stderr
+    back = run("convert", b, c, "--format", "zarr", "--encoding", "uint8_moments", "--json")
+    facts = json.loads(back.stdout)
+    assert facts == {
+        "artifact": c,
+        "groups": 4,
+        "shards": 4,
+        "bytes": facts["bytes"],
+        "format": "zarr",
+        "encoding": "uint8_moments",
+    }
+    equal = run("diff", a, c)
+    assert (equal.returncode, equal.stdout) == (0, "equal: 4 groups\n")
+    again = run("convert", b, c, "--format", "zarr", "--encoding", "uint8_moments", "--json")
+    assert json.loads(again.stdout) == facts
+
+
+def test_combine_and_diff(tmp_path: Path) -> None:
+    a, b, union = make(tmp_path / "a"), make(tmp_path / "b", "bcde", 1), str(tmp_path / "u")
+    done = run("combine", a, b, union, "--json")
+    assert json.loads(done.stdout)["groups"] == 5
+    assert {record.key: record.count for record in open_artifact(union)} == {"a": 4, "b": 8, "c": 8, "d": 8, "e": 4}
+    different = run("diff", a, union)
+    assert different.returncode == 1
+    assert f"only in {union}: e" in different.stdout
+    assert "b: count 4 | 8, mean differs by" in different.stdout
+    assert "3 of 4 common groups differ, 0 are in A only, 1 in B only" in different.stdout
+    facts = json.loads(run("diff", a, union, "--json").stdout)
+    assert (facts["equal"], facts["only_in_b"], len(facts["different"])) == (False, ["e"], 3)
+
+
+def test_combine_refuses_and_is_told_otherwise(tmp_path: Path) -> None:
+    other = {**PROVENANCE, "attack": {"kind": "pgd", "epsilon": "4/255"}}
+    a, b, union = make(tmp_path / "a"), make(tmp_path / "b", seed=1, provenance=other), str(tmp_path / "u")
+    refused = run("combine", a, b, union)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert len(refused.stderr.splitlines()) == 1
+    assert '"2/255"' in refused.stderr
+    assert not Path(union).exists()
+    assert run("combine", a, b, union, "--allow-different", "attack.epsilon").returncode == 0
+
+
+def test_export(tmp_path: Path) -> None:
+    a = make(tmp_path / "a")
+    done = run("export", a, "b", "d", "-o", str(tmp_path / "out"), "--json")
+    assert json.loads(done.stdout) == {"output": str(tmp_path / "out"), "files": ["b.npz", "d.npz"]}
+    pictures = run("export", a, "b", "-o", str(tmp_path / "out"), "--to", "png")
+    assert (pictures.returncode, pictures.stdout) == (0, f"{tmp_path / 'out'}: 2 files\n")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"b.npz", "d.npz", "b.mean.png", "b.variance.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("convert", "{a}", "{none}/x/y", "--format", "hdf5"), 2, "hdf5"),
+        (("convert", "{none}", "{new}"), 2, "manifest.json"),
+        (("convert", "{a}", "{file}"), 2, "found 'file'"),
+        (("convert", "{a}", "{full}"), 2, "thesis.tex"),
+        (("convert", "{a}", "nosuch://x"), 2, "nosuch"),
+        (("combine", "{a}", "{new}"), 2, "two or more"),
+        (("combine", "{a}", "{a}", "{new}"), 2, "twice"),
+        (("combine", "{a}"), 2, "OUTPUT"),
+        (("diff", "{a}", "{none}"), 2, "manifest.json"),
+        (("diff", "{a}", "{a}", "--tolerance", "-1"), 2, "tolerance"),
+        (("diff", "{a}", "{damaged}"), 2, "sum/c/1/"),
+        (("convert", "{damaged}", "{new}"), 1, "sum/c/1/"),
+        (("export", "{a}", "zz", "-o", "{new}"), 2, "'zz'"),
+        (("export", "{a}"), 2, "KEYS"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    names = {name: str(tmp_path / name) for name in ("a", "none", "new", "file", "full", "damaged")}
+    make(tmp_path / "a")
+    make(tmp_path / "damaged")
+    (tmp_path / "damaged" / "groups.zarr" / "sum" / "c" / "1" / "0" / "0" / "0").write_bytes(b"")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    done = run(*(argument.format(**names) for argument in arguments))
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error: ")]
+    assert len(errors) == 1
+
+
+def test_interrupted_and_run_again(tmp_path: Path) -> None:
+    """Ctrl-C in the middle: the finished shards stay, and the same command finishes the rest."""
+    keys = "".join(chr(code) for code in range(ord("A"), ord("Z") + 1)) + "abcdefghijklmnopqrstuvwxyz"
+    a, b = make(tmp_path / "a", keys), tmp_path / "b"
+    command = [sys.executable, "-m", "datamerge", "convert", a, str(b), "--format", "webdataset"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (b / "commits").exists() or len(list((b / "commits").glob("*.json"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert 3 <= len(list((b / "commits").glob("0*.json"))) < len(keys)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert run("diff", a, str(b)).returncode == 0

@@ -1,0 +1,228 @@
+"""LLaVA on pixels: which tokens are the answer, its loss, greedy answers, and towers that are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adversarial import load_encoder
+from evaluation.coco import Captioned
+from evaluation.llava import IGNORED, SYSTEM, Llava
+from evaluation.towers import OWN, OpenClipTower, read_tower_run
+from storage_schemas import ConfigError
+
+CPU = torch.device("cpu")
+QUESTION, ANSWER = "What is it?", "A man, on a surfboard"
+
+
+@pytest.fixture
+def pixels(llava: Llava) -> Tensor:
+    return torch.rand((2, 3, llava.size, llava.size), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_mask_covers_the_answer_token_by_token(llava: Llava) -> None:
+    tokens = llava.answers([QUESTION], [ANSWER])
+    tokenizer, ids, labels = llava.tokenizer, tokens.ids[0].tolist(), tokens.labels[0].tolist()
+    image = [i for i, token in enumerate(ids) if token == llava.model.config.image_token_id]
+    assert image == list(range(image[0], image[0] + 16)), "one token per patch of 8 x 8, none from the text"
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids[1 : image[0]]) == f"{SYSTEM} USER: "
+    answered = [i for i, label in enumerate(labels) if label != IGNORED]
+    # Everything behind the prompt, to the end, and not a token more.
+    assert answered == list(range(answered[0], len(ids)))
+    assert [labels[i] for i in answered] == [ids[i] for i in answered]
+    assert tokenizer.decode(ids[image[-1] + 1 : answered[0]]) == f"\n{QUESTION} ASSISTANT:"
+    assert tokenizer.decode(ids[answered[0] : -1]) == f" {ANSWER}"
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_the_prompt_is_the_one_that_is_answered(
+    llava: Llava, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    generate = llava.model.generate
+
+    def spy(**arguments: Any) -> Any:
+        seen.append(arguments["input_ids"])
+        return generate(**arguments)
+
+    monkeypatch.setattr(llava.model, "generate", spy)
+    llava.generate(pixels[:1], [QUESTION], 2)
+    tokens = llava.answers([QUESTION], [ANSWER])
+    prompt = tokens.ids[tokens.labels == IGNORED]
+    assert torch.equal(seen[0][0], prompt)
+
+
+def test_padding_changes_nothing(llava: Llava, pixels: Tensor) -> None:
+    questions, answers = [QUESTION, "Where?"], ["yes", "a long answer about a street"]
+    together = llava.losses(pixels, llava.answers(questions, answers))
+    alone = torch.cat([llava.losses(pixels[i : i + 1], llava.answers([questions[i]], [answers[i]])) for i in (0, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    one_by_one = [llava.generate(pixels[i : i + 1], [questions[i]], 6)[0] for i in (0, 1)]
+    assert llava.generate(pixels, questions, 6) == one_by_one
+
+
+def test_the_loss_is_transformers_own(llava: Llava, pixels: Tensor) -> None:
+    tokens = llava.answers([QUESTION], [ANSWER])
+    normal = (pixels[:1] - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor(
+        [0.26862954, 0.26130258, 0.27577711]
+    ).view(3, 1, 1)
+    expected = llava.model(
+        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=normal, labels=tokens.labels
+    ).loss
+    torch.testing.assert_close(llava.losses(pixels[:1], tokens)[0], expected)
+
+
+def test_the_loss_leads_to_the_pixels(llava: Llava, pixels: Tensor) -> None:
+    tokens = llava.answers([QUESTION], [ANSWER])
+    point = pixels[:1].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(llava.losses(point, tokens).sum(), point)
+    step = 1e-3 * gradient / gradient.norm()
+    with torch.no_grad():
+        change = llava.losses(pixels[:1] + step, tokens) - llava.losses(pixels[:1] - step, tokens)
+    assert float(change) == pytest.approx(2e-3 * float(gradient.norm()), rel=0.05)
+
+
+def test_answers_are_greedy(llava: Llava, pixels: Tensor) -> None:
+    tokens = llava.answers([QUESTION], [ANSWER])
+    ids = tokens.ids[tokens.labels == IGNORED][None]
+    for _ in range(5):
+        with torch.no_grad():
+            logits = llava.model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=llava._normalise(pixels[:1])
+            ).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=2)], dim=1)
+        if int(ids[0, -1]) == llava.tokenizer.eos_token_id:
+            break
+    expected = llava.tokenizer.decode(ids[0, int((tokens.labels == IGNORED).sum()) :], skip_special_tokens=True)
+    assert llava.generate(pixels[:1], [QUESTION], 5) == [expected.strip()]
+
+
+def test_a_memorised_caption_is_said(llava: Llava, captioned: list[Captioned]) -> None:
+    from evaluation.captions import QUESTION as CAPTION
+    from evaluation.llava_images import read_image
+
+    images = [torch.from_numpy(read_image(image.image, llava.size, "pad", llava.image_mean)) for image in captioned]
+    said = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
+    assert sum(a == b.captions[0].strip() for a, b in zip(said, captioned, strict=True)) >= 3
+
+
+def test_an_open_clip_tower_gives_the_tokens_before_its_last_block(make_clip: Callable[..., str]) -> None:
+    encoder = load_encoder(make_clip())
+    visual: Any = encoder.model
+    seen: list[Tensor] = []
+    handle = visual.transformer.resblocks[1].register_forward_hook(lambda _m, _i, output: seen.append(output))
+    pixels = torch.rand(2, 3, 32, 32)
+    visual(pixels)
+    handle.remove()
+    states = OpenClipTower(visual, -2)(pixels).hidden_states
+    assert len(states) == 4
+    torch.testing.assert_close(states[-2], seen[0])
+
+
+def test_an_open_clip_tower_equals_hugging_faces_with_the_same_weights(make_clip: Callable[..., str]) -> None:
+    import transformers
+
+    visual: Any = load_encoder(make_clip()).model
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    twin: Any = transformers.CLIPVisionModel(config).train(False)
+    own = twin.state_dict()
+    source = visual.state_dict()
+    state = {
+        "embeddings.class_embedding": source["class_embedding"],
+        "embeddings.patch_embedding.weight": source["conv1.weight"],
+        "embeddings.position_embedding.weight": source["positional_embedding"],
+    }
+    for name in ("weight", "bias"):
+        state |= {
+            f"pre_layrnorm.{name}": source[f"ln_pre.{name}"],
+            f"post_layernorm.{name}": source[f"ln_post.{name}"],
+        }
+        for i in range(3):
+            ours, theirs = f"transformer.resblocks.{i}.", f"encoder.layers.{i}."
+            for part, value in zip("qkv", source[f"{ours}attn.in_proj_{name}"].chunk(3), strict=True):
+                state[f"{theirs}self_attn.{part}_proj.{name}"] = value
+            state |= {
+                f"{theirs}self_attn.out_proj.{name}": source[f"{ours}attn.out_proj.{name}"],
+                f"{theirs}layer_norm1.{name}": source[f"{ours}ln_1.{name}"],
+                f"{theirs}layer_norm2.{name}": source[f"{ours}ln_2.{name}"],
+                f"{theirs}mlp.fc1.{name}": source[f"{ours}mlp.c_fc.{name}"],
+                f"{theirs}mlp.fc2.{name}": source[f"{ours}mlp.c_proj.{name}"],
+            }
+    prefix = "" if "embeddings.class_embedding" in own else "vision_model."
+    twin.load_state_dict({prefix + key: value for key, value in state.items()}, strict=False)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = twin(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(OpenClipTower(visual, -2)(pixels).hidden_states[-2], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_replaced_tower_is_what_is_seen(
+    llava: Llava, llava_path: str, make_clip: Callable[..., str], pixels: Tensor
+) -> None:
+    run = read_tower_run(make_clip())
+    other = Llava(llava_path, run, 0, CPU, "float32")
+    tokens = llava.answers([QUESTION], [ANSWER])
+    assert not torch.allclose(other.losses(pixels[:1], tokens), llava.losses(pixels[:1], tokens))
+    # By hand: open_clip's tokens through LLaVA's projector.
+    encoder = load_encoder(make_clip())
+    states = OpenClipTower(encoder.model, -2)((pixels[:1] - encoder.mean) / encoder.std).hidden_states
+    features = llava.model.model.multi_modal_projector(states[-2][:, 1:])
+    embedded = llava.model.get_input_embeddings()(tokens.ids)
+    embedded[tokens.ids == llava.model.config.image_token_id] = features[0]
+    logits = llava.model.lm_head(llava.model.model.language_model(inputs_embeds=embedded).last_hidden_state)
+    expected = torch.nn.functional.cross_entropy(logits[0, :-1], tokens.labels[0, 1:], ignore_index=IGNORED)
+    torch.testing.assert_close(other.losses(pixels[:1], tokens)[0], expected, rtol=1e-5, atol=1e-6)
+    assert other.tower_sha256 == encoder.sha256 != llava.tower_sha256
+
+
+def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+    llava.model.model.vision_tower.save_pretrained(tmp_path)
+    run = read_tower_run(f"hf:{tmp_path}")
+    assert run.arm == f"hf:{tmp_path.name}", "two checkpoints must not look alike in the table"
+    same = Llava(llava_path, run, 0, CPU, "float32")
+    larger = Llava(llava_path, read_tower_run(OWN), 48, CPU, "float32")
+    tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(same.losses(pixels, tokens), llava.losses(pixels, tokens))
+    wide = larger.answers([QUESTION], [ANSWER])
+    assert int((wide.ids == larger.model.config.image_token_id).sum()) == 36
+    pixels = torch.rand(1, 3, 48, 48)
+    tower = llava.model.model.vision_tower
+    expected = tower(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2]
+    found = larger.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(found, expected)
+
+
+def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) -> None:
+    half = Llava(llava_path, read_tower_run(OWN), 0, CPU, "bfloat16")
+    tokens = llava.answers([QUESTION], [ANSWER])
+    loss = half.losses(pixels[:1], tokens)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(llava.losses(pixels[:1], tokens)), rel=0.05)
+
+
+def test_encoders_that_do_not_fit(llava_path: str, make_clip: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vision encoder of width 32.*found width 64"):
+        Llava(llava_path, read_tower_run(make_clip(width=64)), 0, CPU, "float32")
+    with pytest.raises(ConfigError, match=r"image_size: expected 32.*found 224"):
+        Llava(llava_path, read_tower_run(make_clip()), 224, CPU, "float32")
+    with pytest.raises(ConfigError, match="multiple of the tower's patches of 8 pixels, found 30"):
+        Llava(llava_path, read_tower_run(OWN), 30, CPU, "float32")
+    with pytest.raises(ConfigError, match=r"expected an open_clip: encoder, hf:PATH or own.*found 'mlp:3x4x4-2'"):
+        read_tower_run("mlp:3x4x4-2")
+    with pytest.raises(ConfigError, match=r"expected a LLaVA model of Hugging Face.*--llava"):
+        Llava(str(tmp_path), read_tower_run(OWN), 0, CPU, "float32")
+    with pytest.raises(ConfigError, match="expected a CLIP vision model of Hugging Face at"):
+        Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")

@@ -1,0 +1,284 @@
+"""Zero-shot accuracy and embedding loss: values worked out by hand, subsets, resuming, the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adversarial import load_encoder, save_encoder
+from console import load_settings
+from evaluation import labels, study, zero_shot
+from evaluation.config import EmbeddingConfig, ZeroShotConfig
+from evaluation.embedding import evaluate_embedding
+from evaluation.results import ArmResult
+from evaluation.zero_shot import evaluate_zero_shot, read_templates
+from storage_schemas import ConfigError, DatamergeError
+
+MakeEncoder = Callable[[list[list[float]]], str]
+MakeHead = Callable[..., str]
+
+
+def measure(run: str, data: Path, output: Path, **flags: Any) -> ArmResult:
+    values = {"runs": [run], "data": str(data), "output": str(output), "steps": 10, **flags}
+    (result,) = evaluate_zero_shot(load_settings(ZeroShotConfig, None, values))
+    return result
+
+
+def embedding(run: str, data: Path, output: Path, **flags: Any) -> ArmResult:
+    values = {"runs": [run], "data": str(data), "output": str(output), "steps": 10, **flags}
+    (result,) = evaluate_embedding(load_settings(EmbeddingConfig, None, values))
+    return result
+
+
+def scores(result: ArmResult) -> dict[str, float]:
+    return {score.name: score.value for score in result.scores}
+
+
+@pytest.fixture
+def textures(tmp_path: Path) -> Path:
+    folder = tmp_path / "textures"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    for index in range(7):
+        Image.fromarray(rng.integers(40, 210, (2, 2), np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("attack", ["apgd", "autoattack"])
+def test_accuracy_of_a_linear_classifier_at_several_radii(
+    two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path, attack: str
+) -> None:
+    head = make_head([[1.0, 0.0], [0.0, 1.0]])
+    radii = ["8/255", "1/255", "2/255"]
+    result = measure(two_class, photos, tmp_path / "out", head=head, epsilons=radii, attack=attack)
+    # Images are 1.5 or 7.5 levels from the boundary.
+    assert scores(result) == {
+        "top-1 clean": 100,
+        "top-5 clean": 100,
+        "top-1 ε=1/255": 100,
+        "top-1 ε=2/255": 50,
+        "top-1 ε=8/255": 0,
+    }
+    half = result.scores[3]
+    assert half.error == pytest.approx(25)
+    # Wilson's interval of 2 of 4.
+    assert (half.low, half.high) == pytest.approx((15.00, 85.00), abs=0.01)
+
+
+def test_the_euclidean_ball(two_class: str, photos: Path, tmp_path: Path) -> None:
+    # The gradient is 1/2 per pixel: moving all four by d costs 2d, so the margins are 3 and 15 levels.
+    result = measure(
+        two_class, photos, tmp_path, head="outputs", norm="l2", epsilons=["2.9/255", "3.1/255", "15.1/255"]
+    )
+    assert list(scores(result).values())[2:] == [100, 50, 0]
+
+
+def test_top_5_counts_labels_among_the_best_five(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
+    # Class 0 (dark) is always fifth of six, class 1 (light) last.
+    spec = make_encoder([[0.0] * 4] * 6)
+    encoder = load_encoder(spec)
+    network: Any = encoder.model
+    network[1].bias.data = torch.tensor([-3.0, -4.0, 2.0, 1.0, 0.0, -1.0])
+    save_encoder(encoder, tmp_path / "six.safetensors")
+    result = measure(f"mlp:1x2x2-6@{tmp_path / 'six.safetensors'}", photos, tmp_path / "out", head="outputs")
+    assert scores(result)["top-1 clean"] == 0
+    assert scores(result)["top-5 clean"] == 50
+
+
+def test_embedding_losses_are_the_closed_form(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
+    weight = np.array([0.5, -1.0, 2.0, 0.25])
+    spec = make_encoder([weight.tolist()])
+    result = embedding(spec, textures, tmp_path / "linf", epsilons=["4/255", "2/255"])
+    assert list(scores(result)) == ["embedding loss clean", "embedding loss ε=2/255", "embedding loss ε=4/255"]
+    # f(x + δ) − f(x) = 2 w·δ, at most 2ε‖w‖₁, for every image; in the ℓ2 ball at most 2ε‖w‖₂.
+    expected = [(2 * epsilon / 255 * np.abs(weight).sum()) ** 2 for epsilon in (0, 2, 4)]
+    assert list(scores(result).values()) == pytest.approx(expected, rel=1e-4)
+    result = embedding(spec, textures, tmp_path / "l2", norm="l2", epsilons=["0.1"])
+    assert scores(result)["embedding loss ε=0.1"] == pytest.approx(0.04 * (weight**2).sum(), rel=1e-3)
+
+
+def test_a_random_subset_is_the_seeds(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
+    values = {"runs": [make_encoder([[1.0] * 4])], "data": str(textures), "sample": 4}
+    source = study.open_sample(load_settings(EmbeddingConfig, None, values))
+    np.random.seed(42)
+    expected = [f"{index}.png" for index in np.random.choice(7, 4, replace=False)]
+    assert [sample.name for sample in source.samples] == expected
+    with pytest.raises(ConfigError, match="sample: expected at most the 7 samples"):
+        study.open_sample(load_settings(EmbeddingConfig, None, {**values, "sample": 8}))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    make_encoder: MakeEncoder, textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_encoder(np.random.default_rng(0).normal(size=(3, 4)).tolist())
+    whole = embedding(spec, textures, tmp_path / "whole", batch_size=2)
+    batches, measured = 0, study._measure_batch
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == 3:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(study, "_measure_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedding(spec, textures, tmp_path / "parts", batch_size=2)
+    batches = 10
+    parts = embedding(spec, textures, tmp_path / "parts", batch_size=2)
+    assert batches == 12, "two of four batches were left"
+    assert parts.scores == whole.scores
+    with pytest.raises(ConfigError, match=r"other settings \(steps: 10 there, 11 now\)"):
+        embedding(spec, textures, tmp_path / "parts", batch_size=2, steps=11)
+
+
+def test_text_features_are_made_once(
+    make_clip: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, names = tmp_path / "data", tmp_path / "names.txt"
+    for index, name in enumerate(("cat", "red bus")):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (200 * index, 90, 30)).save(data / name / "a.png")
+    names.write_text("red bus\ntree\ncat\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\na {}\n")
+    flags = {"class_names": str(names), "templates": str(tmp_path / "prompts.txt"), "epsilons": ["1/255"], "steps": 2}
+    calls = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return labels.make_heads(*arguments)
+
+    monkeypatch.setattr(zero_shot, "make_heads", counted)
+    first = measure(make_clip(), data, tmp_path / "out", **flags)
+    again = measure(make_clip(), data, tmp_path / "out", **flags)
+    assert calls == 1
+    assert first.scores == again.scores
+    assert first.images == 2
+    assert len(list((tmp_path / "out" / "heads").iterdir())) == 1
+    # By hand: open_clip's text tower.
+    import open_clip
+
+    name = make_clip().removeprefix("open_clip:")
+    from adversarial.encoders import seeded
+
+    with seeded():
+        model = open_clip.create_model(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    rows = []
+    with torch.no_grad():
+        for label in ("red bus", "tree", "cat"):
+            texts = model.encode_text(tokenizer([f"a photo of a {label}.", f"a {label}"]), normalize=True).mean(dim=0)
+            rows.append(texts / texts.norm())
+        right = 0
+        for folder, row in (("cat", 2), ("red bus", 0)):
+            pixels = torch.from_numpy(np.array(Image.open(data / folder / "a.png"))).permute(2, 0, 1)[None] / 255
+            embedded = load_encoder(make_clip())(pixels)[0]
+            right += int(int((torch.stack(rows) @ embedded).argmax()) == row)
+    assert scores(first)["top-1 clean"] == 50 * right
+
+
+def test_imagenets_names_and_templates(tmp_path: Path) -> None:
+    from evaluation.labels import imagenet_names
+
+    assert len(imagenet_names()) == 1000
+    assert imagenet_names()[0] == "tench"
+    assert len(read_templates("simple")) == 7
+    assert read_templates("openai") == []
+    (tmp_path / "t.txt").write_text("a photo\n")
+    with pytest.raises(ConfigError, match=r"one prompt a line with \{\} for the name, found 'a photo'"):
+        read_templates(str(tmp_path / "t.txt"))
+    with pytest.raises(ConfigError, match="expected openai, simple or a text file"):
+        read_templates(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"epsilons": ["2"]}, "did you mean 2/255"),
+        ({"epsilons": ["0"]}, "expected radii above 0"),
+        ({"epsilons": ["x"]}, "expected numbers such as 2/255"),
+        ({"head": None}, "expected an open_clip encoder, which has a text tower"),
+        ({"head": "open_clip:ViT-B-32"}, "expected --class-names FILE"),
+        ({"steps": 0}, "steps"),
+        ({"data": ""}, "add --data SOURCE"),
+    ],
+)
+def test_requests_that_are_refused(
+    two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
+    values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
+    with pytest.raises(ConfigError, match=message):
+        evaluate_zero_shot(load_settings(ZeroShotConfig, None, {"runs": [two_class], **values}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
+    shutil.move(photos / "dark" / "near.png", photos / "near.png")
+    with pytest.raises(ConfigError, match="expected images with labels, found none"):
+        measure(two_class, photos, tmp_path / "out", head="outputs")
+
+
+def test_commands_share_one_report(
+    two_class: str, photos: Path, tmp_path: Path, run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["-o", str(tmp_path / "out")]
+    data = ["--data", str(photos), "--steps", "3", *output]
+    arguments = [two_class, *data, "--head", "outputs", "--epsilons", "1/255,2/255"]
+    assert run_command("zero-shot", *arguments) == 0
+    assert run_command("embedding", two_class, *data, "--epsilons", "2/255") == 0
+    out = capsys.readouterr().out
+    assert "top-1 ε=2/255" in out
+    assert "embedding loss clean" in out
+    (entry, other) = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    assert (entry["part"], other["part"]) == ("zero-shot", "embedding")
+    rows = (tmp_path / "out" / "report.md").read_text().splitlines()
+    assert rows[2].startswith("| w/o AT |"), "one row for the two parts"
+    assert "100.0 ± 0.0 [51.0, 100.0]" in rows[2]
+    # Another arm later does not push the first one out of the report.
+    shutil.copy(two_class.partition("@")[2], tmp_path / "copy.safetensors")
+    other_run = f"mlp:1x2x2-2@{tmp_path / 'copy.safetensors'}"
+    assert run_command("embedding", other_run, *data, "--epsilons", "2/255") == 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 3
+    (tmp_path / "file").write_text("")
+    assert run_command("embedding", two_class, *data[:4], "-o", str(tmp_path / "file")) == 2
+    errors = capsys.readouterr().err
+    assert "output: expected a folder, found the file" in errors
+
+
+def test_help_names_the_parts(run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("zero-shot", "embedding", "captions", "vqa", "all", "both"))
+
+
+def test_all_checks_every_part_first(
+    two_class: str, photos: Path, tmp_path: Path, run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "all.toml"
+    config.write_text('[embedding]\nsteps = 2\n[zero-shot]\nhead = "outputs"\nstep = 2\n')
+    arguments = ["all", two_class, "--config", str(config), "--data", str(photos), "-o", str(tmp_path / "out")]
+    assert run_command(*arguments) == 2
+    assert "[zero-shot]: step: unknown setting; did you mean steps?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    config.write_text("steps = 2\n[embedding]\n")
+    assert run_command(*arguments) == 0
+    config.write_text("steps = 2\n")
+    assert run_command(*arguments) == 2
+    assert "expected at least one table of [zero-shot], [embedding], [captions], [vqa]" in capsys.readouterr().err
+
+
+def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path) -> None:
+    embedding(two_class, photos, tmp_path / "out")
+    (item,) = (tmp_path / "out").rglob("items/*.json")
+    item.write_text("{")
+    with pytest.raises(DatamergeError, match=r"000000\.json: not valid JSON .*remove it to measure it again"):
+        embedding(two_class, photos, tmp_path / "out")

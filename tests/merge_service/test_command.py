@@ -1,0 +1,106 @@
+"""`datamerge merge` as it is typed: flags against settings, the plan it shows, the job it submits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from console import load_settings
+from merge_service import MergeConfig
+from merge_service.cli import as_arguments
+from merge_service.cli import merge as command
+from tests.merge_service.conftest import Bench, tree
+
+# Ray's own: files and sockets left to the collector, and an old spelling in the client of its dashboard.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::FutureWarning", "ignore:ssl=None:DeprecationWarning"
+)
+
+ENCODER = "mlp:3x8x8-8-4"
+SETTINGS: list[dict[str, Any]] = [
+    {"encoder": ENCODER},
+    {"encoder": ENCODER, "attack": "apgd", "restarts": 3, "start_radius": "1/255", "compile": True, "num_gpus": 0.5},
+    {"encoder": ENCODER, "random_start": False, "grid": False, "encoding": "float32", "keep_clean": True},
+    {"encoder": ENCODER, "precision": "bfloat16", "max_workers": 3, "num_cpus": 2, "max_rejected": 0, "limit": 7},
+    {"grouping": "label", "resize": False, "shape": "3x8x8", "members": 5, "keep_members": True, "seed": 3},
+    {"grouping": "cluster", "clusters": 4, "cluster_by": "embedding", "encoder": ENCODER, "targets": "both"},
+    {"grouping": "column", "group_column": "author", "label_column": "x", "format": "webdataset"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_submitted_command_line_means_the_same_settings(settings: dict[str, Any]) -> None:
+    config = MergeConfig.model_validate({"source": "some photos/", "artifact": "out", **settings})
+    context = command.make_context("merge", as_arguments(config))
+    others = ("config_file", "dry_run", "price_per_hour", "submit", "as_json")
+    flags = {name: value for name, value in context.params.items() if name not in others}
+    assert load_settings(MergeConfig, None, flags) == config
+
+
+def test_every_setting_has_a_flag() -> None:
+    flags = {parameter.name for parameter in command.params}
+    assert set(MergeConfig.model_fields) <= flags
+    assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
+
+
+@pytest.mark.parametrize("grouping", ["adversarial", "label", "cluster"])
+def test_the_plan_has_time_bytes_and_cost_and_writes_nothing(tmp_path: Path, grouping: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(30) % 3)
+    more = {"adversarial": ["--encoder", ENCODER], "label": [], "cluster": ["--clusters", "2"]}[grouping]
+    arguments = [
+        str(tmp_path / "x.npz"),
+        str(tmp_path / "a"),
+        "--grouping",
+        grouping,
+        "--groups-per-shard",
+        "2",
+        *more,
+    ]
+    done = CliRunner().invoke(
+        command, [*arguments, "--dry-run", "--json", "--price-per-hour", "3.6", "--device", "cpu"]
+    )
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["groups"] == {"adversarial": 30, "label": 3, "cluster": 6}[grouping]
+    assert facts["shards"] == -(-facts["groups"] // 2)
+    found = facts["estimate"]
+    assert found["seconds"] > 0
+    assert found["bytes"] > 0
+    assert found["cost"] == pytest.approx(found["seconds"] * found["workers"] / 1000, abs=0.01)
+    if grouping == "adversarial":
+        # A multiply-add is 2 FLOPs. Weights 192·8 and 8·4; backward to the input takes as many again.
+        forward = 2 * (192 * 8 + 8 * 4)
+        assert found["flops"] == 30 * (forward + 10 * (10 * 2 * forward + forward))
+        assert 0 < found["peak_share"] < 1
+    assert not (tmp_path / "a").exists()
+    assert "shards of 2" in CliRunner().invoke(command, [*arguments, "--dry-run", "--device", "cpu"]).output
+
+
+def test_a_submitted_job(bench: Bench, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """Through the dashboard of the cluster's head: its log is shown, its exit code is ours."""
+    bench.switch()
+    arguments = [argument for argument in bench.arguments(tmp_path / "a") if argument != bench.address]
+    arguments.remove("--ray-address")
+    done = CliRunner().invoke(command, [*arguments[1:], "--submit", bench.dashboard])
+    assert done.exit_code == 0, done.output
+    assert "submitted" in done.stderr
+    assert "13 groups" in done.stderr
+    assert tree(tmp_path / "a") == undisturbed
+    done = CliRunner().invoke(command, [*arguments[1:], "--limit", "3", "--submit", bench.dashboard])
+    assert done.exit_code == 1
+    assert "already holds an artifact made from other settings" in done.stderr
+
+
+def test_nobody_at_the_address(tmp_path: Path) -> None:
+    from storage_schemas import ConfigError
+
+    config = ["x", str(tmp_path / "a"), "--grouping", "label", "--submit", "http://127.0.0.1:9"]
+    with pytest.raises(ConfigError, match="expected the dashboard of a Ray cluster"):
+        CliRunner().invoke(command, config, catch_exceptions=False)

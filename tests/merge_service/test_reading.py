@@ -1,0 +1,133 @@
+"""What is a sample's fault and what is the store's: rejects, retries, and errors that stop."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from merge_service import retry
+from merge_service.reading import PixelReader
+from merge_service.retry import explain, is_hopeless, retrying
+from sources import BadImage, RawImage, Sample
+from storage_schemas import ConfigError, DatamergeError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+
+
+class Store:
+    """A reader whose answers are a list: images or errors, one a call."""
+
+    def __init__(self, answers: list[RawImage | Exception], concurrent: bool = False) -> None:
+        self.is_concurrent, self.is_remote = concurrent, False
+        self._answers: Iterator[RawImage | Exception] = iter(answers)
+        self.calls = 0
+
+    def read(self, sample: Sample) -> RawImage:
+        self.calls += 1
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _read(store: Store, resize: bool = True, threads: int = 1, count: int = 1) -> list[object]:
+    samples = [Sample(str(number), str(number), None) for number in range(count)]
+    return list(PixelReader(store, (3, 4, 5), resize, threads).read(samples))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_order_and_pixels_with_any_number_of_threads(threads: int, concurrent: bool) -> None:
+    found = _read(Store([_png(), Image.fromarray(PIXELS)] * 4, concurrent), threads=threads, count=8)
+    for pixels in found:
+        np.testing.assert_array_equal(pixels, PIXELS.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow"), OSError(errno.EIO, "disk")])
+def test_a_moment_of_trouble_is_nobodys_fault(error: Exception) -> None:
+    store = Store([error, error, _png()])
+    np.testing.assert_array_equal(_read(store)[0], PIXELS.transpose(2, 0, 1))
+    assert store.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "calls"),
+    [
+        (FileNotFoundError(2, "No such file"), "No such file", 1),
+        (PermissionError(13, "Permission denied"), "Permission denied", 1),
+        (OSError("row 3 of x: the image column holds no bytes"), "row 3 of x", 3),
+        (BadImage("cut short"), "cut short", 1),
+    ],
+)
+def test_what_stays_wrong_rejects_the_sample(error: Exception, reason: str, calls: int) -> None:
+    store = Store([error] * 5)
+    assert reason in str(_read(store)[0])
+    assert store.calls == calls
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow")])
+def test_a_store_that_stays_away_rejects_nothing(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        _read(Store([error] * 5))
+
+
+def test_without_resizing_other_sizes_are_rejected() -> None:
+    small = Image.fromarray(PIXELS[:, :4])
+    assert _read(Store([small]), resize=False) == ["expected 5x4 pixels, found 4x4"]
+    assert not isinstance(_read(Store([small]))[0], str)
+
+
+def _failing(error: Exception, times: int) -> Callable[[], int]:
+    left = [error] * times
+
+    def action() -> int:
+        if left:
+            raise left.pop()
+        return 7
+
+    return action
+
+
+def test_retrying() -> None:
+    assert retrying(_failing(OSError("503"), 2)) == 7
+    assert retrying(_failing(RuntimeError("botocore"), 2)) == 7  # object stores have exceptions of their own
+    with pytest.raises(OSError, match="503"):
+        retrying(_failing(OSError("503"), 3))
+    for error in (ValueError("x"), OSError(errno.ENOSPC, "full"), ConfigError("x"), FileNotFoundError(2, "x")):
+        with pytest.raises(type(error)):
+            retrying(_failing(error, 1))
+
+
+@pytest.mark.parametrize(
+    ("error", "hopeless", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), True, "out: cannot write: the disk is full"),
+        (OSError(errno.EDQUOT, "quota"), True, "the quota is used up"),
+        (OSError(errno.EROFS, "ro"), True, "the file system is read-only"),
+        (ConfigError("other weights"), True, "other weights"),
+        (OSError("503 slow down"), False, "cannot write: 503 slow down"),
+        (ValueError("x"), False, "x"),
+    ],
+)
+def test_what_stops_the_whole_job(error: Exception, hopeless: bool, message: str) -> None:
+    assert is_hopeless(error) is hopeless
+    told = explain(error, "out")
+    assert isinstance(told, DatamergeError)
+    assert message in str(told)
+    assert "\n" not in str(told)

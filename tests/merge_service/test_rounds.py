@@ -1,0 +1,126 @@
+"""Merge → train → merge: the second round attacks the tuned encoder, and its provenance leads back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adversarial import load_encoder
+from merge_service import MergeConfig
+from merge_service.merge import prepare, worker_setup
+from merge_service.rounds import encoder_spec, resolve
+from merge_service.work import ShardWorker
+from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact
+
+ORIGINAL = "mlp:1x6x5-8-4"
+
+
+def _merge(photos: Path, artifact: Path, **settings: Any) -> Artifact:
+    """A merge without Ray."""
+    config = MergeConfig.model_validate(
+        {"source": str(photos), "artifact": str(artifact), "members": 2, "steps": 3, "device": "cpu"} | settings
+    )
+    prepared = prepare(config)
+    writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)
+    writer.begin(prepared.files)
+    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+    threads = torch.get_num_threads()
+    worker.prepare()
+    for shard in range(prepared.plan.layout.shards):
+        worker.run(prepared.plan.task(shard))
+    torch.set_num_threads(threads)
+    writer.finish()
+    return open_artifact(artifact)
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos.npz, the first round's artifact, a run trained on it by the real command, and the second round."""
+    folder = tmp_path_factory.mktemp("rounds")
+    np.savez(folder / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
+    _merge(folder / "photos.npz", folder / "adv-1", encoder=ORIGINAL)
+    command = [
+        "train",
+        str(folder / "adv-1"),
+        str(folder / "run"),
+        "--steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--warmup",
+        "1",
+    ]
+    command += ["--lr", "0.01", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "datamerge", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _merge(folder / "photos.npz", folder / "adv-2", encoder=str(folder / "run"), target_encoder=ORIGINAL, seed=1)
+    return folder
+
+
+def test_the_second_round_attacks_the_tuned_encoder_towards_the_original_targets(rounds: Path) -> None:
+    first, second = open_artifact(rounds / "adv-1"), open_artifact(rounds / "adv-2")
+    tuned, original = load_encoder(encoder_spec(str(rounds / "run"))[0]), load_encoder(ORIGINAL)
+    images = torch.from_numpy(np.load(rounds / "photos.npz")["images"][:, None]).float() / 255
+    with torch.no_grad():
+        tuned_embeddings, embeddings = tuned(images), original(images)
+    assert not torch.allclose(tuned_embeddings, embeddings, atol=1e-3)
+    for record, before, expected in zip(second, first, embeddings, strict=True):
+        assert record.target is not None
+        assert before.target is not None
+        np.testing.assert_array_equal(record.target, before.target)
+        np.testing.assert_allclose(record.target, expected.numpy(), atol=1e-6)
+        assert not np.array_equal(record.mean, before.mean)
+
+
+def test_provenance_links_the_rounds(rounds: Path) -> None:
+    first, second = (open_artifact(rounds / name).manifest for name in ("adv-1", "adv-2"))
+    attacked: Any = second.provenance["attacked_encoder"]
+    target: Any = second.provenance["encoder"]
+    assert attacked["run"]["plan_sha256"] == first.plan_sha256
+    assert attacked["run"]["encoder_sha256"] == attacked["sha256"]
+    assert attacked["run"]["original_sha256"] == target["sha256"]
+    assert target["spec"] == ORIGINAL
+    assert "run" not in target
+
+
+def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("run.json", "encoder.safetensors"):
+        (moved / name).write_bytes((rounds / "run" / name).read_bytes())
+    facts = json.loads((moved / "run.json").read_bytes())
+    facts["encoder"] = f"{ORIGINAL}@/gone/encoder.safetensors"
+    (moved / "run.json").write_text(json.dumps(facts))
+    assert resolve(str(moved)).encoder.sha256 == facts["encoder_sha256"]
+    facts["encoder_sha256"] = "0" * 64
+    (moved / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match=r"expected the weights that run\.json names"):
+        resolve(str(moved))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected run.json in the folder, found none"),
+        ("{", "the summary of a training run"),
+        ("[]", "summary"),
+    ],
+)
+def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="target_encoder: expected pixels"):
+        _merge(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")

@@ -1,0 +1,187 @@
+"""IDX files as MNIST's authors wrote them, .npz archives, and data sets from Python."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from sources import BadImage, Source, decode, native_shape, open_source
+from storage_schemas import SourceError
+
+RNG = np.random.default_rng(3)
+GREY = RNG.integers(0, 256, (6, 5, 4)).astype(np.uint8)
+COLOUR = RNG.integers(0, 256, (6, 5, 4, 3)).astype(np.uint8)
+LABELS = np.array([3, 1, 4, 1, 5, 9])
+
+
+def _idx(array: npt.NDArray[Any]) -> bytes:
+    """By the description at yann.lecun.com: magic 0 0 type rank, sizes, data; all big-endian."""
+    header = struct.pack(f">4B{array.ndim}i", 0, 0, 0x08, array.ndim, *array.shape)
+    return header + array.astype(">u1").tobytes()
+
+
+def _check(source: Source, images: npt.NDArray[np.uint8], labels: list[int] | None) -> None:
+    assert [s.label for s in source.samples] == (labels if labels is not None else [None for _ in images])
+    assert len({sample.key for sample in source.samples}) == len(images)
+    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    for sample, image in zip(source.samples, images, strict=True):
+        raw = reader.read(sample)
+        expected = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
+        assert native_shape(raw) == expected.shape
+        np.testing.assert_array_equal(decode(raw, expected.shape), expected)
+
+
+@pytest.mark.parametrize("images_gz", [False, True])
+@pytest.mark.parametrize("labels_gz", [False, True, None])
+def test_idx(tmp_path: Path, images_gz: bool, labels_gz: bool | None) -> None:
+    name = "train-images-idx3-ubyte" + (".gz" if images_gz else "")
+    (tmp_path / name).write_bytes(gzip.compress(_idx(GREY)) if images_gz else _idx(GREY))
+    if labels_gz is not None:
+        data = _idx(LABELS)
+        path = tmp_path / ("train-labels-idx1-ubyte" + (".gz" if labels_gz else ""))
+        path.write_bytes(gzip.compress(data) if labels_gz else data)
+    source = open_source(tmp_path / name)
+    _check(source, GREY, None if labels_gz is None else LABELS.tolist())
+    assert source.samples[2].key == "train-images-idx3-ubyte-00000002"
+
+
+@pytest.mark.parametrize("data", [b"", b"text text text", _idx(GREY)[:-1], gzip.compress(_idx(GREY))[:-20]])
+def test_broken_idx(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x-idx3-ubyte").write_bytes(data)
+    with pytest.raises(SourceError, match=r"expected an IDX file|broken gzip") as caught:
+        open_source(tmp_path / "x-idx3-ubyte")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [GREY, COLOUR, COLOUR[..., :1]], ids=["grey", "colour", "one channel"])
+def test_npz(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    np.savez(tmp_path / "x.npz", images=images, labels=LABELS, site=np.array(list("abcabc")))
+    plain = images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
+    _check(open_source(tmp_path / "x.npz"), plain, LABELS.tolist())
+    grouped = open_source(tmp_path / "x.npz", group_column="site", label_column="labels")
+    assert [sample.group for sample in grouped.samples] == list("abcabc")
+
+
+def test_npz_with_channels_first_and_other_names(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "x.npz", pictures=COLOUR.transpose(0, 3, 1, 2), classes=LABELS[:, None])
+    _check(open_source(tmp_path / "x.npz", label_column="classes"), COLOUR, LABELS.tolist())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "options", "message"),
+    [
+        ({"images": GREY.astype(float)}, {}, "uint8 images"),
+        ({"a": GREY, "b": GREY}, {}, "--image-column"),
+        ({"images": COLOUR[..., :2]}, {}, "1 or 3 channels"),
+        ({"images": GREY, "labels": LABELS[:3]}, {}, "'labels' with 6 values, found labels [3]"),
+        ({"images": GREY}, {"label_column": "y"}, "'y' with 6 values, found ['images']"),
+        ({"images": GREY, "labels": LABELS + 0.5}, {}, "whole numbers"),
+        ({"images": np.array([{}], object)}, {}, "plain arrays"),
+    ],
+)
+def test_arrays_that_do_not_go_together(
+    tmp_path: Path, arrays: dict[str, Any], options: dict[str, str], message: str
+) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(SourceError, match=re.escape(message)):
+        open_source(tmp_path / "x.npz", **options)  # type: ignore[arg-type]
+
+
+class Digits:
+    """As torchvision's data sets: targets and classes known without opening an image."""
+
+    classes = ("zero", "one")
+    targets = (0, 1, 1, 0, 1, 0)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.fromarray(GREY[index]), self.targets[index]
+
+
+class Plain:
+    """Arrays and labels, and no more."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return COLOUR[index], int(LABELS[index])
+
+
+class Floats(Plain):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return COLOUR[index] / 255, 0
+
+
+@pytest.fixture(autouse=True)
+def _module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file under a name that a factory spec can give."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "my_data", sys.modules[__name__])
+
+
+def test_factories() -> None:
+    source = open_source("python:my_data:Digits")
+    _check(source, GREY, list(Digits.targets))
+    assert source.class_names == ["zero", "one"]
+    _check(open_source("python:my_data:Plain"), COLOUR, LABELS.tolist())
+    _check(open_source("python:my_data:Plain", limit=2), COLOUR[:2], LABELS.tolist()[:2])
+
+
+def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:
+    source = open_source("python:my_data:Floats")
+    with pytest.raises(BadImage, match=r"found ndarray float64 \[5, 4, 3\]; leave out ToTensor"):
+        source.reader.read(source.samples[0])
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("python:my_data:Nothing", "has no attribute 'Nothing'"),
+        ("python:no_such_module:x", "No module named 'no_such_module'"),
+        ("python:my_data", "expected python:MODULE:FACTORY"),
+        ("python:my_data:int", "found int without"),
+    ],
+)
+def test_factories_that_make_no_data_set(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "int", int)
+    with pytest.raises(SourceError, match=message):
+        open_source(url)
+
+
+def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
+    """As the NIPS 2017 set: images/ beside labels.csv."""
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b", "c"):
+        buffer = io.BytesIO()
+        Image.fromarray(GREY[0]).save(buffer, "PNG")
+        (tmp_path / "images" / f"{name}.png").write_bytes(buffer.getvalue())
+    (tmp_path / "labels.csv").write_text("file,label,author\na.png,7,x\nimages/c.png,2,y\n")
+    source = open_source(tmp_path, group_column="author")
+    assert [(s.name, s.label, s.group) for s in source.samples] == [
+        ("images/a.png", 7, "x"),
+        ("images/b.png", None, None),
+        ("images/c.png", 2, "y"),
+    ]
+    assert [s.label for s in open_source(tmp_path, label_column="author").samples] == [0, None, 1]
+    with pytest.raises(SourceError, match=r"expected a column 'site', found \['file', 'label', 'author'\]"):
+        open_source(tmp_path, group_column="site")
+    (tmp_path / "labels.csv").write_text("file,label\nmissing.png,1\n")
+    with pytest.raises(SourceError, match=r"names 'missing\.png', which is not below the folder"):
+        open_source(tmp_path)
+    (tmp_path / "labels.csv").write_text("name,label\na.png,1\n")
+    with pytest.raises(SourceError, match="expected a column 'file'"):
+        open_source(tmp_path)

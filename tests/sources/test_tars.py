@@ -1,0 +1,166 @@
+"""WebDataset tars written by the stock library: same samples, read by byte ranges, from anywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from sources import BadImage, Source, decode, open_source
+from storage_schemas import SourceError
+
+
+def _pixels(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(number).integers(0, 256, (5, 4, 3), np.uint8)
+
+
+def _write(path: Path, numbers: range, **extra: Any) -> None:
+    with webdataset.TarWriter(str(path)) as writer:
+        for number in numbers:
+            buffer = io.BytesIO()
+            Image.fromarray(_pixels(number)).save(buffer, "PNG")
+            sample = {"__key__": f"{number:03d}", "png": buffer.getvalue(), "cls": str(number % 3)}
+            sample |= {name: function(number) for name, function in extra.items()}
+            writer.write(sample)
+
+
+def _check(source: Source, numbers: range) -> None:
+    """Every image once, with its label, also through a reader that was sent elsewhere."""
+    assert source.kind == "webdataset"
+    assert [sample.label for sample in source.samples] == [number % 3 for number in numbers]
+    assert len({sample.key for sample in source.samples}) == len(numbers)
+    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    for sample, number in [*zip(source.samples, numbers, strict=True)][::-1]:
+        np.testing.assert_array_equal(decode(reader.read(sample), (3, 5, 4)), _pixels(number).transpose(2, 0, 1))
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    for shard in range(3):
+        _write(tmp_path / f"train-{shard:02d}.tar", range(4 * shard, 4 * shard + 4))
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["", "train-{00..02}.tar", "train-*.tar", "{train-00,train-01,train-02}.tar"])
+def test_folders_globs_and_braces(tars: Path, pattern: str) -> None:
+    _check(open_source(f"{tars}/{pattern}".rstrip("/")), range(12))
+
+
+def test_one_file_and_a_limit(tars: Path) -> None:
+    _check(open_source(tars / "train-01.tar"), range(4, 8))
+    _check(open_source(tars, limit=5), range(5))
+
+
+def test_any_file_system(tars: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for path in tars.glob("*.tar"):
+        files.pipe(f"/tar-test/{path.name}", path.read_bytes())
+    try:
+        for url in ("memory://tar-test", "memory://tar-test/train-{00..02}.tar", "memory://tar-test/train-*.tar"):
+            _check(open_source(url), range(12))
+    finally:
+        files.rm("/tar-test", recursive=True)
+
+
+def test_a_pipe(tars: Path) -> None:
+    """Run once to list it; forwards and backwards by whoever reads."""
+    source = open_source(f"pipe:cat {tars}/train-{{00..02}}.tar")
+    _check(source, range(12))
+    for number, sample in enumerate(source.samples):
+        np.testing.assert_array_equal(
+            decode(source.reader.read(sample), (3, 5, 4)), _pixels(number).transpose(2, 0, 1)
+        )
+
+
+def test_a_range_is_all_that_is_read(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(tars)
+    read: list[tuple[str, int, int]] = []
+    original = type(source.reader._folder).read  # type: ignore[attr-defined]
+
+    def counted(self: Any, name: str, start: int, end: int) -> bytes:
+        read.append((name, start, end))
+        return bytes(original(self, name, start, end))
+
+    monkeypatch.setattr(type(source.reader._folder), "read", counted)  # type: ignore[attr-defined]
+    data = source.reader.read(source.samples[6])
+    assert [(name, end - start) for name, start, end in read] == [("train-01.tar", len(data))]  # type: ignore[arg-type]
+
+
+def test_labels_and_groups_from_json_and_members(tmp_path: Path) -> None:
+    def facts(number: int) -> bytes:
+        return json.dumps({"label": number % 2, "camera": f"c{number % 2}"}).encode()
+
+    _write(tmp_path / "x.tar", range(4), json=facts, site=lambda number: f"s{number // 2}")
+    source = open_source(tmp_path, label_column="label", group_column="site")
+    assert [(s.label, s.group) for s in source.samples] == [(0, "s0"), (1, "s0"), (0, "s1"), (1, "s1")]
+    assert [s.group for s in open_source(tmp_path, group_column="camera").samples] == ["c0", "c1", "c0", "c1"]
+    with pytest.raises(SourceError, match="JSON field 'colour' with the label"):
+        open_source(tmp_path, label_column="colour")
+
+
+def test_text_classes(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for key, name in (("a", "dog"), ("b", "cat"), ("c", "dog")):
+            writer.write({"__key__": key, "jpg": b"x", "cls": name})
+    source = open_source(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert [sample.label for sample in source.samples] == [1, 0, 1]
+    assert [sample.key for sample in source.samples] == ["x-a", "x-b", "x-c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none-{0..1}.tar", "found nothing there"),
+        ("no-*.tar", "found nothing there"),
+        ("bad.tar", "uncompressed tar"),
+    ],
+)
+def test_what_is_no_tar(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(f"{tmp_path}/{name}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tar_without_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    with pytest.raises(SourceError, match="found none in them"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [("false", "exit code 1|tar from this"), ("echo text", "a tar from")]
+)
+def test_a_pipe_that_fails(command: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_source(f"pipe:{command}")
+
+
+def test_a_tar_that_was_cut_since(tars: Path) -> None:
+    """The sample is a reject with a reason, not a wrong image."""
+    source = open_source(tars)
+    path = tars / "train-02.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises((BadImage, OSError), match="cut short"):
+        source.reader.read(source.samples[-1])
+
+
+def test_the_fingerprint_follows_the_content(tars: Path) -> None:
+    before = open_source(tars)
+    data = bytearray((tars / "train-01.tar").read_bytes())
+    data[1000] ^= 1
+    (tars / "train-01.tar").write_bytes(bytes(data))
+    after = open_source(tars)
+    assert after.fingerprint != before.fingerprint
+    assert after.changes(before.listing_bytes()) == ["train-01.tar has other content"]

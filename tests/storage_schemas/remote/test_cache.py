@@ -1,0 +1,284 @@
+"""The local cache: fetched once, within its limit, whatever else uses or damages it."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage_schemas import Artifact, Cache, ConfigError, CorruptShard, Layout, Location, Record, open_artifact
+from storage_schemas.cache import CachedLocation
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+Write = Callable[..., list[Record]]
+Same = Callable[[Record, Record], None]
+PLENTY = 10**9
+
+
+def _copies(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith("lock-")]
+
+
+def _held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in _copies(folder))
+
+
+def test_every_file_is_fetched_once(
+    tmp_path: Path,
+    web: Any,
+    make_layout: Callable[..., Layout],
+    write_artifact: Write,
+    same_record: Same,
+    format_name: str,
+) -> None:
+    records = write_artifact(tmp_path / "web" / "a", make_layout(format_name))
+    cache = Cache(tmp_path / "cache", PLENTY)
+    for _ in range(2):
+        artifact = pickle.loads(pickle.dumps(open_artifact(f"{web.url}/a", cache=cache)))  # noqa: S301
+        for found, expected in zip(artifact, records, strict=True):
+            same_record(found, expected)
+    fetched = [path for method, path, _ in web.requests if method == "GET" and not path.endswith("manifest.json")]
+    assert len(fetched) == len(set(fetched)) == 3 + (15 if format_name == "zarr" else 3)
+    # What is cached needs no server; only the manifest is asked for.
+    shutil.rmtree(tmp_path / "web" / "a" / ("groups.zarr" if format_name == "zarr" else "shards"))
+    same_record(open_artifact(f"{web.url}/a", cache=cache)[4], records[4])
+
+
+def test_arrays_that_are_not_read_are_not_fetched(
+    tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
+    write_artifact(tmp_path / "web" / "a", make_layout("zarr"))
+    list(open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", PLENTY)).only(["sum"]))
+    assert not any("members" in path for _, path, _ in web.requests)
+
+
+def test_a_local_artifact_is_read_in_place(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
+    write_artifact(tmp_path / "a", make_layout())
+    assert len(list(open_artifact(tmp_path / "a", cache=Cache(tmp_path / "cache", PLENTY)))) == 7
+    assert _copies(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "another file's", "removed"])
+def test_a_damaged_copy_is_fetched_again(
+    tmp_path: Path,
+    web: Any,
+    make_layout: Callable[..., Layout],
+    write_artifact: Write,
+    same_record: Same,
+    format_name: str,
+    damage: str,
+) -> None:
+    """Sidecars and shards alike, before the artifact is opened and while it is."""
+    records = write_artifact(tmp_path / "web" / "a", make_layout(format_name))
+    cache = Cache(tmp_path / "cache", PLENTY)
+    artifact = open_artifact(f"{web.url}/a", cache=cache)
+    list(artifact)
+    copies = sorted(_copies(cache.folder))
+    contents = [path.read_bytes() for path in copies]
+    for path, data, other in zip(copies, contents, contents[1:] + contents[:1], strict=True):
+        bad = bytearray(data)
+        for index in range(len(bad) // 2, len(bad)):
+            bad[index] ^= 64
+        new = {"flipped": bytes(bad), "truncated": data[: len(data) // 3], "emptied": b"", "another file's": other}
+        path.unlink()
+        if damage != "removed":
+            path.write_bytes(new[damage])
+    for reader in (open_artifact(f"{web.url}/a", cache=cache), artifact):
+        for found, expected in zip(reader, records, strict=True):
+            same_record(found, expected)
+    assert sorted(path.read_bytes() for path in _copies(cache.folder)) == sorted(contents)
+
+
+def test_an_artifact_replaced_by_another_is_noticed(
+    tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same
+) -> None:
+    cache = Cache(tmp_path / "cache", PLENTY)
+    write_artifact(tmp_path / "web" / "a", make_layout("webdataset", "float32"))
+    list(open_artifact(f"{web.url}/a", cache=cache))
+    shutil.rmtree(tmp_path / "web" / "a")
+    records = write_artifact(tmp_path / "web" / "a", make_layout("webdataset", "uint8_moments"))
+    for found, expected in zip(open_artifact(f"{web.url}/a", cache=cache), records, strict=True):
+        same_record(found, expected)
+
+
+def test_damage_at_the_source_is_reported_not_fetched_for_ever(
+    tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
+    write_artifact(tmp_path / "web" / "a", make_layout("webdataset", extras=()))
+    shard = tmp_path / "web" / "a" / "shards" / "00000.tar"
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", PLENTY))
+    for _ in range(3):
+        with pytest.raises(CorruptShard):
+            artifact[0]
+    assert sum(path.endswith("00000.tar") for method, path, _ in web.requests if method == "GET") == 2
+
+
+def test_the_least_recently_used_go_first(tmp_path: Path, web: Any) -> None:
+    source = Location(tmp_path / "web")
+    for name in "abcd":
+        source.write(name, name.encode() * 100)
+    cache = Cache(tmp_path / "cache", 350)
+    location = CachedLocation.of(Location(web.url), cache)
+    for name in ("a", "b", "c", "a", "d"):
+        assert location.read(name) == name.encode() * 100
+        assert _held(cache.folder) <= 350
+    web.requests.clear()
+    for name in ("a", "c", "d"):
+        location.read(name)
+    assert web.requests == []
+    location.read("b")
+    assert [method for method, _, _ in web.requests] == ["HEAD", "GET"]
+
+
+def test_a_file_larger_than_the_cache_is_read_by_ranges(
+    tmp_path: Path,
+    web: Any,
+    make_layout: Callable[..., Layout],
+    write_artifact: Write,
+    same_record: Same,
+    format_name: str,
+) -> None:
+    records = write_artifact(tmp_path / "web" / "a", make_layout(format_name))
+    artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", 16))
+    for found, expected in zip(artifact, records, strict=True):
+        same_record(found, expected)
+    assert _held(tmp_path / "cache") <= 16
+
+
+def _hammer(artifact: Artifact, seed: int, queue: Any) -> None:
+    rng = np.random.default_rng(seed)
+    try:
+        found = {artifact[int(index)].key for index in rng.integers(0, len(artifact), 60)}
+        queue.put((found, None))
+    except Exception as error:
+        queue.put((set(), repr(error)))
+
+
+def test_processes_share_a_cache_that_is_too_small(
+    tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
+) -> None:
+    """Each evicts what the others want; every record is right and the limit is never passed."""
+    write_artifact(tmp_path / "web" / "a", make_layout(format_name))
+    files = [path.stat().st_size for path in (tmp_path / "web" / "a").rglob("*") if path.is_file()]
+    limit = 2 * max(files)
+    artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", limit))
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_hammer, args=(artifact, seed, queue)) for seed in range(3)]
+    for worker in workers:
+        worker.start()
+    largest = 0
+    results: list[tuple[set[str], str | None]] = []
+    while len(results) < len(workers):
+        sizes = []
+        for path in _copies(tmp_path / "cache"):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:
+                pass
+        largest = max(largest, sum(sizes))
+        if not queue.empty():
+            results.append(queue.get())
+    for worker in workers:
+        worker.join()
+    assert [error for _, error in results] == [None] * 3
+    assert all(keys <= {f"k{number}" for number in range(7)} for keys, _ in results)
+    assert 0 < largest <= limit
+
+
+def test_threads_that_want_one_file_fetch_it_once(tmp_path: Path, web: Any) -> None:
+    Location(tmp_path / "web").write("f", b"x" * 10_000)
+    cache = Cache(tmp_path / "cache", PLENTY)
+    found: list[bytes] = []
+
+    def read() -> None:
+        found.append(CachedLocation.of(Location(web.url), cache).read("f"))
+
+    threads = [threading.Thread(target=read) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [b"x" * 10_000] * 8
+    assert sum(method == "GET" for method, _, _ in web.requests) == 1
+
+
+def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any) -> None:
+    Location(tmp_path / "web").write("f", b"x" * 80)
+    cache = Cache(tmp_path / "cache", 100)
+    dead = cache.reserve("0123456789abcdef", 60)
+    assert dead is not None
+    dead.write_bytes(b"half")
+    assert CachedLocation.of(Location(web.url), cache).local_path("f") is not None
+    assert not dead.exists()
+
+
+def test_a_fetch_in_progress_is_not_evicted(tmp_path: Path, web: Any) -> None:
+    Location(tmp_path / "web").write("f", b"x" * 80)
+    cache = Cache(tmp_path / "cache", 100)
+    with cache.lock("0123456789abcdef"):
+        busy = cache.reserve("0123456789abcdef", 60)
+        assert busy is not None
+        assert CachedLocation.of(Location(web.url), cache).local_path("f") is None  # ranges, then
+        assert busy.exists()
+
+
+def test_a_full_disk_costs_the_cache_not_the_run(
+    tmp_path: Path,
+    web: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    make_layout: Callable[..., Layout],
+    write_artifact: Write,
+    same_record: Same,
+) -> None:
+    records = write_artifact(tmp_path / "web" / "a", make_layout("webdataset"))
+    artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", PLENTY))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact.location.fs, "get_file", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        found = list(artifact)
+    for one, expected in zip(found, records, strict=True):
+        same_record(one, expected)
+    assert _held(tmp_path / "cache") == 0
+
+
+def test_a_download_that_ends_early_is_repeated(
+    tmp_path: Path, web: Any, quick: list[float], monkeypatch: Any
+) -> None:
+    Location(tmp_path / "web").write("f", b"x" * 100)
+    location = CachedLocation.of(Location(web.url), Cache(tmp_path / "cache", PLENTY))
+    original, calls = location.fs.get_file, []
+
+    def short(path: str, target: str) -> None:
+        original(path, target)
+        calls.append(target)
+        if len(calls) < 3:
+            os.truncate(target, 50)
+
+    monkeypatch.setattr(location.fs, "get_file", short)
+    assert location.read("f") == b"x" * 100
+    assert len(quick) == 2
+
+
+def test_an_impossible_cache_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        Cache(tmp_path, 0)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="file"):
+        Cache(tmp_path / "file", 10)

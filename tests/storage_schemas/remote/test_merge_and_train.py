@@ -1,0 +1,65 @@
+"""A whole pipeline over S3: Ray workers write there, training and tools read from there."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from datamerge import cli
+from storage_schemas import ExactMoments, Location, open_artifact
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+MERGE = ["--encoder", "mlp:3x8x8-16-4", "--members", "3", "--steps", "2", "--groups-per-shard", "2", "--workers", "2"]
+MERGE += ["--keep-members"]
+
+
+def _run(*arguments: str) -> str:
+    """A command in its own process, as its workers and connections want it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "datamerge", *arguments], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def _call(*arguments: str) -> str:
+    return CliRunner().invoke(cli, arguments, catch_exceptions=False).output
+
+
+def test_pipeline(bucket: str, s3: Any, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(7):
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
+        Location(f"{bucket}/photos").write(f"{index}.png", buffer.getvalue())
+    said = _run("merge", f"{bucket}/photos", f"{bucket}/adv", *MERGE)
+    records = list(open_artifact(f"{bucket}/adv"))
+    assert [record.key for record in records] == [str(index) for index in range(7)]
+    for record in records:
+        moments = ExactMoments.of(record.members)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(record.arrays["scatter"], moments.scatter)
+    s3.requests.clear()
+    said += _run("train", f"{bucket}/adv", str(tmp_path / "run"), "--encoder", "mlp:3x8x8-16-4", "--steps", "3")
+    assert s3.listings() == []
+    said += _call("convert", f"{bucket}/adv", f"{bucket}/tar", "--format", "webdataset")
+    assert "equal: 7 groups" in _call("diff", f"{bucket}/adv", f"{bucket}/tar")
+    said += _call("inspect", f"{bucket}/tar") + _call("export", f"{bucket}/tar", "3", "-o", f"{bucket}/out")
+    assert Location(f"{bucket}/out").names() == ["3.npz"]
+    assert "verysecret" not in said
+    files = fsspec.filesystem("s3")
+    for path in files.find(f"{bucket}/adv"):
+        assert b"verysecret" not in files.cat_file(path), path

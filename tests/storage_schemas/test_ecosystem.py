@@ -1,0 +1,192 @@
+"""Third-party readers, as the dataset card tells to use them, get the arrays that ours gets."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact
+from storage_schemas import croissant as croissant_module
+from storage_schemas.croissant import croissant
+from storage_schemas.presentation import presentation_files
+
+Write = Callable[..., list[Record]]
+
+
+@pytest.fixture
+def published(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> Callable[..., tuple[Path, list[Record]]]:
+    """A function that writes an artifact with all that presents it."""
+
+    def publish(*form: str, rejected: tuple[int, ...] = (1,), **more: Any) -> tuple[Path, list[Record]]:
+        records = write_artifact(tmp_path / "a", make_layout(*form, **more), rejected)
+        artifact = open_artifact(tmp_path / "a")
+        layout, provenance = artifact.manifest.layout, artifact.manifest.provenance
+        ArtifactWriter(Location(tmp_path / "a"), layout, provenance).finish(presentation_files(artifact))
+        return tmp_path / "a", records
+
+    return publish
+
+
+def test_xarray(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+    import xarray
+
+    folder, records = published("zarr", encoding_name)
+    groups = xarray.open_zarr(folder / "groups.zarr", consolidated=False, chunks=None)
+    first = "sum" if encoding_name == "uint8_moments" else "mean"
+    assert groups[first].dims == ("group", "channel", "height", "width")
+    assert groups["target"].dims == ("group", "embedding")
+    assert groups["members"].dims == ("group", "member", "channel", "height", "width")
+    groups = groups.isel(group=np.flatnonzero(groups["count"].values))
+    assert groups.sizes["group"] == len(records)
+    for row, record in enumerate(records):
+        assert int(groups["count"][row]) == record.count
+        for name, expected in record.arrays.items():
+            found = groups[name][row].values
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_tensorstore(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+    import tensorstore
+
+    folder, records = published("zarr", encoding_name)
+
+    def read(name: str) -> Any:
+        path = str(folder / "groups.zarr" / name)
+        return (
+            tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}})
+            .result()
+            .read()
+            .result()
+        )
+
+    rows = np.flatnonzero(read("count"))
+    assert len(rows) == len(records)
+    for name, expected in records[0].arrays.items():
+        found = read(name)[rows]
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, np.stack([record.arrays[name] for record in records]))
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_datasets(
+    published: Callable[..., tuple[Path, list[Record]]], encoding_name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Both ways: `data_files`, and the folder with the card's configuration."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder, records = published("webdataset", encoding_name)
+    cache = str(tmp_path / "cache")
+    by_files = datasets.load_dataset(
+        "webdataset", data_files=str(folder / "shards" / "*.tar"), split="train", cache_dir=cache
+    )
+    by_folder = datasets.load_dataset(str(folder), split="train", cache_dir=cache)
+    for groups in (by_files, by_folder):
+        assert groups["__key__"] == [record.key for record in records]
+        for row, record in zip(groups, records, strict=True):
+            assert row["json"] == {"count": record.count, "label": record.label, "samples": list(record.samples)}
+            for name, expected in record.arrays.items():
+                np.testing.assert_array_equal(np.asarray(row[f"{name}.npy"], expected.dtype), expected)
+
+
+def _validate(path: Path) -> Any:
+    import mlcroissant
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = mlcroissant.Dataset(str(path))
+    issues = dataset.metadata.ctx.issues
+    assert not issues.errors
+    return dataset
+
+
+@pytest.mark.parametrize("rejected", [(1,), (2, 5)])
+def test_croissant(
+    published: Callable[..., tuple[Path, list[Record]]], format_name: str, rejected: tuple[int, ...]
+) -> None:
+    """Accepted, readable by its own tool, and true: every file with its hash. Without k2 and k5 all have labels."""
+    folder, records = published(format_name, rejected=rejected)
+    dataset = _validate(folder / "croissant.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = list(dataset.records("groups"))
+    assert [row["groups/key"].decode() for row in rows] == [record.key for record in records]
+    assert [row["groups/count"] for row in rows] == [record.count for record in records]
+    if rejected == (2, 5):
+        assert [row["groups/label"] for row in rows] == [record.label for record in records]
+    document = json.loads((folder / "croissant.json").read_bytes())
+    files = {entry["contentUrl"]: entry for entry in document["distribution"] if entry["@type"] == "cr:FileObject"}
+    for path, entry in files.items():
+        data = (folder / path).read_bytes()
+        assert entry["sha256"] == sha256(data).hexdigest()
+        assert entry["contentSize"] == f"{len(data)} B"
+    shards = {str(p.relative_to(folder)) for p in folder.rglob("*") if "/c/" in str(p) or p.suffix == ".tar"}
+    assert files.keys() == {path for path in shards if (folder / path).is_file()} | {
+        f"commits/0000{shard}.json" for shard in range(3)
+    }
+
+
+def test_croissant_provenance(
+    published: Callable[..., tuple[Path, list[Record]]], provenance: dict[str, Any]
+) -> None:
+    folder, _ = published("zarr")
+    document = json.loads((folder / "croissant.json").read_bytes())
+    assert document["@context"]["prov"] == "http://www.w3.org/ns/prov#"
+    (source,) = document["prov:wasDerivedFrom"]
+    assert source["@type"] == "prov:Entity"
+    assert json.loads(source["prov:value"]) == provenance["source"]
+    activity = document["prov:wasGeneratedBy"]
+    assert json.loads(activity["prov:value"]) == {"seed": 7, "grouping": "label"}
+    assert activity["prov:wasAssociatedWith"]["prov:label"].startswith("datamerge ")
+
+
+def test_croissant_of_many_shards_stays_small(
+    published: Callable[..., tuple[Path, list[Record]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = published("zarr")
+    listed = len((folder / "croissant.json").read_bytes())
+    monkeypatch.setattr(croissant_module, "LISTED_FILES", 2)
+    (folder / "croissant.json").write_bytes(croissant(open_artifact(folder)))
+    _validate(folder / "croissant.json")
+    assert len((folder / "croissant.json").read_bytes()) < 0.6 * listed
+
+
+def test_nothing_usable_has_a_card_all_the_same(published: Callable[..., tuple[Path, list[Record]]]) -> None:
+    folder, _ = published("zarr", rejected=tuple(range(7)))
+    _validate(folder / "croissant.json")
+    assert not (folder / "preview.png").exists()
+
+
+@pytest.mark.parametrize("license", [None, "cc-by-4.0", 'odd: "one" #'])
+def test_card_front_matter_and_licence(
+    tmp_path: Path,
+    make_layout: Callable[..., Layout],
+    make_shards: Callable[..., list[list[Record]]],
+    format_name: str,
+    license: str | None,
+) -> None:
+    layout = make_layout(format_name)
+    writer = ArtifactWriter(Location(tmp_path), layout, {} if license is None else {"license": license})
+    writer.begin({})
+    for shard, records in enumerate(make_shards(layout)):
+        writer.commit(shard, records, [])
+    writer.finish()
+    files = presentation_files(open_artifact(tmp_path))
+    card = files["README.md"].decode()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == (license or "other")
+    assert front["size_categories"] == ["n<1K"]
+    assert json.loads(files["croissant.json"])["license"] == (license or "other")
+    assert "xarray.open_zarr" in card if format_name == "zarr" else "datasets.load_dataset" in card
