@@ -85,12 +85,11 @@ def apgd(
     """
     kind = EuclideanBall if settings.norm == "l2" else Ball
     ball = kind.around(clean, settings.epsilon, settings.on_grid)
-    start = ball.centre
-    radius = settings.start_radius
     if initial is not None:
         start = ball.clamp_(initial * ball.scale)
-    elif settings.random_start:
-        start = ball.random_start(settings.epsilon if radius is None else radius, generators)
+    else:
+        radius = settings.epsilon if settings.start_radius is None else settings.start_radius
+        start = ball.start(settings.random_start, radius, generators)
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
         if settings.steps == 0:

@@ -84,8 +84,10 @@ class Ball:
         upper = torch.where(upper.double() - wide > radius64, torch.nextafter(upper, clean), upper)
         return cls(lower.clamp_min(0), upper.clamp_max(1), clean, 1.0, False)
 
-    def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
-        """Uniform points around the centre, drawn on the CPU so that they are the same on every device."""
+    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """The centre, or uniform points around it, drawn on the CPU so that they are the same on every device."""
+        if not random:
+            return self.centre
         shape, device = tuple(self.centre.shape[1:]), self.centre.device
         if self.on_grid:
             levels = math.floor(radius * LEVELS)

@@ -75,10 +75,8 @@ def attack(
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
     ball = Ball.around(clean, settings.epsilon, settings.on_grid)
-    start = ball.centre
-    radius = settings.start_radius
-    if settings.random_start:
-        start = ball.random_start(settings.epsilon if radius is None else radius, generators)
+    radius = settings.epsilon if settings.start_radius is None else settings.start_radius
+    start = ball.start(settings.random_start, radius, generators)
     step = float(settings.step_size) * ball.scale
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):

@@ -75,7 +75,7 @@ class Bench:
         """Switch exactly these faults on; `upload_failures="2"` writes 2 into its file."""
         for name in ("slow", "poison", "upload-failures"):
             (self.faults / name).unlink(missing_ok=True)
-        for folder in ("pids", "busy", "uploads"):
+        for folder in ("busy", "uploads"):
             shutil.rmtree(self.faults / folder, ignore_errors=True)
             (self.faults / folder).mkdir()
         for name, text in switches.items():
@@ -87,7 +87,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Wait until a condition gives something, and return that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -30,7 +30,6 @@ class FaultyEncoder(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4))
-        (faults() / "pids" / str(os.getpid())).touch()
 
     def forward(self, pixels: Tensor) -> Tensor:
         first = (pixels.detach()[:, 0, 0, 0] * 255).round()
