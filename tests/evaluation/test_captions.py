@@ -218,6 +218,33 @@ def test_an_image_whose_gradient_overflows_holds_nobody_up(llava: Llava, monkeyp
     assert good.pixels is not None
 
 
+def test_images_of_a_batch_go_their_own_ways(
+    settings: dict[str, Any], captioned: list[Captioned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people = [["yes"] * 10, ["yes"] * 5 + ["no"] * 5, ["yes"] * 4 + ["no"] * 3 + ["2"] * 3]
+    questions = [
+        {"image_id": int(image.key), "question": "What is it?", "question_id": i}
+        for i, image in enumerate(captioned[:3])
+    ]
+    annotations = [{"question_id": i, "answers": [{"answer": a} for a in given]} for i, given in enumerate(people)]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2017", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
+    monkeypatch.setattr(Llava, "generate", lambda _, pixels, *__: ["yes"] * len(pixels))
+    flags = {**settings, "data": str(tmp_path / "q.json"), "annotations": str(tmp_path / "a.json"), "steps": 1}
+    evaluate_vqa(load_settings(VqaConfig, None, {**flags, "output": str(tmp_path / "out"), "batch_size": 3}))
+    states = items(tmp_path / "out")
+    for key, given in enumerate(people):
+        plan = plan_passes(len(set(given)), ("maybe", "Word"), True)
+        passes = states[str(key)]["passes"]
+        assert [entry["name"] for entry in passes] == [step.name for step in plan]
+        assert [entry["target"] for entry in passes] == [step.target for step in plan]
+    item = next((tmp_path / "out").rglob("items/0.json"))
+    state = json.loads(item.read_text())
+    item.write_text(json.dumps({**state, "passes": state["passes"][:1], "tower_sha256": "0" * 64}))
+    with pytest.raises(ConfigError, match=r"its weights are not those that .* was begun with"):
+        evaluate_vqa(load_settings(VqaConfig, None, {**flags, "output": str(tmp_path / "out"), "batch_size": 3}))
+
+
 @pytest.fixture(scope="module")
 def vqa_files(tmp_path_factory: pytest.TempPathFactory, captioned: list[Captioned]) -> tuple[str, str]:
     """Questions in VQAv2's format; people answer with the beginnings of captions, which the model knows."""

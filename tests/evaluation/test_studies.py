@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,29 @@ def test_the_euclidean_ball(two_class: str, photos: Path, tmp_path: Path) -> Non
         two_class, photos, tmp_path, head="outputs", norm="l2", epsilons=["2.9/255", "3.1/255", "15.1/255"]
     )
     assert list(scores(result).values())[2:] == [100, 50, 0]
+
+
+def test_folders_parquet_and_tars_are_alike(two_class: str, photos: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(photos.rglob("*.png"))
+    labels = [int(file.parent.name == "light") for file in files]
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    pq.write_table(pa.table({"image": rows, "label": labels}), tmp_path / "photos.parquet")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "000000.tar", "w") as tar:
+        for index, (file, label) in enumerate(zip(files, labels, strict=True)):
+            for name, data in ((f"{index}.png", file.read_bytes()), (f"{index}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    found = [
+        scores(measure(two_class, data, tmp_path / f"out-{data.name}", head="outputs", epsilons=["2/255"]))
+        for data in (photos, tmp_path / "photos.parquet", tmp_path / "tars")
+    ]
+    assert found[0]["top-1 ε=2/255"] == 50
+    assert found[1] == found[2] == found[0]
 
 
 def test_top_5_counts_labels_among_the_best_five(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
