@@ -13,6 +13,7 @@ from rich.filesize import decimal as human_bytes
 from console import load_settings
 from merge_service.config import MergeConfig
 from merge_service.merge import MergeResult, Prepared, prepare, run
+from merge_service.termination import Terminated
 from storage_schemas import UserError
 
 
@@ -94,12 +95,12 @@ def merge(
         return
     try:
         result = run(prepared)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         click.echo(
-            f"interrupted: finished shards are kept in {config.artifact}; run the same command again to continue",
-            err=True,
+            f"{what}: finished shards are kept in {config.artifact}; run the same command again to continue", err=True
         )
-        raise click.exceptions.Exit(130) from None
+        raise click.exceptions.Exit(code) from None
     except FileExistsError as error:
         raise UserError(f"{config.artifact}: expected a folder or a free name, found a file ({error})") from None
     _show_result(config, result, as_json)

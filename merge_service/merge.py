@@ -18,6 +18,7 @@ from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_shape
 from merge_service.retry import explain, is_hopeless
 from merge_service.rounds import ResolvedEncoder, resolve
+from merge_service.termination import sigterm_raises
 from merge_service.work import WorkerSetup
 from merge_service.work_queue import SetAside
 from sources import LISTING, Source, open_source
@@ -159,7 +160,8 @@ def _run_stage(
     try:
         ray_stage.start(config)
         setup = worker_setup(prepared, writer, ray_stage.device(config, local_device(config)))
-        with Progress("merge", plan.layout.groups, "groups", plan.layout.groups - left) as progress:
+        done = plan.layout.groups - left
+        with sigterm_raises(), Progress("merge", plan.layout.groups, "groups", done) as progress:
             for result in ray_stage.run_shards(plan, shards, setup):
                 if isinstance(result, SetAside):
                     aside.append(result)
@@ -247,7 +249,7 @@ def _clusters(
     setup = WorkerSetup(config, None, source.reader, shape, wanted, None, None, device)
     found: dict[int, list[int]] = {}
     classes = by_class(source)
-    with Progress("cluster", len(source.samples), "samples") as progress:
+    with sigterm_raises(), Progress("cluster", len(source.samples), "samples") as progress:
         for label, clusters in ray_stage.run_clusters(setup, classes, counts):
             found[label] = clusters
             progress.advance(len(clusters))

@@ -57,6 +57,22 @@ def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undistu
     assert tree(tmp_path / "a") == undisturbed
 
 
+def test_sigterm_ends_in_order_and_the_same_command_continues(
+    bench: Bench, undisturbed: Tree, tmp_path: Path
+) -> None:
+    bench.switch(slow="")
+    process = bench.start(tmp_path / "a")
+    wait_for(lambda: _busy_workers(bench, process))
+    process.terminate()
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 143, errors
+    assert errors.splitlines()[-1].startswith("terminated: finished shards are kept")
+    bench.switch()
+    code, errors = bench.merge(tmp_path / "a")
+    assert code == 0, errors
+    assert tree(tmp_path / "a") == undisturbed
+
+
 def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     bench.switch(slow="")
     process = bench.start(tmp_path / "a")
