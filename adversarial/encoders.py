@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -92,6 +93,8 @@ def load_encoder(spec: str, device: str = "cpu") -> Encoder:
         ConfigError: an unknown model or tag, weights that cannot be read or do not fit.
     """
     parsed = parse_spec(spec)
+    if parsed.kind == "open_clip":
+        parsed = known_open_clip(parsed)
     build = {"open_clip": _open_clip, "timm": _timm, "mlp": _mlp, "python": _python}[parsed.kind]
     with seeded():
         model, shape, mean, std = build(parsed)
@@ -129,10 +132,8 @@ Built = tuple[nn.Module, tuple[int, int, int], Sequence[float], Sequence[float]]
 
 
 def _open_clip(spec: EncoderSpec) -> Built:
-    make_torchvision_importable()
     import open_clip
 
-    check_open_clip(spec)
     model = downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=spec.pretrained))
     visual: Any = model.visual
     size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
@@ -141,8 +142,16 @@ def _open_clip(spec: EncoderSpec) -> Built:
     return visual, (3, *size), mean, std
 
 
-def check_open_clip(spec: EncoderSpec) -> None:
-    """Raise ConfigError unless open_clip knows the model and the tag."""
+def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
+    """The spec, if open_clip knows model and tag, with the activation that the weights were trained with in its name.
+
+    OpenAI's and a few other weights need QuickGELU. open_clip only warns when the plain model is asked for and runs it
+    with GELU; and a spec of fine-tuned weights has the model's name alone to say which of the two it is.
+
+    Raises:
+        ConfigError: an unknown model or tag.
+    """
+    make_torchvision_importable()
     import open_clip
 
     known = open_clip.list_models()
@@ -151,6 +160,9 @@ def check_open_clip(spec: EncoderSpec) -> None:
     if spec.pretrained and (spec.model, spec.pretrained) not in open_clip.list_pretrained():
         tags = [tag for model, tag in open_clip.list_pretrained() if model == spec.model]
         raise ConfigError(_unknown(f"weights of open_clip {spec.model}", spec.pretrained, tags))
+    quick = f"{spec.model}-quickgelu"
+    config = open_clip.get_pretrained_cfg(spec.model, spec.pretrained) if spec.pretrained else {}
+    return replace(spec, model=quick) if config.get("quick_gelu") and quick in known else spec
 
 
 def _timm(spec: EncoderSpec) -> Built:

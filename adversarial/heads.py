@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from adversarial.encoders import check_open_clip, downloading, read_state_dict, seeded, timm_name
+from adversarial.encoders import downloading, known_open_clip, read_state_dict, seeded, timm_name
 from adversarial.specs import KINDS, EncoderSpec, parse_spec
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -130,7 +130,7 @@ def _zero_shot(spec: EncoderSpec, class_names: Sequence[str], templates: Sequenc
     make_torchvision_importable()
     import open_clip
 
-    check_open_clip(spec)
+    spec = known_open_clip(spec)
     weights = spec.checkpoint or spec.pretrained
     with seeded():
         model: Any = downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=weights))

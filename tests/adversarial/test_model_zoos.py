@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adversarial import load_encoder, load_head, save_encoder
+from adversarial import load_encoder, load_head, parse_spec, save_encoder
+from adversarial.encoders import known_open_clip
 from storage_schemas import ConfigError
 
 TIMM = "timm:test_resnet"
@@ -97,3 +98,16 @@ def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(monkeypatch: pyt
     assert torch.equal(head.weight, load_head("open_clip:tiny-test", ["cat", "dog", "ant"]).weight)
     with pytest.raises(ConfigError, match="--class-names"):
         load_head("open_clip:tiny-test")
+
+
+@pytest.mark.parametrize(
+    ("spec", "model"),
+    [
+        ("open_clip:ViT-L-14/openai", "ViT-L-14-quickgelu"),
+        ("open_clip:ViT-B-32-quickgelu/openai", "ViT-B-32-quickgelu"),
+        ("open_clip:ViT-L-14/laion2b_s32b_b82k", "ViT-L-14"),
+        ("open_clip:ViT-B-32", "ViT-B-32"),
+    ],
+)
+def test_weights_get_the_activation_they_were_trained_with(spec: str, model: str) -> None:
+    assert known_open_clip(parse_spec(spec)).model == model
