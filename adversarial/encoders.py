@@ -145,8 +145,8 @@ def _open_clip(spec: EncoderSpec) -> Built:
 def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
     """The spec, if open_clip knows model and tag, with the activation that the weights were trained with in its name.
 
-    OpenAI's and a few other weights need QuickGELU. open_clip only warns when the plain model is asked for and runs it
-    with GELU; and a spec of fine-tuned weights has the model's name alone to say which of the two it is.
+    OpenAI's and a few other weights need QuickGELU. Asked for the plain model, open_clip only warns and runs it with
+    GELU; and a spec of fine-tuned weights has the model's name alone to say which of the two it is.
 
     Raises:
         ConfigError: an unknown model or tag.
