@@ -46,6 +46,7 @@ from trainer.signals import Stopped
 @click.option("--seed", type=int, help="Seed of the order of groups and of all random draws. [0]")
 @click.option("--device", help="cpu, cuda, cuda:1 … [auto]")
 @click.option("--checkpoint-every", type=int, help="Steps between two checkpoints. [500]")
+@click.option("--cache", metavar="DIR", help="Local copies of a remote artifact, up to cache_bytes. [none]")
 @click.option("--data-workers", type=int, help="Processes that read ahead; 0 uses a thread. [0]")
 @click.option(
     "--eval-artifact", metavar="ARTIFACT", help="Held-out artifact: logs its loss and keeps the best state."

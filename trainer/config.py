@@ -135,6 +135,10 @@ class TrainConfig(Settings):
     data_workers: int = Field(
         default=0, ge=0, description="Processes that read ahead (0 reads in the training process)."
     )
+    cache: str | None = Field(
+        default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."
+    )
+    cache_bytes: int = Field(default=100 * 10**9, ge=1, description="Bytes that the cache may hold.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch (its own choice if not set).")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
 

@@ -7,7 +7,7 @@ import torch
 from adversarial import Encoder
 from trainer.distributed import Processes
 from trainer.draws import Draws
-from trainer.estimators import antithetic, individual_loss, mean_only
+from trainer.estimators import along_factors, antithetic, individual_loss, mean_only
 from trainer.forward import Forward
 from trainer.job import HeldOut, Job
 from trainer.order import ESTIMATOR, Layout, stream_seeds
@@ -48,6 +48,8 @@ def _losses(job: Job, model: Forward, batch: Batch, draws: Draws) -> torch.Tenso
         return individual_loss(model, batch.members, batch.counts, batch.target, job.loss).loss
     if batch.mean is None:
         raise ValueError("a batch holds members or a mean")
+    if batch.factors is not None:
+        return along_factors(model, batch.mean, batch.factors, batch.target, job.loss, draws).loss
     if batch.variance is None:
         return mean_only(model, batch.mean, None, batch.target, job.loss).loss
     return antithetic(model, batch.mean, batch.variance, batch.target, job.loss, draws).loss

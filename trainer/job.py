@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, weights_sha256
-from storage_schemas import Artifact, ConfigError, Manifest, open_artifact
+from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
 from trainer.fits import check_epsilon, check_groups, loss_name, recorded_encoder, stored_members
@@ -36,6 +37,8 @@ _FREE = {
     "checkpoint_every",
     "keep_checkpoints",
     "data_workers",
+    "cache",
+    "cache_bytes",
     "threads",
     "log_every",
 }
@@ -118,7 +121,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     """
     own = own or Processes()
     device = choose_device(config.device, own)
-    artifact = open_artifact(config.artifact)
+    artifact = _open(config, config.artifact)
     loss = loss_name(config, artifact.manifest)
     members = stored_members(config, artifact.manifest)
     check_epsilon(config, artifact.manifest)
@@ -216,7 +219,7 @@ def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
-    artifact = open_artifact(config.eval_artifact)
+    artifact = _open(config, config.eval_artifact)
     loss_name(
         other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
     )
@@ -262,6 +265,11 @@ def _resolved(
             "epochs": None,
         }
     )
+
+
+def _open(config: TrainConfig, url: str) -> Artifact:
+    cache = Cache(Path(config.cache).expanduser(), config.cache_bytes) if config.cache is not None else None
+    return open_artifact(url, cache=cache)
 
 
 def choose_device(name: str, own: Processes) -> torch.device:

@@ -28,19 +28,19 @@ class Batch(NamedTuple):
         keys: record keys.
         mean: float32 [B, C, H, W] in [0, 1]; None when the arm does not use it.
         variance: float32 [B, C, H, W]; None when the arm does not use it.
-        factors: float32 [B, k, C, H, W]; None when the arm does not use them.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
         members: uint8 [M, C, H, W], group after group; None when the arm does not use them.
         counts: members of each group; their sum is M.
+        factors: float32 [B, k, C, H, W]; None when the arm does not use them.
     """
 
     keys: list[str]
     mean: Tensor | None
     variance: Tensor | None
-    factors: Tensor | None
     target: Tensor
     members: Tensor | None
     counts: list[int]
+    factors: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -128,10 +128,10 @@ class Collate:
             keys=[record.key for record in groups],
             mean=None if self.members else _stack([record.mean for record in groups]),
             variance=_stack([record.variance for record in groups]) if self.arm == "avg" else None,
-            factors=self._factors(groups) if self.arm == "factors" else None,
             target=target,
             members=torch.from_numpy(np.concatenate(stored)) if stored else None,
             counts=[len(members) for members in stored],
+            factors=self._factors(groups) if self.arm == "factors" else None,
         )
 
     def _targets(self, groups: list[Record]) -> Tensor:

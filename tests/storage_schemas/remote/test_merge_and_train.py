@@ -23,7 +23,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-MERGE = ["--encoder", "mlp:3x8x8-16-4", "--members", "3", "--steps", "2", "--groups-per-shard", "2", "--workers", "2"]
+MERGE = [
+    "--encoder",
+    "mlp:3x8x8-16-4",
+    "--members",
+    "3",
+    "--steps",
+    "2",
+    "--groups-per-shard",
+    "2",
+    "--max-workers",
+    "2",
+]
 MERGE += ["--keep-members"]
 
 
@@ -53,8 +64,9 @@ def test_pipeline(bucket: str, s3: Any, tmp_path: Path) -> None:
         moments = ExactMoments.of(record.members)  # type: ignore[arg-type]
         np.testing.assert_array_equal(record.arrays["scatter"], moments.scatter)
     s3.requests.clear()
-    said += _run("train", f"{bucket}/adv", str(tmp_path / "run"), "--encoder", "mlp:3x8x8-16-4", "--steps", "3")
+    said += _run("train", f"{bucket}/adv", str(tmp_path / "run"), "--steps", "3", "--cache", str(tmp_path / "cache"))
     assert s3.listings() == []
+    assert any((tmp_path / "cache").glob("[0-9a-f]*"))
     said += _call("convert", f"{bucket}/adv", f"{bucket}/tar", "--format", "webdataset")
     assert "equal: 7 groups" in _call("diff", f"{bucket}/adv", f"{bucket}/tar")
     said += _call("inspect", f"{bucket}/tar") + _call("export", f"{bucket}/tar", "3", "-o", f"{bucket}/out")
