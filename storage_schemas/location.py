@@ -111,7 +111,7 @@ class Location:
         self.fs.invalidate_cache()
         try:
             entries = self._call(relative, lambda path: self.fs.ls(path, detail=False))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 

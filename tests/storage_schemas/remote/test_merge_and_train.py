@@ -23,8 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-MERGE = [
-    "--encoder",
+MERGE = ["--encoder", "mlp:3x8x8-16-4", "--members", "3", "--steps", "2", "--groups-per-shard", "2"]
+MERGE += ["--max-workers", "2", "--keep-members"]
     "mlp:3x8x8-16-4",
     "--members",
     "3",
