@@ -25,17 +25,6 @@ pytestmark = [
 
 MERGE = ["--encoder", "mlp:3x8x8-16-4", "--members", "3", "--steps", "2", "--groups-per-shard", "2"]
 MERGE += ["--max-workers", "2", "--keep-members"]
-    "mlp:3x8x8-16-4",
-    "--members",
-    "3",
-    "--steps",
-    "2",
-    "--groups-per-shard",
-    "2",
-    "--max-workers",
-    "2",
-]
-MERGE += ["--keep-members"]
 
 
 def _run(*arguments: str) -> str:
