@@ -159,7 +159,7 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             chunks=(1, *spec.shape),
             shards=(per_shard, *spec.shape),
             fill_value=np.nan if dtype.kind == "f" else int(np.iinfo(dtype).max),
-            dimension_names=AXES.get(spec.name, ("group", *PIXELS)),
+            dimension_names=_axes(spec),
             compressors=[
                 BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=dtype.itemsize),
                 Crc32cCodec(),
@@ -178,6 +178,14 @@ def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
             config={"write_empty_chunks": True},
         )
     return arrays
+
+
+def _axes(spec: ArraySpec) -> tuple[str, ...]:
+    """Names of an array's axes; made up for an array that is none of the format's."""
+    known = AXES.get(spec.name, ("group", *PIXELS))
+    if len(known) == 1 + len(spec.shape):
+        return known
+    return ("group", *(f"{spec.name}_{axis}" for axis in range(len(spec.shape))))
 
 
 def _contents(store: MemoryStore) -> dict[str, bytes]:
