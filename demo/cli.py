@@ -13,9 +13,14 @@ from demo import digits
 from demo.report import write_report
 
 EPSILON, STEP_SIZE = "26/255", "5/255"
-MEMBERS, STEPS, BATCH, LEARNING_RATE, SEED = 5, 400, 32, "3e-4", 0
+MEMBERS, STEPS, BATCH, LEARNING_RATE, SEED = 5, 400, 32, "1e-4", 0
 # Flags of `datamerge train` by arm.
-ARMS = {"AT-1-Ind": ["--arm", "ind", "--members", "1"], "AT-5-Ind": ["--arm", "ind"], "AT-5-Avg": ["--arm", "avg"]}
+ARMS = {
+    "AT-1-Ind": ["--arm", "ind", "--members", "1"],
+    "AT-5-Ind": ["--arm", "ind"],
+    "AT-5-Avg": ["--arm", "avg"],
+    "AT-5-Factors": ["--arm", "factors"],
+}
 
 
 @click.command()
@@ -38,7 +43,7 @@ def demo(folder: str) -> None:
     artifact = str(root / "artifact")
     _run(
         ["merge", str(root / "digits" / "train"), artifact, "--encoder", spec, "--members", str(MEMBERS)]
-        + ["--epsilon", EPSILON, "--step-size", STEP_SIZE, "--keep-members", "--keep-clean"]
+        + ["--epsilon", EPSILON, "--step-size", STEP_SIZE, "--keep-members", "--keep-clean", "--factors", "1"]
         + ["--groups-per-shard", "250", "--batch-size", "320"]
     )
     _run(["inspect", artifact])
