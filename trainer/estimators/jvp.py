@@ -21,10 +21,10 @@ def jvp(
     √v Jᵀ H J √v, while that of `gauss_newton` comes from the law of the label.
 
     The Jacobian-vector product is taken by differentiating the vector-Jacobian product wᵀJ in w: about 2.6 plain
-    steps. Forward mode would need one pass less but is slower and more fragile in PyTorch 2.13: `torch.func.jvp` took 11
-    plain steps on ViT-B/32, two thirds of them in bmm (it seems that at::matmul cannot see there that weights require a
-    gradient, and expands every weight over the batch); bare `torch.autograd.forward_ad` took 6.5, and its rule for
-    softmax overwrites what the backward pass needs.
+    steps. Forward mode would need one pass less but is slower and more fragile in PyTorch 2.13: `torch.func.jvp`
+    took 11 plain steps on ViT-B/32, two thirds of them in bmm (it seems that at::matmul cannot see there that
+    weights require a gradient, and expands every weight over the batch); bare `torch.autograd.forward_ad` took 6.5,
+    and its rule for softmax overwrites what the backward pass needs.
 
     Args:
         model, mean, variance, target, loss, draws: see `Estimator`.
