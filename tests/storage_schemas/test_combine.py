@@ -1,9 +1,8 @@
-"""The union of artifacts: exact, in any order of combining, and refused where it would have no meaning."""
+"""The union of artifacts: exact, and in any order of combining."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,130 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save
 
 from storage_schemas import (
-    ArraySpec,
-    Artifact,
-    ArtifactWriter,
-    ConfigError,
-    DatamergeError,
-    ExactMoments,
-    Layout,
-    Location,
-    Record,
     Reject,
     UserError,
-    open_artifact,
 )
 from storage_schemas.combine import plan_combination
-from storage_schemas.compatibility import leaves, tree
-from storage_schemas.derive import moment_specs
-from storage_schemas.factors import factors
-from storage_schemas.record import encode_exact
-
-SHAPE, WIDTH = (1, 3, 4), 5
-ROUND: dict[str, Any] = {
-    "source": {"url": "photos/", "fingerprint": "f00", "samples": 9, "class_names": []},
-    "grouping": {"kind": "adversarial", "members": 4},
-    "preprocessing": {"shape": [1, 3, 4]},
-    "encoder": {"spec": "clip", "sha256": "e0"},
-    "attack": {"kind": "pgd", "epsilon": "2/255", "random_start": True},
-    "seed": 0,
-}
-LABELS: dict[str, Any] = {
-    "source": {"url": "mnist/", "fingerprint": "f00", "samples": 9, "class_names": ["a", "b"]},
-    "grouping": {"kind": "label", "members": None},
-    "seed": 0,
-}
-
-
-def _members(seed: Sequence[int], count: int, clean: Any = None) -> Any:
-    rng = np.random.default_rng(list(seed))
-    if clean is None:
-        return rng.integers(0, 256, (count, *SHAPE)).astype(np.uint8)
-    return np.clip(clean + rng.integers(-2, 3, (count, *SHAPE)), 0, 255).astype(np.uint8)
-
-
-def _clean(key: str) -> Any:
-    return _members([1, int(key[1:])], 1)[0]
-
-
-def make(
-    folder: Path,
-    groups: Mapping[str, Any],
-    provenance: Mapping[str, Any] = ROUND,
-    changes: Mapping[str, Any] | None = None,
-    *,
-    format: str = "zarr",
-    encoding: str = "uint8_moments",
-    extras: Sequence[str] = ("target", "members", "clean"),
-    rejects: Sequence[Reject] = (),
-    overrides: Callable[[Record], dict[str, Any]] = lambda record: {},
-    files: Mapping[str, bytes] | None = None,
-) -> Artifact:
-    """An artifact of `groups` (key → members), two a shard; `changes` are dotted provenance leaves."""
-    largest = max(len(members) for members in groups.values())
-    shapes = {"target": (WIDTH,), "members": (largest, *SHAPE), "clean": SHAPE, "factors": (1, *SHAPE)}
-    dtypes = {"target": "f4", "members": "u1", "clean": "u1", "factors": "i1"}
-    arrays = moment_specs(encoding, SHAPE, largest, 255)  # type: ignore[arg-type]
-    arrays += [ArraySpec.of(name, np.dtype(dtypes[name]), shapes[name]) for name in extras]
-    layout = Layout.model_validate(
-        {
-            "format": format,
-            "encoding": encoding,
-            "arrays": tuple(arrays),
-            "groups": len(groups) + len(rejects),
-            "groups_per_shard": 2,
-        }
-    )
-    flat = leaves(provenance) | dict(changes or {})
-    writer = ArtifactWriter(Location(folder), layout, tree({k: v for k, v in flat.items() if v is not None}))
-    writer.begin(files or {})
-    records = []
-    for key, members in groups.items():
-        padded = np.concatenate([members, np.zeros((largest - len(members), *SHAPE), np.uint8)])
-        record = Record(
-            key=key,
-            count=len(members),
-            encoding=layout.encoding,
-            arrays={
-                **encode_exact(ExactMoments.of(members), layout),
-                "target": np.random.default_rng([2, int(key[1:])]).normal(size=WIDTH).astype(np.float32),
-                "members": padded,
-                "clean": _clean(key),
-                "factors": factors(members, 1, "sketch", np.random.default_rng(0)).astype(np.int8),
-            },
-            label=int(key[1:]) % 2,
-            samples=(f"{key}.png",),
-            info={"attack_loss": float(members.mean())},
-        )
-        record = Record(**{**{name: getattr(record, name) for name in Record.__slots__}, **overrides(record)})
-        records.append(record)
-    for shard in range(layout.shards):
-        writer.commit(shard, records[2 * shard : 2 * shard + 2], rejects if shard == 0 else ())
-    writer.finish()
-    return open_artifact(folder)
-
-
-def attacked(keys: Sequence[str], seed: int, count: int = 4) -> dict[str, Any]:
-    return {key: _members([seed, int(key[1:])], count, _clean(key).astype(int)) for key in keys}
-
-
-def combine(folder: Path, *inputs: Artifact, allow: Sequence[str] = ()) -> Artifact:
-    manifest = plan_combination(inputs, allow).write(Location(folder))
-    assert manifest.complete
-    return open_artifact(folder)
-
-
-def check(record: Record, members: Any) -> None:
-    """Equal to what one merge of all these members would have stored."""
-    moments = ExactMoments.of(members)
-    assert record.count == len(members)
-    np.testing.assert_array_equal(record.arrays["sum"], moments.sum)
-    np.testing.assert_array_equal(record.arrays["scatter"], moments.scatter)
-    if "members" in record.arrays:
-        np.testing.assert_array_equal(record.members, members)
+from storage_schemas.compatibility import leaves
+from tests.storage_schemas.combining import (
+    LABELS,
+    ROUND,
+    attacked,
+    check,
+    clean_of,
+    combine,
+    make,
+    members_of,
+)
 
 
 @settings(max_examples=6, deadline=None)
@@ -150,7 +42,7 @@ def test_the_union_is_exact_and_associative(counts: list[list[int]], seed: int, 
         folder = Path(name)
         groups = [
             {
-                key: _members([seed, i, j], count, _clean(key).astype(int))
+                key: members_of([seed, i, j], count, clean_of(key).astype(int))
                 for j, (key, count) in enumerate(zip(keys, row, strict=True))
             }
             for i, row in enumerate(counts)
@@ -234,7 +126,7 @@ def test_some_keys_in_common(tmp_path: Path) -> None:
 
 def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: Path) -> None:
     """Other samples of one class, from another file: the union that sums are kept for."""
-    halves = [{f"k{label}": _members([i, label], 300 + 7 * i) for label in (0, 1)} for i in (0, 1)]
+    halves = [{f"k{label}": members_of([i, label], 300 + 7 * i) for label in (0, 1)} for i in (0, 1)]
     inputs = [
         make(tmp_path / f"{i}", half, LABELS, {"source.fingerprint": f"f{i}", "source.url": f"{i}/"}, extras=())
         for i, half in enumerate(halves)
@@ -247,8 +139,8 @@ def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: P
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"source.fingerprint": "f1"}, {"source.url": "copy/"}])
 def test_a_sample_counts_once(tmp_path: Path, changes: dict[str, Any]) -> None:
     """The same source, at another place, or more of it."""
-    a = make(tmp_path / "a", {"k0": _members([1], 3)}, LABELS)
-    b = make(tmp_path / "b", {"k0": _members([2], 3)}, LABELS, changes)
+    a = make(tmp_path / "a", {"k0": members_of([1], 3)}, LABELS)
+    b = make(tmp_path / "b", {"k0": members_of([2], 3)}, LABELS, changes)
     with pytest.raises(UserError, match=r"k0\.png"):
         plan_combination([a, b])
 
@@ -262,215 +154,3 @@ def test_float32_is_pooled_in_float64(tmp_path: Path) -> None:
     np.testing.assert_allclose(record.mean, members.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(record.variance, members.var(axis=0), atol=2e-7)
     assert (record.variance >= 0).all()
-
-
-def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
-    rounds = [
-        make(tmp_path / "1", attacked(["k0", "k1"], 1)),
-        make(tmp_path / "2", attacked(["k0", "k1"], 2), changes={"seed": 1, "attacked_encoder.sha256": "e1"}),
-        make(tmp_path / "3", attacked(["k0", "k1"], 3), changes={"seed": 2, "attacked_encoder.sha256": "e2"}),
-    ]
-    union = combine(tmp_path / "all", *rounds)
-    assert union[0].count == 12
-    parts: Any = union.manifest.provenance["combined"]
-    assert [part["provenance"].get("attacked_encoder") for part in parts] == [
-        None,
-        {"sha256": "e1"},
-        {"sha256": "e2"},
-    ]
-
-
-def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:
-    """An artifact that names the attacked encoder only."""
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
-    assert combine(tmp_path / "ab", a, b)[0].count == 8
-    c = make(tmp_path / "c", attacked(["k1"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
-    with pytest.raises(UserError, match=r'encoder\.sha256: "e0" in .*/a, "e1" in .*/c'):
-        plan_combination([a, c])
-
-
-def _other_target(scale: float) -> Callable[[Record], dict[str, Any]]:
-    def change(record: Record) -> dict[str, Any]:
-        target: Any = record.target
-        return {"arrays": {**record.arrays, "target": np.float32(target + scale * np.linalg.norm(target))}}
-
-    return change
-
-
-def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
-    a = make(tmp_path / "a", attacked(["k0", "k1"], 1))
-    b = make(tmp_path / "b", attacked(["k0", "k1"], 2), changes={"seed": 1}, overrides=_other_target(1e-6))
-    c = make(tmp_path / "c", attacked(["k0", "k1"], 2), changes={"seed": 1}, overrides=_other_target(1e-2))
-    union = combine(tmp_path / "ab", a, b)
-    np.testing.assert_array_equal(union[0].target, a[0].target)
-    with pytest.raises(UserError, match="group k0: its targets"):
-        plan_combination([a, c], ["encoder"])
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        (
-            {"attack.epsilon": "4/255"},
-            r'attack\.epsilon: "2/255" in .*, "4/255" in .*--allow-different attack\.epsilon',
-        ),
-        ({"source.fingerprint": "f01"}, r'source\.fingerprint: "f00" in .*, "f01" in '),
-        ({"preprocessing.resize": "none"}, r'preprocessing\.resize: missing in .*, "none" in '),
-        ({"license": "mit"}, r'license: missing in .*, "mit" in '),
-        ({"source.class_names": ["cat"]}, r"source\.class_names"),
-    ],
-)
-def test_what_does_not_go_together_is_shown(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, **changes})
-    with pytest.raises(UserError, match=named) as caught:
-        plan_combination([a, b])
-    assert "\n" not in str(caught.value)
-    name = next(iter(changes))
-    union = combine(tmp_path / "ab", a, b, allow=[name])
-    check(union[0], np.concatenate([a[0].members, b[0].members]))
-    if name.startswith("attack"):
-        flat = [leaves(part["provenance"]) for part in union.manifest.provenance["combined"]]  # type: ignore[index, arg-type, call-overload, union-attr]
-        assert [one.get(name) for one in flat] == ["2/255", "4/255"]
-        assert name not in leaves(union.manifest.provenance)
-
-
-def test_every_difference_is_shown_at_once(tmp_path: Path) -> None:
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    changes = {"seed": 1, "attack.epsilon": "4/255", "attack.steps": 3, "preprocessing.crop": "x"}
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes=changes)
-    with pytest.raises(UserError) as caught:
-        plan_combination([a, b])
-    assert all(name in str(caught.value) for name in changes if name != "seed")
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda record: {"label": 7}, "group k0.*labels, 0 and 7"),
-        (lambda record: {"arrays": {**record.arrays, "clean": _clean("k8")}}, "group k0.*clean images"),
-    ],
-)
-def test_groups_about_different_things_are_refused(
-    tmp_path: Path, change: Callable[[Record], dict[str, Any]], named: str
-) -> None:
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, overrides=change)
-    with pytest.raises(UserError, match=named):
-        plan_combination([a, b])
-
-
-@pytest.mark.parametrize("other", ["itself", "converted", "elsewhere", "inside a combination", "seed without effect"])
-def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None:
-    fixed = {"attack.random_start": False} if other == "seed without effect" else {}
-    a = make(tmp_path / "a", attacked(["k0"], 1), changes=fixed)
-    b = {
-        "itself": lambda: a,
-        "converted": lambda: make(tmp_path / "b", attacked(["k0"], 1), format="webdataset"),
-        "elsewhere": lambda: make(tmp_path / "b", attacked(["k0"], 1), changes={"source.url": "copy/"}),
-        "inside a combination": lambda: combine(
-            tmp_path / "b", a, make(tmp_path / "c", attacked(["k0"], 2), changes={"seed": 1})
-        ),
-        "seed without effect": lambda: make(tmp_path / "b", attacked(["k0"], 1), changes={"seed": 1, **fixed}),
-    }[other]()
-    with pytest.raises(UserError, match="twice"):
-        plan_combination([a, b])
-
-
-def test_arrays_that_not_all_have(tmp_path: Path) -> None:
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, extras=("target", "clean"))
-    with pytest.raises(UserError, match=r'arrays\.members: "uint8" in .*, missing in '):
-        plan_combination([a, b])
-    record = combine(tmp_path / "ab", a, b, allow=["arrays.members"])[0]
-    assert record.members is None
-    check(record, np.concatenate([a[0].members, attacked(["k0"], 2)["k0"]]))
-
-
-def test_factors_of_parts_are_none_of_their_union(tmp_path: Path) -> None:
-    extras = ("target", "factors")
-    a, b = (make(tmp_path / key, attacked([key], 1), extras=extras) for key in ("k0", "k1"))
-    apart = combine(tmp_path / "apart", a, b)
-    for record, part in zip(apart, (a, b), strict=True):
-        np.testing.assert_array_equal(record.factors, part[0].factors)
-    again = make(tmp_path / "again", attacked(["k0"], 2), changes={"seed": 1}, extras=extras)
-    (united,) = combine(tmp_path / "united", a, again)
-    assert united.factors is None
-    assert united.target is not None
-
-
-def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
-    a = make(tmp_path / "a", attacked(["k0"], 1))
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, encoding="float32")
-    with pytest.raises(UserError, match="datamerge convert"):
-        plan_combination([a, b])
-    with pytest.raises(ConfigError, match="two or more"):
-        plan_combination([a])
-    with pytest.raises(ConfigError, match=r"--allow-different atack.*attack"):
-        plan_combination([a, a], ["atack"])
-
-
-def test_heads_have_to_be_equal(tmp_path: Path) -> None:
-    heads = [{"head.safetensors": save({"weight": np.full((2, WIDTH), i, np.float32)})} for i in (0, 1)]
-    a = make(tmp_path / "a", attacked(["k0"], 1), files=heads[0])
-    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, files=heads[0])
-    c = make(tmp_path / "c", attacked(["k0"], 2), changes={"seed": 1}, files=heads[1])
-    head = combine(tmp_path / "ab", a, b).head()
-    assert head is not None
-    assert (head[0]["weight"] == 0).all()
-    with pytest.raises(UserError, match=r"head\.sha256"):
-        plan_combination([a, c])
-
-
-def test_sums_that_outgrow_their_dtype_get_a_wider_one(tmp_path: Path) -> None:
-    """255 white members fit uint16, 510 do not."""
-    white = np.full((255, *SHAPE), 255, np.uint8)
-    a = make(tmp_path / "a", {"k0": white}, LABELS, extras=())
-    b = make(tmp_path / "b", {"k0": white}, LABELS, {"source.fingerprint": "f1", "source.url": "b/"}, extras=())
-    assert a.manifest.layout.arrays[0].dtype == "uint16"
-    union = combine(tmp_path / "ab", a, b)
-    assert union.manifest.layout.arrays[0].dtype == "uint32"
-    check(union[0], np.concatenate([white, white]))
-
-
-def test_groups_that_belie_their_provenance_are_an_error(tmp_path: Path) -> None:
-    """Scatters of 4 members of any pixels in the 16 bits that 2/255 needs."""
-    dark = {"k0": np.array([0, 0, 0, 100], np.uint8).reshape(4, 1, 1, 1) * np.ones((4, *SHAPE), np.uint8)}
-    light = {"k0": dark["k0"] + np.uint8(100)}
-    inputs = []
-    for seed, groups in enumerate((dark, light)):
-        a = make(tmp_path / f"{seed}", groups, changes={"seed": seed}, extras=())
-        layout = a.manifest.layout.model_copy(
-            update={"arrays": tuple(ArraySpec.of(s.name, np.dtype("u2"), s.shape) for s in a.manifest.layout.arrays)}
-        )
-        writer = ArtifactWriter(Location(tmp_path / f"narrow{seed}"), layout, a.manifest.provenance)
-        writer.begin({})
-        writer.commit(0, [Record("k0", 4, "uint8_moments", {n: v.astype("u2") for n, v in a[0].arrays.items()})], [])
-        writer.finish()
-        inputs.append(open_artifact(tmp_path / f"narrow{seed}"))
-    with pytest.raises(DatamergeError, match=r"group k0: scatter.*attack\.epsilon"):
-        combine(tmp_path / "ab", *inputs)
-
-
-def test_an_interrupted_union_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = make(tmp_path / "a", attacked(["k0", "k1", "k2"], 1))
-    b = make(tmp_path / "b", attacked(["k0", "k1", "k2"], 2), changes={"seed": 1})
-    combine(tmp_path / "golden", a, b)
-    original = ArtifactWriter.commit
-
-    def fail(self: ArtifactWriter, shard: int, *rest: Any) -> Any:
-        if shard == 1:
-            raise KeyboardInterrupt
-        return original(self, shard, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ArtifactWriter, "commit", fail)
-        with pytest.raises(KeyboardInterrupt):
-            combine(tmp_path / "ab", a, b)
-    combine(tmp_path / "ab", a, b)
-    trees = [
-        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
-        for name in ("ab", "golden")
-    ]
-    assert trees[0] == trees[1]

@@ -1,0 +1,246 @@
+"""What may be combined: later rounds, equal targets; and what is refused, with the difference shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from storage_schemas import (
+    ArraySpec,
+    ArtifactWriter,
+    ConfigError,
+    DatamergeError,
+    Location,
+    Record,
+    UserError,
+    open_artifact,
+)
+from storage_schemas.combine import plan_combination
+from storage_schemas.compatibility import leaves
+from tests.storage_schemas.combining import (
+    LABELS,
+    SHAPE,
+    WIDTH,
+    attacked,
+    check,
+    clean_of,
+    combine,
+    make,
+)
+
+
+def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
+    rounds = [
+        make(tmp_path / "1", attacked(["k0", "k1"], 1)),
+        make(tmp_path / "2", attacked(["k0", "k1"], 2), changes={"seed": 1, "attacked_encoder.sha256": "e1"}),
+        make(tmp_path / "3", attacked(["k0", "k1"], 3), changes={"seed": 2, "attacked_encoder.sha256": "e2"}),
+    ]
+    union = combine(tmp_path / "all", *rounds)
+    assert union[0].count == 12
+    parts: Any = union.manifest.provenance["combined"]
+    assert [part["provenance"].get("attacked_encoder") for part in parts] == [
+        None,
+        {"sha256": "e1"},
+        {"sha256": "e2"},
+    ]
+
+
+def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:
+    """An artifact that names the attacked encoder only."""
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
+    assert combine(tmp_path / "ab", a, b)[0].count == 8
+    c = make(tmp_path / "c", attacked(["k1"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
+    with pytest.raises(UserError, match=r'encoder\.sha256: "e0" in .*/a, "e1" in .*/c'):
+        plan_combination([a, c])
+
+
+def _other_target(scale: float) -> Callable[[Record], dict[str, Any]]:
+    def change(record: Record) -> dict[str, Any]:
+        target: Any = record.target
+        return {"arrays": {**record.arrays, "target": np.float32(target + scale * np.linalg.norm(target))}}
+
+    return change
+
+
+def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", attacked(["k0", "k1"], 1))
+    b = make(tmp_path / "b", attacked(["k0", "k1"], 2), changes={"seed": 1}, overrides=_other_target(1e-6))
+    c = make(tmp_path / "c", attacked(["k0", "k1"], 2), changes={"seed": 1}, overrides=_other_target(1e-2))
+    union = combine(tmp_path / "ab", a, b)
+    np.testing.assert_array_equal(union[0].target, a[0].target)
+    with pytest.raises(UserError, match="group k0: its targets"):
+        plan_combination([a, c], ["encoder"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"attack.epsilon": "4/255"},
+            r'attack\.epsilon: "2/255" in .*, "4/255" in .*--allow-different attack\.epsilon',
+        ),
+        ({"source.fingerprint": "f01"}, r'source\.fingerprint: "f00" in .*, "f01" in '),
+        ({"preprocessing.resize": "none"}, r'preprocessing\.resize: missing in .*, "none" in '),
+        ({"license": "mit"}, r'license: missing in .*, "mit" in '),
+        ({"source.class_names": ["cat"]}, r"source\.class_names"),
+    ],
+)
+def test_what_does_not_go_together_is_shown(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, **changes})
+    with pytest.raises(UserError, match=named) as caught:
+        plan_combination([a, b])
+    assert "\n" not in str(caught.value)
+    name = next(iter(changes))
+    union = combine(tmp_path / "ab", a, b, allow=[name])
+    check(union[0], np.concatenate([a[0].members, b[0].members]))
+    if name.startswith("attack"):
+        flat = [leaves(part["provenance"]) for part in union.manifest.provenance["combined"]]  # type: ignore[index, arg-type, call-overload, union-attr]
+        assert [one.get(name) for one in flat] == ["2/255", "4/255"]
+        assert name not in leaves(union.manifest.provenance)
+
+
+def test_every_difference_is_shown_at_once(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    changes = {"seed": 1, "attack.epsilon": "4/255", "attack.steps": 3, "preprocessing.crop": "x"}
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes=changes)
+    with pytest.raises(UserError) as caught:
+        plan_combination([a, b])
+    assert all(name in str(caught.value) for name in changes if name != "seed")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda record: {"label": 7}, "group k0.*labels, 0 and 7"),
+        (lambda record: {"arrays": {**record.arrays, "clean": clean_of("k8")}}, "group k0.*clean images"),
+    ],
+)
+def test_groups_about_different_things_are_refused(
+    tmp_path: Path, change: Callable[[Record], dict[str, Any]], named: str
+) -> None:
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, overrides=change)
+    with pytest.raises(UserError, match=named):
+        plan_combination([a, b])
+
+
+@pytest.mark.parametrize("other", ["itself", "converted", "elsewhere", "inside a combination", "seed without effect"])
+def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None:
+    fixed = {"attack.random_start": False} if other == "seed without effect" else {}
+    a = make(tmp_path / "a", attacked(["k0"], 1), changes=fixed)
+    b = {
+        "itself": lambda: a,
+        "converted": lambda: make(tmp_path / "b", attacked(["k0"], 1), format="webdataset"),
+        "elsewhere": lambda: make(tmp_path / "b", attacked(["k0"], 1), changes={"source.url": "copy/"}),
+        "inside a combination": lambda: combine(
+            tmp_path / "b", a, make(tmp_path / "c", attacked(["k0"], 2), changes={"seed": 1})
+        ),
+        "seed without effect": lambda: make(tmp_path / "b", attacked(["k0"], 1), changes={"seed": 1, **fixed}),
+    }[other]()
+    with pytest.raises(UserError, match="twice"):
+        plan_combination([a, b])
+
+
+def test_arrays_that_not_all_have(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, extras=("target", "clean"))
+    with pytest.raises(UserError, match=r'arrays\.members: "uint8" in .*, missing in '):
+        plan_combination([a, b])
+    record = combine(tmp_path / "ab", a, b, allow=["arrays.members"])[0]
+    assert record.members is None
+    check(record, np.concatenate([a[0].members, attacked(["k0"], 2)["k0"]]))
+
+
+def test_factors_of_parts_are_none_of_their_union(tmp_path: Path) -> None:
+    extras = ("target", "factors")
+    a, b = (make(tmp_path / key, attacked([key], 1), extras=extras) for key in ("k0", "k1"))
+    apart = combine(tmp_path / "apart", a, b)
+    for record, part in zip(apart, (a, b), strict=True):
+        np.testing.assert_array_equal(record.factors, part[0].factors)
+    again = make(tmp_path / "again", attacked(["k0"], 2), changes={"seed": 1}, extras=extras)
+    (united,) = combine(tmp_path / "united", a, again)
+    assert united.factors is None
+    assert united.target is not None
+
+
+def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", attacked(["k0"], 1))
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, encoding="float32")
+    with pytest.raises(UserError, match="datamerge convert"):
+        plan_combination([a, b])
+    with pytest.raises(ConfigError, match="two or more"):
+        plan_combination([a])
+    with pytest.raises(ConfigError, match=r"--allow-different atack.*attack"):
+        plan_combination([a, a], ["atack"])
+
+
+def test_heads_have_to_be_equal(tmp_path: Path) -> None:
+    heads = [{"head.safetensors": save({"weight": np.full((2, WIDTH), i, np.float32)})} for i in (0, 1)]
+    a = make(tmp_path / "a", attacked(["k0"], 1), files=heads[0])
+    b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, files=heads[0])
+    c = make(tmp_path / "c", attacked(["k0"], 2), changes={"seed": 1}, files=heads[1])
+    head = combine(tmp_path / "ab", a, b).head()
+    assert head is not None
+    assert (head[0]["weight"] == 0).all()
+    with pytest.raises(UserError, match=r"head\.sha256"):
+        plan_combination([a, c])
+
+
+def test_sums_that_outgrow_their_dtype_get_a_wider_one(tmp_path: Path) -> None:
+    """255 white members fit uint16, 510 do not."""
+    white = np.full((255, *SHAPE), 255, np.uint8)
+    a = make(tmp_path / "a", {"k0": white}, LABELS, extras=())
+    b = make(tmp_path / "b", {"k0": white}, LABELS, {"source.fingerprint": "f1", "source.url": "b/"}, extras=())
+    assert a.manifest.layout.arrays[0].dtype == "uint16"
+    union = combine(tmp_path / "ab", a, b)
+    assert union.manifest.layout.arrays[0].dtype == "uint32"
+    check(union[0], np.concatenate([white, white]))
+
+
+def test_groups_that_belie_their_provenance_are_an_error(tmp_path: Path) -> None:
+    """Scatters of 4 members of any pixels in the 16 bits that 2/255 needs."""
+    dark = {"k0": np.array([0, 0, 0, 100], np.uint8).reshape(4, 1, 1, 1) * np.ones((4, *SHAPE), np.uint8)}
+    light = {"k0": dark["k0"] + np.uint8(100)}
+    inputs = []
+    for seed, groups in enumerate((dark, light)):
+        a = make(tmp_path / f"{seed}", groups, changes={"seed": seed}, extras=())
+        layout = a.manifest.layout.model_copy(
+            update={"arrays": tuple(ArraySpec.of(s.name, np.dtype("u2"), s.shape) for s in a.manifest.layout.arrays)}
+        )
+        writer = ArtifactWriter(Location(tmp_path / f"narrow{seed}"), layout, a.manifest.provenance)
+        writer.begin({})
+        writer.commit(0, [Record("k0", 4, "uint8_moments", {n: v.astype("u2") for n, v in a[0].arrays.items()})], [])
+        writer.finish()
+        inputs.append(open_artifact(tmp_path / f"narrow{seed}"))
+    with pytest.raises(DatamergeError, match=r"group k0: scatter.*attack\.epsilon"):
+        combine(tmp_path / "ab", *inputs)
+
+
+def test_an_interrupted_union_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = make(tmp_path / "a", attacked(["k0", "k1", "k2"], 1))
+    b = make(tmp_path / "b", attacked(["k0", "k1", "k2"], 2), changes={"seed": 1})
+    combine(tmp_path / "golden", a, b)
+    original = ArtifactWriter.commit
+
+    def fail(self: ArtifactWriter, shard: int, *rest: Any) -> Any:
+        if shard == 1:
+            raise KeyboardInterrupt
+        return original(self, shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "commit", fail)
+        with pytest.raises(KeyboardInterrupt):
+            combine(tmp_path / "ab", a, b)
+    combine(tmp_path / "ab", a, b)
+    trees = [
+        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("ab", "golden")
+    ]
+    assert trees[0] == trees[1]
