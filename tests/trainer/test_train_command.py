@@ -93,7 +93,7 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"steps": None}, "expected one of steps and epochs, found none"),
         ({"epochs": 3}, "steps = 5 and epochs = 3"),
         ({"members": 2}, "only the arms ind and random-member take single members"),
-        ({"samples": 3, "arm": "mean-only"}, "only the arm avg"),
+        ({"samples": 3, "arm": "mean-only"}, "only the arms avg and factors"),
         ({"samples": 3, "estimator": "exact"}, "not with estimator exact"),
         ({"compile": True}, "estimator gauss_newton differentiates twice"),
         ({"batchsize": 3}, "did you mean batch_size"),
