@@ -33,6 +33,7 @@ COMMANDS = {
     "verify": ("storage_schemas.cli", "verify", "", "Check every file of an artifact against its hashes."),
     "preview": ("storage_schemas.cli", "preview", "", "Draw a contact sheet of an artifact's groups."),
     "convert": ("artifact_tools.cli", "convert", "", "Write an artifact in another format or encoding."),
+    "remerge": ("artifact_tools.cli", "remerge_members", "", "Merge stored members again: other N, other factors."),
     "combine": ("artifact_tools.cli", "combine", "", "Write the union of artifacts, group by group."),
     "diff": ("artifact_tools.cli", "diff", "", "Compare two artifacts group by group."),
     "export": ("artifact_tools.cli", "export", "", "Write single groups as .npz or .png files."),

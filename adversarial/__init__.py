@@ -3,7 +3,7 @@
 from adversarial.apgd import APGD, apgd
 from adversarial.attacks import gradient_sign, run_attack
 from adversarial.autoattack import Survival, auto_attack, check_masking, targeted_dlr
-from adversarial.ball import Attacked, NonFiniteGradient, Precision, group_generator, sample_generators
+from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_generators
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from adversarial.euclidean import Norm
 from adversarial.heads import Head, head_from_arrays, load_head
@@ -30,7 +30,6 @@ __all__ = [
     "check_masking",
     "cross_entropy",
     "gradient_sign",
-    "group_generator",
     "head_from_arrays",
     "load_encoder",
     "load_head",

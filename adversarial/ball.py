@@ -8,7 +8,6 @@ Shapes: B samples, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from adversarial.objectives import Objective
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.seeds import group_seed
 
 LEVELS = 255
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -220,13 +220,4 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def sample_generators(seed: int, key: str, count: int) -> list[np.random.Generator]:
     """Independent generators for `count` members of group `key`: a function of the seed and the key alone."""
-    return [np.random.default_rng(child) for child in np.random.SeedSequence([seed, *_words(key)]).spawn(count)]
-
-
-def group_generator(seed: int, key: str) -> np.random.Generator:
-    """A generator for what concerns group `key` as a whole, independent of its members'."""
-    return np.random.default_rng(np.random.SeedSequence([seed, *_words(key)]))
-
-
-def _words(key: str) -> list[int]:
-    return [int(word) for word in np.frombuffer(hashlib.sha256(key.encode()).digest()[:16], "<u4")]
+    return [np.random.default_rng(child) for child in group_seed(seed, key).spawn(count)]

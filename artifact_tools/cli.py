@@ -1,4 +1,4 @@
-"""`datamerge convert`, `combine`, `diff` and `export`."""
+"""`datamerge convert`, `remerge`, `combine`, `diff` and `export`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from storage_schemas.diff import Difference
 from storage_schemas.diff import diff as diff_artifacts
 from storage_schemas.export import Kind
 from storage_schemas.export import export as export_groups
+from storage_schemas.factors import FactorKind
 from storage_schemas.location import redact
 from storage_schemas.manifest import EncodingName, Format
+from storage_schemas.remerge import Remerge, remerge
 
 SHOWN = 20
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
@@ -49,6 +51,35 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
         lambda location, advance: convert_artifact(
             artifact, location, format or layout.format, encoding or layout.encoding, advance
         ),
+    )
+    _show_written(target, manifest, as_json)
+
+
+@click.command("remerge")
+@click.argument("source")
+@click.argument("target")
+@click.option("--members", type=click.IntRange(min=1), help="The first N members of each group; all by default.")
+@click.option("--factors", type=click.IntRange(min=1), help="Factors K of each group's covariance to store.")
+@click.option("--factor-kind", type=click.Choice(get_args(FactorKind)), default="sketch", show_default=True)
+@click.option("--keep-members/--drop-members", default=True, show_default=True, help="Store the members again.")
+@JSON
+def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> None:
+    """Merge the stored members of SOURCE again, without attacking anything: fewer of them, or with other factors.
+
+    Each result is what `datamerge merge` with these settings would have written. SOURCE has to hold its members
+    (`merge --keep-members`). Running the same command again continues where an earlier run stopped.
+
+    \b
+    datamerge remerge adv-n10 adv-n5 --members 5
+    datamerge remerge adv-n10 adv-sketch --factors 1 --drop-members
+    """
+    artifact = open_artifact(source)
+    groups = artifact.manifest.layout.groups
+    manifest = _write(
+        target,
+        "remerge",
+        groups,
+        lambda location, advance: remerge(artifact, location, Remerge(**wanted), advance),
     )
     _show_written(target, manifest, as_json)
 

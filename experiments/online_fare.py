@@ -24,7 +24,7 @@ from adversarial import PGD, Encoder, attack, load_encoder, sample_generators, s
 from console import load_settings
 from sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
-from trainer import SquaredError, Stopped, TrainConfig
+from trainer import RunSummary, SquaredError, Stopped, TrainConfig
 from trainer.checkpoint import RunFolder
 from trainer.config import parse_override
 from trainer.distributed import processes
@@ -119,47 +119,10 @@ def main(
     """Fine-tune an encoder on freshly attacked images of DATA; everything it writes goes to the folder RUN."""
     for text in overrides:
         flags |= parse_override(text)
-    config = load_settings(TrainConfig, None, {"artifact": data, "run": run, "arm": "ind", "members": 1, **flags})
-    settings = PGD(Fraction(epsilon), Fraction(step_size), attack_steps)
+    settings = {"artifact": data, "run": run, "arm": "ind", "members": 1, **flags}
     try:
-        with processes(config.device) as own:
-            device = choose_device(config.device, own)
-            source = open_source(data, limit=limit)
-            sizes = [min(BLOCK, len(source.samples) - first) for first in range(0, len(source.samples), BLOCK)]
-            order = Order(sizes, config.batch_size, config.seed)
-            steps = length(config, order, own)
-            encoder = load_encoder(str(config.encoder), str(device))
-            warn_of_start(encoder)
-            config = config.model_copy(
-                update={
-                    "artifact": source.url,
-                    "steps": steps,
-                    "epochs": None,
-                    "encoder": encoder.spec,
-                    "loss": "squared_error",
-                }
-            )
-            attacked = {"epsilon": str(settings.epsilon), "step_size": str(settings.step_size), "steps": attack_steps}
-            feed = OnlineFeed(source, encoder, order, settings, config.seed, device)
-            job = Job(
-                config=config,
-                encoder=encoder,
-                model=ready(encoder, None, config, device),
-                loss=SquaredError(config.loss_scale),
-                order=order,
-                feed=feed,
-                held_out=None,
-                origin=Origin(source.url, source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
-                device=device,
-                identity={
-                    **free_of_place(config),
-                    "attack": attacked,
-                    "images": len(source.samples),
-                    "plan_sha256": source.fingerprint,
-                    "encoder_sha256": encoder.sha256,
-                },
-            )
-            summary = run_job(job, RunFolder(run), own)
+        config = load_settings(TrainConfig, None, settings)
+        summary = train_online(config, PGD(Fraction(epsilon), Fraction(step_size), attack_steps), limit)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
@@ -167,6 +130,51 @@ def main(
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     click.echo(summary.encoder)
+
+
+def train_online(config: TrainConfig, settings: PGD, limit: int | None = None) -> RunSummary:
+    """Train on attacks of the encoder as it is at each step.
+
+    Args:
+        config: arm `ind` with one member; `artifact` is the source of the raw images.
+        settings: of the attack.
+        limit: use the first so many images.
+    """
+    with processes(config.device) as own:
+        device = choose_device(config.device, own)
+        source = open_source(config.artifact, limit=limit)
+        sizes = [min(BLOCK, len(source.samples) - first) for first in range(0, len(source.samples), BLOCK)]
+        order = Order(sizes, config.batch_size, config.seed)
+        steps = length(config, order, own)
+        encoder = load_encoder(str(config.encoder), str(device))
+        warn_of_start(encoder)
+        resolved = {"artifact": source.url, "steps": steps, "epochs": None, "encoder": encoder.spec}
+        config = config.model_copy(update={**resolved, "loss": "squared_error"})
+        return run_job(_job(config, settings, source, encoder, order, device), RunFolder(config.run), own)
+
+
+def _job(
+    config: TrainConfig, settings: PGD, source: Source, encoder: Encoder, order: Order, device: torch.device
+) -> Job:
+    attacked = {"epsilon": str(settings.epsilon), "step_size": str(settings.step_size), "steps": settings.steps}
+    return Job(
+        config=config,
+        encoder=encoder,
+        model=ready(encoder, None, config, device),
+        loss=SquaredError(config.loss_scale),
+        order=order,
+        feed=OnlineFeed(source, encoder, order, settings, config.seed, device),
+        held_out=None,
+        origin=Origin(source.url, source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
+        device=device,
+        identity={
+            **free_of_place(config),
+            "attack": attacked,
+            "images": len(source.samples),
+            "plan_sha256": source.fingerprint,
+            "encoder_sha256": encoder.sha256,
+        },
+    )
 
 
 if __name__ == "__main__":

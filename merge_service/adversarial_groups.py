@@ -18,7 +18,6 @@ from adversarial import (
     Head,
     NonFiniteGradient,
     Precision,
-    group_generator,
     run_attack,
     sample_generators,
 )
@@ -26,7 +25,7 @@ from merge_service.config import MergeConfig
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
 from storage_schemas import ExactMoments, Layout, Record, Reject, two_pass_moments
-from storage_schemas.factors import factors
+from storage_schemas.factors import stored_factors
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Array, encode_exact
 
@@ -126,7 +125,9 @@ class Attacker:
             if self._config.keep_members:
                 arrays["members"] = members
             if self._config.factors is not None:
-                arrays["factors"] = self._factors(key, members)
+                arrays["factors"] = stored_factors(
+                    members, self._layout, self._config.factor_kind, self._config.seed, key
+                )
         else:
             mean, mean_square = two_pass_moments(pixels.numpy())
             arrays = {"mean": mean.astype(np.float32), "mean_square": mean_square.astype(np.float32)}
@@ -135,13 +136,6 @@ class Attacker:
         if self._config.stores_embedding:
             arrays["target"] = target
         return arrays
-
-    def _factors(self, key: str, members: Pixels) -> Array:
-        spec = self._layout.array("factors")
-        if spec is None:
-            raise ValueError("the layout has no factors")
-        stored = factors(members, spec.shape[0], self._config.factor_kind, group_generator(self._config.seed, key))
-        return stored.astype(spec.dtype)
 
 
 def _on_embeddings(config: MergeConfig) -> bool:

@@ -17,7 +17,7 @@ from merge_service.rounds import ResolvedEncoder
 from merge_service.work_queue import Piece
 from sources import BadImage, Sample, Source, decode, native_shape
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
-from storage_schemas.factors import factor_dtype
+from storage_schemas.factors import factor_spec
 from storage_schemas.moments import LEVELS, scatter_dtype, sum_dtype
 
 # Bytes depend on these: decoding, resizing and arithmetic.
@@ -176,8 +176,9 @@ def _arrays(
     if config.stores_embedding and encoder is not None:
         arrays.append(ArraySpec(name="target", dtype="float32", shape=(encoder.embedding_dim,)))
     if config.factors is not None:
-        dtype = factor_dtype(largest, 2 * math.floor(config.attack_settings.epsilon * LEVELS))
-        arrays.append(ArraySpec.of("factors", dtype, (config.factors, *shape)))
+        arrays.append(
+            factor_spec(config.factors, largest, 2 * math.floor(config.attack_settings.epsilon * LEVELS), shape)
+        )
     if config.keep_members:
         arrays.append(ArraySpec(name="members", dtype="uint8", shape=(largest, *shape)))
     if config.keep_clean:

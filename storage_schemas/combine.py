@@ -33,7 +33,7 @@ from storage_schemas.compatibility import (
     tree,
 )
 from storage_schemas.convert import head_file
-from storage_schemas.derive import Advance, moment_specs, pixel_spread, write_shards
+from storage_schemas.derive import MOMENTS, Advance, moment_specs, pixel_spread, write_shards
 from storage_schemas.errors import ConfigError, UserError
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, ArraySpec, Layout, Manifest, RecordEntry, Reject
@@ -44,7 +44,6 @@ from storage_schemas.writer import ArtifactWriter
 
 # Two computations of one embedding may differ by rounding (another batch size), relative to its length.
 TARGET_TOLERANCE = 1e-3
-MOMENTS = ("sum", "scatter", "mean", "mean_square")
 
 
 Part = tuple[int, int, int]

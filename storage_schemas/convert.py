@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from storage_schemas.artifact import Artifact
-from storage_schemas.derive import Advance, exact_moments, moment_specs, pixel_spread, write_shards
+from storage_schemas.derive import MOMENTS, Advance, exact_moments, moment_specs, pixel_spread, write_shards
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS
@@ -53,9 +53,8 @@ def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:
     old = source.manifest.layout
     if encoding == old.encoding:
         return old.model_copy(update={"format": format})
-    moments = ("sum", "scatter", "mean", "mean_square")
-    others = [spec for spec in old.arrays if spec.name not in moments]
-    shape = next(spec.shape for spec in old.arrays if spec.name in moments)
+    others = [spec for spec in old.arrays if spec.name not in MOMENTS]
+    shape = next(spec.shape for spec in old.arrays if spec.name in MOMENTS)
     count, spread = 1, LEVELS
     if encoding == "uint8_moments":
         count, spread = _exact_extent(source)

@@ -17,6 +17,8 @@ from storage_schemas.presentation import presentation_files
 from storage_schemas.record import Array, Record
 from storage_schemas.writer import ArtifactWriter
 
+MOMENTS = ("sum", "scatter", "mean", "mean_square")
+
 Advance = Callable[[int], None]
 """Told after every shard how many groups it held."""
 

@@ -23,7 +23,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.manifest import ArraySpec, Layout
 from storage_schemas.moments import LEVELS
+from storage_schemas.seeds import group_seed
 
 FactorKind = Literal["sketch", "principal"]
 Members = npt.NDArray[np.uint8]
@@ -44,6 +46,25 @@ def factors(members: Members, count: int, kind: FactorKind, generator: np.random
     if kind == "sketch":
         return _sketch(centred, count, generator)
     return _principal(centred, count)
+
+
+def stored_factors(
+    members: Members, layout: Layout, kind: FactorKind, seed: int, key: str
+) -> npt.NDArray[np.generic]:
+    """The factors of group `key` as its record holds them: k and dtype of the layout, signs from seed and key.
+
+    Raises:
+        ValueError: a layout without factors.
+    """
+    spec = layout.array("factors")
+    if spec is None:
+        raise ValueError("the layout has no factors")
+    return factors(members, spec.shape[0], kind, np.random.default_rng(group_seed(seed, key))).astype(spec.dtype)
+
+
+def factor_spec(count: int, members: int, pixel_range: int, shape: tuple[int, ...]) -> ArraySpec:
+    """The array of k = `count` factors of groups of N members that differ by at most `pixel_range` grey levels."""
+    return ArraySpec.of("factors", factor_dtype(members, pixel_range), (count, *shape))
 
 
 def factor_dtype(members: int, pixel_range: int) -> np.dtype[np.signedinteger]:

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from console import Fraction, Settings
 from storage_schemas import ConfigError
-from trainer.estimators import COMPILABLE
+from trainer.estimators import ALONG_FACTORS, COMPILABLE
 
 Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
 LossName = Literal["auto", "squared_error", "cross_entropy"]
@@ -47,7 +47,8 @@ class TrainConfig(Settings):
     estimator: EstimatorName = Field(
         default="gauss_newton",
         description="For the arm avg: gauss_newton is the paper's; sampled, antithetic and jvp draw directions "
-        "instead of labels; exact is for small models.",
+        "instead of labels; exact is for small models. For the arm factors: sampled (its default), antithetic or "
+        "gauss_newton.",
     )
     samples: int = Field(
         default=1, ge=1, description="Pseudo-labels (or directions) drawn per group and step by the estimator."
@@ -149,6 +150,13 @@ class TrainConfig(Settings):
             raise ValueError(f"expected 1.0 (the paper's eq. 11) or 0.5 (its Appendix A), found {value}")
         return float(value)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_estimator(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("arm") == "factors" and values.get("estimator") is None:
+            return {**values, "estimator": "sampled"}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
@@ -163,6 +171,10 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"samples: only the arms avg and factors draw them, and not with estimator exact; found arm "
                 f"{self.arm} with estimator {self.estimator}; drop samples"
+            )
+        if self.arm == "factors" and self.estimator not in ALONG_FACTORS:
+            raise ValueError(
+                f"estimator: the arm factors has {', '.join(ALONG_FACTORS)}, found {self.estimator}; drop estimator"
             )
         if self.deviation != 1.0 and self.arm != "factors":
             raise ValueError(f"deviation: only the arm factors has one, found arm {self.arm}; drop deviation")

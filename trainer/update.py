@@ -196,6 +196,7 @@ def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
             batch.target,
             job.loss,
             draws,
+            estimator=config.estimator,
             samples=config.samples,
             deviation=config.deviation,
         )

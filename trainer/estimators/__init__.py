@@ -8,7 +8,7 @@ gradient only if row b of the outputs depends on row b of the inputs alone.
 
 from collections.abc import Callable, Mapping
 
-from trainer.estimators.along_factors import along_factors
+from trainer.estimators.along_factors import ALONG_FACTORS, along_factors
 from trainer.estimators.base import Estimator, GroupLoss, Model, check_batch_norm
 from trainer.estimators.exact import exact
 from trainer.estimators.gauss_newton import gauss_newton
@@ -28,6 +28,7 @@ RANDOM: Mapping[str, Callable[..., GroupLoss]] = {
 COMPILABLE = ("sampled", "antithetic", "mean_only")
 
 __all__ = [
+    "ALONG_FACTORS",
     "COMPILABLE",
     "RANDOM",
     "Estimator",

@@ -1,0 +1,253 @@
+"""Runs the arms of a settings file: artifacts, training runs and evaluations, seed by seed, then table and plot.
+
+    python -m experiments.arms experiments/cifar10/epsilon-2.toml --data "$DATAMERGE_DATA" --work cifar10
+
+Everything goes through the functions that the commands call. Finished parts are kept in --work and not done again;
+several processes may share it if each has its own --seeds, once the artifacts are there (--seeds "" makes only them).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from adversarial import PGD
+from evaluation import EvaluateConfig, evaluate
+from experiments.arms_report import report
+from experiments.online_fare import train_online
+from merge_service import MergeConfig, merge
+from storage_schemas import Location, open_artifact
+from storage_schemas.combine import plan_combination
+from storage_schemas.remerge import Remerge, remerge
+from trainer import RunSummary, TrainConfig, train
+
+BASELINE = "w/o AT"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data and encoder of an experiment.
+
+    Attributes:
+        train: source of the images that are attacked and trained on.
+        test: seed → source of the images that are measured on.
+        encoder: spec of the encoder before fine-tuning.
+        head: class head on its embeddings.
+    """
+
+    train: str
+    test: Callable[[int], str]
+    encoder: str
+    head: str
+
+
+@click.command()
+@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run, of those that are not finished.")
+@click.option("--only", multiple=True, help="Run these arms only.")
+def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
+    """Run what is missing of the arms in SETTINGS, then write results beside it."""
+    torch.set_num_threads(1)
+    study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    study.artifacts()
+    names = [name for name in (BASELINE, *study.settings["arms"]) if not only or name in only]
+    for seed in (int(text) for text in seeds.split(",") if text):
+        for name in names:
+            study.measured(name, seed)
+            click.echo(f"{settings.stem}: seed {seed}, {name}: {study.measured(name, seed)['accuracy_robust']:.3f}")
+    rows = {name: study.row(name) for name in (BASELINE, *study.settings["arms"])}
+    facts = {
+        "command": f"python -m experiments.arms {'/'.join(settings.parts[-3:])}",
+        "commit": _commit(settings.parent),
+        "hardware": f"{platform.machine()} CPU, 1 thread",
+        "rows": {name: row for name, row in rows.items() if row},
+    }
+    report(facts, settings)
+
+
+class Study:
+    """One settings file at work in one folder."""
+
+    def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
+        self.settings = settings
+        module, _, function = settings["prepare"].partition(":")
+        self._prepared: Prepared = getattr(importlib.import_module(module), function)(data, work)
+        self._work = work / name
+
+    def artifacts(self) -> None:
+        """Attack once, then merge the members in every way that an arm needs."""
+        merge(self._merge_config(self.artifact("members"), **self.settings["merge"]))
+        for name, wanted in self.settings["remerge"].items():
+            remerge(open_artifact(self.artifact("members")), Location(self.artifact(name)), Remerge(**wanted))
+
+    def artifact(self, name: str) -> str:
+        """Folder of the artifact with this name in the settings."""
+        return str(self._work / "artifacts" / name)
+
+    def measured(self, name: str, seed: int) -> dict[str, Any]:
+        """The evaluation of an arm, trained with this seed if it is not."""
+        done = self._evaluation(name, seed)
+        if not done.exists():
+            trained = self._prepared.encoder if name == BASELINE else self._train(name, seed)
+            (found,) = evaluate(
+                EvaluateConfig(
+                    runs=[trained],
+                    data=self._prepared.test(seed),
+                    head=self._prepared.head,
+                    original=self._prepared.encoder,
+                    seed=seed,
+                    threads=1,
+                    **self.settings["evaluate"],
+                )
+            )
+            Location(done.parent).write(done.name, json.dumps(found.model_dump(mode="json")).encode())
+        found_again: dict[str, Any] = json.loads(done.read_bytes())
+        return found_again
+
+    def row(self, name: str) -> dict[str, Any] | None:
+        """What is known of an arm over the seeds that are finished; None if there is none."""
+        files = sorted(self._work.glob(f"evaluations/{_folder(name)}-*.json"))
+        found = [json.loads(file.read_bytes()) for file in files]
+        if not found:
+            return None
+        arm = dict(self.settings["arms"].get(name, {}))
+        cpu = [float(path.read_text()) for path in self._work.glob(f"runs/{_folder(name)}-*/cpu-seconds")]
+        return {
+            "arm": arm,
+            "seeds": len(found),
+            "images": sum(row["labelled"] for row in found),
+            **{
+                key: [row[key] for row in found]
+                for key in (
+                    "accuracy_clean",
+                    "accuracy_robust",
+                    "embedding_loss_clean",
+                    "embedding_loss_adversarial",
+                )
+            },
+            "cpu_seconds": cpu,
+            "stored_bytes": self._stored_bytes(arm),
+            "forward_passes": self._forward_passes(arm),
+        }
+
+    def _train(self, name: str, seed: int) -> str:
+        arm = dict(self.settings["arms"][name])
+        run = self._work / "runs" / f"{_folder(name)}-{seed}"
+        started = time.process_time()
+        if arm.pop("online", False):
+            self._online(run, seed)
+        elif "rounds" in arm:
+            run = self._rounds(run, seed, **arm)
+        else:
+            artifact = self.artifact(arm.pop("artifact"))
+            train(self._train_config(artifact, run, seed, **arm))
+        if not (run / "cpu-seconds").exists():
+            (run / "cpu-seconds").write_text(f"{time.process_time() - started:.2f}")
+        return str(run)
+
+    def _online(self, run: Path, seed: int) -> RunSummary:
+        wanted = self.settings["merge"]
+        attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
+        config = self._train_config(self._prepared.train, run, seed, arm="ind", members=1)
+        config = config.model_copy(update={"encoder": self._prepared.encoder})
+        return train_online(config, attack, wanted.get("limit"))
+
+    def _rounds(self, run: Path, seed: int, rounds: int, arm: str) -> Path:
+        """Attack the encoder as it has become, add the new members to the earlier ones, train on; again and again."""
+        encoder, parts = self._prepared.encoder, []
+        steps = self.settings["train"]["steps"] // rounds
+        for number in range(rounds):
+            parts.append(f"{run}-artifacts/{number}")
+            wanted = self.settings["merge"] | {"members": 1, "seed": 1000 * (seed + 1) + number}
+            merge(self._merge_config(parts[-1], **wanted, encoder=encoder, target_encoder=self._prepared.encoder))
+            artifact = parts[0]
+            if number:
+                artifact = f"{run}-artifacts/0-{number}"
+                plan_combination([open_artifact(part) for part in parts]).write(Location(artifact))
+            folder = run if number == rounds - 1 else Path(f"{run}-rounds") / str(number)
+            config = self._train_config(artifact, folder, seed, arm=arm, encoder=encoder)
+            warmup = self.settings["train"]["warmup_steps"] // rounds
+            config = config.model_copy(update={"steps": steps, "warmup_steps": warmup, "seed": 1000 * seed + number})
+            encoder = train(config).encoder
+        return run
+
+    def _merge_config(self, artifact: str, **wanted: Any) -> MergeConfig:
+        wanted = {"encoder": self._prepared.encoder, **wanted}
+        return MergeConfig(source=self._prepared.train, artifact=artifact, keep_members=True, **wanted)
+
+    def _train_config(self, artifact: str, run: Path, seed: int, **arm: Any) -> TrainConfig:
+        shared = {"threads": 1, "checkpoint_every": 10**6, **self.settings["train"]}
+        return TrainConfig(artifact=artifact, run=str(run), seed=seed, **shared, **arm)
+
+    def _evaluation(self, name: str, seed: int) -> Path:
+        return self._work / "evaluations" / f"{_folder(name)}-{seed}.json"
+
+    def _stored_bytes(self, arm: dict[str, Any]) -> int | None:
+        """Compressed bytes of the arrays that an arm reads: its share of the members where it takes some of them."""
+        if "rounds" in arm:
+            first = next(iter(sorted(self._work.glob("runs/*-artifacts/0"))), None)
+            return None if first is None else arm["rounds"] * _array_bytes(str(first), {"members"})
+        if "artifact" not in arm:
+            return None
+        arrays = {
+            "avg": {"sum", "scatter"},
+            "factors": {"sum", "factors"},
+            "mean-only": {"sum"},
+        }.get(arm["arm"], {"members"})
+        stored = _array_bytes(self.artifact(arm["artifact"]), arrays)
+        taken = arm.get("members")
+        return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
+
+    def _forward_passes(self, arm: dict[str, Any]) -> float | None:
+        """Cost of a run, attacks made for it alone included, in forward passes for each group and step.
+
+        A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
+        """
+        attack = 2 * self.settings["merge"]["steps"] + 2  # the target's forward pass and the last loss
+        if arm.get("online"):
+            return attack + 3
+        if "rounds" in arm:
+            steps, batch = (self.settings["train"][name] for name in ("steps", "batch_size"))
+            return 3 + arm["rounds"] * attack * self.settings["merge"]["limit"] / (steps * batch)
+        if "arm" not in arm:
+            return None
+        if arm["arm"] == "ind":
+            return 3.0 * (arm.get("members") or self.settings["merge"]["members"])
+        passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}
+        usual = {"avg": 6.0, "factors": 3.0}.get(arm["arm"], 3.0)
+        return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)
+
+
+def _array_bytes(artifact: str, arrays: set[str]) -> int:
+    opened = open_artifact(artifact)
+    files = (file for position in range(len(opened.shard_sizes)) for file in opened.commit(position).files)
+    return sum(file.bytes for file in files if file.path.split("/")[1] in arrays)
+
+
+def _folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+
+
+def _commit(folder: Path) -> str:
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

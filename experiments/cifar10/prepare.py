@@ -1,0 +1,35 @@
+"""CIFAR-10 for the arms: an encoder trained on all training images, and a test set of its own for each seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.arms import Prepared
+from experiments.cifar10.encoder import SHAPE, SPEC, pretrain
+from sources import decode, open_source
+
+TEST_IMAGES = 700
+
+
+def prepare(data: Path, work: Path) -> Prepared:
+    """Train the encoder if it is not there."""
+    weights, head = work / "encoder.safetensors", work / "head.safetensors"
+    train = data / "cifar10" / "train.parquet"
+    if not head.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        pretrain(train, weights, head, seed=0)
+    return Prepared(str(train), lambda seed: _test(data, work, seed), f"{SPEC}@{weights}", str(head))
+
+
+def _test(data: Path, work: Path, seed: int) -> str:
+    """The test images of a seed: no two seeds below 14 share any."""
+    target = work / f"test-{seed}.npz"
+    if not target.exists():
+        listed = open_source(str(data / "cifar10" / "test.parquet"))
+        first = seed * TEST_IMAGES
+        samples = listed.samples[first : first + TEST_IMAGES]
+        pixels = np.stack([decode(listed.reader.read(sample), SHAPE).transpose(1, 2, 0) for sample in samples])
+        np.savez(target, images=pixels, labels=np.array([sample.label for sample in samples]))
+    return str(target)
