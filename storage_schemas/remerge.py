@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from storage_schemas.artifact import Artifact
 from storage_schemas.convert import head_file
 from storage_schemas.derive import MOMENTS, Advance, moment_specs, pixel_spread, write_shards
@@ -102,8 +104,10 @@ def _merged(record: Record, layout: Layout, wanted: Remerge, seed: int) -> Recor
     arrays = {**record.arrays, **encode_exact(ExactMoments.of(members), layout)}
     if wanted.factors is not None:
         arrays["factors"] = stored_factors(members, layout, wanted.factor_kind, seed, record.key)
-    if len(members) < record.count:
-        arrays["members"] = members
+    spec = layout.array("members")
+    if spec is not None:
+        padding = np.zeros((spec.shape[0] - len(members), *spec.shape[1:]), np.uint8)
+        arrays["members"] = np.concatenate([members, padding])
     return Record(
         key=record.key,
         count=len(members),

@@ -10,7 +10,7 @@ from experiments.arms import Prepared
 from experiments.cifar10.encoder import SHAPE, SPEC, pretrain
 from sources import decode, open_source
 
-TEST_IMAGES = 700
+TEST_IMAGES = 500
 
 
 def prepare(data: Path, work: Path) -> Prepared:
@@ -24,7 +24,7 @@ def prepare(data: Path, work: Path) -> Prepared:
 
 
 def _test(data: Path, work: Path, seed: int) -> str:
-    """The test images of a seed: no two seeds below 14 share any."""
+    """The test images of a seed: no two seeds below 20 share any."""
     target = work / f"test-{seed}.npz"
     if not target.exists():
         listed = open_source(str(data / "cifar10" / "test.parquet"))

@@ -1,6 +1,6 @@
 """Table 1 and Figure 2 of the paper: one mean image per class against one random image per class.
 
-    python experiments/class_means/run.py --data "$DATAMERGE_DATA" --work class-means
+    python -m experiments.class_means.run --data "$DATAMERGE_DATA" --work class-means
 
 Everything goes through the public functions that the commands call: `merge`, `train`, `evaluate`. Finished parts are
 kept in --work and not done again. Writes results.json, plot.png and figure2.png beside this file.
@@ -72,7 +72,7 @@ def _accuracy(root: Path, source: Path, name: str, arm: str, seed: int) -> float
     kind, train_arm = ARMS[arm]
     artifact = root / "means" if kind == "means" else _random_images(root, source, seed)
     settings = tomllib.loads((HERE / "settings.toml").read_text())
-    encoder = _initial_weights(root, name, seed)
+    encoder = initial_weights(root, MLPS[name], seed)
     train(TrainConfig(artifact=str(artifact), run=str(run), arm=train_arm, encoder=encoder, seed=seed, **settings))
     (row,) = evaluate(
         EvaluateConfig(
@@ -84,19 +84,19 @@ def _accuracy(root: Path, source: Path, name: str, arm: str, seed: int) -> float
     return accuracy
 
 
-def _initial_weights(root: Path, name: str, seed: int) -> str:
-    """Spec of the network with the weights of this seed (torch's default initialisation)."""
+def initial_weights(root: Path, spec: str, seed: int) -> str:
+    """Spec of the network `spec` with the weights of this seed (torch's default initialisation)."""
     path = root / "initial" / f"{seed:02d}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        encoder = load_encoder(MLPS[name])
+        encoder = load_encoder(spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for module in encoder.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.reset_parameters()
         save_encoder(encoder, path)
-    return f"{MLPS[name]}@{path}"
+    return f"{spec}@{path}"
 
 
 def _random_images(root: Path, source: Path, seed: int) -> Path:
@@ -130,7 +130,7 @@ def _write(work: Path, results: dict[str, Any], seeds: int) -> None:
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
     )
     facts = {
-        "command": f"python experiments/class_means/run.py --seeds {seeds}",
+        "command": f"python -m experiments.class_means.run --seeds {seeds}",
         "commit": commit.stdout.strip(),
         "hardware": f"{platform.machine()} CPU, 1 thread",
         "seeds": list(range(seeds)),

@@ -18,6 +18,8 @@ from merge_service.merge import prepare, worker_setup
 from merge_service.rounds import encoder_spec, resolve
 from merge_service.work import ShardWorker
 from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact
+from storage_schemas.diff import diff
+from storage_schemas.remerge import Remerge, remerge
 
 ORIGINAL = "mlp:1x6x5-8-4"
 
@@ -124,3 +126,28 @@ def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None, m
 def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target_encoder: expected pixels"):
         _merge(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
+
+
+@pytest.mark.parametrize("kind", ["sketch", "principal"])
+def test_members_merged_again_are_what_a_merge_of_that_size_writes(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
+    settings = {"encoder": ORIGINAL, "batch_size": 12, "groups_per_shard": 3}
+    _merge(tmp_path / "photos.npz", tmp_path / "six", members=6, keep_members=True, **settings)
+    wanted = Remerge(members=4, factors=2, factor_kind=kind)  # type: ignore[arg-type]
+    remerge(open_artifact(tmp_path / "six"), Location(tmp_path / "four"), wanted)
+    direct = _merge(
+        tmp_path / "photos.npz",
+        tmp_path / "direct",
+        members=4,
+        factors=2,
+        factor_kind=kind,
+        keep_members=True,
+        **settings,
+    )
+    # Embeddings of another batch may differ in the last digit.
+    found = diff(open_artifact(tmp_path / "four"), direct, 1e-6)
+    assert found.settings == {}
+    assert found.compared == 8
+    assert not found.different
+    assert set(found.furthest) <= {"target"}
+    assert open_artifact(tmp_path / "four").manifest.layout == direct.manifest.layout

@@ -8,10 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.autograd.functional import hessian, jacobian
 
 from trainer.draws import Draws
 from trainer.estimators import along_factors
-from trainer.losses import SquaredError
+from trainer.estimators.along_factors import gauss_newton_along_factors
+from trainer.losses import CrossEntropy, Loss, SquaredError
 
 SHAPE = (3, 2, 2)
 
@@ -60,3 +62,61 @@ def test_every_image_is_a_sigma_point_scaled_by_the_deviation() -> None:
     offsets = seen[0] - mean
     assert {bool(torch.allclose(row, 2 * factors[0, 0])) for row in offsets} == {True, False}
     assert all(torch.allclose(row.abs(), 2 * factors[0, 0].abs()) for row in offsets)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
+def test_gauss_newton_is_the_correction_with_the_whole_covariance(loss: Loss) -> None:
+    """½ tr(Jᵀ H J C) with H from autograd, for a model that is linear in pixels, averaged over all signs."""
+    members, mean, factors = _group(3)
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4, dtype=torch.float64))
+    squared = isinstance(loss, SquaredError)
+    target = torch.randn(1, 4, dtype=torch.float64) if squared else torch.tensor([2])
+    slope = jacobian(lambda x: model(x.reshape(1, *SHAPE))[0], mean.reshape(-1))
+    curvature = hessian(lambda t: loss.value(t[None], target)[0], model(mean)[0].detach())
+    centred = (members - mean).flatten(1)
+    covariance = centred.T @ centred / len(members)
+    expected = 0.5 * torch.trace(slope.T @ curvature @ slope @ covariance)
+    found = []
+    for signs in itertools.product((-1.0, 1.0), repeat=3):
+        offset = torch.einsum("k,bkchw->bchw", torch.tensor(signs, dtype=torch.float64), factors)
+        result = gauss_newton_along_factors(model, mean, target, loss, [offset])
+        assert result.correction is not None
+        torch.testing.assert_close(result.loss - result.correction, loss.value(model(mean), target))
+        found.append(result.correction)
+    torch.testing.assert_close(torch.stack(found).mean(), expected)
+
+
+def test_a_pair_has_no_first_order_and_no_noise_for_one_factor() -> None:
+    _, mean, factors = _group(3)
+    weight = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def model(pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.flatten(1) @ weight).unsqueeze(1) ** 3
+
+    target, one = torch.zeros(1, 1, dtype=torch.float64), factors[:, :1]
+    losses = {
+        along_factors(
+            model, mean, one, target, SquaredError(), Draws([seed]), estimator="antithetic"
+        ).loss.item()
+        for seed in range(8)
+    }
+    ends = [SquaredError().value(model(mean + sign * one[:, 0]), target).item() for sign in (-1, 1)]
+    assert len(losses) <= 2  # the order of the pair's two terms
+    assert max(losses) == pytest.approx(sum(ends) / 2, rel=1e-12)
+    assert min(losses) == pytest.approx(max(losses), rel=1e-12)
+
+
+def test_parameter_gradients_of_gauss_newton_are_those_of_its_formula() -> None:
+    """Against the formula written out by hand for a linear model W x: ‖W x̄ − y‖² + ‖W u‖²."""
+    _, mean, factors = _group(3)
+    linear = torch.nn.Linear(12, 5, bias=False, dtype=torch.float64)
+    target = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    offset = factors[:, 0]
+    gauss_newton_along_factors(
+        torch.nn.Sequential(torch.nn.Flatten(), linear), mean, target, SquaredError(), [offset]
+    ).loss.sum().backward()
+    x, u = mean.flatten(), offset.flatten()
+    by_hand = 2 * torch.outer(linear.weight @ x - target[0], x) + 2 * torch.outer(linear.weight @ u, u)
+    assert linear.weight.grad is not None
+    torch.testing.assert_close(linear.weight.grad, by_hand.detach())

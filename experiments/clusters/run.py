@@ -1,0 +1,203 @@
+"""The paper's future work: k cluster means a class, against k real images a class, random ones or medoids.
+
+    python -m experiments.clusters.run --data "$DATAMERGE_DATA" --work clusters
+
+Everything goes through the public functions that the commands call. Finished parts are kept in --work and not done
+again. Writes results.json and plot.png beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib as mpl
+import numpy as np
+import torch
+from PIL import Image
+
+from evaluation import EvaluateConfig, evaluate
+from experiments.class_means.run import initial_weights
+from merge_service import MergeConfig, merge
+from sources import decode, native_shape, open_source
+from storage_schemas import open_artifact
+from trainer import TrainConfig, train
+from trainer.config import Arm
+
+mpl.use("Agg")  # no display needed
+
+from matplotlib import pyplot as plt
+
+HERE = Path(__file__).parent
+SETTINGS: dict[str, Any] = tomllib.loads((HERE / "settings.toml").read_text())
+# Name in the results → (what the groups are, arm of `datamerge train`, stored arrays that it reads).
+ARMS: dict[str, tuple[str, Arm, tuple[str, ...]]] = {
+    "cluster means, corrected": ("means", "avg", ("sum", "scatter")),
+    "cluster means": ("means", "mean-only", ("sum",)),
+    "medoids": ("medoids", "mean-only", ("sum",)),
+    "random images": ("random", "mean-only", ("sum",)),
+}
+
+
+class Images:
+    """The training images of a data set, decoded once.
+
+    Attributes:
+        pixels: uint8 [n, C, H, W].
+        labels: [n].
+    """
+
+    def __init__(self, source: Path) -> None:
+        listed = open_source(str(source))
+        first = listed.reader.read(listed.samples[0])
+        shape = native_shape(first)
+        self.pixels = np.stack([decode(listed.reader.read(sample), shape) for sample in listed.samples])
+        self.labels = np.array([sample.label for sample in listed.samples])
+
+
+@click.command()
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--work", default="clusters", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--datasets", default="mnist,cifar10", show_default=True)
+def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
+    """Run what is missing, then write the results."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for name in datasets.split(","):
+        study = Study(data / name, work / name, SETTINGS["encoder"][name])
+        results[name] = {
+            arm: {str(k): study.row(arm, k, seeds) for k in SETTINGS["clusters"]} for arm in ARMS
+        }
+        click.echo(json.dumps({arm: {k: row["mean"] for k, row in rows.items()} for arm, rows in results[name].items()}))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    facts = {
+        "command": f"python -m experiments.clusters.run --seeds {seeds} --datasets {datasets}",
+        "commit": commit.stdout.strip(),
+        "hardware": f"{platform.machine()} CPU, 1 thread",
+        "seeds": list(range(seeds)),
+        "unit": "test accuracy, %",
+        "results": results,
+    }
+    (HERE / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    _plot(results)
+
+
+class Study:
+    """One data set."""
+
+    def __init__(self, data: Path, work: Path, encoder: str) -> None:
+        self._data, self._work, self._encoder = data, work, encoder
+        self._images: Images | None = None
+
+    def row(self, arm: str, k: int, seeds: int) -> dict[str, Any]:
+        """Accuracy over the seeds, and stored bytes, of one arm with k groups a class."""
+        values = [self._accuracy(arm, k, seed) for seed in range(seeds)]
+        return {
+            "mean": round(statistics.fmean(values), 2),
+            "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+            "values": values,
+            "stored_bytes": _stored_bytes(self._artifact(arm, k, 0), ARMS[arm][2]),
+        }
+
+    def _accuracy(self, arm: str, k: int, seed: int) -> float:
+        run = self._work / "runs" / f"{arm.replace(' ', '-').replace(',', '')}-{k}-{seed}"
+        measured = run / "accuracy.json"
+        if measured.exists():
+            return float(json.loads(measured.read_text()))
+        artifact, encoder = self._artifact(arm, k, seed), initial_weights(self._work, self._encoder, seed)
+        settings = SETTINGS["train"]
+        train(TrainConfig(artifact=artifact, run=str(run), arm=ARMS[arm][1], encoder=encoder, seed=seed, **settings))
+        (row,) = evaluate(
+            EvaluateConfig(
+                runs=[str(run)],
+                data=str(self._data / "test.parquet"),
+                head="outputs",
+                steps=1,
+                batch_size=1000,
+                threads=1,
+            )
+        )
+        accuracy = 100 * float(row.accuracy_clean or 0.0)
+        measured.write_text(json.dumps(accuracy))
+        return accuracy
+
+    def _artifact(self, arm: str, k: int, seed: int) -> str:
+        kind = ARMS[arm][0]
+        # Clusters are the same for every seed: k-means is seeded by the artifact's.
+        target = self._work / f"{kind}-{k}" if kind != "random" else self._work / f"random-{k}-{seed}"
+        if kind == "means":
+            merge(
+                MergeConfig(
+                    source=str(self._data / "train.parquet"),
+                    artifact=str(target),
+                    grouping="cluster",
+                    clusters=k,
+                )
+            )
+        elif not (target / "manifest.json").exists():
+            chosen = self._medoids(k) if kind == "medoids" else self._random(k, seed)
+            self._write(chosen, Path(f"{target}-images"))
+            merge(MergeConfig(source=f"{target}-images", artifact=str(target), grouping="label", members=1))
+        return str(target)
+
+    @property
+    def images(self) -> Images:
+        self._images = self._images or Images(self._data / "train.parquet")
+        return self._images
+
+    def _medoids(self, k: int) -> list[int]:
+        """The real image nearest to each cluster's mean, of its class."""
+        chosen = []
+        for record in open_artifact(self._artifact("cluster means", k, 0)):
+            of_class = np.flatnonzero(self.images.labels == record.label)
+            distances = np.square(self.images.pixels[of_class] / np.float32(255) - record.mean).sum(axis=(1, 2, 3))
+            chosen.append(int(of_class[distances.argmin()]))
+        return chosen
+
+    def _random(self, k: int, seed: int) -> list[int]:
+        rng = np.random.default_rng(np.random.SeedSequence([seed, k]))
+        classes = np.unique(self.images.labels)
+        return [
+            int(i) for c in classes for i in rng.choice(np.flatnonzero(self.images.labels == c), k, replace=False)
+        ]
+
+    def _write(self, chosen: list[int], folder: Path) -> None:
+        for number, index in enumerate(chosen):
+            path = folder / str(self.images.labels[index]) / f"{number:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.images.pixels[index].transpose(1, 2, 0).squeeze()).save(path)
+
+
+def _stored_bytes(artifact: str, arrays: tuple[str, ...]) -> int:
+    opened = open_artifact(artifact)
+    files = (file for position in range(len(opened.shard_sizes)) for file in opened.commit(position).files)
+    return sum(file.bytes for file in files if file.path.split("/")[1] in arrays)
+
+
+def _plot(results: dict[str, Any]) -> None:
+    """Accuracy against k, and against bytes."""
+    figure, axes = plt.subplots(len(results), 2, figsize=(10, 3.6 * len(results)), layout="constrained", squeeze=False)
+    for axis, (name, arms) in zip(axes, results.items(), strict=True):
+        for arm, rows in arms.items():
+            means, spread = [row["mean"] for row in rows.values()], [row["sd"] or 0 for row in rows.values()]
+            axis[0].errorbar([int(k) for k in rows], means, spread, marker="o", capsize=3, label=arm)
+            stored = [row["stored_bytes"] / 1e6 for row in rows.values()]
+            axis[1].errorbar(stored, means, spread, marker="o", capsize=3, label=arm)
+        axis[0].set(title=name, xscale="log", xlabel="groups a class, k", ylabel="test accuracy, %")
+        axis[1].set(title=name, xscale="log", xlabel="stored MB that the arm reads")
+    axes[0][0].legend()
+    figure.savefig(HERE / "plot.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
