@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import shutil
 import subprocess
 import time
 import tomllib
@@ -34,6 +35,7 @@ from storage_schemas.remerge import Remerge, remerge
 from trainer import RunSummary, TrainConfig, train
 
 BASELINE = "w/o AT"
+PUBLISHER = 1000  # seed of the run whose rounds are published
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,24 @@ class Study:
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
         self.settings = settings
         module, _, function = settings["prepare"].partition(":")
-        self._prepared: Prepared = getattr(importlib.import_module(module), function)(data, work)
+        self.prepared: Prepared = getattr(importlib.import_module(module), function)(data, work)
         self._work = work / name
 
     def artifacts(self) -> None:
-        """Attack once, then merge the members in every way that an arm needs."""
+        """Attack once, then merge the members in every way that an arm needs.
+
+        `published` artifacts hold the accumulated rounds of a run whose seed is none of the arms'.
+        """
         merge(self._merge_config(self.artifact("members"), **self.settings["merge"]))
+        for name, wanted in self.settings.get("published", {}).items():
+            if not (Path(self.artifact(name)) / "manifest.json").exists():
+                run = self._work / "runs" / f"{name}-publisher"
+                self._rounds(run, PUBLISHER, **wanted)
+                last = wanted["rounds"] - 1
+                shutil.copytree(f"{run}-artifacts/0-{last}", self.artifact(name))
         for name, wanted in self.settings["remerge"].items():
-            remerge(open_artifact(self.artifact("members")), Location(self.artifact(name)), Remerge(**wanted))
+            source = self.artifact(wanted.pop("source", "members"))
+            remerge(open_artifact(source), Location(self.artifact(name)), Remerge(**wanted))
 
     def artifact(self, name: str) -> str:
         """Folder of the artifact with this name in the settings."""
@@ -102,13 +114,13 @@ class Study:
         """The evaluation of an arm, trained with this seed if it is not."""
         done = self._evaluation(name, seed)
         if not done.exists():
-            trained = self._prepared.encoder if name == BASELINE else self._train(name, seed)
+            trained = self.prepared.encoder if name == BASELINE else self._train(name, seed)
             (found,) = evaluate(
                 EvaluateConfig(
                     runs=[trained],
-                    data=self._prepared.test(seed),
-                    head=self._prepared.head,
-                    original=self._prepared.encoder,
+                    data=self.prepared.test(seed),
+                    head=self.prepared.head,
+                    original=self.prepared.encoder,
                     seed=seed,
                     threads=1,
                     **self.settings["evaluate"],
@@ -117,6 +129,13 @@ class Study:
             Location(done.parent).write(done.name, json.dumps(found.model_dump(mode="json")).encode())
         found_again: dict[str, Any] = json.loads(done.read_bytes())
         return found_again
+
+    def trained(self, name: str, seed: int) -> str | None:
+        """What an evaluation calls an arm's encoder: folder of the finished run, or spec; None if there is none."""
+        if name == BASELINE:
+            return self.prepared.encoder
+        run = self._run(name, seed)
+        return str(run) if (run / "run.json").exists() else None
 
     def row(self, name: str) -> dict[str, Any] | None:
         """What is known of an arm over the seeds that are finished; None if there is none."""
@@ -146,7 +165,7 @@ class Study:
 
     def _train(self, name: str, seed: int) -> str:
         arm = dict(self.settings["arms"][name])
-        run = self._work / "runs" / f"{_folder(name)}-{seed}"
+        run = self._run(name, seed)
         started = time.process_time()
         if arm.pop("online", False):
             self._online(run, seed)
@@ -162,18 +181,18 @@ class Study:
     def _online(self, run: Path, seed: int) -> RunSummary:
         wanted = self.settings["merge"]
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
-        config = self._train_config(self._prepared.train, run, seed, arm="ind", members=1)
-        config = config.model_copy(update={"encoder": self._prepared.encoder})
+        config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
+        config = config.model_copy(update={"encoder": self.prepared.encoder})
         return train_online(config, attack, wanted.get("limit"))
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str) -> Path:
         """Attack the encoder as it has become, add the new members to the earlier ones, train on; again and again."""
-        encoder, parts = self._prepared.encoder, []
+        encoder, parts = self.prepared.encoder, []
         steps = self.settings["train"]["steps"] // rounds
         for number in range(rounds):
             parts.append(f"{run}-artifacts/{number}")
             wanted = self.settings["merge"] | {"members": 1, "seed": 1000 * (seed + 1) + number}
-            merge(self._merge_config(parts[-1], **wanted, encoder=encoder, target_encoder=self._prepared.encoder))
+            merge(self._merge_config(parts[-1], **wanted, encoder=encoder, target_encoder=self.prepared.encoder))
             artifact = parts[0]
             if number:
                 artifact = f"{run}-artifacts/0-{number}"
@@ -186,8 +205,8 @@ class Study:
         return run
 
     def _merge_config(self, artifact: str, **wanted: Any) -> MergeConfig:
-        wanted = {"encoder": self._prepared.encoder, **wanted}
-        return MergeConfig(source=self._prepared.train, artifact=artifact, keep_members=True, **wanted)
+        wanted = {"encoder": self.prepared.encoder, **wanted}
+        return MergeConfig(source=self.prepared.train, artifact=artifact, keep_members=True, **wanted)
 
     def _train_config(self, artifact: str, run: Path, seed: int, **arm: Any) -> TrainConfig:
         shared = {"threads": 1, "checkpoint_every": 10**6, **self.settings["train"]}
@@ -195,6 +214,9 @@ class Study:
 
     def _evaluation(self, name: str, seed: int) -> Path:
         return self._work / "evaluations" / f"{_folder(name)}-{seed}.json"
+
+    def _run(self, name: str, seed: int) -> Path:
+        return self._work / "runs" / f"{_folder(name)}-{seed}"
 
     def _stored_bytes(self, arm: dict[str, Any]) -> int | None:
         """Compressed bytes of the arrays that an arm reads: its share of the members where it takes some of them."""

@@ -1,0 +1,88 @@
+"""Robust accuracy of an experiment's encoders under somebody else's attacks: torchattacks' APGD and PGD.
+
+    python -m experiments.third_party experiments/cifar10/epsilon-2.toml --data "$DATAMERGE_DATA" --work cifar10
+
+Reads what `experiments.arms` left in --work. Writes third-party-NAME.json beside the settings.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import torchattacks
+from torch import Tensor, nn
+
+from adversarial import load_encoder, load_head
+from evaluation.runs import read_run
+from experiments.arms import BASELINE, Study
+from sources import decode, open_source
+
+
+@click.command()
+@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--only", multiple=True, help="These arms only.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--batch-size", default=100, show_default=True)
+def main(
+    settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...], steps: int, batch_size: int
+) -> None:
+    """Attack the trained encoders of SETTINGS with torchattacks."""
+    torch.set_num_threads(1)
+    study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    target = settings.with_name(f"third-party-{settings.stem}.json")
+    facts: dict[str, Any] = json.loads(target.read_text())["arms"] if target.exists() else {}
+    epsilon = float(Fraction(study.settings["evaluate"]["epsilon"]))
+    for name in (BASELINE, *study.settings["arms"]):
+        for seed in (text for text in seeds.split(",") if text):
+            trained = study.trained(name, int(seed))
+            if (only and name not in only) or seed in facts.get(name, {}) or trained is None:
+                continue
+            encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
+            model = nn.Sequential(encoder, load_head(study.prepared.head)).eval()
+            pixels, labels = _images(study.prepared.test(int(seed)), encoder.input_shape)
+            found = _accuracies(model, pixels, labels, epsilon, steps, batch_size)
+            facts.setdefault(name, {})[seed] = found
+            click.echo(f"{name}, seed {seed}: {found}")
+            attack = {"torchattacks": version("torchattacks"), "epsilon": epsilon, "steps": steps}
+            target.write_text(json.dumps({"attack": attack, "arms": facts}, indent=1) + "\n")
+
+
+def _images(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    listed = open_source(source)
+    pixels = np.stack([decode(listed.reader.read(sample), shape) for sample in listed.samples])
+    return torch.from_numpy(pixels).float() / 255, torch.tensor([sample.label for sample in listed.samples])
+
+
+def _accuracies(
+    model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float, steps: int, batch_size: int
+) -> dict[str, float]:
+    """Fraction classified correctly, clean and under each attack alone."""
+    attacks = {
+        "PGD": torchattacks.PGD(model, epsilon, epsilon / 4, steps),
+        "APGD-CE": torchattacks.APGD(model, eps=epsilon, steps=steps, loss="ce"),
+    }
+    correct = {name: 0 for name in ("clean", *attacks)}
+    for batch, label in zip(pixels.split(batch_size), labels.split(batch_size), strict=True):
+        with torch.no_grad():
+            correct["clean"] += int((model(batch).argmax(dim=1) == label).sum())
+        for name, attack in attacks.items():
+            torch.manual_seed(0)  # torchattacks draws its starts from the global generator
+            found = attack(batch, label)
+            with torch.no_grad():
+                correct[name] += int((model(found).argmax(dim=1) == label).sum())
+    return {name: count / len(labels) for name, count in correct.items()}
+
+
+if __name__ == "__main__":
+    main()
