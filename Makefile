@@ -8,13 +8,14 @@ PACKAGES := datamerge.py storage_schemas console sources adversarial merge_servi
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test check lint format clean experiments-small
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
 	@echo "make test    run the tests"
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
 	@echo "make format  reformat the code"
+	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,18 @@ $(VENV)/.dev: $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/datamerge demo demo-output
+
+# Finished parts are kept in experiments-output and not done again.
+ARMS = digits/epsilon-26 cifar10/epsilon-2 cifar10/epsilon-4 photos/epsilon-2
+experiments-small: $(VENV)/.demo
+	@test -d "$$DATAMERGE_DATA" || { echo "set DATAMERGE_DATA to the folder with mnist, cifar10 and nips17" >&2; exit 2; }
+	$(PIP) -e '.[experiments]'
+	$(BIN)/python -m experiments.class_means.run --data "$$DATAMERGE_DATA" --work experiments-output/class_means
+	$(BIN)/python -m experiments.clusters.run --data "$$DATAMERGE_DATA" --work experiments-output/clusters
+	for arms in $(ARMS); do \
+	  $(BIN)/python -m experiments.arms experiments/$$arms.toml --data "$$DATAMERGE_DATA" \
+	    --work experiments-output/$${arms%/*} || exit; \
+	done
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -72,7 +72,7 @@ def _accuracies(
         "PGD": torchattacks.PGD(model, epsilon, epsilon / 4, steps),
         "APGD-CE": torchattacks.APGD(model, eps=epsilon, steps=steps, loss="ce"),
     }
-    correct = {name: 0 for name in ("clean", *attacks)}
+    correct = dict.fromkeys(("clean", *attacks), 0)
     for batch, label in zip(pixels.split(batch_size), labels.split(batch_size), strict=True):
         with torch.no_grad():
             correct["clean"] += int((model(batch).argmax(dim=1) == label).sum())

@@ -30,7 +30,11 @@ from trainer.signals import Stopped
 @click.option("--set", "overrides", metavar="NAME=VALUE", multiple=True, help="Any setting; wins over all others.")
 @click.option("--arm", type=click.Choice(get_args(Arm)), help="Merged groups, stored members, or means only. [avg]")
 @click.option("--members", type=int, help="For ind, random-member: first so many stored members of each group. [all]")
-@click.option("--estimator", type=click.Choice(get_args(EstimatorName)), help="For --arm avg [gauss_newton] and factors [sampled].")
+@click.option(
+    "--estimator",
+    type=click.Choice(get_args(EstimatorName)),
+    help="[avg: gauss_newton; factors: sampled]",
+)
 @click.option("--loss", type=click.Choice(get_args(LossName)), help="[auto: by what the artifact stores]")
 @click.option("--encoder", metavar="SPEC", help="Encoder to start from. [the artifact's]")
 @click.option("--head", metavar="SPEC", help="Frozen class head for cross_entropy. [the artifact's]")

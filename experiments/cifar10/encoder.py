@@ -92,12 +92,15 @@ def folded(trained: CifarEncoder) -> dict[str, Tensor]:
 
 
 def pretrain(train: Path, weights: Path, head_file: Path, seed: int) -> None:
-    """Train encoder and linear head on clean images with cross entropy, crops and flips; write both as safetensors."""
+    """Train encoder and linear head on clean images, with crops and flips; write both as safetensors."""
     pixels, labels = _load(train)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, head = CifarEncoder(norm=True).train().to(memory_format=torch.channels_last), nn.Linear(WIDTHS[-1], len(CLASSES))
+        model, head = (
+            CifarEncoder(norm=True).train().to(memory_format=torch.channels_last),
+            nn.Linear(WIDTHS[-1], len(CLASSES)),
+        )
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = EPOCHS * -(-len(pixels) // BATCH)

@@ -72,10 +72,10 @@ def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
     results: dict[str, Any] = {}
     for name in datasets.split(","):
         study = Study(data / name, work / name, SETTINGS["encoder"][name])
-        results[name] = {
-            arm: {str(k): study.row(arm, k, seeds) for k in SETTINGS["clusters"]} for arm in ARMS
-        }
-        click.echo(json.dumps({arm: {k: row["mean"] for k, row in rows.items()} for arm, rows in results[name].items()}))
+        results[name] = {arm: {str(k): study.row(arm, k, seeds) for k in SETTINGS["clusters"]} for arm in ARMS}
+        click.echo(
+            json.dumps({arm: {k: row["mean"] for k, row in rows.items()} for arm, rows in results[name].items()})
+        )
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
     )
@@ -185,7 +185,9 @@ def _stored_bytes(artifact: str, arrays: tuple[str, ...]) -> int:
 
 def _plot(results: dict[str, Any]) -> None:
     """Accuracy against k, and against bytes."""
-    figure, axes = plt.subplots(len(results), 2, figsize=(10, 3.6 * len(results)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(results), 2, figsize=(10, 3.6 * len(results)), layout="constrained", squeeze=False
+    )
     for axis, (name, arms) in zip(axes, results.items(), strict=True):
         for arm, rows in arms.items():
             means, spread = [row["mean"] for row in rows.values()], [row["sd"] or 0 for row in rows.values()]

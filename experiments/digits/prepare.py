@@ -1,4 +1,4 @@
-"""The demo's digits and encoder for the arms: 4,000 MNIST digits to train on, 1,000 to measure on, whatever the seed."""
+"""The demo's digits and encoder for the arms: 4,000 digits to train on, 1,000 to measure on, whatever the seed."""
 
 from __future__ import annotations
 

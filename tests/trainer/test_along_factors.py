@@ -96,9 +96,7 @@ def test_a_pair_has_no_first_order_and_no_noise_for_one_factor() -> None:
 
     target, one = torch.zeros(1, 1, dtype=torch.float64), factors[:, :1]
     losses = {
-        along_factors(
-            model, mean, one, target, SquaredError(), Draws([seed]), estimator="antithetic"
-        ).loss.item()
+        along_factors(model, mean, one, target, SquaredError(), Draws([seed]), estimator="antithetic").loss.item()
         for seed in range(8)
     }
     ends = [SquaredError().value(model(mean + sign * one[:, 0]), target).item() for sign in (-1, 1)]
