@@ -165,3 +165,37 @@ def test_interrupted_and_run_again(tmp_path: Path) -> None:
     assert 3 <= len(list((b / "commits").glob("0*.json"))) < len(keys)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert run("diff", a, str(b)).returncode == 0
+
+
+def test_remerge_takes_the_first_members_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+    members = np.random.default_rng(0).integers(0, 256, (2, 4, *SHAPE)).astype(np.uint8)
+    arrays = [("sum", "uint16", SHAPE), ("scatter", "uint32", SHAPE), ("members", "uint8", (4, *SHAPE))]
+    layout = Layout(
+        format="webdataset",
+        encoding="uint8_moments",
+        arrays=tuple(ArraySpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape in arrays),  # type: ignore[arg-type]
+        groups=2,
+        groups_per_shard=1,
+    )
+    writer = ArtifactWriter(Location(tmp_path / "a"), layout, PROVENANCE)
+    writer.begin({})
+    for shard, group in enumerate(members):
+        moments = ExactMoments.of(group)
+        stored = {"sum": moments.sum.astype("u2"), "scatter": moments.scatter.astype("u4"), "members": group}
+        writer.commit(shard, [Record(f"k{shard}", 4, "uint8_moments", stored)], [])
+    writer.finish()
+    source, target = str(tmp_path / "a"), str(tmp_path / "b")
+    done = run("remerge", source, target, "--members", "3", "--factors", "1", "--drop-members", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["groups"] == 2
+    for record, group in zip(open_artifact(target), members, strict=True):
+        np.testing.assert_array_equal(record.arrays["sum"], group[:3].sum(axis=0, dtype=int))
+        assert record.arrays["factors"].shape == (1, *SHAPE)
+    for arguments, message in (
+        ([source, target, "--members", "2"], "already holds an artifact made from other settings"),
+        ([source, str(tmp_path / "c"), "--members", "5"], "expected at most the 4 that"),
+        ([target, str(tmp_path / "c")], "expected stored members, found none"),
+    ):
+        wrong = run("remerge", *arguments)
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+        assert message in wrong.stderr

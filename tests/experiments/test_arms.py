@@ -1,0 +1,87 @@
+"""The runner of arms, end to end on an MLP and a few images: artifacts, training, evaluation, table; and again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from adversarial import Head, load_encoder, save_encoder
+from experiments.arms import Prepared, main
+
+SPEC = "mlp:3x8x8-16-6"
+SETTINGS = """
+prepare = "tests.experiments.test_arms:prepare"
+
+[merge]
+members = 3
+epsilon = "2/255"
+step_size = "1/255"
+steps = 2
+limit = 12
+groups_per_shard = 6
+batch_size = 6
+
+[published]
+rounds-2 = { rounds = 2, arm = "random-member" }
+
+[remerge]
+sketch = { factors = 1, keep_members = false }
+rounds-2-sketch = { source = "rounds-2", factors = 1, keep_members = false }
+
+[train]
+steps = 4
+batch_size = 4
+learning_rate = 1e-3
+warmup_steps = 2
+
+[evaluate]
+epsilon = "2/255"
+steps = 2
+
+[arms]
+AT-2-Ind = { artifact = "members", arm = "ind", members = 2 }
+AT-3-Factors = { artifact = "sketch", arm = "factors", estimator = "gauss_newton" }
+"AT-2-Factors, rounds" = { artifact = "rounds-2-sketch", arm = "factors" }
+"FARE online" = { online = true }
+"""
+
+
+def prepare(data: Path, work: Path) -> Prepared:
+    """Random images and random weights."""
+    work.mkdir(parents=True, exist_ok=True)
+    encoder = load_encoder(SPEC)
+    save_encoder(encoder, work / "encoder.safetensors")
+    (work / "head.safetensors").write_bytes(Head(torch.eye(3, 6), torch.zeros(3)).to_bytes())
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.savez(work / "images.npz", images=images, labels=rng.integers(0, 3, 12))
+    source = str(work / "images.npz")
+    return Prepared(
+        source, lambda _: source, f"{SPEC}@{work / 'encoder.safetensors'}", str(work / "head.safetensors")
+    )
+
+
+def test_arms_from_nothing_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, work = tmp_path / "tiny.toml", tmp_path / "work"
+    settings.write_text(SETTINGS)
+    arguments = [str(settings), "--data", str(tmp_path), "--work", str(work), "--seeds", "0,1"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    facts = json.loads((tmp_path / "results-tiny.json").read_text())["rows"]
+    assert list(facts) == ["w/o AT", "AT-2-Ind", "AT-3-Factors", "AT-2-Factors, rounds", "FARE online"]
+    assert all(row["seeds"] == 2 and row["images"] == 24 for row in facts.values())
+    # Forward passes: two members at 3; mean and one point at 3; one point; two steps of an attack, its ends, a step.
+    assert [row["forward_passes"] for row in facts.values()] == [None, 6, 6, 3, 9]
+    assert facts["AT-2-Ind"]["stored_bytes"] > 0
+    assert "| AT-3-Factors |" in (tmp_path / "results-tiny.md").read_text()
+    assert (tmp_path / "plot-tiny.png").stat().st_size > 1000
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in before if path.parent.name != "work"} == {
+        path: time for path, time in before.items() if path.parent.name != "work"
+    }
