@@ -61,7 +61,7 @@ def prepare(data: Path, work: Path) -> Prepared:
     images = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)
     np.savez(work / "images.npz", images=images, labels=rng.integers(0, 3, 12))
     source = str(work / "images.npz")
-    return Prepared(
+    return Prepared(source, lambda _: source, f"{SPEC}@{work}/encoder.safetensors", f"{work}/head.safetensors")
         source, lambda _: source, f"{SPEC}@{work / 'encoder.safetensors'}", str(work / "head.safetensors")
     )
 
