@@ -11,10 +11,10 @@ import numpy as np
 
 from storage_schemas.artifact import open_artifact
 from storage_schemas.errors import DatamergeError, UserError
-from storage_schemas.manifest import ArraySpec, EncodingName, Manifest, Reject
+from storage_schemas.manifest import ArraySpec, EncodingName, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS, ExactMoments, IntArray, scatter_dtype, sum_dtype
 from storage_schemas.presentation import presentation_files
-from storage_schemas.record import Array, Record
+from storage_schemas.record import Array, Record, encode_exact
 from storage_schemas.writer import ArtifactWriter
 
 MOMENTS = ("sum", "scatter", "mean", "mean_square")
@@ -56,6 +56,21 @@ def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spr
         ArraySpec.of("sum", sum_dtype(count), shape),
         ArraySpec.of("scatter", scatter_dtype(count, spread), shape),
     ]
+
+
+def exact_arrays(moments: ExactMoments, layout: Layout, key: str) -> dict[str, Array]:
+    """`encode_exact` of a group that was made elsewhere.
+
+    Raises:
+        DatamergeError: its members differ by more than the layout, made from the provenance, allows.
+    """
+    try:
+        return encode_exact(moments, layout)
+    except OverflowError as error:
+        raise DatamergeError(
+            f"group {key}: {error}; its members differ by more than attack.epsilon of the provenance allows, so the "
+            "provenance is not that of these groups"
+        ) from None
 
 
 def pixel_spread(provenance: Mapping[str, Any]) -> int:

@@ -15,13 +15,13 @@ import numpy as np
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.convert import head_file
-from storage_schemas.derive import MOMENTS, Advance, moment_specs, pixel_spread, write_shards
-from storage_schemas.errors import ConfigError, DatamergeError
+from storage_schemas.derive import MOMENTS, Advance, exact_arrays, moment_specs, pixel_spread, write_shards
+from storage_schemas.errors import ConfigError
 from storage_schemas.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.location import Location
 from storage_schemas.manifest import ArraySpec, Layout, Manifest, Reject
 from storage_schemas.moments import ExactMoments
-from storage_schemas.record import Record, encode_exact
+from storage_schemas.record import Record
 from storage_schemas.writer import ArtifactWriter
 
 
@@ -101,13 +101,7 @@ def _merged(record: Record, layout: Layout, wanted: Remerge, seed: int) -> Recor
     if record.members is None:
         raise ValueError("the layout has members")
     members = record.members[: wanted.members]
-    try:
-        arrays = {**record.arrays, **encode_exact(ExactMoments.of(members), layout)}
-    except OverflowError as error:
-        raise DatamergeError(
-            f"group {record.key}: {error}; its members differ by more than attack.epsilon of the provenance allows, "
-            "so the provenance is not that of these groups"
-        ) from None
+    arrays = {**record.arrays, **exact_arrays(ExactMoments.of(members), layout, record.key)}
     if wanted.factors is not None:
         arrays["factors"] = stored_factors(members, layout, wanted.factor_kind, seed, record.key)
     spec = layout.array("members")

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage_schemas.derive import exact_moments
-from storage_schemas.errors import DatamergeError
+from storage_schemas.derive import exact_arrays, exact_moments
 from storage_schemas.manifest import Layout
 from storage_schemas.moments import ExactMoments
-from storage_schemas.record import Array, Record, encode_exact
+from storage_schemas.record import Array, Record
 
 # Arrays that all parts of a group have in common.
 KEPT = ("target", "clean")
@@ -32,13 +31,7 @@ def unite(parts: Sequence[Record], layout: Layout) -> Record:
     arrays: dict[str, Array] = {name: parts[0].arrays[name] for name in kept if layout.array(name)}
     if layout.encoding == "uint8_moments":
         moments = functools.reduce(ExactMoments.combine, (exact_moments(part, "combine") for part in parts))
-        try:
-            arrays |= encode_exact(moments, layout)
-        except OverflowError as error:
-            raise DatamergeError(
-                f"group {parts[0].key}: {error}; its members differ by more than attack.epsilon of the provenance "
-                "allows, so the provenance is not that of these groups"
-            ) from None
+        arrays |= exact_arrays(moments, layout, parts[0].key)
     else:
         arrays |= _pooled(parts, count)
     spec = layout.array("members")

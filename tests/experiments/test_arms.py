@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner
 
@@ -62,11 +61,9 @@ def prepare(data: Path, work: Path) -> Prepared:
     np.savez(work / "images.npz", images=images, labels=rng.integers(0, 3, 12))
     source = str(work / "images.npz")
     return Prepared(source, lambda _: source, f"{SPEC}@{work}/encoder.safetensors", f"{work}/head.safetensors")
-        source, lambda _: source, f"{SPEC}@{work / 'encoder.safetensors'}", str(work / "head.safetensors")
-    )
 
 
-def test_arms_from_nothing_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     settings, work = tmp_path / "tiny.toml", tmp_path / "work"
     settings.write_text(SETTINGS)
     arguments = [str(settings), "--data", str(tmp_path), "--work", str(work), "--seeds", "0,1"]
