@@ -37,11 +37,11 @@ MEMORY = Path("/dev/shm")
 
 @click.command()
 @click.option("--encoder", default="timm:resnet18", show_default=True)
-@click.option("--shards", default=12, show_default=True)
+@click.option("--shards", default=10, show_default=True)
 @click.option("--groups-per-shard", default=1, show_default=True)
-@click.option("--members", default=4, show_default=True)
-@click.option("--steps", default=4, show_default=True)
-@click.option("--repeats", default=2, show_default=True)
+@click.option("--members", default=3, show_default=True)
+@click.option("--steps", default=3, show_default=True)
+@click.option("--repeats", default=1, show_default=True)
 @click.option("--most-shards", default=10_000, show_default=True, help="Largest job of the overhead measurement.")
 def main(
     encoder: str, shards: int, groups_per_shard: int, members: int, steps: int, repeats: int, most_shards: int
