@@ -73,9 +73,9 @@ class Ball:
     def around(cls, clean: Tensor, epsilon: Fraction, on_grid: bool) -> Ball:
         """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
         if on_grid:
-            centre = (clean * LEVELS).round()
+            centre = (clean * LEVELS).round_()
             radius = math.floor(epsilon * LEVELS)
-            lower, upper = (centre - radius).clamp_min(0), (centre + radius).clamp_max(LEVELS)
+            lower, upper = (centre - radius).clamp_min_(0), (centre + radius).clamp_max_(LEVELS)
             return cls(lower, upper, centre, float(LEVELS), True)
         wide, radius64 = clean.double(), float(epsilon)
         lower, upper = (wide - radius64).float(), (wide + radius64).float()
@@ -98,7 +98,7 @@ class Ball:
         else:
             uniform = [generator.random(shape, np.float32) for generator in generators]
             offsets = (torch.from_numpy(np.stack(uniform)).to(device) * 2 - 1) * float(radius)
-        return self.clamp_(self.centre + offsets)
+        return self.clamp_(offsets.add_(self.centre))
 
     def clamp_(self, points: Tensor) -> Tensor:
         """Project onto the ball, in place."""
@@ -112,7 +112,7 @@ class Ball:
         """`points`, or the start where that has the higher loss: an attack never makes things easier."""
         worse = loss < start_loss
         chosen = torch.where(worse.view(-1, 1, 1, 1), start, points)
-        return Attacked(chosen / self.scale, start_loss, torch.maximum(loss, start_loss))
+        return Attacked(chosen.div_(self.scale), start_loss, torch.maximum(loss, start_loss))
 
 
 def check_ball(epsilon: Fraction, on_grid: bool, start_radius: Fraction | None) -> None:
@@ -148,7 +148,7 @@ class Gradients:
         loss = self._objective(forward(self._model, pixels, self._precision), self._target)
         (gradient,) = torch.autograd.grad(loss.sum(), pixels)
         loss = loss.detach()
-        self._note(torch.isfinite(loss) & torch.isfinite(gradient.flatten(1).sum(dim=1)))
+        self._note(torch.isfinite(loss) & torch.isfinite(gradient.sum(dim=(1, 2, 3))))
         return loss, gradient
 
     def loss_at(self, points: Tensor) -> Tensor:

@@ -1,22 +1,30 @@
-"""The merge around the attack: job over attack time, one worker against two, Ray's cost of a shard, driver memory.
+"""The merge around the attack: job over attack time, one worker against two, Ray's cost of a shard, memory.
 
 job        seconds of a whole job on one worker (Ray up, worker start subtracted) over the seconds of its attacks
-scaling    1 worker against 2 on the same shards
-overhead   seconds a shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards
+scaling    1 worker against 2 on the same shards, and against what two bare processes gain on this machine
+overhead   seconds a shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards, and the same shards
+           in a loop without Ray
+
+Artifacts are written to memory where there is /dev/shm: a shard is synced four times, which would measure the disk.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import numpy as np
+import torch
 
+from adversarial import load_encoder
 from merge_service import MergeConfig, ray_stage
 from merge_service.merge import Prepared, prepare, worker_setup
 from merge_service.planning import ShardTask
@@ -24,45 +32,47 @@ from merge_service.work import ShardResult, ShardWorker
 from storage_schemas import ArtifactWriter, Location
 
 OVERHEAD_SHAPE = (1, 2, 2)
+MEMORY = Path("/dev/shm")
 
 
 @click.command()
 @click.option("--encoder", default="timm:resnet18", show_default=True)
-@click.option("--shards", default=8, show_default=True)
-@click.option("--groups-per-shard", default=4, show_default=True)
-@click.option("--members", default=4, show_default=True)
-@click.option("--repeats", default=3, show_default=True)
-@click.option("--most-shards", default=1000, show_default=True, help="Largest job of the overhead measurement.")
-def main(encoder: str, shards: int, groups_per_shard: int, members: int, repeats: int, most_shards: int) -> None:
+@click.option("--shards", default=10, show_default=True)
+@click.option("--groups-per-shard", default=1, show_default=True)
+@click.option("--members", default=3, show_default=True)
+@click.option("--steps", default=3, show_default=True)
+@click.option("--repeats", default=1, show_default=True)
+@click.option("--most-shards", default=10_000, show_default=True, help="Largest job of the overhead measurement.")
+def main(
+    encoder: str, shards: int, groups_per_shard: int, members: int, steps: int, repeats: int, most_shards: int
+) -> None:
     """Print ratios and medians."""
-    folder = Path(tempfile.mkdtemp(prefix="datamerge-benchmark-"))
+    folder = Path(tempfile.mkdtemp(prefix="datamerge-benchmark-", dir=MEMORY if MEMORY.is_dir() else None))
     try:
         photos = _photos(folder / "photos.npz", shards * groups_per_shard, 224)
-        settings = {"encoder": encoder, "groups_per_shard": groups_per_shard, "members": members, "device": "cpu"}
-        rounds = [_round(photos, folder, settings) for _ in range(repeats)]
-        job, attack, two = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(a / b for a, b, _ in rounds)
-        scaling = statistics.median(a / c for a, _, c in rounds)
+        settings = {"encoder": encoder, "groups_per_shard": groups_per_shard, "members": members, "steps": steps}
+        rounds = [_round(photos, folder, settings | {"device": "cpu"}) for _ in range(repeats)]
+        job, attack, two, ceiling = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(one / alone for one, alone, *_ in rounds)
+        scaling = statistics.median(one / both for one, _, both, _ in rounds)
         click.echo(
             f"job {job:.2f} s, attack alone {attack:.2f} s, ratio {ratio:.3f}, {shards} shards, {repeats} rounds"
         )
-        click.echo(f"2 workers {two:.2f} s, scaling {scaling:.2f}")
+        click.echo(f"2 workers {two:.2f} s, scaling {scaling:.2f}; two bare processes {ceiling:.2f}")
         count = 10
         while count <= most_shards:
-            seconds = _overhead(folder, count)
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            click.echo(f"{count} shards: {1000 * seconds / count:.1f} ms a shard, driver's peak {memory:.0f} MB")
+            _overhead(folder, count)
             count *= 10
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _round(photos: Path, folder: Path, settings: dict[str, object]) -> tuple[float, float, float]:
-    """Seconds of the job on one worker, of its attacks in this process without anything else, and on two workers."""
-    one = _job(_prepared(photos, folder, settings), 1)
+def _round(photos: Path, folder: Path, settings: dict[str, object]) -> tuple[float, float, float, float]:
+    """Seconds on one worker, of the attacks in this process without anything else, on two workers; the ceiling."""
+    one, _ = _job(_prepared(photos, folder, settings), 1)
     alone = _attack_alone(_prepared(photos, folder, settings))
-    two = _job(_prepared(photos, folder, settings), 2)
-    return one, alone, two
+    two, _ = _job(_prepared(photos, folder, settings), 2)
+    return one, alone, two, _ceiling(str(settings["encoder"]))
 
 
 def _prepared(photos: Path, folder: Path, settings: dict[str, object]) -> Prepared:
@@ -71,41 +81,101 @@ def _prepared(photos: Path, folder: Path, settings: dict[str, object]) -> Prepar
     return prepare(MergeConfig.model_validate({"source": str(photos), "artifact": str(artifact), **settings}))
 
 
-def _job(prepared: Prepared, workers: int) -> float:
-    """Seconds from when every worker is ready until the last shard is committed.
+def _writer(prepared: Prepared) -> ArtifactWriter:
+    writer = ArtifactWriter(Location(prepared.config.artifact), prepared.plan.layout, prepared.plan.provenance)
+    writer.begin(prepared.files)
+    return writer
+
+
+def _job(prepared: Prepared, workers: int) -> tuple[float, float]:
+    """Seconds from when every worker is ready until the last shard is committed, and a worker's peak memory in MB.
 
     Each worker's first shard is not counted: it ends when the worker has started, whose cost does not grow with the
     job. The rest is scaled to all shards.
     """
     config = prepared.config.model_copy(update={"max_workers": workers})
     prepared = Prepared(**{**vars(prepared), "config": config})
-    writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
-    writer.begin(prepared.files)
+    writer = _writer(prepared)
     ray_stage.start(config)
     shards = range(prepared.plan.layout.shards)
-    ends = []
+    ends, peak = [], 0.0
     for result in ray_stage.run_shards(prepared.plan, shards, worker_setup(prepared, writer, "cpu")):
         if not isinstance(result, ShardResult):
             raise SystemExit(f"shard {result.shard}: {result.reason}")
         ends.append(time.perf_counter())
+        if len(ends) == len(shards) - 1:
+            peak = _workers_peak()
     ray_stage.stop()
-    return (ends[-1] - ends[workers - 1]) / (len(shards) - workers) * len(shards)
+    return (ends[-1] - ends[workers - 1]) / (len(shards) - workers) * len(shards), peak
+
+
+def _workers_peak() -> float:
+    """Peak resident memory of the largest Ray worker on this machine, in MB; 0 where /proc does not say."""
+    peaks = [0.0]
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            facts = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except OSError:  # it has just ended
+            continue
+        if facts["Name"].strip().startswith("ray::_RayWorker"):
+            peaks.append(int(facts["VmHWM"].split()[0]) / 1024)
+    return max(peaks)
 
 
 def _attack_alone(prepared: Prepared) -> float:
     """Seconds that the attacks of all shards take, one after the other, in this process."""
-    writer = ArtifactWriter(Location(prepared.config.artifact), prepared.plan.layout, prepared.plan.provenance)
-    writer.begin(prepared.files)
-    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+    worker = ShardWorker(worker_setup(prepared, _writer(prepared), "cpu"))
     worker.prepare()
     worker.run(ShardTask(0, prepared.plan.task(0).groups[:1]))
     return sum(worker.run(prepared.plan.task(shard)).attack_seconds for shard in range(prepared.plan.layout.shards))
 
 
-def _overhead(folder: Path, count: int) -> float:
+def _ceiling(encoder: str) -> float:
+    """How much more two processes do than one, of nothing but forward and backward passes."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as pool:
+        pool.starmap(_passes, [(encoder, 1)] * 2)  # both have imported everything
+        alone = pool.apply(_passes, (encoder, 5))
+        together = max(pool.starmap(_passes, [(encoder, 5)] * 2))
+    return 2 * alone / together
+
+
+def _passes(encoder: str, count: int) -> float:
+    """Seconds of forward and input-only backward passes on one thread."""
+    torch.set_num_threads(1)
+    network = load_encoder(encoder).requires_grad_(False)
+    pixels = torch.full((4, *network.input_shape), 0.5, requires_grad=True)
+
+    def once() -> None:
+        torch.autograd.grad(network(pixels).sum(), pixels)
+
+    once()
+    return _seconds(lambda: [once() for _ in range(count)])
+
+
+def _overhead(folder: Path, count: int) -> None:
+    """Print what a shard costs when there is nothing to attack."""
     photos = _photos(folder / f"tiny-{count}.npz", count, OVERHEAD_SHAPE[1])
     settings = {"encoder": "mlp:3x2x2-2", "groups_per_shard": 1, "members": 1, "steps": 0, "format": "webdataset"}
-    return _job(_prepared(photos, folder, settings), 1)
+    prepared = _prepared(photos, folder, settings)
+    worker = ShardWorker(worker_setup(prepared, _writer(prepared), "cpu"))
+    worker.prepare()
+    tasks = [prepared.plan.task(shard) for shard in range(min(count, 1000))]
+    loop = _seconds(lambda: [worker.run(task) for task in tasks])
+    seconds, peak = _job(_prepared(photos, folder, settings), 1)
+    finished = _seconds(lambda: _writer(prepared).finish())
+    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    click.echo(
+        f"{count} shards: {1000 * seconds / count:.1f} ms a shard ({1000 * loop / len(tasks):.1f} in a loop), "
+        f"manifest {finished:.2f} s, peak of the driver {driver:.0f} MB, of a worker {peak:.0f} MB"
+    )
+    sys.stdout.flush()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _photos(path: Path, count: int, size: int) -> Path:

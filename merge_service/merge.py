@@ -207,7 +207,7 @@ def local_device(config: MergeConfig) -> str:
 
 
 def check_source(artifact: str, source: Source) -> None:
-    """Refuse to continue an artifact whose source has changed since.
+    """Refuse to continue an artifact whose source has changed since; warn if nobody can tell.
 
     Raises:
         SourceError: names the files that differ.
@@ -217,7 +217,16 @@ def check_source(artifact: str, source: Source) -> None:
         return
     manifest = parse(Manifest, location.read(MANIFEST), f"{location.url}/{MANIFEST}")
     recorded = manifest.provenance.get("source")
-    if not isinstance(recorded, dict) or recorded.get("fingerprint") == source.fingerprint:
+    if not isinstance(recorded, dict):
+        return
+    if recorded.get("fingerprint") == source.fingerprint:
+        written = [] if manifest.complete else source.written_since(location.fs.modified(location.path(LISTING)))
+        if written:
+            sys.stderr.write(
+                f"warning: {source.url}: {len(written)} files, such as {written[0]}, were written after {artifact} "
+                "was begun; their sizes are the same, their content is not known. If they are other images, choose "
+                "another output\n"
+            )
         return
     changes = source.changes(location.read(LISTING))
     if changes:

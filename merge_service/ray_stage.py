@@ -59,7 +59,14 @@ def start(config: MergeConfig) -> None:
             ) from None
         return
     cpus = max(os.cpu_count() or 1, (config.max_workers or 1) * config.cpus)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address="local", num_cpus=cpus, **quiet)
+    except Exception as error:  # that is what Ray raises where its processes do not come up in time
+        raise DatamergeError(
+            f"Ray did not start on this machine ({first_line(error)}); free some memory and processors, and run the "
+            "same command again"
+        ) from error
 
 
 def stop() -> None:

@@ -69,7 +69,8 @@ def open_image_folder(location: Location, label_column: str | None = None, group
     ]
     listing = make_listing(location, files)
     identity = fingerprint([listing, labels, groups])
-    return Source(location.url, "image_folder", samples, class_names, identity, FolderReader(location), listing)
+    reader = FolderReader(location)
+    return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location)
 
 
 def list_files(location: Location, extensions: Sequence[str]) -> list[tuple[str, int]]:

@@ -92,7 +92,8 @@ def open_parquet(
         raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
     listing = make_listing(location, files)
     identity = fingerprint([column, entries, listing])
-    return Source(location.url, "parquet", samples, names, identity, ParquetReader(location, column), listing)
+    reader = ParquetReader(location, column)
+    return Source(location.url, "parquet", samples, names, identity, reader, listing, location)
 
 
 def _group_values(file: pq.ParquetFile, column: str | None, where: str) -> list[str | None]:

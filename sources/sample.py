@@ -7,8 +7,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any, Protocol
 
 from PIL import Image
@@ -19,7 +20,9 @@ RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
 
 LISTING = "source.json.gz"
-# Files whose content goes into a fingerprint. All of them would mean reading the whole source before any work.
+# Local sources up to this size are hashed whole, which takes seconds.
+WHOLE_BYTES = 2**30
+# Of others, files whose ends go into a fingerprint. All would mean reading the whole source before any work.
 HASHED_FILES = 64
 HASHED_BYTES = 65536
 
@@ -71,6 +74,7 @@ class Source:
         fingerprint: hash of the listing, to notice that the data changed.
         reader: reads the samples.
         listing: by file, what identifies its content: [bytes, hash or None, …].
+        location: the folder of the listed files, if they are files.
     """
 
     url: str
@@ -80,6 +84,7 @@ class Source:
     fingerprint: str
     reader: Reader
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    location: Location | None = None
 
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""
@@ -103,15 +108,31 @@ class Source:
                 lines.append(f"{name} has other content")
         return lines
 
+    def written_since(self, when: datetime) -> list[str]:
+        """Local files that were written later than `when` and whose content the listing does not tell."""
+        location = self.location
+        if location is None or not location.is_local:
+            return []
+        if _is_small(location, [size for size, *_ in self.listing.values()]):
+            return []  # hashed whole
+        return [name for name in self.listing if location.fs.modified(location.path(name)) > when]
+
 
 def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[str, list[Any]]:
-    """Size of every file, and its hash for a fixed choice of up to `HASHED_FILES` of them.
+    """Size of every file, and its sha256: of all of it in a local source of up to `WHOLE_BYTES`.
 
-    A hash is the sha256 of the first and the last 64 KiB; which files are read depends on their names alone.
+    In others it is the sha256 of the first and the last 64 KiB, for a fixed choice of up to `HASHED_FILES` files that
+    depends on their names alone.
     """
+    if _is_small(location, [size for _, size in files]):
+        return {name: [size, hashlib.sha256(location.read(name)).hexdigest()] for name, size in files}
     chosen = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]
     hashes = {name: _content_hash(location, name, size) for name, size in chosen}
     return {name: [size, hashes.get(name)] for name, size in files}
+
+
+def _is_small(location: Location, sizes: Iterable[int]) -> bool:
+    return location.is_local and sum(sizes) <= WHOLE_BYTES
 
 
 def _content_hash(location: Location, name: str, size: int) -> str:

@@ -11,7 +11,7 @@ import json
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import braceexpand
@@ -143,7 +143,8 @@ def open_tars(
         except tarfile.ReadError as error:
             raise SourceError(f"{location.url}/{name}: expected an uncompressed tar: {error}") from None
     listing = make_listing(location, files)
-    return _source(url, found, TarReader(location.url), listing, label_column, group_column)
+    source = _source(url, found, TarReader(location.url), listing, label_column, group_column)
+    return replace(source, location=location)
 
 
 def _open_pipes(url: str, label_column: str | None, group_column: str | None) -> Source:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adversarial import Encoder, load_encoder, save_encoder, weights_sha256
+from demo.digits import digit_encoder
 from storage_schemas import ConfigError
 
 SPEC = "mlp:3x4x5-16-6"
@@ -88,6 +89,21 @@ def test_saved_weights_come_back_bit_by_bit(tmp_path: Path, name: str) -> None:
     assert loaded.sha256 == weights_sha256(encoder.model) != load_encoder(SPEC).sha256
     assert torch.equal(loaded(_pixels()), encoder(_pixels()))
     assert not loaded.random_weights
+
+
+def test_convolutions_run_channels_last_and_nobody_else_can_tell(tmp_path: Path) -> None:
+    """Same hash, same file and same embeddings as the network as its factory builds it; a patch embedding stays."""
+    plain, loaded = digit_encoder(), load_encoder("python:demo.digits:digit_encoder")
+    plain.load_state_dict(loaded.model.state_dict())
+    assert loaded.model.get_parameter("2.weight").is_contiguous(memory_format=torch.channels_last)
+    assert weights_sha256(plain) == loaded.sha256
+    save_encoder(loaded, tmp_path / "w.safetensors")
+    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "plain.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
+    pixels = torch.rand((3, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(pixels), plain.eval()(pixels), atol=1e-5, rtol=1e-5)
+    patches = load_encoder("timm:vit_tiny_patch16_224").model.get_parameter("patch_embed.proj.weight")
+    assert patches.is_contiguous()
 
 
 def test_saving_twice_gives_the_same_file(tmp_path: Path) -> None:

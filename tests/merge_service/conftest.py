@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
 import datamerge
+from tests.storage_schemas.remote.conftest import S3Server
 
 REPOSITORY = Path(__file__).parents[2]
 FAULTS = Path(__file__).parent / "faults"
@@ -37,6 +37,7 @@ class Bench:
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
+        store: an S3 server that the cluster's workers know.
     """
 
     address: str
@@ -44,6 +45,7 @@ class Bench:
     cluster: Any
     photos: Path
     faults: Path
+    store: S3Server
 
     def arguments(self, artifact: str | Path, *more: str) -> list[str]:
         """Command line of the merge that all tests compare."""
@@ -71,15 +73,14 @@ class Bench:
                 code = int(end.code or 0)
         return code, errors.getvalue()
 
-    def switch(self, **switches: str) -> None:
-        """Switch exactly these faults on; `upload_failures="2"` writes 2 into its file."""
-        for name in ("slow", "poison", "upload-failures"):
+    def switch(self, *switches: str) -> None:
+        """Switch exactly these faults on: `slow` or `poison`."""
+        for name in ("slow", "poison"):
             (self.faults / name).unlink(missing_ok=True)
-        for folder in ("busy", "uploads"):
-            shutil.rmtree(self.faults / folder, ignore_errors=True)
-            (self.faults / folder).mkdir()
-        for name, text in switches.items():
-            (self.faults / name.replace("_", "-")).write_text(text)
+        shutil.rmtree(self.faults / "busy", ignore_errors=True)
+        (self.faults / "busy").mkdir()
+        for name in switches:
+            (self.faults / name).touch()
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -116,20 +117,29 @@ def write_photos(folder: Path) -> None:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The cluster; it starts once, because that takes a while."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
-
     folder = tmp_path_factory.mktemp("bench")
     (folder / "faults").mkdir()
+    with S3Server().running() as store:
+        yield from _cluster(folder, store)
+
+
+def _cluster(folder: Path, store: S3Server) -> Iterator[Bench]:
+    from ray.cluster_utils import Cluster
+
     environment = {
+        # What a user would set; botocore's own tries would hide ours.
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_ACCESS_KEY_ID": "TESTKEYID",
+        "AWS_SECRET_ACCESS_KEY": "verysecret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(FAULTS)]),
         "DATAMERGE_FAULTS": str(folder / "faults"),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
-    # This process is running already: it neither reads PYTHONPATH again nor the entry point of the file system.
-    sys.path.append(str(FAULTS))
-    fsspec.register_implementation("flaky", "faulty.FlakyFileSystem", clobber=True)
+    sys.path.append(str(FAULTS))  # this process is running already and does not read PYTHONPATH again
     write_photos(folder / "photos")
     head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
     # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
@@ -138,7 +148,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     node: Any = cluster.head_node
     dashboard = f"http://{node.webui_url}"
-    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults")
+    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults", store)
     found.switch()
     yield found
     cluster.shutdown()

@@ -48,7 +48,7 @@ def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> 
 
 
 def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    bench.switch(slow="")
+    bench.switch("slow")
     process = bench.start(tmp_path / "a")
     victim = wait_for(lambda: _busy_workers(bench, process))[0]
     os.kill(victim, signal.SIGKILL)
@@ -60,7 +60,7 @@ def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undistu
 def test_sigterm_ends_in_order_and_the_same_command_continues(
     bench: Bench, undisturbed: Tree, tmp_path: Path
 ) -> None:
-    bench.switch(slow="")
+    bench.switch("slow")
     process = bench.start(tmp_path / "a")
     wait_for(lambda: _busy_workers(bench, process))
     process.terminate()
@@ -74,7 +74,7 @@ def test_sigterm_ends_in_order_and_the_same_command_continues(
 
 
 def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    bench.switch(slow="")
+    bench.switch("slow")
     process = bench.start(tmp_path / "a")
     wait_for(lambda: len(_busy_workers(bench, process)) == 2)
     (node,) = bench.cluster.worker_nodes
@@ -86,7 +86,7 @@ def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_pa
 
 
 def test_a_killed_driver_resumes(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    bench.switch(slow="")
+    bench.switch("slow")
     process = bench.start(tmp_path / "a")
     commits = tmp_path / "a" / "commits"
     wait_for(lambda: commits.is_dir() and len(list(commits.glob("*.json"))) >= 2)
@@ -134,21 +134,9 @@ def test_a_full_disk_stops_the_job_and_costs_nothing(bench: Bench, undisturbed: 
     assert tree(small_disk / "a") == undisturbed
 
 
-def test_uploads_that_fail_are_tried_again_by_one_worker(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    bench.switch(upload_failures="1")
-    code, errors = bench.merge(f"flaky://{tmp_path}/a", "--max-workers", "1")
-    assert code == 0, errors
-    found = tree(tmp_path / "a")
-    assert len(list((bench.faults / "uploads").iterdir())) == len(found)  # every single one had failed
-    assert found == undisturbed
-    # No terminal: lines, no bar, no colours, nothing of Ray's.
-    assert "\x1b" not in errors
-    assert all(line.startswith(("merge:", "rejected ")) for line in errors.strip().splitlines()), errors
-
-
 def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     """It kills every worker; the others finish, its photos are named, and the cure completes the artifact."""
-    bench.switch(poison="")
+    bench.switch("poison")
     code, errors = bench.merge(tmp_path / "a")
     assert code == 1
     last = errors.strip().splitlines()[-1]

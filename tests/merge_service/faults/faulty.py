@@ -1,6 +1,6 @@
-"""An encoder and a file system that go wrong on demand; on the path of every process of the test's cluster.
+"""An encoder that goes wrong on demand; on the path of every process of the test's cluster.
 
-Files in the folder that DATAMERGE_FAULTS names switch faults on. The encoder's numbers never depend on them.
+Files in the folder that DATAMERGE_FAULTS names switch faults on. Numbers never depend on them.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
 # Grey levels of the first pixel that mark an image.
@@ -45,25 +43,3 @@ class FaultyEncoder(nn.Sequential):
 
 def encoder() -> FaultyEncoder:
     return FaultyEncoder()
-
-
-class FlakyFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """An object store on the local disk: every upload fails the first times, without leaving anything."""
-
-    protocol = "flaky"
-    local_file = False
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> str:
-        return str(LocalFileSystem._strip_protocol(str(path).removeprefix("flaky://")))
-
-    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        failures = faults() / "uploads" / path.replace("/", "_")
-        times = int(failures.read_text()) if failures.exists() else 0
-        wanted = int((faults() / "upload-failures").read_text())
-        if times < wanted:
-            failures.write_text(str(times + 1))
-            raise ConnectionError(f"503 slow down, {path}")
-        self.makedirs(self._parent(path), exist_ok=True)
-        with Path(path).open("wb") as stream:
-            stream.write(value)

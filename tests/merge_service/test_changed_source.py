@@ -1,0 +1,78 @@
+"""A merge that continues on data which has changed: refused, or where nobody can tell, said."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from merge_service import MergeConfig
+from merge_service.merge import prepare
+from sources import sample
+from storage_schemas import ArtifactWriter, Location, SourceError
+
+PHOTOS = 200
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """More bitmaps, all of one size, than the ends of which are hashed in a large source."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(PHOTOS):
+        path = folder / f"{index:03d}.bmp"
+        Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8)).save(path)
+        _date(path, -60)
+    return folder
+
+
+def _date(path: Path, seconds: float) -> None:
+    """Say that a file was written this long after now."""
+    os.utime(path, (time.time() + seconds,) * 2)
+
+
+def _begin(photos: Path) -> None:
+    config = MergeConfig(source=str(photos), artifact=str(photos.parent / "a"), encoder="mlp:3x4x4-3")
+    prepared = prepare(config)
+    writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
+    writer.begin(prepared.files)
+
+
+def _change(photos: Path) -> str:
+    """Another image of the same size in place of one whose hash would not be taken in a large source."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "WHOLE_BYTES", 0)
+        files = [(path.name, path.stat().st_size) for path in photos.iterdir()]
+        listing = sample.make_listing(Location(photos), files)
+    name = next(name for name in sorted(listing)[PHOTOS // 2 :] if listing[name][1] is None)
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(photos / name)
+    _date(photos / name, 60)
+    return name
+
+
+def test_one_file_of_many_with_other_pixels_is_refused(photos: Path) -> None:
+    _begin(photos)
+    _begin(photos)  # unchanged
+    name = _change(photos)
+    with pytest.raises(SourceError, match=f"is not what .* was begun from: {name} has other content; restore it"):
+        _begin(photos)
+
+
+def test_in_a_large_source_it_is_said(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample, "WHOLE_BYTES", 0)
+    _begin(photos)
+    _begin(photos)
+    assert "written after" not in capsys.readouterr().err
+    name = _change(photos)
+    _begin(photos)
+    assert f"1 files, such as {name}, were written after" in capsys.readouterr().err
+    (photos / "000.bmp").write_bytes(b"short")
+    with pytest.raises(SourceError, match=r"000\.bmp had \d+ bytes, has 5"):
+        _begin(photos)

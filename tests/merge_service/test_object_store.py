@@ -1,0 +1,87 @@
+"""An S3 server that fails: uploads are tried again, and what it never takes costs one shard until it does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from uuid import uuid4
+
+import fsspec
+import pytest
+
+from storage_schemas.retries import ATTEMPTS
+from tests.merge_service.conftest import SHARDS, Bench
+
+# Ray and the S3 client leave files, sockets and sessions to the collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+FAILURES = (500, 503)
+
+
+@pytest.fixture
+def bucket(bench: Bench) -> str:
+    """A new, empty bucket of a server without faults."""
+    bench.switch()
+    bench.store.fault = None
+    name = f"bucket-{uuid4().hex[:12]}"
+    fsspec.filesystem("s3").mkdir(name)
+    return name
+
+
+def _objects(bucket: str) -> dict[str, bytes]:
+    files = fsspec.filesystem("s3", use_listings_cache=False)
+    return {path.removeprefix(f"{bucket}/a/"): files.cat_file(path) for path in files.find(bucket)}
+
+
+def test_uploads_that_fail_are_tried_again(bench: Bench, undisturbed: dict[str, bytes], bucket: str) -> None:
+    """Every single object is refused twice, by an internal error and by a request to slow down."""
+    refused: Counter[str] = Counter()
+
+    def fault(method: str, path: str) -> int | None:
+        if method != "PUT" or refused[path] == len(FAILURES):
+            return None
+        refused[path] += 1
+        return FAILURES[refused[path] - 1]
+
+    bench.store.fault = fault
+    code, errors = bench.merge(f"s3://{bucket}/a")
+    assert code == 0, errors
+    assert _objects(bucket) == undisturbed
+    assert refused == dict.fromkeys((f"/{bucket}/a/{path}" for path in undisturbed), len(FAILURES))
+    # No terminal: lines, no bar, no colours, nothing of Ray's.
+    assert "\x1b" not in errors
+    assert all(line.startswith(("merge:", "rejected ")) for line in errors.strip().splitlines()), errors
+
+
+def test_an_upload_that_never_succeeds_costs_its_shard_until_it_does(
+    bench: Bench, undisturbed: dict[str, bytes], bucket: str
+) -> None:
+    refused: Counter[str] = Counter()
+    victim = f"/{bucket}/a/commits/00004.json"
+
+    def fault(method: str, path: str) -> int | None:
+        if method == "PUT" and path == victim:
+            refused[path] += 1
+            return 503
+        return None
+
+    bench.store.fault = fault
+    code, errors = bench.merge(f"s3://{bucket}/a")
+    assert code == 1
+    last = errors.strip().splitlines()[-1]
+    assert f"1 of {SHARDS} shards could not be done, the others are finished: shard 00004" in last, errors
+    assert "failed 3 times" in last
+    assert "commits/00004.json" in last
+    assert "Traceback" not in errors
+    assert refused[victim] == 3 * ATTEMPTS
+    found = _objects(bucket)
+    assert {path for path in undisturbed if path.startswith("commits/")} - found.keys() == {"commits/00004.json"}
+    bench.store.fault = None
+    bench.store.requests.clear()
+    code, errors = bench.merge(f"s3://{bucket}/a")
+    assert code == 0, errors
+    written = {path for method, path, _ in bench.store.requests if method == "PUT" and "/commits/" in path}
+    assert written == {victim}
+    assert _objects(bucket) == undisturbed
