@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
 from adversarial import load_encoder
 from merge_service import MergeConfig, ray_stage
@@ -146,8 +147,8 @@ def _passes(encoder: str, count: int) -> float:
     network = load_encoder(encoder).requires_grad_(False)
     pixels = torch.full((4, *network.input_shape), 0.5, requires_grad=True)
 
-    def once() -> None:
-        torch.autograd.grad(network(pixels).sum(), pixels)
+    def once() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(network(pixels).sum(), pixels)
 
     once()
     return _seconds(lambda: [once() for _ in range(count)])

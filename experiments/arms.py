@@ -239,16 +239,17 @@ class Study:
 
         A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
         """
-        attack = 2 * self.settings["merge"]["steps"] + 2  # the target's forward pass and the last loss
+        members, steps, limit = (int(self.settings["merge"][name]) for name in ("members", "steps", "limit"))
+        attack = 2.0 * steps + 2  # the target's forward pass and the last loss
         if arm.get("online"):
             return attack + 3
         if "rounds" in arm:
-            steps, batch = (self.settings["train"][name] for name in ("steps", "batch_size"))
-            return 3 + arm["rounds"] * attack * self.settings["merge"]["limit"] / (steps * batch)
+            seen = int(self.settings["train"]["steps"]) * int(self.settings["train"]["batch_size"])
+            return 3 + int(arm["rounds"]) * attack * limit / seen
         if "arm" not in arm:
             return None
         if arm["arm"] == "ind":
-            return 3.0 * (arm.get("members") or self.settings["merge"]["members"])
+            return 3.0 * int(arm.get("members") or members)
         passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}
         usual = {"avg": 6.0, "factors": 3.0}.get(arm["arm"], 3.0)
         return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)

@@ -48,7 +48,8 @@ class Block(nn.Module):
         self.shortcut = Convolution(inputs, outputs, 1, stride, norm) if stride > 1 else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        return (self.shortcut(features) + self.second(self.first(features).relu())).relu()
+        output: Tensor = (self.shortcut(features) + self.second(self.first(features).relu())).relu()
+        return output
 
 
 class CifarEncoder(nn.Sequential):
@@ -63,8 +64,10 @@ class CifarEncoder(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        output: Tensor = super().forward((pixels - 0.5) / 0.25)
-        return output
+        features = (pixels - 0.5) / 0.25
+        for layer in self:
+            features = layer(features)
+        return features
 
 
 def cifar_encoder() -> CifarEncoder:
@@ -74,10 +77,12 @@ def cifar_encoder() -> CifarEncoder:
 
 def folded(trained: CifarEncoder) -> dict[str, Tensor]:
     """Weights of the network without BatchNorm that computes the same in eval mode."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, module in trained.named_modules():
         if isinstance(module, Convolution) and isinstance(module.norm, nn.BatchNorm2d):
             norm = module.norm
+            if norm.running_mean is None or norm.running_var is None:
+                raise ValueError(f"{name}: BatchNorm keeps no statistics")
             weight, bias = fuse_conv_bn_weights(
                 module.conv.weight,
                 None,
@@ -97,10 +102,10 @@ def pretrain(train: Path, weights: Path, head_file: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, head = (
-            CifarEncoder(norm=True).train().to(memory_format=torch.channels_last),
-            nn.Linear(WIDTHS[-1], len(CLASSES)),
-        )
+        model, head = CifarEncoder(norm=True).train(), nn.Linear(WIDTHS[-1], len(CLASSES))
+    for convolution in model.modules():
+        if isinstance(convolution, nn.Conv2d):
+            convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     steps = EPOCHS * -(-len(pixels) // BATCH)
