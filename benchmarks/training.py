@@ -9,12 +9,13 @@
                                       (bars: gauss_newton / ind 0.30, sampled / ind 0.15, gauss_newton / plain 2.5)
     start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s, model aside)
 
-A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median.
+A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median. `loop`
+also gives the ratio of CPU times of the whole process, reading threads included: what is lost where they have no core
+of their own.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import subprocess
@@ -100,7 +101,7 @@ def _heading(**options: Any) -> None:
 def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: int, **options: Any) -> None:
     """Streaming and the loop itself against the same steps without them."""
     _heading(encoder=encoder, rounds=rounds, data_workers=data_workers, log_every=log_every, **options)
-    click.echo("| ratio | measured | bar |\n|---|---|---|")
+    click.echo("| ratio | wall time | CPU time | bar |\n|---|---|---|---|")
     steps = 2 * options["block"] * rounds
     for kind in ("zarr", "webdataset"):
         with tempfile.TemporaryDirectory() as name:
@@ -119,17 +120,21 @@ def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: 
             )
             feed = _Blocks(job, _Bare(encoder, options["device"], options["precision"]), options["block"])
             run_job(replace(job, feed=feed), RunFolder(job.config.run), Processes())
-        _line(f"stream / in memory, {kind}", feed.ratios("stream", "memory"), "1.03")
-        _line(f"waiting / stream, {kind}", feed.ratios("wait", "stream"), "0.02")
-        _line(f"trainer / bare loop, {kind}", feed.ratios("memory", "bare"), "1.03")
-        click.echo(f"in memory {statistics.median(feed.seconds['memory']):.4f} s a step", err=True)
+        for name, over, under, bar in (
+            ("stream / in memory", "stream", "memory", "1.03"),
+            ("waiting / stream", "wait", "stream", "0.02"),
+            ("trainer / bare loop", "memory", "bare", "1.03"),
+        ):
+            wall, cpu = ([pair[clock] for pair in feed.ratios(over, under)] for clock in (0, 1))
+            click.echo(f"| {name}, {kind} | {_median(wall)} | {_median(cpu)} | {bar} |")
+        click.echo(f"in memory {statistics.median(wall for wall, _ in feed.times['memory']):.4f} s a step", err=True)
 
 
-def _line(name: str, ratios: list[float], bar: str) -> None:
+def _median(ratios: list[float]) -> str:
     first, middle, last = statistics.quantiles(ratios, n=4)
     # Of a normal law: its quartiles are 1.349 sigma apart, and a median is 1.253 times as uncertain as a mean.
     error = 1.253 * (last - first) / 1.349 / len(ratios) ** 0.5
-    click.echo(f"| {name} | {middle:.3f} ± {error:.3f} | {bar} |")
+    return f"{middle:.3f} ± {error:.3f}"
 
 
 @main.command()
@@ -154,7 +159,8 @@ def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
         seconds = _interleaved(work, rounds)
     click.echo("| ratio | measured | bar |\n|---|---|---|")
     for over, under, bar in RATIOS:
-        _line(f"{over} / {under}", [a / b for a, b in zip(seconds[over], seconds[under], strict=True)], bar)
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+        click.echo(f"| {over} / {under} | {_median(ratios)} | {bar} |")
     plain = statistics.median(seconds["plain"])
     click.echo(f"\nplain step {plain:.3f} s, {options['batch'] / plain:.1f} groups/s")
 
@@ -183,29 +189,26 @@ def _interleaved(work: dict[str, Callable[[int], None]], rounds: int) -> dict[st
 
 @main.command()
 @click.option("--shards", default=10_000, show_default=True)
+@click.option("--format", "kind", default="webdataset", show_default=True)
+@click.option("--folder", required=True, help="For the artifacts; those of an earlier call are used again.")
 @click.option("--rounds", default=7, show_default=True)
-def start(shards: int, rounds: int) -> None:
+def start(shards: int, kind: str, folder: str, rounds: int) -> None:
     """Seconds of the whole command for a run of one step of a tiny network."""
-    _heading(shards=shards, rounds=rounds)
-    click.echo("| format | one shard | many shards | difference |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
-        for kind in ("zarr", "webdataset"):
-            counts = (1, shards)
-            paths = [
-                _artifact(Path(name, f"{kind}-{count}"), "mlp:1x4x4-8-6", kind, count, 2, per_shard=1)
-                for count in counts
-            ]
-            os.sync()
-            runs = {path: partial(_command, path) for path in paths}
-            seconds = _interleaved(runs, rounds)
-            one, many = (statistics.median(seconds[path]) for path in paths)
-            click.echo(f"| {kind} | {one:.2f} s | {many:.2f} s | {many - one:+.2f} s |")
+    _heading(shards=shards, kind=kind, rounds=rounds)
+    paths = {count: Path(folder, f"{kind}-{count}") for count in (1, shards)}
+    for count, path in paths.items():
+        if not path.exists():
+            _artifact(path, "mlp:1x4x4-8-6", kind, count, 2, per_shard=1)
+    with tempfile.TemporaryDirectory() as runs:
+        work = {str(count): partial(_command, path, Path(runs, str(count))) for count, path in paths.items()}
+        seconds = _interleaved(work, rounds)
+    one, many = (statistics.median(seconds[str(count)]) for count in paths)
+    click.echo(f"{kind}: {one:.2f} s with one shard, {many:.2f} s with {shards}")
 
 
-def _command(artifact: str, number: int) -> None:
-    run = f"{artifact}-run-{number}"
-    command = [sys.executable, "-m", "datamerge", "train", artifact, run, "--steps", "1", "--device", "cpu"]
-    subprocess.run(command, check=True, capture_output=True)
+def _command(artifact: Path, run: Path, number: int) -> None:
+    arguments = [str(artifact), f"{run}-{number}", "--steps", "1", "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "datamerge", "train", *arguments], check=True, capture_output=True)
 
 
 def _artifact(path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8) -> str:
@@ -244,44 +247,60 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, members: int)
     return Record(key=f"k{number}", count=members, encoding="uint8_moments", arrays=arrays)
 
 
+Times = tuple[float, float]
+"""Seconds of wall time and of CPU time of all threads."""
+
+
+def _now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(start: Times) -> Times:
+    wall, cpu = _now()
+    return wall - start[0], cpu - start[1]
+
+
 class _Blocks:
     """A feed in blocks of steps: from the artifact, then from memory; times what the loop does between two batches.
 
     Attributes:
-        seconds: of the counted steps: `stream`, `wait` (part of it), `memory`, `bare`; as many of each.
+        times: of the counted steps: `stream`, `wait` (part of it), `memory`, `bare`; as many of each.
     """
 
     def __init__(self, job: Job, bare: _Bare, block: int) -> None:
         self._read, self._block, self._bare = job.feed, block, bare
         self._memory = list(job.feed(WHOLE, 0, block))
-        self.seconds: dict[str, list[float]] = {"stream": [], "wait": [], "memory": [], "bare": []}
+        self.times: dict[str, list[Times]] = {"stream": [], "wait": [], "memory": [], "bare": []}
 
     def __call__(self, cut: Cut, start: int, stop: int) -> Iterator[Batch]:
         stored = self._read(cut, start, stop)
         for first in range(0, stop - start, 2 * self._block):
             for step in range(self._block):
-                started = time.perf_counter()
+                started = _now()
                 batch = next(stored)
-                waited = time.perf_counter() - started
+                waited = _since(started)
                 yield batch
                 if step and first:  # the first block warms up
-                    self.seconds["wait"].append(waited)
-                    self.seconds["stream"].append(time.perf_counter() - started)
+                    self.times["wait"].append(waited)
+                    self.times["stream"].append(_since(started))
             for step, batch in enumerate(self._memory):
-                alone = self._bare(batch)
-                started = time.perf_counter()
+                started = _now()
+                self._bare(batch)
+                alone = _since(started)
+                started = _now()
                 yield batch
                 if step and first:
-                    self.seconds["memory"].append(time.perf_counter() - started)
-                    self.seconds["bare"].append(alone)
+                    self.times["memory"].append(_since(started))
+                    self.times["bare"].append(alone)
 
-    def ratios(self, over: str, under: str) -> list[float]:
+    def ratios(self, over: str, under: str) -> list[Times]:
         """Of neighbouring steps, or of those at the same place in neighbouring blocks."""
-        return [a / b for a, b in zip(self.seconds[over], self.seconds[under], strict=False)]
+        pairs = zip(self.times[over], self.times[under], strict=False)
+        return [(wall / wall_under, cpu / cpu_under) for (wall, cpu), (wall_under, cpu_under) in pairs]
 
 
 class _Bare:
-    """What one would write by hand around `gauss_newton`; a call does a step and returns its seconds."""
+    """What one would write by hand around `gauss_newton`; a call does a step."""
 
     def __init__(self, spec: str, device: str, precision: str) -> None:
         self._device, self._bf16 = torch.device(device), precision == "bf16"
@@ -291,8 +310,7 @@ class _Bare:
                 module.eval()
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5, weight_decay=1e-4)
 
-    def __call__(self, batch: Batch) -> float:
-        started = time.perf_counter()
+    def __call__(self, batch: Batch) -> None:
         here = batch.to(self._device)
         if here.mean is None or here.variance is None:
             raise ValueError("expected merged groups")
@@ -305,7 +323,6 @@ class _Bare:
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), float("inf"))
         self._optimizer.step()
         float(losses.mean().detach())
-        return time.perf_counter() - started
 
 
 if __name__ == "__main__":
