@@ -17,7 +17,7 @@ import torch
 
 from adversarial import Encoder, save_encoder, weights_sha256, with_checkpoint
 from console import Progress
-from storage_schemas import DatamergeError
+from storage_schemas import DatamergeError, UserError
 from trainer.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
 from trainer.config import TrainConfig
 from trainer.distributed import Processes, processes
@@ -108,6 +108,12 @@ class _Run:
             outcome = self.training.step(self.step, batches, lambda: stop.received)
         except NotFinite as error:
             raise NotFiniteRun(self._not_finite(error)) from None
+        except UserError as error:
+            if self.own.world == 1:
+                raise
+            # A record that this process alone has read. The others wait for its gradients until it fails; what all
+            # processes find together (`Processes.together`) may end a run quietly, this must not.
+            raise DatamergeError(str(error)) from None
         self.step += 1
         return outcome
 
