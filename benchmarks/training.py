@@ -1,28 +1,31 @@
-"""The training step against its floors: bare loop, in-memory tensors, baselines. Ratios of medians in one process.
+"""The training step against its floors, on an artifact of random 8-bit groups with targets and members.
 
-An artifact of random 8-bit groups is written for each format, with targets and members. All steps are taken from
-the loop's own log of what it did: whole runs of the trainer, their time read from `run.json`.
+    loop   one run of the trainer per format, in blocks of steps: fed by the artifact, then by the same batches in
+           memory. Before each of the latter a ten-line PyTorch loop does the same step on a network of its own.
+             stream     step fed by the artifact / step on tensors in memory                          (bar 1.03)
+             wait       share of the time of the steps fed by the artifact spent waiting for it       (bar 2 %)
+             bare       step of the trainer / step of the ten-line loop                               (bar 1.03)
+    arms   steps of the arms in turn, on batches in memory: the step of each over another's
+                                      (bars: gauss_newton / ind 0.30, sampled / ind 0.15, gauss_newton / plain 2.5)
+    start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s, model aside)
 
-    stream     run fed by the artifact / the same steps on batches that are already in memory       (bar 1.03)
-    wait       share of the run's time spent waiting for data                                       (bar 2 %)
-    bare       steps on in-memory batches by the trainer / by a ten-line PyTorch loop                (bar 1.03)
-    avg/ind    AT-N-Avg step / AT-N-Ind step                       (bars 0.30 gauss_newton, 0.15 sampled)
-    plain      step of an estimator / plain step on the mean                       (bar 2.5 gauss_newton)
-    start      seconds from opening an artifact of many shards to its first batch             (bar 5 s)
+A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median. `loop`
+also gives the ratio of CPU times of the whole process, reading threads included: what is lost where they have no core
+of their own.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,49 +41,177 @@ from trainer.checkpoint import RunFolder
 from trainer.distributed import Processes
 from trainer.job import Job, make_job
 from trainer.loop import run_job
+from trainer.order import WHOLE
 from trainer.order import Layout as Cut
 from trainer.stream import Batch
+from trainer.update import Optimisation
 
-RUNS = {
-    "avg gauss_newton": {},
-    "avg sampled": {"estimator": "sampled"},
-    "avg antithetic": {"estimator": "antithetic"},
-    "avg jvp": {"estimator": "jvp"},
-    "mean-only": {"arm": "mean-only"},
+ARMS: dict[str, dict[str, Any]] = {
+    "gauss_newton": {},
+    "sampled": {"estimator": "sampled"},
+    "antithetic": {"estimator": "antithetic"},
+    "jvp": {"estimator": "jvp"},
+    "plain": {"arm": "mean-only"},
     "ind": {"arm": "ind"},
 }
+RATIOS = [
+    ("gauss_newton", "ind", "0.30"),
+    ("sampled", "ind", "0.15"),
+    ("gauss_newton", "plain", "2.5"),
+    ("sampled", "plain", ""),
+    ("antithetic", "plain", ""),
+    ("jvp", "plain", ""),
+    ("ind", "plain", ""),
+]
 
 
-@click.command()
-@click.option("--encoder", default="timm:resnet18", show_default=True)
-@click.option("--members", default=10, show_default=True)
-@click.option("--groups", default=16, show_default=True)
-@click.option("--batch", default=2, show_default=True)
-@click.option("--steps", default=8, show_default=True, help="Of each run; one more warms up.")
-@click.option("--repeats", default=3, show_default=True, help="Interleaved rounds.")
-@click.option("--threads", default=1, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
-@click.option("--precision", default="float32", show_default=True)
-@click.option("--data-workers", default=0, show_default=True)
-@click.option("--many", default=10_000, show_default=True, help="Shards of the artifact for `start`.")
-def main(encoder: str, many: int, repeats: int, **options: Any) -> None:
-    """Print a Markdown table."""
-    torch.set_num_threads(options["threads"])
+@click.group()
+def main() -> None:
+    """Training benchmarks; each prints a Markdown table."""
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `loop` and `arms` share."""
+    for option in (
+        click.option("--encoder", default="timm:resnet18", show_default=True),
+        click.option("--batch", default=2, show_default=True),
+        click.option("--members", default=10, show_default=True),
+        click.option("--threads", default=1, show_default=True),
+        click.option("--device", default="cpu", show_default=True),
+        click.option("--precision", default="float32", show_default=True),
+        click.option("--rounds", default=9, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def _heading(**options: Any) -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    hardware = torch.cuda.get_device_name() if options["device"].startswith("cuda") else f"{platform.machine()} CPU"
-    click.echo(f"{encoder}, {options}, commit {commit.stdout.strip()}, {date.today()}, {hardware}\n")
+    cuda = str(options.get("device", "cpu")).startswith("cuda")
+    hardware = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+    torch.set_num_threads(options.get("threads", 1))
+    click.echo(f"{options}, commit {commit.stdout.strip()}, {date.today()}, {hardware}, torch {torch.__version__}\n")
+
+
+@main.command()
+@_options
+@click.option("--block", default=4, show_default=True, help="Steps of a block; the first is not counted.")
+@click.option("--data-workers", default=0, show_default=True)
+@click.option("--log-every", default=10, show_default=True)
+def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: int, **options: Any) -> None:
+    """Streaming and the loop itself against the same steps without them."""
+    _heading(encoder=encoder, rounds=rounds, data_workers=data_workers, log_every=log_every, **options)
+    click.echo("| ratio | wall time | CPU time | bar |\n|---|---|---|---|")
+    steps = 2 * options["block"] * rounds
+    for kind in ("zarr", "webdataset"):
+        with tempfile.TemporaryDirectory() as name:
+            artifact = _artifact(Path(name, "artifact"), encoder, kind, 4 * options["batch"], members)
+            job = make_job(
+                TrainConfig(
+                    artifact=artifact,
+                    run=str(Path(name, "run")),
+                    steps=steps,
+                    batch_size=options["batch"],
+                    log_every=log_every,
+                    device=options["device"],
+                    precision=options["precision"],
+                    data_workers=data_workers,
+                )
+            )
+            feed = _Blocks(job, _Bare(encoder, options["device"], options["precision"]), options["block"])
+            run_job(replace(job, feed=feed), RunFolder(job.config.run), Processes())
+        for name, over, under, bar in (
+            ("stream / in memory", "stream", "memory", "1.03"),
+            ("waiting / stream", "wait", "stream", "0.02"),
+            ("trainer / bare loop", "memory", "bare", "1.03"),
+        ):
+            wall, cpu = ([pair[clock] for pair in feed.ratios(over, under)] for clock in (0, 1))
+            click.echo(f"| {name}, {kind} | {_median(wall)} | {_median(cpu)} | {bar} |")
+        click.echo(f"in memory {statistics.median(wall for wall, _ in feed.times['memory']):.4f} s a step", err=True)
+
+
+def _median(ratios: list[float]) -> str:
+    first, middle, last = statistics.quantiles(ratios, n=4)
+    # Of a normal law: its quartiles are 1.349 sigma apart, and a median is 1.253 times as uncertain as a mean.
+    error = 1.253 * (last - first) / 1.349 / len(ratios) ** 0.5
+    return f"{middle:.3f} ± {error:.3f}"
+
+
+@main.command()
+@_options
+def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
+    """Steps of the arms over one another."""
+    _heading(encoder=encoder, members=members, rounds=rounds, **options)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        artifacts = {
-            kind: _artifact(folder / kind, encoder, kind, options["groups"], 8, options["members"])
-            for kind in ("zarr", "webdataset")
-        }
-        _ratios(folder, artifacts, encoder, repeats, options)
-        if many:
-            _start(folder, many)
+        artifact = _artifact(Path(name, "artifact"), encoder, "zarr", 4 * options["batch"], members)
+        work: dict[str, Callable[[int], None]] = {}
+        for arm, settings in ARMS.items():
+            config = TrainConfig(
+                artifact=artifact,
+                run=str(Path(name, arm)),
+                steps=rounds + 1,
+                batch_size=options["batch"],
+                device=options["device"],
+                precision=options["precision"],
+                **settings,
+            )
+            work[arm] = _steps(make_job(config))
+        seconds = _interleaved(work, rounds)
+    click.echo("| ratio | measured | bar |\n|---|---|---|")
+    for over, under, bar in RATIOS:
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+        click.echo(f"| {over} / {under} | {_median(ratios)} | {bar} |")
+    plain = statistics.median(seconds["plain"])
+    click.echo(f"\nplain step {plain:.3f} s, {options['batch'] / plain:.1f} groups/s")
 
 
-def _artifact(path: Path, spec: str, kind: Any, groups: int, per_shard: int, members: int) -> str:
+def _steps(job: Job) -> Callable[[int], None]:
+    """Does a given step of a run, on batches in memory."""
+    training, batches = Optimisation(job, Processes()), list(job.feed(WHOLE, 0, job.steps))
+
+    def work(step: int) -> None:
+        training.step(step, iter(batches[step:]), lambda: 0)
+
+    return work
+
+
+def _interleaved(work: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each kind of work, `rounds` times in turn; one more round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for round_number in range(rounds + 1):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run(round_number)
+            if round_number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+@main.command()
+@click.option("--shards", default=10_000, show_default=True)
+@click.option("--format", "kind", default="webdataset", show_default=True)
+@click.option("--folder", required=True, help="For the artifacts; those of an earlier call are used again.")
+@click.option("--rounds", default=7, show_default=True)
+def start(shards: int, kind: str, folder: str, rounds: int) -> None:
+    """Seconds of the whole command for a run of one step of a tiny network."""
+    _heading(shards=shards, kind=kind, rounds=rounds)
+    paths = {count: Path(folder, f"{kind}-{count}") for count in (1, shards)}
+    for count, path in paths.items():
+        if not path.exists():
+            _artifact(path, "mlp:1x4x4-8-6", kind, count, 2, per_shard=1)
+    with tempfile.TemporaryDirectory() as runs:
+        work = {str(count): partial(_command, path, Path(runs, str(count))) for count, path in paths.items()}
+        seconds = _interleaved(work, rounds)
+    one, many = (statistics.median(seconds[str(count)]) for count in paths)
+    click.echo(f"{kind}: {one:.2f} s with one shard, {many:.2f} s with {shards}")
+
+
+def _command(artifact: Path, run: Path, number: int) -> None:
+    arguments = [str(artifact), f"{run}-{number}", "--steps", "1", "--device", "cpu"]
+    subprocess.run([sys.executable, "-m", "datamerge", "train", *arguments], check=True, capture_output=True)
+
+
+def _artifact(path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8) -> str:
     """Random photos' worth of bytes: smooth images with PGD-like members around them."""
     model = load_encoder(spec)
     shape = model.input_shape
@@ -116,116 +247,82 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, members: int)
     return Record(key=f"k{number}", count=members, encoding="uint8_moments", arrays=arrays)
 
 
-class _InMemory:
-    """A feed whose batches are tensors already; the same ones in every run."""
+Times = tuple[float, float]
+"""Seconds of wall time and of CPU time of all threads."""
 
-    def __init__(self, job: Job) -> None:
-        self._batches = list(job.feed(Cut(), 0, job.steps))
+
+def _now() -> Times:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(start: Times) -> Times:
+    wall, cpu = _now()
+    return wall - start[0], cpu - start[1]
+
+
+class _Blocks:
+    """A feed in blocks of steps: from the artifact, then from memory; times what the loop does between two batches.
+
+    Attributes:
+        times: of the counted steps: `stream`, `wait` (part of it), `memory`, `bare`; as many of each.
+    """
+
+    def __init__(self, job: Job, bare: _Bare, block: int) -> None:
+        self._read, self._block, self._bare = job.feed, block, bare
+        self._memory = list(job.feed(WHOLE, 0, block))
+        self.times: dict[str, list[Times]] = {"stream": [], "wait": [], "memory": [], "bare": []}
 
     def __call__(self, cut: Cut, start: int, stop: int) -> Iterator[Batch]:
-        return iter(self._batches[start:stop])
+        stored = self._read(cut, start, stop)
+        for first in range(0, stop - start, 2 * self._block):
+            for step in range(self._block):
+                started = _now()
+                batch = next(stored)
+                waited = _since(started)
+                yield batch
+                if step and first:  # the first block warms up
+                    self.times["wait"].append(waited)
+                    self.times["stream"].append(_since(started))
+            for step, batch in enumerate(self._memory):
+                started = _now()
+                self._bare(batch)
+                alone = _since(started)
+                started = _now()
+                yield batch
+                if step and first:
+                    self.times["memory"].append(_since(started))
+                    self.times["bare"].append(alone)
+
+    def ratios(self, over: str, under: str) -> list[Times]:
+        """Of neighbouring steps, or of those at the same place in neighbouring blocks."""
+        pairs = zip(self.times[over], self.times[under], strict=False)
+        return [(wall / wall_under, cpu / cpu_under) for (wall, cpu), (wall_under, cpu_under) in pairs]
 
 
-def _ratios(folder: Path, artifacts: dict[str, str], spec: str, repeats: int, options: dict[str, Any]) -> None:
-    feeds: dict[str, _InMemory] = {}
-    counter = iter(range(10**6))
+class _Bare:
+    """What one would write by hand around `gauss_newton`; a call does a step."""
 
-    def run(settings: dict[str, Any], kind: str, in_memory: bool) -> tuple[float, float]:
-        """Seconds a step without the first ones, and the share of waiting for data."""
-        path = folder / f"run-{next(counter)}"
-        config = TrainConfig(
-            artifact=artifacts[kind],
-            run=str(path),
-            steps=options["steps"] + 1,
-            batch_size=options["batch"],
-            log_every=1,
-            device=options["device"],
-            precision=options["precision"],
-            data_workers=options["data_workers"],
-            **settings,
-        )
-        job = make_job(config)
-        if in_memory:
-            arm = settings.get("arm", "avg")
-            feeds.setdefault(arm, _InMemory(job))
-            job = replace(job, feed=feeds[arm])
-        run_job(job, RunFolder(str(path)), Processes())
-        lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()][1:]
-        seconds = [options["batch"] / line["groups_per_second"] for line in lines]
-        return statistics.median(seconds), statistics.mean(line["data_wait"] for line in lines)
+    def __init__(self, spec: str, device: str, precision: str) -> None:
+        self._device, self._bf16 = torch.device(device), precision == "bf16"
+        self._model, self._loss, self._step = load_encoder(spec, device), SquaredError(), 0
+        for module in self._model.train().modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5, weight_decay=1e-4)
 
-    work: dict[str, Callable[[], tuple[float, float]]] = {
-        "bare loop": lambda: (_bare(artifacts["zarr"], spec, feeds["avg"], options), 0.0),
-        "stream zarr": lambda: run({}, "zarr", False),
-        "stream webdataset": lambda: run({}, "webdataset", False),
-    }
-    work |= {name: (lambda s=settings: run(s, "zarr", True)) for name, settings in RUNS.items()}  # type: ignore[misc]
-    run({}, "zarr", True)
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, measure in work.items():
-            results[name].append(measure())
-
-    def ratio(name: str, to: str) -> float:
-        return statistics.median(a[0] / b[0] for a, b in zip(results[name], results[to], strict=True))
-
-    rows = [
-        ("stream / in memory, zarr", ratio("stream zarr", "avg gauss_newton"), "1.03"),
-        ("stream / in memory, webdataset", ratio("stream webdataset", "avg gauss_newton"), "1.03"),
-        ("data wait, zarr", statistics.median(wait for _, wait in results["stream zarr"]), "0.02"),
-        ("data wait, webdataset", statistics.median(wait for _, wait in results["stream webdataset"]), "0.02"),
-        ("trainer / bare loop", ratio("avg gauss_newton", "bare loop"), "1.03"),
-        ("gauss_newton / ind", ratio("avg gauss_newton", "ind"), "0.30"),
-        ("sampled / ind", ratio("avg sampled", "ind"), "0.15"),
-        ("gauss_newton / plain", ratio("avg gauss_newton", "mean-only"), "2.5"),
-        ("sampled / plain", ratio("avg sampled", "mean-only"), ""),
-        ("antithetic / plain", ratio("avg antithetic", "mean-only"), ""),
-        ("jvp / plain", ratio("avg jvp", "mean-only"), ""),
-    ]
-    click.echo("| ratio | measured | bar |\n|---|---|---|")
-    for name, value, bar in rows:
-        click.echo(f"| {name} | {value:.3f} | {bar} |")
-    plain = statistics.median(seconds for seconds, _ in results["mean-only"])
-    click.echo(f"\nplain step {plain:.3f} s, {options['batch'] / plain:.1f} groups/s; medians of {repeats} rounds")
-
-
-def _bare(artifact: str, spec: str, feed: _InMemory, options: dict[str, Any]) -> float:
-    """Seconds a step of what one would write by hand around `gauss_newton`."""
-    model, loss = load_encoder(spec, options["device"]), SquaredError()
-    for module in model.train().modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=1e-4)
-    seconds = []
-    bf16 = options["precision"] == "bf16"
-    for step, batch in enumerate(feed(Cut(), 0, options["steps"] + 1)):
-        started = time.perf_counter()
-        here = batch.to(torch.device(options["device"]))
+    def __call__(self, batch: Batch) -> None:
+        here = batch.to(self._device)
         if here.mean is None or here.variance is None:
             raise ValueError("expected merged groups")
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(options["device"].partition(":")[0], torch.bfloat16, enabled=bf16):
-            draws = Draws([step * 1000 + i for i in range(len(here.keys))])
-            value = gauss_newton(model, here.mean, here.variance, here.target, loss, draws).loss.mean()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-        optimizer.step()
-        float(value.detach())
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
-
-
-def _start(folder: Path, shards: int) -> None:
-    """Seconds to the first batch of an artifact with many shards, next to those with one shard."""
-    spec, seconds = "mlp:1x4x4-8-6", {}
-    for count in (1, shards):
-        path = _artifact(folder / f"shards-{count}", spec, "webdataset", count, 1, 2)
-        os.sync()
-        started = time.perf_counter()
-        job = make_job(TrainConfig(artifact=path, run=str(folder / f"start-{count}"), steps=10))
-        next(job.feed(Cut(), 0, job.steps))
-        seconds[count] = time.perf_counter() - started
-    click.echo(f"\nstart to first batch: {seconds[shards]:.2f} s with {shards} shards, {seconds[1]:.2f} s with one")
+        self._step += 1
+        draws = Draws([self._step * 1000 + i for i in range(len(here.keys))])
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            losses = gauss_newton(self._model, here.mean, here.variance, here.target, self._loss, draws).loss
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), float("inf"))
+        self._optimizer.step()
+        float(losses.mean().detach())
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Llava:
 
     Attributes:
         size: S.
-        tower_sha256: hash of the tower's weights in float32.
+        tower_sha256: hash of the tower's weights before any conversion to `arithmetic`.
 
     Raises:
         ConfigError: no such model, or a tower that does not go with it.
@@ -77,7 +77,8 @@ class Llava:
         dtype = DTYPES[arithmetic]
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-            model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            # As stored: the tower's hash must be the same whatever the arithmetic of a pass.
+            model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
         except (OSError, ValueError, RuntimeError) as error:
             raise unreadable(path, error) from None
         if not self.tokenizer.is_fast:
@@ -87,7 +88,10 @@ class Llava:
             raise ConfigError(f"llava {path!r}: expected one vision feature layer, found {layer}")
         tower = load_tower(run, model.model.vision_tower, layer, image_size)
         check_width(tower, model, run)
-        model.model.vision_tower = tower.module.to(dtype)
+        model.model.vision_tower = tower.module
+        # Buffers, such as the rotary embedding's frequencies, stay in float32.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self.model = model.eval().requires_grad_(False).to(device)
         self.size, self.tower_sha256 = tower.size, tower.sha256
         self._device, self._dtype = device, dtype

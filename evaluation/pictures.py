@@ -44,26 +44,36 @@ def picture_section(result: ArmResult) -> str:
     if not pictures:
         return ""
     folder = Path(str(result.details["folder"]))
-    figures = [_figure(folder, picture) for picture in pictures if (folder / str(picture["adversarial"])).is_file()]
+    score = {"captions": "CIDEr", "vqa": "accuracy"}.get(result.part, "score")
+    figures = [
+        _figure(folder, picture, score) for picture in pictures if (folder / str(picture["adversarial"])).is_file()
+    ]
     return f"<h2>{html.escape(result.arm)}, {result.part}</h2>\n" + "\n".join(figures)
 
 
-def _figure(folder: Path, picture: Mapping[str, Any]) -> str:
+def _figure(folder: Path, picture: Mapping[str, Any], score: str) -> str:
     clean = read_png((folder / str(picture["clean"])).read_bytes())
     adversarial = read_png((folder / str(picture["adversarial"])).read_bytes())
     perturbation, factor = amplify(clean, adversarial)
+    # No attack lowered the score: the picture is of the clean image.
+    moved = bool((clean != adversarial).any())
     images = "".join(
-        f'<img alt="{alt}" title="{alt}" src="data:image/png;base64,{base64.b64encode(to_png(pixels)).decode()}">'
-        for alt, pixels in (
+        f'<div><img alt="{name}" src="data:image/png;base64,{base64.b64encode(to_png(pixels)).decode()}">'
+        f"<small>{name}</small></div>"
+        for name, pixels in (
             ("image", clean),
-            (f"perturbation × {factor}", perturbation),
-            ("adversarial image", adversarial),
+            (f"perturbation × {factor}" if moved else "no perturbation", perturbation),
+            ("adversarial image" if moved else "no attack scored lower", adversarial),
         )
     )
     lines = [f"<b>{html.escape(str(picture['question']))}</b>"] if picture.get("question") else []
     lines += [
-        f"before: {html.escape(str(picture['before']))} <small>({picture['score_before']:.1f})</small>",
-        f"after: {html.escape(str(picture['after']))} <small>({picture['score_after']:.1f})</small>",
-        f"<small>perturbation × {factor}; reference: {html.escape(str(picture['reference']))}</small>",
+        f"{when}: {_said(picture[when])} <small>({score} {picture[f'score_{when}']:.1f})</small>"
+        for when in ("before", "after")
     ]
-    return f"<figure>{images}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    lines.append(f"<small>reference: {html.escape(str(picture['reference']))}</small>")
+    return f"<figure><div class='row'>{images}</div><figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+
+
+def _said(answer: object) -> str:
+    return f"“{html.escape(str(answer))}”" if answer else "<i>nothing</i>"

@@ -117,8 +117,9 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; color: #222; }}
 table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; }}
 td:nth-child(n+3) {{ text-align: right; font-variant-numeric: tabular-nums; }} .warning {{ color: #a40; }}
-figure {{ display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; width: 21rem; }}
-figure img {{ width: 6.8rem; image-rendering: auto; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
+figure {{ display: inline-block; margin: .5rem 1.5rem 1rem 0; vertical-align: top; width: 36rem; }}
+.row {{ display: flex; gap: .3rem; }} .row div {{ flex: 1; text-align: center; }} .row img {{ width: 100%; }}
+small {{ color: #666; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
 </style></head><body>
 <h1>Evaluation</h1>
 <table><thead><tr>{head}</tr></thead><tbody>

@@ -142,6 +142,11 @@ class TrainConfig(Settings):
     cache_bytes: int = Field(default=100 * 10**9, ge=1, description="Bytes that the cache may hold.")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch (its own choice if not set).")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
+    wandb_project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Weights & Biases project that gets the same numbers as the log (none if not set).",
+    )
 
     @field_validator("loss_scale")
     @classmethod

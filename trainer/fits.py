@@ -8,7 +8,7 @@ from typing import Any
 from adversarial import Encoder
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from trainer.config import TrainConfig
-from trainer.logs import warn
+from trainer.messages import warn
 from trainer.stream import Collate, check_label
 
 # Shards whose labels are checked before anything starts; those of the others are checked as they are read.

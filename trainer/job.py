@@ -19,8 +19,8 @@ from trainer.config import TrainConfig
 from trainer.distributed import Processes
 from trainer.fits import check_epsilon, check_groups, loss_name, recorded_encoder, stored_members
 from trainer.forward import Forward, check_rows_apart, freeze, train_mode
-from trainer.logs import warn
 from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.messages import warn
 from trainer.order import Layout, Order
 from trainer.stream import Batch, Collate, stream
 
@@ -41,6 +41,7 @@ _FREE = {
     "cache_bytes",
     "threads",
     "log_every",
+    "wandb_project",
 }
 ARTIFACT_HEAD = "artifact"
 

@@ -1,4 +1,4 @@
-"""Numbers of a run: `log.jsonl`, TensorBoard, and how much of the time went into waiting for data."""
+"""Numbers of a run: `log.jsonl`, TensorBoard, W&B, and how much of the time went into waiting for data."""
 
 from __future__ import annotations
 
@@ -6,29 +6,14 @@ import json
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import click
-import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from storage_schemas import Location
 from trainer.checkpoint import LOG
-
-
-def say(message: str) -> None:
-    """One line to the person in front, on stderr as all progress; of several processes the first speaks."""
-    if _speaks():
-        click.echo(message, err=True)
-
-
-def warn(message: str) -> None:
-    """A warning that should not be overlooked; of several processes the first gives it."""
-    if _speaks():
-        click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
-
-
-def _speaks() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+from trainer.signals import Stopped
+from trainer.wandb_log import WandbLog
 
 
 class RunLog:
@@ -38,9 +23,12 @@ class RunLog:
         folder: the run's folder.
         start: step the run continues after. Later lines of an earlier sitting are dropped from `log.jsonl`, and
             hidden in TensorBoard, so that every step occurs once.
+        settings: of the run; its `wandb_project`, if set, gets the same numbers.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, settings: dict[str, Any]) -> None:
+        project = settings["wandb_project"]
+        self._wandb = WandbLog(folder, project, settings) if project is not None else None
         path = folder / LOG
         if path.exists():
             kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= start]
@@ -67,6 +55,8 @@ class RunLog:
         self._stream.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def pause(self, seconds: float) -> None:
         """Leave time that was no training out of the rates."""
@@ -80,6 +70,9 @@ class RunLog:
     ) -> None:
         self._stream.close()
         self._board.close()
+        if self._wandb is not None:
+            # An orderly stop is no failure; the run goes on later.
+            self._wandb.close(error is not None and not isinstance(error, Stopped))
 
 
 def _step(line: bytes) -> float:

@@ -17,16 +17,18 @@ import torch
 
 from adversarial import Encoder, save_encoder, weights_sha256, with_checkpoint
 from console import Progress
-from storage_schemas import DatamergeError
+from storage_schemas import DatamergeError, UserError
 from trainer.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
 from trainer.config import TrainConfig
 from trainer.distributed import Processes, processes
 from trainer.held_out import held_out_loss
 from trainer.job import Job, make_job
-from trainer.logs import RunLog, say, warn
+from trainer.logs import RunLog
+from trainer.messages import say, warn
 from trainer.signals import NotFiniteRun, Stopped, StopSignals
 from trainer.stream import Batch
 from trainer.update import NotFinite, Optimisation, Outcome
+from trainer.wandb_log import check_installed
 
 
 def train(config: TrainConfig) -> RunSummary:
@@ -51,6 +53,7 @@ def train(config: TrainConfig) -> RunSummary:
 
 def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
     """Run, continue or recognise as finished a prepared job. Raises as `train`."""
+    own.first_alone(lambda: check_installed(job.config.wandb_project))
     own.first_alone(lambda: folder.claim(job.identity))
     own.together(lambda: folder.claim(job.identity))
     finished = own.together(folder.summary)
@@ -80,7 +83,9 @@ class _Run:
         batches = job.feed(self.training.layout, self.step, job.steps)
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
-            log = stack.enter_context(RunLog(self.folder.path, self.step)) if self.own.first else None
+            log = self.own.first_alone(
+                lambda: stack.enter_context(RunLog(self.folder.path, self.step, config.model_dump(mode="json")))
+            )
             progress = (
                 stack.enter_context(Progress("train", job.steps, "steps", self.step)) if self.own.first else None
             )
@@ -103,6 +108,12 @@ class _Run:
             outcome = self.training.step(self.step, batches, lambda: stop.received)
         except NotFinite as error:
             raise NotFiniteRun(self._not_finite(error)) from None
+        except UserError as error:
+            if self.own.world == 1:
+                raise
+            # A record that this process alone has read. The others wait for its gradients until it fails; what all
+            # processes find together (`Processes.together`) may end a run quietly, this must not.
+            raise DatamergeError(str(error)) from None
         self.step += 1
         return outcome
 

@@ -19,7 +19,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from storage_schemas import ConfigError, DatamergeError
+from storage_schemas import ConfigError, DatamergeError, UserError
 from trainer.checkpoint import RunFolder, RunSummary
 from trainer.config import TrainConfig
 from trainer.loop import train
@@ -77,7 +77,7 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     if outcome.exists():
         code, _, message = outcome.read_text("utf-8").partition(" ")
         outcome.unlink()
-        raise (ConfigError if code == "2" else DatamergeError)(message)
+        raise (UserError if int(code) == UserError.exit_code else DatamergeError)(message)
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
@@ -91,7 +91,7 @@ def _work(options: dict[str, Any]) -> None:
     """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
     try:
         train(TrainConfig(**options["settings"]))
-    except (ConfigError, NotFiniteRun) as error:
+    except (UserError, NotFiniteRun) as error:
         # All workers come here together, see `Processes.together`.
         if ray.train.get_context().get_world_rank() == 0:
             Path(options["outcome"]).parent.mkdir(parents=True, exist_ok=True)

@@ -207,6 +207,9 @@ def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tm
 
 def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) -> None:
     half = Llava(llava_path, read_tower_run(OWN), 0, CPU, "bfloat16")
+    # The passes of a study change the arithmetic; they must not look like other weights.
+    assert half.tower_sha256 == llava.tower_sha256
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     tokens = llava.answers([QUESTION], [ANSWER])
     loss = half.losses(pixels[:1], tokens)
     assert loss.dtype == torch.float32

@@ -25,7 +25,6 @@ from trainer import (
     antithetic,
     exact,
     gauss_newton,
-    individual_loss,
     jvp,
     mean_only,
     sampled,
@@ -234,20 +233,6 @@ def test_antithetic_has_the_full_hessian_where_exact_has_the_ggn() -> None:
     assert abs(float(ggn[0].detach() - full)) > 0.05 * abs(float(full))
 
 
-def test_correction_follows_the_scale_of_the_loss() -> None:
-    network, mean, variance = _network(), _random(2, *SHAPE), _random(2, *SHAPE, seed=1)
-    target = _random(2, K, seed=2)
-
-    def correction(scale: float, estimate: Callable[..., GroupLoss]) -> Tensor:
-        found = estimate(network, mean, variance, target, SquaredError(scale), _draws()).correction
-        assert found is not None
-        return found.detach()
-
-    # The same noise is scaled in both, so the ratio is exact for the estimates too.
-    for estimate in (exact, gauss_newton, jvp):
-        torch.testing.assert_close(correction(1.0, estimate), 2 * correction(0.5, estimate), rtol=1e-10, atol=0)
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_exact_squared_error_matches_dense_oracle(scale: float) -> None:
     network, inputs = _network(), _random(3, *SHAPE)
@@ -287,23 +272,6 @@ def test_estimate_converges_at_the_monte_carlo_rate(loss: Loss) -> None:
         errors[samples] = float((estimates - oracle).square().mean().sqrt())
     assert errors[1] / errors[4] == pytest.approx(2, rel=0.25)
     assert errors[4] / errors[16] == pytest.approx(2, rel=0.25)
-
-
-def test_pseudo_labels_follow_the_density_of_the_loss() -> None:
-    outputs = _random(1, K).expand(10_000, K)
-    for scale in (1.0, 0.5):
-        labels = SquaredError(scale).pseudo_label(outputs, _draws(len(outputs)))
-        torch.testing.assert_close(labels.mean(0), outputs[0], rtol=0, atol=0.05)
-        torch.testing.assert_close(labels.var(0), torch.full_like(outputs[0], 1 / (2 * scale)), rtol=0.08, atol=0)
-    classes = CrossEntropy().pseudo_label(outputs, _draws(len(outputs)))
-    shares = torch.bincount(classes, minlength=K) / len(classes)
-    torch.testing.assert_close(shares.double(), outputs[0].softmax(0), rtol=0, atol=0.024)
-
-
-def test_no_gradient_flows_through_the_draw() -> None:
-    outputs = _random(2, K).requires_grad_()
-    assert not SquaredError().pseudo_label(outputs, _draws()).requires_grad
-    assert not CrossEntropy().pseudo_label(outputs, _draws()).requires_grad
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
@@ -389,24 +357,6 @@ def test_parameter_gradient_of_the_estimate_matches_finite_differences() -> None
         with torch.no_grad():
             weight[index] += 1e-5
         assert float(gradient[index]) == pytest.approx((above - below) / 2e-5, rel=1e-6)
-
-
-def test_mean_only_has_no_correction() -> None:
-    network, mean, target = _network(), _random(2, *SHAPE), _random(2, K, seed=1)
-    merged = mean_only(network, mean, torch.ones_like(mean), target, SquaredError())
-    assert merged.correction is not None
-    assert not merged.correction.any()
-    torch.testing.assert_close(merged.loss, (network(mean) - target).square().sum(1))
-
-
-def test_individual_loss_averages_within_groups_of_any_size() -> None:
-    network, counts = _network().float(), [3, 1, 2]
-    members = torch.randint(0, 256, (6, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    target = _random(3, K, seed=1).float()
-    found = individual_loss(network, members, counts, target, SquaredError())
-    groups = [members[:3], members[3:4], members[4:]]
-    oracle = [((network(group / 255) - y) ** 2).sum(1).mean() for group, y in zip(groups, target, strict=True)]
-    torch.testing.assert_close(found.loss, torch.stack(oracle))
 
 
 def test_monte_carlo_over_members_confirms_the_second_order() -> None:

@@ -18,15 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, open_artifact
 from trainer import TrainConfig, train
 from trainer.distributed import processes
+from trainer.order import Order
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
 
-# Runs every configuration it is given, one after the other; where there is `trouble`, process `who` sends itself
-# that signal when it is handed micro-batch `at` of the sitting.
+# Runs every configuration it is given, one after the other, and prints the records it is handed; where there is
+# `trouble`, process `who` sends itself that signal when it is handed micro-batch `at` of the sitting.
 SCRIPT = """
 import json, os, signal, sys
 import torch.distributed, trainer.job, trainer.stream
@@ -38,6 +39,7 @@ for entry in json.loads(sys.argv[1]):
     trouble = entry.pop("trouble", None)
     def stream(*arguments, **options):
         for number, batch in enumerate(original(*arguments, **options)):
+            print("RECORDS", json.dumps(batch.keys), file=sys.stderr)
             if trouble and number == trouble["at"] and int(os.environ["RANK"]) == trouble["who"]:
                 os.kill(os.getpid(), trouble["signal"])
             yield batch
@@ -123,15 +125,24 @@ def test_every_layout_has_the_same_curve(make_artifact: MakeArtifact, tmp_path: 
 
 
 def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """2 → 3 → 1 processes, each sitting but the last ended by a signal to one of its processes."""
+    """1 → 2 → 3 → 1 processes, each sitting but the last ended by a signal to one of its processes.
+
+    10 groups in batches of 6 and 4: no share is empty, so each process is handed something in every step.
+    """
     artifact = make_artifact()
-    _train(_entry(artifact, tmp_path / "whole"))
-    entry = _entry(artifact, tmp_path / "moved")
-    for world, who, ends in ((2, 1, 1), (3, 2, 3)):
-        outcomes = _launch(world, [{**entry, "trouble": {"at": world - 2, "who": who, "signal": 15}}])
+    _train(_entry(artifact, tmp_path / "whole", batch_size=6))
+    entry = _entry(artifact, tmp_path / "moved", batch_size=6)
+    seen: list[list[str]] = []
+    for world, who, count in ((1, 0, 2), (2, 1, 3), (3, 2, 2)):
+        outcomes = _launch(world, [{**entry, "trouble": {"at": count - 1, "who": who, "signal": 15}}])
         for code, text in outcomes:
             assert code == 0, text
-            assert f"STOPPED stopped after step {ends} of {STEPS}, saved" in text
+            assert f"STOPPED stopped after step {len(seen) + count} of {STEPS}, saved" in text
+        handed = [[json.loads(keys) for keys in re.findall("RECORDS (.*)", text)] for _, text in outcomes]
+        seen += [[key for share in shares for key in share] for shares in zip(*handed, strict=True)]
+    stored = open_artifact(artifact)
+    order = Order(stored.shard_sizes, 6, 0)
+    assert seen == [[stored[index].key for index in order.batch(step).tolist()] for step in range(7)]
     _train(entry)
     _assert_close(tmp_path / "whole", tmp_path / "moved")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from storage_schemas import UserError
 from trainer import TrainConfig, train
 from trainer.cli import train as command
 
@@ -59,6 +61,17 @@ def _cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
+@pytest.mark.usefixtures("_cluster")
+def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Two workers cannot share batches of one group; what only they can find out is said as it is elsewhere."""
+    run = [make_artifact(), str(tmp_path / "run"), "--steps", "2", "--device", "cpu", "--ray-workers", "2"]
+    result = CliRunner().invoke(command, run)
+    assert isinstance(result.exception, UserError)
+    assert re.fullmatch("batch_size: expected at least 2 groups, .*", str(result.exception))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")

@@ -1,0 +1,22 @@
+"""Lines to the person in front of a run."""
+
+from __future__ import annotations
+
+import click
+import torch.distributed as dist
+
+
+def say(message: str) -> None:
+    """One line to the person in front, on stderr as all progress; of several processes the first speaks."""
+    if _speaks():
+        click.echo(message, err=True)
+
+
+def warn(message: str) -> None:
+    """A warning that should not be overlooked; of several processes the first gives it."""
+    if _speaks():
+        click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
+
+
+def _speaks() -> bool:
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
