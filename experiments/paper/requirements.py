@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,21 +69,23 @@ def problems(study: Study, data: Data, check_settings: Callable[[], None]) -> li
     found += [f"{PATHS[n][0]}: expected at {getattr(data, n)}, found nothing; {PATHS[n][1]}" for n in gone]
     _, at, weights = data.encoder.partition("@")
     if at and not Path(weights).is_file():
-        found.append(f"encoder weights: expected a file at {weights}, found none; see the encoder in settings.toml")
+        found.append(f"encoder weights: expected a file at {weights}, found none; put it there or change the encoder")
     if absent:
         return found
-    checks: list[Callable[[], Iterator[str]]] = [lambda: _cached_encoder(data.encoder), lambda: _llava(data.llava)]
+    checks: list[Callable[[], Iterable[str] | None]] = [
+        check_settings,
+        lambda: _cached_encoder(data.encoder),
+        lambda: _llava(data.llava),
+    ]
     if "images" not in gone:
         checks.append(lambda: _images(data.images, study.groups))
     if not {"coco_captions", "coco_images"} & set(gone):
         checks.append(lambda: _captions(study, data))
     if not {"vqa_questions", "vqa_annotations", "vqa_images"} & set(gone):
         checks.append(lambda: _questions(study, data))
-    if not (at and not Path(weights).is_file()):
-        checks.append(lambda: _settings(check_settings))
     for check in checks:
         try:
-            found += check()
+            found += check() or ()
         except DatamergeError as error:
             found.append(str(error))
     return found
@@ -104,11 +106,6 @@ def warnings() -> list[str]:
     return found
 
 
-def _settings(check_settings: Callable[[], None]) -> Iterator[str]:
-    check_settings()
-    yield from ()
-
-
 def _images(folder: str, needed: int) -> Iterator[str]:
     from sources import open_source
 
@@ -122,18 +119,16 @@ def _images(folder: str, needed: int) -> Iterator[str]:
         )
 
 
-def _captions(study: Study, data: Data) -> Iterator[str]:
+def _captions(study: Study, data: Data) -> None:
     from evaluation.coco import read_captions
 
     read_captions(data.coco_captions, data.coco_images, "test", *_sample(study))
-    yield from ()
 
 
-def _questions(study: Study, data: Data) -> Iterator[str]:
+def _questions(study: Study, data: Data) -> None:
     from evaluation.coco import read_questions
 
     read_questions(data.vqa_questions, data.vqa_annotations, data.vqa_images, *_sample(study))
-    yield from ()
 
 
 def _sample(study: Study) -> tuple[int, int]:

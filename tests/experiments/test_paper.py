@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -272,13 +273,16 @@ def tiny(tmp_path: Path, builder: ModuleType) -> Path:
     return file
 
 
+# Ray's own start-up leaves file handles and sockets to the collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     work = tiny.parent / "work"
     arguments = (tiny, "--data", tiny.parent, "--work", work)
     assert "everything that is needed is there" in invoke(*arguments, "--dry-run").output
     assert not work.exists()
     result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
+    gc.collect()
+    assert result.exit_code == 0, (result.output, result.exception)
     assert len(list((work / "images").rglob("*.jpg"))) == 3
     found = json.loads((work / "results.json").read_bytes())["rows"]
     assert list(found) == ["w/o AT", "AT-2-Avg", "AT-2-Factors"]
@@ -294,7 +298,7 @@ def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     other = tiny.with_name("other.toml")
-    other.write_text(tiny.read_text().replace('"steps": 3', '"steps": 2').replace("steps = 3", "steps = 2"))
+    other.write_text(tiny.read_text().replace("steps = 3", "steps = 2"))
     result = invoke(other, "--data", tiny.parent, "--work", work)
     assert result.exit_code == 2
     assert "choose another --work" in result.stderr
