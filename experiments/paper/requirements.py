@@ -86,7 +86,7 @@ def problems(study: Study, data: Data, check_settings: Callable[[], None]) -> li
     for check in checks:
         try:
             found += check() or ()
-        except DatamergeError as error:
+        except (DatamergeError, OSError, ValueError) as error:  # the last two: files that cannot be read, or are cut
             found.append(str(error))
     return found
 

@@ -55,6 +55,9 @@ def main(
     except DatamergeError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        click.echo(f"error: {error.filename or work}: {error.strerror or error}", err=True)
+        raise SystemExit(1) from None
 
 
 def _run(study: Study, settings: Path, data: Path, work: Path, dry_run: bool) -> None:
