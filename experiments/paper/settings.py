@@ -1,0 +1,156 @@
+"""What settings.toml may say. Its tables merge, train and evaluate hold settings of those commands, spelt as there.
+
+Nothing here needs torch, so that a machine without it can say what is missing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from console import Settings, load_settings
+from storage_schemas.factors import FactorKind
+
+BASELINE = "w/o AT"
+MEMBERS = "members"
+COLUMNS = ("COCO clean", "COCO adv.", "VQAv2 clean", "VQAv2 adv.")
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Data(Settings):
+    """Where everything is, below the folder given as --data.
+
+    Attributes:
+        images: folder of ImageNet's training images, a sub-folder a class.
+        encoder: spec of the CLIP encoder; a file after `@` is below the folder too.
+        llava: folder, or name on Hugging Face's hub.
+        coco_captions, vqa_questions, vqa_annotations: the official JSON files.
+        coco_images, vqa_images: folders of the images that they name.
+    """
+
+    images: str
+    encoder: str
+    llava: str
+    coco_captions: str
+    coco_images: str
+    vqa_questions: str
+    vqa_annotations: str
+    vqa_images: str
+
+    def below(self, folder: Path) -> Data:
+        """The same with absolute paths; what is no path, or no folder there, stays as it is."""
+        root = folder.expanduser().absolute()
+        spec, at, weights = self.encoder.partition("@")
+        paths = {name: str(root / value) for name, value in self.model_dump().items() if name != "encoder"}
+        paths["llava"] = paths["llava"] if Path(paths["llava"]).is_dir() else self.llava
+        return Data(encoder=f"{spec}@{root / weights}" if at else self.encoder, **paths)
+
+
+class Draw(Settings):
+    """How images are drawn from all of them."""
+
+    seed: Annotated[int, Field(ge=0)]
+
+
+class Remerged(Settings):
+    """An artifact made from the members of the one attack: the first so many of them, or factors of all."""
+
+    members: Count | None = None
+    factors: Count | None = None
+    factor_kind: FactorKind = "sketch"
+
+
+class Arm(Settings):
+    """An artifact, and how it is trained on."""
+
+    artifact: str
+    arm: str
+    members: Count | None = None
+
+
+class Vision(Settings):
+    """Sizes of the vision transformer, as `cost` counts with them."""
+
+    image_size: Count
+    patch: Count
+    layers: Count
+    width: Count
+    heads: Count
+    hidden: Count
+    embedding: Count
+
+
+class Language(Settings):
+    """Sizes of the language model; `text` is the number of tokens besides the image's."""
+
+    layers: Count
+    width: Count
+    heads: Count
+    hidden: Count
+    vocabulary: Count
+    text: Count
+
+
+class Study(Settings):
+    """The whole file."""
+
+    data: Data
+    draw: Draw
+    merge: dict[str, Any]
+    remerge: dict[str, Remerged]
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+    arms: dict[str, Arm]
+    published: dict[str, list[float]]
+    vision: Vision
+    language: Language
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        for table, names in {
+            "merge": ("members", "steps", "batch_size"),
+            "train": ("steps", "batch_size"),
+            "evaluate": ("sample", "steps"),
+        }.items():
+            for name in names:
+                value = getattr(self, table).get(name)
+                if not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{table}.{name}: expected a whole number above 0, found {value!r}")
+        for name, arm in self.arms.items():
+            if not re.fullmatch(r"[A-Za-z0-9.\-]+", name):
+                raise ValueError(f"arms: expected names of letters, digits, points and hyphens, found {name!r}")
+            if arm.artifact not in (MEMBERS, *self.remerge):
+                known = ", ".join((MEMBERS, *self.remerge))
+                raise ValueError(f"arms.{name}.artifact: expected one of {known}, found {arm.artifact!r}")
+        wrong = [name for name, row in self.published.items() if len(row) != len(COLUMNS)]
+        if wrong:
+            raise ValueError(f"published.{wrong[0]}: expected the {len(COLUMNS)} numbers {', '.join(COLUMNS)}")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """Images to attack: as many as training takes, so that it sees none twice."""
+        return int(self.train["steps"]) * int(self.train["batch_size"])
+
+    @property
+    def members(self) -> int:
+        """N of the one attack."""
+        return int(self.merge["members"])
+
+    def size(self, artifact: str) -> int:
+        """Members a group of an artifact."""
+        merged = self.remerge.get(artifact)
+        return merged.members or self.members if merged else self.members
+
+
+def read_study(file: Path) -> Study:
+    """The settings in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or says something else; every problem is named.
+    """
+    return load_settings(Study, str(file), {})
