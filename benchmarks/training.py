@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -175,7 +175,7 @@ def _steps(job: Job) -> Callable[[int], None]:
     return work
 
 
-def _interleaved(work: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
+def _interleaved(work: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each kind of work, `rounds` times in turn; one more round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(rounds + 1):
