@@ -44,7 +44,8 @@ def _command(command: click.Command, context: click.Context, level: int) -> Iter
         yield f"```text\n{kept}\n```\n" if kept != paragraph else f"{_escape(paragraph)}\n"
     formatter = context.make_formatter()
     formatter.width = WIDTH
-    rows = [found for parameter in command.get_params(context) if (found := parameter.get_help_record(context))]
+    options = [option for option in command.get_params(context) if isinstance(option, click.Option)]
+    rows = [found for option in options if (found := option.get_help_record(context))]
     formatter.write_dl(rows)
     yield f"```text\n{formatter.getvalue().rstrip()}\n```\n"
     if isinstance(command, click.Group):

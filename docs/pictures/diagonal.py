@@ -28,7 +28,7 @@ def members() -> Points:
 
 def cloud(deviations: Points) -> Points:
     """√v∘z for all signs z."""
-    return np.array(list(product((-1, 1), repeat=2))) * np.sqrt(np.square(deviations).mean(axis=0))
+    return np.asarray(np.array(list(product((-1, 1), repeat=2))) * np.sqrt(np.square(deviations).mean(axis=0)))
 
 
 def sketches(deviations: Points) -> Points:
