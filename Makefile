@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGES := datamerge.py storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools \
-	demo benchmarks experiments tests
+	demo benchmarks docs experiments tests
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check lint format clean experiments-small
+.PHONY: help demo test check lint format docs clean experiments-small
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
 	@echo "make format  reformat the code"
 	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
+	@echo "make docs    build the documentation into site/"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -61,5 +62,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(PACKAGES)
 	$(BIN)/ruff format $(PACKAGES)
 
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "installing mkdocs into $(VENV) …"
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

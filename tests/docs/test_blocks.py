@@ -1,0 +1,48 @@
+"""Python in the documentation: all of it compiles, and what is marked with `<!-- run -->` runs."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, blocks, name
+
+# What the pages call the artifact that they made in the step before.
+ARTIFACT = ROOT / "tests" / "golden" / "v1" / "zarr-uint8_moments-full"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_python_compiles(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, name(page), "exec")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(block.mark for block in blocks(page))], ids=name)
+@pytest.mark.usefixtures("own_modules")
+def test_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after the other, in a folder that holds an artifact `adv-2-255`."""
+    shutil.copytree(ARTIFACT, tmp_path / "adv-2-255")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.mark == "run":
+            exec(compile(block.text, name(page), "exec"), names)
+        elif block.mark:
+            (tmp_path / block.mark.removeprefix("file: ")).write_text(block.text, "utf-8")
+
+
+@pytest.fixture
+def own_modules() -> Iterator[None]:
+    """Modules and paths that a page brought along go again."""
+    modules, path = set(sys.modules), list(sys.path)
+    yield
+    for module in set(sys.modules) - modules:
+        if module.startswith("my_"):
+            del sys.modules[module]
+    sys.path[:] = path

@@ -1,0 +1,59 @@
+"""Links between pages, and to headings in them, lead somewhere; `make docs` checks the finished site as well."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, name
+
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
+API = ROOT / "docs" / "api"
+
+
+def text_of(page: Path) -> str:
+    """A page without its code, and with what it includes."""
+    text = _INCLUDE.sub(lambda found: (ROOT / found[1]).read_text("utf-8"), page.read_text("utf-8"))
+    return _FENCE.sub("", text)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_resolve(page: Path) -> None:
+    for link in _LINK.findall(text_of(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f"- {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+@pytest.mark.parametrize(
+    "page", sorted(API.glob("[a-z]*_*.md")) + [API / "trainer.md", API / "adversarial.md"], ids=name
+)
+def test_functions_named_like_their_module_are_in_the_reference(page: Path) -> None:
+    """Of `trainer.sampled` mkdocstrings sees the module and not the function, which has to be named in full."""
+    package = importlib.import_module(page.stem)
+    text = page.read_text("utf-8")
+    assert f"\n::: {page.stem}\n" in text
+    for exported in package.__all__:
+        where = getattr(getattr(package, exported), "__module__", "")
+        if where.rpartition(".")[2] == exported:
+            assert f"::: {where}.{exported}\n" in text
