@@ -49,8 +49,8 @@ def demo(folder: str) -> None:
     _run(["inspect", artifact])
     for name, flags in ARMS.items():
         _run(
-            ["train", artifact, str(root / name), *flags, "--steps", str(STEPS), "--batch-size", str(BATCH)]
-            + ["--lr", LEARNING_RATE, "--warmup", str(STEPS // 10)]
+            ["train", artifact, str(root / name), "--encoder", spec, *flags, "--steps", str(STEPS)]
+            + ["--batch-size", str(BATCH), "--lr", LEARNING_RATE, "--warmup", str(STEPS // 10)]
         )
     results = root / "results.json"
     _run(

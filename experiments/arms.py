@@ -182,7 +182,6 @@ class Study:
         wanted = self.settings["merge"]
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
         config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
-        config = config.model_copy(update={"encoder": self.prepared.encoder})
         return train_online(config, attack, wanted.get("limit"))
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str) -> Path:
@@ -209,8 +208,8 @@ class Study:
         return MergeConfig(source=self.prepared.train, artifact=artifact, keep_members=True, **wanted)
 
     def _train_config(self, artifact: str, run: Path, seed: int, **arm: Any) -> TrainConfig:
-        shared = {"threads": 1, "checkpoint_every": 10**6, **self.settings["train"]}
-        return TrainConfig(artifact=artifact, run=str(run), seed=seed, **shared, **arm)
+        shared = {"threads": 1, "checkpoint_every": 10**6, "encoder": self.prepared.encoder, **self.settings["train"]}
+        return TrainConfig.model_validate(shared | {"artifact": artifact, "run": str(run), "seed": seed} | arm)
 
     def _evaluation(self, name: str, seed: int) -> Path:
         return self._work / "evaluations" / f"{_folder(name)}-{seed}.json"

@@ -21,6 +21,24 @@ def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
     return encoder if isinstance(encoder, dict) else {}
 
 
+def starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
+    """Spec of the encoder to start from: the one asked for, or the one that the artifact's targets come from.
+
+    Raises:
+        ConfigError: the artifact names none, or one that would run code of its choice.
+    """
+    spec = config.encoder or recorded_encoder(manifest).get("spec")
+    if not isinstance(spec, str):
+        raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
+    if config.encoder is None and spec.startswith("python:"):
+        # An artifact may come from anybody, and a factory is code.
+        raise ConfigError(
+            f"{config.artifact}: expected an encoder that needs no code of its own, found {spec}; if that is "
+            f"yours, add --encoder {spec}"
+        )
+    return spec
+
+
 def loss_name(config: TrainConfig, manifest: Manifest) -> str:
     """The loss that "auto" means, or the one that was asked for if the artifact has what it takes."""
     has_targets = manifest.layout.array("target") is not None

@@ -17,7 +17,7 @@ from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head
 from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
-from trainer.fits import check_epsilon, check_groups, loss_name, recorded_encoder, stored_members
+from trainer.fits import check_epsilon, check_groups, loss_name, starting_encoder, stored_members
 from trainer.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.messages import warn
@@ -126,9 +126,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     loss = loss_name(config, artifact.manifest)
     members = stored_members(config, artifact.manifest)
     check_epsilon(config, artifact.manifest)
-    spec = config.encoder or recorded_encoder(artifact.manifest).get("spec")
-    if not isinstance(spec, str):
-        raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
+    spec = starting_encoder(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
     encoder = load_encoder(spec, str(device))

@@ -37,6 +37,7 @@ LABELS = {"targets": False, "labels": True}
     ("artifact", "settings", "message"),
     [
         ({"encoder": None}, {}, r"names no encoder; add --encoder"),
+        ({"encoder": "python:os:abort", "sha256": "0" * 64}, {}, "needs no code of its own, found python:os:abort"),
         ({}, {"encoder": "mlp:1x5x5-8-6"}, r"takes pixels \(1, 5, 5\), found \(1, 4, 4\) in"),
         ({}, {"encoder": "mlp:1x4x4-8-7"}, r"embeddings of width 7, found targets of shape \(6,\)"),
         ({}, {"encoder": "mpl:1x4x4-8-6"}, r"encoder 'mpl:1x4x4-8-6': expected"),

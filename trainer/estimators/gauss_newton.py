@@ -16,9 +16,9 @@ def gauss_newton(
 ) -> GroupLoss:
     """L(x̄, y) + ½ Σ v∘(1/S Σ_s (∇_x L(x̄, ŷ_s))∘²), ŷ_s ~ exp(−L(t, ·))/Z                 (PAPER eq. 9, 10, 16, 17)
 
-    Unbiased for L(x̄, y) + ½ vᵀ diag[GGN_x] (`exact`) with every number of labels S, and so is its gradient in θ:
-    the labels are constants, and their law enters through the loss (`trainer.losses`). The standard error falls
-    with 1/√S. Of the group's mean loss it leaves out the covariance between pixels, the residual's Hessian
+    Unbiased for L(x̄, y) + ½ vᵀ diag[GGN_x] (`exact`) with every number of labels S. So is its gradient in θ for the
+    squared error, whose labels move with t; for cross entropy the label is held while its law depends on θ, as in the
+    paper, which leaves out ½ Σᵢ vᵢ Σₖ (Jₖᵢ − p·Jᵢ)² dpₖ. The standard error falls with 1/√S. Of the group's mean loss it leaves out the covariance between pixels, the residual's Hessian
     (the difference between Hessian and GGN) and third and higher orders.
 
     Cost with S = 1: one forward, an input gradient that keeps its graph, and a backward through both: about 2.3
