@@ -18,8 +18,9 @@ def gauss_newton(
 
     Unbiased for L(x̄, y) + ½ vᵀ diag[GGN_x] (`exact`) with every number of labels S. So is its gradient in θ for the
     squared error, whose labels move with t; for cross entropy the label is held while its law depends on θ, as in the
-    paper, which leaves out ½ Σᵢ vᵢ Σₖ (Jₖᵢ − p·Jᵢ)² dpₖ. The standard error falls with 1/√S. Of the group's mean loss it leaves out the covariance between pixels, the residual's Hessian
-    (the difference between Hessian and GGN) and third and higher orders.
+    paper, which leaves out ½ Σᵢ vᵢ Σₖ (Jₖᵢ − p·Jᵢ)² dpₖ. The standard error falls with 1/√S. Of the group's mean
+    loss it leaves out the covariance between pixels, the residual's Hessian (the difference between Hessian and GGN)
+    and third and higher orders.
 
     Cost with S = 1: one forward, an input gradient that keeps its graph, and a backward through both: about 2.3
     plain steps; each further label adds about 1.3. Fused attention has no double backward, hence the math kernel.
