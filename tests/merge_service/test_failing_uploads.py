@@ -1,6 +1,6 @@
 """An S3 server that fails: uploads are tried again, and what it never takes costs one shard until it does.
 
-Uses the session's cluster, so it has to run before `test_merge.py`: Ray 2.60 kills the actors of a driver process that
+Uses the cluster of the session, so it has to run before `test_merge.py`: Ray 2.60 kills the actors of a driver that
 started a Ray of its own in between.
 """
 
