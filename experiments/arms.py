@@ -99,7 +99,7 @@ class Study:
         for name, wanted in self.settings.get("published", {}).items():
             if not (Path(self.artifact(name)) / "manifest.json").exists():
                 run = self._work / "runs" / f"{name}-publisher"
-                self._rounds(run, PUBLISHER, **wanted)
+                self._rounds(run, PUBLISHER, **wanted, again=True)
                 last = wanted["rounds"] - 1
                 shutil.copytree(f"{run}-artifacts/0-{last}", self.artifact(name))
         for name, wanted in self.settings["remerge"].items():
@@ -184,10 +184,14 @@ class Study:
         config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
         return train_online(config, attack, wanted.get("limit"))
 
-    def _rounds(self, run: Path, seed: int, rounds: int, arm: str) -> Path:
-        """Attack the encoder as it has become, add the new members to the earlier ones, train on; again and again."""
+    def _rounds(self, run: Path, seed: int, rounds: int, arm: str, again: bool = False) -> Path:
+        """Attack the encoder as it has become, add the new members to the earlier ones, train; again and again.
+
+        Args:
+            again: train from the beginning each time, a whole run; else go on for a share of one.
+        """
         encoder, parts = self.prepared.encoder, []
-        steps = self.settings["train"]["steps"] // rounds
+        shares = 1 if again else rounds
         for number in range(rounds):
             parts.append(f"{run}-artifacts/{number}")
             wanted = self.settings["merge"] | {"members": 1, "seed": 1000 * (seed + 1) + number}
@@ -197,9 +201,10 @@ class Study:
                 artifact = f"{run}-artifacts/0-{number}"
                 plan_combination([open_artifact(part) for part in parts]).write(Location(artifact))
             folder = run if number == rounds - 1 else Path(f"{run}-rounds") / str(number)
-            config = self._train_config(artifact, folder, seed, arm=arm, encoder=encoder)
-            warmup = self.settings["train"]["warmup_steps"] // rounds
-            config = config.model_copy(update={"steps": steps, "warmup_steps": warmup, "seed": 1000 * seed + number})
+            start = self.prepared.encoder if again else encoder
+            config = self._train_config(artifact, folder, 1000 * seed + number, arm=arm, encoder=start)
+            shorter = {name: self.settings["train"][name] // shares for name in ("steps", "warmup_steps")}
+            config = config.model_copy(update=shorter)
             encoder = train(config).encoder
         return run
 
