@@ -108,7 +108,7 @@ def merge(
 
 def _submit(config: MergeConfig, address: str, as_json: bool) -> NoReturn:
     """Run the same merge on a cluster, and end with its exit code."""
-    from merge_service.ray_stage import submit_job
+    from merge_service.ray_jobs import submit_job
 
     if config.ray_address is not None:
         raise UserError("submit: the job finds its own cluster; drop --ray-address")

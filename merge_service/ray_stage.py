@@ -1,10 +1,8 @@
-"""The one file that knows Ray: a pool of workers that may die, work out, results in, jobs submitted to clusters."""
+"""Work on Ray: a pool of workers that may die, work out, results in. Only `ray_jobs.py` knows Ray besides."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +33,13 @@ PIECES_PER_WORKER = 2
 MOST_FAILING, MOST_FAILING_LATER = 3, 8
 # How often the cluster is looked at for nodes that came or went.
 LOOK_SECONDS = 5.0
-# How long a new cluster may take until it accepts jobs, or a first worker until it is missed.
+# How long a first worker may take until it is missed.
 START_SECONDS = 60
 # Tasks are small lists of names; results are counts. Only partial moments go through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
+
+_connections: list[str] = []
+"""What `start` connected to and `stop` has to leave: nothing where the caller was connected already."""
 
 
 def start(config: MergeConfig) -> None:
@@ -49,6 +50,7 @@ def start(config: MergeConfig) -> None:
     """
     if ray.is_initialized():
         return
+    _connections.append(config.ray_address or "local")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if config.ray_address is not None:
         try:
@@ -70,8 +72,10 @@ def start(config: MergeConfig) -> None:
 
 
 def stop() -> None:
-    """Leave the cluster; Ray that `start` started ends."""
-    ray.shutdown()
+    """Leave the cluster that `start` joined; Ray that it started ends."""
+    if _connections:
+        _connections.clear()
+        ray.shutdown()
 
 
 def device(config: MergeConfig, local: str) -> str:
@@ -369,38 +373,3 @@ def run_clusters(
         if isinstance(found, SetAside):
             raise DatamergeError(f"class {found.shard} cannot be clustered: {found.reason}")
         yield found
-
-
-def submit_job(address: str, command: Sequence[str]) -> int:
-    """Run a command on a cluster through the Ray Jobs API, show its log, and return its exit code: 0 or 1.
-
-    Raises:
-        ConfigError: nobody answers at the address.
-    """
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    end = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            client = JobSubmissionClient(address)
-            job = client.submit_job(entrypoint=shlex.join(command))
-            break
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            # A head that has just started has no agent for jobs yet.
-            if "try again later" not in str(error) or time.monotonic() > end:
-                raise ConfigError(
-                    f"submit {address!r}: expected the dashboard of a Ray cluster such as http://head:8265, found "
-                    f"none ({first_line(error)})"
-                ) from None
-        time.sleep(2)
-    sys.stderr.write(f"submitted {job}; it goes on if this command ends: ray job logs --address {address} -f {job}\n")
-
-    async def show() -> None:
-        async for lines in client.tail_job_logs(job):
-            sys.stderr.write(lines)
-            sys.stderr.flush()
-
-    asyncio.run(show())
-    while not client.get_job_status(job).is_terminal():
-        time.sleep(1)
-    return 0 if client.get_job_status(job) == JobStatus.SUCCEEDED else 1
