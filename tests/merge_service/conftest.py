@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -139,6 +140,7 @@ def _cluster(folder: Path, store: S3Server) -> Iterator[Bench]:
     }
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     sys.path.append(str(FAULTS))  # this process is running already and does not read PYTHONPATH again
     write_photos(folder / "photos")
     head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}

@@ -142,6 +142,8 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     # Botocore's own retries would hide ours, and wait.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3_server.fault = None
+    # Connections are kept for the life of a process, also those to the server of another test.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     return s3_server
 
 
