@@ -53,6 +53,8 @@ def _plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Robust accuracy against compute and against bytes."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     axes[0].set(xlabel="forward passes a group and step", ylabel="robust accuracy, %", xscale="log")
+    axes[0].set_xticks([3, 6, 12, 25, 50], labels=["3", "6", "12", "25", "50"])
+    axes[0].minorticks_off()
     axes[1].set(xlabel="stored MB that the arm reads")
     for number, (arm, row) in enumerate(rows.items()):
         mean, error = 100 * statistics.fmean(row["accuracy_robust"]), 100 * _error(row)

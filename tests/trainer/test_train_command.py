@@ -122,6 +122,13 @@ def test_the_paper_preset_is_the_papers_table() -> None:
         read_preset("papre")
 
 
+def test_the_factors_preset_differs_from_the_papers_in_its_arm_alone() -> None:
+    papers, factors = read_preset("paper"), read_preset("factors")
+    assert factors == papers | {"arm": "factors"}
+    config = load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, factors)
+    assert (config.arm, config.estimator) == ("factors", "sampled")
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("seed = 4\nbatch_size = 2\nwarmup_steps = 0\n")
