@@ -143,9 +143,10 @@ class Study:
                     clusters=k,
                 )
             )
-        elif not (target / "manifest.json").exists():
-            chosen = self._medoids(k) if kind == "medoids" else self._random(k, seed)
-            self._write(chosen, Path(f"{target}-images"))
+        else:
+            if not (target / "manifest.json").exists():
+                chosen = self._medoids(k) if kind == "medoids" else self._random(k, seed)
+                self._write(chosen, Path(f"{target}-images"))
             merge(MergeConfig(source=f"{target}-images", artifact=str(target), grouping="label", members=1))
         return str(target)
 
