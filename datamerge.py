@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
+import traceback
 from importlib.metadata import version
 
 import click
+from click.shell_completion import CompletionItem
 
 # name → (module, attribute, extra that installs what it needs, one-line help)
 COMMANDS = {
@@ -59,6 +63,19 @@ class LazyGroup(click.Group):
             ) from None
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and close and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # The group's own way would import every command, and with them torch.
+        names = [CompletionItem(name, help=row[3]) for name, row in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
@@ -66,14 +83,25 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("datamerge"), prog_name="datamerge")
-def cli() -> None:
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
+@click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
     """Replace groups of similar samples by their mean and mean square, once, and train on those.
 
     \b
     datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --members 10
     datamerge train my-artifact my-run --preset paper
     datamerge evaluate my-run --data test-photos/
+
+    Shell completion (bash; also zsh and fish): eval "$(_DATAMERGE_COMPLETE=bash_source datamerge)"
     """
+    if quiet:
+        os.environ["DATAMERGE_QUIET"] = "1"
+    if verbose:
+        os.environ["DATAMERGE_VERBOSE"] = "1"
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def main() -> None:
@@ -100,6 +128,8 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from storage_schemas.errors import DatamergeError
 
+    if os.environ.get("DATAMERGE_VERBOSE"):
+        traceback.print_exception(error)
     if isinstance(error, DatamergeError):
         click.echo(f"error: {error}", err=True)
         return error.exit_code

@@ -2,5 +2,6 @@
 
 from console.progress import Progress
 from console.settings import Fraction, Settings, load_settings
+from console.verbosity import quiet
 
-__all__ = ["Fraction", "Progress", "Settings", "load_settings"]
+__all__ = ["Fraction", "Progress", "Settings", "load_settings", "quiet"]

@@ -16,11 +16,13 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from console.verbosity import quiet
+
 LOG_EVERY = 10.0
 
 
 class Progress:
-    """Counts `total` units of work on stderr; a context manager.
+    """Counts `total` units of work on stderr, or in silence after `--quiet`; a context manager.
 
     Args:
         what: verb shown in front, e.g. ``merge``.
@@ -34,8 +36,9 @@ class Progress:
         self._done, self._before = done, done
         self._start = self._logged = time.monotonic()
         console = Console(file=sys.stderr)
+        self._quiet = quiet()
         self._bar: RichProgress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not self._quiet:
             self._bar = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
@@ -55,7 +58,7 @@ class Progress:
         text = f"{rate:.1f} {self._unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rate=text, note=note)
-        elif now - self._logged >= LOG_EVERY or self._done >= self._total:
+        elif not self._quiet and (now - self._logged >= LOG_EVERY or self._done >= self._total):
             self._logged = now
             left = (self._total - self._done) / max(rate, 1e-9)
             line = f"{self._what}: {self._done}/{self._total} {self._unit}, {text}, {left:.0f} s left"

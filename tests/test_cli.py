@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,39 @@ def test_a_malformed_command_line_exits_with_2(arguments: tuple[str, ...]) -> No
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "Error: " in done.stderr
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
+    assert "Did you mean 'merge'?" in _run("mrege").stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands_and_imports_none(shell: str) -> None:
+    environment = {
+        "_DATAMERGE_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": "datamerge re",
+        "COMP_CWORD": "1" if shell != "fish" else "re",
+    }
+    code = (
+        "import os, sys, datamerge\n"
+        "sys.argv = ['datamerge']\n"
+        "try:\n    datamerge.cli.main(prog_name='datamerge')\nexcept SystemExit:\n    pass\n"
+        "print('IMPORTED', [name for name in ('torch', 'artifact_tools') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert "remerge" in done.stdout
+    assert "merge_service" not in done.stdout
+    assert done.stdout.rstrip().endswith("IMPORTED []")
+
+
+def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    usual, verbose = _run("inspect", str(tmp_path)), _run("--verbose", "inspect", str(tmp_path))
+    assert usual.returncode == verbose.returncode == 2
+    assert "Traceback" not in usual.stderr
+    assert "Traceback" in verbose.stderr
+    assert verbose.stderr.endswith(usual.stderr)
 
 
 def test_no_command_shows_help() -> None:

@@ -57,12 +57,14 @@ from trainer.signals import Stopped
 )
 @click.option("--ray-workers", type=int, help="Train on this many Ray workers; restarts them when one dies.")
 @click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to use. [starts Ray here]")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary, RUN/run.json, instead of the encoder.")
 def train(
     preset: str | None,
     file: str | None,
     overrides: tuple[str, ...],
     ray_workers: int | None,
     ray_address: str | None,
+    as_json: bool,
     **flags: Any,
 ) -> None:
     """Fine-tune an encoder on the groups of ARTIFACT; everything it writes goes to the folder RUN.
@@ -99,4 +101,4 @@ def train(
         # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell
         # to know.
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
-    click.echo(summary.encoder)
+    click.echo(summary.model_dump_json() if as_json else summary.encoder)

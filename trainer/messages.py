@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 import torch.distributed as dist
 
+from console import quiet
+
 
 def say(message: str) -> None:
-    """One line to the person in front, on stderr as all progress; of several processes the first speaks."""
-    if _speaks():
+    """One line to the person in front, on stderr, unless told to be quiet; of several processes the first speaks."""
+    if _speaks() and not quiet():
         click.echo(message, err=True)
 
 

@@ -26,6 +26,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAMERGE_QUIET", "1")
+    with Progress("merge", 2, "groups") as bar:
+        bar.advance(2)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
