@@ -168,7 +168,7 @@ class Study:
         run = self._run(name, seed)
         started = time.process_time()
         if arm.pop("online", False):
-            self._online(run, seed)
+            self._online(run, seed, **arm)
         elif "rounds" in arm:
             run = self._rounds(run, seed, **arm)
         else:
@@ -178,8 +178,8 @@ class Study:
             (run / "cpu-seconds").write_text(f"{time.process_time() - started:.2f}")
         return str(run)
 
-    def _online(self, run: Path, seed: int) -> RunSummary:
-        wanted = self.settings["merge"]
+    def _online(self, run: Path, seed: int, **attack: Any) -> RunSummary:
+        wanted = self.settings["merge"] | attack
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
         config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
         return train_online(config, attack, wanted.get("limit"))
@@ -234,6 +234,7 @@ class Study:
             "factors": {"sum", "factors"},
             "mean-only": {"sum"},
         }.get(arm["arm"], {"members"})
+        arrays = arrays | ({"clean"} if arm.get("refine_steps") else set())
         stored = _array_bytes(self.artifact(arm["artifact"]), arrays)
         taken = arm.get("members")
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
@@ -243,7 +244,8 @@ class Study:
 
         A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
         """
-        members, steps, limit = (int(self.settings["merge"][name]) for name in ("members", "steps", "limit"))
+        merged = self.settings["merge"] | ({"steps": arm["steps"]} if "steps" in arm else {})
+        members, steps, limit = (int(merged[name]) for name in ("members", "steps", "limit"))
         attack = 2.0 * steps + 2  # the target's forward pass and the last loss
         if arm.get("online"):
             return attack + 3
@@ -252,6 +254,8 @@ class Study:
             return 3 + int(arm["rounds"]) * attack * limit / seen
         if "arm" not in arm:
             return None
+        if arm.get("refine_steps"):
+            return 3 + 2.0 * int(arm["refine_steps"])
         if arm["arm"] == "ind":
             return 3.0 * int(arm.get("members") or members)
         passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}

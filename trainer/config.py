@@ -61,6 +61,16 @@ class TrainConfig(Settings):
         description="For the arm factors: multiplies the deviation from the mean; above 1 for more robustness at the "
         "price of clean accuracy.",
     )
+    refine_steps: int = Field(
+        default=0,
+        ge=0,
+        le=100,
+        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
+        "they bring stored attacks up to date. Needs an artifact merged with keep_clean.",
+    )
+    refine_step_size: Fraction | None = Field(
+        default=None, description="Length of such a step (the artifact's epsilon divided by refine_steps if not set)."
+    )
     encoder: str | None = Field(
         default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
     )
@@ -183,6 +193,15 @@ class TrainConfig(Settings):
             )
         if self.deviation != 1.0 and self.arm != "factors":
             raise ValueError(f"deviation: only the arm factors has one, found arm {self.arm}; drop deviation")
+        if self.refine_steps and (self.arm == "avg" or (self.estimator != "sampled" and self.arm == "factors")):
+            raise ValueError(
+                f"refine_steps: refines single images, found arm {self.arm} with estimator {self.estimator}; use "
+                "--arm factors, random-member, ind or mean-only, or drop refine_steps"
+            )
+        if self.refine_steps and self.samples != 1:
+            raise ValueError(f"refine_steps: refines one image a group, found samples {self.samples}; drop samples")
+        if self.refine_step_size is not None and not self.refine_steps:
+            raise ValueError("refine_step_size: expected refine_steps of 1 or more, found 0; set refine_steps")
         if self.compile and self.arm == "avg" and self.estimator not in COMPILABLE:
             raise ValueError(
                 f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "

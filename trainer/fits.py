@@ -9,6 +9,7 @@ from adversarial import Encoder
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from trainer.config import TrainConfig
 from trainer.messages import warn
+from trainer.refine import Refinement
 from trainer.stream import Collate, check_label
 
 # Shards whose labels are checked before anything starts; those of the others are checked as they are read.
@@ -88,6 +89,28 @@ def check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
             f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
             f"{config.artifact}; choose another artifact or preset"
         )
+
+
+def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
+    """How stored images are refined, if they are.
+
+    Raises:
+        ConfigError: the artifact says nothing of the ball that they must stay in.
+    """
+    if not config.refine_steps:
+        return None
+    attack = manifest.provenance.get("attack")
+    found = attack.get("epsilon") if isinstance(attack, dict) else None
+    if manifest.layout.array("clean") is None or found is None:
+        raise ConfigError(
+            f"refine_steps: expected an artifact of attacks that keeps the clean images, found "
+            f"{'no clean images' if found is not None else 'no attack'} in {config.artifact}; merge again with "
+            "--keep-clean, or drop refine_steps"
+        )
+    epsilon = float(Fraction(str(found)))
+    asked = config.refine_step_size
+    size = epsilon / config.refine_steps if asked is None else float(Fraction(asked))
+    return Refinement(config.refine_steps, size, epsilon)
 
 
 def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:

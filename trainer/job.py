@@ -17,11 +17,12 @@ from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head
 from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
-from trainer.fits import check_epsilon, check_groups, loss_name, starting_encoder, stored_members
+from trainer.fits import check_epsilon, check_groups, loss_name, refinement, starting_encoder, stored_members
 from trainer.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.messages import warn
 from trainer.order import Layout, Order
+from trainer.refine import Refinement
 from trainer.stream import Batch, Collate, stream
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
@@ -90,6 +91,7 @@ class Job:
         origin: where the groups come from.
         device: where the encoder is.
         identity: settings and hashes that determine the result.
+        refinement: how stored images are brought up to date, if they are.
     """
 
     config: TrainConfig
@@ -102,6 +104,7 @@ class Job:
     origin: Origin
     device: torch.device
     identity: dict[str, Any]
+    refinement: Refinement | None = None
 
     @property
     def steps(self) -> int:
@@ -126,6 +129,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     loss = loss_name(config, artifact.manifest)
     members = stored_members(config, artifact.manifest)
     check_epsilon(config, artifact.manifest)
+    refined = refinement(config, artifact.manifest)
     spec = starting_encoder(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
@@ -136,7 +140,9 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         if head is not None:
             head.check_width(encoder.embedding_dim, "head")
         classes = encoder.embedding_dim if head is None else len(head.weight)
-    collate = Collate(arm=config.arm, labels=loss == "cross_entropy", members=members, classes=classes)
+    collate = Collate(
+        arm=config.arm, labels=loss == "cross_entropy", members=members, classes=classes, clean=refined is not None
+    )
     check_groups(artifact, encoder, collate)
     warn_of_start(encoder)
     resolved = _resolved(config, artifact, loss, encoder, head, steps).model_copy(update={"device": str(device)})
@@ -157,6 +163,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
             "encoder_sha256": encoder.sha256,
             "head_sha256": None if head is None else weights_sha256(head),
         },
+        refinement=refined,
     )
 
 

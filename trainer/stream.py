@@ -32,6 +32,7 @@ class Batch(NamedTuple):
         members: uint8 [M, C, H, W], group after group; None when the arm does not use them.
         counts: members of each group; their sum is M.
         factors: float32 [B, k, C, H, W]; None when the arm does not use them.
+        clean: uint8 [B, C, H, W], the images the groups were made from; None unless they are asked for.
     """
 
     keys: list[str]
@@ -41,6 +42,7 @@ class Batch(NamedTuple):
     members: Tensor | None
     counts: list[int]
     factors: Tensor | None = None
+    clean: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -52,6 +54,7 @@ class Batch(NamedTuple):
             mean=move(self.mean),
             variance=move(self.variance),
             factors=move(self.factors),
+            clean=move(self.clean),
             target=self.target.to(device, non_blocking=True),
             members=move(self.members),
         )
@@ -94,12 +97,14 @@ class Collate:
         members: how many of each group's first stored members to deliver, or to choose one from (a smaller
             group delivers all it has); 0 for none.
         classes: labels must be below this.
+        clean: deliver the clean images too.
     """
 
     arm: Arm
     labels: bool
     members: int
     classes: int | None = None
+    clean: bool = False
 
     def arrays(self) -> set[str]:
         """Names of the stored arrays that this arm reads; the others are left alone."""
@@ -110,7 +115,7 @@ class Collate:
             "ind": {"members"},
             "random-member": {"members"},
         }
-        return names[self.arm] | (set() if self.labels else {"target"})
+        return names[self.arm] | (set() if self.labels else {"target"}) | ({"clean"} if self.clean else set())
 
     def __call__(self, items: list[tuple[Record, int] | DatamergeError]) -> Batch | DatamergeError:
         found: list[tuple[Record, int]] = []
@@ -132,6 +137,9 @@ class Collate:
             members=torch.from_numpy(np.concatenate(stored)) if stored else None,
             counts=[len(members) for members in stored],
             factors=self._factors(groups) if self.arm == "factors" else None,
+            clean=torch.from_numpy(np.stack([_present(record.clean, record, "clean image") for record in groups]))
+            if self.clean
+            else None,
         )
 
     def _targets(self, groups: list[Record]) -> Tensor:

@@ -23,9 +23,18 @@ from storage_schemas import DatamergeError
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
 from trainer.draws import Draws
-from trainer.estimators import RANDOM, GroupLoss, along_factors, exact, individual_loss, mean_only
+from trainer.estimators import (
+    RANDOM,
+    GroupLoss,
+    along_factors,
+    deviation_along,
+    exact,
+    individual_loss,
+    mean_only,
+)
 from trainer.job import Job
 from trainer.order import ESTIMATOR, LAYERS, Layout, Share, stream_seeds
+from trainer.refine import Refinement, refine
 from trainer.stream import Batch
 
 
@@ -184,6 +193,8 @@ class Optimisation:
 def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
     """Losses of a batch in the arm of the run; [B] each."""
     config = job.config
+    if job.refinement is not None:
+        batch = _refined(job, batch, draws, job.refinement)
     if batch.members is not None:
         return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
     if batch.mean is None:
@@ -204,6 +215,24 @@ def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
         return mean_only(job.model, batch.mean, None, batch.target, job.loss)
     estimate = exact if config.estimator == "exact" else partial(RANDOM[config.estimator], samples=config.samples)
     return estimate(job.model, batch.mean, batch.variance, batch.target, job.loss, draws)
+
+
+def _refined(job: Job, batch: Batch, draws: Draws, how: Refinement) -> Batch:
+    """The batch with its members, or else one image a group, brought up to date."""
+    if batch.clean is None:
+        raise ValueError("refinement needs the clean images")
+    clean = batch.clean.float() / 255
+    if batch.members is not None:
+        repeats = torch.tensor(batch.counts, device=clean.device)
+        centres, targets = clean.repeat_interleave(repeats, dim=0), batch.target.repeat_interleave(repeats, dim=0)
+        found = refine(job.model, batch.members.float() / 255, centres, targets, job.loss, how)
+        return batch._replace(members=255 * found)
+    if batch.mean is None:
+        raise ValueError("a batch holds members or a mean")
+    start = batch.mean
+    if batch.factors is not None:
+        start = start + deviation_along(batch.factors, draws, job.config.deviation)
+    return batch._replace(mean=refine(job.model, start, clean, batch.target, job.loss, how), factors=None)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

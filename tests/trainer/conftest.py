@@ -39,7 +39,8 @@ def make_artifact(tmp_path: Path) -> Callable[..., str]:
 
     Its keyword arguments: `name`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the
     provenance), `sha256` (of the encoder; None for the true one), `shape`, `width` (of the target), `attack`,
-    `huge` (key of a record whose target overflows the loss), `head` (bytes of a head.safetensors).
+    `clean` (the first member), `huge` (key of a record whose target overflows the loss), `head` (bytes of a
+    head.safetensors).
     """
 
     def make(**options: Any) -> str:
@@ -60,6 +61,8 @@ def _write(path: Path, options: dict[str, Any]) -> None:
         arrays.append(ArraySpec(name="target", dtype="float32", shape=(width,)))
     if options.get("members", True):
         arrays.append(ArraySpec(name="members", dtype="uint8", shape=(MEMBERS, *shape)))
+    if options.get("clean"):
+        arrays.append(ArraySpec(name="clean", dtype="uint8", shape=shape))
     layout = Layout(
         format=options.get("format", "webdataset"),
         encoding="uint8_moments",
@@ -90,6 +93,7 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, options: dict
     if key == options.get("huge"):
         target[:] = 1e30
     arrays = {**encode_exact(ExactMoments.of(members), layout), "members": members, "target": target}
+    arrays["clean"] = members[0]
     return Record(
         key=key,
         count=MEMBERS,

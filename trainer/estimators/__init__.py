@@ -8,7 +8,7 @@ gradient only if row b of the outputs depends on row b of the inputs alone.
 
 from collections.abc import Callable, Mapping
 
-from trainer.estimators.along_factors import ALONG_FACTORS, along_factors
+from trainer.estimators.along_factors import ALONG_FACTORS, along_factors, deviation_along
 from trainer.estimators.base import Estimator, GroupLoss, Model, check_batch_norm
 from trainer.estimators.exact import exact
 from trainer.estimators.gauss_newton import gauss_newton
@@ -37,6 +37,7 @@ __all__ = [
     "along_factors",
     "antithetic",
     "check_batch_norm",
+    "deviation_along",
     "exact",
     "gauss_newton",
     "individual_loss",

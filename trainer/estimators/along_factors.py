@@ -94,9 +94,14 @@ def along_factors(
         samples: S.
         deviation: d.
     """
-    signs = [draws.signs(mean.new_empty(factors.shape[:2])) for _ in range(samples)]
-    deviations = [deviation * torch.einsum("bk,bkchw->bchw", sign, factors) for sign in signs]
+    deviations = [deviation_along(factors, draws, deviation) for _ in range(samples)]
     return ALONG_FACTORS[estimator](model, mean, target, loss, deviations)
+
+
+def deviation_along(factors: Tensor, draws: Draws, deviation: float = 1.0) -> Tensor:
+    """u = d·Σ_j z_j F_j of each group, [B, C, H, W]; arguments as in `along_factors`."""
+    signs = draws.signs(factors.new_empty(factors.shape[:2]))
+    return deviation * torch.einsum("bk,bkchw->bchw", signs, factors)
 
 
 def _mean_loss(model: Model, images: list[Tensor], target: Tensor, loss: Loss) -> GroupLoss:

@@ -18,7 +18,8 @@ def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target
 
     Args:
         model: pixels → outputs.
-        members: uint8 [M, C, H, W], the members of one group after those of the other.
+        members: 0 … 255 [M, C, H, W], the members of one group after those of the other; uint8, or float32 where
+            they left the 8-bit grid.
         counts: members of each group; their sum is M.
         target: one per group, embeddings [B, K] or class indices [B].
         loss: the loss at one image.

@@ -1,0 +1,128 @@
+"""Refined stored images: PGD's own arithmetic, inside the ball, and a loop that continues to the same bits."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adversarial import PGD, attack, load_encoder, squared_error
+from storage_schemas import ConfigError
+from trainer import Stopped, TrainConfig, train
+from trainer.losses import SquaredError
+from trainer.refine import Refinement, refine
+
+MakeArtifact = Callable[..., str]
+ENCODER = "mlp:1x4x4-8-6"
+ATTACK = {"epsilon": "8/255", "step_size": "1/255", "steps": 10}
+EPSILON = 8 / 255
+
+
+def _images(count: int) -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    return torch.from_numpy(rng.integers(0, 256, (count, 1, 4, 4))).float() / 255
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_it_is_pgd_from_a_given_start(steps: int) -> None:
+    encoder, clean = load_encoder(ENCODER).eval(), _images(7)
+    target = torch.zeros(7, 6)
+    settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, on_grid=False)
+    generators = [np.random.default_rng(0)] * 7
+    expected = attack(encoder, clean, target, squared_error, settings, generators)
+    found = refine(encoder, clean, clean, target, SquaredError(), Refinement(steps, 3 / 255, EPSILON))
+    torch.testing.assert_close(found, expected.pixels, atol=1e-6, rtol=0)
+    assert (found - clean).abs().max() > 0.9 * min(3 * steps, 8) / 255
+
+
+def test_a_linear_model_is_pushed_along_the_sign_of_its_weights() -> None:
+    weight = torch.linspace(-1, 1, 16).reshape(1, 16) + 0.01
+    points = refine(
+        lambda pixels: pixels.flatten(1) @ weight.T,
+        torch.full((1, 1, 4, 4), 0.5),
+        torch.full((1, 1, 4, 4), 0.5),
+        torch.full((1, 1), -10.0),  # below every output: the loss grows with the output
+        SquaredError(),
+        Refinement(1, 0.25, 0.125),
+    )
+    torch.testing.assert_close(points, 0.5 + 0.125 * weight.sign().reshape(1, 1, 4, 4))
+
+
+def test_points_outside_come_back_and_parameters_get_no_gradient() -> None:
+    encoder, clean = load_encoder(ENCODER), _images(5)
+    far = clean + torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
+    given = far.clone()
+    found = refine(encoder, far, clean, torch.zeros(5, 6), SquaredError(), Refinement(2, 1 / 255, EPSILON))
+    assert (found - clean).abs().max() <= EPSILON + 1e-6
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert torch.equal(far, given)
+    assert not found.requires_grad
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in encoder.parameters())
+
+
+def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
+    shared = {"steps": 8, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1, "refine_steps": 1}
+    return TrainConfig(artifact=artifact, run=str(run), **{**shared, **settings})
+
+
+@pytest.mark.parametrize("arm", ["random-member", "ind", "mean-only"])
+def test_a_run_refines_what_it_trains_on(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
+    artifact = make_artifact(attack=ATTACK, clean=True)
+    train(_config(artifact, tmp_path / "refined", arm=arm))
+    train(_config(artifact, tmp_path / "plain", arm=arm, refine_steps=0))
+    refined, plain = (load_file(tmp_path / name / "encoder.safetensors") for name in ("refined", "plain"))
+    assert any(not torch.equal(tensor, plain[name]) for name, tensor in refined.items())
+
+
+def test_the_batch_may_be_cut_and_the_run_continued(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_artifact(attack=ATTACK, clean=True)
+    train(_config(artifact, tmp_path / "whole", arm="random-member"))
+    train(_config(artifact, tmp_path / "cut", arm="random-member", accumulate=2))
+    from trainer import update
+
+    step, calls = update.Optimisation.step, []
+
+    def interrupted(self: update.Optimisation, *arguments: Any) -> update.Outcome:
+        calls.append(0)
+        outcome = step(self, *arguments)
+        return outcome._replace(stop=signal.SIGTERM if len(calls) == 3 else 0)
+
+    monkeypatch.setattr(update.Optimisation, "step", interrupted)
+    with pytest.raises(Stopped):
+        train(_config(artifact, tmp_path / "stopped", arm="random-member"))
+    train(_config(artifact, tmp_path / "stopped", arm="random-member"))
+    whole, stopped, cut = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "stopped", "cut"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, stopped[name]), name
+        torch.testing.assert_close(tensor, cut[name], atol=1e-4, rtol=1e-4)
+
+
+def test_an_artifact_without_clean_images_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found no clean images in .* merge again with --keep-clean"):
+        train(_config(make_artifact(attack=ATTACK), tmp_path / "run", arm="random-member"))
+    with pytest.raises(ConfigError, match="found no attack in"):
+        train(_config(make_artifact(name="other", clean=True), tmp_path / "run", arm="random-member"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"arm": "avg"}, {"arm": "factors", "estimator": "antithetic"}, {"arm": "factors", "samples": 2}],
+)
+def test_only_single_images_are_refined(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="refine_steps: refines"):
+        _config("artifact", Path("run"), **settings)
+
+
+def test_a_step_size_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="set refine_steps"):
+        _config("artifact", Path("run"), arm="ind", refine_steps=0, refine_step_size="1/255")
