@@ -178,8 +178,8 @@ class Study:
             (run / "cpu-seconds").write_text(f"{time.process_time() - started:.2f}")
         return str(run)
 
-    def _online(self, run: Path, seed: int, **attack: Any) -> RunSummary:
-        wanted = self.settings["merge"] | attack
+    def _online(self, run: Path, seed: int, **changed: Any) -> RunSummary:
+        wanted = self.settings["merge"] | changed
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
         config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
         return train_online(config, attack, wanted.get("limit"))
