@@ -67,8 +67,8 @@ def main(
             found = measure_overhead(folder, count)
             driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             click.echo(
-                f"{count} shards: {1000 * found.shard:.1f} ms a shard ({1000 * found.in_loop:.1f} in a loop), manifest "
-                f"{found.manifest:.2f} s, peak of the driver {driver:.0f} MB, of a worker {found.peak:.0f} MB"
+                f"{count} shards: {1000 * found.shard:.1f} ms a shard ({1000 * found.in_loop:.1f} in a loop), "
+                f"manifest {found.manifest:.2f} s, peak of the driver {driver:.0f} MB, of a worker {found.peak:.0f} MB"
             )
             sys.stdout.flush()
             count *= 10
@@ -78,7 +78,12 @@ def main(
 
 @dataclass(frozen=True)
 class Overhead:
-    """Of a job with nothing to attack: seconds of a shard on Ray and in a loop, and of the manifest; a worker's MB."""
+    """Of a job with nothing to attack.
+
+    Attributes:
+        shard, in_loop, manifest: seconds of a shard on Ray, of one without it, of the manifest in all.
+        peak: MB of a worker.
+    """
 
     shard: float
     in_loop: float

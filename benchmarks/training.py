@@ -6,7 +6,7 @@
              wait       share of the time of the steps fed by the artifact spent waiting for it       (bar 2 %)
              bare       step of the trainer / step of the ten-line loop                               (bar 1.03)
     arms   steps of the arms in turn, on batches in memory: the step of each over another's
-                                      (bars: gauss_newton / ind 0.30, sampled and factors / ind 0.15, gauss_newton / plain 2.5)
+                       (bars: gauss_newton / ind 0.30, sampled and factors / ind 0.15, gauss_newton / plain 2.5)
     start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s, model aside)
 
 A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median. `loop`
