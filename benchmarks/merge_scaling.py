@@ -68,7 +68,8 @@ def main(
             driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             click.echo(
                 f"{count} shards: {1000 * found.shard:.1f} ms a shard ({1000 * found.in_loop:.1f} in a loop), "
-                f"manifest {found.manifest:.2f} s, peak of the driver {driver:.0f} MB, of a worker {found.peak:.0f} MB"
+                f"manifest {found.manifest:.2f} s, peak of the driver {driver:.0f} MB, "
+                f"of a worker {found.peak:.0f} MB"
             )
             sys.stdout.flush()
             count *= 10

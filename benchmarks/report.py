@@ -1,7 +1,7 @@
 """What a benchmark found, as Markdown and as a picture.
 
-A ratio is measured in every round, its two sides one after the other; a bar compares the median of these ratios. Behind
-a median stand the least and the greatest of its rounds.
+A ratio is measured in every round, its two sides one after the other; a bar compares the median of these ratios.
+Behind a median stand the least and the greatest of its rounds.
 """
 
 from __future__ import annotations

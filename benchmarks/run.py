@@ -154,29 +154,43 @@ def merge(sizes: Sizes, photos: Path | None) -> Findings:
     found = Findings()
     root = merge_scaling.MEMORY if merge_scaling.MEMORY.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="datamerge-benchmark-", dir=root))
+    try:
+        _jobs(found, sizes, folder)
+        _empty_jobs(found, sizes, folder)
+        growth = _memory_growth(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    found.bars.append(Bar("peak memory, more for a larger shard, in shards", [growth], 2.0))
+    return found
+
+
+def _jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
+    """Whole jobs, on one worker, and on two where each can have a core."""
     workers = 2 if sizes.device == "cpu" else 1
     settings: dict[str, object] = {"encoder": sizes.small_encoder, "groups_per_shard": sizes.groups_per_shard}
     settings |= {"members": 4, "steps": 5, "device": sizes.device}
-    try:
-        images = merge_scaling.make_photos(folder / "photos.npz", 12 * sizes.groups_per_shard, 224)
-        rounds = [merge_scaling.measure_round(images, folder, settings, workers) for _ in range(sizes.jobs)]
-        counts = [10**power for power in range(1, 6) if 10**power <= sizes.most_shards]
-        overheads = {count: merge_scaling.measure_overhead(folder, count) for count in counts}
-        growth = _memory_growth(folder)
-        found.bars.append(Bar("job / its attacks, 12 shards", [one / alone for one, alone, _ in rounds], 1.10))
-        if workers > 1:
-            bare = merge_scaling.bare_scaling(sizes.small_encoder)
-            gains = [one / many for one, _, many in rounds]
-            found.bars.append(Bar("2 workers / 1, over 2 bare processes / 1", [g / bare for g in gains], 0.9, True))
-            line = [(1.0, statistics.median(r[0] for r in rounds)), (2.0, statistics.median(r[2] for r in rounds))]
-            found.curves.append(
-                Curve("workers", "s", {"job": line, "ideal, model": [(1, line[0][1]), (2, line[0][1] / 2)]})
-            )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    images = merge_scaling.make_photos(folder / "photos.npz", 12 * sizes.groups_per_shard, 224)
+    rounds = [merge_scaling.measure_round(images, folder, settings, workers) for _ in range(sizes.jobs)]
+    found.bars.append(Bar("job / its attacks, 12 shards", [one / alone for one, alone, _ in rounds], 1.10))
+    columns = ("workers", "median, s", "range (rounds)")
+    rows = [["1", *spread([r[0] for r in rounds])], ["attacks alone", *spread([r[1] for r in rounds])]]
+    if workers == 2:
+        rows.append(["2", *spread([r[2] for r in rounds])])
+        bare = merge_scaling.bare_scaling(sizes.small_encoder)
+        gains = [one / many / bare for one, _, many in rounds]
+        found.bars.append(Bar("gain of a 2nd worker / of a 2nd bare process", gains, 0.9, at_least=True))
+        one, two = (statistics.median(r[column] for r in rounds) for column in (0, 2))
+        lines = {"job": [(1.0, one), (2.0, two)], "model: half": [(1.0, one), (2.0, one / 2)]}
+        found.curves.append(Curve("workers", "s", lines))
+    found.tables.append(Table(f"Jobs: {sizes.small_encoder}, N = 4, 5 steps", columns, rows))
+
+
+def _empty_jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
+    """Jobs of ever more shards."""
+    counts = [10**power for power in range(1, 6) if 10**power <= sizes.most_shards]
+    overheads = {count: merge_scaling.measure_overhead(folder, count) for count in counts}
     peaks = [overhead.peak for overhead in overheads.values()]
     found.bars.append(Bar(f"peak memory, {counts[-1]} shards / {counts[0]}", [peaks[-1] / peaks[0]], 1.05))
-    found.bars.append(Bar("peak memory, more for a larger shard, in shards", [growth], 2.0))
     rows = [
         [f"{count}", f"{1000 * o.shard:.1f}", f"{1000 * o.in_loop:.1f}", f"{o.manifest:.2f}", f"{o.peak:.0f}"]
         for count, o in overheads.items()
@@ -186,7 +200,6 @@ def merge(sizes: Sizes, photos: Path | None) -> Findings:
     lines = {"on Ray": [(float(count), o.shard * count) for count, o in overheads.items()]}
     lines["in a loop"] = [(float(count), o.in_loop * count) for count, o in overheads.items()]
     found.curves.append(Curve("shards", "s, nothing to attack", lines))
-    return found
 
 
 def _memory_growth(folder: Path) -> float:
