@@ -6,7 +6,7 @@
 `2·steps + 1` forward passes a member: an input gradient is two, and the loss of the result is one more. Both are
 fitted by least squares of the relative error, without negative coefficients. For another encoder c is scaled by its
 FLOPs, and b, e and f by its pixels; Ray's own seconds of a shard are added to a. `datamerge merge --dry-run` measures
-the job itself, which is closer where its data and encoder are at hand. experiments/paper/cost.py counts FLOPs instead.
+the job itself, which is closer where its data and encoder are at hand; experiments/paper/cost.py counts FLOPs.
 """
 
 from __future__ import annotations

@@ -106,11 +106,11 @@ def attack(sizes: Sizes, photos: Path | None) -> Findings:
 def bytes_stored(sizes: Sizes, photos: Path | None) -> Findings:
     """Bytes a value of a real merge of photos."""
     found, rows = Findings(), []
-    settings = {"encoder": sizes.encoder, "steps": sizes.steps, "epsilon": "2/255", "device": sizes.device}
-    settings |= {"limit": str(sizes.photos), "members": str(sizes.members)}
+    settings = {"encoder": sizes.encoder, "epsilon": "2/255", "device": sizes.device}
+    counts = {"steps": sizes.steps, "limit": sizes.photos, "members": sizes.members}
     volumes = []
     for format in ("zarr", "webdataset") if photos is not None else ():
-        volumes.append(storage.bytes_a_value(str(photos), format=format, **settings))
+        volumes.append(storage.bytes_a_value(str(photos), format=format, **settings, **counts))
         rows.append([format, f"{volumes[-1]:.2f}"])
     found.bars.append(Bar("bytes a value, Zarr", volumes[:1], 2.2))
     if photos is None:
@@ -132,7 +132,7 @@ def read(sizes: Sizes, photos: Path | None) -> Findings:
     with tempfile.TemporaryDirectory() as scratch:
         for format, limits in peers.items():
             folder = Path(scratch, format)
-            artifact = reading.write(folder, format, photos and str(photos), sizes.records, 2)
+            artifact = reading.write(folder, format, str(photos) if photos else None, sizes.records, 2)
             times = ways[format](artifact, sizes.repeats)
             for peer, limit in limits.items():
                 ratios = reading.speed_over(times, peer) if peer in times else []
