@@ -131,7 +131,8 @@ def spread(rounds: Sequence[float]) -> list[str]:
     """Median, and least to greatest, for two cells of a table."""
     if not rounds:
         return ["–", "–"]
-    return [f"{statistics.median(rounds):.3g}", f"{min(rounds):.3g} to {max(rounds):.3g} ({len(rounds)})"]
+    middle, least, greatest = (_number(pick(rounds)) for pick in (statistics.median, min, max))
+    return [middle, f"{least} to {greatest} ({len(rounds)})"]
 
 
 def render(theme: str, found: Findings, where: Circumstances, command: str, seconds: float, load: float) -> str:
@@ -178,6 +179,10 @@ def plot(curves: Sequence[Curve], path: Path) -> bool:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _row(cells: Sequence[str]) -> str:

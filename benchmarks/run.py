@@ -157,10 +157,9 @@ def merge(sizes: Sizes, photos: Path | None) -> Findings:
     try:
         _jobs(found, sizes, folder)
         _empty_jobs(found, sizes, folder)
-        growth = _memory_growth(folder)
+        _larger_shards(found, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    found.bars.append(Bar("peak memory, more for a larger shard, in shards", [growth], 2.0))
     return found
 
 
@@ -202,18 +201,21 @@ def _empty_jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
     found.curves.append(Curve("shards", "s, nothing to attack", lines))
 
 
-def _memory_growth(folder: Path) -> float:
+def _larger_shards(found: Findings, folder: Path) -> None:
     """By how many shards' bytes a worker's peak grows when shards are four times as large; nothing is attacked."""
     images = merge_scaling.make_photos(folder / "large.npz", 192, 224)
-    found = []
+    measured = []
     for groups in (16, 64):
         settings: dict[str, object] = {"encoder": "mlp:3x224x224-2", "groups_per_shard": groups, "members": 1}
         settings |= {"steps": 0, "device": "cpu", "batch_size": 8}
         prepared = merge_scaling.make_prepared(images, folder, settings)
         peak = merge_scaling.run_on_ray(prepared, 1)[1]
-        found.append((peak * 2**20, prepared.plan.layout.bytes_per_record * groups))
-    (small, few), (large, many) = found
-    return (large - small) / (many - few)
+        measured.append((peak, prepared.plan.layout.bytes_per_record * groups / 2**20))
+    (small, few), (large, many) = measured
+    growth = (large - small) / (many - few)
+    found.bars.append(Bar("more peak memory for a larger shard, in shards", [growth], 2.0))
+    rows = [[f"{shard:.1f}", f"{peak:.0f}"] for peak, shard in measured]
+    found.tables.append(Table("Larger shards: 3 × 224 × 224, N = 1", ("MB a shard", "worker's peak, MB"), rows))
 
 
 def train(sizes: Sizes, photos: Path | None) -> Findings:
