@@ -41,6 +41,14 @@ H100 = Gpu({"half": 989e12, "float32": 67e12}, 0.35)
 # Training images of ImageNet-1k; pairs of LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114).
 GROUPS = {"ImageNet": 1_281_167, "LAION-400M": 413_000_000}
 
+ASSUMPTIONS = (
+    "What was measured here is a device: one core, or the GPU. Its plans assume that the large encoder reaches as many "
+    "FLOP/s as the measured one, and that devices share the work evenly. H100: 67 TFLOP/s in float32, 35 % of it used. "
+    "Costs are in USD at assumed prices: 0.04 for a core's hour, 2.50 for a GPU's."
+)
+# USD for an hour of a device; assumed.
+PRICES = {"cpu": 0.04, "cuda": 2.5}
+
 
 @dataclass(frozen=True)
 class Size:
@@ -191,7 +199,7 @@ def make_plans(
     repeats: int = 2,
     batch_size: int = 64,
     deadline_hours: float = 24.0,
-    price: float = 2.5,
+    price: float | None = None,
 ) -> Planned:
     """Measure, fit, and plan the paper's attack on both data sets, by what was measured and by counted FLOPs."""
     small, large = sizes(scale)
@@ -215,13 +223,15 @@ def make_plans(
     for name, groups in GROUPS.items():
         size = Size(-(-groups // 256), groups, study.members, int(study.merge["steps"]))
         volume = scaled.bytes(size)
-        measured = Plan.of(scaled.seconds(size) / 3600, volume, deadline_hours, price)
+        here = PRICES[device] if price is None else price
+        measured = Plan.of(scaled.seconds(size) / 3600, volume, deadline_hours, here)
         planned.plans.append((name, "measured here", measured))
         # `groups` is steps × batch_size of the training.
         job = study.model_copy(update={"train": {**study.train, "steps": groups, "batch_size": 1}})
         counted = attack(job, paper, H100)
         hours, kept = counted.hours or 0.0, groups * size.members * paper.values
-        planned.plans.append((name, "H100, counted", Plan.of(hours, counted.disk - kept, deadline_hours, price)))
+        on_h100 = Plan.of(hours, counted.disk - kept, deadline_hours, PRICES["cuda"])
+        planned.plans.append((name, "H100, counted", on_h100))
     return planned
 
 
@@ -273,7 +283,7 @@ def findings(planned: Planned) -> Findings:
                 [point for point in planned.points if point.size.groups == planned.points[0].size.groups],
             ),
         ],
-        notes=[formula],
+        notes=[formula, ASSUMPTIONS],
     )
 
 
@@ -305,9 +315,15 @@ def _curve(planned: Planned, what: str, points: Sequence[Point]) -> Curve:
 @click.option("--scale", default=1, show_default=True, help="Multiplies the groups that are measured; 16 on a GPU.")
 @click.option("--repeats", default=2, show_default=True)
 @click.option("--deadline-hours", default=24.0, show_default=True)
-@click.option("--price", default=2.5, show_default=True, help="Of a device for an hour.")
+@click.option("--price", type=float, help="Of a device like this one for an hour; assumed if not given.")
 def main(
-    encoder: str, photos: Path | None, device: str, scale: int, repeats: int, deadline_hours: float, price: float
+    encoder: str,
+    photos: Path | None,
+    device: str,
+    scale: int,
+    repeats: int,
+    deadline_hours: float,
+    price: float | None,
 ) -> None:
     """Print what ImageNet and LAION-400M take on devices like this one, and on H100s as experiments/paper counts."""
     planned = make_plans(

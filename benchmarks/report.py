@@ -174,6 +174,10 @@ def plot(curves: Sequence[Curve], path: Path) -> bool:
             style = "--" if "model" in name else "o-"
             axis.plot(*zip(*points, strict=True), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel=curve.x, ylabel=curve.y)
+        axis.set_xticks(sorted({x for points in curve.lines.values() for x, _ in points}))
+        axis.minorticks_off()
+        for numbers in (axis.xaxis, axis.yaxis):
+            numbers.set_major_formatter("{x:g}")
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
