@@ -42,9 +42,9 @@ H100 = Gpu({"half": 989e12, "float32": 67e12}, 0.35)
 GROUPS = {"ImageNet": 1_281_167, "LAION-400M": 413_000_000}
 
 ASSUMPTIONS = (
-    "What was measured here is a device: one core, or the GPU. Its plans assume that the large encoder reaches as many "
-    "FLOP/s as the measured one, and that devices share the work evenly. H100: 67 TFLOP/s in float32, 35 % of it used. "
-    "Costs are in USD at assumed prices: 0.04 for a core's hour, 2.50 for a GPU's."
+    "What was measured here is a device: one core, or the GPU. Its plans assume that the large encoder reaches as "
+    "many FLOP/s as the measured one, and that devices share the work evenly. H100: 67 TFLOP/s in float32, 35 % of it "
+    "used. Costs are in USD at assumed prices: 0.04 for a core's hour, 2.50 for a GPU's."
 )
 # USD for an hour of a device; assumed.
 PRICES = {"cpu": 0.04, "cuda": 2.5}
@@ -325,7 +325,7 @@ def main(
     deadline_hours: float,
     price: float | None,
 ) -> None:
-    """Print what ImageNet and LAION-400M take on devices like this one, and on H100s as experiments/paper counts."""
+    """Print what ImageNet and LAION-400M take on devices like this one, and on H100s as experiments/paper does."""
     planned = make_plans(
         encoder, photos, device, scale=scale, repeats=repeats, deadline_hours=deadline_hours, price=price
     )

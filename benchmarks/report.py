@@ -18,6 +18,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 PEERS = ("torchattacks", "foolbox", "webdataset", "tensorstore", "zarr")
@@ -174,10 +175,12 @@ def plot(curves: Sequence[Curve], path: Path) -> bool:
             style = "--" if "model" in name else "o-"
             axis.plot(*zip(*points, strict=True), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel=curve.x, ylabel=curve.y)
-        axis.set_xticks(sorted({x for points in curve.lines.values() for x, _ in points}))
+        places, heights = (sorted({p[side] for points in curve.lines.values() for p in points}) for side in (0, 1))
+        axis.set_xticks(places, labels=[f"{x:g}" for x in places])
+        # Powers of ten alone would leave an axis of less than a decade without a number.
+        marks = np.geomspace(heights[0], heights[-1], 4) if heights[0] < heights[-1] else heights[:1]
+        axis.set_yticks(marks, labels=[f"{y:.2g}" for y in marks])
         axis.minorticks_off()
-        for numbers in (axis.xaxis, axis.yaxis):
-            numbers.set_major_formatter("{x:g}")
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
