@@ -179,7 +179,7 @@ def plot(curves: Sequence[Curve], path: Path) -> bool:
         axis.set_xticks(places, labels=[f"{x:g}" for x in places])
         # Powers of ten alone would leave an axis of less than a decade without a number.
         marks = np.geomspace(heights[0], heights[-1], 4) if heights[0] < heights[-1] else heights[:1]
-        axis.set_yticks(marks, labels=[f"{y:.2g}" for y in marks])
+        axis.set_yticks(marks, labels=[f"{y:.3g}" for y in marks])
         axis.minorticks_off()
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
