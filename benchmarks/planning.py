@@ -43,7 +43,7 @@ GROUPS = {"ImageNet": 1_281_167, "LAION-400M": 413_000_000}
 
 ASSUMPTIONS = (
     "What was measured here is a device: one core, or the GPU. Its plans assume that the large encoder reaches as "
-    "many FLOP/s as the measured one, and that devices share the work evenly. H100: 67 TFLOP/s in float32, 35 % used. "
+    "many FLOP/s as the measured one, and that devices share the work evenly. H100: 35 % of 67 TFLOP/s. "
     "Costs are in USD at assumed prices: 0.04 for a core's hour, 2.50 for a GPU's."
 )
 # USD for an hour of a device; assumed.
