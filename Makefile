@@ -8,7 +8,7 @@ PACKAGES := datamerge.py storage_schemas console sources adversarial merge_servi
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check lint format docs clean experiments-small
+.PHONY: help demo test check lint format docs clean experiments-small bench
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
 	@echo "make format  reformat the code"
 	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
+	@echo "make bench   every performance bar against its peers (15 minutes; BENCH_FLAGS=--gpu on a GPU)"
 	@echo "make docs    build the documentation into site/"
 
 $(VENV)/bin/python:
@@ -61,6 +62,15 @@ check: lint test
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(PACKAGES)
 	$(BIN)/ruff format $(PACKAGES)
+
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing what benchmarks/ compares with into $(VENV) …"
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+# Reports and plots go to benchmarks/results. The photos of DATAMERGE_DATA are used where it is set.
+bench: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 
 $(VENV)/.docs: $(VENV)/.dev
 	@echo "installing mkdocs into $(VENV) …"

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -50,45 +51,70 @@ def main(
     """Print ratios and medians."""
     folder = Path(tempfile.mkdtemp(prefix="datamerge-benchmark-", dir=MEMORY if MEMORY.is_dir() else None))
     try:
-        photos = _photos(folder / "photos.npz", shards * groups_per_shard, 224)
+        photos = make_photos(folder / "photos.npz", shards * groups_per_shard, 224)
         settings = {"encoder": encoder, "groups_per_shard": groups_per_shard, "members": members, "steps": steps}
-        rounds = [_round(photos, folder, settings | {"device": "cpu"}) for _ in range(repeats)]
-        job, attack, two, ceiling = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(one / alone for one, alone, *_ in rounds)
-        scaling = statistics.median(one / both for one, _, both, _ in rounds)
+        rounds = [measure_round(photos, folder, settings | {"device": "cpu"}, 2) for _ in range(repeats)]
+        ceiling = statistics.median(bare_scaling(encoder) for _ in range(repeats))
+        job, attack, two = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(one / alone for one, alone, _ in rounds)
+        scaling = statistics.median(one / both for one, _, both in rounds)
         click.echo(
             f"job {job:.2f} s, attack alone {attack:.2f} s, ratio {ratio:.3f}, {shards} shards, {repeats} rounds"
         )
         click.echo(f"2 workers {two:.2f} s, scaling {scaling:.2f}; two bare processes {ceiling:.2f}")
         count = 10
         while count <= most_shards:
-            _overhead(folder, count)
+            found = measure_overhead(folder, count)
+            driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            click.echo(
+                f"{count} shards: {1000 * found.shard:.1f} ms a shard ({1000 * found.in_loop:.1f} in a loop), "
+                f"manifest {found.manifest:.2f} s, peak of the driver {driver:.0f} MB, "
+                f"of a worker {found.peak:.0f} MB"
+            )
+            sys.stdout.flush()
             count *= 10
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _round(photos: Path, folder: Path, settings: dict[str, object]) -> tuple[float, float, float, float]:
-    """Seconds on one worker, of the attacks in this process without anything else, on two workers; the ceiling."""
-    one, _ = _job(_prepared(photos, folder, settings), 1)
-    alone = _attack_alone(_prepared(photos, folder, settings))
-    two, _ = _job(_prepared(photos, folder, settings), 2)
-    return one, alone, two, _ceiling(str(settings["encoder"]))
+@dataclass(frozen=True)
+class Overhead:
+    """Of a job with nothing to attack.
+
+    Attributes:
+        shard, in_loop, manifest: seconds of a shard on Ray, of one without it, of the manifest in all.
+        peak: MB of a worker.
+    """
+
+    shard: float
+    in_loop: float
+    manifest: float
+    peak: float
 
 
-def _prepared(photos: Path, folder: Path, settings: dict[str, object]) -> Prepared:
+def measure_round(
+    photos: Path, folder: Path, settings: dict[str, object], workers: int
+) -> tuple[float, float, float]:
+    """Seconds on one worker, of the attacks in this process without anything else, and on so many workers."""
+    one, _ = run_on_ray(make_prepared(photos, folder, settings), 1)
+    alone = _attack_alone(make_prepared(photos, folder, settings))
+    many = one if workers == 1 else run_on_ray(make_prepared(photos, folder, settings), workers)[0]
+    return one, alone, many
+
+
+def make_prepared(photos: Path, folder: Path, settings: dict[str, object]) -> Prepared:
     artifact = folder / "artifact"
     shutil.rmtree(artifact, ignore_errors=True)
     return prepare(MergeConfig.model_validate({"source": str(photos), "artifact": str(artifact), **settings}))
 
 
-def _writer(prepared: Prepared) -> ArtifactWriter:
+def make_writer(prepared: Prepared) -> ArtifactWriter:
     writer = ArtifactWriter(Location(prepared.config.artifact), prepared.plan.layout, prepared.plan.provenance)
     writer.begin(prepared.files)
     return writer
 
 
-def _job(prepared: Prepared, workers: int) -> tuple[float, float]:
+def run_on_ray(prepared: Prepared, workers: int) -> tuple[float, float]:
     """Seconds from when every worker is ready until the last shard is committed, and a worker's peak memory in MB.
 
     Each worker's first shard is not counted: it ends when the worker has started, whose cost does not grow with the
@@ -96,11 +122,11 @@ def _job(prepared: Prepared, workers: int) -> tuple[float, float]:
     """
     config = prepared.config.model_copy(update={"max_workers": workers})
     prepared = Prepared(**{**vars(prepared), "config": config})
-    writer = _writer(prepared)
+    writer = make_writer(prepared)
     ray_stage.start(config)
     shards = range(prepared.plan.layout.shards)
     ends, peak = [], 0.0
-    for result in ray_stage.run_shards(prepared.plan, shards, worker_setup(prepared, writer, "cpu")):
+    for result in ray_stage.run_shards(prepared.plan, shards, worker_setup(prepared, writer, config.device)):
         if not isinstance(result, ShardResult):
             raise SystemExit(f"shard {result.shard}: {result.reason}")
         ends.append(time.perf_counter())
@@ -125,13 +151,13 @@ def _workers_peak() -> float:
 
 def _attack_alone(prepared: Prepared) -> float:
     """Seconds that the attacks of all shards take, one after the other, in this process."""
-    worker = ShardWorker(worker_setup(prepared, _writer(prepared), "cpu"))
+    worker = ShardWorker(worker_setup(prepared, make_writer(prepared), prepared.config.device))
     worker.prepare()
     worker.run(ShardTask(0, prepared.plan.task(0).groups[:1]))
     return sum(worker.run(prepared.plan.task(shard)).attack_seconds for shard in range(prepared.plan.layout.shards))
 
 
-def _ceiling(encoder: str) -> float:
+def bare_scaling(encoder: str) -> float:
     """How much more two processes do than one, of nothing but forward and backward passes."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
@@ -154,23 +180,18 @@ def _passes(encoder: str, count: int) -> float:
     return _seconds(lambda: [once() for _ in range(count)])
 
 
-def _overhead(folder: Path, count: int) -> None:
-    """Print what a shard costs when there is nothing to attack."""
-    photos = _photos(folder / f"tiny-{count}.npz", count, OVERHEAD_SHAPE[1])
+def measure_overhead(folder: Path, count: int) -> Overhead:
+    """What a shard costs when there is nothing to attack."""
+    photos = make_photos(folder / f"tiny-{count}.npz", count, OVERHEAD_SHAPE[1])
     settings = {"encoder": "mlp:3x2x2-2", "groups_per_shard": 1, "members": 1, "steps": 0, "format": "webdataset"}
-    prepared = _prepared(photos, folder, settings)
-    worker = ShardWorker(worker_setup(prepared, _writer(prepared), "cpu"))
+    prepared = make_prepared(photos, folder, settings | {"device": "cpu"})
+    worker = ShardWorker(worker_setup(prepared, make_writer(prepared), "cpu"))
     worker.prepare()
     tasks = [prepared.plan.task(shard) for shard in range(min(count, 1000))]
     loop = _seconds(lambda: [worker.run(task) for task in tasks])
-    seconds, peak = _job(_prepared(photos, folder, settings), 1)
-    finished = _seconds(lambda: _writer(prepared).finish())
-    driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    click.echo(
-        f"{count} shards: {1000 * seconds / count:.1f} ms a shard ({1000 * loop / len(tasks):.1f} in a loop), "
-        f"manifest {finished:.2f} s, peak of the driver {driver:.0f} MB, of a worker {peak:.0f} MB"
-    )
-    sys.stdout.flush()
+    seconds, peak = run_on_ray(make_prepared(photos, folder, settings | {"device": "cpu"}), 1)
+    finished = _seconds(lambda: make_writer(prepared).finish())
+    return Overhead(seconds / count, loop / len(tasks), finished, peak)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -179,7 +200,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _photos(path: Path, count: int, size: int) -> Path:
+def make_photos(path: Path, count: int, size: int) -> Path:
     """Smooth random images, which compress as photos do."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (count, -(-size // 8), -(-size // 8), 3), np.uint8)

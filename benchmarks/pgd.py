@@ -45,6 +45,26 @@ def main(
 ) -> None:
     """Print medians, ratios of interleaved rounds, and the loss that every attack reaches."""
     torch.set_num_threads(threads)
+    rounds, reached = measure(encoder, batch, steps, repeats, device, precision, compiled)
+    for name, loss in reached.items():
+        seconds = statistics.median(found[name] for found in rounds)
+        ratio = statistics.median(found[name] / found["ours"] for found in rounds)
+        click.echo(f"{name:22} {seconds:8.3f} s, {ratio:.3f} of ours, loss {loss:.5f}")
+    for floor in ("floor", "floor, as built"):
+        ratio = statistics.median(found["ours"] / found[floor] for found in rounds)
+        click.echo(f"ours over the {floor}: {ratio:.3f} ({repeats} interleaved rounds, batch {batch}, {steps} steps)")
+
+
+def measure(
+    encoder: str,
+    batch: int,
+    steps: int,
+    repeats: int,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    compiled: bool = False,
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Seconds of every contender in every round, and the loss that it reaches."""
     network = load_encoder(encoder, device).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(10, network.embedding_dim, generator=generator).to(device)
@@ -69,13 +89,7 @@ def main(
     }
     reached = {name: _loss(model, work(), labels) for name, work in contenders.items()}  # also warms up
     rounds = [{name: _seconds(work, device) for name, work in contenders.items()} for _ in range(repeats)]
-    for name in contenders:
-        seconds = statistics.median(found[name] for found in rounds)
-        ratio = statistics.median(found[name] / found["ours"] for found in rounds)
-        click.echo(f"{name:22} {seconds:8.3f} s, {ratio:.3f} of ours, loss {reached[name]:.5f}")
-    for floor in ("floor", "floor, as built"):
-        ratio = statistics.median(found["ours"] / found[floor] for found in rounds)
-        click.echo(f"ours over the {floor}: {ratio:.3f} ({repeats} interleaved rounds, batch {batch}, {steps} steps)")
+    return rounds, reached
 
 
 def _passes(model: nn.Module, clean: Tensor, labels: Tensor, steps: int) -> Tensor:

@@ -3,13 +3,14 @@
 Ratios are of CPU seconds: readers run in data loader workers, one a core, and tensorstore uses more than one thread.
 
 tar     against the bare copy of the same bytes out of a memory map, and against stock webdataset on the same files
-zarr    against tensorstore on the same store, record by record
+zarr    against tensorstore and zarr-python on the same store, record by record
 index   opening a manifest of many shards; looking up a key in it
 memory  private bytes after iterating over one shard, and over all
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import tempfile
@@ -21,8 +22,8 @@ from pathlib import Path
 import click
 import numpy as np
 import numpy.typing as npt
-import tensorstore
 import webdataset
+import zarr
 
 from sources import decode, open_source
 from storage_schemas import (
@@ -39,6 +40,9 @@ from storage_schemas.record import encode_exact
 
 SHAPE, MEMBERS = (3, 224, 224), 10
 
+Seconds = dict[str, list[tuple[float, float]]]
+"""(CPU, wall) seconds of every round, by way of reading."""
+
 
 @click.command()
 @click.option("--photos", metavar="SOURCE", help="Folder or Parquet file of images; smooth noise by default.")
@@ -51,11 +55,23 @@ def main(photos: str | None, records: int, shards: int, repeats: int, manifest_s
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         artifacts = {
-            format: _write(folder / format, format, photos, records, shards) for format in ("webdataset", "zarr")
+            format: write(folder / format, format, photos, records, shards) for format in ("webdataset", "zarr")
         }
-        _tar(artifacts["webdataset"], repeats)
-        _zarr(artifacts["zarr"], repeats)
-        _index(folder / "many", artifacts["webdataset"].manifest, manifest_shards)
+        for format, read, peers in (
+            ("webdataset", tar_seconds, {"copy of a memory map": 0.5, "stock webdataset": 3.0}),
+            ("zarr", zarr_seconds, {"tensorstore": 0.8, "zarr-python": 0.8}),
+        ):
+            times = read(artifacts[format], repeats)
+            _report(format, times, records, artifacts[format].manifest.layout.bytes_per_record)
+            for peer, bar in peers.items():
+                if peer in times:
+                    ratio = statistics.median(speed_over(times, peer))
+                    click.echo(f"  speed over that of {peer}: {ratio:.2f} (bar {bar})")
+        opened, looked_up = open_seconds(folder / "many", artifacts["webdataset"].manifest, manifest_shards)
+        click.echo(
+            f"index: {manifest_shards} shards: opened in {opened:.3f} s (bar 1), shard of a key found in "
+            f"{looked_up * 1e3:.2f} ms"
+        )
         _memory(artifacts)
 
 
@@ -72,7 +88,7 @@ def _images(photos: str | None, count: int) -> Iterator[npt.NDArray[np.uint8]]:
         yield decode(source.reader.read(sample), SHAPE)
 
 
-def _write(folder: Path, format: str, photos: str | None, records: int, shards: int) -> Artifact:
+def write(folder: Path, format: str, photos: str | None, records: int, shards: int) -> Artifact:
     """Groups of independent perturbations of up to two levels: the least compressible there are."""
     arrays = (
         {"name": "sum", "dtype": "uint16", "shape": SHAPE},
@@ -97,7 +113,8 @@ def _write(folder: Path, format: str, photos: str | None, records: int, shards: 
     return open_artifact(folder)
 
 
-def _tar(artifact: Artifact, repeats: int) -> None:
+def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
+    """Reading all records: a bare copy, stock webdataset, and ours with every kind of verification."""
     folder, per_record = artifact.location.root, artifact.manifest.layout.bytes_per_record
     paths = [f"{folder}/shards/{shard:05d}.tar" for shard in range(artifact.manifest.layout.shards)]
     buffer = np.empty(per_record, np.uint8)
@@ -109,25 +126,20 @@ def _tar(artifact: Artifact, repeats: int) -> None:
                 np.copyto(buffer, mapped[index * per_record : (index + 1) * per_record])
 
     def stock() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the collector
-            for _ in webdataset.WebDataset(paths, shardshuffle=False).decode():
-                pass
-            gc.collect()
+        for _ in webdataset.WebDataset(paths, shardshuffle=False).decode():
+            pass
 
     ways: dict[str, Callable[[], None]] = {"copy of a memory map": floor, "stock webdataset": stock}
     for mode in ("record", "shard", "off"):
         ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
-    times = _interleaved(ways, repeats)
-    _report("tar", times, len(artifact), per_record)
-    _compare(times, "copy of a memory map", 0.5)
-    _compare(times, "stock webdataset", 3)
+    return _interleaved(ways, repeats)
 
 
-def _zarr(artifact: Artifact, repeats: int) -> None:
+def zarr_seconds(artifact: Artifact, repeats: int) -> Seconds:
+    """Reading all records: tensorstore (left out where it is not installed), zarr-python, and ours."""
     layout, folder = artifact.manifest.layout, Path(artifact.location.root)
 
-    def stock() -> None:
+    def with_tensorstore() -> None:
         stores = []
         for spec in layout.arrays:
             kvstore = {"driver": "file", "path": str(folder / "groups.zarr" / spec.name)}
@@ -136,12 +148,22 @@ def _zarr(artifact: Artifact, repeats: int) -> None:
             for pending in [store[row].read() for store in stores]:
                 pending.result()
 
-    ways: dict[str, Callable[[], None]] = {"tensorstore": stock}
+    def with_zarr_python() -> None:
+        arrays = [zarr.open_array(str(folder / "groups.zarr" / spec.name), mode="r") for spec in layout.arrays]
+        for row in range(layout.groups):
+            for array in arrays:
+                array[row]
+
+    ways: dict[str, Callable[[], None]] = {"zarr-python": with_zarr_python}
+    try:
+        import tensorstore
+
+        ways["tensorstore"] = with_tensorstore
+    except ImportError:
+        click.echo("tensorstore is not installed: left out")
     for mode in ("record", "shard", "off"):
         ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
-    times = _interleaved(ways, repeats)
-    _report("zarr", times, len(artifact), layout.bytes_per_record)
-    _compare(times, "tensorstore", 0.8)
+    return _interleaved(ways, repeats)
 
 
 def _iterate(artifact: Artifact) -> None:
@@ -149,19 +171,21 @@ def _iterate(artifact: Artifact) -> None:
         pass
 
 
-def _interleaved(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(CPU, wall) seconds of every round."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for round in range(repeats + 1):
-        for name, work in ways.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            work()
-            if round:  # the first one fills the page cache
-                times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+def _interleaved(ways: dict[str, Callable[[], None]], repeats: int) -> Seconds:
+    times: Seconds = {name: [] for name in ways}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the collector
+        for round in range(repeats + 1):
+            for name, work in ways.items():
+                cpu, wall = time.process_time(), time.perf_counter()
+                work()
+                if round:  # the first one fills the page cache
+                    times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+                gc.collect()  # not timed: it takes as long as this process holds objects
     return times
 
 
-def _report(title: str, times: dict[str, list[tuple[float, float]]], records: int, per_record: int) -> None:
+def _report(title: str, times: Seconds, records: int, per_record: int) -> None:
     click.echo(f"{title}: {records} records of {per_record / 1e6:.2f} MB")
     for name, values in times.items():
         cpu, wall = (statistics.median(column) for column in zip(*values, strict=True))
@@ -170,15 +194,17 @@ def _report(title: str, times: dict[str, list[tuple[float, float]]], records: in
         click.echo(f"  {name:26} {speeds}")
 
 
-def _compare(times: dict[str, list[tuple[float, float]]], peer: str, bar: float) -> None:
-    """Median over rounds of the peer's CPU time over ours."""
+def speed_over(times: Seconds, peer: str) -> list[float]:
+    """The peer's CPU time over ours, of every round."""
     ours = times["datamerge, verify=record"]
-    ratio = statistics.median(theirs[0] / mine[0] for theirs, mine in zip(times[peer], ours, strict=True))
-    click.echo(f"  speed over that of {peer}: {ratio:.2f} (bar {bar})")
+    return [theirs[0] / mine[0] for theirs, mine in zip(times[peer], ours, strict=True)]
 
 
-def _index(folder: Path, manifest: Manifest, shards: int) -> None:
-    """A manifest of many shards of 256 groups; only the sidecars that a look-up needs would have to exist."""
+def open_seconds(folder: Path, manifest: Manifest, shards: int) -> tuple[float, float]:
+    """Opening a manifest of so many shards of 256 groups, and finding the shard of a key.
+
+    Only the sidecars that a look-up needs would have to exist.
+    """
     entries = tuple(
         ShardEntry(
             shard=number,
@@ -197,14 +223,9 @@ def _index(folder: Path, manifest: Manifest, shards: int) -> None:
     artifact = open_artifact(folder)
     opened = time.perf_counter() - started
     started = time.perf_counter()
-    try:
+    with contextlib.suppress(KeyError):
         artifact.index_of("photo-")
-    except KeyError:
-        looked_up = time.perf_counter() - started
-    click.echo(
-        f"index: {shards} shards, {len(artifact)} groups, {len(data) / 1e6:.1f} MB: opened in {opened:.3f} s "
-        f"(bar 1), shard of a key found in {looked_up * 1e3:.2f} ms"
-    )
+    return opened, time.perf_counter() - started
 
 
 def _memory(artifacts: dict[str, Artifact]) -> None:

@@ -6,6 +6,7 @@ A value is a pixel of a group with both its moments, 8 bytes as plain float32: G
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import click
 
@@ -23,16 +24,19 @@ from storage_schemas.summary import summarise
 @click.option("--limit", default=8, show_default=True, help="Photos to merge.")
 def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limit: int) -> None:
     """Merge PHOTOS four times; print the bytes of all shards, targets included, over the number of values."""
+    for format in ("zarr", "webdataset"):
+        for encoding in ("uint8_moments", "float32"):
+            attack = {"encoder": encoder, "members": members, "epsilon": epsilon, "steps": steps}
+            found = bytes_a_value(photos, format=format, encoding=encoding, limit=limit, **attack)
+            click.echo(f"{format:10} {encoding:13} {found:.2f} bytes a value")
+
+
+def bytes_a_value(photos: str, **settings: Any) -> float:
+    """Of a merge of `photos`; `settings` are those of `datamerge merge`."""
     with tempfile.TemporaryDirectory() as folder:
-        for format in ("zarr", "webdataset"):
-            for encoding in ("uint8_moments", "float32"):
-                name = f"{folder}/{format}-{encoding}"
-                config = {"source": photos, "artifact": name, "format": format, "encoding": encoding, "limit": limit}
-                attack = {"encoder": encoder, "members": members, "epsilon": epsilon, "steps": steps}
-                merge(MergeConfig.model_validate({**config, **attack}))
-                # `inspect` counts the two moments of a pixel as two values.
-                facts = summarise(open_artifact(name))
-                click.echo(f"{format:10} {encoding:13} {2 * facts['bytes_per_value']:.2f} bytes a value")
+        merge(MergeConfig.model_validate({"source": photos, "artifact": f"{folder}/artifact", **settings}))
+        # `inspect` counts the two moments of a pixel as two values.
+        return 2 * float(summarise(open_artifact(f"{folder}/artifact"))["bytes_per_value"])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
              wait       share of the time of the steps fed by the artifact spent waiting for it       (bar 2 %)
              bare       step of the trainer / step of the ten-line loop                               (bar 1.03)
     arms   steps of the arms in turn, on batches in memory: the step of each over another's
-                                      (bars: gauss_newton / ind 0.30, sampled / ind 0.15, gauss_newton / plain 2.5)
+                       (bars: gauss_newton / ind 0.30, sampled and factors / ind 0.15, gauss_newton / plain 2.5)
     start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s, model aside)
 
 A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median. `loop`
@@ -35,6 +35,7 @@ import torch
 
 from adversarial import load_encoder
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
+from storage_schemas.factors import factor_spec, stored_factors
 from storage_schemas.record import encode_exact
 from trainer import Draws, SquaredError, TrainConfig, gauss_newton
 from trainer.checkpoint import RunFolder
@@ -53,10 +54,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "jvp": {"estimator": "jvp"},
     "plain": {"arm": "mean-only"},
     "ind": {"arm": "ind"},
+    "factors": {"arm": "factors"},
 }
 RATIOS = [
     ("gauss_newton", "ind", "0.30"),
     ("sampled", "ind", "0.15"),
+    ("factors", "ind", "0.15"),
     ("gauss_newton", "plain", "2.5"),
     ("sampled", "plain", ""),
     ("antithetic", "plain", ""),
@@ -102,24 +105,10 @@ def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: 
     """Streaming and the loop itself against the same steps without them."""
     _heading(encoder=encoder, rounds=rounds, data_workers=data_workers, log_every=log_every, **options)
     click.echo("| ratio | wall time | CPU time | bar |\n|---|---|---|---|")
-    steps = 2 * options["block"] * rounds
+    settings = {name: options[name] for name in ("device", "precision")}
+    settings |= {"batch_size": options["batch"], "data_workers": data_workers, "log_every": log_every}
     for kind in ("zarr", "webdataset"):
-        with tempfile.TemporaryDirectory() as name:
-            artifact = _artifact(Path(name, "artifact"), encoder, kind, 4 * options["batch"], members)
-            job = make_job(
-                TrainConfig(
-                    artifact=artifact,
-                    run=str(Path(name, "run")),
-                    steps=steps,
-                    batch_size=options["batch"],
-                    log_every=log_every,
-                    device=options["device"],
-                    precision=options["precision"],
-                    data_workers=data_workers,
-                )
-            )
-            feed = _Blocks(job, _Bare(encoder, options["device"], options["precision"]), options["block"])
-            run_job(replace(job, feed=feed), RunFolder(job.config.run), Processes())
+        feed = run_blocks(kind, encoder, members, rounds, options["block"], **settings)
         for name, over, under, bar in (
             ("stream / in memory", "stream", "memory", "1.03"),
             ("waiting / stream", "wait", "stream", "0.02"),
@@ -128,6 +117,18 @@ def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: 
             wall, cpu = ([pair[clock] for pair in feed.ratios(over, under)] for clock in (0, 1))
             click.echo(f"| {name}, {kind} | {_median(wall)} | {_median(cpu)} | {bar} |")
         click.echo(f"in memory {statistics.median(wall for wall, _ in feed.times['memory']):.4f} s a step", err=True)
+
+
+def run_blocks(kind: str, encoder: str, members: int, rounds: int, block: int, **settings: Any) -> _Blocks:
+    """A run of the trainer on an artifact of the format `kind`; `settings` are the trainer's. It holds the times."""
+    with tempfile.TemporaryDirectory() as name:
+        artifact = _artifact(Path(name, "artifact"), encoder, kind, 4 * settings["batch_size"], members)
+        job = make_job(
+            TrainConfig(artifact=artifact, run=str(Path(name, "run")), steps=2 * block * rounds, **settings)
+        )
+        feed = _Blocks(job, _Bare(encoder, settings["device"], settings["precision"]), block)
+        run_job(replace(job, feed=feed), RunFolder(job.config.run), Processes())
+    return feed
 
 
 def _median(ratios: list[float]) -> str:
@@ -142,27 +143,25 @@ def _median(ratios: list[float]) -> str:
 def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
     """Steps of the arms over one another."""
     _heading(encoder=encoder, members=members, rounds=rounds, **options)
-    with tempfile.TemporaryDirectory() as name:
-        artifact = _artifact(Path(name, "artifact"), encoder, "zarr", 4 * options["batch"], members)
-        work: dict[str, Callable[[int], None]] = {}
-        for arm, settings in ARMS.items():
-            config = TrainConfig(
-                artifact=artifact,
-                run=str(Path(name, arm)),
-                steps=rounds + 1,
-                batch_size=options["batch"],
-                device=options["device"],
-                precision=options["precision"],
-                **settings,
-            )
-            work[arm] = _steps(make_job(config))
-        seconds = _interleaved(work, rounds)
+    settings = {name: options[name] for name in ("device", "precision")}
+    seconds = arm_seconds(encoder, members, rounds, batch_size=options["batch"], **settings)
     click.echo("| ratio | measured | bar |\n|---|---|---|")
     for over, under, bar in RATIOS:
         ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
         click.echo(f"| {over} / {under} | {_median(ratios)} | {bar} |")
     plain = statistics.median(seconds["plain"])
     click.echo(f"\nplain step {plain:.3f} s, {options['batch'] / plain:.1f} groups/s")
+
+
+def arm_seconds(encoder: str, members: int, rounds: int, **settings: Any) -> dict[str, list[float]]:
+    """Seconds of a step of every arm, `rounds` times in turn; `settings` are the trainer's."""
+    with tempfile.TemporaryDirectory() as name:
+        artifact = _artifact(Path(name, "artifact"), encoder, "zarr", 4 * settings["batch_size"], members, factors=1)
+        work: dict[str, Callable[[int], None]] = {}
+        for arm, own in ARMS.items():
+            config = TrainConfig(artifact=artifact, run=str(Path(name, arm)), steps=rounds + 1, **settings, **own)
+            work[arm] = _steps(make_job(config))
+        return _interleaved(work, rounds)
 
 
 def _steps(job: Job) -> Callable[[int], None]:
@@ -211,7 +210,9 @@ def _command(artifact: Path, run: Path, number: int) -> None:
     subprocess.run([sys.executable, "-m", "datamerge", "train", *arguments], check=True, capture_output=True)
 
 
-def _artifact(path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8) -> str:
+def _artifact(
+    path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8, factors: int = 0
+) -> str:
     """Random photos' worth of bytes: smooth images with PGD-like members around them."""
     model = load_encoder(spec)
     shape = model.input_shape
@@ -223,6 +224,7 @@ def _artifact(path: Path, spec: str, kind: Any, groups: int, members: int, per_s
             ArraySpec(name="scatter", dtype="uint16", shape=shape),
             ArraySpec(name="target", dtype="float32", shape=(model.embedding_dim,)),
             ArraySpec(name="members", dtype="uint8", shape=(members, *shape)),
+            *([factor_spec(factors, members, 4, shape)] if factors else []),
         ),
         groups=groups,
         groups_per_shard=per_shard,
@@ -244,6 +246,8 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, members: int)
     images = (clean + rng.integers(-2, 3, (members, channels, height, width))).clip(0, 255).astype(np.uint8)
     arrays = {**encode_exact(ExactMoments.of(images), layout), "members": images}
     arrays["target"] = rng.normal(size=layout.arrays[2].shape).astype(np.float32)
+    if layout.array("factors") is not None:
+        arrays["factors"] = stored_factors(images, layout, "sketch", 0, f"k{number}")
     return Record(key=f"k{number}", count=members, encoding="uint8_moments", arrays=arrays)
 
 
