@@ -1,11 +1,30 @@
-FROM python:3.11-slim
-WORKDIR /opt/datamerge
-COPY constraints.txt ./
-# The CPU build by default; pass --build-arg TORCH_INDEX=… for a CUDA build.
+# The trainer, its evaluation and TensorBoard. It reads artifacts and no raw images but those of an evaluation.
+#
+#   docker build -f docker/trainer.Dockerfile -t datamerge-trainer .
+#   docker build -f docker/trainer.Dockerfile -t datamerge-trainer:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 .
+ARG PYTHON=3.11
+FROM python:${PYTHON}-slim
+
+# Where torch comes from: the CPU builds, or those of a CUDA version (…/whl/cu126), which bring CUDA themselves.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch
+ARG EXTRAS=train,export,s3,gcs,http
+
+# A named volume takes the owner of the folder that it is mounted on.
+RUN useradd --create-home --uid 1000 datamerge && install -d -o datamerge /home/datamerge/shared
+WORKDIR /opt/datamerge
+
+# From what changes least to what changes most: torch, then the other libraries, then datamerge itself.
+COPY constraints.txt ./
+RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+COPY pyproject.toml README.md LICENSE datamerge.py ./
+RUN mkdir storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools demo \
+    && pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" \
+    && pip uninstall --yes datamerge
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt '.[train]' && useradd --create-home datamerge
+RUN pip install --no-cache-dir --no-deps .
+
 USER datamerge
 WORKDIR /home/datamerge
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s CMD datamerge --version
 ENTRYPOINT ["datamerge"]
+CMD ["--help"]
