@@ -22,6 +22,7 @@ from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+SHOWN_PROBLEMS: Final = 20  # a message is read by a person
 UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
 
 Format = Literal["zarr", "webdataset"]
@@ -235,8 +236,9 @@ def parse(model: type[D], data: bytes, where: str) -> D:
             # Every version is sealed alike: a version that a flipped bit made is no newer version.
             _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
             raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
-    details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems)
-    raise SchemaError(f"{where}: {len(problems)} problem(s): {details}")
+    details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems[:SHOWN_PROBLEMS])
+    more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    raise SchemaError(f"{where}: {len(problems)} problem(s): {details}{more}")
 
 
 def dump(document: Sealed) -> bytes:

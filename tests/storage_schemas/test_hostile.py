@@ -1,0 +1,214 @@
+"""Artifacts made to do harm, sealed correctly: refused by an error of ours, or read as they are.
+
+A checksum protects against accidents and not against a writer, so every forged document here gets the hashes that
+belong to it, up to the manifest's seal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import resource
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from storage_schemas import DatamergeError, Location, open_artifact
+from storage_schemas.manifest import UNSEALED
+from storage_schemas.verify import verify
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
+KINDS = ("webdataset-uint8_moments-full", "zarr-float32-full")
+NUMBERS = (-1, 0, 1, 7, 2**31, 2**63, 2**70, 1e308, -0.5)
+PATHS = (
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "a/../../b",
+    "a\x00b",
+    "C:\\x",
+    "https://example.org/x",
+    "Ω" * 10_000,
+)
+OTHERS: tuple[Any, ...] = (
+    True,
+    None,
+    "",
+    "float64",
+    "object",
+    "NaN",
+    "0" * 64,
+    [],
+    {},
+    [[]],
+    [-1],
+    [2**40] * 3,
+    [1] * 1000,
+)
+HOSTILE: tuple[Any, ...] = (*NUMBERS, *PATHS, *OTHERS)
+bounded = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """What asks for more than 2 GB beyond what is in use is not refused early enough."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 1024**3, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _sealed(document: dict[str, Any]) -> bytes:
+    data = json.dumps({**document, "self_sha256": UNSEALED}).encode()
+    return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _forge(folder: Path, change: Callable[[dict[str, Any]], None], file: str = "manifest.json") -> None:
+    """Change a document and make all hashes fit."""
+    document = json.loads((folder / file).read_bytes())
+    change(document)
+    data = _sealed(document)
+    (folder / file).write_bytes(data)
+    if file != "manifest.json":
+        position = int(Path(file).stem)
+
+        def hash_of_commit(manifest: dict[str, Any]) -> None:
+            manifest["shards"][position]["commit_sha256"] = hashlib.sha256(data).hexdigest()
+
+        _forge(folder, hash_of_commit)
+
+
+def _replace_file(folder: Path, name: str, data: bytes) -> None:
+    """Put other bytes into a shard's file and make all hashes fit."""
+    (folder / name).write_bytes(data)
+    for commit in sorted((folder / "commits").iterdir()):
+
+        def hash_of_file(document: dict[str, Any]) -> None:
+            for entry in document["files"]:
+                if entry["path"] == name:
+                    entry["sha256"], entry["bytes"] = hashlib.sha256(data).hexdigest(), len(data)
+
+        _forge(folder, hash_of_file, f"commits/{commit.name}")
+
+
+def _use(folder: Path) -> None:
+    """Everything that looks into an artifact; errors of ours are the only ones, and short enough to read."""
+    for look in (_read, lambda where: verify(Location(where))):
+        try:
+            look(folder)
+        except DatamergeError as error:
+            assert len(str(error)) < 20_000
+            assert error.exit_code in (1, 2)
+
+
+def _read(folder: Path) -> None:
+    artifact = open_artifact(folder)
+    for number in range(min(len(artifact), 10)):
+        record = artifact[number]
+        _ = record.mean, record.variance, record.target, record.members, record.clean
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
+    """Else the tests below would see broken seals only."""
+    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    _forge(folder, lambda document: document["records"][0].update(label=3), "commits/00000.json")
+    name = json.loads((folder / "commits/00000.json").read_bytes())["files"][0]["path"]
+    _replace_file(folder, name, (folder / name).read_bytes())
+    _forge(folder, lambda document: document["provenance"].update(note="forged"))
+    _read(folder)
+    assert open_artifact(folder).manifest.provenance["note"] == "forged"
+    (problem,) = verify(Location(folder)).problems
+    assert problem.cause == "plan_sha256 is not that of its layout and provenance"  # which is another seal
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _places(inner, (*path, key))
+
+
+def _put(document: Any, path: tuple[Any, ...], value: Any) -> None:
+    for step in path[:-1]:
+        document = document[step]
+    document[path[-1]] = value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", ["manifest.json", "commits/00000.json"])
+@bounded
+@given(data=st.data())
+def test_a_forged_document_is_refused_or_read(kind: str, file: str, data: st.DataObject) -> None:
+    document = json.loads((GOLDEN / kind / file).read_bytes())
+    places = [path for path in _places(document) if path != ("self_sha256",)]
+    path, value = data.draw(st.sampled_from(places)), data.draw(st.sampled_from(HOSTILE))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(GOLDEN / kind, Path(scratch) / "artifact"))
+        _forge(folder, lambda document: _put(document, path, value), file)
+        _use(folder)
+        assert sorted(item.name for item in Path(scratch).iterdir()) == ["artifact"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@bounded
+@given(data=st.data())
+def test_forged_bytes_are_refused_or_read(kind: str, data: st.DataObject) -> None:
+    files = sorted(
+        str(file.relative_to(GOLDEN / kind))
+        for part in ("shards", "groups.zarr")
+        for file in (GOLDEN / kind / part).rglob("*")
+        if file.is_file()
+    )
+    name = data.draw(st.sampled_from(files))
+    content = bytearray((GOLDEN / kind / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    length = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(GOLDEN / kind, Path(scratch) / "artifact"))
+        _replace_file(folder, name, bytes(content[:length]))
+        _use(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 200_000, b'{"a":' * 200_000, b"", b"null", b"[]", b"\xff\xfe", b"{" + b" " * 10**6, b"1" * 10**6],
+    ids=["deep-list", "deep-object", "empty", "null", "list", "not-utf8", "blank", "long-number"],
+)
+@pytest.mark.parametrize("file", ["manifest.json", "commits/00000.json", "head.safetensors"])
+def test_what_is_no_document_is_refused(tmp_path: Path, kind: str, content: bytes, file: str) -> None:
+    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    (folder / file).write_bytes(content)
+    _use(folder)
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/datamerge-escaped", "a/../../escaped"])
+def test_tar_members_are_never_written_anywhere(tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(GOLDEN / KINDS[0], tmp_path / "artifact"))
+    shard = folder / "shards" / "00000.tar"
+    forged = io.BytesIO()
+    with tarfile.open(shard) as old, tarfile.open(fileobj=forged, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for number, member in enumerate(old.getmembers()):
+            data = old.extractfile(member)
+            member.name = name if number == 0 else member.name
+            new.addfile(member, data)
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        new.addfile(link)
+    _replace_file(folder, "shards/00000.tar", forged.getvalue())
+    _use(folder)
+    assert not (tmp_path / "escaped").exists()
+    assert not Path("/tmp/datamerge-escaped").exists()
