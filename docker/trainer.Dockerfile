@@ -1,11 +1,32 @@
-FROM python:3.11-slim
+# syntax=docker/dockerfile:1
+# `datamerge train`, alone or under torchrun, and TensorBoard.
+ARG PYTHON=3.11
+FROM python:${PYTHON}-slim
+# The CPU build of torch. For CUDA: https://download.pytorch.org/whl/cu… as pytorch.org names it for your driver.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=train,s3
+ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore RAY_USAGE_STATS_ENABLED=0
+
+# /data is for a volume: a new one takes over the owner.
+RUN useradd --uid 1000 --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
+
+# From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge
 COPY constraints.txt ./
-# The CPU build by default; pass --build-arg TORCH_INDEX=… for a CUDA build.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch
-COPY . .
-RUN pip install --no-cache-dir -c constraints.txt '.[train]' && useradd --create-home datamerge
-USER datamerge
-WORKDIR /home/datamerge
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+COPY pyproject.toml docker/requirements.py ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python requirements.py "${EXTRAS}" > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/source \
+    pip install --no-deps /source
+
+# By number, so that Kubernetes can see that it is not root.
+USER 1000:1000
+WORKDIR /data
+# A CUDA build that sees no GPU would go on on the CPU, and containers do lose their GPUs.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import torch; exit(torch.version.cuda is not None and not torch.cuda.is_available())"]
 ENTRYPOINT ["datamerge"]
+CMD ["--help"]
