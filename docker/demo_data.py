@@ -1,6 +1,6 @@
 """What compose.yaml works on: the demo's digits in a bucket, and a small encoder trained on them in a folder.
 
-    demo_data.py s3://datamerge/digits /data
+demo_data.py s3://datamerge/digits /data
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(url: str, folder: Path) -> None:
     """Train digits to `url`/train, test digits and the trained encoder to `folder`; nothing where that is done."""
     head = folder / "head.safetensors"
     if head.exists():
-        print(f"{folder} and {url} are there already")
+        sys.stderr.write(f"{folder} and {url} are there already\n")
         return
     train, _ = digits.write_digits(folder / "digits")
     fs, root = fsspec.core.url_to_fs(url)

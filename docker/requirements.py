@@ -9,12 +9,13 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 
-def requirements(project: dict[str, list[str] | dict[str, list[str]]], extras: list[str]) -> list[str]:
+def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
     """The dependencies and those of the extras, with datamerge[…] replaced by what it stands for."""
-    known = project["optional-dependencies"]
-    found = list(project["dependencies"])
+    known: dict[str, list[str]] = project["optional-dependencies"]
+    found: list[str] = list(project["dependencies"])
     waiting, seen = list(extras), set[str]()
     while waiting:
         extra = waiting.pop(0)
@@ -34,4 +35,4 @@ def requirements(project: dict[str, list[str] | dict[str, list[str]]], extras: l
 
 if __name__ == "__main__":
     project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-    print("\n".join(requirements(project, sys.argv[1].split(","))))
+    sys.stdout.writelines(f"{line}\n" for line in requirements(project, sys.argv[1].split(",")))
