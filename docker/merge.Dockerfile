@@ -1,33 +1,35 @@
-# The merge service: head, workers and driver of a Ray cluster are the same image.
-#
-#   docker build -f docker/merge.Dockerfile -t datamerge-merge .
-#   docker build -f docker/merge.Dockerfile -t datamerge-merge:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 .
+# syntax=docker/dockerfile:1
+# `datamerge merge`, and the nodes of the Ray cluster that it runs on.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
-
-# Where torch comes from: the CPU builds, or those of a CUDA version (…/whl/cu126), which bring CUDA themselves.
+# The CPU build of torch. For CUDA: https://download.pytorch.org/whl/cu… as pytorch.org names it for your driver.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=merge,s3,gcs,http
+ARG EXTRAS=merge,s3
+ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore RAY_USAGE_STATS_ENABLED=0
 
-# A named volume takes the owner of the folder that it is mounted on.
-RUN useradd --create-home --uid 1000 datamerge && install -d -o datamerge /home/datamerge/shared
+# KubeRay before 1.6 probes its pods with wget.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+# /data is for a volume: a new one takes over the owner.
+RUN useradd --uid 1000 --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
+
+# From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge
-
-# From what changes least to what changes most: torch, then the other libraries, then datamerge itself.
 COPY constraints.txt ./
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
-COPY pyproject.toml README.md LICENSE datamerge.py ./
-RUN mkdir storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools demo \
-    && pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" \
-    && pip uninstall --yes datamerge
-COPY . .
-RUN pip install --no-cache-dir --no-deps .
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+COPY pyproject.toml docker/requirements.py ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python requirements.py "${EXTRAS}" > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/source \
+    pip install --no-deps /source
 
-USER datamerge
-WORKDIR /home/datamerge
-ENV RAY_USAGE_STATS_ENABLED=0
-# A node of a Ray cluster is healthy while it reaches the head; a container without Ray, while the command answers.
-HEALTHCHECK --interval=30s --timeout=20s --start-period=60s \
-    CMD if [ -e /tmp/ray/ray_current_cluster ]; then ray status > /dev/null; else datamerge --version; fi
+# By number, so that Kubernetes can see that it is not root.
+USER 1000:1000
+WORKDIR /data
+# On a node of a cluster, Ray's agent knows. A merge with Ray of its own leaves no such file, and nothing to ask.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["sh", "-c", "test ! -e /tmp/ray/ray_current_cluster || wget -qO- http://localhost:52365/api/local_raylet_healthz"]
 ENTRYPOINT ["datamerge"]
 CMD ["--help"]

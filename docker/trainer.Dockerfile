@@ -1,30 +1,32 @@
-# The trainer, its evaluation and TensorBoard. It reads artifacts and no raw images but those of an evaluation.
-#
-#   docker build -f docker/trainer.Dockerfile -t datamerge-trainer .
-#   docker build -f docker/trainer.Dockerfile -t datamerge-trainer:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 .
+# syntax=docker/dockerfile:1
+# `datamerge train`, alone or under torchrun, and TensorBoard.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
-
-# Where torch comes from: the CPU builds, or those of a CUDA version (…/whl/cu126), which bring CUDA themselves.
+# The CPU build of torch. For CUDA: https://download.pytorch.org/whl/cu… as pytorch.org names it for your driver.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=train,export,s3,gcs,http
+ARG EXTRAS=train,s3
+ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore RAY_USAGE_STATS_ENABLED=0
 
-# A named volume takes the owner of the folder that it is mounted on.
-RUN useradd --create-home --uid 1000 datamerge && install -d -o datamerge /home/datamerge/shared
+# /data is for a volume: a new one takes over the owner.
+RUN useradd --uid 1000 --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
+
+# From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge
-
-# From what changes least to what changes most: torch, then the other libraries, then datamerge itself.
 COPY constraints.txt ./
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
-COPY pyproject.toml README.md LICENSE datamerge.py ./
-RUN mkdir storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools demo \
-    && pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" \
-    && pip uninstall --yes datamerge
-COPY . .
-RUN pip install --no-cache-dir --no-deps .
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+COPY pyproject.toml docker/requirements.py ./
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python requirements.py "${EXTRAS}" > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,target=/source \
+    pip install --no-deps /source
 
-USER datamerge
-WORKDIR /home/datamerge
-HEALTHCHECK --interval=30s --timeout=20s --start-period=60s CMD datamerge --version
+# By number, so that Kubernetes can see that it is not root.
+USER 1000:1000
+WORKDIR /data
+# A CUDA build that sees no GPU would go on on the CPU, and containers do lose their GPUs.
+HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
+    CMD ["python", "-c", "import torch; exit(torch.version.cuda is not None and not torch.cuda.is_available())"]
 ENTRYPOINT ["datamerge"]
 CMD ["--help"]

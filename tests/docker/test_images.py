@@ -1,11 +1,14 @@
-"""The container files name things that exist: files, extras, options of the commands, services."""
+"""The container files fit the project: what they copy, install and call exists. Nothing is built or started here."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shlex
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,94 +20,207 @@ from datamerge import cli
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-IMAGES = ("merge.Dockerfile", "trainer.Dockerfile")
+IMAGES = sorted(DOCKER.glob("*.Dockerfile"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text("utf-8"))
+SERVICES = COMPOSE["services"]
 
 
-def _instructions(name: str) -> list[tuple[str, str]]:
-    text = (DOCKER / name).read_text().replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in lines]
+def instructions(image: Path) -> list[tuple[str, str]]:
+    """Instruction and arguments of each line of a Dockerfile."""
+    text = re.sub(r"^#.*\n", "", image.read_text("utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
 
 
-def _compose() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-    return found
+def arguments_of(image: Path, word: str) -> list[str]:
+    return [rest for found, rest in instructions(image) if found == word]
 
 
-def _check_command(words: list[str]) -> None:
-    """Whether the command takes these options; nothing is run."""
-    command = cli.get_command(click.Context(cli), words[0])
-    assert command is not None, words
-    command.make_context(words[0], words[1:])
+def named(path: Path) -> str:
+    return path.name
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_an_image_runs_as_a_user_and_says_how_it_is(name: str) -> None:
-    instructions = _instructions(name)
-    users = [value for kind, value in instructions if kind == "USER"]
-    assert users == ["datamerge"]
-    after = [kind for kind, _ in instructions][[kind for kind, _ in instructions].index("USER") :]
-    assert not {"COPY", "RUN", "ADD"} & set(after)
-    assert {"HEALTHCHECK", "ENTRYPOINT"} <= {kind for kind, _ in instructions}
+def allowed() -> set[str]:
+    """What .dockerignore lets through: it shuts everything out, and names exceptions."""
+    lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    assert lines[1] == "*"
+    return {line[1:] for line in lines if line.startswith("!")}
 
 
-@pytest.mark.parametrize("name", IMAGES)
-def test_what_an_image_copies_and_installs_exists(name: str) -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    for kind, value in _instructions(name):
-        if kind == "COPY":
-            assert all((ROOT / source).exists() for source in value.split()[:-1])
-        if kind == "ARG" and value.startswith("EXTRAS="):
-            assert set(value.removeprefix("EXTRAS=").split(",")) <= extras.keys()
-        if kind == "RUN" and value.startswith("mkdir"):
-            made = value.split("&&")[0].split()[1:]
-            assert set(made) == {item for item in build["only-include"] if not item.endswith(".py")}
+def parse(arguments: list[str]) -> None:
+    """As click would, without running anything; raises UsageError."""
+    command: click.Command = cli
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), arguments[0])
+        # `evaluate RUN` is short for `evaluate both RUN`.
+        command = found or (command.commands["both"] if command is not cli else _unknown(arguments[0]))
+        arguments = arguments[1:] if found else arguments
+    command.make_context(command.name, list(arguments))
 
 
-def test_the_two_images_share_their_layers() -> None:
-    first, second = ([row for row in _instructions(name) if row[0] in ("RUN", "COPY")] for name in IMAGES)
-    assert first == second
+def _unknown(name: str) -> click.Command:
+    raise click.UsageError(f"no such command: {name}")
 
 
-def test_services_start_in_an_order_that_exists() -> None:
-    services = _compose()["services"]
-    for name, service in services.items():
-        for other, condition in service.get("depends_on", {}).items():
-            assert other in services
-            if condition["condition"] == "service_healthy":
-                disabled = services[other].get("healthcheck", {}).get("disable", False)
-                assert not disabled, f"{name} waits for the health of {other}"
-        for volume in service.get("volumes", []):
-            assert volume.split(":")[0] in _compose()["volumes"]
-        if "build" in service:
-            assert (DOCKER / service["build"]["context"] / service["build"]["dockerfile"]).exists()
+def words(command: str | list[str]) -> list[str]:
+    return shlex.split(command) if isinstance(command, str) else list(command)
 
 
-@pytest.mark.parametrize("service", ["merge", "trainer"])
-def test_the_commands_of_the_demo_exist(service: str) -> None:
-    _check_command(shlex.split(_compose()["services"][service]["command"]))
+def entry(service: dict[str, Any]) -> list[str]:
+    """What a service runs: its own entry point or the image's, and the command."""
+    own = service.get("entrypoint")
+    if own is None:
+        (text,) = arguments_of(ROOT / service["build"]["dockerfile"], "ENTRYPOINT")
+        own = json.loads(text)
+    return [*words(own), *words(service.get("command", []))]
 
 
-def test_the_command_of_the_ray_job_exists() -> None:
-    job = yaml.safe_load((DOCKER / "rayjob.yaml").read_text())
+def ours() -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((name, service) for name, service in SERVICES.items() if "build" in service)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=named)
+def test_copies_what_exists_and_reaches_the_build(image: Path) -> None:
+    for rest in arguments_of(image, "COPY"):
+        for source in rest.split()[:-1]:
+            assert (ROOT / source).is_file()
+            assert source in allowed()
+
+
+def test_the_build_gets_all_of_the_package_and_only_that() -> None:
+    package = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
+    metadata = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
+    assert allowed() == package | metadata | {"constraints.txt", "docker/requirements.py"}
+    assert all((ROOT / path).exists() for path in allowed())
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=named)
+def test_runs_as_a_numbered_user(image: Path) -> None:
+    last = [rest for word, rest in instructions(image) if word == "USER"][-1]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last)
+    assert f"--uid {last.partition(':')[0]}" in " ".join(arguments_of(image, "RUN"))
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=named)
+def test_checks_its_health_and_calls_datamerge(image: Path) -> None:
+    (health,) = arguments_of(image, "HEALTHCHECK")
+    assert json.loads(health.partition("CMD ")[2])
+    assert [json.loads(text) for text in arguments_of(image, "ENTRYPOINT")] == [["datamerge"]]
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=named)
+def test_dependencies_are_cached_apart_from_the_code(image: Path) -> None:
+    lines = [f"{word} {rest}" for word, rest in instructions(image)]
+    order = ["COPY constraints.txt", "TORCH_INDEX}", "COPY pyproject.toml", "--requirement", "target=/source"]
+    found = [next(i for i, line in enumerate(lines) if text in line) for text in order]
+    assert found == sorted(found)
+    assert all(
+        "--constraint constraints.txt" in line for line in lines if "pip install" in line and "/source" not in line
+    )
+
+
+def test_extras_exist_and_are_resolved() -> None:
+    known = PROJECT["project"]["optional-dependencies"]
+    requirements = runpy.run_path(str(DOCKER / "requirements.py"))["requirements"]
+    used = [
+        re.sub("EXTRAS=", "", rest) for image in IMAGES for rest in arguments_of(image, "ARG") if "EXTRAS" in rest
+    ]
+    used += [service["build"]["args"]["EXTRAS"] for _, service in ours()]
+    assert len(used) == len(IMAGES) + len(list(ours()))
+    for extras in used:
+        assert set(extras.split(",")) <= set(known)
+        found = requirements(PROJECT["project"], extras.split(","))
+        assert not [line for line in found if line.startswith("datamerge")]
+        assert set(PROJECT["project"]["dependencies"]) <= set(found)
+        # S3 needs a driver of its own, and all that is here goes to S3.
+        assert any(line.startswith("s3fs") for line in found)
+    assert "ray[default]>=2.40" in requirements(PROJECT["project"], ["demo"])
+    with pytest.raises(SystemExit, match="expected extras"):
+        requirements(PROJECT["project"], ["merge", "s4"])
+
+
+def test_services_run_what_exists() -> None:
+    seen = set()
+    for _, service in ours():
+        assert (DOCKER / service["build"]["context"]).resolve() == ROOT
+        program, *rest = entry(service)
+        seen.add(program)
+        if program == "datamerge":
+            parse(rest)
+        elif program == "python":
+            (mount,) = [volume for volume in service["volumes"] if volume.startswith("./")]
+            assert (DOCKER / mount.split(":")[0]).is_file()
+            assert mount.split(":")[1] == rest[0]
+    assert seen == {"datamerge", "python", "ray", "tensorboard"}
+
+
+def test_services_wait_for_services_and_share_volumes() -> None:
+    for name, service in SERVICES.items():
+        for other, how in service.get("depends_on", {}).items():
+            assert name != other
+            one_of = {"service_healthy", "service_completed_successfully"}
+            assert how["condition"] in one_of
+            if how["condition"] == "service_healthy":
+                assert "test" in SERVICES[other]["healthcheck"]
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert source.startswith("./") or source in COMPOSE["volumes"]
+
+
+def test_the_demo_goes_from_one_service_to_the_next() -> None:
+    digits, merge, train, evaluate = (entry(SERVICES[name]) for name in ("digits", "merge", "trainer", "evaluate"))
+    source, artifact = merge[2:4]
+    assert source == f"{digits[2]}/train"
+    assert artifact == train[2]
+    assert artifact.startswith("s3://")
+    assert train[3] in evaluate
+    encoders = {word for line in (merge, train, evaluate) for word in line if word.startswith("python:")}
+    assert len(encoders) == 1
+    head = SERVICES["head"]["command"].split()
+    assert f"head:{head[head.index('--port') + 1]}" in SERVICES["worker"]["command"].split()
+    assert merge[-2:] == ["--submit", "http://head:8265"]
+
+
+def test_ports_are_open_to_this_machine_only() -> None:
+    ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
+    assert len(ports) == 3
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_rayjob() -> None:
+    job = yaml.safe_load((DOCKER / "rayjob.yaml").read_text("utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    words = shlex.split(job["spec"]["entrypoint"])
-    assert words[0] == "datamerge"
-    _check_command(words[1:])
+    program, *rest = shlex.split(job["spec"]["entrypoint"])
+    assert program == "datamerge"
+    parse(rest)
     cluster = job["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+    assert all(isinstance(value, str) for group in (head, workers) for value in group["rayStartParams"].values())
+    for group in (head, workers):
         pod = group["template"]["spec"]
-        volumes = {volume["name"] for volume in pod.get("volumes", [])}
-        for container in pod["containers"]:
-            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes
+        (container,) = pod["containers"]
+        assert pod["securityContext"] == {"runAsNonRoot": True}
+        mounted = {mount["name"] for mount in container.get("volumeMounts", [])}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", [])}
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
 
 
-def test_the_slurm_script_parses_and_its_commands_exist() -> None:
-    script = DOCKER / "slurm.sbatch"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text().replace("\\\n", " ")
-    commands = re.findall(r"datamerge ((?:merge|train) [^&\n]*)", text)
-    assert len(commands) == 2
-    for command in commands:
-        _check_command(shlex.split(command))
+def test_slurm() -> None:
+    file = DOCKER / "slurm.sbatch"
+    subprocess.run(["bash", "-n", file], check=True)
+    text = file.read_text("utf-8").replace("\\\n", " ")
+    defaults = dict(re.findall(r'<<< "\$\{(MERGE|TRAIN):-(.+?)\}"', text))
+    parse(["merge", "source", "artifact", *defaults["MERGE"].split(), "--ray-address", "head:20000"])
+    parse(["train", "artifact", "run", *defaults["TRAIN"].split()])
+    assert 'datamerge merge "$source" "$artifact" "${merge[@]}" --ray-address' in text
+    assert '-m datamerge train "$artifact" "$run" "${train[@]}"' in text
+
+
+@pytest.mark.parametrize("line", ["merge a b --memebrs 3", "trian a b", "train a b --arm avgs"])
+def test_a_wrong_line_is_found(line: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse(line.split())
