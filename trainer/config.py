@@ -69,7 +69,7 @@ class TrainConfig(Settings):
         "they bring stored attacks up to date. Needs an artifact merged with keep_clean.",
     )
     refine_step_size: Fraction | None = Field(
-        default=None, description="Length of such a step (the artifact's epsilon divided by refine_steps if not set)."
+        default=None, description="Length of such a step (twice the artifact's epsilon over refine_steps if not set)."
     )
     encoder: str | None = Field(
         default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from adversarial import PGD, attack, load_encoder, squared_error
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, open_artifact
 from trainer import Stopped, TrainConfig, train
+from trainer.fits import refinement
 from trainer.losses import SquaredError
 from trainer.refine import Refinement, refine
 
@@ -105,6 +106,15 @@ def test_the_batch_may_be_cut_and_the_run_continued(
     for name, tensor in whole.items():
         assert torch.equal(tensor, stopped[name]), name
         torch.testing.assert_close(tensor, cut[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 8 / 255), ({"refine_step_size": "1/255"}, 1 / 255)])
+def test_the_length_of_a_step(make_artifact: MakeArtifact, settings: dict[str, Any], expected: float) -> None:
+    artifact = make_artifact(attack=ATTACK, clean=True)
+    config = _config(artifact, Path("run"), arm="ind", refine_steps=2, **settings)
+    found = refinement(config, open_artifact(artifact).manifest)
+    assert found is not None
+    assert found == pytest.approx((2, expected, EPSILON))
 
 
 def test_an_artifact_without_clean_images_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
