@@ -11,7 +11,7 @@ ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
 # /data is for a volume: a new one takes over the owner.
-RUN useradd --uid 1000 --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
+RUN useradd --uid 1000 --user-group --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
 
 # From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge

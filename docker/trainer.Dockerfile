@@ -8,7 +8,7 @@ ARG EXTRAS=train,s3
 ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore RAY_USAGE_STATS_ENABLED=0
 
 # /data is for a volume: a new one takes over the owner.
-RUN useradd --uid 1000 --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
+RUN useradd --uid 1000 --user-group --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
 
 # From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge

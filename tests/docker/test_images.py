@@ -158,7 +158,7 @@ def test_services_wait_for_services_and_share_volumes() -> None:
     for name, service in SERVICES.items():
         for other, how in service.get("depends_on", {}).items():
             assert name != other
-            one_of = {"service_healthy", "service_completed_successfully"}
+            one_of = {"service_healthy", "service_completed_successfully", "service_started"}
             assert how["condition"] in one_of
             if how["condition"] == "service_healthy":
                 assert "test" in SERVICES[other]["healthcheck"]
