@@ -10,6 +10,7 @@ import click
 import torch
 
 from adversarial import Encoder, Head, load_encoder
+from console import quiet
 from evaluation.labels import OUTPUTS, match_labels
 from evaluation.runs import Run, warn
 from sources import Source
@@ -102,7 +103,7 @@ def add_heads(subjects: Sequence[Subject], heads: Sequence[Head] | None, source:
     """
     labelled = any(sample.label is not None for sample in source.samples)
     if heads is None:
-        if labelled:
+        if labelled and not quiet():
             click.echo(
                 "hint: the images have labels; add --head FILE.safetensors|timm:…|open_clip:… for accuracies, or "
                 f"--head {OUTPUTS} if the encoder's outputs are logits",

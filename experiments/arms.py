@@ -244,8 +244,9 @@ class Study:
 
         A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
         """
-        merged = self.settings["merge"] | ({"steps": arm["steps"]} if "steps" in arm else {})
-        members, steps, limit = (int(merged[name]) for name in ("members", "steps", "limit"))
+        # An online arm may have an attack of its own.
+        attacked = self.settings["merge"] | (arm if arm.get("online") else {})
+        members, steps, limit = (int(attacked[name]) for name in ("members", "steps", "limit"))
         attack = 2.0 * steps + 2  # the target's forward pass and the last loss
         if arm.get("online"):
             return attack + 3

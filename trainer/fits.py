@@ -82,13 +82,18 @@ def stored_members(config: TrainConfig, manifest: Manifest) -> int:
 
 def check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
     """Whether the members were made within the radius that the settings expect, if they expect one."""
-    attack = manifest.provenance.get("attack")
-    found = attack.get("epsilon") if isinstance(attack, dict) else None
+    found = _attacked_within(manifest)
     if config.epsilon is not None and (found is None or Fraction(str(found)) != Fraction(config.epsilon)):
         raise ConfigError(
             f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
             f"{config.artifact}; choose another artifact or preset"
         )
+
+
+def _attacked_within(manifest: Manifest) -> Any:
+    """The radius of the attack that made the members, as it is written; None if there was none."""
+    attack = manifest.provenance.get("attack")
+    return attack.get("epsilon") if isinstance(attack, dict) else None
 
 
 def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
@@ -99,8 +104,7 @@ def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
     """
     if not config.refine_steps:
         return None
-    attack = manifest.provenance.get("attack")
-    found = attack.get("epsilon") if isinstance(attack, dict) else None
+    found = _attacked_within(manifest)
     if manifest.layout.array("clean") is None or found is None:
         raise ConfigError(
             f"refine_steps: expected an artifact of attacks that keeps the clean images, found "
