@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from importlib.metadata import version
@@ -128,10 +129,12 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from storage_schemas.errors import DatamergeError
 
-    if os.environ.get("DATAMERGE_VERBOSE"):
+    if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        click.echo(f"error: {error}", err=True)
+        # Names in foreign files may hold line ends and terminal codes.
+        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], str(error))
+        click.echo(f"error: {line}", err=True)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

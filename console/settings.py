@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from storage_schemas import ConfigError
 
-_FRACTION = re.compile(r"\d+\s*/\s*\d+|0?\.\d+(e-?\d+)?|0|\d+(\.\d+)?e-\d+", re.IGNORECASE)
+_FRACTION = re.compile(r"\d+\s*/\s*\d+|0?\.\d+(e-?\d{1,3})?|0|\d+(\.\d+)?e-\d{1,3}", re.IGNORECASE)
 
 
 def _check_fraction(text: str) -> str:
@@ -50,7 +50,7 @@ def load_settings(
         ConfigError: the file cannot be read, or any value is wrong; every problem is named, with the closest
             known key for a misspelt one.
     """
-    values: dict[str, Any] = {**(preset or {}), **(_read_toml(file) if file else {})}
+    values: dict[str, Any] = {**(preset or {}), **(read_toml(file) if file else {})}
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return model.model_validate(values)
@@ -59,13 +59,14 @@ def load_settings(
     raise ConfigError("; ".join(problems) + (f" (settings from {file} and flags)" if file else ""))
 
 
-def _read_toml(file: str) -> dict[str, Any]:
+def read_toml(file: str) -> dict[str, Any]:
+    """The contents of a TOML file; raises ConfigError."""
     try:
-        with Path(file).open("rb") as stream:
+        with Path(file).expanduser().open("rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"{file}: expected a TOML file, found {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of thousands of digits
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 

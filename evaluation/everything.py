@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from console import Settings, load_settings
+from console import Settings, load_settings, read_toml
 from evaluation.captions import evaluate_captions
 from evaluation.config import OUTPUT, EmbeddingConfig, ZeroShotConfig
 from evaluation.embedding import evaluate_embedding
@@ -39,7 +37,7 @@ def evaluate_all(
     Raises:
         ConfigError: the file cannot be read, has no part, or settings that are wrong.
     """
-    content = _read(file)
+    content = read_toml(file)
     parts = {name: content.pop(name) for name in PARTS if isinstance(content.get(name), dict)}
     if not parts:
         raise ConfigError(f"{file}: expected at least one table of {', '.join(f'[{name}]' for name in PARTS)}")
@@ -76,13 +74,3 @@ def _job(part: str, values: Mapping[str, Any], file: str) -> Callable[[], list[A
         return lambda: evaluate_captions(captions)
     vqa = settings(VqaConfig)
     return lambda: evaluate_vqa(vqa)
-
-
-def _read(file: str) -> dict[str, Any]:
-    try:
-        with Path(file).expanduser().open("rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise ConfigError(f"{file}: expected a TOML file, found {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from adversarial import parse_spec, with_checkpoint
 from adversarial.specs import KINDS
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, read_json
 
 SUMMARY = "run.json"
 BASELINE = "w/o AT"
@@ -99,7 +98,7 @@ def _read_folder(text: str, folder: Path) -> Run:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: expected the JSON summary of a training run, found {error}") from None
     if not isinstance(content, dict):

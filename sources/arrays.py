@@ -24,6 +24,8 @@ from storage_schemas import Location, SourceError
 
 IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
+# Pictures of one colour shrink to a thousandth; a few of them are no harm.
+MAX_UNPACKED, MAX_RATIO = 2**28, 200
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 Array = npt.NDArray[Any]
@@ -97,22 +99,41 @@ def _facts(location: Location, file: str) -> list[Any]:
 def _load(location: Location, file: str) -> dict[str, Array]:
     if not file.lower().endswith(".npz"):
         return {"images": _read_idx(location, file)}
+    stored = io.BytesIO(location.read(file))
     try:
-        with np.load(io.BytesIO(location.read(file)), allow_pickle=False) as archive:
+        with zipfile.ZipFile(stored) as members:
+            for member in members.infolist():
+                _refuse_bomb(member.file_size, member.compress_size)
+        with np.load(stored, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, OSError, EOFError) as error:
+    # zipfile raises RuntimeError where a password is needed; a header may declare any shape.
+    except (ValueError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, MemoryError) as error:
         raise SourceError(f"{location.url}/{file}: expected an .npz archive of plain arrays: {error}") from None
+
+
+def _refuse_bomb(size: int, stored: int) -> None:
+    """Raises ValueError for data that becomes so much larger that it cannot be images."""
+    if size > MAX_UNPACKED and size > MAX_RATIO * stored:
+        raise ValueError(f"{stored} bytes unpack to {size} or more: refused as a decompression bomb")
+
+
+def _gunzip(data: bytes) -> bytes:
+    limit = max(MAX_UNPACKED, MAX_RATIO * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+        unpacked = stream.read(limit + 1)
+    _refuse_bomb(len(unpacked), len(data))
+    return unpacked
 
 
 def _read_idx(location: Location, file: str) -> Array:
     """An IDX file: two zero bytes, dtype, number of dimensions, sizes as big-endian 32-bit integers, data."""
     data = location.read(file)
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError) as error:
+        data = _gunzip(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, ValueError) as error:
         raise SourceError(f"{location.url}/{file}: broken gzip: {error}") from None
     dtype = _IDX_DTYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None
-    shape = np.frombuffer(data, ">i4", data[3], 4).tolist() if dtype and len(data) >= 4 + 4 * data[3] else []
+    shape = np.frombuffer(data, ">u4", data[3], 4).tolist() if dtype and len(data) >= 4 + 4 * data[3] else []
     start = 4 + 4 * len(shape)
     if dtype is None or len(data) - start != math.prod(shape) * np.dtype(dtype).itemsize:
         raise SourceError(f"{location.url}/{file}: expected an IDX file, found {len(data)} bytes that are none")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, to_indices
+from sources.sample import Sample, Source, fingerprint, is_whole_number, make_keys, make_listing, to_indices
 from storage_schemas import Location, SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -120,7 +120,7 @@ def _column_labels(
     if wanted is None and any(LABEL_COLUMN not in row for row in rows.values()):
         return [None] * len(names), []
     values = _column(rows, names, wanted or LABEL_COLUMN, where)
-    if all(value is None or value.isdecimal() for value in values):
+    if all(value is None or is_whole_number(value) for value in values):
         return to_indices([None if value is None else int(value) for value in values])
     return to_indices(values)
 

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 # A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
+
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
 
 class BadImage(Exception):  # noqa: N818
@@ -49,7 +53,7 @@ def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 yield image
     except UnidentifiedImageError:
         raise BadImage(f"not an image ({len(data)} bytes)") from None
@@ -57,6 +61,13 @@ def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise BadImage(f"broken image: {error}") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Formats of photos that this Pillow reads. Others may start a program: EPS starts Ghostscript."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

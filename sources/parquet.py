@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, to_indices
-from storage_schemas import Location, SourceError
+from storage_schemas import Location, SourceError, read_json
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -152,5 +151,8 @@ def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
     metadata = (schema.metadata or {}).get(b"huggingface")
     if not metadata or not label:
         return []
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-    return [str(name) for name in feature.get("names", [])]
+    try:
+        names = read_json(metadata)["info"]["features"][label]["names"]
+        return [str(name) for name in names]
+    except (ValueError, KeyError, TypeError):  # somebody else's metadata under this key
+        return []

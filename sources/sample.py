@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from storage_schemas import Location
+from storage_schemas import Location, SourceError, read_json, redact
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
@@ -92,12 +92,18 @@ class Source:
 
     def listing_bytes(self) -> bytes:
         """The listing as an artifact keeps it, to say later what has changed; the same bytes for the same listing."""
-        return gzip.compress(json.dumps(self.listing, sort_keys=True).encode(), mtime=0)
+        return gzip.compress(json.dumps(self._shown_listing(), sort_keys=True).encode(), mtime=0)
+
+    def _shown_listing(self) -> dict[str, list[Any]]:
+        return {redact(name): list(facts) for name, facts in self.listing.items()}
 
     def changes(self, earlier: bytes) -> list[str]:
         """How the files differ from an earlier `listing_bytes`, a line each."""
-        before = json.loads(gzip.decompress(earlier))
-        now = {name: list(facts) for name, facts in self.listing.items()}
+        now = self._shown_listing()
+        try:
+            before = {name: [size, *rest] for name, (size, *rest) in read_json(gzip.decompress(earlier)).items()}
+        except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
+            raise SourceError(f"{LISTING}: expected the listing of an earlier source, found {error}") from None
         lines = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
         lines += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
         for name in sorted(before.keys() & now.keys()):
@@ -140,6 +146,11 @@ def _content_hash(location: Location, name: str, size: int) -> str:
     if size > HASHED_BYTES:
         digest.update(location.read(name, max(HASHED_BYTES, size - HASHED_BYTES), size))
     return digest.hexdigest()
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a text is a label in digits, of at most 64 bits."""
+    return text.isdecimal() and len(text) < 19
 
 
 def fingerprint(entries: Any) -> str:

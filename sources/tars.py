@@ -7,7 +7,6 @@ to be run once to be listed, and again by every worker that reads from it.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,11 +18,22 @@ import fsspec
 
 from sources.image_folder import EXTENSIONS
 from sources.images import BadImage
-from sources.sample import HASHED_BYTES, Sample, Source, fingerprint, make_keys, make_listing, to_indices
-from storage_schemas import Location, SourceError
+from sources.sample import (
+    HASHED_BYTES,
+    Sample,
+    Source,
+    fingerprint,
+    is_whole_number,
+    make_keys,
+    make_listing,
+    to_indices,
+)
+from storage_schemas import Location, SourceError, read_json
 
 PIPE = "pipe:"
 LABEL_EXTENSION = "cls"
+# Of a member with labels or captions; a sparse member may claim any size.
+MAX_TEXT = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +219,8 @@ def _note_member(
             raise SourceError(f"{name}: expected one image a sample, found a second one: {info.name}")
         parts.image = _Member(name, info.offset_data, info.size)
     elif extension in (label_column or LABEL_EXTENSION, group_column, "json"):
+        if info.size > MAX_TEXT:
+            raise SourceError(f"{name}: expected a label in {info.name}, found {info.size} bytes")
         stream = tar.extractfile(info)
         parts.texts[extension] = stream.read() if stream else b""
 
@@ -243,7 +255,7 @@ def _label(parts: _Parts, column: str | None, key: str) -> int | str | None:
     text = _text(parts, column or LABEL_EXTENSION)
     if text is None and column is not None:
         raise SourceError(f"{key}: expected a member or JSON field {column!r} with the label, found none")
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and is_whole_number(text) else text
 
 
 def _text(parts: _Parts, column: str) -> str | None:
@@ -251,7 +263,7 @@ def _text(parts: _Parts, column: str) -> str | None:
     try:
         if column in parts.texts:
             return parts.texts[column].decode().strip()
-        value = json.loads(parts.texts.get("json", b"{}")).get(column)
+        value = read_json(parts.texts.get("json", b"{}")).get(column)
     except (ValueError, AttributeError):
         return None
     return None if value is None else str(value)

@@ -15,9 +15,10 @@ from storage_schemas.errors import (
     UnknownVersion,
     UserError,
 )
-from storage_schemas.location import Location
+from storage_schemas.location import Location, redact
 from storage_schemas.manifest import ArraySpec, Commit, Layout, Manifest, Reject
 from storage_schemas.moments import ExactMoments, two_pass_moments
+from storage_schemas.plain_json import read_json
 from storage_schemas.record import Record
 from storage_schemas.writer import ArtifactWriter
 
@@ -42,5 +43,7 @@ __all__ = [
     "UnknownVersion",
     "UserError",
     "open_artifact",
+    "read_json",
+    "redact",
     "two_pass_moments",
 ]

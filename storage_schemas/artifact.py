@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +19,7 @@ from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, Sch
 from storage_schemas.files import damage
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
+from storage_schemas.plain_json import read_json
 from storage_schemas.record import Array, Record, crc32c
 from storage_schemas.webdataset_store import WebDatasetReader
 from storage_schemas.writer import commit_path
@@ -289,6 +289,11 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
     if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias", "scale"}:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise SchemaError(f"{where}: expected weight [classes, K] and optional bias and scale, found {shapes}")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    names = json.loads(header.get("__metadata__", {}).get("names", "[]"))
+    header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # sound, or safetensors had refused it
+    try:
+        names = read_json(header.get("__metadata__", {}).get("names", "[]"))
+    except ValueError as error:
+        raise SchemaError(f"{where}: expected a JSON list of class names, found {error}") from None
+    if not isinstance(names, list):
+        raise SchemaError(f"{where}: expected a JSON list of class names, found {type(names).__name__}")
     return tensors, [str(name) for name in names]

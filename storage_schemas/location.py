@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 # Failures of this machine's disk while it takes a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
-_USER = re.compile(r"(?<=://)[^/@]+@")
+_USER = re.compile(r"(?<=://)[^/?#]+@")
 _QUERY = re.compile(r"(?<=[?&])([^=&]+)=[^&),]*")
 
 WRITE_ATTEMPTS = 5
@@ -117,6 +118,8 @@ class Location:
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
         """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
+        if self.is_local:
+            _refuse_devices(self.path(relative))
         try:
             data = self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end))
         except _RangeError:
@@ -169,6 +172,15 @@ class Location:
                 path.unlink(missing_ok=True)
 
     def remove(self, relative: str) -> None:
+        """Remove a file.
+
+        Raises:
+            UserError: a link inside a local folder makes this a file outside.
+        """
+        if self.is_local:
+            folder = Path(self.path(relative)).parent.resolve()
+            if not folder.is_relative_to(Path(self.root).resolve()):
+                raise UserError(f"{self.url}/{relative}: expected a file in this folder, found one in {folder}")
         self._call(relative, lambda path: self.fs.rm_file(path))
 
     def split(self) -> tuple[Location, str]:
@@ -236,6 +248,16 @@ def _missing_driver(url: str, error: ImportError) -> str:
     extra = EXTRAS.get(protocol)
     hint = f"pip install 'datamerge[{extra}]'" if extra else str(error)
     return f"the driver for {protocol}:// is not installed; {hint}"
+
+
+def _refuse_devices(path: str) -> None:
+    """Reading a device or a pipe, to which an artifact may link, need not end."""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return  # the read says it better
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DatamergeError(f"{path}: expected a file, found a device or a pipe")
 
 
 def _write_local(path: Path, data: bytes) -> None:

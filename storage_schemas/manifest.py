@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -29,7 +30,9 @@ Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
-Count = Annotated[int, Field(ge=0)]
+# Numbers that every language holds exactly, and NumPy in 64 bits.
+LARGEST: Final = 2**53 - 1
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
 
 # Arrays without which a record has no moments; all others are optional.
@@ -88,8 +91,8 @@ class Layout(Document):
     format: Format
     encoding: EncodingName
     arrays: tuple[ArraySpec, ...]
-    groups: Annotated[int, Field(ge=1, description="planned groups, rejected ones included")]
-    groups_per_shard: Annotated[int, Field(ge=1)]
+    groups: Annotated[int, Field(ge=1, le=LARGEST, description="planned groups, rejected ones included")]
+    groups_per_shard: Annotated[int, Field(ge=1, le=LARGEST)]
 
     @model_validator(mode="after")
     def _arrays_go_together(self) -> Layout:
@@ -200,6 +203,16 @@ class Manifest(Sealed):
     provenance: dict[str, JsonValue]
     files: tuple[FileEntry, ...]
     shards: tuple[ShardEntry, ...]
+
+    @model_validator(mode="after")
+    def _shards_are_of_the_layout(self) -> Manifest:
+        numbers = [entry.shard for entry in self.shards]
+        planned = range(self.layout.shards)
+        if any(b <= a for a, b in pairwise(numbers)) or not all(number in planned for number in numbers):
+            raise ValueError(f"shards: expected ascending numbers below {self.layout.shards}")
+        if any(entry.groups > self.layout.groups_per_shard for entry in self.shards):
+            raise ValueError(f"shards: expected at most {self.layout.groups_per_shard} groups in each")
+        return self
 
     @property
     def groups(self) -> int:

@@ -11,6 +11,7 @@ same merge command writes them, and only them, again.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from storage_schemas.artifact import make_reader, read_arrays
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion
 from storage_schemas.files import damage
 from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, MANIFEST, Commit, Manifest, ShardEntry, dump, parse
+from storage_schemas.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
 from storage_schemas.writer import commit_path, plan_sha256, shard_entry, shard_of_sidecar, store
 
 THREADS = 4
@@ -248,14 +249,22 @@ class _ShardCheck:
                 yield Problem(path, str(error).partition(": ")[2], commit.shard, record.key)
 
 
+def _shard_of(layout: Layout, path: str) -> int | None:
+    """The planned shard that has a file of this path."""
+    numbers = {int(digits) for digits in re.findall(r"(?<!\d)\d{1,16}(?!\d)", path)}
+    fitting = (n for n in numbers if n < layout.shards and path in store(layout).shard_files(layout, n))
+    return next(fitting, None)
+
+
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
     layout = manifest.layout
     expected = set(PRESENTATION)
     if not manifest.complete:
         expected |= {HEAD, *store(layout).metadata_files(layout)}
-    for shard in range(layout.shards):
-        if shard in bad_shards or not manifest.complete:
-            expected.update(store(layout).shard_files(layout, shard))
     for path in sorted(paths - expected):
+        # Asked of the files that are there: planned shards may be many more.
+        shard = _shard_of(layout, path)
+        if shard is not None and (shard in bad_shards or not manifest.complete):
+            continue
         yield Problem(path, "neither the manifest nor a sidecar names this file; move it out of the artifact")

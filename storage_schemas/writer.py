@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -129,6 +130,8 @@ class ArtifactWriter:
         committed = self._committed(shard)
         if committed is not None:
             return committed
+        # The name of a sample may be a URL, or a command with one.
+        records = [replace(record, samples=tuple(map(redact, record.samples))) for record in records]
         files, offsets = store(self.layout).encode_shard(self.layout, shard, records)
         entries = []
         for path, data in files.items():
@@ -151,7 +154,10 @@ class ArtifactWriter:
                 )
                 for record, offset in zip(records, offsets, strict=True)
             ),
-            rejects=tuple(reject.model_copy(update={"reason": redact(reject.reason)}) for reject in rejects),
+            rejects=tuple(
+                reject.model_copy(update={"reason": redact(reject.reason), "sample": redact(reject.sample)})
+                for reject in rejects
+            ),
             ranges=_ranges(records),
             self_sha256=UNSEALED,
         )

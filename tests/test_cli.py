@@ -139,3 +139,12 @@ def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) 
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "schema_version 99" in done.stderr
+
+
+def test_an_error_is_one_line_whatever_names_are_in_it(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('"a\\nb\\u001b[31m" = 1\n')
+    done = _run("train", "artifact", "run", "--config", str(tmp_path / "settings.toml"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "\x1b" not in done.stderr
+    assert "a\\nb" in done.stderr

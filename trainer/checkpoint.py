@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage_schemas import ConfigError, DatamergeError, Location
+from storage_schemas import ConfigError, DatamergeError, Location, read_json
 
 SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
 BEST = "best.pt"
@@ -161,15 +161,8 @@ class RunFolder:
             ConfigError: it was made by a run with other settings.
             DatamergeError: it is damaged.
         """
-        try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            other = state["identity"] != dict(identity)
-        except Exception as error:  # zipfile, pickle and torch each raise their own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DatamergeError(
-                f"{path}: not a readable checkpoint ({reason}); remove it to continue from the one before"
-            ) from None
-        if other:
+        state = read_state(path, device)
+        if state["identity"] != dict(identity):
             raise ConfigError(f"{path}: a checkpoint of a run with other settings; remove it, or choose another RUN")
         return state
 
@@ -178,12 +171,32 @@ class RunFolder:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads((self.path / name).read_bytes())
+            content = read_json((self.path / name).read_bytes())
         except ValueError as error:
             raise DatamergeError(f"{self.path / name}: not valid JSON ({error}); choose another RUN") from None
         if not isinstance(content, dict):
             raise DatamergeError(f"{self.path / name}: expected a JSON object, found {type(content).__name__}")
         return content
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint. Only tensors and plain values are unpickled.
+
+    Raises:
+        DatamergeError: it is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        missing = {"identity", "model", "average", "optimizer", "step"} - state.keys()
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        reason = f"it has no {', '.join(sorted(missing))}" if missing else ""
+    if reason:
+        raise DatamergeError(
+            f"{path}: not a readable checkpoint ({reason}); remove it to continue from the one before"
+        ) from None
+    return state
 
 
 def step_of(path: Path) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from adversarial import Encoder, load_encoder, parse_spec
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
-from trainer.checkpoint import BEST, RunFolder, RunSummary
+from trainer.checkpoint import BEST, RunFolder, RunSummary, read_state
 from trainer.hf_clip import clip_config, clip_state_dict
 
 Target = Literal["open_clip", "hf"]
@@ -98,7 +98,7 @@ def _encoder(folder: RunFolder, summary: RunSummary, best: bool) -> Encoder:
     path = folder.path / "checkpoints" / BEST
     if not path.exists():
         raise ConfigError(f"{folder.path}: found no {BEST}; a run keeps it when it is given --eval-artifact")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_state(path, torch.device("cpu"))
     average = state["average"]
     weights = state["model"] if average is None else _without_prefix(average, "module.")
     encoder.load_state_dict(weights)

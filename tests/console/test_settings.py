@@ -109,3 +109,16 @@ def test_settings_cannot_be_changed() -> None:
     settings = load_settings(Attack, None, {"members": 1})
     with pytest.raises(ValueError, match="frozen"):
         settings.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("steps=" + "[" * 5000, "not valid TOML"),
+        ("steps=" + "9" * 5000, "not valid TOML"),
+        ('epsilon="1e-999999999"', "expected a fraction"),
+    ],
+)
+def test_settings_that_would_exhaust_the_parser(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_settings(Attack, _toml(tmp_path, text), {"members": 1})

@@ -11,19 +11,35 @@ import io
 import json
 import resource
 import shutil
+import struct
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numcodecs import Blosc
+from safetensors.numpy import save
 
-from storage_schemas import DatamergeError, Location, open_artifact
+from storage_schemas import (
+    CorruptShard,
+    DatamergeError,
+    Layout,
+    Location,
+    SchemaError,
+    UserError,
+    open_artifact,
+    redact,
+)
+from storage_schemas.artifact import parse_head
 from storage_schemas.manifest import UNSEALED
-from storage_schemas.verify import verify
+from storage_schemas.verify import fix, verify
+from storage_schemas.writer import plan_sha256
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 KINDS = ("webdataset-uint8_moments-full", "zarr-float32-full")
@@ -38,6 +54,7 @@ PATHS = (
     "https://example.org/x",
     "Ω" * 10_000,
 )
+COUNTS = (10**15, 10**30)
 OTHERS: tuple[Any, ...] = (
     True,
     None,
@@ -53,7 +70,7 @@ OTHERS: tuple[Any, ...] = (
     [2**40] * 3,
     [1] * 1000,
 )
-HOSTILE: tuple[Any, ...] = (*NUMBERS, *PATHS, *OTHERS)
+HOSTILE: tuple[Any, ...] = (*NUMBERS, *COUNTS, *PATHS, *OTHERS)
 bounded = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 
 
@@ -212,3 +229,85 @@ def test_tar_members_are_never_written_anywhere(tmp_path: Path, name: str) -> No
     _use(folder)
     assert not (tmp_path / "escaped").exists()
     assert not Path("/tmp/datamerge-escaped").exists()
+
+
+def _refused(folder: Path, reason: str) -> None:
+    with pytest.raises(DatamergeError, match=reason):
+        _read(folder)
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GOLDEN / "zarr-uint8_moments-full", tmp_path / "artifact"))
+
+
+def test_counts_beyond_64_bits(artifact: Path) -> None:
+    _forge(artifact, lambda manifest: manifest["shards"][0].update(groups=10**30))
+    _refused(artifact, "groups: Input should be less than")
+
+
+def test_more_groups_than_rows(artifact: Path) -> None:
+    _forge(artifact, lambda commit: commit.update(records=commit["records"] * 3), "commits/00000.json")
+    _forge(artifact, lambda manifest: manifest["shards"][0].update(groups=3 * manifest["shards"][0]["groups"]))
+    _refused(artifact, "groups in each")
+
+
+def test_a_shard_listed_twice(artifact: Path) -> None:
+    _forge(artifact, lambda manifest: manifest.update(shards=manifest["shards"] * 2))
+    _refused(artifact, "expected ascending numbers")
+
+
+def test_planned_groups_without_end_are_no_work(artifact: Path) -> None:
+    def plan(manifest: dict[str, Any]) -> None:
+        manifest["layout"]["groups"] = 10**15
+        manifest["complete"] = False
+
+    _forge(artifact, plan)
+    layout = Layout.model_validate_json(json.dumps(json.loads((artifact / "manifest.json").read_bytes())["layout"]))
+    found = plan_sha256(layout, json.loads((artifact / "manifest.json").read_bytes())["provenance"])
+    for commit in sorted((artifact / "commits").iterdir()):
+        _forge(artifact, lambda document: document.update(plan_sha256=found), f"commits/{commit.name}")
+    _forge(artifact, lambda manifest: manifest.update(plan_sha256=found))
+    assert not verify(Location(artifact)).problems
+
+
+def test_a_chunk_that_claims_gigabytes(artifact: Path) -> None:
+    """It is refused by what its header says, before anything is unpacked; every checksum is in place."""
+    bomb = bytearray(Blosc(cname="zstd").encode(np.zeros(1000, np.uint8)))
+    bomb[4:8] = struct.pack("<I", 1800 * 2**20)
+    chunk = bytes(bomb) + struct.pack("<I", google_crc32c.value(bytes(bomb)))
+    rows = json.loads((artifact / "manifest.json").read_bytes())["layout"]["groups_per_shard"]
+    index = struct.pack("<QQ", 0, len(chunk)) * rows
+    name = "groups.zarr/sum/c/0/0/0/0"
+    _replace_file(artifact, name, chunk + index + struct.pack("<I", google_crc32c.value(index)))
+    with pytest.raises(CorruptShard, match=r"expected \d+ bytes, found 1887436800"):
+        _ = open_artifact(artifact)[0]
+
+
+@pytest.mark.parametrize("names", ["5", "{", "[" * 100_000, '{"a": 1}'])
+def test_class_names_that_are_none(artifact: Path, names: str) -> None:
+    data = save({"weight": np.zeros((1, 2), np.float32)}, {"names": names})
+    with pytest.raises(SchemaError, match="expected a JSON list of class names"):
+        parse_head(data, "head")
+
+
+def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
+    shutil.move(artifact / "commits", tmp_path / "outside")
+    (artifact / "commits").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside" / "00000.json").write_bytes(b"{}")
+    location = Location(artifact)
+    with pytest.raises(UserError, match="expected a file in this folder"):
+        fix(location, verify(location))
+    assert (tmp_path / "outside" / "00000.json").exists()
+
+
+def test_a_device_is_not_read(artifact: Path) -> None:
+    (artifact / "manifest.json").unlink()
+    (artifact / "manifest.json").symlink_to("/dev/zero")
+    _refused(artifact, "found a device")
+
+
+@pytest.mark.parametrize("url", ["https://me:p@ss@host/a", "pipe:curl https://me:p%2Fss@host/a", "s3://k:s@@h/b"])
+def test_no_part_of_a_password_is_shown(url: str) -> None:
+    assert "ss" not in redact(url)
+    assert "s@" not in redact(url).replace("***@", "")

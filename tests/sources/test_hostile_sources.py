@@ -1,0 +1,125 @@
+"""Sources made to do harm: refused by an error of ours, before memory or a foreign program is involved."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sources import BadImage, native_shape, open_source
+from storage_schemas import SourceError
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def _png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _tar(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_postscript_is_no_image() -> None:
+    """Pillow would start Ghostscript."""
+    with pytest.raises(BadImage, match="not an image"):
+        native_shape(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n" + b"0" * 200)
+
+
+def test_an_archive_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
+    with (
+        zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w") as f,
+    ):
+        f.write(_npy_header((300, 1024, 1024)))
+        for _ in range(300):
+            f.write(bytes(2**20))
+    with pytest.raises(SourceError, match="decompression bomb"):
+        open_source(str(tmp_path / "x.npz"))
+
+
+def test_an_archive_that_declares_terabytes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("images.npy", _npy_header((10**9, 100, 100)))
+    with pytest.raises(SourceError, match=r"expected an \.npz archive"):
+        open_source(str(tmp_path / "x.npz"))
+
+
+def test_an_array_under_the_name_of_an_archive(tmp_path: Path) -> None:
+    with (tmp_path / "x.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(SourceError, match=r"expected an \.npz archive"):
+        open_source(str(tmp_path / "x.npz"))
+
+
+def test_a_gzip_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "x-images-idx3-ubyte.gz", "wb") as file:
+        file.write(b"\0\0\x08\x03" + struct.pack(">III", 300, 1024, 1024))
+        for _ in range(300):
+            file.write(bytes(2**20))
+    with pytest.raises(SourceError, match="decompression bomb"):
+        open_source(str(tmp_path / "x-images-idx3-ubyte.gz"))
+
+
+def test_negative_sizes(tmp_path: Path) -> None:
+    (tmp_path / "x-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + struct.pack(">iii", -1, -1, 4) + b"1234")
+    with pytest.raises(SourceError, match="expected an IDX file"):
+        open_source(str(tmp_path / "x-images-idx3-ubyte"))
+
+
+@pytest.mark.parametrize("text", [b'{"l":' + b"[" * 100_000, b"9" * 5000])
+def test_json_beside_an_image_that_is_none(tmp_path: Path, text: bytes) -> None:
+    with pytest.raises(SourceError, match="expected a member or JSON field 'l'"):
+        open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.json": text}), label_column="l")
+
+
+def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.cls": b"9" * 5000}))
+    assert source.samples[0].label == 0
+    assert source.class_names == ["9" * 5000]
+
+
+def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("a.cls")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 512
+    header[483:495] = b"%011o\0" % (6 * 10**9)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "t.tar").write_bytes(bytes(header) + b"1" * 512 + bytes(1024))
+    with pytest.raises(SourceError, match=r"expected a label in a\.cls, found 6000000000 bytes"):
+        open_source(str(tmp_path / "t.tar"))
+
+
+def test_the_password_of_a_pipe_is_not_listed(tmp_path: Path) -> None:
+    tar = _tar(tmp_path / "t.tar", {"a.png": _png()})
+    source = open_source(f"pipe:cat {tar} # https://me:hunter2@host/t")
+    listing = source.listing_bytes()
+    assert b"hunter2" not in gzip.decompress(listing)
+    assert source.changes(listing) == []
+
+
+@pytest.mark.parametrize("earlier", [b"[" * 50_000, b"[1]", b'{"x.png": 5}', b"{"])
+def test_an_earlier_listing_that_is_none(tmp_path: Path, earlier: bytes) -> None:
+    source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png()}))
+    with pytest.raises(SourceError, match="expected the listing"):
+        source.changes(gzip.compress(earlier))
