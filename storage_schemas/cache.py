@@ -48,7 +48,7 @@ class Cache:
 
     def lock(self, name: str) -> FileLock:
         """The lock of one copy, by its name."""
-        return FileLock(self.folder / f"lock-{int(name[:8], 16) % LOCKS:02d}")
+        return FileLock(self.folder / _lock_name(name))
 
     def reserve(self, name: str, size: int) -> Path | None:
         """A part file to be filled with `size` bytes, others evicted to make room; None if there is none.
@@ -59,12 +59,12 @@ class Cache:
         part = self.folder / f"{name}.{size}{PART}"
         with FileLock(self.folder / "lock-space"):
             part.unlink(missing_ok=True)
-            if size > self.max_bytes or not self._make_room(size):
+            if size > self.max_bytes or not self._make_room(size, name):
                 return None
             part.touch()
         return part
 
-    def _make_room(self, size: int) -> bool:
+    def _make_room(self, size: int, wanted: str) -> bool:
         """Evict the least recently used copies until `size` more bytes fit; False if fetches in progress fill it."""
         copies = []
         for entry in os.scandir(self.folder):
@@ -80,7 +80,8 @@ class Cache:
         for _, taken, name in sorted(copies):
             if excess <= 0:
                 break
-            if name.endswith(PART) and self._is_fetching(name):
+            # The caller holds the lock of what it wants: nobody is fetching another part of that lock.
+            if name.endswith(PART) and _lock_name(name) != _lock_name(wanted) and self._is_fetching(name):
                 continue
             (self.folder / name).unlink(missing_ok=True)
             excess -= taken
@@ -170,6 +171,10 @@ class CachedLocation(Location):
             finally:
                 part.unlink(missing_ok=True)
         return True
+
+
+def _lock_name(name: str) -> str:
+    return f"lock-{int(name[:8], 16) % LOCKS:02d}"
 
 
 def _touch(copy: Path) -> bool:

@@ -127,13 +127,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("variance", f"mean {moments['variance_mean']:.3e}, max {moments['variance_max']:.3e}"),
             ("clipped variances", str(moments["clipped_variances"])),
         ]
-    if facts["attack_loss"] is not None:
-        rows.append(
-            (
-                "attack loss",
-                f"{facts['attack_loss_start']:.4g} at the start, {facts['attack_loss']:.4g} at the end",
-            )
-        )
+    losses = (("attack_loss_start", "at the start"), ("attack_loss", "at the end"))
+    known = [f"{facts[name]:.4g} {when}" for name, when in losses if facts[name] is not None]
+    if known:
+        rows.append(("attack loss", ", ".join(known)))
     rows += [(name, _flat(value)) for name, value in provenance.items()]
     rows += [("rejected", f"{reject['sample']}: {reject['reason']}") for reject in facts["rejects"][:20]]
     if len(facts["rejects"]) > 20:

@@ -19,7 +19,6 @@ import numpy as np
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.compatibility import (
-    COMBINED,
     FREE,
     LOCATIONS,
     SOURCE,
@@ -36,7 +35,7 @@ from storage_schemas.convert import head_file
 from storage_schemas.derive import MOMENTS, Advance, moment_specs, pixel_spread, write_shards
 from storage_schemas.errors import ConfigError, UserError
 from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, ArraySpec, Layout, Manifest, RecordEntry, Reject
+from storage_schemas.manifest import COMBINED, HEAD, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Record
 from storage_schemas.unite import KEPT, unite

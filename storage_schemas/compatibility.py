@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from storage_schemas.errors import ConfigError, UserError
+from storage_schemas.manifest import COMBINED
 
-COMBINED = "combined"
 # Differences that say nothing about what the groups mean: where things were, and how they were computed.
 # A later round attacks the tuned encoder; what its groups share with the first round is that of their targets.
 FREE = ("seed", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
@@ -42,13 +42,19 @@ def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
 
 
 def tree(flat: Mapping[str, JsonValue]) -> dict[str, Any]:
-    """The JSON tree of dotted paths, as `leaves` takes it apart."""
+    """The JSON tree of dotted paths, as `leaves` takes it apart.
+
+    Raises:
+        UserError: a path that is a value and has others below it.
+    """
     root: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, name = path.split(".")
         node = root
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"provenance: {path}: expected nothing below {parent}, which has a value")
         node[name] = value
     return root
 

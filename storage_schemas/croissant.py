@@ -14,8 +14,7 @@ from typing import Any
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.card import describe, license_of
-from storage_schemas.compatibility import COMBINED
-from storage_schemas.manifest import FileEntry
+from storage_schemas.manifest import COMBINED, FileEntry
 from storage_schemas.writer import commit_path
 
 LISTED_FILES = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from storage_schemas.artifact import open_artifact
-from storage_schemas.errors import DatamergeError, UserError
+from storage_schemas.errors import DatamergeError, SchemaError, UserError
 from storage_schemas.manifest import ArraySpec, EncodingName, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS, ExactMoments, IntArray, scatter_dtype, sum_dtype
 from storage_schemas.presentation import presentation_files
@@ -74,11 +75,18 @@ def exact_arrays(moments: ExactMoments, layout: Layout, key: str) -> dict[str, A
 
 
 def pixel_spread(provenance: Mapping[str, Any]) -> int:
-    """Largest possible difference of two members of a group, in grey levels: 2ε·255 for an attack, else 255."""
+    """Largest possible difference of two members of a group, in grey levels: 2ε·255 for an attack, else 255.
+
+    Raises:
+        SchemaError: an ε that is no number.
+    """
     attack = provenance.get("attack")
     epsilon = attack.get("epsilon") if isinstance(attack, Mapping) else None
     if not isinstance(epsilon, str):
         return LEVELS
+    # Checked before `Fraction` works it out: a short 1e999999999 has a billion digits.
+    if not re.fullmatch(r"\d{1,20}(\.\d{1,20}|/0*[1-9]\d{0,19})?", epsilon, re.ASCII):
+        raise SchemaError(f"provenance: attack.epsilon: expected a fraction such as 2/255, found {epsilon[:40]!r}")
     return min(LEVELS, 2 * math.floor(Fraction(epsilon) * LEVELS))
 
 

@@ -16,13 +16,22 @@ from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
 UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
 
@@ -192,6 +201,22 @@ class ShardEntry(Document):
     key_range: tuple[Key, Key] | None
 
 
+class Origin(Document):
+    """One artifact of those that were combined."""
+
+    plan_sha256: Sha256
+    groups: Count
+    provenance: dict[str, JsonValue]
+
+
+class Origins(Document):
+    """What a provenance must look like where it says of what artifacts this one was combined."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    combined: Annotated[list[Origin], Field(min_length=1)] | None = None
+
+
 class Manifest(Sealed):
     """`manifest.json`: the layout, where the groups come from, and the shards that are committed."""
 
@@ -213,6 +238,12 @@ class Manifest(Sealed):
         if any(entry.groups > self.layout.groups_per_shard for entry in self.shards):
             raise ValueError(f"shards: expected at most {self.layout.groups_per_shard} groups in each")
         return self
+
+    @field_validator("provenance")
+    @classmethod
+    def _origins_are_described(cls, provenance: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        Origins.model_validate(provenance)
+        return provenance
 
     @property
     def groups(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numcodecs import Blosc
@@ -37,6 +38,8 @@ from storage_schemas import (
     redact,
 )
 from storage_schemas.artifact import parse_head
+from storage_schemas.cli import inspect
+from storage_schemas.combine import plan_combination
 from storage_schemas.manifest import UNSEALED
 from storage_schemas.verify import fix, verify
 from storage_schemas.writer import plan_sha256
@@ -311,3 +314,37 @@ def test_a_device_is_not_read(artifact: Path) -> None:
 def test_no_part_of_a_password_is_shown(url: str) -> None:
     assert "ss" not in redact(url)
     assert "s@" not in redact(url).replace("***@", "")
+
+
+ORIGIN = {"plan_sha256": UNSEALED, "groups": 1, "provenance": {}}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "reason"),
+    [
+        ({"combined": "x"}, "provenance.combined: Input should be a valid array"),
+        ({"combined": [1]}, "provenance.combined.0: Input should be an object"),
+        ({"combined": []}, "provenance.combined: .*at least 1 item"),
+        ({"combined": [{**ORIGIN, "provenance": 3}]}, "combined.0.provenance: Input should be an object"),
+        ({"combined": [{**ORIGIN, "groups": -1}]}, "combined.0.groups: .*greater than or equal to 0"),
+        ({"a": 1, "a.b": 2}, "a.b: expected nothing below a, which has a value"),
+        ({"attack": {"epsilon": "1/0"}}, "attack.epsilon: expected a fraction such as 2/255, found '1/0'"),
+        ({"attack": {"epsilon": "1e999999999"}}, "attack.epsilon: expected a fraction"),
+    ],
+)
+def test_a_provenance_that_cannot_be_combined(
+    artifact: Path, tmp_path: Path, provenance: dict[str, Any], reason: str
+) -> None:
+    _forge(artifact, lambda manifest: manifest.update(provenance=provenance))
+    other = Path(shutil.copytree(artifact, tmp_path / "other"))
+    with pytest.raises(DatamergeError, match=reason):
+        plan_combination([open_artifact(artifact), open_artifact(other)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_shows_what_an_artifact_without_provenance_has(tmp_path: Path, kind: str) -> None:
+    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    _forge(folder, lambda manifest: manifest.update(provenance={"x": [[1], {"y": None}]}))
+    shown = CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "{'y': None}" in shown.output

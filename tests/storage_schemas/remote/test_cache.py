@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -216,10 +217,12 @@ def test_threads_that_want_one_file_fetch_it_once(tmp_path: Path, web: Any) -> N
     assert sum(method == "GET" for method, _, _ in web.requests) == 1
 
 
-def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any) -> None:
+@pytest.mark.parametrize("lock", ["the same", "another"])
+def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any, lock: str) -> None:
     Location(tmp_path / "web").write("f", b"x" * 80)
     cache = Cache(tmp_path / "cache", 100)
-    dead = cache.reserve("0123456789abcdef", 60)
+    wanted = int(hashlib.sha256(f"{web.url}/f".encode()).hexdigest()[:8], 16)
+    dead = cache.reserve(f"{wanted ^ (lock == 'another'):08x}", 60)
     assert dead is not None
     dead.write_bytes(b"half")
     assert CachedLocation.of(Location(web.url), cache).local_path("f") is not None
