@@ -16,6 +16,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from console.addresses import check_cluster_address
 from merge_service.config import MergeConfig
 from merge_service.planning import Items, Plan
 from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
@@ -53,11 +54,12 @@ def start(config: MergeConfig) -> None:
     _connections.append(config.ray_address or "local")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if config.ray_address is not None:
+        check_cluster_address(config.ray_address)
         try:
             ray.init(address=config.ray_address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"ray_address {config.ray_address!r}: expected a Ray cluster, found none ({first_line(error)})"
+                f"--ray-address {config.ray_address!r}: expected a Ray cluster, found none ({first_line(error)})"
             ) from None
         return
     cpus = max(os.cpu_count() or 1, (config.max_workers or 1) * config.cpus)

@@ -19,6 +19,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
+from console.addresses import check_cluster_address
 from storage_schemas import ConfigError, DatamergeError, UserError
 from trainer.checkpoint import RunFolder, RunSummary
 from trainer.config import TrainConfig
@@ -104,6 +105,7 @@ def _start(address: str | None, workers: int) -> None:
         cpus = max(os.cpu_count() or 1, workers + 1)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         return
+    check_cluster_address(address)
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
