@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -48,8 +48,11 @@ def test_other_addresses_are_left_to_ray(address: str) -> None:
 def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may be connected
     address = f"127.0.0.1:{port}"
-    merging = MergeConfig(source="s", artifact="a", encoder="mlp:3x4x4-2", ray_address=address)
-    training = TrainConfig(artifact="a", run="r", steps=1)
-    start = {"merge": lambda: ray_stage.start(merging), "train": lambda: train_on_ray(training, 1, address)}[command]
+    calls: dict[str, Callable[[], object]] = {
+        "merge": lambda: ray_stage.start(
+            MergeConfig(source="s", artifact="a", encoder="mlp:3x4x4-2", ray_address=address)
+        ),
+        "train": lambda: train_on_ray(TrainConfig(artifact="a", run="r", steps=1), 1, address),
+    }
     with pytest.raises(ConfigError, match="found nothing that takes connections there"):
-        start()
+        calls[command]()
