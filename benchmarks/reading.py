@@ -2,7 +2,8 @@
 
 Ratios are of CPU seconds: readers run in data loader workers, one a core, and tensorstore uses more than one thread.
 
-tar     against the bare copy of the same bytes out of a memory map, and against stock webdataset on the same files
+tar     against the bare copy of the same bytes out of a memory map, against stock webdataset on the same files, and
+        against LitData on the same records in chunks of its own
 zarr    against tensorstore and zarr-python on the same store, record by record
 index   opening a manifest of many shards; looking up a key in it
 memory  private bytes after iterating over one shard, and over all
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -114,7 +116,7 @@ def write(folder: Path, format: str, photos: str | None, records: int, shards: i
 
 
 def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
-    """Reading all records: a bare copy, stock webdataset, and ours with every kind of verification."""
+    """Reading all records: a bare copy, stock webdataset, LitData (where installed), ours with every verification."""
     folder, per_record = artifact.location.root, artifact.manifest.layout.bytes_per_record
     paths = [f"{folder}/shards/{shard:05d}.tar" for shard in range(artifact.manifest.layout.shards)]
     buffer = np.empty(per_record, np.uint8)
@@ -130,9 +132,33 @@ def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
             pass
 
     ways: dict[str, Callable[[], None]] = {"copy of a memory map": floor, "stock webdataset": stock}
+    if importlib.util.find_spec("litdata") is None:
+        click.echo("litdata is not installed: left out")
+    else:
+        ways["LitData"] = _with_litdata(artifact)
     for mode in ("record", "shard", "off"):
         ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
     return _interleaved(ways, repeats)
+
+
+def _with_litdata(artifact: Artifact) -> Callable[[], None]:
+    """The same arrays in chunks of as many records, read in order by its dataset. Nothing is verified."""
+    from litdata import StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    folder = f"{artifact.location.root}-litdata"
+    if not Path(folder).exists():
+        writer = BinaryWriter(folder, chunk_size=artifact.manifest.layout.groups_per_shard)
+        for number, record in enumerate(artifact):
+            writer[number] = {"key": record.key, "count": record.count, **record.arrays}
+        writer.done()
+        writer.merge()
+
+    def read() -> None:
+        for _ in StreamingDataset(folder):
+            pass
+
+    return read
 
 
 def zarr_seconds(artifact: Artifact, repeats: int) -> Seconds:

@@ -21,7 +21,7 @@ from storage_schemas import ConfigError, Location
 
 SPEC = "python:experiments.photos.prepare:lite0"
 SIZE = 96
-TRAIN_PHOTOS, TEST_PHOTOS = 300, 200
+TRAIN_PHOTOS, TEST_PHOTOS = 300, 100
 
 
 class Lite0(nn.Module):
@@ -47,7 +47,7 @@ def lite0() -> Lite0:
 
 
 def prepare(data: Path, work: Path) -> Prepared:
-    """Convert the weights and split the photos: 300 to train on, then 200 for each seed to measure on."""
+    """Convert the weights and split the photos: 300 to train on, then 100 for each seed to measure on."""
     weights, head = work / "encoder.safetensors", work / "head.safetensors"
     if not head.exists():
         work.mkdir(parents=True, exist_ok=True)
