@@ -12,7 +12,6 @@ import importlib
 import json
 import platform
 import shutil
-import subprocess
 import time
 import tomllib
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from adversarial import PGD
 from evaluation import EvaluateConfig, evaluate
 from experiments.arms_report import report
+from experiments.facts import array_bytes, commit
 from experiments.online_fare import train_online
 from merge_service import MergeConfig, merge
 from storage_schemas import Location, open_artifact
@@ -74,7 +74,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
     rows = {name: study.row(name) for name in (BASELINE, *study.settings["arms"])}
     facts = {
         "command": f"python -m experiments.arms {'/'.join(settings.parts[-3:])}",
-        "commit": _commit(settings.parent),
+        "commit": commit(),
         "hardware": f"{platform.machine()} CPU, 1 thread",
         "rows": {name: row for name, row in rows.items() if row},
     }
@@ -226,7 +226,7 @@ class Study:
         """Compressed bytes of the arrays that an arm reads: its share of the members where it takes some of them."""
         if "rounds" in arm:
             first = next(iter(sorted(self._work.glob("runs/*-artifacts/0"))), None)
-            return None if first is None else arm["rounds"] * _array_bytes(str(first), {"members"})
+            return None if first is None else arm["rounds"] * array_bytes(str(first), {"members"})
         if "artifact" not in arm:
             return None
         arrays = {
@@ -235,7 +235,7 @@ class Study:
             "mean-only": {"sum"},
         }.get(arm["arm"], {"members"})
         arrays = arrays | ({"clean"} if arm.get("refine_steps") else set())
-        stored = _array_bytes(self.artifact(arm["artifact"]), arrays)
+        stored = array_bytes(self.artifact(arm["artifact"]), arrays)
         taken = arm.get("members")
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
 
@@ -264,21 +264,8 @@ class Study:
         return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)
 
 
-def _array_bytes(artifact: str, arrays: set[str]) -> int:
-    opened = open_artifact(artifact)
-    files = (file for position in range(len(opened.shard_sizes)) for file in opened.commit(position).files)
-    return sum(file.bytes for file in files if file.path.split("/")[1] in arrays)
-
-
 def _folder(name: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-
-
-def _commit(folder: Path) -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

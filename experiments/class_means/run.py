@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from PIL import Image
 
 from adversarial import load_encoder, save_encoder
 from evaluation import EvaluateConfig, evaluate
+from experiments.facts import commit
 from merge_service import MergeConfig, merge
 from sources import decode, native_shape, open_source
 from storage_schemas import open_artifact
@@ -126,12 +126,9 @@ def _summary(values: list[float], paper: float | None) -> dict[str, Any]:
 
 
 def _write(work: Path, results: dict[str, Any], seeds: int) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
     facts = {
         "command": f"python -m experiments.class_means.run --seeds {seeds}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "hardware": f"{platform.machine()} CPU, 1 thread",
         "seeds": list(range(seeds)),
         "unit": "test accuracy, %",

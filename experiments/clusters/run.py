@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from PIL import Image
 
 from evaluation import EvaluateConfig, evaluate
 from experiments.class_means.run import initial_weights
+from experiments.facts import array_bytes, commit
 from merge_service import MergeConfig, merge
 from sources import decode, native_shape, open_source
 from storage_schemas import open_artifact
@@ -76,12 +76,9 @@ def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
         click.echo(
             json.dumps({arm: {k: row["mean"] for k, row in rows.items()} for arm, rows in results[name].items()})
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
     facts = {
         "command": f"python -m experiments.clusters.run --seeds {seeds} --datasets {datasets}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "hardware": f"{platform.machine()} CPU, 1 thread",
         "seeds": list(range(seeds)),
         "unit": "test accuracy, %",
@@ -105,7 +102,7 @@ class Study:
             "mean": round(statistics.fmean(values), 2),
             "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
             "values": values,
-            "stored_bytes": _stored_bytes(self._artifact(arm, k, 0), ARMS[arm][2]),
+            "stored_bytes": array_bytes(self._artifact(arm, k, 0), ARMS[arm][2]),
         }
 
     def _accuracy(self, arm: str, k: int, seed: int) -> float:
@@ -176,12 +173,6 @@ class Study:
             path = folder / str(self.images.labels[index]) / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(self.images.pixels[index].transpose(1, 2, 0).squeeze()).save(path)
-
-
-def _stored_bytes(artifact: str, arrays: tuple[str, ...]) -> int:
-    opened = open_artifact(artifact)
-    files = (file for position in range(len(opened.shard_sizes)) for file in opened.commit(position).files)
-    return sum(file.bytes for file in files if file.path.split("/")[1] in arrays)
 
 
 def _plot(results: dict[str, Any]) -> None:

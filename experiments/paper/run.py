@@ -7,12 +7,12 @@ python -m experiments.paper.run --data /data --work /scratch/paper
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from experiments.facts import commit
 from experiments.paper.cost import Gpu, Stage, estimate
 from experiments.paper.requirements import problems, warnings
 from experiments.paper.settings import Study, read_study
@@ -87,7 +87,7 @@ def _run(study: Study, settings: Path, data: Path, work: Path, dry_run: bool) ->
     experiment.check_memory()
     taken = experiment.run()
     command = f"python -m experiments.paper.run {'/'.join(settings.absolute().parts[-3:])}"
-    click.echo(experiment.report(command, _commit()), nl=False)
+    click.echo(experiment.report(command, commit()), nl=False)
     if taken:
         click.echo(f"other processes are at {', '.join(taken)}; the last one to end writes the whole table", err=True)
 
@@ -113,13 +113,6 @@ def _print_estimate(study: Study, stages: Sequence[Stage], work: Path, price: fl
     if price is not None:
         click.echo(f"cost at {price:g} a GPU hour: {hours_in_all * price:,.0f}")
     click.echo("counted by experiments/paper/cost.py, not measured; an upper bound where attacks on LLaVA stop early")
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def _weights(run: Path) -> dict[str, Tensor]:
         ("fare2", {"arm": "random-member", "loss": "squared_error", "epsilon": "2/255"}),
         ("fare4", {"arm": "random-member", "loss": "squared_error", "epsilon": "4/255"}),
         ("tecoa", {"arm": "random-member", "loss": "cross_entropy", "epsilon": None}),
+        ("refined", {"arm": "random-member", "loss": "squared_error", "refine_steps": 2}),
     ],
 )
 def test_presets_are_the_published_settings(name: str, expected: dict[str, Any]) -> None:
