@@ -46,6 +46,12 @@ COMMANDS = {
 }
 
 
+class MissingExtra(click.ClickException):
+    """A command whose packages are not installed."""
+
+    exit_code = 2
+
+
 class LazyGroup(click.Group):
     """A group whose commands live in modules that are imported on first use."""
 
@@ -59,7 +65,7 @@ class LazyGroup(click.Group):
         try:
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            raise click.ClickException(
+            raise MissingExtra(
                 f"`datamerge {cmd_name}` needs the package {error.name!r}: pip install 'datamerge[{extra}]'"
             ) from None
         return command

@@ -1,0 +1,98 @@
+"""The wheel, installed without extras into an empty environment, as somebody who only reads artifacts would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "v1" / "webdataset-uint8_moments-full"
+OFFLINE = ("NewConnectionError", "NameResolutionError", "Connection refused")
+
+
+def _run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "DATAMERGE_DATA")
+    outside = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=outside, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(folder)]
+    built = _run(sys.executable, *build, ROOT, cwd=folder)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.glob("datamerge-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path) -> Path:
+    """The folder of programs of a new environment with the wheel in it."""
+    folder = wheel.parent / "environment"
+    assert _run(sys.executable, "-m", "venv", folder, cwd=wheel.parent).returncode == 0
+    constraints = ROOT / "constraints.txt"
+    installed = _run(
+        folder / "bin" / "python", "-m", "pip", "install", "-q", "-c", constraints, wheel, cwd=wheel.parent
+    )
+    if any(sign in installed.stderr for sign in OFFLINE):
+        pytest.skip("no package index can be reached")
+    assert installed.returncode == 0, installed.stderr
+    return folder / "bin"
+
+
+def test_the_wheel_has_what_runs_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
+    tracked = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {
+        "benchmarks",
+        "docs",
+        "experiments",
+        "tests",
+    }
+    assert tops == {*tracked, "datamerge.py"}
+    assert "trainer/presets/paper.toml" in names
+    assert "storage_schemas/FORMAT.md" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["inspect", GOLDEN], ["verify", GOLDEN], ["diff", GOLDEN, GOLDEN]],
+    ids=str,
+)
+def test_artifacts_are_read_without_extras(environment: Path, tmp_path: Path, arguments: list[str | Path]) -> None:
+    found = _run(environment / "datamerge", *arguments, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout
+
+
+def test_an_artifact_is_converted_and_read_in_python(environment: Path, tmp_path: Path) -> None:
+    converted = _run(environment / "datamerge", "convert", GOLDEN, "as-zarr", "--format", "zarr", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    code = "from storage_schemas import open_artifact; print(len(open_artifact('as-zarr')[0].mean.shape))"
+    assert _run(environment / "python", "-c", code, cwd=tmp_path).stdout == "3\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["merge", "photos", "out", "--encoder", "mlp:3x4x4-2"], "merge"),
+        (["train", GOLDEN, "run", "--steps", "1"], "train"),
+        (["evaluate", "run"], "eval"),
+        (["demo", "out"], "demo"),
+    ],
+)
+def test_a_missing_extra_is_named(environment: Path, tmp_path: Path, arguments: list[str | Path], extra: str) -> None:
+    found = _run(environment / "datamerge", *arguments, cwd=tmp_path)
+    assert found.returncode == 2
+    assert f"pip install 'datamerge[{extra}]'" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.iterdir())
