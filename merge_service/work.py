@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,11 +105,10 @@ class ShardWorker:
             started = time.monotonic()
             self._use_threads()
             per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
-            records = [
-                record
-                for start in range(0, len(usable), per_batch)
-                for record in self._attacker.records(usable[start : start + per_batch], rejects)
-            ]
+            records: list[Record] = []
+            while usable:
+                records += self._attacker.records(usable[:per_batch], rejects)
+                del usable[:per_batch]
             seconds = time.monotonic() - started
         return self._commit(task, records, rejects, seconds)
 
@@ -160,18 +159,26 @@ class ShardWorker:
         return self._accumulator
 
     def _commit(
-        self, task: ShardTask, records: Sequence[Record], rejects: Sequence[Reject], seconds: float
+        self, task: ShardTask, records: list[Record], rejects: Sequence[Reject], seconds: float
     ) -> ShardResult:
+        """Write a shard. `records` is empty afterwards: while they are encoded the next shard's are made."""
         writer = self._setup.writer
         if writer is None:
             raise ConfigError("this worker was set up before the plan was made")
         with self._write_lock:
-            commit = writer.commit(task.shard, records, rejects)
+            commit = writer.commit(task.shard, _drained(records), rejects)
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
 
     def _use_threads(self) -> None:
         # The setting belongs to the calling thread, and calls come in on several.
         torch.set_num_threads(self._config.threads)
+
+
+def _drained(records: list[Record]) -> Iterator[Record]:
+    """The records in their order, each let go of when the next is asked for."""
+    records.reverse()
+    while records:
+        yield records.pop()
 
 
 def _load(wanted: tuple[str, str], device: str) -> Encoder:

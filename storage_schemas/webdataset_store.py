@@ -35,26 +35,31 @@ def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
     return {shard_path(shard): layout.arrays}
 
 
-def encode_shard(
-    layout: Layout, shard: int, records: Sequence[Record]
-) -> tuple[dict[str, bytes], list[dict[str, int] | None]]:
-    """The tar file of one shard, by path in the artifact, and each record's array offsets in it."""
-    buffer = io.BytesIO()
-    offsets: list[dict[str, int] | None] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for record in records:
-            positions: dict[str, int] = {}
-            facts = {"count": record.count, "label": record.label, "samples": list(record.samples)}
-            _add(tar, f"{record.key}.json", json.dumps(facts, sort_keys=True).encode())
-            for spec in layout.arrays:
-                stream = io.BytesIO()
-                little = np.asarray(record.arrays[spec.name], dtype=spec.little_endian)
-                np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
-                data = stream.getvalue()
-                end = _add(tar, f"{record.key}.{spec.name}.npy", data)
-                positions[spec.name] = end - spec.nbytes
-            offsets.append(positions)
-    return {shard_path(shard): buffer.getvalue()}, offsets
+class ShardEncoder:
+    """The tar file of one shard, record by record."""
+
+    def __init__(self, layout: Layout, shard: int) -> None:
+        self._arrays, self._path = layout.arrays, shard_path(shard)
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def add(self, record: Record) -> dict[str, int]:
+        """Append a record; returns the offsets of its arrays in the file."""
+        facts = {"count": record.count, "label": record.label, "samples": list(record.samples)}
+        _add(self._tar, f"{record.key}.json", json.dumps(facts, sort_keys=True).encode())
+        positions: dict[str, int] = {}
+        for spec in self._arrays:
+            stream = io.BytesIO()
+            little = np.asarray(record.arrays[spec.name], dtype=spec.little_endian)
+            np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
+            end = _add(self._tar, f"{record.key}.{spec.name}.npy", stream.getvalue())
+            positions[spec.name] = end - spec.nbytes
+        return positions
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """The file, by its path in the artifact."""
+        self._tar.close()
+        yield self._path, self._buffer.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from math import inf
 from types import ModuleType
 from typing import Any
 
@@ -39,7 +40,7 @@ from storage_schemas.record import Record, checksums
 
 
 def store(layout: Layout) -> ModuleType:
-    """The module of a layout's format: `metadata_files`, `shard_files`, `encode_shard`."""
+    """The module of a layout's format: `metadata_files`, `shard_files`, `ShardEncoder`."""
     return zarr_store if layout.format == "zarr" else webdataset_store
 
 
@@ -117,48 +118,45 @@ class ArtifactWriter:
         numbers = (shard_of_sidecar(f"commits/{name}") for name in self.location.names("commits"))
         return {number for number in numbers if number is not None}
 
-    def commit(self, shard: int, records: Sequence[Record], rejects: Sequence[Reject]) -> Commit:
+    def commit(self, shard: int, records: Iterable[Record], rejects: Sequence[Reject]) -> Commit:
         """Write the shard's files, then its sidecar; a shard that is committed by now is left as it is.
 
+        Args:
+            records: in order. One that comes from an iterator is not needed any more once the next is asked for.
+
         Raises:
-            ValueError: a record whose arrays do not follow the layout or are not finite, or a key used twice.
+            ValueError: a record whose arrays do not follow the layout or are not finite, a key used twice, or
+                more records than a shard holds. Nothing is written then.
         """
-        for record in records:
-            _check_record(record, self.layout)
-        if len({record.key for record in records}) < len(records):
-            raise ValueError(f"shard {shard}: expected distinct keys, found {[record.key for record in records]}")
         committed = self._committed(shard)
         if committed is not None:
             return committed
-        # The name of a sample may be a URL, or a command with one.
-        records = [replace(record, samples=tuple(map(redact, record.samples))) for record in records]
-        files, offsets = store(self.layout).encode_shard(self.layout, shard, records)
-        entries = []
-        for path, data in files.items():
+        encoder, spread = store(self.layout).ShardEncoder(self.layout, shard), _Spread()
+        entries: dict[str, RecordEntry] = {}
+        for record in records:
+            _check_record(record, self.layout)
+            if record.key in entries or len(entries) == self.layout.groups_per_shard:
+                limit = f"{self.layout.groups_per_shard} distinct keys at most"
+                raise ValueError(f"shard {shard}: expected {limit}, found {record.key} after {list(entries)}")
+            # The name of a sample may be a URL, or a command with one.
+            record = replace(record, samples=tuple(map(redact, record.samples)))
+            entries[record.key] = _record_entry(record, self.layout, encoder.add(record))
+            spread.add(record)
+        files = []
+        for path, data in encoder.files():
             self.location.write(path, data)
-            entries.append(_entry(path, data))
+            files.append(_entry(path, data))
         commit = Commit(
             schema_version=SCHEMA_VERSION,
             shard=shard,
             plan_sha256=self.plan,
-            files=tuple(entries),
-            records=tuple(
-                RecordEntry(
-                    key=record.key,
-                    count=record.count,
-                    label=record.label,
-                    samples=record.samples,
-                    checksums=checksums(record.arrays, self.layout),
-                    offsets=offset,
-                    info=dict(record.info),
-                )
-                for record, offset in zip(records, offsets, strict=True)
-            ),
+            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            records=tuple(entries.values()),
             rejects=tuple(
                 reject.model_copy(update={"reason": redact(reject.reason), "sample": redact(reject.sample)})
                 for reject in rejects
             ),
-            ranges=_ranges(records),
+            ranges=spread.ranges(),
             self_sha256=UNSEALED,
         )
         self.location.write(commit_path(shard), dump(commit))
@@ -273,18 +271,43 @@ def _check_record(record: Record, layout: Layout) -> None:
             raise ValueError(f"group {record.key}: {spec.name} is not finite")
 
 
-def _ranges(records: Sequence[Record]) -> Ranges | None:
-    if not records:
-        return None
-    means = [record.mean for record in records]
-    variances = [record.variance for record in records]
-    return Ranges(
-        mean_min=float(min(mean.min() for mean in means)),
-        mean_max=float(max(mean.max() for mean in means)),
-        variance_max=float(max(variance.max() for variance in variances)),
-        variance_mean=float(np.mean([variance.mean(dtype=np.float64) for variance in variances])),
-        clipped_variances=sum(record.clipped_variances() for record in records),
+def _record_entry(record: Record, layout: Layout, offsets: dict[str, int] | None) -> RecordEntry:
+    return RecordEntry(
+        key=record.key,
+        count=record.count,
+        label=record.label,
+        samples=record.samples,
+        checksums=checksums(record.arrays, layout),
+        offsets=offsets,
+        info=dict(record.info),
     )
+
+
+class _Spread:
+    """Ranges of the moments of a shard, a record at a time: as float32 they are larger than what is stored."""
+
+    def __init__(self) -> None:
+        self._least, self._most, self._variances, self._variance_means = inf, -inf, -inf, list[float]()
+        self._clipped = 0
+
+    def add(self, record: Record) -> None:
+        mean, variance = record.mean, record.variance
+        self._least, self._most = min(self._least, float(mean.min())), max(self._most, float(mean.max()))
+        self._variances = max(self._variances, float(variance.max()))
+        self._variance_means.append(float(variance.mean(dtype=np.float64)))
+        self._clipped += record.clipped_variances()
+
+    def ranges(self) -> Ranges | None:
+        """Of all records; None if there were none."""
+        if not self._variance_means:
+            return None
+        return Ranges(
+            mean_min=self._least,
+            mean_max=self._most,
+            variance_max=self._variances,
+            variance_mean=float(np.mean(self._variance_means)),
+            clipped_variances=self._clipped,
+        )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

@@ -57,23 +57,37 @@ def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
     return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
 
 
-def encode_shard(
-    layout: Layout, shard: int, records: Sequence[Record]
-) -> tuple[dict[str, bytes], list[dict[str, int] | None]]:
-    """The files of one shard, by path in the artifact. Zarr keeps offsets in its own shard index."""
-    store = MemoryStore()
-    arrays = _create_arrays(store, layout)
-    metadata = set(_contents(store))
-    rows = slice(shard * layout.groups_per_shard, shard * layout.groups_per_shard + len(records))
-    if records:
-        for spec in layout.arrays:
-            arrays[spec.name][rows] = np.stack([record.arrays[spec.name] for record in records])
-        arrays["count"][rows] = np.array([record.count for record in records], np.int64)
-        arrays["label"][rows] = np.array(
-            [UNLABELLED if record.label is None else record.label for record in records], np.int64
-        )
-    files = {path: data for path, data in _contents(store).items() if path not in metadata}
-    return files, [None] * len(records)
+class ShardEncoder:
+    """The files of one shard: records are gathered array by array, each of which is compressed as a whole."""
+
+    def __init__(self, layout: Layout, shard: int) -> None:
+        self._layout, self._first, self._filled = layout, shard * layout.groups_per_shard, 0
+        # Rows that are not filled take no memory.
+        self._rows = {
+            spec.name: np.empty((layout.groups_per_shard, *spec.shape), spec.dtype) for spec in layout.arrays
+        }
+        self._rows |= {name: np.empty(layout.groups_per_shard, np.int64) for name in ("count", "label")}
+
+    def add(self, record: Record) -> None:
+        """Take a copy of a record. Zarr keeps offsets in its own shard index."""
+        facts = {"count": record.count, "label": UNLABELLED if record.label is None else record.label}
+        for name, rows in self._rows.items():
+            rows[self._filled] = facts[name] if name in facts else record.arrays[name]
+        self._filled += 1
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Each file by its path in the artifact; what it was made of is let go."""
+        store = MemoryStore()
+        arrays = _create_arrays(store, self._layout)
+        metadata = set(_contents(store))
+        for name in sorted(self._rows) if self._filled else ():
+            rows = self._rows.pop(name)[: self._filled]
+            arrays[name][self._first : self._first + self._filled] = rows
+            del rows
+            for path, data in _contents(store).items():
+                if path not in metadata:
+                    del store._store_dict[path.removeprefix(f"{STORE}/")]
+                    yield path, data
 
 
 class ZarrReader:
