@@ -34,15 +34,23 @@ from sources import decode, open_source
 @click.option("--only", multiple=True, help="These arms only.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--batch-size", default=100, show_default=True)
+@click.option("--epsilon", metavar="FRACTION", help="Radius of the attacks. [that of SETTINGS]")
 def main(
-    settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...], steps: int, batch_size: int
+    settings: Path,
+    data: Path,
+    work: Path,
+    seeds: str,
+    only: tuple[str, ...],
+    steps: int,
+    batch_size: int,
+    epsilon: str | None,
 ) -> None:
     """Attack the trained encoders of SETTINGS with torchattacks."""
     torch.set_num_threads(1)
     study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
     target = settings.with_name(f"third-party-{settings.stem}.json")
     facts: dict[str, Any] = json.loads(target.read_text())["arms"] if target.exists() else {}
-    epsilon = float(Fraction(study.settings["evaluate"]["epsilon"]))
+    radius = float(Fraction(epsilon or study.settings["evaluate"]["epsilon"]))
     for name in (BASELINE, *study.settings["arms"]):
         for seed in (text for text in seeds.split(",") if text):
             trained = study.trained(name, int(seed))
@@ -51,10 +59,10 @@ def main(
             encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
             model = nn.Sequential(encoder, load_head(study.prepared.head)).eval()
             pixels, labels = _images(study.prepared.test(int(seed)), encoder.input_shape)
-            found = _accuracies(model, pixels, labels, epsilon, steps, batch_size)
+            found = _accuracies(model, pixels, labels, radius, steps, batch_size)
             facts.setdefault(name, {})[seed] = found
             click.echo(f"{name}, seed {seed}: {found}")
-            attack = {"torchattacks": version("torchattacks"), "epsilon": epsilon, "steps": steps}
+            attack = {"torchattacks": version("torchattacks"), "epsilon": radius, "steps": steps}
             target.write_text(json.dumps({"attack": attack, "arms": facts}, indent=1) + "\n")
 
 
