@@ -51,10 +51,11 @@ def start(config: MergeConfig) -> None:
     """
     if ray.is_initialized():
         return
+    if config.ray_address is not None:
+        check_cluster_address(config.ray_address)
     _connections.append(config.ray_address or "local")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     if config.ray_address is not None:
-        check_cluster_address(config.ray_address)
         try:
             ray.init(address=config.ray_address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:

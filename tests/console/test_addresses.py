@@ -56,3 +56,4 @@ def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypa
     }
     with pytest.raises(ConfigError, match="found nothing that takes connections there"):
         calls[command]()
+    assert not ray_stage._connections  # nothing to leave later
