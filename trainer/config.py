@@ -7,7 +7,7 @@ import tomllib
 from importlib import resources
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from console import Fraction, Settings
 from storage_schemas import ConfigError
@@ -149,7 +149,11 @@ class TrainConfig(Settings):
     cache: str | None = Field(
         default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."
     )
-    cache_bytes: int = Field(default=100 * 10**9, ge=1, description="Bytes that the cache may hold.")
+    cache_bytes: ByteSize = Field(
+        default=ByteSize(100 * 10**9),
+        ge=1,
+        description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch (its own choice if not set).")
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
     wandb_project: str | None = Field(

@@ -70,6 +70,20 @@ def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp
     train(_config(artifact, tmp_path / "run", epsilon="4/255"))
 
 
+@pytest.mark.parametrize(("size", "expected"), [("200GB", 200 * 10**9), ("1.5TiB", 3 * 2**39), (7, 7)])
+def test_sizes_have_units(size: str | int, expected: int) -> None:
+    assert (
+        load_settings(TrainConfig, None, {"artifact": "a", "run": "r", "cache_bytes": size}).cache_bytes == expected
+    )
+
+
+def test_a_size_that_is_none_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    arguments = [make_artifact(), str(tmp_path / "run"), "--steps", "1", "--set", "cache_bytes=lots"]
+    error = CliRunner().invoke(command, arguments).exception
+    assert isinstance(error, ConfigError)
+    assert "cache_bytes" in str(error)
+
+
 def test_any_setting_can_be_set(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     flags = "--steps 2 --batch-size 4 --lr 0.5 --set learning_rate=0.001 --set samples=3 --set device=cpu"
     arguments = [make_artifact(), str(tmp_path / "run"), *flags.split(), "--set", 'freeze=["1.*"]']
