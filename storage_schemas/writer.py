@@ -287,13 +287,15 @@ class _Spread:
     """Ranges of the moments of a shard, a record at a time: as float32 they are larger than what is stored."""
 
     def __init__(self) -> None:
-        self._least, self._most, self._variances, self._variance_means = inf, -inf, -inf, list[float]()
+        self._least_mean, self._largest_mean, self._largest_variance = inf, -inf, -inf
+        self._variance_means: list[float] = []
         self._clipped = 0
 
     def add(self, record: Record) -> None:
         mean, variance = record.mean, record.variance
-        self._least, self._most = min(self._least, float(mean.min())), max(self._most, float(mean.max()))
-        self._variances = max(self._variances, float(variance.max()))
+        self._least_mean = min(self._least_mean, float(mean.min()))
+        self._largest_mean = max(self._largest_mean, float(mean.max()))
+        self._largest_variance = max(self._largest_variance, float(variance.max()))
         self._variance_means.append(float(variance.mean(dtype=np.float64)))
         self._clipped += record.clipped_variances()
 
@@ -302,9 +304,9 @@ class _Spread:
         if not self._variance_means:
             return None
         return Ranges(
-            mean_min=self._least,
-            mean_max=self._most,
-            variance_max=self._variances,
+            mean_min=self._least_mean,
+            mean_max=self._largest_mean,
+            variance_max=self._largest_variance,
             variance_mean=float(np.mean(self._variance_means)),
             clipped_variances=self._clipped,
         )
