@@ -112,23 +112,28 @@ class Circumstances:
         cores = len(os.sched_getaffinity(0))
         cpu = f"{platform.machine()} {cores}-core"
         hardware = torch.cuda.get_device_name() if device == "cuda" else cpu
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
         missing = tuple(name for name in PEERS if importlib.util.find_spec(name) is None)
         installed = ["torch", *(name for name in PEERS if name not in missing)]
         return cls(
             hardware=hardware,
             slug=re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-"),
             day=str(date.today()),
-            commit=described.stdout.strip() or "unknown",
+            commit=commit(),
             versions=", ".join(f"{name} {version(name)}" for name in installed),
             missing=missing,
         )
+
+
+def commit() -> str:
+    """The commit of this checkout, marked where it has changes."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"
 
 
 def spread(rounds: Sequence[float]) -> list[str]:

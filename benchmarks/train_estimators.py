@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adversarial import Encoder, load_encoder
+from benchmarks.report import commit
 from trainer import (
     Draws,
     GroupLoss,
@@ -83,10 +83,9 @@ class Cloud:
 def main(encoders: str, draws: int, truth: int, repeats: int, threads: int) -> None:
     """Print one table per encoder."""
     torch.set_num_threads(threads)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     click.echo(
-        f"`python benchmarks/train_estimators.py --draws {draws} --truth {truth} --repeats {repeats} "
-        f"--threads {threads}`, commit {commit.stdout.strip()}, {date.today()}, "
+        f"`python -m benchmarks.train_estimators --draws {draws} --truth {truth} --repeats {repeats} "
+        f"--threads {threads}`, commit {commit()}, {date.today()}, "
         f"{platform.machine()} CPU, torch {torch.__version__}\n"
     )
     for spec in encoders.split(","):

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 from adversarial import load_encoder
+from benchmarks.report import commit
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
 from storage_schemas.factors import factor_spec, stored_factors
 from storage_schemas.record import encode_exact
@@ -89,11 +90,10 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _heading(**options: Any) -> None:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     cuda = str(options.get("device", "cpu")).startswith("cuda")
     hardware = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     torch.set_num_threads(options.get("threads", 1))
-    click.echo(f"{options}, commit {commit.stdout.strip()}, {date.today()}, {hardware}, torch {torch.__version__}\n")
+    click.echo(f"{options}, commit {commit()}, {date.today()}, {hardware}, torch {torch.__version__}\n")
 
 
 @main.command()

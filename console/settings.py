@@ -80,4 +80,6 @@ def _describe(problem: Any, model: type[Settings]) -> str:
         return f"{name}: expected a value, found none; give it as an argument, a flag or in a --config FILE.toml"
     if problem["type"] == "value_error":
         return f"{name}: {message}" if name else message
+    if problem["type"].startswith("byte_size"):
+        message = "expected bytes or a size such as 200GB or 1.5TiB"
     return f"{name}: {message}, found {problem['input']!r}"
