@@ -26,6 +26,7 @@ _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
 _USER = re.compile(r"(?<=://)[^/?#]+@")
 _QUERY = re.compile(r"(?<=[?&])([^=&]+)=[^&),]*")
+_BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 WRITE_ATTEMPTS = 5
 
@@ -227,7 +228,13 @@ class _RangeError(DatamergeError):
 
 def redact(text: str) -> str:
     """A URL, or a text that contains some, with user names, passwords and query values masked."""
-    return _URL.sub(lambda url: _QUERY.sub(r"\1=***", _USER.sub("***@", url[0])), text)
+    return _URL.sub(lambda url: _redact_url(url[0]), text)
+
+
+def _redact_url(url: str) -> str:
+    if _is_http(url):  # elsewhere a question mark stands for any letter of a name
+        url = _BARE_QUERY.sub("***", url)
+    return _QUERY.sub(r"\1=***", _USER.sub("***@", url))
 
 
 def redact_tree(tree: Any) -> Any:

@@ -143,6 +143,8 @@ def test_nothing_is_written_over_http(
         ("https://me:pw@host/a", "https://***@host/a"),
         ("https://token@host/a?x=1", "https://***@host/a?x=***"),
         ("403, url='http://h/a?sig=abc&se=1', retry", "403, url='http://h/a?sig=***&se=***', retry"),
+        ("(https://h/a?SECRET), http://h/a?x=1&SECRET", "(https://h/a?***), http://h/a?x=***&***"),
+        ("s3://bucket/img-?.png", "s3://bucket/img-?.png"),
         ("is 3 = 4? no=way", "is 3 = 4? no=way"),
         ("runs/?a=b", "runs/?a=b"),
         ("URL('https://u:p@h:8/a'), s3://k:s@b/x", "URL('https://***@h:8/a'), s3://***@b/x"),
