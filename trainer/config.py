@@ -234,8 +234,9 @@ def read_preset(name: str) -> dict[str, Any]:
 def parse_override(text: str) -> dict[str, Any]:
     """Settings of one `--set NAME=VALUE`: the value as TOML, or else the text itself.
 
-    >>> parse_override("learning_rate=3e-4"), parse_override("device=cuda:1")
-    ({'learning_rate': 0.0003}, {'device': 'cuda:1'})
+    Examples:
+        >>> parse_override("learning_rate=3e-4"), parse_override("device=cuda:1")
+        ({'learning_rate': 0.0003}, {'device': 'cuda:1'})
 
     Raises:
         ConfigError: not of this form.

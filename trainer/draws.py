@@ -22,9 +22,10 @@ class Draws:
     Args:
         seeds: 64-bit seeds, one per group.
 
-    >>> Draws([1, 2]).signs(torch.zeros(2, 3)).abs()
-    tensor([[1., 1., 1.],
-            [1., 1., 1.]])
+    Examples:
+        >>> Draws([1, 2]).signs(torch.zeros(2, 3)).abs()
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:

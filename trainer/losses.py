@@ -55,8 +55,9 @@ class SquaredError:
     Attributes:
         scale: 1.0 for the loss of PAPER eq. 11 (and FARE), 0.5 for that of Appendix A.
 
-    >>> SquaredError().value(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
-    tensor([25.])
+    Examples:
+        >>> SquaredError().value(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+        tensor([25.])
     """
 
     scale: float = 1.0

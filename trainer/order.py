@@ -91,11 +91,12 @@ def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int =
 class Order:
     """Batches by global step. Steps and epochs count from 0.
 
-    >>> order = Order([2, 3], batch_size=2, seed=0)
-    >>> order.steps_per_epoch
-    3
-    >>> sorted(int(i) for step in range(3) for i in order.batch(step))
-    [0, 1, 2, 3, 4]
+    Examples:
+        >>> order = Order([2, 3], batch_size=2, seed=0)
+        >>> order.steps_per_epoch
+        3
+        >>> sorted(int(i) for step in range(3) for i in order.batch(step))
+        [0, 1, 2, 3, 4]
     """
 
     def __init__(self, shard_sizes: Sequence[int], batch_size: int, seed: int) -> None:
