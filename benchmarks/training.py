@@ -240,7 +240,7 @@ def _artifact(
 
 
 def _record(number: int, layout: Layout, rng: np.random.Generator, members: int) -> Record:
-    channels, height, width = layout.arrays[0].shape
+    channels, height, width = layout.pixels
     coarse = rng.integers(2, 254, (channels, -(-height // 8), -(-width // 8)))
     clean = np.repeat(np.repeat(coarse, 8, axis=1), 8, axis=2)[:, :height, :width]
     images = (clean + rng.integers(-2, 3, (members, channels, height, width))).clip(0, 255).astype(np.uint8)

@@ -188,7 +188,7 @@ def _show_result(config: MergeConfig, result: MergeResult, as_json: bool) -> Non
     for reject in result.rejects[:10]:
         console.print(f"rejected {reject.sample}: {reject.reason}", markup=False)
     if len(result.rejects) > 10:
-        console.print(f"… and {len(result.rejects) - 10} more, listed in {config.artifact}/commits")
+        console.print(f"… and {len(result.rejects) - 10} more, listed in {config.artifact}/commits", markup=False)
     done = f"in {result.seconds:.1f} s" if result.merged_shards else "(already complete, nothing to do)"
     click.echo(
         f"{config.artifact}: {manifest.groups} groups in {len(manifest.shards)} shards, "

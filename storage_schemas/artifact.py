@@ -285,6 +285,8 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
         tensors: dict[str, Array] = load_safetensors(data)
     except SafetensorError as error:
         raise SchemaError(f"{where}: expected a safetensors file with `weight`, found {error}") from None
+    except KeyError as error:
+        raise SchemaError(f"{where}: expected tensors of dtypes that NumPy has, such as F32, found {error}") from None
     weight = tensors.get("weight")
     if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias", "scale"}:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

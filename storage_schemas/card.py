@@ -61,7 +61,7 @@ def describe(artifact: Artifact) -> str:
     counts = [entry.count for shard in range(len(manifest.shards)) for entry in artifact.commit(shard).records]
     return (
         f"{len(counts)} groups of {min(counts, default=0)} to {max(counts, default=0)} samples, each reduced to its "
-        f"mean and mean square over pixels {list(manifest.layout.arrays[0].shape)} in [0, 1] (before any "
+        f"mean and mean square over pixels {list(manifest.layout.pixels)} in [0, 1] (before any "
         "normalisation, divisor N)."
     )
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal as human_bytes
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from storage_schemas.artifact import open_artifact
 from storage_schemas.location import Location
@@ -38,11 +39,11 @@ def inspect(artifact: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    table = Table(title=facts["url"], show_header=False, title_justify="left")
+    table = Table(title=_text(facts["url"]), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _rows(facts):
-        table.add_row(name, value)
+        table.add_row(_text(name), _text(value))
     Console(highlight=False).print(table)
 
 
@@ -121,7 +122,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("encoding", facts["encoding"]),
         ("arrays", arrays),
     ]
-    if facts["groups"]:
+    if moments["mean_min"] is not None:
         rows += [
             ("mean", f"{moments['mean_min']:.4f} to {moments['mean_max']:.4f}"),
             ("variance", f"mean {moments['variance_mean']:.3e}, max {moments['variance_max']:.3e}"),
@@ -140,6 +141,11 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _optional(text: str, value: float | None) -> str:
     return "" if value is None else text.format(value)
+
+
+def _text(foreign: str) -> Text:
+    """What others wrote, shown as it is: no markup, no codes that a terminal obeys."""
+    return Text("".join(letter if letter.isprintable() else "�" for letter in foreign))
 
 
 def _flat(value: Any) -> str:

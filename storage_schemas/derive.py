@@ -32,6 +32,9 @@ def write_shards(
 ) -> Manifest:
     """Commit every shard that is not committed yet, then finish the artifact with its card and pictures.
 
+    Raises:
+        DatamergeError: a record that the format does not allow.
+
     Args:
         writer: of the new artifact; an unfinished one of the same plan is continued.
         files: what belongs to no shard, such as the class head.
@@ -42,7 +45,10 @@ def write_shards(
     committed = writer.committed()
     for shard in range(writer.layout.shards):
         if shard not in committed:
-            writer.commit(shard, *make(shard))
+            try:
+                writer.commit(shard, *make(shard))
+            except ValueError as error:  # a key that is there twice, a mean that is no number
+                raise DatamergeError(f"{writer.location.url}, shard {shard}: {error}") from error
         first = shard * writer.layout.groups_per_shard
         advance(min(writer.layout.groups_per_shard, writer.layout.groups - first))
     writer.finish()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.errors import CorruptShard
-from storage_schemas.location import Location
+from storage_schemas.location import Location, refuse_devices
 from storage_schemas.manifest import FileEntry
 
 Bytes = npt.NDArray[np.uint8]
@@ -70,11 +70,14 @@ class FileRanges:
         local = self._location.local_path(path)
         if local is None:
             return None
+        refuse_devices(local)
         try:
             # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
             mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
         except ValueError:  # an empty file cannot be mapped
             raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
+        except IsADirectoryError:
+            raise CorruptShard(f"{self._location.url}/{path}: expected a file, found a folder") from None
         self._maps[path] = mapped
         if len(self._maps) > OPEN_MAPS:
             self._maps.popitem(last=False)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
-from storage_schemas.errors import DatamergeError, UserError
+from storage_schemas.errors import CorruptShard, DatamergeError, UserError
 from storage_schemas.retries import http_status, is_transient, retry
 
 T = TypeVar("T")
@@ -23,9 +23,11 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 # Failures of this machine's disk while it takes a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_URL = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
-_USER = re.compile(r"(?<=://)[^/?#]+@")
-_QUERY = re.compile(r"(?<=[?&])([^=&]+)=[^&),]*")
+# No scheme is longer; without a bound a long word takes quadratic time.
+_URL = re.compile(r"\w[\w+.-]{0,30}://[^\s'\"<>]+")
+# A password may hold slashes; a port is none.
+_USER = re.compile(r"(?<=://)(?:[^/?#]+|[^/?#:]*:(?!\d+/)[^?#]*)@")
+_QUERY = re.compile(r"(?<=[?&#;])([^=&]+)=(?:[^&),]|,(?=[^&)]))*")
 _BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 WRITE_ATTEMPTS = 5
@@ -120,7 +122,7 @@ class Location:
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
         """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
         if self.is_local:
-            _refuse_devices(self.path(relative))
+            refuse_devices(self.path(relative))
         try:
             data = self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end))
         except _RangeError:
@@ -170,7 +172,8 @@ class Location:
         """Remove the temporary files of writers that were killed; only local folders have them."""
         if self.is_local:
             for path in Path(self.root).rglob(".*.tmp"):
-                path.unlink(missing_ok=True)
+                if not path.is_dir():
+                    path.unlink(missing_ok=True)
 
     def remove(self, relative: str) -> None:
         """Remove a file.
@@ -240,7 +243,7 @@ def _redact_url(url: str) -> str:
 def redact_tree(tree: Any) -> Any:
     """A JSON tree with every string redacted."""
     if isinstance(tree, Mapping):
-        return {key: redact_tree(value) for key, value in tree.items()}
+        return {redact(key): redact_tree(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [redact_tree(value) for value in tree]
     return redact(tree) if isinstance(tree, str) else tree
@@ -257,14 +260,18 @@ def _missing_driver(url: str, error: ImportError) -> str:
     return f"the driver for {protocol}:// is not installed; {hint}"
 
 
-def _refuse_devices(path: str) -> None:
-    """Reading a device or a pipe, to which an artifact may link, need not end."""
+def refuse_devices(path: str) -> None:
+    """Nothing for a local file or folder, or where there is none.
+
+    Raises:
+        CorruptShard: a device or a pipe, to which an artifact may link; reading one need not end.
+    """
     try:
         mode = Path(path).stat().st_mode
     except OSError:
         return  # the read says it better
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise DatamergeError(f"{path}: expected a file, found a device or a pipe")
+        raise CorruptShard(f"{path}: expected a file, found a device or a pipe")
 
 
 def _write_local(path: Path, data: bytes) -> None:

@@ -33,12 +33,15 @@ MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
+SHOWN_LETTERS: Final = 200  # of each
+MOST_PER_SHARD: Final = 2**24
+MAX_AXES: Final = 8  # of an array; NumPy itself ends at 64, and Zarr adds one
 UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
 
 Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*$")]
+RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199})*$")]
 # Numbers that every language holds exactly, and NumPy in 64 bits.
 LARGEST: Final = 2**53 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -76,7 +79,7 @@ class ArraySpec(Document):
     dtype: Literal[
         "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
     ]
-    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(max_length=MAX_AXES)]
 
     @classmethod
     def of(cls, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ArraySpec:
@@ -101,7 +104,7 @@ class Layout(Document):
     encoding: EncodingName
     arrays: tuple[ArraySpec, ...]
     groups: Annotated[int, Field(ge=1, le=LARGEST, description="planned groups, rejected ones included")]
-    groups_per_shard: Annotated[int, Field(ge=1, le=LARGEST)]
+    groups_per_shard: Annotated[int, Field(ge=1, le=MOST_PER_SHARD)]
 
     @model_validator(mode="after")
     def _arrays_go_together(self) -> Layout:
@@ -112,6 +115,26 @@ class Layout(Document):
         if len(set(names)) < len(names) or {"count", "label"} & set(names):
             raise ValueError(f"arrays: expected distinct names other than count and label, found {names}")
         return self
+
+    @model_validator(mode="after")
+    def _shapes_go_together(self) -> Layout:
+        pixels = self.pixels
+        if len(pixels) != 3:
+            raise ValueError(f"arrays: expected moments of shape [C, H, W], found {list(pixels)}")
+        for array in self.arrays:
+            same = (*MOMENT_ARRAYS[self.encoding], "clean")
+            if array.name in same and array.shape != pixels:
+                raise ValueError(f"arrays: expected {array.name} {list(pixels)}, found {list(array.shape)}")
+            if array.name in ("members", "factors") and array.shape[1:] != pixels:
+                raise ValueError(f"arrays: expected {array.name} [n, *{list(pixels)}], found {list(array.shape)}")
+            if array.name == "target" and len(array.shape) != 1:
+                raise ValueError(f"arrays: expected target [K], found {list(array.shape)}")
+        return self
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of an image, [C, H, W]."""
+        return next(array.shape for array in self.arrays if array.name in MOMENT_ARRAYS[self.encoding])
 
     @property
     def shards(self) -> int:
@@ -143,8 +166,8 @@ class RecordEntry(Document):
     """
 
     key: Key
-    count: Annotated[int, Field(ge=1)]
-    label: int | None
+    count: Annotated[int, Field(ge=1, le=LARGEST)]
+    label: Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | None
     samples: tuple[str, ...]
     checksums: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{8}$")]]
     offsets: dict[str, Count] | None
@@ -237,6 +260,8 @@ class Manifest(Sealed):
             raise ValueError(f"shards: expected ascending numbers below {self.layout.shards}")
         if any(entry.groups > self.layout.groups_per_shard for entry in self.shards):
             raise ValueError(f"shards: expected at most {self.layout.groups_per_shard} groups in each")
+        if self.complete and len(numbers) < len(planned):
+            raise ValueError(f"shards: expected all {len(planned)} where complete is true, found {len(numbers)}")
         return self
 
     @field_validator("provenance")
@@ -280,7 +305,9 @@ def parse(model: type[D], data: bytes, where: str) -> D:
             # Every version is sealed alike: a version that a flipped bit made is no newer version.
             _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
             raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
-    details = "; ".join(f"{_dotted(p['loc'])}: {p['msg']}" for p in problems[:SHOWN_PROBLEMS])
+    details = "; ".join(
+        f"{_dotted(p['loc'])[:SHOWN_LETTERS]}: {p['msg'][:SHOWN_LETTERS]}" for p in problems[:SHOWN_PROBLEMS]
+    )
     more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}{more}")
 

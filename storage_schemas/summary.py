@@ -13,13 +13,13 @@ def summarise(artifact: Artifact) -> dict[str, Any]:
     commits = [artifact.commit(position) for position in range(len(manifest.shards))]
     counts = [record.count for commit in commits for record in commit.records]
     ranges = [(len(commit.records), commit.ranges) for commit in commits if commit.ranges is not None]
-    pixels = manifest.layout.arrays[0].shape
+    pixels = manifest.layout.pixels
     values = 2 * len(counts) * pixels[0] * pixels[1] * pixels[2]
     moments = {
         "mean_min": min((r.mean_min for _, r in ranges), default=None),
         "mean_max": max((r.mean_max for _, r in ranges), default=None),
         "variance_max": max((r.variance_max for _, r in ranges), default=None),
-        "variance_mean": sum(n * r.variance_mean for n, r in ranges) / len(counts) if counts else None,
+        "variance_mean": sum(n * r.variance_mean for n, r in ranges) / len(counts) if ranges else None,
         "clipped_variances": sum(r.clipped_variances for _, r in ranges),
     }
     return {

@@ -119,9 +119,12 @@ class ZarrReader:
             raise CorruptShard(f"{where}: the shard index has no such record")
         payload = _checked(self._files.read(path, start, size), where)
         # Blosc's header says in bytes 4 to 8 how much comes out; asked first, a bomb is refused before it goes off.
-        declared = int.from_bytes(payload[4:8].tobytes(), "little")
-        if declared != spec.nbytes:
-            raise CorruptShard(f"{where}: expected {spec.nbytes} bytes, found {declared}")
+        # And in bytes 12 to 16 how long it is itself, which the decoder believes and would read beyond the end.
+        declared, own = (int.from_bytes(payload[at : at + 4].tobytes(), "little") for at in (4, 12))
+        if (declared, own) != (spec.nbytes, len(payload)):
+            raise CorruptShard(
+                f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, the header says {declared} of {own}"
+            )
         try:
             return np.frombuffer(Blosc().decode(payload), np.uint8)
         except (RuntimeError, ValueError) as error:
