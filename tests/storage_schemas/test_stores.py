@@ -198,7 +198,7 @@ class StoreBehaviour(ABC):
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert layout.shards == 100
-        assert peaks[1] < 1.1 * peaks[0]  # the caches are full at 64 shards
+        assert peaks[1] < 1.25 * peaks[0]  # the caches are full at 64 shards; without, it is 1.4
 
     def _many_shards(self, folder: Path) -> Layout:
         """A hundred of two groups each."""
