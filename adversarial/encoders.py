@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +27,12 @@ from torch import Tensor, nn
 
 from adversarial.specs import EncoderSpec, parse_spec
 from adversarial.torchvision_ops import make_torchvision_importable
-from storage_schemas import ConfigError, Location
+from storage_schemas import ConfigError, Location, shortened
 
 # Seed of networks without weights: part of what their spec means.
 RANDOM_WEIGHTS_SEED = 0
+# Of an mlp: 8 GB. A spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+MOST_WEIGHTS = 2**31
 
 
 class Encoder(nn.Module):
@@ -205,16 +209,23 @@ def timm_name(spec: EncoderSpec) -> str:
 
 
 def _mlp(spec: EncoderSpec) -> Built:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)((?:-\d+)+)", spec.model)
-    widths = [int(width) for width in match[4][1:].split("-")] if match else []
-    if not match or 0 in widths or "0" in match.groups():
-        raise ConfigError(f"encoder 'mlp:{spec.model}': expected mlp:CxHxW-HIDDEN-…-OUT, e.g. mlp:1x28x28-512-10")
+    text = spec.model
+    match = re.fullmatch(r"(N)x(N)x(N)((?:-N){1,999})".replace("N", "[1-9][0-9]{0,9}"), text)
+    if not match:
+        raise ConfigError(
+            f"encoder {shortened(f'mlp:{text}')}: expected mlp:CxHxW-HIDDEN-…-OUT, e.g. mlp:1x28x28-512-10"
+        )
     shape = (int(match[1]), int(match[2]), int(match[3]))
+    widths = [math.prod(shape), *(int(width) for width in match[4][1:].split("-"))]
+    weights = sum((before + 1) * after for before, after in pairwise(widths))
+    if weights > MOST_WEIGHTS:
+        raise ConfigError(
+            f"encoder {shortened(f'mlp:{text}')}: expected at most {MOST_WEIGHTS} weights, found {weights}; "
+            "choose smaller layers"
+        )
     layers: list[nn.Module] = [nn.Flatten()]
-    previous = shape[0] * shape[1] * shape[2]
-    for width in widths:
-        layers += [nn.Linear(previous, width), nn.ReLU()]
-        previous = width
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1]), shape, [0.5] * shape[0], [0.5] * shape[0]
 
 
@@ -272,7 +283,12 @@ def _load_checkpoint(model: nn.Module, spec: EncoderSpec) -> None:
             f"{path}: expected weights of {spec.kind}:{spec.model}, the file {problem} "
             f"({len(missing)} tensors missing, {len(wrong)} of another shape)"
         )
-    model.load_state_dict({name: state[name] for name in own})
+    try:
+        model.load_state_dict({name: state[name] for name in own})
+    except RuntimeError:
+        raise ConfigError(
+            f"{path}: expected plain tensors, found some that cannot be copied (sparse, quantised or without data)"
+        ) from None
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
@@ -292,8 +308,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"{path}: expected a state_dict, found {type(state).__name__}")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        found = "other names or values in it" if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(f"{path}: expected a state_dict, found {found}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 

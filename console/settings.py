@@ -12,19 +12,21 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, shortened
+from storage_schemas.errors import SHOWN_LETTERS
 
-_FRACTION = re.compile(r"\d+\s*/\s*\d+|0?\.\d+(e-?\d{1,3})?|0|\d+(\.\d+)?e-\d{1,3}", re.IGNORECASE)
+# ASCII, because \d also means the digits of other scripts, such as an Arabic zero.
+_FRACTION = re.compile(r"\d+\s*/\s*\d+|0?\.\d+(e-?\d{1,3})?|0|\d+(\.\d+)?e-\d{1,3}", re.IGNORECASE | re.ASCII)
 
 
 def _check_fraction(text: str) -> str:
     if not _FRACTION.fullmatch(text.strip()) or re.search(r"/\s*0+$", text.strip()):
         raise ValueError(
-            f"expected a fraction of the pixel range [0, 1] such as 2/255, found {text!r}"
-            + (f"; did you mean {text}/255?" if text.strip().isdigit() else "")
+            f"expected a fraction of the pixel range [0, 1] such as 2/255, found {shortened(text)}"
+            + (f"; did you mean {text}/255?" if re.fullmatch(r"\s*[0-9]{1,3}\s*", text) else "")
         )
     if ExactFraction(text.replace(" ", "")) > 1:
-        raise ValueError(f"expected at most 1, the whole pixel range, found {text!r}")
+        raise ValueError(f"expected at most 1, the whole pixel range, found {shortened(text)}")
     return text.replace(" ", "")
 
 
@@ -52,10 +54,17 @@ def load_settings(
     """
     values: dict[str, Any] = {**(preset or {}), **(read_toml(file) if file else {})}
     values |= {name: value for name, value in flags.items() if value is not None}
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problems = [_describe(problem, model) for problem in error.errors(include_url=False)]
+    # What is written in hexadecimal may have thousands of digits, which no later message could show.
+    problems = [
+        f"{name[:SHOWN_LETTERS]}: expected a number of at most 64 bits, found {shortened(value)}"
+        for name, value in values.items()
+        if isinstance(value, int) and value.bit_length() > 63
+    ]
+    if not problems:
+        try:
+            return model.model_validate(values)
+        except ValidationError as error:
+            problems = [_describe(problem, model) for problem in error.errors(include_url=False)]
     raise ConfigError("; ".join(problems) + (f" (settings from {file} and flags)" if file else ""))
 
 
@@ -71,7 +80,7 @@ def read_toml(file: str) -> dict[str, Any]:
 
 
 def _describe(problem: Any, model: type[Settings]) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+    name = ".".join(str(part) for part in problem["loc"])[:SHOWN_LETTERS]
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, model.model_fields, n=1)
         return f"{name}: unknown setting" + (f"; did you mean {close[0]}?" if close else "")
@@ -82,4 +91,4 @@ def _describe(problem: Any, model: type[Settings]) -> str:
         return f"{name}: {message}" if name else message
     if problem["type"].startswith("byte_size"):
         message = "expected bytes or a size such as 200GB or 1.5TiB"
-    return f"{name}: {message}, found {problem['input']!r}"
+    return f"{name}: {message}, found {shortened(problem['input'])}"

@@ -8,7 +8,6 @@ VQAv2           {"data_subtype", "questions": [{"image_id", "question", "questio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from storage_schemas import SourceError
+from storage_schemas import SourceError, read_json, shortened
 
 T = TypeVar("T")
 
@@ -72,8 +71,8 @@ def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> 
     if "annotations" in content:
         captions: dict[Any, list[str]] = {}
         for entry in _entries(content, "annotations", file):
-            captions.setdefault(_field(entry, "image_id", file), []).append(str(_field(entry, "caption", file)))
-        listed = [image for image in images if _field(image, "id", file) in captions]
+            captions.setdefault(_id(entry, "image_id", file), []).append(str(_field(entry, "caption", file)))
+        listed = [image for image in images if _id(image, "id", file) in captions]
         found = [
             (str(image["id"]), [str(_field(image, "file_name", file))], captions[image["id"]]) for image in listed
         ]
@@ -91,7 +90,7 @@ def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> 
 
 def _karpathy(image: Mapping[str, Any], file: str) -> tuple[str, list[str], list[str]]:
     name = str(_field(image, "filename", file))
-    key = str(image.get("cocoid", Path(name).stem))
+    key = str(_id(image, "cocoid", file)) if "cocoid" in image else Path(name).stem
     sentences = [str(_field(sentence, "raw", file)) for sentence in _entries(image, "sentences", file)]
     return key, [f"{image['filepath']}/{name}" if "filepath" in image else name, name], sentences
 
@@ -105,18 +104,18 @@ def read_questions(file: str, annotations: str, folder: str, count: int, seed: i
     content, answered = _read(file, "questions"), _read(annotations, "annotations")
     questions = _entries(content, "questions", file)
     answers = {
-        _field(entry, "question_id", annotations): [
+        _id(entry, "question_id", annotations): [
             str(_field(answer, "answer", annotations)) for answer in _entries(entry, "answers", annotations)
         ]
         for entry in _entries(answered, "annotations", annotations)
     }
-    missing = [entry for entry in questions if not answers.get(_field(entry, "question_id", file))]
+    missing = [entry for entry in questions if not answers.get(_id(entry, "question_id", file))]
     if missing or not questions:
         which = f"none for question {missing[0]['question_id']}" if missing else "no questions"
         raise SourceError(f"{annotations}: expected answers to the questions of {file}, found {which}")
     subtype = str(content.get("data_subtype", "val2014"))
     chosen = choose(questions, count, seed)
-    wanted = [(_vqa_names(_field(entry, "image_id", file), subtype), str(entry["image_id"])) for entry in chosen]
+    wanted = [(_vqa_names(entry, subtype, file), str(entry["image_id"])) for entry in chosen]
     paths = _find(wanted, folder, file)
     return [
         Asked(str(entry["question_id"]), path, str(_field(entry, "question", file)), answers[entry["question_id"]])
@@ -124,8 +123,12 @@ def read_questions(file: str, annotations: str, folder: str, count: int, seed: i
     ]
 
 
-def _vqa_names(image_id: Any, subtype: str) -> list[str]:
-    number = f"{int(image_id):012d}"
+def _vqa_names(question: Mapping[str, Any], subtype: str, file: str) -> list[str]:
+    image_id = _id(question, "image_id", file)
+    try:
+        number = f"{int(image_id):012d}"
+    except (ValueError, OverflowError):
+        raise SourceError(f"{file}: expected a number as 'image_id', found {shortened(image_id)}") from None
     name = f"COCO_{subtype}_{number}.jpg"
     return [name, f"{subtype}/{name}", f"{number}.jpg", f"{subtype}/{number}.jpg"]
 
@@ -135,19 +138,22 @@ def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise SourceError(f"images: expected the folder of the images of {file}, found nothing at {folder!r}")
+    for name in (name for names, _ in wanted for name in names):
+        if Path(name).anchor or ".." in Path(name).parts:
+            raise SourceError(f"{file}: expected images inside {folder}, found {shortened(name)}; correct the file")
     found = [next((root / name for name in names if (root / name).is_file()), None) for names, _ in wanted]
     missing = [names[0] for (names, _), path in zip(wanted, found, strict=True) if path is None]
     if missing:
         raise SourceError(
             f"{folder}: expected {len(wanted)} images that {file} names, {len(missing)} are missing, e.g. "
-            f"{missing[0]}; complete the folder or choose another with --images"
+            f"{shortened(missing[0])}; complete the folder or choose another with --images"
         )
     return [path for path in found if path is not None]
 
 
 def _read(file: str, needed: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(file).expanduser().read_bytes())
+        content = read_json(Path(file).expanduser().read_bytes())
     except OSError as error:
         raise SourceError(f"{file}: expected a JSON file of {needed}, found {error.strerror}") from None
     except ValueError as error:
@@ -162,6 +168,16 @@ def _entries(content: Mapping[str, Any], name: str, file: str) -> list[Mapping[s
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SourceError(f"{file}: expected a list {name!r}, found the keys {sorted(content)}; is it another file?")
     return entries
+
+
+def _id(entry: Mapping[str, Any], name: str, file: str) -> int | float | str:
+    """What identifies an entry, in look-ups and in the names of the files with its results."""
+    value = _field(entry, name, file)
+    if not isinstance(value, int | float | str) or (isinstance(value, str) and Path(value).name != value):
+        raise SourceError(
+            f"{file}: expected a number or a name as {name!r}, found {shortened(value)}; is it another file?"
+        )
+    return value
 
 
 def _field(entry: Mapping[str, Any], name: str, file: str) -> Any:

@@ -18,9 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from sources import BadImage, decode, native_shape
+from sources.images import MAX_RESIZED_PIXELS
 from storage_schemas import SourceError
 
 Fit = Literal["pad", "crop"]
+# Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
+MAX_SQUARE_PIXELS = 2 * MAX_RESIZED_PIXELS
 
 
 def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.NDArray[np.uint8]:
@@ -33,17 +36,19 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
         colour: in [0, 1] per channel.
 
     Raises:
-        SourceError: not an image.
+        SourceError: not an image, or absurdly large or narrow.
     """
     try:
         data = path.read_bytes()
         if fit == "crop":
             return decode(data, (3, size, size))
         _, height, width = native_shape(data)
+        side = max(height, width)
+        if side * side > MAX_SQUARE_PIXELS:
+            raise BadImage(f"{width}x{height} pixels: too narrow to pad to a square")
         image = decode(data, (3, height, width))
     except (BadImage, OSError) as error:
         raise SourceError(f"{path}: expected an image: {error}") from None
-    side = max(height, width)
     square = np.empty((3, side, side), np.uint8)
     # The reference truncates, too.
     square[:] = np.array([int(value * 255) for value in colour], np.uint8)[:, None, None]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storage_schemas import ConfigError, DatamergeError, Location
+from storage_schemas import ConfigError, DatamergeError, Location, read_json
 
 IDENTITY = "identity.json"
 
@@ -80,7 +80,7 @@ class ArmFolder:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_bytes())
+            content = read_json(file.read_bytes())
         except ValueError as error:
             raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
         if not isinstance(content, dict):

@@ -19,7 +19,7 @@ from rich.table import Table
 from evaluation.pictures import picture_section
 from evaluation.report import NO_TERMINAL_WIDTH, format_seconds, short_name
 from evaluation.results import ArmResult, Score
-from storage_schemas import DatamergeError, Location
+from storage_schemas import DatamergeError, Location, read_json
 
 PARTS = ("zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
@@ -164,7 +164,7 @@ def _read(file: Path) -> list[ArmResult]:
     if not file.is_file():
         return []
     try:
-        content = json.loads(file.read_bytes())
+        content = read_json(file.read_bytes())
         return [ArmResult.model_validate(entry) for entry in content["arms"]]
     except (ValueError, KeyError, TypeError, ValidationError):
         raise DatamergeError(

@@ -16,6 +16,7 @@ from adversarial import Encoder
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import READ_AT_ONCE, embed
 from sources import Sample
+from storage_schemas import read_json
 
 FILE = "clusters.json"
 
@@ -80,9 +81,9 @@ def to_bytes(identity: str, clusters: Mapping[int, Sequence[int]]) -> bytes:
 def from_bytes(data: bytes, identity: str) -> dict[int, list[int]] | None:
     """The assignment, if it was made from the same samples in the same way."""
     try:
-        document = json.loads(data)
+        document = read_json(data)
         if document["identity"] != identity:
             return None
         return {int(label): [int(c) for c in found] for label, found in document["clusters"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None

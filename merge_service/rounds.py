@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adversarial import Encoder, load_encoder, with_checkpoint
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, read_json
 
 SUMMARY = "run.json"
 # What a training run says of itself that makes a round traceable: the artifact it trained on, and from where.
@@ -57,7 +56,7 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
     if not folder.is_dir():
         return text, None
     try:
-        facts = json.loads((folder / SUMMARY).read_bytes())
+        facts = read_json((folder / SUMMARY).read_bytes())
         spec = str(facts["encoder"])
         links = {name: facts[name] for name in LINKS}
     except FileNotFoundError:

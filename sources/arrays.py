@@ -8,11 +8,13 @@ Every worker reads the file once.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import math
+import tokenize
 import zipfile
+import zlib
+from lzma import LZMAError
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,25 @@ import numpy.typing as npt
 from PIL import Image
 
 from sources.sample import Sample, Source, fingerprint, to_indices
+from sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
 IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
-# Pictures of one colour shrink to a thousandth; a few of them are no harm.
-MAX_UNPACKED, MAX_RATIO = 2**28, 200
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+# zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
+_BROKEN_NPZ = (
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    LZMAError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    TypeError,
+    tokenize.TokenError,
+)
 
 Array = npt.NDArray[Any]
 
@@ -103,33 +117,18 @@ def _load(location: Location, file: str) -> dict[str, Array]:
     try:
         with zipfile.ZipFile(stored) as members:
             for member in members.infolist():
-                _refuse_bomb(member.file_size, member.compress_size)
+                refuse_bomb(member.file_size, member.compress_size)
         with np.load(stored, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    # zipfile raises RuntimeError where a password is needed; a header may declare any shape.
-    except (ValueError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, MemoryError) as error:
+    except _BROKEN_NPZ as error:
         raise SourceError(f"{location.url}/{file}: expected an .npz archive of plain arrays: {error}") from None
-
-
-def _refuse_bomb(size: int, stored: int) -> None:
-    """Raises ValueError for data that becomes so much larger that it cannot be images."""
-    if size > MAX_UNPACKED and size > MAX_RATIO * stored:
-        raise ValueError(f"{stored} bytes unpack to {size} or more: refused as a decompression bomb")
-
-
-def _gunzip(data: bytes) -> bytes:
-    limit = max(MAX_UNPACKED, MAX_RATIO * len(data))
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-        unpacked = stream.read(limit + 1)
-    _refuse_bomb(len(unpacked), len(data))
-    return unpacked
 
 
 def _read_idx(location: Location, file: str) -> Array:
     """An IDX file: two zero bytes, dtype, number of dimensions, sizes as big-endian 32-bit integers, data."""
     data = location.read(file)
     try:
-        data = _gunzip(data) if data[:2] == b"\x1f\x8b" else data
+        data = gunzip(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, ValueError) as error:
         raise SourceError(f"{location.url}/{file}: broken gzip: {error}") from None
     dtype = _IDX_DTYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None

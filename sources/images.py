@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 # A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
-
+BAND = 256  # rows
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
 
@@ -59,7 +59,7 @@ def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
         raise BadImage(f"not an image ({len(data)} bytes)") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         raise BadImage(f"broken image: {error}") from None
 
 
@@ -73,8 +73,12 @@ def _formats() -> tuple[str, ...]:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit greys would be clipped by PIL's conversion, not scaled."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        wide = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((wide / 257.0).round().clip(0, 255).astype(np.uint8))
+        wide = np.asarray(image)
+        narrow = np.empty(wide.shape, np.uint8)
+        for top in range(0, len(wide), BAND):  # a scan may be large
+            band = wide[top : top + BAND].clip(0, 65535).astype(np.uint32)
+            narrow[top : top + BAND] = (band + 128) // 257  # the nearest; no value of 16 bits is between two
+        return Image.fromarray(narrow)
     return image
 
 

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, to_indices
-from storage_schemas import Location, SourceError, read_json
+from storage_schemas import CorruptShard, Location, SourceError, read_json
 
+# What pyarrow raises for a file that is none, or not whole.
+_BROKEN = (pa.ArrowException, OSError, ValueError, IndexError, CorruptShard)
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
@@ -29,7 +31,10 @@ class ParquetReader:
 
     def read(self, sample: Sample) -> bytes:
         name, _, row = sample.name.rpartition("#")
-        value = self._value(name, int(row))
+        try:
+            value = self._value(name, int(row))
+        except (pa.ArrowException, ValueError, IndexError) as error:
+            raise OSError(f"row {row} of {name} cannot be read: {error}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise OSError(f"row {row} of {name}: the image column holds no bytes")
@@ -37,7 +42,7 @@ class ParquetReader:
 
     def _value(self, name: str, row: int) -> Any:
         if self._file is None or self._file[0] != name:
-            self._file = (name, pq.ParquetFile(self._location.fs.open(self._location.path(name), "rb")))
+            self._file = (name, pq.ParquetFile(self._location.open(name)))
         file, wanted = self._file[1], row
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -72,17 +77,20 @@ def open_parquet(
     names: list[str] = []
     column = image_column
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
+        where = f"{location.url}/{name}"
         try:
-            file = pq.ParquetFile(location.fs.open(location.path(name), "rb"))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SourceError(f"{location.url}/{name}: expected a Parquet file: {error}") from None
-        schema = file.schema_arrow
-        column = _image_column(schema, column, f"{location.url}/{name}")
-        label = _label_column(schema, label_column, f"{location.url}/{name}")
-        names = names or _hugging_face_names(schema, label)
-        rows = file.metadata.num_rows
-        raw_labels += file.read(columns=[label]).column(label).to_pylist() if label else [None] * rows
-        groups += _group_values(file, group_column, f"{location.url}/{name}")
+            file = pq.ParquetFile(location.open(name))
+            rows = file.metadata.num_rows
+            if rows > size:
+                raise ValueError(f"{size} bytes that claim {rows} rows")
+            schema = file.schema_arrow
+            column = _image_column(schema, column, where)
+            label = _label_column(schema, label_column, where)
+            names = names or _hugging_face_names(schema, label)
+            raw_labels += _values(file, label)
+            groups += _group_values(file, group_column, where)
+        except _BROKEN as error:
+            raise SourceError(f"{where}: expected a Parquet file: {error}") from None
         samples += [Sample(f"{stem}-{row:08d}", f"{name}#{row}", None) for row in range(rows)]
         entries.append((name, size, rows))
     labels, names = to_indices(raw_labels, names)
@@ -97,12 +105,20 @@ def open_parquet(
 
 def _group_values(file: pq.ParquetFile, column: str | None, where: str) -> list[str | None]:
     """Values of the group column as text, a value a row."""
-    if column is None:
-        return [None] * file.metadata.num_rows
-    if column not in file.schema_arrow.names:
+    if column is not None and column not in file.schema_arrow.names:
         raise SourceError(f"{where}: expected a group column {column!r}, found {file.schema_arrow.names}")
-    values = file.read(columns=[column]).column(column).to_pylist()
-    return [None if value is None else str(value) for value in values]
+    return [None if value is None else str(value) for value in _values(file, column)]
+
+
+def _values(file: pq.ParquetFile, column: str | None) -> list[Any]:
+    """A value a row; None of each where no column is meant."""
+    rows = file.metadata.num_rows
+    if column is None:
+        return [None] * rows
+    values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
+    if len(values) != rows:
+        raise ValueError(f"column {column} holds {len(values)} values for {rows} rows")
+    return values
 
 
 def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from sources.unpack import gunzip
 from storage_schemas import Location, SourceError, read_json, redact
 
 RawImage = bytes | Image.Image
@@ -101,7 +102,7 @@ class Source:
         """How the files differ from an earlier `listing_bytes`, a line each."""
         now = self._shown_listing()
         try:
-            before = {name: [size, *rest] for name, (size, *rest) in read_json(gzip.decompress(earlier)).items()}
+            before = {name: [size, *rest] for name, (size, *rest) in read_json(gunzip(earlier)).items()}
         except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
             raise SourceError(f"{LISTING}: expected the listing of an earlier source, found {error}") from None
         lines = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
@@ -162,7 +163,15 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """Keys for names: the path without its extension, other characters replaced, made unique where they clash.
 
     A key depends on its name and on the names it clashes with, not on the position in the list.
+
+    Raises:
+        SourceError: a name that is no text, which no manifest could hold.
     """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"expected file names in UTF-8, found {name!a}; rename it") from None
     plain = [re.sub(r"[^A-Za-z0-9_\-]+", "_", re.sub(r"\.[A-Za-z0-9]+$", "", name)) or "_" for name in names]
     times = Counter(plain)
     return [

@@ -28,9 +28,12 @@ from sources.sample import (
     make_listing,
     to_indices,
 )
-from storage_schemas import Location, SourceError, read_json
+from storage_schemas import CorruptShard, Location, SourceError, read_json
 
 PIPE = "pipe:"
+NAMES = "backslashreplace"  # of bytes in a member's name that are no text
+# What tarfile raises for a file that is none, or is made to do harm.
+_BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, CorruptShard)
 LABEL_EXTENSION = "cls"
 # Of a member with labels or captions; a sparse member may claim any size.
 MAX_TEXT = 2**24
@@ -143,14 +146,14 @@ def open_tars(
         SourceError: a file is no tar, or none has images.
     """
     found: dict[str, _Parts] = {}
-    for name, _ in files:
+    for name, size in files:
         try:
             with (
-                location.fs.open(location.path(name), "rb") as stream,
-                tarfile.open(fileobj=stream, mode="r:") as tar,
+                location.open(name) as stream,
+                tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
             ):
-                _list_members(name, tar, found, label_column, group_column)
-        except tarfile.ReadError as error:
+                _list_members(name, size, tar, found, label_column, group_column)
+        except _BROKEN as error:
             raise SourceError(f"{location.url}/{name}: expected an uncompressed tar: {error}") from None
     listing = make_listing(location, files)
     source = _source(url, found, TarReader(location.url), listing, label_column, group_column)
@@ -177,12 +180,12 @@ def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFi
     process = subprocess.Popen(command.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
     try:
         stream: IO[bytes] | None = process.stdout
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+        with tarfile.open(fileobj=stream, mode="r|", errors=NAMES) as tar:
             for info in tar:
                 yield info, tar
         if process.wait() != 0:
             raise SourceError(f"{command}: the command failed with exit code {process.returncode}")
-    except tarfile.ReadError as error:
+    except _BROKEN as error:
         raise SourceError(f"{command}: expected a tar from this command: {error}") from None
     finally:
         process.kill()
@@ -192,9 +195,21 @@ def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFi
 
 
 def _list_members(
-    name: str, tar: tarfile.TarFile, found: dict[str, _Parts], label_column: str | None, group_column: str | None
+    name: str,
+    size: int,
+    tar: tarfile.TarFile,
+    found: dict[str, _Parts],
+    label_column: str | None,
+    group_column: str | None,
 ) -> None:
+    last = -1
     for info in tar:
+        # A negative size leads back to where the list has been.
+        if info.offset <= last or (info.isreg() and not 0 <= info.size <= size - info.offset_data):
+            raise ValueError(f"{info.name!r} claims {info.size} bytes at {info.offset_data} of {size}")
+        if info.issparse():
+            raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
+        last = info.offset
         _note_member(name, info, tar, found, label_column, group_column)
 
 

@@ -14,6 +14,7 @@ from storage_schemas.errors import (
     SourceError,
     UnknownVersion,
     UserError,
+    shortened,
 )
 from storage_schemas.location import Location, redact
 from storage_schemas.manifest import ArraySpec, Commit, Layout, Manifest, Reject
@@ -45,5 +46,6 @@ __all__ = [
     "open_artifact",
     "read_json",
     "redact",
+    "shortened",
     "two_pass_moments",
 ]

@@ -14,6 +14,8 @@ Messages are one line: what was expected, what was found, where, what to do next
 
 from __future__ import annotations
 
+SHOWN_LETTERS = 80  # of a value, in a message that a person reads
+
 
 class DatamergeError(Exception):
     """Base of all errors raised on purpose; the command line prints its message without a traceback."""
@@ -49,3 +51,12 @@ class UnknownVersion(SchemaError):  # noqa: N818
 
 class CorruptShard(DatamergeError):  # noqa: N818
     """Stored bytes differ from the committed ones."""
+
+
+def shortened(value: object) -> str:
+    """What a message shows of a value: its `repr`, as far as that has a readable length, or any."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+        return f"one too long to show ({type(value).__name__})"
+    return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"

@@ -131,6 +131,12 @@ class Location:
             data = data[start:end]  # a web server that knows no ranges sends the whole file
         return cast(bytes, data)
 
+    def open(self, relative: str) -> Any:
+        """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard."""
+        if self.is_local:
+            refuse_devices(self.path(relative))
+        return self.fs.open(self.path(relative), "rb")
+
     def download(self, relative: str, target: Path, size: int) -> None:
         """Copy a file of `size` bytes to a local one; raises FileNotFoundError."""
 

@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
-SHOWN_LETTERS: Final = 200  # of each
+PROBLEM_LETTERS: Final = 200  # of each
 MOST_PER_SHARD: Final = 2**24
 MAX_AXES: Final = 8  # of an array; NumPy itself ends at 64, and Zarr adds one
 UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
@@ -41,7 +41,8 @@ UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own dig
 Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RelativePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199})*$")]
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}"
+RelativePath = Annotated[str, Field(pattern=rf"^{_NAME}(/{_NAME})*$")]
 # Numbers that every language holds exactly, and NumPy in 64 bits.
 LARGEST: Final = 2**53 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -306,7 +307,7 @@ def parse(model: type[D], data: bytes, where: str) -> D:
             _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
             raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
     details = "; ".join(
-        f"{_dotted(p['loc'])[:SHOWN_LETTERS]}: {p['msg'][:SHOWN_LETTERS]}" for p in problems[:SHOWN_PROBLEMS]
+        f"{_dotted(p['loc'])[:PROBLEM_LETTERS]}: {p['msg'][:PROBLEM_LETTERS]}" for p in problems[:SHOWN_PROBLEMS]
     )
     more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}{more}")

@@ -123,7 +123,8 @@ class ZarrReader:
         declared, own = (int.from_bytes(payload[at : at + 4].tobytes(), "little") for at in (4, 12))
         if (declared, own) != (spec.nbytes, len(payload)):
             raise CorruptShard(
-                f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, the header says {declared} of {own}"
+                f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, "
+                f"the header says {declared} of {own}"
             )
         try:
             return np.frombuffer(Blosc().decode(payload), np.uint8)

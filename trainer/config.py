@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from console import Fraction, Settings
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, shortened
 from trainer.estimators import ALONG_FACTORS, COMPILABLE
 
 Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
@@ -242,9 +241,16 @@ def parse_override(text: str) -> dict[str, Any]:
         ConfigError: not of this form.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"--set {text!r}: expected NAME=VALUE, such as --set gradient_clip=1.0")
+    parts = name.split(".")
+    # ASCII, because TOML has no other letters in bare keys.
+    if not equals or not all(part.isidentifier() and part.isascii() for part in parts):
+        raise ConfigError(f"--set {shortened(text)}: expected NAME=VALUE, such as --set gradient_clip=1.0")
     try:
         return tomllib.loads(f"{name} = {value}")
     except tomllib.TOMLDecodeError:
-        return tomllib.loads(f"{name} = {json.dumps(value)}")
+        settings: Any = value
+        for part in reversed(parts):
+            settings = {part: settings}
+        return cast(dict[str, Any], settings)
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists
+        raise ConfigError(f"--set {shortened(text)}: not valid TOML: {error}") from None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from adversarial import Encoder
+from adversarial import Encoder, parse_spec
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from trainer.config import TrainConfig
 from trainer.messages import warn
@@ -31,13 +33,32 @@ def starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
     spec = config.encoder or recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
         raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
-    if config.encoder is None and spec.startswith("python:"):
-        # An artifact may come from anybody, and a factory is code.
-        raise ConfigError(
-            f"{config.artifact}: expected an encoder that needs no code of its own, found {spec}; if that is "
-            f"yours, add --encoder {spec}"
-        )
+    if config.encoder is not None:
+        return spec
+    # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
+    if spec.startswith("python:"):
+        raise _not_believed(config, spec, "an encoder that needs no code of its own", spec)
+    checkpoint = parse_spec(spec).checkpoint
+    if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
+        raise _not_believed(config, spec, "weights in a .safetensors file", checkpoint)
     return spec
+
+
+def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:
+    """A path that an artifact names may be that of any file here: only the weights whose hash it states are taken.
+
+    Raises:
+        ConfigError: other weights, and nobody asked for them.
+    """
+    spec = encoder.spec
+    named = config.encoder is None and parse_spec(spec).checkpoint is not None
+    if named and encoder.sha256 != recorded_encoder(manifest).get("sha256"):
+        raise _not_believed(config, spec, "the weights that its targets come from", f"others in {spec}")
+
+
+def _not_believed(config: TrainConfig, spec: str, expected: str, found: str) -> ConfigError:
+    advice = f"if that is yours, add --encoder {shlex.quote(spec)}"
+    return ConfigError(f"{config.artifact}: expected {expected}, found {found}; {advice}")
 
 
 def loss_name(config: TrainConfig, manifest: Manifest) -> str:

@@ -17,7 +17,15 @@ from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head
 from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
-from trainer.fits import check_epsilon, check_groups, loss_name, refinement, starting_encoder, stored_members
+from trainer.fits import (
+    check_epsilon,
+    check_groups,
+    check_recorded,
+    loss_name,
+    refinement,
+    starting_encoder,
+    stored_members,
+)
 from trainer.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.messages import warn
@@ -134,6 +142,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     order = _order(artifact, config)
     steps = length(config, order, own)
     encoder = load_encoder(spec, str(device))
+    check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact, loss)
     classes = None
     if loss == "cross_entropy":

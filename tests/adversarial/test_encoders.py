@@ -190,10 +190,17 @@ def test_files_that_hold_no_weights(tmp_path: Path, name: str, data: bytes) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("saved", [[1, 2], {"a": 1}, torch.zeros(3)])
+@pytest.mark.parametrize("saved", [[1, 2], {"a": 1}, {0: torch.zeros(3)}, torch.zeros(3)])
 def test_files_that_hold_something_else(tmp_path: Path, saved: Any) -> None:
     torch.save(saved, tmp_path / "w.pt")
     with pytest.raises(ConfigError, match="expected a state_dict"):
+        load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
+
+
+def test_tensors_that_cannot_be_copied(tmp_path: Path) -> None:
+    state = load_encoder(SPEC).model.state_dict()
+    torch.save({**state, "3.bias": torch.empty(6, device="meta")}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"w\.pt: expected plain tensors"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
@@ -207,9 +214,18 @@ def test_normalisation_inside_is_normalisation_outside() -> None:
     assert set(encoder.state_dict()) == {"model.1.weight", "model.1.bias"}  # the statistics are not weights
 
 
-@pytest.mark.parametrize("model", ["1x4x4", "4x4-2", "1x4x4-", "1x4x4-0", "0x4x4-2", "1x4x4-2-a", "1x4x4_2"])
+@pytest.mark.parametrize(
+    "model",
+    ["1x4x4", "4x4-2", "1x4x4-", "1x4x4-0", "0x4x4-2", "1x4x4-2-a", "1x4x4_2", "00x4x4-2", "1x4x4-" + "9" * 5000],
+)
 def test_malformed_mlps(model: str) -> None:
     with pytest.raises(ConfigError, match="expected mlp:CxHxW"):
+        load_encoder(f"mlp:{model}")
+
+
+@pytest.mark.parametrize("model", ["3x30000x30000-100000", "9999999999x9999999999x9999999999-1", "1x1x1-65536-65536"])
+def test_mlps_that_would_fill_the_memory(model: str) -> None:
+    with pytest.raises(ConfigError, match="expected at most 2147483648 weights, found"):
         load_encoder(f"mlp:{model}")
 
 

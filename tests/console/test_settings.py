@@ -117,8 +117,18 @@ def test_settings_cannot_be_changed() -> None:
         ("steps=" + "[" * 5000, "not valid TOML"),
         ("steps=" + "9" * 5000, "not valid TOML"),
         ('epsilon="1e-999999999"', "expected a fraction"),
+        ('epsilon="1/\u0660"', "expected a fraction"),
+        ("steps=0x" + "F" * 5000, "steps: expected a number of at most 64 bits, found one too long to show"),
+        ("encoder=[0x" + "F" * 5000 + "]", "encoder: .* found one too long to show"),
     ],
 )
 def test_settings_that_would_exhaust_the_parser(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         load_settings(Attack, _toml(tmp_path, text), {"members": 1})
+
+
+@pytest.mark.parametrize("text", ["encoder = ['{}']", "epsilon = '{}'", "{} = 1"])
+def test_messages_stay_short(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Attack, _toml(tmp_path, text.format("x" * 5000)), {"members": 1})
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))

@@ -29,6 +29,10 @@ def write(path: Path, content: Any) -> str:
     return str(path)
 
 
+def karpathy(**image: Any) -> dict[str, Any]:
+    return {"images": [{"split": "test", "sentences": [{"raw": "x"}], **image}]}
+
+
 def test_the_seed_chooses_the_references_images() -> None:
     # What FARE's evaluation does with numpy's global state.
     np.random.seed(42)
@@ -89,6 +93,11 @@ def test_vqa_files(images: Path, tmp_path: Path) -> None:
         ([], "expected a JSON object of captions, found list"),
         ({"images": [], "annotations": []}, "expected images with captions, found none"),
         ({"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}, "gone"),
+        ({"images": [{"id": [1]}], "annotations": []}, r"a number or a name as 'id', found \[1\]"),
+        ({"images": [], "annotations": [{"image_id": {}, "caption": "x"}]}, "a number or a name as 'image_id'"),
+        (karpathy(filename="a.jpg", cocoid="../../a"), r"as 'cocoid', found '\.\./\.\./a'"),
+        (karpathy(filename="c.json", filepath=".."), r"expected images inside .*, found '\.\./c\.json'"),
+        (karpathy(filename="/etc/passwd"), "expected images inside .*, found '/etc/passwd'"),
     ],
 )
 def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, message: str) -> None:
@@ -96,9 +105,29 @@ def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, mess
         read_captions(write(tmp_path / "c.json", content), str(images), "test", 10, 42)
 
 
-def test_a_file_that_is_no_json(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text("{")
-    with pytest.raises(SourceError, match="expected a JSON file of captions, found Expecting"):
+@pytest.mark.parametrize(
+    ("image", "question", "message"),
+    [
+        ("x", 1, "a number as 'image_id', found 'x'"),
+        (float("inf"), 1, "a number as 'image_id', found inf"),
+        ([1], 1, "a number or a name as 'image_id'"),
+        (1, [1], "a number or a name as 'question_id'"),
+    ],
+)
+def test_questions_that_are_refused(images: Path, tmp_path: Path, image: Any, question: Any, message: str) -> None:
+    answers = {"annotations": [{"question_id": question, "answers": [{"answer": "a"}]}]}
+    file = write(
+        tmp_path / "q.json",
+        {"questions": [{"image_id": image, "question": "?", "question_id": question}], **answers},
+    )
+    with pytest.raises(SourceError, match=message):
+        read_questions(file, file, str(images), 10, 42)
+
+
+@pytest.mark.parametrize(("text", "found"), [("{", "Expecting"), ("[" * 100_000, "nested too deeply")])
+def test_a_file_that_is_no_json(images: Path, tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(SourceError, match=f"expected a JSON file of captions, found {found}"):
         read_captions(str(tmp_path / "c.json"), str(images), "test", 10, 42)
 
 
@@ -112,6 +141,12 @@ def test_images_are_padded_with_the_mean_colour(tmp_path: Path) -> None:
     assert [set(found[c, :10].flatten()) | set(found[c, 30:].flatten()) for c in range(3)] == [{127}, {63}, {254}]
     cropped = read_image(tmp_path / "a.png", 20, "crop", [0, 0, 0])
     assert np.array_equal(cropped, pixels.transpose(2, 0, 1)[:, :, 10:30])
+
+
+def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (1, 20_000)).save(tmp_path / "a.png")
+    with pytest.raises(SourceError, match=r"a\.png: expected an image: 1x20000 pixels: too narrow to pad"):
+        read_image(tmp_path / "a.png", 4, "pad", [0, 0, 0])
 
 
 @pytest.mark.parametrize(("epsilon", "radius"), [("2/255", 2), ("0.01", 2), ("5/510", 2)])

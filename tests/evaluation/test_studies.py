@@ -21,6 +21,7 @@ from evaluation import labels, study, zero_shot
 from evaluation.config import EmbeddingConfig, ZeroShotConfig
 from evaluation.embedding import evaluate_embedding
 from evaluation.results import ArmResult
+from evaluation.tables import write_reports
 from evaluation.zero_shot import evaluate_zero_shot, read_templates
 from storage_schemas import ConfigError, DatamergeError
 
@@ -304,6 +305,10 @@ def test_all_checks_every_part_first(
 def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path) -> None:
     embedding(two_class, photos, tmp_path / "out")
     (item,) = (tmp_path / "out").rglob("items/*.json")
-    item.write_text("{")
-    with pytest.raises(DatamergeError, match=r"000000\.json: not valid JSON .*remove it to measure it again"):
-        embedding(two_class, photos, tmp_path / "out")
+    for text in ("{", "[" * 100_000):
+        item.write_text(text)
+        with pytest.raises(DatamergeError, match=r"000000\.json: not valid JSON .*remove it to measure it again"):
+            embedding(two_class, photos, tmp_path / "out")
+    (tmp_path / "out" / "embedding" / "results.json").write_text("[" * 100_000)
+    with pytest.raises(DatamergeError, match=r"results\.json: expected results of `datamerge evaluate`; remove it"):
+        write_reports(str(tmp_path / "out"), "embedding", [])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from adversarial import load_encoder
 from merge_service import MergeConfig, merge, planning
-from merge_service.clustering import cluster_class
+from merge_service.clustering import cluster_class, from_bytes
 from merge_service.merge import prepare, worker_setup
 from merge_service.reading import PixelReader
 from merge_service.work import ShardWorker
@@ -235,6 +235,12 @@ def test_clusters_do_not_depend_on_threads(digits: Path, space: str) -> None:
     assert found[0] == found[1]
     assert set(found[0]) == set(range(5))
     assert sorted(cluster_class(source.samples[:3], 5, (0, 1), reader, encoder, 16)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"identity": "id", "clusters": {"1": [1e999]}}'])
+def test_a_damaged_assignment_is_none(text: str) -> None:
+    assert from_bytes(b'{"identity": "id", "clusters": {"1": [1]}}', "id") == {1: [1]}
+    assert from_bytes(text.encode(), "id") is None
 
 
 def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
         (None, "expected run.json in the folder, found none"),
         ("{", "the summary of a training run"),
         ("[]", "summary"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None, message: str) -> None:

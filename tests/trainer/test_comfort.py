@@ -94,14 +94,17 @@ def test_any_setting_can_be_set(make_artifact: MakeArtifact, tmp_path: Path) -> 
     assert (config["learning_rate"], config["samples"], config["freeze"]) == (0.001, 3, ["1.*"])
 
 
-@pytest.mark.parametrize("text", ["samples", "=3", "sam ples=3", "a..b=1"])
+@pytest.mark.parametrize(
+    "text", ["samples", "=3", "sam ples=3", "a..b=1", "é=1", "a=" + "[" * 3000, "a=" + "9" * 5000]
+)
 def test_a_malformed_override_is_named(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+    with pytest.raises(ConfigError, match=r"--set .*: (expected NAME=VALUE|not valid TOML)"):
         parse_override(text)
 
 
 def test_an_override_can_be_nested_and_misspelt() -> None:
     assert parse_override("a.b=1") == {"a": {"b": 1}}
+    assert parse_override("a.b=\udcff") == {"a": {"b": "\udcff"}}
     with pytest.raises(ConfigError, match="smaples: unknown setting; did you mean samples"):
         load_settings(TrainConfig, None, {"artifact": "a", "run": "r", "steps": 1, **parse_override("smaples=3")})
 

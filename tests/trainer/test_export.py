@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from adversarial import Encoder, load_encoder
+from adversarial import Encoder, load_encoder, save_encoder
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from trainer import RunSummary, TrainConfig, train
@@ -53,8 +53,8 @@ def _run(make_artifact: MakeArtifact, folder: Path, model: str, **settings: Any)
     generator = torch.Generator().manual_seed(1)
     for parameter in encoder.model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    weights = folder.parent / f"{model}.pt"
-    torch.save(encoder.model.state_dict(), weights)
+    weights = folder.parent / f"{model}.safetensors"
+    save_encoder(encoder, weights)
     artifact = make_artifact(
         name=f"artifact-{model}", shape=(3, 32, 32), width=24, encoder=f"open_clip:{model}@{weights}"
     )

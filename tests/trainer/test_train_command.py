@@ -21,7 +21,7 @@ from pydantic import ValidationError
 import datamerge
 import trainer.job
 import trainer.stream
-from adversarial import Head
+from adversarial import Head, load_encoder, save_encoder
 from console import load_settings
 from storage_schemas import ConfigError, NotAnArtifact
 from trainer import TrainConfig, train
@@ -63,6 +63,23 @@ def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
         train(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """They are taken if they are the ones that the merge saw; any others may be somebody's secret."""
+    mine, other = tmp_path / "mine.safetensors", tmp_path / "other.pt"
+    save_encoder(load_encoder("mlp:1x4x4-8-6"), mine)
+    spec = f"mlp:1x4x4-8-6@{mine}"
+    honest, forged = make_artifact(name="honest", encoder=spec), make_artifact(encoder=spec, sha256="0" * 64)
+    torch.save(load_encoder(spec).model.state_dict(), other)
+    pickled = make_artifact(name="pickled", encoder=f"mlp:1x4x4-8-6@{other}")
+    for number, (artifact, message) in enumerate(
+        [(forged, "found others in .*mine.safetensors"), (pickled, "expected weights in a .safetensors file")]
+    ):
+        with pytest.raises(ConfigError, match=f"{message}.*; if that is yours, add --encoder mlp:"):
+            train(TrainConfig(artifact=artifact, run=str(tmp_path / f"refused-{number}"), steps=1))
+    train(TrainConfig(artifact=honest, run=str(tmp_path / "run"), steps=1))
+    train(TrainConfig(artifact=forged, run=str(tmp_path / "asked-for"), steps=1, encoder=spec))
 
 
 def test_a_head_of_another_width_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
