@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import re
 import sys
 import traceback
 from importlib.metadata import version
@@ -133,18 +132,17 @@ def main() -> None:
 
 def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
-    from storage_schemas.errors import DatamergeError
+    from storage_schemas.errors import DatamergeError, printable
+    from storage_schemas.location import redact
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        # Names in foreign files may hold line ends and terminal codes.
-        line = re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], str(error))
-        click.echo(f"error: {line}", err=True)
+        click.echo(f"error: {printable(redact(str(error)))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"error: {where}{error.strerror or error}", err=True)
+        click.echo(f"error: {printable(redact(f'{where}{error.strerror or error}'))}", err=True)
         return 1
     raise error
 

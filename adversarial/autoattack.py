@@ -149,7 +149,7 @@ def check_masking(
         settings: what `robust` was found with.
         robust: bool [B].
         keys: of the samples.
-        seed: another one than that of the attacks so far.
+        seed: of the attacks so far; the checks derive others from it.
 
     Returns:
         One sentence per failed check: four times the steps from other starts break significantly more images, or

@@ -15,6 +15,7 @@ from storage_schemas.combine import plan_combination
 from storage_schemas.convert import convert as convert_artifact
 from storage_schemas.diff import Difference
 from storage_schemas.diff import diff as diff_artifacts
+from storage_schemas.errors import printable
 from storage_schemas.export import Kind
 from storage_schemas.export import export as export_groups
 from storage_schemas.factors import FactorKind
@@ -138,7 +139,7 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
         # As with diff(1): 1 says that they differ, and nothing else.
         click.echo(f"error: {error}", err=True)
         raise click.exceptions.Exit(2) from None
-    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(_lines(found, first, second)))
+    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(map(printable, _lines(found, first, second))))
     if not found.equal:
         raise click.exceptions.Exit(1)
 

@@ -25,13 +25,14 @@ def _check_fraction(text: str) -> str:
             f"expected a fraction of the pixel range [0, 1] such as 2/255, found {shortened(text)}"
             + (f"; did you mean {text}/255?" if re.fullmatch(r"\s*[0-9]{1,3}\s*", text) else "")
         )
-    if ExactFraction(text.replace(" ", "")) > 1:
+    value = ExactFraction(text.replace(" ", ""))
+    if value > 1:
         raise ValueError(f"expected at most 1, the whole pixel range, found {shortened(text)}")
-    return text.replace(" ", "")
+    return text.replace(" ", "") if "/" in text else str(value)
 
 
 Fraction = Annotated[str, AfterValidator(_check_fraction)]
-"""A length in pixel space as the user wrote it, such as ``2/255``; `float(ExactFraction(text))` is its value."""
+"""A length in pixel space, such as ``2/255``, decimals made a fraction; `float(ExactFraction(text))` is its value."""
 
 
 class Settings(BaseModel):

@@ -7,7 +7,7 @@ import os
 from sources.factories import PREFIX, open_factory
 from sources.image_folder import list_files, open_image_folder
 from sources.images import BadImage, decode, native_shape
-from sources.sample import LISTING, RawImage, Reader, Sample, Source
+from sources.sample import LISTING, RawImage, Reader, Sample, Source, check_listed
 from sources.tars import is_tar_url, open_tar_url, open_tars
 from storage_schemas import Location, SourceError
 
@@ -71,6 +71,7 @@ def _open_file(
     location: Location, image_column: str | None, label_column: str | None, group_column: str | None
 ) -> Source:
     parent, name = location.split()
+    check_listed(parent, name)
     if name.endswith(".parquet"):
         from sources.parquet import open_parquet
 

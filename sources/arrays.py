@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sources.sample import Sample, Source, fingerprint, to_indices
+from sources.sample import Sample, Source, fingerprint, make_keys, to_indices
 from sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
@@ -39,6 +39,9 @@ _BROKEN_NPZ = (
     RuntimeError,
     MemoryError,
     TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
     tokenize.TokenError,
 )
 
@@ -96,7 +99,7 @@ def open_arrays(
     label_name = label_column or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
     labels, names = to_indices(_values(arrays, label_name, len(images), where))
     groups = _values(arrays, group_column, len(images), where)
-    stem = file.partition(".")[0]
+    (stem,) = make_keys([file.partition(".")[0]])
     samples = [
         Sample(f"{stem}-{index:08d}", f"{file}#{index}", labels[index], None if group is None else str(group))
         for index, group in enumerate(groups)
@@ -116,12 +119,14 @@ def _load(location: Location, file: str) -> dict[str, Array]:
     stored = io.BytesIO(location.read(file))
     try:
         with zipfile.ZipFile(stored) as members:
-            for member in members.infolist():
-                refuse_bomb(member.file_size, member.compress_size)
+            # Together: all are loaded.
+            refuse_bomb(sum(member.file_size for member in members.infolist()), stored.getbuffer().nbytes)
         with np.load(stored, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            found = {name: archive[name] for name in archive.files}
     except _BROKEN_NPZ as error:
         raise SourceError(f"{location.url}/{file}: expected an .npz archive of plain arrays: {error}") from None
+    # NumPy gives the bytes of members that are no arrays.
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
 def _read_idx(location: Location, file: str) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from sources.images import BadImage
-from sources.sample import HASHED_FILES, Sample, Source, fingerprint
+from sources.sample import HASHED_FILES, Sample, Source, fingerprint, make_keys
 from storage_schemas import SourceError
 
 PREFIX = "python:"
@@ -54,7 +54,7 @@ def open_factory(url: str, limit: int | None) -> Source:
     if not count:
         raise SourceError(f"{url}: expected samples, found an empty data set")
     labels = _labels(dataset, count, url)
-    stem = url.rpartition(":")[2]
+    (stem,) = make_keys([url.rpartition(":")[2]])
     samples = [Sample(f"{stem}-{index:08d}", f"{url}#{index}", labels[index]) for index in range(count)]
     # A data set has no files: a fixed choice of its images stands for their content.
     chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sources.sample import Sample, Source, fingerprint, is_whole_number, make_keys, make_listing, to_indices
+from sources.sample import (
+    Sample,
+    Source,
+    check_listed,
+    fingerprint,
+    is_whole_number,
+    make_keys,
+    make_listing,
+    to_indices,
+)
 from storage_schemas import Location, SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -74,13 +83,18 @@ def open_image_folder(location: Location, label_column: str | None = None, group
 
 
 def list_files(location: Location, extensions: Sequence[str]) -> list[tuple[str, int]]:
-    """Sorted (path relative to the location, bytes) of files with one of the extensions, hidden ones left out."""
+    """Sorted (path relative to the location, bytes) of files with one of the extensions, hidden ones left out.
+
+    Raises:
+        SourceError: a device, a pipe, or a name that is no text.
+    """
     found = location.fs.find(location.root, detail=True)
     files = []
     for path, entry in found.items():
         name = path.removeprefix(location.root).lstrip("/")
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
         if not hidden and name.lower().endswith(tuple(extensions)):
+            check_listed(location, name, entry["type"])
             files.append((name, int(entry["size"])))
     return sorted(files)
 

@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, to_indices
-from storage_schemas import CorruptShard, Location, SourceError, read_json
+from sources.images import BadImage
+from sources.sample import Sample, Source, as_text, fingerprint, make_keys, make_listing, reason, to_indices
+from storage_schemas import Location, SourceError, read_json
 
 # What pyarrow raises for a file that is none, or not whole.
-_BROKEN = (pa.ArrowException, OSError, ValueError, IndexError, CorruptShard)
+_BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
@@ -33,11 +34,12 @@ class ParquetReader:
         name, _, row = sample.name.rpartition("#")
         try:
             value = self._value(name, int(row))
-        except (pa.ArrowException, ValueError, IndexError) as error:
-            raise OSError(f"row {row} of {name} cannot be read: {error}") from None
+        except (pa.ArrowException, ValueError, LookupError) as error:
+            # Not OSError, after which a merge waits and tries again, for every row.
+            raise BadImage(f"row {row} of {name} cannot be read: {reason(error)}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise OSError(f"row {row} of {name}: the image column holds no bytes")
+            raise BadImage(f"row {row} of {name}: the image column holds no bytes")
         return data
 
     def _value(self, name: str, row: int) -> Any:
@@ -80,9 +82,7 @@ def open_parquet(
         where = f"{location.url}/{name}"
         try:
             file = pq.ParquetFile(location.open(name))
-            rows = file.metadata.num_rows
-            if rows > size:
-                raise ValueError(f"{size} bytes that claim {rows} rows")
+            rows = _count(file, size)
             schema = file.schema_arrow
             column = _image_column(schema, column, where)
             label = _label_column(schema, label_column, where)
@@ -90,7 +90,7 @@ def open_parquet(
             raw_labels += _values(file, label)
             groups += _group_values(file, group_column, where)
         except _BROKEN as error:
-            raise SourceError(f"{where}: expected a Parquet file: {error}") from None
+            raise SourceError(f"{where}: expected a Parquet file: {reason(error)}") from None
         samples += [Sample(f"{stem}-{row:08d}", f"{name}#{row}", None) for row in range(rows)]
         entries.append((name, size, rows))
     labels, names = to_indices(raw_labels, names)
@@ -98,9 +98,23 @@ def open_parquet(
     if not samples or column is None:
         raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
     listing = make_listing(location, files)
-    identity = fingerprint([column, entries, listing])
+    identity = fingerprint([column, entries, listing, labels, groups])
     reader = ParquetReader(location, column)
     return Source(location.url, "parquet", samples, names, identity, reader, listing, location)
+
+
+def _count(file: pq.ParquetFile, size: int) -> int:
+    """Rows of a file of `size` bytes; raises ValueError where it cannot have that many.
+
+    A footer of 200 bytes may claim any number, and we keep something of every row. No image fits into one byte.
+    """
+    rows = int(file.metadata.num_rows)
+    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if not 0 <= rows <= size:
+        raise ValueError(f"{size} bytes that claim {rows} rows")
+    if rows != sum(groups) or min(groups, default=0) < 0:
+        raise ValueError(f"{rows} rows in row groups of {sum(groups)}")
+    return rows
 
 
 def _group_values(file: pq.ParquetFile, column: str | None, where: str) -> list[str | None]:
@@ -169,6 +183,6 @@ def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
         return []
     try:
         names = read_json(metadata)["info"]["features"][label]["names"]
-        return [str(name) for name in names]
+        return [as_text(name) for name in names]
     except (ValueError, KeyError, TypeError):  # somebody else's metadata under this key
         return []

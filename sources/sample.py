@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from sources.unpack import gunzip
-from storage_schemas import Location, SourceError, read_json, redact
+from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
+from storage_schemas.location import refuse_devices
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
@@ -125,6 +126,27 @@ class Source:
         return [name for name in self.listing if location.fs.modified(location.path(name)) > when]
 
 
+def check_listed(location: Location, name: str, kind: str = "other") -> None:
+    """Refuse a file that could not be read, or not be noted.
+
+    Args:
+        location: that has the file.
+        name: of the file.
+        kind: what the file system calls it; `other` is a local link, or no file at all.
+
+    Raises:
+        SourceError: a device or a pipe, whose reading need not end; a name that no manifest could hold.
+    """
+    try:
+        name.encode()
+        if kind == "other" and location.is_local:
+            refuse_devices(location.path(name))
+    except UnicodeEncodeError:
+        raise SourceError(f"{location.url}: expected file names in UTF-8, found {name!a}; rename it") from None
+    except CorruptShard as error:
+        raise SourceError(f"{error}; remove it") from None
+
+
 def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[str, list[Any]]:
     """Size of every file, and its sha256: of all of it in a local source of up to `WHOLE_BYTES`.
 
@@ -150,8 +172,8 @@ def _content_hash(location: Location, name: str, size: int) -> str:
 
 
 def is_whole_number(text: str) -> bool:
-    """Whether a text is a label in digits, of at most 64 bits."""
-    return text.isdecimal() and len(text) < 19
+    """Whether a text is a label in digits, of at most 64 bits; negative ones stand for none."""
+    return text.removeprefix("-").isdecimal() and len(text) < 19
 
 
 def fingerprint(entries: Any) -> str:
@@ -163,15 +185,7 @@ def make_keys(names: Sequence[str]) -> list[str]:
     """Keys for names: the path without its extension, other characters replaced, made unique where they clash.
 
     A key depends on its name and on the names it clashes with, not on the position in the list.
-
-    Raises:
-        SourceError: a name that is no text, which no manifest could hold.
     """
-    for name in names:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise SourceError(f"expected file names in UTF-8, found {name!a}; rename it") from None
     plain = [re.sub(r"[^A-Za-z0-9_\-]+", "_", re.sub(r"\.[A-Za-z0-9]+$", "", name)) or "_" for name in names]
     times = Counter(plain)
     return [
@@ -180,10 +194,23 @@ def make_keys(names: Sequence[str]) -> list[str]:
     ]
 
 
+def as_text(value: object) -> str:
+    """A value from somebody's JSON, whose strings may hold what no UTF-8 can say, as text."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def reason(error: Exception) -> str:
+    """What an error says, or its kind: a MemoryError says nothing."""
+    return str(error) or type(error).__name__
+
+
 def to_indices(raw: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int | None], list[str]]:
-    """Class indices and class names: integer labels as they are, text labels numbered in alphabetical order."""
+    """Class indices and class names: integer labels as they are, text labels numbered in alphabetical order.
+
+    A negative integer is no label, as Hugging Face data sets mean it.
+    """
     if any(isinstance(value, str) for value in raw):
         ordered = sorted({str(value) for value in raw if value is not None})
         index = {name: position for position, name in enumerate(ordered)}
         return [None if value is None else index[str(value)] for value in raw], ordered
-    return [None if value is None else int(value) for value in raw], list(names)
+    return [None if value is None or int(value) < 0 else int(value) for value in raw], list(names)

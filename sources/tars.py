@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
@@ -22,21 +23,26 @@ from sources.sample import (
     HASHED_BYTES,
     Sample,
     Source,
+    as_text,
+    check_listed,
     fingerprint,
     is_whole_number,
     make_keys,
     make_listing,
+    reason,
     to_indices,
 )
-from storage_schemas import CorruptShard, Location, SourceError, read_json
+from storage_schemas import Location, SourceError, read_json, redact
 
 PIPE = "pipe:"
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
 # What tarfile raises for a file that is none, or is made to do harm.
-_BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, CorruptShard)
+_BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 LABEL_EXTENSION = "cls"
-# Of a member with labels or captions; a sparse member may claim any size.
+# Of a member with labels or captions.
 MAX_TEXT = 2**24
+# Of any member: tarfile goes through a pipe in small steps, also beyond its end.
+MAX_MEMBER = 2**36
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,8 @@ class TarReader:
 
     is_concurrent = True
 
-    def __init__(self, url: str) -> None:
-        self._folder = Location(url)
+    def __init__(self, folder: Location) -> None:
+        self._folder = folder
 
     @property
     def is_remote(self) -> bool:
@@ -92,13 +98,17 @@ class PipeReader:
         start = int(range_.partition("+")[0])
         if self._open is None or self._open[0] != command or self._open[2] >= start:
             self._open = (command, _pipe_members(command), -1)
-        for info, tar in self._open[1]:
-            if info.offset_data == start:
-                self._open = (command, self._open[1], start)
-                stream = tar.extractfile(info)
-                return stream.read() if stream else b""
+        try:
+            for info, tar in self._open[1]:
+                if info.offset_data == start:
+                    self._open = (command, self._open[1], start)
+                    stream = tar.extractfile(info)
+                    return stream.read() if stream else b""
+        except _BROKEN as error:
+            self._open = None
+            raise OSError(f"{redact(command)}: byte {start} cannot be read: {reason(error)}") from None
         self._open = None
-        raise OSError(f"{command}: its output ends before byte {start}; it gave more when it was listed")
+        raise OSError(f"{redact(command)}: its output ends before byte {start}; it gave more when it was listed")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_open": None}
@@ -122,13 +132,15 @@ def open_tar_url(url: str, label_column: str | None, group_column: str | None) -
         fs, root = fsspec.core.url_to_fs(pattern)
         found = sorted(fs.glob(root)) if any(c in root for c in "*?[") else [root]
         if not found or not all(fs.exists(path) for path in found):
-            raise SourceError(f"{pattern}: expected tar files, found nothing there")
+            raise SourceError(f"{redact(pattern)}: expected tar files, found nothing there")
         paths += [fs.unstrip_protocol(path) for path in found]
     folder = paths[0].rpartition("/")[0]
     while not all(path.startswith(f"{folder}/") for path in paths):
         folder = folder.rpartition("/")[0]
     location = Location(folder)
     names = [path[len(folder) + 1 :] for path in paths]
+    for name in names:
+        check_listed(location, name)
     files = [(name, location.size(name)) for name in names]
     return open_tars(location, url, files, label_column, group_column)
 
@@ -146,17 +158,16 @@ def open_tars(
         SourceError: a file is no tar, or none has images.
     """
     found: dict[str, _Parts] = {}
-    for name, size in files:
-        try:
-            with (
-                location.open(name) as stream,
-                tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
-            ):
-                _list_members(name, size, tar, found, label_column, group_column)
-        except _BROKEN as error:
-            raise SourceError(f"{location.url}/{name}: expected an uncompressed tar: {error}") from None
+    for name, _ in files:
+        with (
+            _refused(f"{location.url}/{name}: expected an uncompressed tar"),
+            location.open(name) as stream,
+            tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
+        ):
+            for info in _members(tar):
+                _note_member(name, info, tar, found, label_column, group_column)
     listing = make_listing(location, files)
-    source = _source(url, found, TarReader(location.url), listing, label_column, group_column)
+    source = _source(url, found, TarReader(location), listing, label_column, group_column)
     return replace(source, location=location)
 
 
@@ -166,10 +177,11 @@ def _open_pipes(url: str, label_column: str | None, group_column: str | None) ->
     for command in braceexpand.braceexpand(url):
         members = 0
         heads = b""
-        for info, tar in _pipe_members(command):
-            _note_member(command, info, tar, found, label_column, group_column)
-            members += 1
-            heads = heads if len(heads) > HASHED_BYTES else heads + info.tobuf()
+        with _refused(f"{redact(command)}: expected a tar from this command"):
+            for info, tar in _pipe_members(command):
+                _note_member(command, info, tar, found, label_column, group_column)
+                members += 1
+                heads = heads if len(heads) > HASHED_BYTES else heads + info.tobuf()
         listing[command] = [members, fingerprint(heads.hex())]
     return _source(url, found, PipeReader(), listing, label_column, group_column)
 
@@ -181,12 +193,12 @@ def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFi
     try:
         stream: IO[bytes] | None = process.stdout
         with tarfile.open(fileobj=stream, mode="r|", errors=NAMES) as tar:
-            for info in tar:
+            for info in _members(tar):
                 yield info, tar
+        while stream is not None and stream.read(HASHED_BYTES):
+            pass  # padding behind the tar's end, which the command must get rid of before it can end
         if process.wait() != 0:
-            raise SourceError(f"{command}: the command failed with exit code {process.returncode}")
-    except _BROKEN as error:
-        raise SourceError(f"{command}: expected a tar from this command: {error}") from None
+            raise SourceError(f"{redact(command)}: the command failed with exit code {process.returncode}")
     finally:
         process.kill()
         process.wait()
@@ -194,23 +206,23 @@ def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFi
             process.stdout.close()
 
 
-def _list_members(
-    name: str,
-    size: int,
-    tar: tarfile.TarFile,
-    found: dict[str, _Parts],
-    label_column: str | None,
-    group_column: str | None,
-) -> None:
-    last = -1
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar; raises ValueError where the list would never end."""
     for info in tar:
-        # A negative size leads back to where the list has been.
-        if info.offset <= last or (info.isreg() and not 0 <= info.size <= size - info.offset_data):
-            raise ValueError(f"{info.name!r} claims {info.size} bytes at {info.offset_data} of {size}")
-        if info.issparse():
-            raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
-        last = info.offset
-        _note_member(name, info, tar, found, label_column, group_column)
+        if not info.offset < tar.offset < info.offset + MAX_MEMBER:
+            raise ValueError(f"{info.name!r} claims {info.size} bytes")
+        # A global header tells nothing that we use, and every member to come would keep a copy.
+        tar.pax_headers = {}
+        yield info
+
+
+@contextmanager
+def _refused(message: str) -> Iterator[None]:
+    """What tarfile raises becomes a SourceError."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise SourceError(f"{message}: {reason(error)}") from None
 
 
 def _note_member(
@@ -229,11 +241,18 @@ def _note_member(
     key = f"{name}#{folder}/{stem}" if folder else f"{name}#{stem}"
     parts = found.setdefault(key, _Parts())
     extension = extension.lower()
-    if f".{extension}".endswith(EXTENSIONS):
+    is_image = f".{extension}".endswith(EXTENSIONS)
+    if not is_image and extension not in (label_column or LABEL_EXTENSION, group_column, "json"):
+        return
+    if info.issparse():
+        raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
+    if not 0 <= info.size <= tar.offset - info.offset_data:
+        raise ValueError(f"{info.name!r} claims {info.size} bytes at {info.offset_data}, next is {tar.offset}")
+    if is_image:
         if parts.image is not None:
             raise SourceError(f"{name}: expected one image a sample, found a second one: {info.name}")
         parts.image = _Member(name, info.offset_data, info.size)
-    elif extension in (label_column or LABEL_EXTENSION, group_column, "json"):
+    else:
         if info.size > MAX_TEXT:
             raise SourceError(f"{name}: expected a label in {info.name}, found {info.size} bytes")
         stream = tar.extractfile(info)
@@ -281,4 +300,4 @@ def _text(parts: _Parts, column: str) -> str | None:
         value = read_json(parts.texts.get("json", b"{}")).get(column)
     except (ValueError, AttributeError):
         return None
-    return None if value is None else str(value)
+    return None if value is None else as_text(value)

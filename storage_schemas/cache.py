@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ from storage_schemas.manifest import MANIFEST
 # Lock files, for any number of copies; two fetches rarely share one.
 LOCKS = 64
 PART = ".part"
+_COPY = re.compile(r"[0-9a-f]{64}(\.\d+\.part)?")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Cache:
         """Evict the least recently used copies until `size` more bytes fit; False if fetches in progress fill it."""
         copies = []
         for entry in os.scandir(self.folder):
-            if entry.name.startswith("lock-"):
-                continue
+            if not _COPY.fullmatch(entry.name):
+                continue  # a lock, or a file of somebody else, who chose a folder that was not empty
             try:
                 status = entry.stat()
             except FileNotFoundError:

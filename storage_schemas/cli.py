@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from storage_schemas.artifact import open_artifact
+from storage_schemas.errors import printable
 from storage_schemas.location import Location
 from storage_schemas.preview import contact_sheet
 from storage_schemas.summary import summarise
@@ -94,10 +95,10 @@ def _show_report(report: Report, mended: bool) -> None:
     for problem in report.problems:
         shown[problem.file] += 1
         if shown[problem.file] <= SHOWN_PROBLEMS:
-            click.echo(str(problem))
+            click.echo(printable(str(problem)))
     for file, number in shown.items():
         if number > SHOWN_PROBLEMS:
-            click.echo(f"{file}: … and {number - SHOWN_PROBLEMS} more, see --json")
+            click.echo(f"{printable(file)}: … and {number - SHOWN_PROBLEMS} more, see --json")
     state = "" if report.complete else " (unfinished)"
     checked = f"{report.groups} groups in {report.shards} shards, {human_bytes(report.bytes)}"
     if not report.problems:
@@ -145,7 +146,7 @@ def _optional(text: str, value: float | None) -> str:
 
 def _text(foreign: str) -> Text:
     """What others wrote, shown as it is: no markup, no codes that a terminal obeys."""
-    return Text("".join(letter if letter.isprintable() else "�" for letter in foreign))
+    return Text(printable(foreign))
 
 
 def _flat(value: Any) -> str:

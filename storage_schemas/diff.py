@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.compatibility import leaves
-from storage_schemas.derive import Advance
+from storage_schemas.derive import MOMENTS, Advance
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Record
 
 QUANTITIES = ("mean", "variance", "target", "members", "clean")
+_THEIR_ARRAYS = {*MOMENTS, "target", "members", "clean"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class GroupDifference:
         key: of the group.
         facts: what else differs (`count`, `label`, `samples`), as [in A, in B].
         distance: largest absolute difference of each quantity that both have: mean, variance and target in their
-            units, members and clean in grey levels; None where shapes differ or only one has it.
+            units, members and clean in grey levels, others as they are stored; None where shapes differ or only one
+            has it.
     """
 
     key: str
@@ -105,7 +107,8 @@ def _compare(a: Record, b: Record, tolerance: float) -> GroupDifference:
     distance: dict[str, float | None] = {}
     # Integers are compared before they are rounded to float32, unless the other side has only float32.
     exact = a.encoding == b.encoding == "uint8_moments"
-    for name in QUANTITIES:
+    others = sorted((a.arrays.keys() | b.arrays.keys()) - _THEIR_ARRAYS)
+    for name in (*QUANTITIES, *others):
         mine, theirs = _quantity(a, name, exact), _quantity(b, name, exact)
         if mine is None and theirs is None:
             continue
@@ -122,7 +125,7 @@ def _quantity(record: Record, name: str, exact: bool) -> npt.NDArray[np.float64]
         if name == "mean":
             return record.arrays["sum"].astype(np.float64) / unit
         return record.arrays["scatter"].astype(np.float64) / unit**2
-    value = getattr(record, name)
+    value = getattr(record, name) if name in QUANTITIES else record.arrays.get(name)
     return None if value is None else np.asarray(value, np.float64)
 
 

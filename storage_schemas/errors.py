@@ -14,6 +14,8 @@ Messages are one line: what was expected, what was found, where, what to do next
 
 from __future__ import annotations
 
+import re
+
 SHOWN_LETTERS = 80  # of a value, in a message that a person reads
 
 
@@ -60,3 +62,8 @@ def shortened(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
         return f"one too long to show ({type(value).__name__})"
     return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
+
+
+def printable(foreign: str) -> str:
+    """What others wrote, on one line and without the codes that a terminal obeys."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], foreign)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -41,7 +41,7 @@ def export(artifact: Artifact, keys: list[str], target: Location, kind: Kind) ->
 
 def npz_file(record: Record) -> dict[str, bytes]:
     """`KEY.npz`: the stored arrays; mean, mean_square and variance in [0, 1]; count, label (−1 for none), samples."""
-    arrays: dict[str, Array] = {
+    arrays: dict[str, Any] = {
         **record.arrays,
         "mean": record.mean,
         "mean_square": record.mean_square,
@@ -53,7 +53,7 @@ def npz_file(record: Record) -> dict[str, bytes]:
     if record.members is not None:
         arrays["members"] = record.members  # without the padding of a smaller group
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     return {f"{record.key}.npz": buffer.getvalue()}
 
 

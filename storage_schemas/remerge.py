@@ -46,7 +46,8 @@ def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advanc
     """Write `source`'s groups, merged again from their members, to `target`; an unfinished one is continued.
 
     Raises:
-        ConfigError: no members in the source, fewer than asked for, or more factors than they span.
+        ConfigError: groups that are no attacks, no members in the source, fewer than asked for, or more factors than
+            they span.
     """
     layout = _layout(source, wanted)
     provenance = dict(source.manifest.provenance)
@@ -77,6 +78,13 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     if stored is None:
         raise ConfigError(f"{url}: expected stored members, found none; merge with --keep-members")
     largest, shape = stored.shape[0], stored.shape[1:]
+    grouping = source.manifest.provenance.get("grouping")
+    kind = grouping.get("kind") if isinstance(grouping, dict) else None
+    if kind not in (None, "adversarial") and (wanted.members is not None or wanted.factors is not None):
+        raise ConfigError(
+            f"{url}: expected groups of attacks, found {kind} groups, whose samples and targets would change; "
+            "merge again with --members, or leave --members and --factors out"
+        )
     count = wanted.members or largest
     if count > largest:
         raise ConfigError(f"members: expected at most the {largest} that {url} stores, found {count}")

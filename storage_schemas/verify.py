@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from storage_schemas.artifact import make_reader, read_arrays
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
 from storage_schemas.files import damage
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
@@ -124,7 +124,12 @@ def fix(location: Location, report: Report) -> None:
 
     Afterwards the manifest says `complete: false`, and the merge command that made the artifact repairs it. A
     damaged manifest is removed; the merge rebuilds it from the sidecars.
+
+    Raises:
+        UserError: a location that cannot be written to.
     """
+    if location.is_read_only:
+        raise UserError(f"{location.url}: http(s) locations can only be read; mend the artifact where it is written")
     bad_files = {problem.file for problem in report.problems}
     bad_shards = {problem.shard for problem in report.problems if problem.shard is not None}
     for shard in sorted(bad_shards):

@@ -137,7 +137,7 @@ class ArtifactWriter:
             _check_record(record, self.layout)
             if record.key in entries or len(entries) == self.layout.groups_per_shard:
                 limit = f"{self.layout.groups_per_shard} distinct keys at most"
-                raise ValueError(f"shard {shard}: expected {limit}, found {record.key} after {list(entries)}")
+                raise ValueError(f"shard {shard}: expected {limit}, found {record.key} after {len(entries)}")
             # The name of a sample may be a URL, or a command with one.
             record = replace(record, samples=tuple(map(redact, record.samples)))
             entries[record.key] = _record_entry(record, self.layout, encoder.add(record))

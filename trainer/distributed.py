@@ -42,6 +42,20 @@ class Processes:
         """Whether this is the process that writes."""
         return self.rank == 0
 
+    def take_gpu(self) -> torch.device:
+        """The GPU of this process among those of the machine, made the current one.
+
+        Raises:
+            ConfigError: more processes than GPUs.
+        """
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device: expected a GPU for each process, found {torch.cuda.device_count()} on this machine; "
+                "start at most as many processes there"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
     def sum(self, tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
         """Sum tensors in place over all processes.
 
@@ -121,9 +135,13 @@ def processes(device: str) -> Iterator[Processes]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: expected RANK and LOCAL_RANK beside it, found none "
             f"({error}); start several processes with torchrun"
         ) from None
-    gpus = device != "cpu" and torch.cuda.is_available()
+    gpu = None
+    if device != "cpu" and torch.cuda.is_available():
+        if device not in ("auto", "cuda"):
+            raise ConfigError(f"device: expected auto or cuda for several processes, found {device}")
+        gpu = own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
     with _peers():
-        dist.init_process_group("nccl" if gpus else "gloo")
+        dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu)
     try:
         yield own
     finally:

@@ -2,7 +2,7 @@
 
 Neither the size of a micro-batch, nor the number of processes, nor the device changes them: they are drawn on
 the CPU in float64 and converted. Group p of global step s owns the stream of word p of
-SeedSequence([seed, PSEUDO_LABELS, s]) (`trainer.order` names the purposes).
+SeedSequence([seed, ESTIMATOR, s]) (`trainer.order` names the purposes).
 
 Shapes: B groups; `like` is a tensor [B, …] whose shape, dtype and device the result has.
 """

@@ -21,7 +21,7 @@ import click
 import torch
 from torch import Tensor
 
-from adversarial import Encoder, load_encoder, parse_spec
+from adversarial import Encoder, load_encoder, parse_spec, weights_sha256
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from trainer.checkpoint import BEST, RunFolder, RunSummary, read_state
@@ -81,7 +81,7 @@ def export(run: str, target: Target, output: str, *, best: bool = False) -> Path
         files = Path(name) / "files"
         files.mkdir()
         usage = write(encoder, files)
-        (files / "README.md").write_text(_model_card(summary, target, usage, best), "utf-8")
+        (files / "README.md").write_text(_model_card(summary, encoder, target, usage, best), "utf-8")
         shutil.move(files, out)
     return out
 
@@ -179,9 +179,10 @@ def _check_equal(encoder: Encoder, exported: Callable[[Tensor], Tensor]) -> None
         )
 
 
-def _model_card(summary: RunSummary, target: Target, usage: str, best: bool) -> str:
+def _model_card(summary: RunSummary, encoder: Encoder, target: Target, usage: str, best: bool) -> str:
     library = {"open_clip": "open_clip", "hf": "transformers"}[target]
-    note = " (this export: the checkpoint with the lowest held-out loss)" if best else ""
+    exported = f"; this export, with the lowest held-out loss: `{weights_sha256(encoder.model)}`"
+    note = exported if best else ""
     settings = "\n".join(
         f"| {name} | `{value}` |" for name, value in summary.config.items() if value not in (None, [])
     )

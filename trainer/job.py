@@ -238,7 +238,7 @@ def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool
     loss_name(
         other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
     )
-    collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest))
+    collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest), clean=False)
     check_groups(artifact, encoder, collate)
     order = _order(artifact, other)
     return HeldOut(order, _feed(artifact, order, collate, config.data_workers, pin))
@@ -296,13 +296,7 @@ def choose_device(name: str, own: Processes) -> torch.device:
     if name in ("auto", "cuda") and torch.cuda.is_available():
         if own.world == 1:
             return torch.device("cuda")
-        if own.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device: expected a GPU for each process, found {torch.cuda.device_count()} on this machine; "
-                "start at most as many processes there"
-            )
-        torch.cuda.set_device(own.local_rank)
-        return torch.device("cuda", own.local_rank)
+        return own.take_gpu()
     if name == "auto":
         return torch.device("cpu")
     try:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from console import Fraction, Settings, load_settings
 from storage_schemas import ConfigError
+from storage_schemas.derive import pixel_spread
 
 
 class Attack(Settings):
@@ -132,3 +133,10 @@ def test_messages_stay_short(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings(Attack, _toml(tmp_path, text.format("x" * 5000)), {"members": 1})
     assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(("typed", "kept"), [(".01", "1/100"), ("8e-3", "1/125"), ("2/255", "2/255"), ("0.5", "1/2")])
+def test_decimals_are_kept_as_fractions(typed: str, kept: str) -> None:
+    """One spelling for all who read it later, such as `remerge` and `combine`."""
+    assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == kept
+    assert pixel_spread({"attack": {"epsilon": kept}}) >= 2

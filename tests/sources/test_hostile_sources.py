@@ -106,7 +106,7 @@ def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "t.tar").write_bytes(bytes(header) + b"1" * 512 + bytes(1024))
-    with pytest.raises(SourceError, match=r"'a\.cls' claims 6000000000 bytes"):
+    with pytest.raises(SourceError, match=r"'a\.cls' is sparse; make the tar without --sparse"):
         open_source(str(tmp_path / "t.tar"))
 
 

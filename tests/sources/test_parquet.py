@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sources import open_source
+from sources import BadImage, open_source
 from sources.parquet import ParquetReader
 from storage_schemas import SourceError
 
@@ -151,7 +151,7 @@ def test_empty_tables(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_rows_without_bytes_are_an_os_error(tmp_path: Path) -> None:
+def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
     """A path into somebody else's disk, or nothing: the sample is rejected, the merge goes on."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     image = pa.array([{"bytes": b"ok", "path": None}, {"bytes": None, "path": "/home/x.png"}, None], kind)
@@ -159,7 +159,7 @@ def test_rows_without_bytes_are_an_os_error(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert source.reader.read(source.samples[0]) == b"ok"
     for sample in source.samples[1:]:
-        with pytest.raises(OSError, match=r"of x\.parquet: the image column holds no bytes"):
+        with pytest.raises(BadImage, match=r"of x\.parquet: the image column holds no bytes"):
             source.reader.read(sample)
 
 

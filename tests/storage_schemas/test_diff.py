@@ -15,6 +15,8 @@ from safetensors.numpy import save
 from storage_schemas import Artifact, ArtifactWriter, CorruptShard, Layout, Location, Record, open_artifact
 from storage_schemas.convert import convert
 from storage_schemas.diff import diff
+from storage_schemas.factors import FactorKind
+from storage_schemas.remerge import Remerge, remerge
 
 Write = Callable[..., list[Record]]
 Make = Callable[..., list[list[Record]]]
@@ -142,3 +144,13 @@ def test_damage_is_no_difference(tmp_path: Path, make_layout: Callable[..., Layo
     shard.write_bytes(data)
     with pytest.raises(CorruptShard, match="00001"):
         diff(open_artifact(tmp_path / "a"), open_artifact(tmp_path / "b"))
+
+
+def test_factors_count_too(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+    write_artifact(tmp_path / "a", make_layout())
+    kinds: tuple[FactorKind, ...] = ("sketch", "principal")
+    for kind in kinds:
+        remerge(open_artifact(tmp_path / "a"), Location(tmp_path / kind), Remerge(factors=1, factor_kind=kind))
+    found = diff(open_artifact(tmp_path / "sketch"), open_artifact(tmp_path / "principal"))
+    assert not found.equal
+    assert found.furthest.keys() == {"factors"}

@@ -12,6 +12,7 @@ from storage_schemas import ConfigError, Layout, Location, Record, open_artifact
 from storage_schemas.factors import decode_factors, factors
 from storage_schemas.remerge import Remerge, remerge
 from storage_schemas.seeds import group_seed
+from tests.storage_schemas.forging import forge
 
 Write = Callable[..., list[Record]]
 FORMS = [(format, encoding) for format in ("zarr", "webdataset") for encoding in ("uint8_moments", "float32")]
@@ -86,5 +87,17 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(extras=extras), (), {})
     with pytest.raises(ConfigError, match=message):
+        remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("wanted", [Remerge(members=2), Remerge(factors=1)])
+def test_groups_that_are_no_attacks_are_not_cut(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, wanted: Remerge
+) -> None:
+    """Their samples, their target and their number would be others."""
+    write_artifact(tmp_path / "a", make_layout())
+    forge(tmp_path / "a", lambda manifest: manifest["provenance"].update(grouping={"kind": "label", "members": 4}))
+    with pytest.raises(ConfigError, match="expected groups of attacks, found label groups"):
         remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
     assert not (tmp_path / "b").exists()

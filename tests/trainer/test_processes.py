@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage_schemas import ConfigError, open_artifact
@@ -188,4 +189,23 @@ def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2: expected RANK and LOCAL_RANK"), processes("cpu"):
+        pass
+
+
+def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL exchanges through the current GPU, which is the first in every process until somebody sets it."""
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(("set_device", index)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: calls.append((backend, device_id)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with processes("auto"):
+        assert calls == [("set_device", 1), ("nccl", torch.device("cuda", 1))]
+    with pytest.raises(ConfigError, match="expected auto or cuda for several processes, found cuda:0"), processes("cuda:0"):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="expected a GPU for each process, found 2"), processes("cuda"):
         pass

@@ -136,3 +136,9 @@ def test_only_single_images_are_refined(settings: dict[str, Any]) -> None:
 def test_a_step_size_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="set refine_steps"):
         _config("artifact", Path("run"), arm="ind", refine_steps=0, refine_step_size="1/255")
+
+
+def test_held_out_groups_need_no_clean_images(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact(attack=ATTACK, clean=True)
+    other = make_artifact(name="other", attack=ATTACK)
+    assert train(_config(artifact, tmp_path / "run", arm="mean-only", eval_artifact=other, eval_every=1)).steps

@@ -222,7 +222,7 @@ def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any, lock: s
     Location(tmp_path / "web").write("f", b"x" * 80)
     cache = Cache(tmp_path / "cache", 100)
     wanted = int(hashlib.sha256(f"{web.url}/f".encode()).hexdigest()[:8], 16)
-    dead = cache.reserve(f"{wanted ^ (lock == 'another'):08x}", 60)
+    dead = cache.reserve(f"{wanted ^ (lock == 'another'):08x}".ljust(64, "0"), 60)
     assert dead is not None
     dead.write_bytes(b"half")
     assert CachedLocation.of(Location(web.url), cache).local_path("f") is not None
@@ -232,8 +232,8 @@ def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any, lock: s
 def test_a_fetch_in_progress_is_not_evicted(tmp_path: Path, web: Any) -> None:
     Location(tmp_path / "web").write("f", b"x" * 80)
     cache = Cache(tmp_path / "cache", 100)
-    with cache.lock("0123456789abcdef"):
-        busy = cache.reserve("0123456789abcdef", 60)
+    with cache.lock("0123456789abcdef" * 4):
+        busy = cache.reserve("0123456789abcdef" * 4, 60)
         assert busy is not None
         assert CachedLocation.of(Location(web.url), cache).local_path("f") is None  # ranges, then
         assert busy.exists()
@@ -277,6 +277,16 @@ def test_a_download_that_ends_early_is_repeated(
     monkeypatch.setattr(location.fs, "get_file", short)
     assert location.read("f") == b"x" * 100
     assert len(quick) == 2
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path, web: Any) -> None:
+    """Who gives --cache ~/data keeps what is there."""
+    Location(tmp_path / "web").write("f", b"x" * 80)
+    cache = Cache(tmp_path, 100)
+    for name in ("thesis.docx", "movie.part", "a" * 64 + ".txt"):
+        (tmp_path / name).write_bytes(b"mine" * 100)
+    assert CachedLocation.of(Location(web.url), cache).local_path("f") is not None
+    assert {"thesis.docx", "movie.part"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_an_impossible_cache_is_the_users_error(tmp_path: Path) -> None:
