@@ -138,7 +138,7 @@ def processes(device: str) -> Iterator[Processes]:
     gpu = None
     if device != "cpu" and torch.cuda.is_available():
         if device not in ("auto", "cuda"):
-            raise ConfigError(f"device: expected auto or cuda for several processes, found {device}")
+            raise ConfigError(f"device: expected auto or cuda for several, found {device}")
         gpu = own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
     with _peers():
         dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu)
