@@ -14,7 +14,7 @@ from console import load_settings
 from merge_service.config import MergeConfig
 from merge_service.merge import MergeResult, Prepared, prepare, run
 from merge_service.termination import Terminated
-from storage_schemas import UserError
+from storage_schemas import ConfigError, UserError
 
 
 @click.command()
@@ -56,7 +56,7 @@ from storage_schemas import UserError
 @click.option("--seed", type=int, help="Seed of all random choices (0).")
 @click.option("--license", metavar="ID", help="Licence for the dataset card, e.g. cc-by-4.0 (other).")
 @click.option("--limit", type=int, help="Use the first LIMIT samples only.")
-@click.option("--batch-size", type=int, help="Images in one forward pass (64).")
+@click.option("--batch-size", type=int, help="Images in one forward pass (64); at least one group.")
 @click.option("--max-workers", type=int, help="Ray workers; as many as fit by default.")
 @click.option("--num-cpus", type=int, help="CPUs of a worker; its threads by default.")
 @click.option("--num-gpus", type=float, help="GPUs of a worker (1); 0.5 lets two share one.")
@@ -86,6 +86,11 @@ def merge(
     datamerge merge mnist.parquet class-means --grouping label
     datamerge merge 'shards/{000..099}.tar' clusters --grouping cluster --clusters 20
     """
+    if dry_run and submit is not None:
+        # A submitted job costs money: never run one for a command that asked to be told the cost first.
+        raise ConfigError("submit: expected a merge to run, found --dry-run; drop --submit or --dry-run")
+    if price_per_hour is not None and not dry_run:
+        raise ConfigError("price_per_hour: expected --dry-run beside it, found none; add --dry-run or drop the price")
     config = load_settings(MergeConfig, config_file, flags)
     if submit is not None:
         _submit(config, submit, as_json)

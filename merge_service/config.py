@@ -67,7 +67,7 @@ class MergeConfig(Settings):
     limit: PositiveInt | None = Field(None, description="Use the first LIMIT samples only.")
     image_column: str | None = Field(None, description="Column with the images.")
     label_column: str | None = Field(None, description="Column with the labels.")
-    batch_size: PositiveInt = Field(64, description="Images in one forward pass of the attack.")
+    batch_size: PositiveInt = Field(64, description="Images in one forward pass of the attack; at least one group.")
     threads: PositiveInt = Field(1, description="Threads of an encoder on a CPU; more threads, other rounding.")
     compile: bool = Field(False, description="Run encoders through torch.compile.")
     # What follows changes how fast the work is done, never what is written.

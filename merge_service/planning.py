@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from adversarial import PGD, Encoder, Head
+from adversarial import PGD, Encoder, Head, weights_sha256
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group, assignment_sha256, make_groups
 from merge_service.rounds import ResolvedEncoder
@@ -227,7 +229,13 @@ def _provenance(
     if config.license is not None:
         provenance["license"] = config.license
     if head is not None:
-        provenance["head"] = {"spec": config.head, "classes": len(head.weight)}
+        provenance["head"] = {
+            "spec": config.head,
+            "classes": len(head.weight),
+            # Not `sha256`: combine has that of the whole file under `head.sha256`.
+            "weights_sha256": weights_sha256(head),
+            "names_sha256": hashlib.sha256(json.dumps(head.names).encode()).hexdigest(),
+        }
     return provenance
 
 

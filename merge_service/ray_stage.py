@@ -321,6 +321,9 @@ class _Shards(_Stage):
         self._partials.pop(shard, None)
 
     def _lost_parts(self, piece: Piece) -> None:
+        if not piece.completes:  # a whole shard or a part builds on nothing
+            super()._lost_parts(piece)
+            return
         self._partials.pop(piece.shard, None)
         parts = self._plan.parts(piece.shard)
         self._counts[piece.shard] = parts

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from merge_service.precision import compare
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import Accumulator, Partial
 from sources import Reader, Sample
-from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
+from storage_schemas import ArtifactWriter, ConfigError, DatamergeError, Record, Reject
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ class ShardWorker:
             self._use_threads()
             per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
             records: list[Record] = []
-            while usable:
-                records += self._attacker.records(usable[:per_batch], rejects)
-                del usable[:per_batch]
+            with _out_of_memory(self._config):
+                while usable:
+                    records += self._attacker.records(usable[:per_batch], rejects)
+                    del usable[:per_batch]
             seconds = time.monotonic() - started
         return self._commit(task, records, rejects, seconds)
 
@@ -172,6 +174,23 @@ class ShardWorker:
     def _use_threads(self) -> None:
         # The setting belongs to the calling thread, and calls come in on several.
         torch.set_num_threads(self._config.threads)
+
+
+@contextmanager
+def _out_of_memory(config: MergeConfig) -> Iterator[None]:
+    """Says which knob."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator and some CUDA libraries raise a plain RuntimeError.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+            raise
+        raise DatamergeError(
+            f"batch_size: out of memory with batch_size {config.batch_size} and {config.group_size} members at "
+            f"{config.precision}; try a smaller --batch-size (at least one group goes through at once), fewer "
+            "--members, or --precision bfloat16"
+        ) from None
 
 
 def _drained(records: list[Record]) -> Iterator[Record]:
