@@ -37,7 +37,8 @@ demo: $(VENV)/.demo
 	$(BIN)/datamerge demo demo-output
 
 # Finished parts are kept in experiments-output and not done again.
-ARMS = digits/epsilon-26 cifar10/epsilon-2 cifar10/epsilon-4 photos/epsilon-2
+ARMS = digits/epsilon-26 cifar10/epsilon-2 cifar10/epsilon-4 cifar10/refined cifar10/refined-epsilon-4 cifar10/deviation \
+	photos/epsilon-2 photos/epsilon-4
 experiments-small: $(VENV)/.demo
 	@test -d "$$DATAMERGE_DATA" || { echo "set DATAMERGE_DATA to the folder with mnist, cifar10 and nips17" >&2; exit 2; }
 	$(PIP) -e '.[experiments]'
