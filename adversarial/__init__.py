@@ -9,7 +9,7 @@ from adversarial.euclidean import Norm
 from adversarial.heads import Head, head_from_arrays, load_head
 from adversarial.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
 from adversarial.pgd import PGD, attack
-from adversarial.specs import parse_spec, with_checkpoint
+from adversarial.specs import at_home, parse_spec, with_checkpoint
 
 __all__ = [
     "APGD",
@@ -25,6 +25,7 @@ __all__ = [
     "Precision",
     "Survival",
     "apgd",
+    "at_home",
     "attack",
     "auto_attack",
     "check_masking",

@@ -68,3 +68,13 @@ def with_checkpoint(spec: str, path: str) -> str:
     if kind in ("open_clip", "timm"):
         model = model.partition("/")[0]
     return f"{kind}:{model}@{path}"
+
+
+def at_home(spec: str, folder: Path) -> str:
+    """The spec of a run's encoder with its weights from the run's own folder, where they are there.
+
+    Runs get moved and copied, and the path to where one was may lead to another by now.
+    """
+    _, at, checkpoint = spec.partition("@")
+    own = folder / Path(checkpoint).name
+    return with_checkpoint(spec, str(own.absolute())) if at and own.is_file() else spec

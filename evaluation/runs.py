@@ -8,7 +8,7 @@ from typing import Any
 import click
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adversarial import parse_spec, with_checkpoint
+from adversarial import at_home, parse_spec
 from adversarial.specs import KINDS
 from storage_schemas import ConfigError, read_json
 
@@ -93,7 +93,7 @@ def _read_folder(text: str, folder: Path) -> Run:
         raise ConfigError(
             f"{file}: expected the summary of a training run, found problems: {'; '.join(problems)}"
         ) from None
-    return run.model_copy(update={"encoder": _at_home(run.encoder, folder)})
+    return run.model_copy(update={"encoder": at_home(run.encoder, folder)})
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -104,12 +104,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
-
-
-def _at_home(spec: str, folder: Path) -> str:
-    """The spec with its weights taken from the run's folder if they are not where they were: runs get moved."""
-    _, at, checkpoint = spec.partition("@")
-    moved = folder / Path(checkpoint).name
-    if at and not Path(checkpoint).expanduser().is_file() and moved.is_file():
-        return with_checkpoint(spec, str(moved.absolute()))
-    return spec

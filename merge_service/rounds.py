@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adversarial import Encoder, load_encoder, with_checkpoint
+from adversarial import Encoder, at_home, load_encoder
 from storage_schemas import ConfigError, read_json
 
 SUMMARY = "run.json"
@@ -66,9 +66,4 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{folder / SUMMARY}: expected the summary of a training run, found {error!r}") from None
-    # Runs get moved: their weights are taken from the folder if they are not where they were.
-    _, at, checkpoint = spec.partition("@")
-    moved = folder / Path(checkpoint).name
-    if at and not Path(checkpoint).is_file() and moved.is_file():
-        spec = with_checkpoint(spec, str(moved.absolute()))
-    return spec, {"url": str(folder.absolute()), **links}
+    return at_home(spec, folder), {"url": str(folder.absolute()), **links}

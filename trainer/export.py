@@ -21,7 +21,7 @@ import click
 import torch
 from torch import Tensor
 
-from adversarial import Encoder, load_encoder, parse_spec, weights_sha256
+from adversarial import Encoder, at_home, load_encoder, parse_spec, weights_sha256
 from adversarial.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from trainer.checkpoint import BEST, RunFolder, RunSummary, read_state
@@ -88,7 +88,7 @@ def export(run: str, target: Target, output: str, *, best: bool = False) -> Path
 
 def _encoder(folder: RunFolder, summary: RunSummary, best: bool) -> Encoder:
     """The trained encoder, with the normalisation it was trained with."""
-    encoder = load_encoder(summary.encoder)
+    encoder = load_encoder(at_home(summary.encoder, folder.path))
     if not best:
         if encoder.sha256 != summary.encoder_sha256:
             raise DatamergeError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adversarial import parse_spec, with_checkpoint
+from adversarial import at_home, parse_spec, with_checkpoint
 from storage_schemas import ConfigError
 
 
@@ -95,3 +95,14 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "w.pt").touch()
     assert parse_spec("mlp:1x4x4-2@~/w.pt").checkpoint == str(tmp_path / "w.pt")
+
+
+def test_a_copied_run_has_its_own_weights(tmp_path: Path) -> None:
+    """Not those of the folder that it was copied from, which may have been trained again."""
+    for name in ("first", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.safetensors").touch()
+    spec = f"open_clip:ViT-B-32@{tmp_path}/first/encoder.safetensors"
+    assert at_home(spec, tmp_path / "copy") == f"open_clip:ViT-B-32@{tmp_path}/copy/encoder.safetensors"
+    assert at_home(spec, tmp_path / "nowhere") == spec
+    assert at_home("mlp:1x2x2-3", tmp_path / "copy") == "mlp:1x2x2-3"
