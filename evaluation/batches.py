@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ import numpy.typing as npt
 from evaluation.results import RejectedImage
 from evaluation.runs import warn
 from sources import BadImage, Sample, Source, decode
-from storage_schemas import SourceError
+from storage_schemas import DatamergeError, SourceError
+from storage_schemas.retries import is_transient, retry
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,11 @@ def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]
     usable, images, rejected = [], [], []
     for sample in samples:
         try:
-            images.append(decode(source.reader.read(sample), shape))
+            images.append(decode(retry(partial(source.reader.read, sample)), shape))
             usable.append(sample)
         except (BadImage, OSError) as error:
+            if is_transient(error):  # the image is not to blame, and later encoders would see others
+                raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
             rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
     pixels = np.stack(images) if images else np.empty((0, *shape), np.uint8)
     return Batch(usable, pixels, rejected)

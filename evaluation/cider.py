@@ -60,7 +60,8 @@ class CaptionScorer:
         return {key: 100 * float(found[key]) for key in captions}
 
     def _tokenise(self, captions: Sequence[str]) -> list[str]:
-        lines = [caption.replace("\n", " ") for caption in captions]
+        # One line each, whatever the models write: a form feed or U+2028 ends a line for the tokeniser too.
+        lines = [" ".join(caption.split()) for caption in captions]
         # Starting Java takes longer than anything it does here, and models repeat themselves.
         new = list(dict.fromkeys(line for line in lines if line not in self._tokens))
         if new:
@@ -79,7 +80,7 @@ def _ptb(lines: Sequence[str]) -> list[str]:
         command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", file.name]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    found = done.stdout.split("\n")[: len(lines)]
+    found = done.stdout.removesuffix("\n").split("\n")
     if done.returncode or len(found) != len(lines):
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise DatamergeError(f"Stanford's tokeniser: expected {len(lines)} lines, found {len(found)}: {reason}")

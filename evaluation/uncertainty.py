@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2_000
+BLOCK = 50  # of them at a time
 BOOTSTRAP_SEED = 0
 Z95 = 1.959963984540054
 
@@ -44,6 +45,8 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % percentile interval of the mean over images drawn again with replacement; the same every time."""
     array = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(np.random.SeedSequence([BOOTSTRAP_SEED, len(array)]))
-    counts = generator.multinomial(len(array), np.full(len(array), 1 / len(array)), size=RESAMPLES)
-    low, high = np.quantile(counts @ array / len(array), [0.025, 0.975])
+    chances = np.full(len(array), 1 / len(array))
+    # In blocks: all counts of fifty thousand images at once are gigabytes.
+    blocks = (generator.multinomial(len(array), chances, size=BLOCK) @ array for _ in range(RESAMPLES // BLOCK))
+    low, high = np.quantile(np.concatenate(list(blocks)) / len(array), [0.025, 0.975])
     return float(low), float(high)

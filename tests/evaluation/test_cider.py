@@ -67,6 +67,15 @@ def test_golden_cider() -> None:
     assert scores == pytest.approx({"1": 539.41497787, "2": 174.33843498, "3": 174.33843498}, abs=1e-6)
 
 
+@needs_java
+@pytest.mark.parametrize("end", ["\r", "\x0b", "\x85", "\u2028", "\n\n"])
+def test_whatever_ends_a_line_within_a_caption(end: str) -> None:
+    """The scores of the others are not those of their neighbours."""
+    references = {"1": ["a cat sits"], "2": ["a dog runs"], "3": ["a red bus"]}
+    scores = CaptionScorer(references).scores({"1": f"a cat{end}sits", "2": "a dog runs", "3": "a red bus"})
+    assert scores == CaptionScorer(references).scores({key: texts[0] for key, texts in references.items()})
+
+
 def test_without_java_scores_are_marked(
     references: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

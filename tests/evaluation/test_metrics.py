@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 
 from evaluation import EvaluateConfig, Evaluation, evaluate
+from evaluation.batches import read_batches
+from evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
+from sources import Sample, Source
 from storage_schemas import DatamergeError
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -162,3 +166,40 @@ def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
 def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
     with pytest.raises(DatamergeError, match=r"not finite for dark/far\.png, dark/near\.png"):
         measure(make_encoder([[float("nan")] * 4]), data=photos)
+
+
+def test_the_bootstrap_in_blocks_is_that_at_once() -> None:
+    values = np.random.default_rng(1).normal(size=70)
+    generator = np.random.default_rng(np.random.SeedSequence([BOOTSTRAP_SEED, 70]))
+    means = generator.multinomial(70, np.full(70, 1 / 70), size=RESAMPLES) @ values / 70
+    assert bootstrap_interval(values.tolist()) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
+
+class _Flaky:
+    """Loses its connection as often as it is told."""
+
+    is_concurrent, is_remote = True, True
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def read(self, sample: Sample) -> bytes:
+        self.failures -= 1
+        if self.failures >= 0:
+            raise ConnectionError("reset")
+        stream = io.BytesIO()
+        Image.new("L", (2, 2)).save(stream, "PNG")
+        return stream.getvalue()
+
+
+@pytest.mark.parametrize(("failures", "lost"), [(2, False), (100, True)])
+def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, failures: int, lost: bool) -> None:
+    """It would be left out of this encoder's rows, and not of the next one's."""
+    monkeypatch.setattr("storage_schemas.retries.FIRST_DELAY", 0.0)
+    source = Source("s3://b", "image_folder", [Sample("a", "a.png", None)], [], "", _Flaky(failures))
+    if lost:
+        with pytest.raises(DatamergeError, match=r"a\.png: reset; run the same command again"):
+            list(read_batches(source, (1, 2, 2), 1))
+    else:
+        (batch,) = read_batches(source, (1, 2, 2), 1)
+        assert (len(batch.pixels), batch.rejected) == (1, [])
