@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +14,7 @@ from console import Progress
 from evaluation.llava import count_parameters
 from evaluation.llava_attack import plan_passes
 from evaluation.llava_config import LlavaSettings
-from evaluation.llava_study import ArmStudy, Case, Task
+from evaluation.llava_study import ArmStudy, Case, Item, Task
 from evaluation.results import ArmResult, Score, mean_score
 from evaluation.runs import warn
 from evaluation.subjects import pick_device, threads
@@ -45,6 +47,7 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
             include={"llava", "image_size", "fit", "attack", "epsilon", "steps", "save_images", "pictures"}
         ),
         "items": [item.key for item in task.items],
+        "content_sha256": _content_sha256(task.items),
     }
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)
     results = []
@@ -53,6 +56,12 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
             cases = study.measure(identity, progress)
             results.append(_result(config, task, study, cases, title, warnings))
     return results
+
+
+def _content_sha256(items: Sequence[Item]) -> str:
+    """What was asked of which images: others under the same keys are another study."""
+    facts = [[item.key, item.question, list(item.references), item.image.stat().st_size] for item in items]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def check_memory(config: LlavaSettings, device: torch.device) -> None:

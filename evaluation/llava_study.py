@@ -121,7 +121,8 @@ class ArmStudy:
             ConfigError: a model or encoder that cannot be used, or a folder with results of other settings.
             DatamergeError: an image that cannot be read, or does not fit the device's memory.
         """
-        self.folder.claim({**identity, "encoder": self.run.encoder, "half": self.half})
+        own = {"encoder": self.run.encoder, "encoder_sha256": self.run.encoder_sha256, "half": self.half}
+        self.folder.claim({**identity, **own})
         cases = [self._resume(item) for item in self._task.items]
         for case in cases:
             progress.advance(len(case.plan) if case.next is None else len(case.state["passes"]), note=self.run.arm)

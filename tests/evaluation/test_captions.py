@@ -162,6 +162,16 @@ def test_other_settings_in_the_same_folder_are_refused(
         captions(settings, finished[0], steps=7)
 
 
+def test_other_captions_under_the_same_keys_are_refused(
+    settings: dict[str, Any], finished: tuple[Path, ArmResult], tmp_path: Path
+) -> None:
+    text = Path(settings["data"]).read_text()
+    (tmp_path / "others.json").write_text(text.replace('"a ', '"two ').replace('"A ', '"Two '))
+    assert (tmp_path / "others.json").read_text() != text
+    with pytest.raises(ConfigError, match=r"other settings .*content_sha256"):
+        captions(settings, finished[0], data=str(tmp_path / "others.json"))
+
+
 def test_passes() -> None:
     assert [step.name for step in plan_passes(10, (), True)] == [
         "clean",
@@ -384,5 +394,5 @@ def test_a_broken_image_is_named(settings: dict[str, Any], captioned: list[Capti
     with pytest.raises(DatamergeError, match=rf"{captioned[1].image.name}: expected an image: not an image"):
         captions(settings, tmp_path / "out", images=str(images), steps=1)
     (images / captioned[2].image.name).unlink()
-    with pytest.raises(DatamergeError, match=rf"1 are missing, e\.g\. {captioned[2].image.name}"):
+    with pytest.raises(DatamergeError, match=rf"1 are missing, e\.g\. '{captioned[2].image.name}'"):
         captions(settings, tmp_path / "out", images=str(images))
