@@ -177,7 +177,7 @@ def test_remerge_takes_the_first_members_and_refuses_what_is_not_there(tmp_path:
         groups=2,
         groups_per_shard=1,
     )
-    writer = ArtifactWriter(Location(tmp_path / "a"), layout, {"seed": 0, "grouping": {"kind": "label"}})
+    writer = ArtifactWriter(Location(tmp_path / "a"), layout, {"seed": 0, "grouping": {"kind": "adversarial"}})
     writer.begin({})
     for shard, group in enumerate(members):
         moments = ExactMoments.of(group)

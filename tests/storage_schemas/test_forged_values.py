@@ -101,7 +101,7 @@ def test_inspect_shows_what_others_wrote_as_it_is(tmp_path: Path) -> None:
         forge(folder, lambda document: document.update(ranges=None), commit)
     result = CliRunner().invoke(inspect, [str(folder)])
     assert result.exit_code == 0, result.output
-    assert "[/b] �[31m[link=x]y[/link]" in " ".join(result.output.split())
+    assert r"[/b] \x1b[31m[link=x]y[/link]" in " ".join(result.output.split())
 
 
 def _chunk(header: bytes) -> bytes:

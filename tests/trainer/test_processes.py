@@ -51,6 +51,8 @@ for entry in json.loads(sys.argv[1]):
         print("STOPPED", stopped, file=sys.stderr)
     except DatamergeError as error:
         print("ERROR", error, file=sys.stderr)
+# Else threads of gloo may be alive when the interpreter ends, which C++ answers with an abort.
+torch.distributed.destroy_process_group()
 """
 
 
