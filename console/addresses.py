@@ -1,9 +1,10 @@
-"""Whether anything is at an address that a user typed, found out before a library retries for minutes."""
+"""Addresses that a user typed, checked before a library retries for minutes or makes a folder called `s3:`."""
 
 from __future__ import annotations
 
 import re
 import socket
+from pathlib import Path
 
 from storage_schemas import ConfigError
 
@@ -24,3 +25,19 @@ def check_cluster_address(address: str) -> None:
         raise ConfigError(
             f"--ray-address {address!r}: expected a Ray cluster, found nothing that takes connections there ({error})"
         ) from None
+
+
+def local_path(text: str, what: str) -> Path:
+    """A folder of this machine, absolute.
+
+    Args:
+        what: is to be written there, for the message.
+
+    Raises:
+        ConfigError: a URL.
+    """
+    if "://" in text:
+        raise ConfigError(
+            f"{text}: expected a folder of this machine for {what}, found a URL; copy it there afterwards"
+        )
+    return Path(text).expanduser().absolute()

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from console import local_path
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
 
 IDENTITY = "identity.json"
@@ -34,7 +35,7 @@ class ArmFolder:
     def __init__(self, output: str, part: str, run: str, arm: str) -> None:
         readable = re.sub(r"[^A-Za-z0-9_\-]+", "_", arm).strip("_") or "arm"
         name = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
-        self.path = Path(output).expanduser().absolute() / part / name
+        self.path = local_path(output, "the results") / part / name
         self._location = Location(self.path)
 
     def claim(self, identity: Mapping[str, Any]) -> None:

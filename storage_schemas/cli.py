@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -56,8 +55,8 @@ def inspect(artifact: str, as_json: bool) -> None:
 def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> None:
     """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
     data = contact_sheet(open_artifact(artifact, partial=True), groups, keys)
-    target = Path(output).absolute()
-    Location(target.parent).write(target.name, data)
+    folder, name = Location(output).split()
+    folder.write(name, data)
     click.echo(f"{output}: {human_bytes(len(data))}")
 
 

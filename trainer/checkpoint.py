@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from console import local_path
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
 
 SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
@@ -71,7 +72,7 @@ class RunFolder:
     """One run on the local disk."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path).absolute()
+        self.path = local_path(path, "the run")
         self._location = Location(self.path)
         if self.path.is_file():
             raise ConfigError(f"{path}: expected a folder for the run, found a file; choose another RUN")

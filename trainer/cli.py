@@ -42,6 +42,7 @@ from trainer.signals import Stopped
 @click.option("--epochs", type=int, help="Length of the run in passes over the artifact.")
 @click.option("--batch-size", type=int, help="Groups per step, over all processes. [1]")
 @click.option("--accumulate", type=int, help="Micro-batches per process and step; saves memory. [1]")
+@click.option("--deviation", type=float, help="Along factors, in units of what they are; arm factors. [1]")
 @click.option("--refine", "refine_steps", type=int, help="PGD steps that bring stored images up to date. [0]")
 @click.option("--precision", type=click.Choice(get_args(Precision)), help="[float32]")
 @click.option("--lr", "learning_rate", type=float, help="Peak learning rate. [1e-5]")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adversarial import Encoder, at_home, load_encoder, parse_spec, weights_sha256
 from adversarial.torchvision_ops import make_torchvision_importable
+from console import local_path
 from storage_schemas import ConfigError, DatamergeError
 from trainer.checkpoint import BEST, RunFolder, RunSummary, read_state
 from trainer.hf_clip import clip_config, clip_state_dict
@@ -65,7 +66,7 @@ def export(run: str, target: Target, output: str, *, best: bool = False) -> Path
         ConfigError: an unfinished run, an encoder that the target has no form for, or an existing folder.
         DatamergeError: the exported network would not give the same embeddings.
     """
-    out = Path(output).absolute()
+    out = local_path(output, "the exported encoder")
     if out.exists():
         raise ConfigError(f"{output}: expected a new folder, found one that exists; choose another -o")
     folder = RunFolder(run)

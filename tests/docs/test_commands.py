@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_command_lines_parse(page: Path) -> None:
 def test_commands_in_running_text_exist(page: Path) -> None:
     for arguments in spans(page):
         assert unknown_flags(arguments) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_flags_in_running_text_exist(page: Path) -> None:
+    """Also where no command stands before them: `--deviation 1.5`, `train --refine 1`."""
+    found = [command for _, command in every_command(cli, "datamerge")]
+    options = [option for command in found for option in command.params]
+    flags = {"--help"}.union(*({*option.opts, *option.secondary_opts} for option in options))
+    names = "|".join(str(command.name) for command in found)
+    spans_of_ours = re.findall(rf"(?<!`)`((?:(?:{names}) )?--[^`]+)`", page.read_text("utf-8"))
+    used = {flag for span in spans_of_ours for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", span)}
+    assert used <= flags
 
 
 def test_examples_of_help_parse() -> None:

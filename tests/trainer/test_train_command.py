@@ -25,6 +25,7 @@ from adversarial import Head, load_encoder, save_encoder
 from console import load_settings
 from storage_schemas import ConfigError, NotAnArtifact
 from trainer import TrainConfig, train
+from trainer.checkpoint import RunFolder
 from trainer.cli import train as command
 from trainer.config import read_preset
 from trainer.stream import Batch
@@ -238,3 +239,16 @@ def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path
     assert "run the same command again to continue" in errors
     assert "Traceback" not in errors
     assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_is_a_folder_of_this_machine() -> None:
+    """Not one that is called s3: and gone with the container."""
+    with pytest.raises(ConfigError, match="expected a folder of this machine for the run, found a URL"):
+        RunFolder("s3://bucket/runs/a")
+
+
+def test_the_deviation_has_a_flag(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    arguments = [make_artifact(), str(tmp_path / "run"), "--steps", "1", "--deviation", "1.5"]
+    error = CliRunner().invoke(command, arguments).exception
+    assert isinstance(error, ConfigError)
+    assert "deviation" in str(error)  # which is for factors, and these are groups with a variance
