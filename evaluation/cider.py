@@ -75,7 +75,7 @@ def _ptb(lines: Sequence[str]) -> list[str]:
     folder = Path(str(ptbtokenizer.__file__)).parent
     jar = folder / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+        file.writelines(f"{line}\n" for line in lines)  # each ends: the last one may be empty
         file.flush()
         command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", file.name]

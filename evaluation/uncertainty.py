@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2_000
-BLOCK = 50  # of them at a time
+BLOCK = 40  # of them at a time
 BOOTSTRAP_SEED = 0
 Z95 = 1.959963984540054
 

@@ -76,6 +76,12 @@ def test_whatever_ends_a_line_within_a_caption(end: str) -> None:
     assert scores == CaptionScorer(references).scores({key: texts[0] for key, texts in references.items()})
 
 
+@needs_java
+def test_an_empty_caption_at_the_end() -> None:
+    scores = CaptionScorer({"1": ["a cat sits"], "2": ["a dog runs"]}).scores({"1": "a cat", "2": ""})
+    assert scores["2"] == 0.0
+
+
 def test_without_java_scores_are_marked(
     references: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
