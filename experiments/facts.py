@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Collection
-from pathlib import Path
 
+from benchmarks.report import commit
 from storage_schemas import open_artifact
 
-
-def commit() -> str:
-    """The commit of this checkout, short."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip()
+__all__ = ["array_bytes", "commit"]
 
 
 def array_bytes(artifact: str, arrays: Collection[str]) -> int:
