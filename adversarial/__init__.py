@@ -7,6 +7,7 @@ from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_gene
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from adversarial.euclidean import Norm
 from adversarial.heads import Head, head_from_arrays, load_head
+from adversarial.memory import is_out_of_memory
 from adversarial.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
 from adversarial.pgd import PGD, attack
 from adversarial.specs import at_home, parse_spec, with_checkpoint
@@ -32,6 +33,7 @@ __all__ = [
     "cross_entropy",
     "gradient_sign",
     "head_from_arrays",
+    "is_out_of_memory",
     "load_encoder",
     "load_head",
     "parse_spec",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adversarial import PGD
+from adversarial import PGD, is_out_of_memory
 from console import Progress
 from evaluation.batches import Batch, read_batches, report_rejected
 from evaluation.config import EvaluateConfig
@@ -105,7 +105,9 @@ def _measure_batch(
             )
             tally.clean_correct += hits.tolist()
             tally.robust_correct += robust.tolist()
-    except torch.cuda.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise DatamergeError(
             f"batch_size: {config.batch_size} images with gradients do not fit the memory of {pixels.device}; try "
             f"--batch-size {max(1, config.batch_size // 4)}"

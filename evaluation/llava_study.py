@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adversarial import is_out_of_memory
 from console import Progress
 from evaluation.llava import Arithmetic, Llava
 from evaluation.llava_attack import Attempt, Pass, Stage, attack_answers, plan_passes
@@ -188,7 +189,9 @@ class ArmStudy:
                 if works
                 else []
             )
-        except torch.cuda.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise DatamergeError(
                 f"pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not fit the memory "
                 f"of {self._device} with {len(cases)} images at once; lower --batch-size, or use a larger GPU"

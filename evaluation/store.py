@@ -97,9 +97,9 @@ def check_output(output: str) -> None:
     """Hours of attacks must not end at a folder that cannot be written.
 
     Raises:
-        ConfigError: a file is in the way.
+        ConfigError: a URL, or a file is in the way.
     """
-    target = Path(output).expanduser().absolute()
+    target = local_path(output, "the results")
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adversarial import is_out_of_memory
 from console import Progress
 from evaluation.batches import Batch, read_batches, report_rejected
 from evaluation.config import StudyConfig
@@ -118,7 +119,9 @@ def _measure_batch(
     try:
         if batch.samples:
             columns = measure(subject, pixels, batch.samples)
-    except torch.cuda.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise DatamergeError(
             f"batch_size: {config.batch_size} images with gradients do not fit the memory of {pixels.device}; try "
             f"--batch-size {max(1, config.batch_size // 4)} and another --output"

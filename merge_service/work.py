@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from adversarial import Encoder, Head, load_encoder
+from adversarial import Encoder, Head, is_out_of_memory, load_encoder
 from merge_service.adversarial_groups import Attacker
 from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
@@ -182,9 +182,7 @@ def _out_of_memory(config: MergeConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # The CPU allocator and some CUDA libraries raise a plain RuntimeError.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         raise DatamergeError(
             f"batch_size: out of memory with batch_size {config.batch_size} and {config.group_size} members at "

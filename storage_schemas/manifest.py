@@ -123,8 +123,7 @@ class Layout(Document):
         if len(pixels) != 3:
             raise ValueError(f"arrays: expected moments of shape [C, H, W], found {list(pixels)}")
         for array in self.arrays:
-            same = (*MOMENT_ARRAYS[self.encoding], "clean")
-            if array.name in same and array.shape != pixels:
+            if array.name in (*MOMENT_ARRAYS[self.encoding], "clean") and array.shape != pixels:
                 raise ValueError(f"arrays: expected {array.name} {list(pixels)}, found {list(array.shape)}")
             if array.name in ("members", "factors") and array.shape[1:] != pixels:
                 raise ValueError(f"arrays: expected {array.name} [n, *{list(pixels)}], found {list(array.shape)}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from adversarial import is_out_of_memory
 from storage_schemas import DatamergeError
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
@@ -248,9 +249,8 @@ def _out_of_memory(config: TrainConfig, groups: int) -> Iterator[None]:
     """Says which knob."""
     try:
         yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # The CPU allocator raises a plain RuntimeError.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         knobs = [f"--accumulate {2 * config.accumulate} (same result)"] if groups > 1 else []
         if config.arm == "ind":
