@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
 
 from sources.factories import PREFIX, open_factory
-from sources.image_folder import list_files, open_image_folder
+from sources.image_folder import EXTENSIONS, open_image_folder
 from sources.images import BadImage, decode, native_shape
 from sources.sample import LISTING, RawImage, Reader, Sample, Source, check_listed
 from sources.tars import is_tar_url, open_tar_url, open_tars
@@ -54,17 +58,11 @@ def open_source(
     location = Location(url)
     if not location.exists():
         raise SourceError(f"{location.url}: expected images, Parquet files, tars or arrays, found nothing there")
-    if location.fs.isfile(location.root):
-        return _open_file(location, image_column, label_column, group_column).limited(limit)
-    files = list_files(location, (".parquet",))
-    if files:
-        from sources.parquet import open_parquet  # pyarrow takes half a second
-
-        return open_parquet(location, files, image_column, label_column, group_column).limited(limit)
-    tars = list_files(location, (".tar",))
-    if tars:
-        return open_tars(location, location.url, tars, label_column, group_column).limited(limit)
-    return open_image_folder(location, label_column, group_column).limited(limit)
+    if location.is_file():
+        source = _open_file(location, image_column, label_column, group_column)
+    else:
+        source = _open_folder(location, image_column, label_column, group_column)
+    return replace(source, url=location.url).limited(limit)
 
 
 def _open_file(
@@ -73,11 +71,51 @@ def _open_file(
     parent, name = location.split()
     check_listed(parent, name)
     if name.endswith(".parquet"):
-        from sources.parquet import open_parquet
+        from sources.parquet import open_parquet  # pyarrow takes half a second
 
         return open_parquet(parent, [(name, parent.size(name))], image_column, label_column, group_column)
     from sources.arrays import is_array_file, open_arrays
 
     if is_array_file(name):
         return open_arrays(parent, name, image_column, label_column, group_column)
+    if location.is_read_only:
+        raise SourceError(
+            f"{location.url}: expected a .parquet or .tar file, an .npz archive or an IDX file; web servers list no "
+            "folders, name one of these"
+        )
     raise SourceError(f"{location.url}: expected a folder, a .parquet or .tar file, an .npz archive or an IDX file")
+
+
+def _open_folder(
+    location: Location, image_column: str | None, label_column: str | None, group_column: str | None
+) -> Source:
+    below = location.files()
+    if files := _chosen(location, below, (".parquet",)):
+        from sources.parquet import open_parquet
+
+        return open_parquet(location, files, image_column, label_column, group_column)
+    if files := _chosen(location, below, (".tar",)):
+        return open_tars(location, location.url, files, label_column, group_column)
+    if files := _chosen(location, below, EXTENSIONS):
+        return open_image_folder(location, files, label_column, group_column)
+    raise SourceError(
+        f"{location.url}: expected a folder with images ({' '.join(EXTENSIONS[:4])} …), Parquet files or tars, found "
+        "none below it"
+    )
+
+
+def _chosen(
+    location: Location, below: Mapping[str, Mapping[str, Any]], extensions: Sequence[str]
+) -> list[tuple[str, int]]:
+    """Sorted (path relative to the location, bytes) of files with one of the extensions, hidden ones left out.
+
+    Raises:
+        SourceError: a device, a pipe, or a name that is no text.
+    """
+    files = []
+    for name, entry in below.items():
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+        if not hidden and name.lower().endswith(tuple(extensions)):
+            check_listed(location, name, entry["type"])
+            files.append((name, int(entry["size"])))
+    return sorted(files)

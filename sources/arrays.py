@@ -60,7 +60,8 @@ class ArrayReader:
 
     def read(self, sample: Sample) -> Image.Image:
         if self._images is None:
-            self._images = _images(_load(self._location, self._file), self._column, self._file)[1]
+            where = f"{self._location.url}/{self._file}"
+            self._images = _images(_parse(self._location.read(self._file), where), self._column, where)[1]
         index = int(sample.name.rpartition("#")[2])
         if index >= len(self._images):
             raise OSError(f"{self._file} has no image {index}")
@@ -89,13 +90,15 @@ def open_arrays(
         SourceError: not such a file, or arrays that do not go together.
     """
     where = f"{location.url}/{file}"
-    arrays = _load(location, file)
+    data = location.read(file)
+    arrays = _parse(data, where)
     column, images = _images(arrays, image_column, where)
-    listing = {file: _facts(location, file)}
+    listing = {file: _facts(data)}
     beside = _labels_beside(location, file)
     if beside is not None:
-        arrays["labels"] = _read_idx(location, beside)
-        listing[beside] = _facts(location, beside)
+        data = location.read(beside)
+        arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
+        listing[beside] = _facts(data)
     label_name = label_column or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
     labels, names = to_indices(_values(arrays, label_name, len(images), where))
     groups = _values(arrays, group_column, len(images), where)
@@ -108,15 +111,15 @@ def open_arrays(
     return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing)
 
 
-def _facts(location: Location, file: str) -> list[Any]:
-    data = location.read(file)
+def _facts(data: bytes) -> list[Any]:
     return [len(data), hashlib.sha256(data).hexdigest()]
 
 
-def _load(location: Location, file: str) -> dict[str, Array]:
-    if not file.lower().endswith(".npz"):
-        return {"images": _read_idx(location, file)}
-    stored = io.BytesIO(location.read(file))
+def _parse(data: bytes, where: str) -> dict[str, Array]:
+    """The arrays of a file by name; those of IDX files have none and are called `images`."""
+    if not where.lower().endswith(".npz"):
+        return {"images": _parse_idx(data, where)}
+    stored = io.BytesIO(data)
     try:
         with zipfile.ZipFile(stored) as members:
             # Together: all are loaded.
@@ -124,23 +127,22 @@ def _load(location: Location, file: str) -> dict[str, Array]:
         with np.load(stored, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
     except _BROKEN_NPZ as error:
-        raise SourceError(f"{location.url}/{file}: expected an .npz archive of plain arrays: {error}") from None
+        raise SourceError(f"{where}: expected an .npz archive of plain arrays: {error}") from None
     # NumPy gives the bytes of members that are no arrays.
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
-def _read_idx(location: Location, file: str) -> Array:
+def _parse_idx(data: bytes, where: str) -> Array:
     """An IDX file: two zero bytes, dtype, number of dimensions, sizes as big-endian 32-bit integers, data."""
-    data = location.read(file)
     try:
         data = gunzip(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, ValueError) as error:
-        raise SourceError(f"{location.url}/{file}: broken gzip: {error}") from None
+        raise SourceError(f"{where}: broken gzip: {error}") from None
     dtype = _IDX_DTYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None
     shape = np.frombuffer(data, ">u4", data[3], 4).tolist() if dtype and len(data) >= 4 + 4 * data[3] else []
     start = 4 + 4 * len(shape)
     if dtype is None or len(data) - start != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise SourceError(f"{location.url}/{file}: expected an IDX file, found {len(data)} bytes that are none")
+        raise SourceError(f"{where}: expected an IDX file, found {len(data)} bytes that are none")
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 

@@ -12,16 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sources.sample import (
-    Sample,
-    Source,
-    check_listed,
-    fingerprint,
-    is_whole_number,
-    make_keys,
-    make_listing,
-    to_indices,
-)
+from sources.sample import Sample, Source, fingerprint, make_keys, make_listing, text_labels, to_indices
 from storage_schemas import Location, SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -46,18 +37,14 @@ class FolderReader:
         return self.location.read(sample.name)
 
 
-def open_image_folder(location: Location, label_column: str | None = None, group_column: str | None = None) -> Source:
-    """List a folder.
+def open_image_folder(
+    location: Location, files: Sequence[tuple[str, int]], label_column: str | None, group_column: str | None
+) -> Source:
+    """List the images among the files of a folder.
 
     Raises:
-        SourceError: no image file below it, or a labels.csv that does not go with them.
+        SourceError: a labels.csv that does not go with the images.
     """
-    files = list_files(location, EXTENSIONS)
-    if not files:
-        raise SourceError(
-            f"{location.url}: expected a folder with images ({' '.join(EXTENSIONS[:4])} …), Parquet files or tars, "
-            "found none below it"
-        )
     names = [name for name, _ in files]
     groups: list[str | None] = [None] * len(names)
     if location.exists(TABLE):
@@ -80,23 +67,6 @@ def open_image_folder(location: Location, label_column: str | None = None, group
     identity = fingerprint([listing, labels, groups])
     reader = FolderReader(location)
     return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location)
-
-
-def list_files(location: Location, extensions: Sequence[str]) -> list[tuple[str, int]]:
-    """Sorted (path relative to the location, bytes) of files with one of the extensions, hidden ones left out.
-
-    Raises:
-        SourceError: a device, a pipe, or a name that is no text.
-    """
-    found = location.fs.find(location.root, detail=True)
-    files = []
-    for path, entry in found.items():
-        name = path.removeprefix(location.root).lstrip("/")
-        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-        if not hidden and name.lower().endswith(tuple(extensions)):
-            check_listed(location, name, entry["type"])
-            files.append((name, int(entry["size"])))
-    return sorted(files)
 
 
 def _folder_labels(names: Sequence[str]) -> tuple[list[int | None], list[str]]:
@@ -133,10 +103,7 @@ def _column_labels(
     """Labels from a column: class indices if all are whole numbers, else names."""
     if wanted is None and any(LABEL_COLUMN not in row for row in rows.values()):
         return [None] * len(names), []
-    values = _column(rows, names, wanted or LABEL_COLUMN, where)
-    if all(value is None or is_whole_number(value) for value in values):
-        return to_indices([None if value is None else int(value) for value in values])
-    return to_indices(values)
+    return text_labels(_column(rows, names, wanted or LABEL_COLUMN, where))
 
 
 def _column(rows: Mapping[str, Mapping[str, str]], names: Sequence[str], column: str, where: str) -> list[str | None]:

@@ -72,7 +72,7 @@ def open_parquet(
     Raises:
         SourceError: a file is not Parquet, or has no such columns.
     """
-    samples: list[Sample] = []
+    places: list[tuple[str, str]] = []
     entries: list[tuple[str, int, int]] = []
     raw_labels: list[Any] = []
     groups: list[str | None] = []
@@ -91,10 +91,10 @@ def open_parquet(
             groups += _group_values(file, group_column, where)
         except _BROKEN as error:
             raise SourceError(f"{where}: expected a Parquet file: {reason(error)}") from None
-        samples += [Sample(f"{stem}-{row:08d}", f"{name}#{row}", None) for row in range(rows)]
+        places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
     labels, names = to_indices(raw_labels, names)
-    samples = [Sample(s.key, s.name, label, group) for s, label, group in zip(samples, labels, groups, strict=True)]
+    samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
     if not samples or column is None:
         raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
     listing = make_listing(location, files)

@@ -176,6 +176,13 @@ def is_whole_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal() and len(text) < 19
 
 
+def text_labels(values: Sequence[str | None]) -> tuple[list[int | None], list[str]]:
+    """Class indices and class names of labels in text: indices if all are whole numbers, else names."""
+    if all(value is None or is_whole_number(value) for value in values):
+        return to_indices([None if value is None else int(value) for value in values])
+    return to_indices(values)
+
+
 def fingerprint(entries: Any) -> str:
     """Hash of a JSON-like listing."""
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()

@@ -7,15 +7,17 @@ to be run once to be listed, and again by every worker that reads from it.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any
 
 import braceexpand
-import fsspec
 
 from sources.image_folder import EXTENSIONS
 from sources.images import BadImage
@@ -26,13 +28,13 @@ from sources.sample import (
     as_text,
     check_listed,
     fingerprint,
-    is_whole_number,
     make_keys,
     make_listing,
     reason,
-    to_indices,
+    text_labels,
 )
 from storage_schemas import Location, SourceError, read_json, redact
+from storage_schemas.location import split_query
 
 PIPE = "pipe:"
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
@@ -85,38 +87,45 @@ class TarReader:
 
 
 class PipeReader:
-    """Runs a command again and goes forward through its tar; going back starts it anew."""
+    """Runs a command again and goes forward through its tar; going back starts it anew.
+
+    Args:
+        commands: by the name that samples have for them.
+    """
 
     is_concurrent = False
     is_remote = False
 
-    def __init__(self) -> None:
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        self._commands = commands
         self._open: tuple[str, Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]], int] | None = None
 
     def read(self, sample: Sample) -> bytes:
-        command, _, range_ = sample.name.rpartition("#")
+        name, _, range_ = sample.name.rpartition("#")
         start = int(range_.partition("+")[0])
-        if self._open is None or self._open[0] != command or self._open[2] >= start:
-            self._open = (command, _pipe_members(command), -1)
+        if self._open is None or self._open[0] != name or self._open[2] >= start:
+            self._open = (name, _pipe_members(self._commands[name]), -1)
         try:
             for info, tar in self._open[1]:
                 if info.offset_data == start:
-                    self._open = (command, self._open[1], start)
+                    self._open = (name, self._open[1], start)
                     stream = tar.extractfile(info)
                     return stream.read() if stream else b""
         except _BROKEN as error:
             self._open = None
-            raise OSError(f"{redact(command)}: byte {start} cannot be read: {reason(error)}") from None
+            raise OSError(f"{name}: byte {start} cannot be read: {reason(error)}") from None
         self._open = None
-        raise OSError(f"{redact(command)}: its output ends before byte {start}; it gave more when it was listed")
+        raise OSError(f"{name}: its output ends before byte {start}; it gave more when it was listed")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_open": None}
+        return {"_commands": self._commands, "_open": None}
 
 
 def is_tar_url(url: str) -> bool:
     """Whether a source is one tar or a pattern of them."""
-    return url.startswith(PIPE) or url.endswith((".tar", ".tar}")) or (".tar" in url and any(c in url for c in "*{["))
+    base, query = split_query(url)
+    ends = base.endswith((".tar", ".tar}")) or query.endswith(".tar")  # …/get?file=x.tar
+    return url.startswith(PIPE) or ends or (".tar" in base and any(c in base for c in "*{["))
 
 
 def open_tar_url(url: str, label_column: str | None, group_column: str | None) -> Source:
@@ -127,22 +136,39 @@ def open_tar_url(url: str, label_column: str | None, group_column: str | None) -
     """
     if url.startswith(PIPE):
         return _open_pipes(url, label_column, group_column)
+    base, query = split_query(url)
     paths: list[str] = []
-    for pattern in braceexpand.braceexpand(url):
-        fs, root = fsspec.core.url_to_fs(pattern)
-        found = sorted(fs.glob(root)) if any(c in root for c in "*?[") else [root]
-        if not found or not all(fs.exists(path) for path in found):
+    for pattern in braceexpand.braceexpand(base):
+        pattern = pattern if "://" in pattern else str(Path(pattern).expanduser().absolute())
+        found = _matches(pattern, query)
+        if not found:
             raise SourceError(f"{redact(pattern)}: expected tar files, found nothing there")
-        paths += [fs.unstrip_protocol(path) for path in found]
+        paths += found
     folder = paths[0].rpartition("/")[0]
     while not all(path.startswith(f"{folder}/") for path in paths):
         folder = folder.rpartition("/")[0]
-    location = Location(folder)
-    names = [path[len(folder) + 1 :] for path in paths]
-    for name in names:
+    if folder.endswith(":/"):  # what s3://a and s3://b have in common
+        raise SourceError(f"{redact(base)}: expected tars of one host or bucket, found several; name one of them")
+    location = Location(f"{folder or '/'}{query}")
+    files = []
+    for path in paths:
+        name = path[len(folder) + 1 :]
         check_listed(location, name)
-    files = [(name, location.size(name)) for name in names]
-    return open_tars(location, url, files, label_column, group_column)
+        try:
+            files.append((name, location.size(name)))
+        except FileNotFoundError:
+            raise SourceError(f"{redact(path)}: expected tar files, found nothing there") from None
+    return open_tars(location, redact(base), files, label_column, group_column)
+
+
+def _matches(pattern: str, query: str) -> list[str]:
+    """Files that a pattern without braces stands for, not all of which need be there."""
+    fixed = re.split(r"[*?\[]", pattern)[0]
+    if fixed == pattern:
+        return [pattern]
+    folder = fixed.rpartition("/")[0]
+    location = Location(f"{folder or '/'}{query}")
+    return [f"{folder}/{name}" for name in location.glob(pattern[len(folder) + 1 :])]
 
 
 def open_tars(
@@ -174,16 +200,31 @@ def open_tars(
 def _open_pipes(url: str, label_column: str | None, group_column: str | None) -> Source:
     found: dict[str, _Parts] = {}
     listing: dict[str, list[Any]] = {}
-    for command in braceexpand.braceexpand(url):
+    commands = _shown(braceexpand.braceexpand(url))
+    for name, command in commands.items():
         members = 0
         heads = b""
-        with _refused(f"{redact(command)}: expected a tar from this command"):
+        with _refused(f"{name}: expected a tar from this command"):
             for info, tar in _pipe_members(command):
-                _note_member(command, info, tar, found, label_column, group_column)
+                _note_member(name, info, tar, found, label_column, group_column)
                 members += 1
                 heads = heads if len(heads) > HASHED_BYTES else heads + info.tobuf()
-        listing[command] = [members, fingerprint(heads.hex())]
-    return _source(url, found, PipeReader(), listing, label_column, group_column)
+        listing[name] = [members, fingerprint(heads.hex())]
+    return _source(redact(url), found, PipeReader(commands), listing, label_column, group_column)
+
+
+def _shown(commands: Iterable[str]) -> dict[str, str]:
+    """Commands by names that show no secret and stay the same when a signature is renewed.
+
+    Commands that differ in what is masked alone are told apart by their place in the list.
+    """
+    commands = list(commands)
+    names = [redact(command) for command in commands]
+    times = Counter(names)
+    return {
+        name if times[name] == 1 else f"{name} [{place}]": command
+        for place, (name, command) in enumerate(zip(names, commands, strict=True))
+    }
 
 
 def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
@@ -270,7 +311,7 @@ def _source(
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    labels, names = to_indices([_label(parts, label_column, key) for key, parts, _ in complete])
+    labels, names = text_labels([_label(parts, label_column, key) for key, parts, _ in complete])
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
         Sample(
@@ -285,11 +326,11 @@ def _source(
     return Source(url, "webdataset", samples, names, identity, reader, listing)
 
 
-def _label(parts: _Parts, column: str | None, key: str) -> int | str | None:
+def _label(parts: _Parts, column: str | None, key: str) -> str | None:
     text = _text(parts, column or LABEL_EXTENSION)
     if text is None and column is not None:
         raise SourceError(f"{key}: expected a member or JSON field {column!r} with the label, found none")
-    return int(text) if text is not None and is_whole_number(text) else text
+    return text
 
 
 def _text(parts: _Parts, column: str) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
+import io
 import os
 import re
 import stat
@@ -31,6 +33,7 @@ _QUERY = re.compile(r"(?<=[?&#;])([^=&]+)=(?:[^&),]|,(?=[^&)]))*")
 _BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 WRITE_ATTEMPTS = 5
+BLOCK = 5 * 2**20  # bytes that a stream over a network requests at least
 
 
 class Location:
@@ -46,8 +49,8 @@ class Location:
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
         self._url = os.fspath(url)
         self._options = storage_options
-        base, mark, query = self._url.partition("?") if _is_http(self._url) else (self._url, "", "")
-        self._base, self._query = base.rstrip("/") or "/", mark + query
+        base, self._query = split_query(self._url)
+        self._base = base.rstrip("/") or "/"
         self.url = redact(self._base)
         self._connect()
 
@@ -62,6 +65,8 @@ class Location:
             raise UserError(f"{self.url}: {_missing_driver(self._base, error)}") from None
         except ValueError as error:
             raise UserError(f"{self.url}: not a path or URL that fsspec knows ({redact(str(error))})") from None
+        except Exception as error:  # drivers look for credentials, and those of archives for the archive
+            raise _explained(error, self.url) from None
         self._process = os.getpid()
 
     @property
@@ -105,6 +110,25 @@ class Location:
             return False
         return True
 
+    def is_file(self) -> bool:
+        """Whether this location is one file; over http(s), where folders cannot be told from files, any is."""
+        if self.is_local:
+            return bool(self.fs.isfile(self.root))
+        return bool(self._call("", lambda path: self.fs.info(path))["type"] == "file")
+
+    def files(self) -> dict[str, Mapping[str, Any]]:
+        """What the file system says of every file below this folder (`size`, `type`), by relative path."""
+        found = self._call("", lambda path: self.fs.find(path, detail=True))
+        return {path.removeprefix(self.root).lstrip("/"): entry for path, entry in found.items()}
+
+    def glob(self, pattern: str) -> list[str]:
+        """Sorted paths in this folder that a pattern with `*`, `?` or `[]` names; over http(s) only its last part."""
+        if self.is_read_only:
+            folder, slash, last = pattern.rpartition("/")
+            return [f"{folder}{slash}{name}" for name in fnmatch.filter(self.names(folder), last)]
+        found = self._call(pattern, lambda path: self.fs.glob(path))
+        return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
+
     def size(self, relative: str) -> int:
         """Bytes of one file; raises FileNotFoundError."""
         size = self._call(relative, lambda path: self.fs.size(path))
@@ -121,20 +145,28 @@ class Location:
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
         """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
+        data = self._sent(relative, start, end)
+        if start is not None and end is not None and len(data) > end - start:
+            data = data[start:end]  # a web server that knows no ranges sends the whole file
+        return data
+
+    def _sent(self, relative: str, start: int | None, end: int | None) -> bytes:
+        """What the file system sends for a range: nothing from behind the end, or all where it knows no ranges."""
         if self.is_local:
             refuse_devices(self.path(relative))
         try:
-            data = self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end))
+            return cast(bytes, self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end)))
         except _RangeError:
             return b""
-        if start is not None and end is not None and len(data) > end - start:
-            data = data[start:end]  # a web server that knows no ranges sends the whole file
-        return cast(bytes, data)
 
     def open(self, relative: str) -> Any:
-        """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard."""
-        if self.is_local:
-            refuse_devices(self.path(relative))
+        """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard.
+
+        Over a network every read is a request of its own, with the retries and the errors of `read`.
+        """
+        if not self.is_local:
+            return io.BufferedReader(_RemoteStream(self, relative), BLOCK)
+        refuse_devices(self.path(relative))
         return self.fs.open(self.path(relative), "rb")
 
     def download(self, relative: str, target: Path, size: int) -> None:
@@ -210,15 +242,7 @@ class Location:
             if isinstance(error, DatamergeError) or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
-        status = http_status(failure)
-        if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
-            raise FileNotFoundError(errno.ENOENT, "no such file", where)
-        reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
-        if status == 416:
-            raise _RangeError(where)
-        if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
-            raise UserError(f"{where}: access refused ({reason}); check the credentials in the environment")
-        raise DatamergeError(f"{where}: {type(failure).__name__}: {reason}; run the same command again to continue")
+        raise _explained(failure, where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_fs", "root", "_process")}
@@ -231,8 +255,63 @@ class Location:
         return f"Location({self.url!r})"
 
 
+class _RemoteStream(io.RawIOBase):
+    """A file that is not on this machine, a range request a read."""
+
+    def __init__(self, location: Location, relative: str) -> None:
+        self._location, self._relative = location, relative
+        self._size, self._position = location.size(relative), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        start, end = self._position, min(self._position + len(buffer), self._size)
+        if start >= end:
+            return 0
+        data = self._location._sent(self._relative, start, end)
+        if len(data) > end - start:
+            if self._size > BLOCK:
+                raise UserError(
+                    f"{self._location.url}/{self._relative}: expected a server that knows byte ranges, found one "
+                    f"that sends all {self._size} bytes each time; copy the file to this machine"
+                )
+            data = data[start:end]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
 class _RangeError(DatamergeError):
     """The range begins behind the end of the file."""
+
+
+def _explained(failure: Exception, where: str) -> Exception:
+    """The error to raise for what a driver raised: one line without secrets, FileNotFoundError for a missing file."""
+    status = http_status(failure)
+    if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
+        return FileNotFoundError(errno.ENOENT, "no such file", where)
+    if isinstance(failure, FileNotFoundError) and isinstance(failure.__cause__, Exception):
+        failure = failure.__cause__  # some drivers call every failure a missing file
+    reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
+    if status == 416:
+        return _RangeError(where)
+    if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
+        return UserError(f"{where}: access refused ({reason}); check the credentials in the environment or the URL")
+    return DatamergeError(f"{where}: {type(failure).__name__}: {reason}; run the same command again to continue")
+
+
+def split_query(url: str) -> tuple[str, str]:
+    """A URL without its query, and the query with its question mark; elsewhere than in http(s) there is none."""
+    base, mark, query = url.partition("?") if _is_http(url) else (url, "", "")
+    return base, mark + query
 
 
 def redact(text: str) -> str:

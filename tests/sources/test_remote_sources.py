@@ -1,0 +1,279 @@
+"""Sources over a network: signatures are sent and never kept, passing failures waited for, errors are one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import pickle
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from merge_service import MergeConfig
+from merge_service.merge import prepare, worker_setup
+from merge_service.work import ShardWorker
+from sources import Source, decode, open_source
+from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError, location
+from storage_schemas.retries import ATTEMPTS
+from tests.storage_schemas.remote.conftest import WebHandler
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+COUNT = 6
+PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 5, 4, 3), np.uint8)
+LABELS = [number % 3 for number in range(COUNT)]
+SIGNATURE = "?X-Amz-Signature=SECRET&X-Amz-Date=1"
+RENEWED = "?X-Amz-Signature=SECRET2&X-Amz-Date=2"
+FILES = ["all.tar", "t-{0..1}.tar", "t-*.tar", "x.parquet", "x.npz"]
+
+
+def _png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[number]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _tar(path: Path, numbers: range) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for extension, data in (("png", _png(number)), ("cls", str(LABELS[number]).encode())):
+                info = tarfile.TarInfo(f"{number:03d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _write(folder: Path) -> None:
+    _tar(folder / "all.tar", range(COUNT))
+    _tar(folder / "t-0.tar", range(4))
+    _tar(folder / "t-1.tar", range(4, COUNT))
+    table = pa.table({"image": [_png(number) for number in range(COUNT)], "label": LABELS})
+    pq.write_table(table, folder / "x.parquet", row_group_size=2)
+    np.savez(folder / "x.npz", images=PIXELS, labels=np.array(LABELS))
+
+
+@pytest.fixture
+def files(tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server with files of every kind; it lists its folder."""
+    _write(tmp_path / "web")
+    monkeypatch.delattr(WebHandler, "list_directory")
+    return web
+
+
+def _check(source: Source) -> None:
+    assert [sample.label for sample in source.samples] == LABELS
+    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    for sample, pixels in zip(source.samples, PIXELS, strict=True):
+        np.testing.assert_array_equal(decode(reader.read(sample), (3, 5, 4)), pixels.transpose(2, 0, 1))
+
+
+def _shown(source: Source) -> str:
+    """Everything of a source that an artifact or a message may hold."""
+    listing = gzip.decompress(source.listing_bytes()).decode()
+    return "\n".join([source.url, listing, *(f"{sample.key} {sample.name}" for sample in source.samples)])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_signature_is_sent_with_every_request_and_kept_nowhere(files: Any, name: str) -> None:
+    sources = []
+    for signature in (SIGNATURE, RENEWED):
+        files.fault = lambda method, path, query=signature: None if path.endswith(query) else 403
+        source = open_source(f"{files.url}/{name}{signature}")
+        _check(source)
+        assert source.url == f"{files.url}/{name}"
+        assert "SECRET" not in _shown(source) + repr(source.listing)
+        sources.append(source)
+    assert sources[0].fingerprint == sources[1].fingerprint
+    assert sources[0].samples == sources[1].samples
+    files.fault = None
+    assert open_source(f"{files.url}/{name}").fingerprint == sources[0].fingerprint
+
+
+@pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
+def test_a_signature_for_reading_alone(files: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 signs a method: a signed GET is no HEAD."""
+    monkeypatch.setattr(WebHandler, "do_HEAD", lambda handler: handler.send_error(403))
+    _check(open_source(f"{files.url}/{name}{SIGNATURE}"))
+
+
+@pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
+def test_a_presigned_url_of_s3(bucket: str, tmp_path: Path, name: str) -> None:
+    _write(tmp_path)
+    Location(bucket).write(name, (tmp_path / name).read_bytes())
+    source = open_source(fsspec.filesystem("s3").sign(f"{bucket}/{name}"))
+    _check(source)
+    assert "Signature" not in _shown(source)
+
+
+def test_a_tar_that_only_the_query_names(files: Any) -> None:
+    with tarfile.open(files.RequestHandlerClass.keywords["directory"] + "/get", "w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(_png(0))
+        tar.addfile(info, io.BytesIO(_png(0)))
+    source = open_source(f"{files.url}/get?file=x.tar")
+    assert source.reader.read(source.samples[0]) == _png(0)
+
+
+def _often_fails() -> Callable[[str, str], int | None]:
+    turns = itertools.cycle([503, 503, None, None])  # one read of s3fs may be two requests
+    return lambda method, path: next(turns)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_failures_of_a_web_server_that_pass(files: Any, quick: list[float], name: str) -> None:
+    files.fault = _often_fails()
+    _check(open_source(f"{files.url}/{name}"))
+    assert quick
+
+
+@pytest.mark.parametrize("name", [*FILES, ""])
+def test_failures_of_an_object_store_that_pass(
+    bucket: str, s3: Any, tmp_path: Path, quick: list[float], name: str
+) -> None:
+    if name:
+        _write(tmp_path)
+        for path in tmp_path.iterdir():
+            Location(bucket).write(path.name, path.read_bytes())
+    else:
+        for number in range(COUNT):
+            Location(bucket).write(f"images/{number}.png", _png(number))
+        table = [f"{number}.png,{label}" for number, label in enumerate(LABELS)]
+        Location(bucket).write("labels.csv", "\n".join(["file,label", *table]).encode())
+    s3.fault = _often_fails()
+    _check(open_source(f"{bucket}/{name}"))
+    assert quick
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_store_that_stays_away_is_one_line(files: Any, quick: list[float], name: str) -> None:
+    source = open_source(f"{files.url}/{name}{SIGNATURE}")
+    messages = []
+    for status, kind in ((503, DatamergeError), (403, UserError)):
+        files.fault = lambda method, path, answer=status: answer
+        for action in (
+            lambda: source.reader.read(source.samples[-1]),
+            lambda: open_source(f"{files.url}/{name}?q=SECRET"),
+        ):
+            with pytest.raises(kind, match=str(status)) as caught:
+                action()
+            messages.append(str(caught.value))
+    assert len(quick) >= ATTEMPTS - 1
+    for message in messages:
+        assert message.startswith(files.url)
+        assert "SECRET" not in message
+        assert "\n" not in message
+
+
+def test_a_file_that_is_missing(files: Any) -> None:
+    for name in ("no.tar", "all.tar{,.tar}", "no-*.tar", "no.parquet"):
+        with pytest.raises(SourceError, match=r"expected .* found nothing there") as caught:
+            open_source(f"{files.url}/{name}{SIGNATURE}")
+        assert "SECRET" not in str(caught.value)
+
+
+def test_a_server_that_is_gone_is_not_a_missing_file(quick: list[float]) -> None:
+    for name in ("x.tar", "x.parquet", "x-*.tar"):
+        with pytest.raises(DatamergeError, match=r"127\.0\.0\.1:9.* Cannot connect"):
+            open_source(f"http://127.0.0.1:9/{name}")
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x-{0..3}.tar", "*.tar", "x.parquet", "x.npz", "images"])
+@pytest.mark.parametrize(
+    ("scheme", "message"), [("foo", "not a path or URL that fsspec knows"), ("gs", r"pip install 'datamerge\[gcs\]'")]
+)
+def test_a_scheme_without_a_driver(scheme: str, message: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(f"{scheme}://user:SECRET@bucket/{name}")
+    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tars_of_several_buckets() -> None:
+    with pytest.raises(SourceError, match="expected tars of one host or bucket"):
+        open_source("s3://{a,b}/x.tar")
+
+
+def test_a_web_folder(files: Any) -> None:
+    with pytest.raises(SourceError, match="web servers list no folders"):
+        open_source(f"{files.url}/{SIGNATURE}")
+
+
+@pytest.mark.parametrize("name", ["all.tar", "x.parquet"])
+def test_a_server_without_ranges_sends_small_files_only(
+    files: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones would come whole for every block."""
+    files.ranges = False
+    _check(open_source(f"{files.url}/{name}"))
+    monkeypatch.setattr(location, "BLOCK", 1000)
+    with pytest.raises(UserError, match=r"expected a server that knows byte ranges.*copy the file"):
+        _check(open_source(f"{files.url}/{name}"))
+
+
+def test_a_tar_is_listed_in_few_requests(files: Any) -> None:
+    open_source(f"{files.url}/all.tar")
+    assert len([span for method, _, span in files.requests if method == "GET"]) <= 3
+
+
+def test_a_signature_in_a_command(files: Any) -> None:
+    """It is renewed between two runs; commands that differ in masked values alone are still two."""
+    sources = []
+    for signature in (SIGNATURE, RENEWED):
+        script = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
+        command = f"pipe:{sys.executable} -c '{script}' '{files.url}/t-{{0..1}}.tar{signature}'"
+        files.fault = lambda method, path, query=signature: None if path.endswith(query) else 403
+        source = open_source(command)
+        _check(source)
+        assert "SECRET" not in _shown(source) + repr(source.listing)
+        sources.append(source)
+    assert sources[0].fingerprint == sources[1].fingerprint
+    assert sources[0].samples == sources[1].samples
+
+
+def test_commands_that_differ_in_what_is_masked(files: Any) -> None:
+    folder = files.RequestHandlerClass.keywords["directory"]
+    source = open_source(f"pipe:cat {folder}/t-{{0..1}}.tar # https://h/t?part={{a,b}}")
+    assert len(source.samples) == 2 * COUNT
+    assert len({sample.key for sample in source.samples}) == 2 * COUNT
+    reader = source.reader
+    numbers = [*range(4), *range(4), 4, 5, 4, 5]
+    assert [reader.read(sample) for sample in source.samples] == [_png(number) for number in numbers]
+
+
+def test_a_merge_continues_with_another_signature(files: Any, tmp_path: Path) -> None:
+    """Shards by the functions that Ray calls; nothing that is written holds the signature."""
+    threads = torch.get_num_threads()
+
+    def begun(query: str) -> set[int]:
+        files.fault = lambda method, path: None if path.endswith(query) else 403
+        source = f"{files.url}/t-{{0..1}}.tar{query}"
+        settings = {"grouping": "label", "format": "webdataset", "groups_per_shard": 1, "device": "cpu"}
+        config = MergeConfig.model_validate({"source": source, "artifact": str(tmp_path / "a"), **settings})
+        prepared = prepare(config)
+        writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
+        writer.begin(prepared.files)
+        committed = writer.committed()
+        worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+        worker.prepare()
+        worker.run(prepared.plan.task(len(committed)))
+        return committed
+
+    try:
+        counts = [begun(SIGNATURE), begun(RENEWED), begun(RENEWED)]
+    finally:
+        torch.set_num_threads(threads)
+    assert counts == [set(), {0}, {0, 1}]
+    written = [path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()]
+    assert len(written) > 6
+    assert not any(b"SECRET" in data for data in written)
