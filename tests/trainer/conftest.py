@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from adversarial import load_encoder
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
+from storage_schemas.factors import factor_spec, stored_factors
 from storage_schemas.record import encode_exact
 
 # How long an example takes says nothing about it on a machine that others use too.
@@ -39,8 +40,9 @@ def make_artifact(tmp_path: Path) -> Callable[..., str]:
 
     Its keyword arguments: `name`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the
     provenance), `sha256` (of the encoder; None for the true one), `shape`, `width` (of the target), `attack`,
-    `clean` (the first member), `huge` (key of a record whose target overflows the loss), `head` (bytes of a
-    head.safetensors).
+    `clean` (the first member), `spread` (grey levels between clean image and members, which are independent images
+    otherwise), `factors` (how many sketches of the covariance), `huge` (key of a record whose target overflows the
+    loss), `head` (bytes of a head.safetensors).
     """
 
     def make(**options: Any) -> str:
@@ -63,6 +65,8 @@ def _write(path: Path, options: dict[str, Any]) -> None:
         arrays.append(ArraySpec(name="members", dtype="uint8", shape=(MEMBERS, *shape)))
     if options.get("clean"):
         arrays.append(ArraySpec(name="clean", dtype="uint8", shape=shape))
+    if "factors" in options:
+        arrays.append(factor_spec(options["factors"], MEMBERS, 255, shape))
     layout = Layout(
         format=options.get("format", "webdataset"),
         encoding="uint8_moments",
@@ -92,8 +96,13 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, options: dict
     target = rng.normal(size=options.get("width", WIDTH)).astype(np.float32)
     if key == options.get("huge"):
         target[:] = 1e30
-    arrays = {**encode_exact(ExactMoments.of(members), layout), "members": members, "target": target}
-    arrays["clean"] = members[0]
+    clean = members[0]
+    if "spread" in options:
+        moved = clean + rng.integers(-options["spread"], options["spread"], members.shape, endpoint=True)
+        members = moved.clip(0, 255).astype(np.uint8)
+    arrays = {**encode_exact(ExactMoments.of(members), layout), "members": members, "target": target, "clean": clean}
+    if "factors" in options:
+        arrays["factors"] = stored_factors(members, layout, "sketch", 7, key)
     return Record(
         key=key,
         count=MEMBERS,

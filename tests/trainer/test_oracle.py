@@ -1,0 +1,267 @@
+"""Whole runs against a loop written a second time: from docs/math.md, one group at a time, in float64.
+
+What the trainer is made of is not used here: the tar shards are opened with tarfile and NumPy, the network is two
+matrices, the losses and their gradients are autograd's. Two things do not follow from the method and are repeated:
+
+* the order of groups: SeedSequence([seed, 1, epoch]) permutes the shards, then the groups of eight of them together;
+* the draws of the group at position p of step s (counted from 0): a generator seeded by word p of
+  SeedSequence([seed, 2, s]); signs are its bits, highest first. The member that random-member takes is word p of
+  SeedSequence([seed, 4, s]) modulo their number.
+
+Shapes: D pixels of an image, flat; N members, k factors, K outputs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from adversarial import load_encoder
+from trainer import TrainConfig, train
+
+MakeArtifact = Callable[..., str]
+ENCODER = "mlp:1x4x4-8-6"
+SEED, STEPS, BATCH, RATE, DECAY = 5, 7, 4, 1e-2, 0.1
+LEVELS = 255
+EPSILON = 48  # grey levels
+
+
+@dataclass
+class Case:
+    """One run.
+
+    Attributes:
+        loss: of outputs [K] at a target.
+        hessian: of that loss in the outputs, [K, K].
+        label: a label drawn from exp(−loss), for outputs and a generator.
+        settings: of TrainConfig.
+    """
+
+    loss: Callable[[Tensor, Any], Tensor]
+    hessian: Callable[[Tensor], Tensor]
+    label: Callable[[Tensor, np.random.Generator], Any]
+    settings: dict[str, Any]
+
+
+def _squared(scale: float) -> Case:
+    return Case(
+        lambda outputs, target: scale * ((outputs - torch.as_tensor(target)) ** 2).sum(),
+        lambda outputs: 2 * scale * torch.eye(len(outputs), dtype=torch.float64),
+        lambda outputs, rng: outputs.detach() + torch.from_numpy(rng.standard_normal(6)) / math.sqrt(2 * scale),
+        {"loss": "squared_error", "loss_scale": scale},
+    )
+
+
+def _entropy() -> Case:
+    def hessian(outputs: Tensor) -> Tensor:
+        p = outputs.softmax(0)
+        return torch.diag(p) - torch.outer(p, p)
+
+    return Case(
+        lambda outputs, label: outputs.logsumexp(0) - outputs[label],
+        hessian,
+        lambda outputs, rng: int((torch.from_numpy(rng.standard_exponential(6)) / outputs.exp().detach()).argmin()),
+        {"loss": "cross_entropy"},
+    )
+
+
+LOSSES = {"eq. 11": _squared(1.0), "appendix A": _squared(0.5), "cross entropy": _entropy()}
+
+
+@dataclass
+class Group:
+    """A record, decoded as FORMAT.md says; images flat, in [0, 1] units."""
+
+    mean: Tensor
+    variance: Tensor
+    factors: Tensor
+    members: Tensor
+    clean: Tensor
+    target: Any
+
+
+def _read(artifact: str, labels: bool) -> list[list[Group]]:
+    """The groups of each shard."""
+    shards = []
+    for path in sorted(Path(artifact, "shards").glob("*.tar")):
+        records: dict[str, dict[str, Any]] = {}
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                key, _, name = entry.name.partition(".")
+                stream = tar.extractfile(entry)
+                assert stream is not None
+                content = io.BytesIO(stream.read())
+                value = json.load(content) if name == "json" else np.load(content).astype(np.float64)
+                records.setdefault(key, {})[name.removesuffix(".npy")] = value
+        shards.append([_decoded(record, labels) for record in records.values()])
+    return shards
+
+
+def _decoded(record: dict[str, Any], labels: bool) -> Group:
+    def flat(name: str, unit: float) -> Tensor:
+        stored: npt.NDArray[np.float64] = record[name] / unit
+        return torch.from_numpy(stored).flatten(-3)
+
+    unit = LEVELS * record["json"]["count"]
+    return Group(
+        mean=flat("sum", unit),
+        variance=flat("scatter", unit**2),
+        factors=flat("factors", LEVELS * math.sqrt(len(record["factors"]))),
+        members=flat("members", LEVELS),
+        clean=flat("clean", LEVELS),
+        target=record["json"]["label"] if labels else record["target"],
+    )
+
+
+def _ordered(shards: list[list[Group]], epoch: int) -> list[Group]:
+    assert len(shards) <= 8
+    rng = np.random.default_rng(np.random.SeedSequence([SEED, 1, epoch]))
+    groups = [group for shard in rng.permutation(len(shards)) for group in shards[shard]]
+    return [groups[i] for i in rng.permutation(len(groups))]
+
+
+def _word(purpose: int, step: int, position: int) -> int:
+    return int(np.random.SeedSequence([SEED, purpose, step]).generate_state(position + 1, np.uint64)[position])
+
+
+def _signs(rng: np.random.Generator, count: int) -> Tensor:
+    data = rng.bytes(math.ceil(count / 8))
+    return torch.tensor([1.0 if data[i // 8] >> (7 - i % 8) & 1 else -1.0 for i in range(count)], dtype=torch.float64)
+
+
+@dataclass
+class Oracle:
+    """The loop's network and what it is asked for."""
+
+    case: Case
+    weights: dict[str, Tensor]
+
+    def outputs(self, image: Tensor) -> Tensor:
+        """f(x), [K] of [D]; pixels are normalised by mean and deviation ½."""
+        w = self.weights
+        return w["3.weight"] @ (w["1.weight"] @ (2 * image - 1) + w["1.bias"]).clamp(min=0) + w["3.bias"]
+
+    def at(self, image: Tensor, group: Group) -> Tensor:
+        return self.case.loss(self.outputs(image), group.target)
+
+    def refined(self, image: Tensor, group: Group) -> Tensor:
+        """PGD from `image`, in the ball around the clean image and in [0, 1]; `image` itself without steps."""
+        steps = self.case.settings.get("refine_steps", 0)
+        for step in range(steps + 1 if steps else 0):
+            if step:
+                point = image.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.at(point, group), point)
+                image = image + 2 * EPSILON / LEVELS / steps * gradient.sign()
+            image = (group.clean + (image - group.clean).clamp(-EPSILON / LEVELS, EPSILON / LEVELS)).clamp(0, 1)
+        return image
+
+    def group_loss(self, group: Group, step: int, position: int) -> Tensor:
+        """What docs/math.md says the arm trains on."""
+        settings = self.case.settings
+        arm, samples = settings["arm"], settings.get("samples", 1)
+        rng = np.random.default_rng(_word(2, step, position))
+        if arm == "ind":
+            return torch.stack([self.at(self.refined(x, group), group) for x in group.members]).mean()
+        if arm == "random-member":
+            member = group.members[_word(4, step, position) % len(group.members)]
+            return self.at(self.refined(member, group), group)
+        if arm == "mean-only":
+            return self.at(self.refined(group.mean, group), group)
+        draw = self._along_factors if arm == "factors" else self._around_mean
+        return torch.stack([draw(group, rng) for _ in range(samples)]).mean()
+
+    def _along_factors(self, group: Group, rng: np.random.Generator) -> Tensor:
+        settings = self.case.settings
+        u = settings.get("deviation", 1.0) * (_signs(rng, len(group.factors)) @ group.factors)
+        if settings["estimator"] == "sampled":
+            return self.at(self.refined(group.mean + u, group), group)
+        return self._pair_or_curvature(group, u, self.outputs(group.mean + u) - self.outputs(group.mean))
+
+    def _around_mean(self, group: Group, rng: np.random.Generator) -> Tensor:
+        if self.case.settings["estimator"] == "gauss_newton":
+            point = group.mean.clone().requires_grad_()
+            outputs = self.outputs(point)
+            at_label = self.case.loss(outputs, self.case.label(outputs, rng))
+            (gradient,) = torch.autograd.grad(at_label, point, create_graph=True)
+            return self.case.loss(outputs, group.target) + 0.5 * (group.variance * gradient**2).sum()
+        u = group.variance.sqrt() * _signs(rng, len(group.mean))
+        if self.case.settings["estimator"] == "sampled":
+            return self.at(group.mean + u, group)
+        jacobian = torch.autograd.functional.jacobian(self.outputs, group.mean, create_graph=True)
+        return self._pair_or_curvature(group, u, jacobian @ u)
+
+    def _pair_or_curvature(self, group: Group, u: Tensor, response: Tensor) -> Tensor:
+        if self.case.settings["estimator"] == "antithetic":
+            return (self.at(group.mean + u, group) + self.at(group.mean - u, group)) / 2
+        centre = self.outputs(group.mean)
+        return self.case.loss(centre, group.target) + 0.5 * response @ self.case.hessian(centre) @ response
+
+    def train(self, shards: list[list[Group]]) -> list[float]:
+        """Change the weights; returns the loss of each step."""
+        optimizer = torch.optim.AdamW(self.weights.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+        per_epoch = math.ceil(sum(map(len, shards)) / BATCH)
+        losses = []
+        for step in range(STEPS):
+            epoch, place = divmod(step, per_epoch)
+            batch = _ordered(shards, epoch)[place * BATCH : (place + 1) * BATCH]
+            loss = torch.stack([self.group_loss(group, step, i) for i, group in enumerate(batch)]).mean()
+            optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+
+FACTORS: list[dict[str, Any]] = [
+    {"estimator": "sampled"},
+    {"estimator": "sampled", "deviation": 1.7},
+    {"estimator": "sampled", "deviation": 0.4, "samples": 3},
+    {"estimator": "antithetic", "deviation": 1.7},
+    {"estimator": "antithetic", "samples": 2},
+    {"estimator": "gauss_newton", "deviation": 1.7},
+    {"estimator": "gauss_newton", "samples": 2},
+    {"estimator": "sampled", "deviation": 1.7, "refine_steps": 1},
+    {"estimator": "sampled", "deviation": 0.4, "refine_steps": 3, "accumulate": 2},
+]
+OTHERS: list[dict[str, Any]] = [
+    *({"arm": "avg", "estimator": name, "samples": 2} for name in ("gauss_newton", "sampled", "antithetic", "jvp")),
+    *({"arm": arm, "refine_steps": 2} for arm in ("ind", "random-member", "mean-only")),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("settings", [*({"arm": "factors", **one} for one in FACTORS), *OTHERS], ids=json.dumps)
+def test_a_run_ends_with_the_weights_of_the_loop(
+    make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], loss: str
+) -> None:
+    labels = loss == "cross entropy"
+    attack = {"epsilon": f"{EPSILON}/255", "step_size": "1/255", "steps": 10}
+    artifact = make_artifact(targets=not labels, labels=labels, clean=True, spread=EPSILON, factors=3, attack=attack)
+    case = replace(LOSSES[loss], settings={**LOSSES[loss].settings, **settings})
+    common: dict[str, Any] = {"seed": SEED, "steps": STEPS, "batch_size": BATCH, "log_every": 1, "device": "cpu"}
+    common |= {"learning_rate": RATE, "weight_decay": DECAY}
+    train(TrainConfig(artifact=artifact, run=str(tmp_path / "run"), **common, **case.settings))
+
+    start = {name: tensor.double() for name, tensor in load_encoder(ENCODER).model.state_dict().items()}
+    oracle = Oracle(case, {name: tensor.clone().requires_grad_() for name, tensor in start.items()})
+    losses = oracle.train(_read(artifact, labels))
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == pytest.approx(losses, rel=1e-5)
+    for name, tensor in load_file(tmp_path / "run/encoder.safetensors").items():
+        expected = oracle.weights[name].detach()
+        assert (expected - start[name]).abs().mean() > RATE
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=RATE / 1000)
