@@ -1,20 +1,20 @@
-# syntax=docker/dockerfile:1
 # `datamerge train`, alone or under torchrun, and TensorBoard.
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 # The CPU build of torch. For CUDA: https://download.pytorch.org/whl/cu… as pytorch.org names it for your driver.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=train,s3
 ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore RAY_USAGE_STATS_ENABLED=0
 
 # /data is for a volume: a new one takes over the owner.
 RUN useradd --uid 1000 --user-group --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
 
-# From what seldom changes to what often does. torch and torchvision come from one index, or do not fit each other.
+# From what seldom changes to what often does; both images share the layers down to torch, with the same EXTRAS the next too.
+# torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge
 COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+ARG EXTRAS=train,s3
 COPY pyproject.toml docker/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     python requirements.py "${EXTRAS}" > requirements.txt \

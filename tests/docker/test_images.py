@@ -24,6 +24,7 @@ IMAGES = sorted(DOCKER.glob("*.Dockerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text("utf-8"))
 SERVICES = COMPOSE["services"]
+BUILDS = {service["image"]: service["build"] for service in SERVICES.values() if "build" in service}
 
 
 def instructions(image: Path) -> list[tuple[str, str]]:
@@ -70,13 +71,13 @@ def entry(service: dict[str, Any]) -> list[str]:
     """What a service runs: its own entry point or the image's, and the command."""
     own = service.get("entrypoint")
     if own is None:
-        (text,) = arguments_of(ROOT / service["build"]["dockerfile"], "ENTRYPOINT")
+        (text,) = arguments_of(ROOT / BUILDS[service["image"]]["dockerfile"], "ENTRYPOINT")
         own = json.loads(text)
     return [*words(own), *words(service.get("command", []))]
 
 
 def ours() -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((name, service) for name, service in SERVICES.items() if "build" in service)
+    return ((name, service) for name, service in SERVICES.items() if service["image"].startswith("datamerge-"))
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=named)
@@ -119,14 +120,25 @@ def test_dependencies_are_cached_apart_from_the_code(image: Path) -> None:
     )
 
 
+def test_images_share_the_layers_down_to_torch() -> None:
+    shared = []
+    for image in IMAGES:
+        lines = instructions(image)
+        torch = next(i for i, (_, rest) in enumerate(lines) if "TORCH_INDEX}" in rest)
+        shared.append(lines[: torch + 1])
+        # An argument is part of every later step: other extras must not install torch again.
+        assert not [rest for word, rest in shared[-1] if "EXTRAS" in rest]
+    assert shared[0] == shared[1]
+
+
 def test_extras_exist_and_are_resolved() -> None:
     known = PROJECT["project"]["optional-dependencies"]
     requirements = runpy.run_path(str(DOCKER / "requirements.py"))["requirements"]
     used = [
         re.sub("EXTRAS=", "", rest) for image in IMAGES for rest in arguments_of(image, "ARG") if "EXTRAS" in rest
     ]
-    used += [service["build"]["args"]["EXTRAS"] for _, service in ours()]
-    assert len(used) == len(IMAGES) + len(list(ours()))
+    used += [build["args"]["EXTRAS"] for build in BUILDS.values()]
+    assert len(used) == 2 * len(IMAGES)
     for extras in used:
         assert set(extras.split(",")) <= set(known)
         found = requirements(PROJECT["project"], extras.split(","))
@@ -139,10 +151,17 @@ def test_extras_exist_and_are_resolved() -> None:
         requirements(PROJECT["project"], ["merge", "s4"])
 
 
+def test_each_image_is_built_by_one_service_and_pulled_by_none() -> None:
+    built = [service["image"] for service in SERVICES.values() if "build" in service]
+    assert sorted(built) == sorted({service["image"] for _, service in ours()})
+    assert all(service["pull_policy"] == "never" for _, service in ours())
+    assert sorted(build["dockerfile"] for build in BUILDS.values()) == [f"docker/{image.name}" for image in IMAGES]
+    assert {(DOCKER / build["context"]).resolve() for build in BUILDS.values()} == {ROOT}
+
+
 def test_services_run_what_exists() -> None:
     seen = set()
     for _, service in ours():
-        assert (DOCKER / service["build"]["context"]).resolve() == ROOT
         program, *rest = entry(service)
         seen.add(program)
         if program == "datamerge":
