@@ -25,7 +25,7 @@ from evaluation.llava_config import LlavaSettings
 from evaluation.llava_images import read_image, round_inside
 from evaluation.pictures import to_png
 from evaluation.store import ArmFolder
-from evaluation.towers import read_tower_run
+from evaluation.towers import read_tower_run, tower_sha256
 from storage_schemas import ConfigError, DatamergeError
 
 STAGES: tuple[Stage, ...] = ("half", "float32")
@@ -40,12 +40,14 @@ class Item:
         image: its file.
         question: put to the model.
         references: right answers, those to attack first.
+        answers: what else the score depends on.
     """
 
     key: str
     image: Path
     question: str
     references: Sequence[str]
+    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Task:
         is_broken: whether an image with this score is left alone.
         clean_up: the answer out of the generated text.
         score: of answers, by key.
+        scorer: what else the score depends on.
     """
 
     part: str
@@ -69,6 +72,7 @@ class Task:
     is_broken: Callable[[float], bool]
     clean_up: Callable[[str], str]
     score: Callable[[Mapping[str, str]], Mapping[str, float]]
+    scorer: str = ""
 
 
 @dataclass
@@ -115,15 +119,23 @@ class ArmStudy:
         self.tower_sha256 = ""
         self._llava: tuple[Arithmetic, Llava] | None = None
 
-    def measure(self, identity: Mapping[str, Any], progress: Progress) -> list[Case]:
+    def claim(self, shared: Mapping[str, Any]) -> None:
+        """Make the arm's folder the one of these settings, which all arms share.
+
+        Raises:
+            ConfigError: an encoder that cannot be read, or a folder with results of other settings.
+        """
+        stored = self._config.model_dump(include={"save_images", "pictures"})
+        own = {"encoder": self.run.encoder, "encoder_sha256": tower_sha256(self.run), **stored}
+        self.folder.claim({**shared, "half": self.half}, own)
+
+    def measure(self, progress: Progress) -> list[Case]:
         """Run every pass that is not stored yet.
 
         Raises:
-            ConfigError: a model or encoder that cannot be used, or a folder with results of other settings.
+            ConfigError: a model or encoder that cannot be used.
             DatamergeError: an image that cannot be read, or does not fit the device's memory.
         """
-        own = {"encoder": self.run.encoder, "encoder_sha256": self.run.encoder_sha256, "half": self.half}
-        self.folder.claim({**identity, **own})
         cases = [self._resume(item) for item in self._task.items]
         for case in cases:
             progress.advance(len(case.plan) if case.next is None else len(case.state["passes"]), note=self.run.arm)

@@ -22,7 +22,7 @@ from evaluation.labels import make_heads
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
-from evaluation.study import Measured, Study, open_sample, run_study, study_identity
+from evaluation.study import Measured, Study, open_sample, run_study
 from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
 from sources import Sample, Source
 from storage_schemas import ConfigError, Location
@@ -52,20 +52,14 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> list[ArmResult]:
     cache: dict[str, Head] = {}
     for subject, spec in zip(subjects, specs, strict=True):
         add_heads([subject], [_head(config, spec, subject, templates, cache)], source, spec)
-    identities = [
-        study_identity(
-            config, subject, source, attack=config.attack, masking=config.check_masking, head=_digest(subject)
-        )
-        for subject in subjects
-    ]
-
+    own = [{"masking": config.check_masking, "head": _digest(subject)} for subject in subjects]
     first = {sample.key for sample in source.samples[: config.batch_size]} if config.check_masking else set()
 
     def measure(subject: Subject, pixels: Tensor, samples: Sequence[Sample]) -> Measured:
         return _measure(config, subject, pixels, samples, check=samples[0].key in first)
 
     with threads(config.threads):
-        studies = run_study(config, PART, subjects, identities, source, measure)
+        studies = run_study(config, PART, subjects, own, source, measure, attack=config.attack)
     return [
         _result(config, subject, spec, study, list(attacks), source)
         for subject, spec, study in zip(subjects, specs, studies, strict=True)
