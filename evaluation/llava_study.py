@@ -27,6 +27,7 @@ from evaluation.pictures import to_png
 from evaluation.store import ArmFolder
 from evaluation.towers import read_tower_run, tower_sha256
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.moments import LEVELS
 
 STAGES: tuple[Stage, ...] = ("half", "float32")
 
@@ -171,7 +172,7 @@ class ArmStudy:
                 "another --output"
             )
         clean = torch.stack([torch.from_numpy(self._pixels(case.item, llava)) for case in cases])
-        pixels = clean.to(self._device).float() / 255
+        pixels = clean.to(self._device).float() / LEVELS
         while True:
             ready = [i for i, case in enumerate(cases) if case.next is not None and case.next.stage == stage]
             if not ready:
@@ -279,9 +280,9 @@ class ArmStudy:
         best = self._best_pixels(case, clean)
         rounded = round_inside(best, clean, self._config.epsilon)
         self.folder.write_image(f"{case.item.key}.png", to_png(rounded.cpu().numpy()))
-        original = (clean * 255).round().to(torch.uint8)
+        original = (clean * LEVELS).round().to(torch.uint8)
         self.folder.write_image(f"{case.item.key}-clean.png", to_png(original.cpu().numpy()))
-        pixels = rounded.to(clean.device).float()[None] / 255
+        pixels = rounded.to(clean.device).float()[None] / LEVELS
         (text,) = llava.generate(pixels, [case.item.question], self._task.new_tokens)
         answer = self._task.clean_up(text)
         score = self._task.score({case.item.key: answer})[case.item.key]

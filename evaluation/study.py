@@ -23,6 +23,7 @@ from evaluation.store import ArmFolder
 from evaluation.subjects import Subject
 from sources import Sample, Source, open_source
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.moments import LEVELS
 
 # What was measured of a batch: lists with one entry per usable sample, by name.
 Measured = dict[str, list[Any]]
@@ -107,7 +108,7 @@ def run_study(
     device = subjects[0].encoder.mean.device
     with Progress(part, total, "images", done=done) as progress:
         for index, batch in enumerate(read_batches(remaining, shape, config.batch_size), start=first):
-            pixels = torch.from_numpy(batch.pixels).to(device).float() / 255
+            pixels = torch.from_numpy(batch.pixels).to(device).float() / LEVELS
             for subject, folder, column in zip(subjects, folders, stored, strict=True):
                 if column[index] is None:
                     column[index] = _measure_batch(config, subject, batch, pixels, measure)
