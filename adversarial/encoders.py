@@ -111,8 +111,8 @@ def load_encoder(spec: str, device: str = "cpu") -> Encoder:
 def _laid_out(model: nn.Module) -> nn.Module:
     """The same network with the weights of its convolutions in the order that they run fastest in.
 
-    Channels last is a tenth to a fifth faster from the second convolution on (benchmarks/results/pgd.md); a vision
-    transformer has one, which cuts the image into patches.
+    Channels last is a tenth to a fifth faster from the second convolution on (`python -m benchmarks.pgd`: the floor
+    as built over the floor); a vision transformer has one, which cuts the image into patches.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if len(convolutions) > 1:

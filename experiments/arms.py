@@ -111,7 +111,11 @@ class Study:
         return str(self._work / "artifacts" / name)
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:
-        """The evaluation of an arm, trained with this seed if it is not."""
+        """The evaluation of an arm, trained with this seed if it is not.
+
+        Raises:
+            click.ClickException: the folder has one of other settings.
+        """
         done = self._evaluation(name, seed)
         if not done.exists():
             trained = self.prepared.encoder if name == BASELINE else self._train(name, seed)
@@ -126,9 +130,9 @@ class Study:
                     **self.settings["evaluate"],
                 )
             )
-            Location(done.parent).write(done.name, json.dumps(found.model_dump(mode="json")).encode())
-        found_again: dict[str, Any] = json.loads(done.read_bytes())
-        return found_again
+            facts = {"settings": self._settings_of(name), "commit": commit(), "found": found.model_dump(mode="json")}
+            Location(done.parent).write(done.name, json.dumps(facts).encode())
+        return self._read(done, name)
 
     def trained(self, name: str, seed: int) -> str | None:
         """What an evaluation calls an arm's encoder: folder of the finished run, or spec; None if there is none."""
@@ -139,15 +143,22 @@ class Study:
 
     def row(self, name: str) -> dict[str, Any] | None:
         """What is known of an arm over the seeds that are finished; None if there is none."""
-        files = sorted(self._work.glob(f"evaluations/{_folder(name)}-*.json"))
-        found = [json.loads(file.read_bytes()) for file in files]
-        if not found:
+        prefix = f"{_folder(name)}-"
+        files = {
+            int(file.stem.removeprefix(prefix)): file
+            for file in self._work.glob(f"evaluations/{prefix}*.json")
+            if file.stem.removeprefix(prefix).isdecimal()
+        }
+        seeds = sorted(files)
+        if not seeds:
             return None
+        found = [self._read(files[seed], name) for seed in seeds]
         arm = dict(self.settings["arms"].get(name, {}))
-        cpu = [float(path.read_text()) for path in self._work.glob(f"runs/{_folder(name)}-*/cpu-seconds")]
+        cpu = [file for seed in seeds if (file := self._run(name, seed) / "cpu-seconds").exists()]
         return {
             "arm": arm,
-            "seeds": len(found),
+            "seeds": seeds,
+            "commits": sorted({json.loads(files[seed].read_bytes())["commit"] for seed in seeds}),
             "images": sum(row["labelled"] for row in found),
             **{
                 key: [row[key] for row in found]
@@ -158,10 +169,25 @@ class Study:
                     "embedding_loss_adversarial",
                 )
             },
-            "cpu_seconds": cpu,
+            "cpu_seconds": [float(file.read_text()) for file in cpu],
             "stored_bytes": self._stored_bytes(arm),
             "forward_passes": self._forward_passes(arm),
         }
+
+    def _settings_of(self, name: str) -> dict[str, Any]:
+        """What the figures of an arm depend on, besides its seed."""
+        used = {key: self.settings[key] for key in ("merge", "train", "evaluate")}
+        return used | {"arm": self.settings["arms"].get(name, {})}
+
+    def _read(self, done: Path, name: str) -> dict[str, Any]:
+        facts = json.loads(done.read_bytes())
+        if facts["settings"] != self._settings_of(name):
+            raise click.ClickException(
+                f"{done}: expected the settings {json.dumps(self._settings_of(name))}, found those of another run: "
+                f"{json.dumps(facts['settings'])}; choose another --work, or remove it and the run of its name"
+            )
+        found: dict[str, Any] = facts["found"]
+        return found
 
     def _train(self, name: str, seed: int) -> str:
         arm = dict(self.settings["arms"][name])
@@ -178,10 +204,11 @@ class Study:
             (run / "cpu-seconds").write_text(f"{time.process_time() - started:.2f}")
         return str(run)
 
-    def _online(self, run: Path, seed: int, **changed: Any) -> RunSummary:
+    def _online(self, run: Path, seed: int, learning_rate: float | None = None, **changed: Any) -> RunSummary:
         wanted = self.settings["merge"] | changed
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
-        config = self._train_config(self.prepared.train, run, seed, arm="ind", members=1)
+        arm = {"arm": "ind", "members": 1} | ({} if learning_rate is None else {"learning_rate": learning_rate})
+        config = self._train_config(self.prepared.train, run, seed, **arm)
         return train_online(config, attack, wanted.get("limit"))
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str, again: bool = False) -> Path:

@@ -49,8 +49,9 @@ def main(
     torch.set_num_threads(1)
     study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
     target = settings.with_name(f"third-party-{settings.stem}.json")
-    facts: dict[str, Any] = json.loads(target.read_text())["arms"] if target.exists() else {}
     radius = float(Fraction(epsilon or study.settings["evaluate"]["epsilon"]))
+    attack = {"torchattacks": version("torchattacks"), "epsilon": radius, "steps": steps}
+    facts = _facts(target, attack)
     for name in (BASELINE, *study.settings["arms"]):
         for seed in (text for text in seeds.split(",") if text):
             trained = study.trained(name, int(seed))
@@ -62,8 +63,20 @@ def main(
             found = _accuracies(model, pixels, labels, radius, steps, batch_size)
             facts.setdefault(name, {})[seed] = found
             click.echo(f"{name}, seed {seed}: {found}")
-            attack = {"torchattacks": version("torchattacks"), "epsilon": radius, "steps": steps}
             target.write_text(json.dumps({"attack": attack, "arms": facts}, indent=1) + "\n")
+
+
+def _facts(target: Path, attack: dict[str, Any]) -> dict[str, Any]:
+    """What was found before; seed → accuracies, by arm."""
+    if not target.exists():
+        return {}
+    before = json.loads(target.read_text())
+    if before["attack"] != attack:
+        raise click.ClickException(
+            f"{target}: expected figures of {attack}, found {before['attack']}; move it away, or attack as it says"
+        )
+    arms: dict[str, Any] = before["arms"]
+    return arms
 
 
 def _images(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

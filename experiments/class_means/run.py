@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,29 @@ def main(data: str, work: str, seeds: int, datasets: str) -> None:
 
 def _accuracy(root: Path, source: Path, name: str, arm: str, seed: int) -> float:
     """Test accuracy in % of one arm and seed; the seed fixes initial weights, random images and pseudo-labels."""
-    run = root / f"{arm.replace(' ', '-')}-{seed:02d}"
+    kind, train_arm = ARMS[arm]
+
+    def settings() -> dict[str, Any]:
+        artifact = root / "means" if kind == "means" else _random_images(root, source, seed)
+        shared = tomllib.loads((HERE / "settings.toml").read_text())
+        encoder = initial_weights(root, MLPS[name], seed)
+        return {"artifact": str(artifact), "arm": train_arm, "encoder": encoder, "seed": seed, **shared}
+
+    return trained_accuracy(root / f"{arm.replace(' ', '-')}-{seed:02d}", settings, source / "test.parquet")
+
+
+def trained_accuracy(run: Path, settings: Callable[[], dict[str, Any]], test: Path) -> float:
+    """Test accuracy in % of a network whose outputs are classes; trained and measured once.
+
+    Args:
+        settings: those of the training; called only if it is to be done.
+    """
     measured = run / "accuracy.json"
     if measured.exists():
         return float(json.loads(measured.read_text()))
-    kind, train_arm = ARMS[arm]
-    artifact = root / "means" if kind == "means" else _random_images(root, source, seed)
-    settings = tomllib.loads((HERE / "settings.toml").read_text())
-    encoder = initial_weights(root, MLPS[name], seed)
-    train(TrainConfig(artifact=str(artifact), run=str(run), arm=train_arm, encoder=encoder, seed=seed, **settings))
+    train(TrainConfig.model_validate({"run": str(run), **settings()}))
     (row,) = evaluate(
-        EvaluateConfig(
-            runs=[str(run)], data=str(source / "test.parquet"), head="outputs", steps=1, batch_size=1000, threads=1
-        )
+        EvaluateConfig(runs=[str(run)], data=str(test), head="outputs", steps=1, batch_size=1000, threads=1)
     )
     accuracy = 100 * float(row.accuracy_clean or 0.0)
     measured.write_text(json.dumps(accuracy))

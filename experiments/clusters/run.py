@@ -21,13 +21,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from evaluation import EvaluateConfig, evaluate
-from experiments.class_means.run import initial_weights
+from experiments.class_means.run import initial_weights, trained_accuracy
 from experiments.facts import array_bytes, commit
 from merge_service import MergeConfig, merge
 from sources import decode, native_shape, open_source
 from storage_schemas import open_artifact
-from trainer import TrainConfig, train
 from trainer.config import Arm
 
 mpl.use("Agg")  # no display needed
@@ -106,26 +104,13 @@ class Study:
         }
 
     def _accuracy(self, arm: str, k: int, seed: int) -> float:
+        def settings() -> dict[str, Any]:
+            encoder = initial_weights(self._work, self._encoder, seed)
+            places = {"artifact": self._artifact(arm, k, seed), "encoder": encoder}
+            return places | {"arm": ARMS[arm][1], "seed": seed, **SETTINGS["train"]}
+
         run = self._work / "runs" / f"{arm.replace(' ', '-').replace(',', '')}-{k}-{seed}"
-        measured = run / "accuracy.json"
-        if measured.exists():
-            return float(json.loads(measured.read_text()))
-        artifact, encoder = self._artifact(arm, k, seed), initial_weights(self._work, self._encoder, seed)
-        settings = SETTINGS["train"]
-        train(TrainConfig(artifact=artifact, run=str(run), arm=ARMS[arm][1], encoder=encoder, seed=seed, **settings))
-        (row,) = evaluate(
-            EvaluateConfig(
-                runs=[str(run)],
-                data=str(self._data / "test.parquet"),
-                head="outputs",
-                steps=1,
-                batch_size=1000,
-                threads=1,
-            )
-        )
-        accuracy = 100 * float(row.accuracy_clean or 0.0)
-        measured.write_text(json.dumps(accuracy))
-        return accuracy
+        return trained_accuracy(run, settings, self._data / "test.parquet")
 
     def _artifact(self, arm: str, k: int, seed: int) -> str:
         kind = ARMS[arm][0]

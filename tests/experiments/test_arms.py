@@ -49,7 +49,7 @@ steps = 2
 AT-2-Ind = { artifact = "members", arm = "ind", members = 2 }
 AT-3-Factors = { artifact = "sketch", arm = "factors", estimator = "gauss_newton" }
 "AT-2-Factors, rounds" = { artifact = "rounds-2-sketch", arm = "factors" }
-"FARE online" = { online = true }
+"FARE online" = { online = true, learning_rate = 1e-4 }
 """
 
 
@@ -85,7 +85,7 @@ def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     assert result.exit_code == 0
     facts = json.loads((tmp_path / "results-tiny.json").read_text())["rows"]
     assert list(facts) == ["w/o AT", "AT-2-Ind", "AT-3-Factors", "AT-2-Factors, rounds", "FARE online"]
-    assert all(row["seeds"] == 2 and row["images"] == 24 for row in facts.values())
+    assert all(row["seeds"] == [0, 1] and row["images"] == 24 for row in facts.values())
     # Forward passes: two members at 3; mean and one point at 3; one point; two steps of an attack, its ends, a step.
     assert [row["forward_passes"] for row in facts.values()] == [None, 6, 6, 3, 9]
     assert facts["AT-2-Ind"]["stored_bytes"] > 0
@@ -96,3 +96,12 @@ def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in before if path.parent.name != "work"} == {
         path: time for path, time in before.items() if path.parent.name != "work"
     }
+    learning_rate = json.loads((work / "tiny" / "runs" / "FARE_online-0" / "run.json").read_text())["config"][
+        "learning_rate"
+    ]
+    assert learning_rate == 1e-4
+    # The figures in the folder are those of these settings only.
+    settings.write_text(SETTINGS.replace("learning_rate = 1e-3", "learning_rate = 2e-3"))
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "found those of another run" in result.output
