@@ -34,6 +34,7 @@ def evaluate_captions(config: CaptionsConfig) -> list[ArmResult]:
         is_broken=lambda score: score < THRESHOLD,
         clean_up=clean_caption,
         score=scorer.scores,
+        scorer=scorer.tokeniser,
     )
     return evaluate_arms(config, task, "COCO", [NOT_COMPARABLE] if scorer.tokeniser == PLAIN else [])
 

@@ -11,9 +11,13 @@ from pydantic import Field, model_validator
 
 from adversarial import APGD, PGD, Norm
 from console import Fraction, Settings
+from storage_schemas import shortened
+from storage_schemas.moments import LEVELS
 
-LEVEL = ExactFraction(1, 255)
+LEVEL = ExactFraction(1, LEVELS)
 OUTPUT = "evaluation-results"
+# So few digits that float32 holds the length; ASCII, because \d also means the digits of other scripts.
+_LENGTH = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})(?:\s*/\s*0*([1-9]\d{0,8}))?", re.ASCII)
 
 
 class ImagesConfig(Settings):
@@ -177,7 +181,7 @@ class EmbeddingConfig(StudyConfig):
 
 
 def _length(text: str) -> ExactFraction:
-    if not re.fullmatch(r"\d+(\.\d+)?(\s*/\s*\d+)?|\.\d+", text.strip()) or re.search(r"/\s*0+$", text.strip()):
-        raise ValueError(f"epsilons: expected numbers such as 2/255 or 0.5, found {text!r}")
-    numerator, _, denominator = text.replace(" ", "").partition("/")
-    return ExactFraction(numerator) / ExactFraction(denominator or 1)
+    found = _LENGTH.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"epsilons: expected numbers such as 2/255 or 0.5, found {shortened(text)}")
+    return ExactFraction(found[1]) / int(found[2] or 1)

@@ -16,7 +16,7 @@ from evaluation.config import EmbeddingConfig
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, mean_score
 from evaluation.runs import read_run
-from evaluation.study import Measured, Study, open_sample, run_study, study_identity
+from evaluation.study import Measured, Study, open_sample, run_study
 from evaluation.subjects import Subject, load_subjects, pick_device, threads
 from sources import Sample
 from storage_schemas import ConfigError
@@ -38,9 +38,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> list[ArmResult]:
     runs = [read_run(text) for text in config.runs]
     source = open_sample(config)
     subjects = load_subjects(runs, device, config.original)
-    identities = [
-        study_identity(config, subject, source, original_sha256=subject.original.sha256) for subject in subjects
-    ]
+    own = [{"original_sha256": subject.original.sha256} for subject in subjects]
 
     def measure(subject: Subject, pixels: Tensor, samples: Sequence[Sample]) -> Measured:
         names = [sample.name for sample in samples]
@@ -68,7 +66,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> list[ArmResult]:
         return columns
 
     with threads(config.threads):
-        studies = run_study(config, PART, subjects, identities, source, measure)
+        studies = run_study(config, PART, subjects, own, source, measure)
     return [_result(config, subject, study) for subject, study in zip(subjects, studies, strict=True)]
 
 

@@ -23,6 +23,7 @@ from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, 
 from evaluation.uncertainty import mean_and_error, rate_and_error
 from sources import Source, open_source
 from storage_schemas import DatamergeError
+from storage_schemas.moments import LEVELS
 
 
 def evaluate(config: EvaluateConfig) -> list[Evaluation]:
@@ -65,7 +66,7 @@ def _measure(
     with Progress("evaluate", len(source.samples) * len(subjects), "images") as progress:
         for batch in read_batches(source, shape, config.batch_size):
             rejected += batch.rejected
-            pixels = torch.from_numpy(batch.pixels).to(device).float() / 255
+            pixels = torch.from_numpy(batch.pixels).to(device).float() / LEVELS
             for subject, tally in zip(subjects, tallies, strict=True):
                 if batch.samples:
                     _measure_batch(config, subject, tally, batch, pixels, settings)

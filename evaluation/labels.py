@@ -37,7 +37,7 @@ def make_heads(
     """
     if spec is None:
         return None
-    names = _read_names(class_names)
+    names = read_names(class_names)
     if spec == OUTPUTS:
         heads = [Head(torch.eye(encoder.embedding_dim), names=names) for encoder in encoders]
     else:
@@ -87,20 +87,35 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     return {label: label for label in used}
 
 
-def _read_names(file: str | None) -> list[str]:
+def read_names(file: str | None) -> list[str]:
+    """Class names of a text file, one a line, or of `imagenet`; empty without a file.
+
+    Raises:
+        ConfigError: no such file, or an empty one.
+    """
     if file is None:
         return []
-    if file == IMAGENET:
-        return imagenet_names()
+    return imagenet_names() if file == IMAGENET else read_lines(file, "a text file with one class name a line")
+
+
+def read_lines(file: str, expected: str) -> list[str]:
+    """Lines of a text file without the blank ones and the spaces around them.
+
+    Args:
+        expected: what the file should be, for the message.
+
+    Raises:
+        ConfigError: no such file, or an empty one.
+    """
     try:
         lines = Path(file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"{file}: expected a text file with one class name a line, found {reason}") from None
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ConfigError(f"{file}: expected one class name a line, found an empty file")
-    return names
+        raise ConfigError(f"{file}: expected {expected}, found {reason}") from None
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"{file}: expected {expected}, found an empty file")
+    return found
 
 
 def imagenet_names() -> list[str]:

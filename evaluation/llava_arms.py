@@ -42,26 +42,31 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
     device = pick_device(config.device)
     check_memory(config, device)
     studies = [ArmStudy(config, task, run, device) for run in config.runs]
-    identity = {
-        **config.model_dump(
-            include={"llava", "image_size", "fit", "attack", "epsilon", "steps", "save_images", "pictures"}
-        ),
+    shared = {
+        **config.model_dump(include={"llava", "image_size", "fit", "attack", "epsilon", "steps"}),
         "items": [item.key for item in task.items],
         "content_sha256": _content_sha256(task.items),
+        "scorer": task.scorer,
     }
+    for study in studies:
+        study.claim(shared)
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)
     results = []
     with threads(config.threads), Progress(task.part, passes * len(studies), "passes") as progress:
         for study in studies:
-            cases = study.measure(identity, progress)
+            cases = study.measure(progress)
             results.append(_result(config, task, study, cases, title, warnings))
     return results
 
 
 def _content_sha256(items: Sequence[Item]) -> str:
     """What was asked of which images: others under the same keys are another study."""
-    facts = [[item.key, item.question, list(item.references), item.image.stat().st_size] for item in items]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for item in items:
+        facts = [item.key, item.question, list(item.references), list(item.answers)]
+        image = hashlib.sha256(item.image.read_bytes()).hexdigest()
+        digest.update(json.dumps([*facts, image]).encode())
+    return digest.hexdigest()
 
 
 def check_memory(config: LlavaSettings, device: torch.device) -> None:

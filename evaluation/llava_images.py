@@ -20,6 +20,7 @@ from torch import Tensor
 from sources import BadImage, decode, native_shape
 from sources.images import MAX_RESIZED_PIXELS
 from storage_schemas import SourceError
+from storage_schemas.moments import LEVELS
 
 Fit = Literal["pad", "crop"]
 # Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
@@ -51,7 +52,7 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
         raise SourceError(f"{path}: expected an image: {error}") from None
     square = np.empty((3, side, side), np.uint8)
     # The reference truncates, too.
-    square[:] = np.array([int(value * 255) for value in colour], np.uint8)[:, None, None]
+    square[:] = np.array([int(value * LEVELS) for value in colour], np.uint8)[:, None, None]
     top, left = (side - height) // 2, (side - width) // 2
     square[:, top : top + height, left : left + width] = image
     resized = Image.fromarray(square.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
@@ -60,6 +61,6 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
 
 def round_inside(adversarial: Tensor, clean: Tensor, epsilon: str) -> Tensor:
     """The nearest 8-bit image inside the ℓ∞ ball, uint8, of pixels in [0, 1]; `clean` is on the grid."""
-    centre = (clean * 255).round()
-    radius = math.floor(Fraction(epsilon) * 255)
-    return (adversarial * 255).round().clamp(centre - radius, centre + radius).clamp(0, 255).to(torch.uint8)
+    centre = (clean * LEVELS).round()
+    radius = math.floor(Fraction(epsilon) * LEVELS)
+    return (adversarial * LEVELS).round().clamp(centre - radius, centre + radius).clamp(0, LEVELS).to(torch.uint8)

@@ -25,8 +25,9 @@ from evaluation.llava_config import LlavaSettings
 from evaluation.llava_images import read_image, round_inside
 from evaluation.pictures import to_png
 from evaluation.store import ArmFolder
-from evaluation.towers import read_tower_run
+from evaluation.towers import read_tower_run, tower_sha256
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.moments import LEVELS
 
 STAGES: tuple[Stage, ...] = ("half", "float32")
 
@@ -40,12 +41,14 @@ class Item:
         image: its file.
         question: put to the model.
         references: right answers, those to attack first.
+        answers: what else the score depends on.
     """
 
     key: str
     image: Path
     question: str
     references: Sequence[str]
+    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Task:
         is_broken: whether an image with this score is left alone.
         clean_up: the answer out of the generated text.
         score: of answers, by key.
+        scorer: what else the score depends on.
     """
 
     part: str
@@ -69,6 +73,7 @@ class Task:
     is_broken: Callable[[float], bool]
     clean_up: Callable[[str], str]
     score: Callable[[Mapping[str, str]], Mapping[str, float]]
+    scorer: str = ""
 
 
 @dataclass
@@ -115,15 +120,23 @@ class ArmStudy:
         self.tower_sha256 = ""
         self._llava: tuple[Arithmetic, Llava] | None = None
 
-    def measure(self, identity: Mapping[str, Any], progress: Progress) -> list[Case]:
+    def claim(self, shared: Mapping[str, Any]) -> None:
+        """Make the arm's folder the one of these settings, which all arms share.
+
+        Raises:
+            ConfigError: an encoder that cannot be read, or a folder with results of other settings.
+        """
+        stored = self._config.model_dump(include={"save_images", "pictures"})
+        own = {"encoder": self.run.encoder, "encoder_sha256": tower_sha256(self.run), **stored}
+        self.folder.claim({**shared, "half": self.half}, own)
+
+    def measure(self, progress: Progress) -> list[Case]:
         """Run every pass that is not stored yet.
 
         Raises:
-            ConfigError: a model or encoder that cannot be used, or a folder with results of other settings.
+            ConfigError: a model or encoder that cannot be used.
             DatamergeError: an image that cannot be read, or does not fit the device's memory.
         """
-        own = {"encoder": self.run.encoder, "encoder_sha256": self.run.encoder_sha256, "half": self.half}
-        self.folder.claim({**identity, **own})
         cases = [self._resume(item) for item in self._task.items]
         for case in cases:
             progress.advance(len(case.plan) if case.next is None else len(case.state["passes"]), note=self.run.arm)
@@ -159,7 +172,7 @@ class ArmStudy:
                 "another --output"
             )
         clean = torch.stack([torch.from_numpy(self._pixels(case.item, llava)) for case in cases])
-        pixels = clean.to(self._device).float() / 255
+        pixels = clean.to(self._device).float() / LEVELS
         while True:
             ready = [i for i, case in enumerate(cases) if case.next is not None and case.next.stage == stage]
             if not ready:
@@ -267,9 +280,9 @@ class ArmStudy:
         best = self._best_pixels(case, clean)
         rounded = round_inside(best, clean, self._config.epsilon)
         self.folder.write_image(f"{case.item.key}.png", to_png(rounded.cpu().numpy()))
-        original = (clean * 255).round().to(torch.uint8)
+        original = (clean * LEVELS).round().to(torch.uint8)
         self.folder.write_image(f"{case.item.key}-clean.png", to_png(original.cpu().numpy()))
-        pixels = rounded.to(clean.device).float()[None] / 255
+        pixels = rounded.to(clean.device).float()[None] / LEVELS
         (text,) = llava.generate(pixels, [case.item.question], self._task.new_tokens)
         answer = self._task.clean_up(text)
         score = self._task.score({case.item.key: answer})[case.item.key]

@@ -27,11 +27,15 @@ def to_json(config: EvaluateConfig, results: Sequence[Evaluation]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def open_console() -> Console:
+    """What prints tables on stdout."""
+    console = Console()
+    return console if console.is_terminal else Console(width=NO_TERMINAL_WIDTH)
+
+
 def print_table(results: Sequence[Evaluation]) -> None:
     """One row per run on stdout."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=NO_TERMINAL_WIDTH)
+    console = open_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("arm", "run"):
         table.add_column(header, overflow="fold")

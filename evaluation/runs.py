@@ -20,7 +20,7 @@ class Run(BaseModel):
     """An encoder with where it comes from; the fields of `run.json` that matter here.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it, without a slash at the end.
         encoder: spec of the encoder to evaluate.
         original: spec of the encoder it started from.
         arm: row of the experiment.
@@ -85,7 +85,7 @@ def _read_folder(text: str, folder: Path) -> Run:
             "is no run; run `datamerge train` to its end first"
         )
     try:
-        run = Run.model_validate({**_read_json(file), "name": text})
+        run = Run.model_validate({**_read_json(file), "name": str(Path(text))})
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}" for problem in error.errors()

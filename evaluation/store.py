@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from console import local_path
-from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas import ConfigError, DatamergeError, Location, read_json, shortened
 
 IDENTITY = "identity.json"
 
@@ -38,27 +38,25 @@ class ArmFolder:
         self.path = local_path(output, "the results") / part / name
         self._location = Location(self.path)
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Make the folder the one of these settings, or check that it is.
 
+        Args:
+            shared: settings that determine the numbers, the same for all arms, which are rows of one table.
+            own: this arm's weights, and settings that change no number but what is stored.
+
         Raises:
-            ConfigError: it holds results of other settings; the message names them.
+            ConfigError: it, or the folder of another arm, holds results of other settings; the message names them.
         """
-        wanted = json.loads(json.dumps(identity))
+        wanted = json.loads(json.dumps({**shared, **own}))
         found = self._read(IDENTITY)
+        if found is not None:
+            _compare(self.path, found, wanted)
+        for file in sorted(self.path.parent.glob(f"*/{IDENTITY}")):
+            other = _read_object(file)
+            _compare(file.parent, {name: other.get(name) for name in shared}, {name: wanted[name] for name in shared})
         if found is None:
             self._write(IDENTITY, wanted)
-            return
-        differences = [
-            f"{name}: {_short(found.get(name))} there, {_short(wanted.get(name))} now"
-            for name in sorted(found.keys() | wanted.keys())
-            if found.get(name) != wanted.get(name)
-        ]
-        if differences:
-            raise ConfigError(
-                f"{self.path} holds results of other settings ({'; '.join(differences)}); choose another --output, "
-                "or use the same settings to continue"
-            )
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A finished item, None if there is none."""
@@ -78,15 +76,7 @@ class ArmFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        if not file.is_file():
-            return None
-        try:
-            content = read_json(file.read_bytes())
-        except ValueError as error:
-            raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
-        if not isinstance(content, dict):
-            raise DatamergeError(f"{file}: expected a JSON object; remove it to measure it again")
-        return content
+        return _read_object(file) if file.is_file() else None
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -105,6 +95,24 @@ def check_output(output: str) -> None:
         raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file.read_bytes())
+    except ValueError as error:
+        raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
+    if not isinstance(content, dict):
+        raise DatamergeError(f"{file}: expected a JSON object; remove it to measure it again")
+    return content
+
+
+def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    differences = [
+        f"{name}: {shortened(found.get(name))} there, {shortened(wanted.get(name))} now"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{folder} holds results of other settings ({'; '.join(differences)}); choose another --output, or use "
+            "the same settings to continue"
+        )

@@ -23,10 +23,14 @@ from evaluation.store import ArmFolder
 from evaluation.subjects import Subject
 from sources import Sample, Source, open_source
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.moments import LEVELS
 
 # What was measured of a batch: lists with one entry per usable sample, by name.
 Measured = dict[str, list[Any]]
 Measure = Callable[[Subject, Tensor, Sequence[Sample]], Measured]
+
+# Settings that determine the numbers.
+SHARED = {"limit", "sample", "sample_seed", "seed", "epsilons", "norm", "steps", "restarts"}
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ def run_study(
     config: StudyConfig,
     part: str,
     subjects: Sequence[Subject],
-    identities: Sequence[Mapping[str, Any]],
+    own: Sequence[Mapping[str, Any]],
     source: Source,
     measure: Measure,
+    **shared: Any,
 ) -> list[Study]:
     """Measure what is not yet stored; one result per subject.
 
@@ -78,9 +83,10 @@ def run_study(
         config: the settings.
         part: name of the evaluation.
         subjects: what to measure.
-        identities: settings that determine each subject's numbers.
+        own: what determines each subject's numbers besides its weights.
         source: the images.
         measure: one batch of one subject.
+        shared: settings of this part only that determine all subjects' numbers.
 
     Raises:
         ConfigError: the output folder holds results of other settings.
@@ -88,8 +94,10 @@ def run_study(
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
     folders = [ArmFolder(config.output, part, subject.run.name, subject.run.arm) for subject in subjects]
-    for folder, identity in zip(folders, identities, strict=True):
-        folder.claim(identity)
+    shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(include=SHARED)}
+    for folder, subject, more in zip(folders, subjects, own, strict=True):
+        weights = {"encoder": subject.encoder.spec, "encoder_sha256": subject.encoder.sha256}
+        folder.claim(shared, {**weights, "batch_size": config.batch_size, **more})
     batches = -(-len(source.samples) // config.batch_size)
     stored = [[folder.read(f"{index:06d}") for index in range(batches)] for folder in folders]
     first = next((i for i in range(batches) if any(column[i] is None for column in stored)), batches)
@@ -100,7 +108,7 @@ def run_study(
     device = subjects[0].encoder.mean.device
     with Progress(part, total, "images", done=done) as progress:
         for index, batch in enumerate(read_batches(remaining, shape, config.batch_size), start=first):
-            pixels = torch.from_numpy(batch.pixels).to(device).float() / 255
+            pixels = torch.from_numpy(batch.pixels).to(device).float() / LEVELS
             for subject, folder, column in zip(subjects, folders, stored, strict=True):
                 if column[index] is None:
                     column[index] = _measure_batch(config, subject, batch, pixels, measure)
@@ -145,16 +153,3 @@ def _collect(items: Sequence[Mapping[str, Any]]) -> Study:
         [RejectedImage.model_validate(image) for item in items for image in item["rejected"]],
         round(sum(item["seconds"] for item in items), 3),
     )
-
-
-def study_identity(config: StudyConfig, subject: Subject, source: Source, **more: Any) -> dict[str, Any]:
-    """Settings that determine a subject's numbers, for the output folder."""
-    return {
-        "encoder": subject.encoder.spec,
-        "encoder_sha256": subject.encoder.sha256,
-        "data_fingerprint": source.fingerprint,
-        **config.model_dump(
-            include={"limit", "sample", "sample_seed", "batch_size", "seed", "epsilons", "norm", "steps", "restarts"}
-        ),
-        **more,
-    }

@@ -13,17 +13,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from evaluation.pictures import picture_section
-from evaluation.report import NO_TERMINAL_WIDTH, format_seconds, short_name
+from evaluation.report import MISSING, format_seconds, open_console, short_name
 from evaluation.results import ArmResult, Score
 from storage_schemas import DatamergeError, Location, read_json
 
 PARTS = ("zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
-MISSING = "–"
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
     "over images for other means). Rows of one part saw the same images."
@@ -64,9 +62,7 @@ def table_rows(results: Sequence[ArmResult]) -> list[Row]:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """The table on stdout."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=NO_TERMINAL_WIDTH)
+    console = open_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("arm", "run"):
         table.add_column(name, overflow="fold")

@@ -93,10 +93,11 @@ def read_tower_run(text: str) -> Run:
         ConfigError: neither a run's folder, nor an open_clip spec, hf:PATH or own.
     """
     if text == OWN or text.startswith(HUGGING_FACE):
+        spec = str(Path(text))
         # Whose work another checkpoint is, only its name can tell.
         arm = BASELINE if text == OWN else f"{HUGGING_FACE}{Path(text.removeprefix(HUGGING_FACE)).name}"
         empty = dict.fromkeys(("artifact", "steps", "seconds", "bytes"))
-        return Run(name=text, encoder=text, original=text, arm=arm, config={}, **empty)
+        return Run(name=spec, encoder=spec, original=spec, arm=arm, config={}, **empty)
     run = read_run(text)
     if not run.encoder.startswith("open_clip:"):
         raise ConfigError(
@@ -104,6 +105,19 @@ def read_tower_run(text: str) -> Run:
             f"{run.encoder!r}"
         )
     return run
+
+
+def tower_sha256(run: Run) -> str | None:
+    """Hash of the weights that a run from `read_tower_run` has now; None for `own`, which only LLaVA holds.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    if run.encoder == OWN:
+        return None
+    return weights_sha256(
+        _clip_vision(run) if run.encoder.startswith(HUGGING_FACE) else load_encoder(run.encoder).model
+    )
 
 
 def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
@@ -121,15 +135,7 @@ def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
     if run.encoder == OWN:
         return _hugging_face(own, size, CLIP_MEAN, CLIP_STD)
     if run.encoder.startswith(HUGGING_FACE):
-        name = run.encoder.removeprefix(HUGGING_FACE)
-        try:
-            module = transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"RUN {run.name!r}: expected a CLIP vision model of Hugging Face at {name!r}, found "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-        return _hugging_face(module, size, *_pixel_statistics(name))
+        return _hugging_face(_clip_vision(run), size, *_pixel_statistics(run.encoder.removeprefix(HUGGING_FACE)))
     return _open_clip(run, layer, size)
 
 
@@ -159,6 +165,17 @@ def _open_clip(run: Run, layer: int, size: int) -> Tower:
         encoder.std.flatten().tolist(),
         encoder.sha256,
     )
+
+
+def _clip_vision(run: Run) -> Any:
+    name = run.encoder.removeprefix(HUGGING_FACE)
+    try:
+        return transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"RUN {run.name!r}: expected a CLIP vision model of Hugging Face at {name!r}, found "
+            f"{str(error).splitlines()[0]}"
+        ) from None
 
 
 def _hugging_face(module: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> Tower:

@@ -37,7 +37,13 @@ def evaluate_vqa(config: VqaConfig) -> list[ArmResult]:
     task = Task(
         part=PART,
         items=[
-            Item(question.key, question.image, question.question + PROMPT, most_frequent(question.answers))
+            Item(
+                question.key,
+                question.image,
+                question.question + PROMPT,
+                most_frequent(question.answers),
+                question.answers,
+            )
             for question in asked
         ],
         new_tokens=NEW_TOKENS,

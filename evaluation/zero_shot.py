@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adversarial import Head, auto_attack, check_masking, head_from_arrays, sample_generators
+from adversarial import Head, auto_attack, check_masking, head_from_arrays, parse_spec, sample_generators
 from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.config import ZeroShotConfig
-from evaluation.labels import make_heads
+from evaluation.labels import make_heads, read_lines, read_names
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
-from evaluation.study import Measured, Study, open_sample, run_study, study_identity
+from evaluation.study import Measured, Study, open_sample, run_study
 from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
 from sources import Sample, Source
-from storage_schemas import ConfigError, Location
+from storage_schemas import ConfigError, Location, shortened
 from storage_schemas.artifact import parse_head
 
 PART = "zero-shot"
@@ -52,20 +52,14 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> list[ArmResult]:
     cache: dict[str, Head] = {}
     for subject, spec in zip(subjects, specs, strict=True):
         add_heads([subject], [_head(config, spec, subject, templates, cache)], source, spec)
-    identities = [
-        study_identity(
-            config, subject, source, attack=config.attack, masking=config.check_masking, head=_digest(subject)
-        )
-        for subject in subjects
-    ]
-
+    own = [{"masking": config.check_masking, "head": _digest(subject)} for subject in subjects]
     first = {sample.key for sample in source.samples[: config.batch_size]} if config.check_masking else set()
 
     def measure(subject: Subject, pixels: Tensor, samples: Sequence[Sample]) -> Measured:
         return _measure(config, subject, pixels, samples, check=samples[0].key in first)
 
     with threads(config.threads):
-        studies = run_study(config, PART, subjects, identities, source, measure)
+        studies = run_study(config, PART, subjects, own, source, measure, attack=config.attack)
     return [
         _result(config, subject, spec, study, list(attacks), source)
         for subject, spec, study in zip(subjects, specs, studies, strict=True)
@@ -85,15 +79,10 @@ def read_templates(text: str) -> list[str]:
         import open_clip
 
         return [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
-    try:
-        lines = Path(text).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"templates: expected openai, simple or a text file, found {text!r}: {reason}") from None
-    templates = [line.strip() for line in lines if line.strip()]
+    templates = read_lines(text, "openai, simple or a text file with one prompt a line")
     wrong = [line for line in templates if line.count("{}") != 1]
-    if wrong or not templates:
-        raise ConfigError(f"{text}: expected one prompt a line with {{}} for the name, found {(wrong or [''])[0]!r}")
+    if wrong:
+        raise ConfigError(f"{text}: expected one prompt a line with {{}} for the name, found {shortened(wrong[0])}")
     return templates
 
 
@@ -135,12 +124,9 @@ def _head(
 
 def _text_key(config: ZeroShotConfig, spec: str, templates: Sequence[str]) -> str:
     """What text features depend on: the tower, the names and the prompts."""
-    names = config.class_names or ""
-    path = Path(names).expanduser()
-    content = path.read_text("utf-8") if path.is_file() else names
-    checkpoint = Path(spec.partition("@")[2])
-    stat = checkpoint.stat() if "@" in spec else None
-    parts = [spec, content, list(templates), stat and [stat.st_size, stat.st_mtime_ns]]
+    checkpoint = Path(parse_spec(spec).checkpoint or "")
+    stat = checkpoint.stat() if checkpoint.is_file() else None  # loading says it better where there is none
+    parts = [spec, read_names(config.class_names), list(templates), stat and [stat.st_size, stat.st_mtime_ns]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

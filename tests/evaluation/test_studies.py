@@ -222,7 +222,7 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a photo\n")
     with pytest.raises(ConfigError, match=r"one prompt a line with \{\} for the name, found 'a photo'"):
         read_templates(str(tmp_path / "t.txt"))
-    with pytest.raises(ConfigError, match="expected openai, simple or a text file"):
+    with pytest.raises(ConfigError, match=r"none\.txt: expected openai, simple or a text file"):
         read_templates(str(tmp_path / "none.txt"))
 
 
@@ -232,6 +232,9 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
         ({"epsilons": ["2"]}, "did you mean 2/255"),
         ({"epsilons": ["0"]}, "expected radii above 0"),
         ({"epsilons": ["x"]}, "expected numbers such as 2/255"),
+        ({"epsilons": ["2/0"]}, "expected numbers such as 2/255"),
+        ({"epsilons": ["2 5/255"]}, "expected numbers such as 2/255"),
+        ({"epsilons": ["1" * 400], "norm": "l2"}, "expected numbers such as 2/255 .* '1111.*1…"),
         ({"head": None}, "expected an open_clip encoder, which has a text tower"),
         ({"head": "open_clip:ViT-B-32"}, "expected --class-names FILE"),
         ({"steps": 0}, "steps"),

@@ -1,0 +1,207 @@
+"""What must not be reused or mixed in one table: results of other weights, other data and other settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from adversarial import load_encoder, save_encoder
+from console import load_settings
+from evaluation.captions import evaluate_captions
+from evaluation.config import EmbeddingConfig
+from evaluation.embedding import evaluate_embedding
+from evaluation.llava import Llava
+from evaluation.llava_config import CaptionsConfig, VqaConfig
+from evaluation.llava_study import ArmStudy
+from evaluation.tables import write_reports
+from evaluation.towers import read_tower_run
+from evaluation.vqa import evaluate_vqa
+from storage_schemas import ConfigError
+from tests.evaluation.conftest import make_llava
+
+MakeEncoder = Callable[[list[list[float]]], str]
+MakeRun = Callable[..., str]
+
+
+def scale(spec: str, path: Path, factor: float) -> None:
+    """Write the spec's weights times a factor."""
+    encoder = load_encoder(spec)
+    for parameter in encoder.model.parameters():
+        parameter.data *= factor
+    save_encoder(encoder, path)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of one image and a LLaVA that says `a cat` to everything; the folder of results is always the same."""
+    Image.new("RGB", (32, 32), (90, 30, 200)).save(tmp_path / "000000000001.jpg", quality=95)
+    content = {
+        "images": [{"id": 1, "file_name": "000000000001.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "a cat"}],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    monkeypatch.setattr(Llava, "generate", lambda _, pixels, *__: ["a cat"] * len(pixels))
+    return {
+        "data": str(tmp_path / "captions.json"),
+        "images": str(tmp_path),
+        "llava": make_llava(tmp_path_factory.mktemp("llava"), ["a cat"]),
+        "image_size": 0,
+        "attack": False,
+        "device": "cpu",
+        "output": str(tmp_path / "out"),
+    }
+
+
+@pytest.fixture
+def caption(settings: dict[str, Any]) -> Callable[..., None]:
+    def run(*names: str, **changes: Any) -> None:
+        evaluate_captions(load_settings(CaptionsConfig, None, {**settings, "runs": list(names), **changes}))
+
+    return run
+
+
+def test_finished_captions_of_other_weights_are_refused(
+    caption: Callable[..., None], make_clip: Callable[..., str], make_run: MakeRun, tmp_path: Path
+) -> None:
+    clip, path = make_clip(), tmp_path / "encoder.safetensors"
+    scale(clip, path, 1)
+    run = make_run(f"{clip}@{path}", clip)
+    for name in (run, f"{clip}@{path}"):
+        caption(name)
+        caption(name)
+    # Trained again into the same folder.
+    scale(clip, path, 2)
+    for name in (run, f"{clip}@{path}"):
+        with pytest.raises(ConfigError, match=r"other settings \(encoder_sha256: .* choose another --output"):
+            caption(name)
+
+
+def test_finished_captions_of_another_hugging_face_tower_are_refused(
+    caption: Callable[..., None], tmp_path: Path
+) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(num_hidden_layers=3, **sizes))
+    tower.save_pretrained(tmp_path / "tower")
+    caption(f"hf:{tmp_path / 'tower'}")
+    caption(f"hf:{tmp_path / 'tower'}/")
+    assert len(list((tmp_path / "out" / "captions").glob("*/identity.json"))) == 1
+    for parameter in tower.parameters():
+        parameter.data *= 2
+    tower.save_pretrained(tmp_path / "tower")
+    with pytest.raises(ConfigError, match=r"other settings \(encoder_sha256: "):
+        caption(f"hf:{tmp_path / 'tower'}")
+
+
+def test_an_arm_of_other_weights_is_refused_before_another_is_asked(
+    caption: Callable[..., None], make_clip: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, path = make_clip(), tmp_path / "encoder.safetensors"
+    scale(clip, path, 1)
+    caption(f"{clip}@{path}")
+    scale(clip, path, 2)
+    monkeypatch.setattr(ArmStudy, "_run_batch", lambda *_: pytest.fail("hours of attacks before the refusal"))
+    with pytest.raises(ConfigError, match="encoder_sha256"):
+        caption("own", f"{clip}@{path}")
+
+
+def test_finished_captions_of_other_data_are_refused(caption: Callable[..., None], tmp_path: Path) -> None:
+    caption("own")
+    caption("own")
+    before = (tmp_path / "captions.json").read_text()
+    (tmp_path / "captions.json").write_text(before.replace("a cat", "a dog"))
+    with pytest.raises(ConfigError, match=r"other settings \(content_sha256: "):
+        caption("own")
+    (tmp_path / "captions.json").write_text(before)
+    caption("own")
+    image = tmp_path / "000000000001.jpg"
+    data = image.read_bytes()
+    image.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+    with pytest.raises(ConfigError, match=r"other settings \(content_sha256: "):
+        caption("own")
+
+
+def test_scores_of_another_tokeniser_are_refused(
+    caption: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    caption("own")
+    monkeypatch.undo()
+    monkeypatch.setattr(Llava, "generate", lambda _, pixels, *__: ["a cat"] * len(pixels))
+    if shutil.which("java") is None:
+        pytest.skip("no Java here to score with")
+    with pytest.raises(ConfigError, match=r"other settings \(scorer: .*not comparable"):
+        caption("own")
+
+
+def test_other_answers_with_the_same_most_frequent_ones_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    question = {"image_id": 1, "question": "What is it?", "question_id": 7}
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2014", "questions": [question]}))
+
+    def ask(people: list[str]) -> None:
+        answers = [{"question_id": 7, "answers": [{"answer": answer} for answer in people]}]
+        (tmp_path / "a.json").write_text(json.dumps({"annotations": answers}))
+        flags = {"runs": ["own"], "data": str(tmp_path / "q.json"), "annotations": str(tmp_path / "a.json")}
+        evaluate_vqa(load_settings(VqaConfig, None, {**settings, **flags}))
+
+    ask(["cat"] * 8 + ["dog"] * 2)
+    ask(["cat"] * 8 + ["dog"] * 2)
+    with pytest.raises(ConfigError, match=r"other settings \(content_sha256: "):
+        ask(["cat"] * 7 + ["dog"] * 3)
+
+
+def test_arms_of_llava_with_other_settings_do_not_share_a_table(
+    caption: Callable[..., None], make_clip: Callable[..., str]
+) -> None:
+    caption("own")
+    with pytest.raises(ConfigError, match=r"other settings \(fit: .*; choose another --output"):
+        caption(make_clip(), fit="crop")
+    caption(make_clip(), batch_size=2, pictures=3)
+
+
+def embed(run: str, data: Path, output: Path, **flags: Any) -> None:
+    values = {"runs": [run], "data": str(data), "output": str(output), "steps": 2, "epsilons": ["2/255"], **flags}
+    write_reports(str(output), "embedding", evaluate_embedding(load_settings(EmbeddingConfig, None, values)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"steps": 3}, "steps: 2 there, 3 now"),
+        ({"norm": "l2"}, "norm"),
+        ({"limit": 2}, "limit"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_arms_of_other_settings_do_not_share_a_table(
+    make_encoder: MakeEncoder, photos: Path, tmp_path: Path, flags: dict[str, Any], named: str
+) -> None:
+    first, second = make_encoder([[1.0] * 4]), make_encoder([[2.0] * 4])
+    embed(first, photos, tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"other settings \({named}.*; choose another --output"):
+        embed(second, photos, tmp_path / "out", **flags)
+    embed(second, photos, tmp_path / "out", batch_size=3)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
+
+
+def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run: MakeRun, photos: Path) -> None:
+    spec = make_encoder([[1.0] * 4])
+    run, output = make_run(spec, spec), photos.parent / "out"
+    embed(run, photos, output)
+    embed(f"{run}/", photos, output)
+    assert len(json.loads((output / "results.json").read_text())["arms"]) == 1
+    assert len(list((output / "embedding").glob("*/identity.json"))) == 1
+    assert read_tower_run("hf:a/b/").name == "hf:a/b"
