@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.artifact import open_artifact
 from storage_schemas.errors import DatamergeError, SchemaError, UserError
 from storage_schemas.manifest import ArraySpec, EncodingName, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS, ExactMoments, IntArray, scatter_dtype, sum_dtype
-from storage_schemas.presentation import presentation_files
+from storage_schemas.presentation import finish
 from storage_schemas.record import Array, Record, encode_exact
 from storage_schemas.writer import ArtifactWriter
 
@@ -51,8 +50,7 @@ def write_shards(
                 raise DatamergeError(f"{writer.location.url}, shard {shard}: {error}") from error
         first = shard * writer.layout.groups_per_shard
         advance(min(writer.layout.groups_per_shard, writer.layout.groups - first))
-    writer.finish()
-    return writer.finish(presentation_files(open_artifact(writer.location)))
+    return finish(writer)
 
 
 def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spread: int) -> list[ArraySpec]:

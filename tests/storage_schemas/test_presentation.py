@@ -61,7 +61,7 @@ def test_summary_of_nothing(tmp_path: Path, make_layout: Callable[..., Layout], 
     assert facts["attack_loss"] is None
     assert facts["moments"]["mean_min"] is facts["moments"]["variance_mean"] is None
     assert len(facts["rejects"]) == 7
-    assert "0 groups" in dataset_card(artifact)
+    assert "0 groups" in dataset_card(facts)
     with pytest.raises(ConfigError, match="at least one group"):
         contact_sheet(artifact)
 
@@ -71,7 +71,7 @@ def test_the_card_is_markdown_with_yaml_in_front(
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(format_name, encoding_name))
     artifact = open_artifact(tmp_path / "a")
-    text = dataset_card(artifact)
+    text = dataset_card(summarise(artifact))
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
     assert match is not None
     front = yaml.safe_load(match[1])
@@ -82,7 +82,7 @@ def test_the_card_is_markdown_with_yaml_in_front(
     provenance = json.loads(text.rpartition("```json\n")[2].partition("```")[0])
     assert provenance["seed"] == 7
     assert provenance["source"]["fingerprint"] == "f00"
-    assert text == dataset_card(open_artifact(tmp_path / "a"))
+    assert text == dataset_card(summarise(open_artifact(tmp_path / "a")))
 
 
 def test_the_cards_python_runs(
@@ -95,7 +95,7 @@ def test_the_cards_python_runs(
     """Every snippet works in the artifact's folder, as the card claims."""
     write_artifact(tmp_path / "a", make_layout(format_name))
     monkeypatch.chdir(tmp_path / "a")
-    snippets = re.findall(r"```python\n(.*?)```", dataset_card(open_artifact(".")), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", dataset_card(summarise(open_artifact("."))), re.DOTALL)
     assert len(snippets) == 3
     ours: dict[str, object] = {}
     exec(snippets[0], ours)
