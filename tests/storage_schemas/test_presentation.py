@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from click.testing import CliRunner
 from PIL import Image
 
 from storage_schemas import ConfigError, Layout, Record, open_artifact
 from storage_schemas.card import dataset_card
-from storage_schemas.cli import inspect, preview
 from storage_schemas.preview import GAP, HEADER, TILE, contact_sheet
 from storage_schemas.summary import summarise
 
@@ -152,22 +150,3 @@ def test_contact_sheet_names_an_unknown_key(
     write_artifact(tmp_path / "a", make_layout("webdataset"))
     with pytest.raises(ConfigError, match="nobody"):
         contact_sheet(open_artifact(tmp_path / "a"), keys=["nobody"])
-
-
-def test_inspect_prints_a_table_or_json(
-    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
-) -> None:
-    write_artifact(tmp_path / "a", make_layout("zarr"), (1,))
-    table = CliRunner().invoke(inspect, [str(tmp_path / "a")], catch_exceptions=False)
-    assert "6 of 7 planned" in table.output
-    assert "photos/1.png: not an image" in table.output
-    as_json = CliRunner().invoke(inspect, [str(tmp_path / "a"), "--json"], catch_exceptions=False)
-    assert json.loads(as_json.output) == json.loads(json.dumps(summarise(open_artifact(tmp_path / "a"))))
-
-
-def test_preview_writes_a_picture(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
-    write_artifact(tmp_path / "a", make_layout("webdataset"))
-    arguments = [str(tmp_path / "a"), "-o", str(tmp_path / "p.png"), "--key", "k1", "--key", "k2"]
-    CliRunner().invoke(preview, arguments, catch_exceptions=False)
-    with Image.open(tmp_path / "p.png") as image:
-        assert image.height == HEADER + 2 * (TILE + HEADER + GAP) + GAP
