@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from storage_schemas import webdataset_store, zarr_store
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, shortened
 from storage_schemas.location import Location, redact, redact_tree
 from storage_schemas.manifest import (
     MANIFEST,
@@ -38,6 +38,7 @@ from storage_schemas.manifest import (
 )
 from storage_schemas.record import Record, checksums
 from storage_schemas.threads import in_threads
+from storage_schemas.trees import LOCATIONS, differences, leaves
 
 # Small files: what a read takes is the way to the store and back.
 SIDECARS_AT_ONCE = 8
@@ -257,18 +258,19 @@ class ArtifactWriter:
             return
         mine = {"layout": self.layout.model_dump(mode="json"), **_without_locations(self.provenance)}
         theirs = {"layout": found.layout.model_dump(mode="json"), **_without_locations(found.provenance)}
-        differences = [
-            f"{path}: {_short(old)} there, {_short(new)} now" for path, old, new in _differences(theirs, mine)
+        different = [
+            f"{path}: {shortened(old)} there, {shortened(new)} now"
+            for path, (old, new) in differences(leaves(theirs), leaves(mine)).items()
         ]
         raise NotAnArtifact(
             f"{self.location.url} already holds an artifact made from other settings "
-            f"({'; '.join(differences[:4])}); choose another output, or remove it first"
+            f"({'; '.join(different[:4])}); choose another output, or remove it first"
         )
 
 
 def _without_locations(tree: Any) -> Any:
     if isinstance(tree, Mapping):
-        return {key: _without_locations(value) for key, value in tree.items() if key not in ("url", "spec")}
+        return {key: _without_locations(value) for key, value in tree.items() if key not in LOCATIONS}
     return tree
 
 
@@ -325,18 +327,3 @@ class _Spread:
             variance_mean=float(np.mean(self._variance_means)),
             clipped_variances=self._clipped,
         )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves at which two JSON trees differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[tuple[str, Any, Any]] = []
-        for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [(path, old, new)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
