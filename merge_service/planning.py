@@ -251,7 +251,7 @@ def _attack(config: MergeConfig) -> dict[str, Any]:
         **({"step_size": config.step_size} if isinstance(settings, PGD) else {}),
         "steps": config.steps,
         "random_start": config.random_start,
-        "start_radius": config.start_radius or config.epsilon,
+        **({"start_radius": config.start_radius or config.epsilon} if config.random_start else {}),
         "restarts": config.restarts,
         "grid": config.grid,
     }
