@@ -1,1 +1,1 @@
-"""Commands that make artifacts from artifacts, compare them, and take groups out."""
+"""Commands that look at artifacts, check and compare them, make new ones of them, and take groups out."""

@@ -10,7 +10,7 @@ import click
 from rich.filesize import decimal as human_bytes
 
 from console import Progress
-from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact
+from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact, shortened
 from storage_schemas.combine import plan_combination
 from storage_schemas.convert import convert as convert_artifact
 from storage_schemas.diff import Difference
@@ -205,14 +205,14 @@ def _show_written(output: str, manifest: Manifest, as_json: bool) -> None:
 
 def _lines(found: Difference, a: Artifact, b: Artifact) -> list[str]:
     """The outcome for people: settings, groups in one only, groups that differ, a summary."""
-    lines = [f"{name}: {_value(pair[0])} | {_value(pair[1])}" for name, pair in found.settings.items()]
+    lines = [f"{name}: {shortened(pair[0])} | {shortened(pair[1])}" for name, pair in found.settings.items()]
     for keys, artifact in ((found.only_in_a, a), (found.only_in_b, b)):
         lines += _shortened([f"only in {artifact.location.url}: {key}" for key in keys])
     lines += _shortened(
         [
             f"{group.key}: "
             + ", ".join(
-                [f"{name} {_value(pair[0])} | {_value(pair[1])}" for name, pair in group.facts.items()]
+                [f"{name} {shortened(pair[0])} | {shortened(pair[1])}" for name, pair in group.facts.items()]
                 + [f"{name} {_distance(value)}" for name, value in group.distance.items()]
             )
             for group in found.different
@@ -235,11 +235,6 @@ def _lines(found: Difference, a: Artifact, b: Artifact) -> list[str]:
 def _shortened(lines: Sequence[str]) -> list[str]:
     more = [f"… and {len(lines) - SHOWN} more, see --json"] if len(lines) > SHOWN else []
     return [*lines[:SHOWN], *more]
-
-
-def _value(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def _distance(value: float | None) -> str:

@@ -31,10 +31,9 @@ from storage_schemas import (
     Manifest,
     Reject,
     SourceError,
-    open_artifact,
 )
 from storage_schemas.manifest import HEAD, MANIFEST, parse
-from storage_schemas.presentation import presentation_files
+from storage_schemas.presentation import finish
 
 MIN_REJECTED = 10
 
@@ -144,7 +143,7 @@ def run(prepared: Prepared) -> MergeResult:
     attack_seconds = 0.0
     if shards:
         rejects, attack_seconds = _run_stage(prepared, writer, shards, earlier)
-    manifest = _complete(writer)
+    manifest = finish(writer, lambda manifest: _check_usable(manifest, writer.location.url))
     return MergeResult(manifest, len(shards), tuple(rejects), time.monotonic() - started, attack_seconds)
 
 
@@ -266,14 +265,11 @@ def _clusters(
     return found, clustering.to_bytes(identity, found)
 
 
-def _complete(writer: ArtifactWriter) -> Manifest:
-    manifest = writer.finish()
+def _check_usable(manifest: Manifest, url: str) -> None:
     if manifest.groups == 0:
         raise DatamergeError(
-            f"{writer.location.url}: expected at least one usable group, found none; "
-            f"see `datamerge inspect {writer.location.url}` for the reasons"
+            f"{url}: expected at least one usable group, found none; see `datamerge inspect {url}` for the reasons"
         )
-    return writer.finish(presentation_files(open_artifact(writer.location)))
 
 
 def _note(rejected: int, aside: Sequence[SetAside]) -> str:

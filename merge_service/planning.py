@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
-
-import numpy as np
 
 from adversarial import PGD, Encoder, Head, weights_sha256
 from merge_service.config import MergeConfig
@@ -19,8 +16,8 @@ from merge_service.rounds import ResolvedEncoder
 from merge_service.work_queue import Piece
 from sources import BadImage, Sample, Source, decode, native_shape
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
+from storage_schemas.derive import moment_specs, pixel_spread
 from storage_schemas.factors import factor_spec
-from storage_schemas.moments import LEVELS, scatter_dtype, sum_dtype
 
 # Bytes depend on these: decoding, resizing and arithmetic.
 VERSIONED = ("datamerge", "numpy", "pillow", "torch")
@@ -116,14 +113,15 @@ def make_plan(
     if config.objective == "cross_entropy" and config.grouping == "adversarial":
         _check_classes(groups, encoder.encoder if encoder else None, head)
     shape = loaded.encoder.input_shape if loaded else pixels_shape(config, source)
+    provenance = _provenance(config, source, encoder, target_encoder, head, shape)
+    arrays = _arrays(config, shape, groups, loaded.encoder if loaded else None, pixel_spread(provenance))
     layout = Layout(
         format=config.format,
         encoding=config.resolved_encoding,
-        arrays=tuple(_arrays(config, shape, groups, loaded.encoder if loaded else None)),
+        arrays=tuple(arrays),
         groups=len(groups),
         groups_per_shard=min(config.groups_per_shard, len(groups)),
     )
-    provenance = _provenance(config, source, encoder, target_encoder, head, shape)
     if config.grouping == "cluster":
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
     in_parts = config.grouping != "adversarial"
@@ -162,25 +160,18 @@ def pixels_shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
 
 
 def _arrays(
-    config: MergeConfig, shape: tuple[int, int, int], groups: Sequence[Group], encoder: Encoder | None
+    config: MergeConfig, shape: tuple[int, int, int], groups: Sequence[Group], encoder: Encoder | None, spread: int
 ) -> list[ArraySpec]:
-    adversarial = config.grouping == "adversarial"
-    largest = (config.group_size or 1) if adversarial else max(len(group.samples) for group in groups)
-    if config.resolved_encoding == "float32":
-        arrays = [ArraySpec.of(name, np.dtype(np.float32), shape) for name in ("mean", "mean_square")]
+    """The arrays of a record; `spread`: largest difference of two members of a group, in grey levels."""
+    if config.grouping == "adversarial":
+        largest = config.group_size or 1
     else:
-        radius = math.floor(config.attack_settings.epsilon * LEVELS)
-        spread = min(LEVELS, 2 * radius) if adversarial else LEVELS
-        arrays = [
-            ArraySpec.of("sum", sum_dtype(largest), shape),
-            ArraySpec.of("scatter", scatter_dtype(largest, spread), shape),
-        ]
+        largest = max(len(group.samples) for group in groups)
+    arrays = moment_specs(config.resolved_encoding, shape, largest, spread)
     if config.stores_embedding and encoder is not None:
         arrays.append(ArraySpec(name="target", dtype="float32", shape=(encoder.embedding_dim,)))
     if config.factors is not None:
-        arrays.append(
-            factor_spec(config.factors, largest, 2 * math.floor(config.attack_settings.epsilon * LEVELS), shape)
-        )
+        arrays.append(factor_spec(config.factors, largest, spread, shape))
     if config.keep_members:
         arrays.append(ArraySpec(name="members", dtype="uint8", shape=(largest, *shape)))
     if config.keep_clean:
@@ -260,7 +251,7 @@ def _attack(config: MergeConfig) -> dict[str, Any]:
         **({"step_size": config.step_size} if isinstance(settings, PGD) else {}),
         "steps": config.steps,
         "random_start": config.random_start,
-        "start_radius": config.start_radius or config.epsilon,
+        **({"start_radius": config.start_radius or config.epsilon} if config.random_start else {}),
         "restarts": config.restarts,
         "grid": config.grid,
     }

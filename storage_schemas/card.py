@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
-
-from storage_schemas.artifact import Artifact
-from storage_schemas.summary import summarise
 
 _LOAD = {
     "zarr": """With stock zarr, xarray or tensorstore; row i is a group if `count[i]` > 0:
@@ -50,37 +48,35 @@ _SIZES = (
 )
 
 
-def license_of(artifact: Artifact) -> str:
+def license_of(facts: Mapping[str, Any]) -> str:
     """Licence as the provenance has it, an identifier of the Hugging Face Hub; `other` if it has none."""
-    return str(artifact.manifest.provenance.get("license") or "other")
+    return str(facts["provenance"].get("license") or "other")
 
 
-def describe(artifact: Artifact) -> str:
+def describe(facts: Mapping[str, Any]) -> str:
     """One paragraph on what the groups are."""
-    manifest = artifact.manifest
-    counts = [entry.count for shard in range(len(manifest.shards)) for entry in artifact.commit(shard).records]
+    members = facts["members"]
     return (
-        f"{len(counts)} groups of {min(counts, default=0)} to {max(counts, default=0)} samples, each reduced to its "
-        f"mean and mean square over pixels {list(manifest.layout.pixels)} in [0, 1] (before any "
+        f"{facts['groups']} groups of {members['min']} to {members['max']} samples, each reduced to its "
+        f"mean and mean square over pixels {facts['pixels']} in [0, 1] (before any "
         "normalisation, divisor N)."
     )
 
 
-def dataset_card(artifact: Artifact) -> str:
-    """Markdown text; depends on nothing but the artifact's content."""
-    facts = summarise(artifact)
+def dataset_card(facts: Mapping[str, Any]) -> str:
+    """Markdown text from the facts of `summarise`."""
     provenance = {key: value for key, value in facts["provenance"].items() if key != "source"}
     source = facts["provenance"].get("source")
     if isinstance(source, dict):
         provenance["source"] = {key: value for key, value in source.items() if key != "class_names"}
     arrays = "\n".join(f"| `{name}` | {spec['dtype']} | {spec['shape']} |" for name, spec in facts["arrays"].items())
     return f"""---
-{_front_matter(artifact, facts)}
+{_front_matter(facts)}
 ---
 
 # Merged groups
 
-{describe(artifact)} {facts["shards"]} shards, {facts["bytes"]} bytes, format `{facts["format"]}`, encoding
+{describe(facts)} {facts["shards"]} shards, {facts["bytes"]} bytes, format `{facts["format"]}`, encoding
 `{facts["encoding"]}`, schema version {facts["schema_version"]}, written by {facts["writer"]}. The licence of the
 source applies.
 
@@ -109,10 +105,10 @@ record = open_artifact(".")[0]      # record.mean, record.mean_square, record.va
 """
 
 
-def _front_matter(artifact: Artifact, facts: dict[str, Any]) -> str:
+def _front_matter(facts: Mapping[str, Any]) -> str:
     lines = [
         "pretty_name: datamerge artifact",
-        f"license: {json.dumps(license_of(artifact))}",  # a JSON string is a YAML string
+        f"license: {json.dumps(license_of(facts))}",  # a JSON string is a YAML string
         "size_categories:",
         f"- {next(name for limit, name in _SIZES if facts['groups'] < limit)}",
         "task_categories:",

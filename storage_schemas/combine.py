@@ -20,24 +20,21 @@ import numpy as np
 from storage_schemas.artifact import Artifact
 from storage_schemas.compatibility import (
     FREE,
-    LOCATIONS,
     SOURCE,
-    Leaves,
     check_compatible,
     check_names,
     combined_provenance,
     is_under,
-    leaves,
     origins,
-    tree,
 )
 from storage_schemas.convert import head_file
-from storage_schemas.derive import MOMENTS, Advance, moment_specs, pixel_spread, write_shards
+from storage_schemas.derive import Advance, moment_specs, pixel_spread, write_shards
 from storage_schemas.errors import ConfigError, UserError
 from storage_schemas.location import Location
-from storage_schemas.manifest import COMBINED, HEAD, ArraySpec, Layout, Manifest, RecordEntry, Reject
+from storage_schemas.manifest import COMBINED, HEAD, MOMENTS, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Record
+from storage_schemas.trees import LOCATIONS, Leaves, leaves, tree
 from storage_schemas.unite import KEPT, unite
 from storage_schemas.writer import ArtifactWriter
 
@@ -266,11 +263,10 @@ def _check_layouts(inputs: Sequence[Artifact]) -> None:
 def _layout(inputs: Sequence[Artifact], union: Union, spread: int) -> Layout:
     old = inputs[0].manifest.layout
     largest = max((group.count for group in union.groups.values()), default=1)
-    shape = next(spec.shape for spec in old.arrays if spec.name in MOMENTS)
-    arrays = moment_specs(old.encoding, shape, largest, spread)
+    arrays = moment_specs(old.encoding, old.pixels, largest, spread)
     stored = [spec for artifact in inputs for spec in artifact.manifest.layout.arrays if spec.name == "scatter"]
     if any(spec.nbytes > arrays[1].nbytes for spec in stored):  # the provenance promises too little
-        arrays = moment_specs(old.encoding, shape, largest, LEVELS)
+        arrays = moment_specs(old.encoding, old.pixels, largest, LEVELS)
     for spec in old.arrays:
         if spec.name in MOMENTS or not all(artifact.manifest.layout.array(spec.name) for artifact in inputs):
             continue

@@ -7,56 +7,22 @@ in which artifacts are combined leaves no trace.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pydantic import JsonValue
-
-from storage_schemas.errors import ConfigError, UserError
+from storage_schemas.errors import ConfigError, UserError, shortened
 from storage_schemas.manifest import COMBINED
+from storage_schemas.trees import LOCATIONS, Leaves, differences, leaves, tree
 
 # Differences that say nothing about what the groups mean: where things were, and how they were computed.
 # A later round attacks the tuned encoder; what its groups share with the first round is that of their targets.
 FREE = ("seed", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
-LOCATIONS = ("url", "spec")
 # Of an input, not of the whole, even where all inputs agree.
 OWN = ("grouping.members",)
 # Sources may differ where no group has members from several, or where members are samples, not attacks on one.
 SOURCE = ("source.fingerprint", "source.samples")
 
-Leaves = dict[str, JsonValue]
 _MISSING = object()
-
-
-def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
-    """A JSON tree as dotted path → value; lists are values."""
-    found: Leaves = {}
-    for key, value in tree.items():
-        at = f"{path}.{key}" if path else key
-        if isinstance(value, Mapping) and value:
-            found |= leaves(value, at)
-        else:
-            found[at] = value
-    return found
-
-
-def tree(flat: Mapping[str, JsonValue]) -> dict[str, Any]:
-    """The JSON tree of dotted paths, as `leaves` takes it apart.
-
-    Raises:
-        UserError: a path that is a value and has others below it.
-    """
-    root: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(".")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise UserError(f"provenance: {path}: expected nothing below {parent}, which has a value")
-        node[name] = value
-    return root
 
 
 def is_under(path: str, names: Collection[str]) -> bool:
@@ -123,27 +89,15 @@ def check_compatible(
     Raises:
         UserError: names every difference, and how to allow it.
     """
-    paths = sorted({path for one in flat for path in one})
-    problems = []
-    for path in paths:
-        if path.rpartition(".")[2] in LOCATIONS or is_under(path, [*free, *allowed]):
-            continue
-        values = [one.get(path, _MISSING) for one in flat]
-        other = next((index for index, value in enumerate(values) if value != values[0]), None)
-        if other is not None:
-            problems.append(
-                (path, f"{path}: {_short(values[0])} in {urls[0]}, {_short(values[other])} in {urls[other]}")
-            )
+    problems: dict[str, str] = {}
+    for url, other in zip(urls[1:], flat[1:], strict=True):
+        for path, values in differences(flat[0], other, _MISSING).items():
+            if path.rpartition(".")[2] not in LOCATIONS and not is_under(path, [*free, *allowed]):
+                mine, theirs = ("missing" if value is _MISSING else shortened(value) for value in values)
+                problems.setdefault(path, f"{path}: {mine} in {urls[0]}, {theirs} in {url}")
     if problems:
-        flags = " ".join(f"--allow-different {path}" for path, _ in problems)
+        flags = " ".join(f"--allow-different {path}" for path in sorted(problems))
         raise UserError(
-            f"the artifacts do not go together: {'; '.join(text for _, text in problems)}; "
+            f"the artifacts do not go together: {'; '.join(problems[path] for path in sorted(problems))}; "
             f"to combine them all the same: {flags}"
         )
-
-
-def _short(value: Any) -> str:
-    if value is _MISSING:
-        return "missing"
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from storage_schemas.artifact import Artifact
-from storage_schemas.derive import MOMENTS, Advance, exact_moments, moment_specs, pixel_spread, write_shards
+from storage_schemas.derive import Advance, exact_moments, moment_specs, pixel_spread, write_shards
 from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, EncodingName, Format, Layout, Manifest, Reject
+from storage_schemas.manifest import HEAD, MOMENTS, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Record, encode_exact
 from storage_schemas.writer import ArtifactWriter
@@ -54,11 +54,10 @@ def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:
     if encoding == old.encoding:
         return old.model_copy(update={"format": format})
     others = [spec for spec in old.arrays if spec.name not in MOMENTS]
-    shape = next(spec.shape for spec in old.arrays if spec.name in MOMENTS)
     count, spread = 1, LEVELS
     if encoding == "uint8_moments":
         count, spread = _exact_extent(source)
-    arrays = (*moment_specs(encoding, shape, count, spread), *others)
+    arrays = (*moment_specs(encoding, old.pixels, count, spread), *others)
     return old.model_copy(update={"format": format, "encoding": encoding, "arrays": arrays})
 
 

@@ -7,15 +7,12 @@ holds the hash of this document and hence cannot be hashed in it.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from storage_schemas.artifact import Artifact
 from storage_schemas.card import describe, license_of
-from storage_schemas.manifest import COMBINED, FileEntry
-from storage_schemas.writer import commit_path
+from storage_schemas.manifest import COMBINED, FileEntry, Format
 
 LISTED_FILES = 1000
 
@@ -49,41 +46,35 @@ _SHARDS = {
 }
 
 
-def croissant(artifact: Artifact) -> bytes:
-    """JSON-LD; depends on nothing but the artifact's content."""
-    manifest = artifact.manifest
+def croissant(facts: Mapping[str, Any], files: Sequence[FileEntry]) -> bytes:
+    """JSON-LD from the facts of `summarise`.
+
+    Args:
+        files: sidecars and shards, all of them or more than `LISTED_FILES`.
+    """
     document = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",
-        "name": f"datamerge-{manifest.plan_sha256[:12]}",
-        "description": describe(artifact),
-        "license": license_of(artifact),
-        "version": f"{manifest.schema_version}.0.0",
-        "distribution": _distribution(artifact),
-        "recordSet": [_groups(artifact)],
-        **_provenance(artifact),
+        "name": f"datamerge-{facts['plan_sha256'][:12]}",
+        "description": describe(facts),
+        "license": license_of(facts),
+        "version": f"{facts['schema_version']}.0.0",
+        "distribution": _distribution(facts["format"], files),
+        "recordSet": [_groups(facts)],
+        **_provenance(facts),
     }
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
-def _distribution(artifact: Artifact) -> list[dict[str, Any]]:
-    manifest = artifact.manifest
-    pattern, kind = _SHARDS[manifest.layout.format]
+def _distribution(format: Format, files: Sequence[FileEntry]) -> list[dict[str, Any]]:
+    pattern, kind = _SHARDS[format]
     sets = [
         _file_set("manifest", "manifest.json", "application/json", "Layout, provenance and hashes of all sidecars."),
         _file_set("sidecars", "commits/*.json", "application/json", "Facts, offsets and hashes of every shard."),
         _file_set("shards", pattern, kind, "Moments and targets of the groups; see README.md for how to read them."),
     ]
-    files = list(itertools.islice(_files(artifact), LISTED_FILES + 1))
     return sets if len(files) > LISTED_FILES else sets + [_file_object(file, kind) for file in files]
-
-
-def _files(artifact: Artifact) -> Iterator[FileEntry]:
-    for position, shard in enumerate(artifact.manifest.shards):
-        sidecar = commit_path(shard.shard)
-        yield FileEntry(path=sidecar, bytes=artifact.location.size(sidecar), sha256=shard.commit_sha256)
-        yield from artifact.commit(position).files
 
 
 def _file_set(name: str, pattern: str, kind: str, description: str) -> dict[str, Any]:
@@ -109,13 +100,12 @@ def _file_object(file: FileEntry, kind: str) -> dict[str, Any]:
     }
 
 
-def _groups(artifact: Artifact) -> dict[str, Any]:
+def _groups(facts: Mapping[str, Any]) -> dict[str, Any]:
     """One record a group, read from the sidecars; arrays are described, Croissant has no reader for them."""
     fields = [_field("key", "sc:Text", "Key of the group."), _field("count", "sc:Integer", "Samples in the group.")]
-    records = (artifact.commit(position).records for position in range(len(artifact.shard_sizes)))
-    if all(entry.label is not None for entries in records for entry in entries):
+    if facts["labelled"] == facts["groups"]:
         fields.append(_field("label", "sc:Integer", "Class index."))
-    arrays = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in artifact.manifest.layout.arrays)
+    arrays = ", ".join(f"{name} {spec['dtype']} {spec['shape']}" for name, spec in facts["arrays"].items())
     return {
         "@type": "cr:RecordSet",
         "@id": "groups",
@@ -137,15 +127,15 @@ def _field(name: str, kind: str, description: str) -> dict[str, Any]:
     }
 
 
-def _provenance(artifact: Artifact) -> dict[str, Any]:
+def _provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
     """`prov:wasGeneratedBy` the merge, with its settings; `prov:wasDerivedFrom` source, encoders and artifacts."""
-    provenance = artifact.manifest.provenance
+    provenance = facts["provenance"]
     entities = []
     for name in ("source", "encoder", "attacked_encoder", "head"):
-        facts = provenance.get(name)
-        if isinstance(facts, dict):
-            facts = {key: value for key, value in facts.items() if key != "class_names"}
-            entities.append(_entity(name, str(facts.get("url") or facts.get("spec") or name), facts))
+        found = provenance.get(name)
+        if isinstance(found, dict):
+            found = {key: value for key, value in found.items() if key != "class_names"}
+            entities.append(_entity(name, str(found.get("url") or found.get("spec") or name), found))
     parts = provenance.get(COMBINED)
     for part in parts if isinstance(parts, list) else []:
         if isinstance(part, dict):
@@ -158,7 +148,7 @@ def _provenance(artifact: Artifact) -> dict[str, Any]:
             "@type": "prov:Activity",
             "prov:label": "combine" if parts else "merge",
             "prov:value": json.dumps(settings, sort_keys=True),
-            "prov:wasAssociatedWith": {"@type": "prov:SoftwareAgent", "prov:label": artifact.manifest.writer},
+            "prov:wasAssociatedWith": {"@type": "prov:SoftwareAgent", "prov:label": facts["writer"]},
         },
     }
 

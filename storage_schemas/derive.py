@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.artifact import open_artifact
 from storage_schemas.errors import DatamergeError, SchemaError, UserError
-from storage_schemas.manifest import ArraySpec, EncodingName, Layout, Manifest, Reject
+from storage_schemas.manifest import MOMENT_ARRAYS, ArraySpec, EncodingName, Layout, Manifest, Reject
 from storage_schemas.moments import LEVELS, ExactMoments, IntArray, scatter_dtype, sum_dtype
-from storage_schemas.presentation import presentation_files
+from storage_schemas.presentation import finish
 from storage_schemas.record import Array, Record, encode_exact
 from storage_schemas.writer import ArtifactWriter
-
-MOMENTS = ("sum", "scatter", "mean", "mean_square")
 
 Advance = Callable[[int], None]
 """Told after every shard how many groups it held."""
@@ -51,18 +48,15 @@ def write_shards(
                 raise DatamergeError(f"{writer.location.url}, shard {shard}: {error}") from error
         first = shard * writer.layout.groups_per_shard
         advance(min(writer.layout.groups_per_shard, writer.layout.groups - first))
-    writer.finish()
-    return writer.finish(presentation_files(open_artifact(writer.location)))
+    return finish(writer)
 
 
 def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spread: int) -> list[ArraySpec]:
     """The two arrays of an encoding, for groups of up to `count` members that differ by up to `spread` levels."""
-    if encoding == "float32":
-        return [ArraySpec.of(name, np.dtype(np.float32), shape) for name in ("mean", "mean_square")]
-    return [
-        ArraySpec.of("sum", sum_dtype(count), shape),
-        ArraySpec.of("scatter", scatter_dtype(count, spread), shape),
-    ]
+    dtypes = (
+        (np.dtype(np.float32),) * 2 if encoding == "float32" else (sum_dtype(count), scatter_dtype(count, spread))
+    )
+    return [ArraySpec.of(name, dtype, shape) for name, dtype in zip(MOMENT_ARRAYS[encoding], dtypes, strict=True)]
 
 
 def exact_arrays(moments: ExactMoments, layout: Layout, key: str) -> dict[str, Array]:

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.artifact import Artifact
-from storage_schemas.compatibility import leaves
-from storage_schemas.derive import MOMENTS, Advance
+from storage_schemas.derive import Advance
+from storage_schemas.manifest import MOMENTS
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Record
+from storage_schemas.trees import differences, leaves
 
 QUANTITIES = ("mean", "variance", "target", "members", "clean")
 _THEIR_ARRAYS = {*MOMENTS, "target", "members", "clean"}
@@ -142,15 +143,9 @@ def _heads_differ(a: Artifact, b: Artifact) -> bool:
 
 
 def _settings(a: Artifact, b: Artifact) -> dict[str, list[Any]]:
-    flat = []
+    facts = []
     for artifact in (a, b):
-        layout = artifact.manifest.layout
-        flat.append(
-            {
-                "format": layout.format,
-                "encoding": layout.encoding,
-                **leaves(artifact.manifest.provenance, "provenance"),
-            }
-        )
-    names = sorted(flat[0].keys() | flat[1].keys())
-    return {name: [one.get(name) for one in flat] for name in names if flat[0].get(name) != flat[1].get(name)}
+        manifest = artifact.manifest
+        named = {"format": manifest.layout.format, "encoding": manifest.layout.encoding}
+        facts.append({**named, **leaves(manifest.provenance, "provenance")})
+    return differences(facts[0], facts[1])

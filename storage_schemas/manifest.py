@@ -53,6 +53,7 @@ MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
     "float32": ("mean", "mean_square"),
     "uint8_moments": ("sum", "scatter"),
 }
+MOMENTS: Final = frozenset(name for names in MOMENT_ARRAYS.values() for name in names)
 
 
 class Document(BaseModel):

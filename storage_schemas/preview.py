@@ -41,20 +41,16 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
         raise ConfigError(str(error.args[0])) from None
     if not indices:
         indices = sorted(set(np.linspace(0, len(artifact) - 1, min(groups, len(artifact))).round().astype(int)))
-    rows = [_tiles(artifact[int(index)]) for index in indices]
-    columns = [name for name, _ in rows[0]]
+    rows = [_row(artifact[int(index)]) for index in indices]
+    columns = [name for name, _ in rows[0][1]]
     sheet = Image.new(
         "RGB", (GAP + (TILE + GAP) * len(columns), HEADER + (TILE + HEADER + GAP) * len(rows) + GAP), "white"
     )
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(columns):
         draw.text((GAP + column * (TILE + GAP), 2), name, fill="black")
-    for row, (index, tiles) in enumerate(zip(indices, rows, strict=True)):
+    for row, (caption, tiles) in enumerate(rows):
         top = HEADER + row * (TILE + HEADER + GAP)
-        record = artifact[int(index)]
-        caption = f"{record.key}  N = {record.count}" + (
-            f"  label {record.label}" if record.label is not None else ""
-        )
         draw.text((GAP, top + TILE + 1), caption, fill="black")
         for column, (_, pixels) in enumerate(tiles):
             tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
@@ -62,6 +58,12 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _row(record: Record) -> tuple[str, list[tuple[str, Pixels]]]:
+    """Caption and tiles of a group."""
+    label = "" if record.label is None else f"  label {record.label}"
+    return f"{record.key}  N = {record.count}{label}", _tiles(record)
 
 
 def _tiles(record: Record) -> list[tuple[str, Pixels]]:

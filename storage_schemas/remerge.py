@@ -15,11 +15,11 @@ import numpy as np
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.convert import head_file
-from storage_schemas.derive import MOMENTS, Advance, exact_arrays, moment_specs, pixel_spread, write_shards
+from storage_schemas.derive import Advance, exact_arrays, moment_specs, pixel_spread, write_shards
 from storage_schemas.errors import ConfigError
 from storage_schemas.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.location import Location
-from storage_schemas.manifest import ArraySpec, Layout, Manifest, Reject
+from storage_schemas.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
 from storage_schemas.moments import ExactMoments
 from storage_schemas.record import Record
 from storage_schemas.writer import ArtifactWriter

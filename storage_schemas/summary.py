@@ -1,53 +1,78 @@
-"""What `datamerge inspect` tells, as plain data."""
+"""What `datamerge inspect` and the dataset card tell, as plain data."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from storage_schemas.artifact import Artifact
+from storage_schemas.manifest import Commit, Manifest, Ranges, Reject
+
+
+class Tally:
+    """Facts about an artifact, counted sidecar by sidecar, so that each is read once and none is kept."""
+
+    def __init__(self) -> None:
+        self._groups = self._labelled = self._members = self._largest = 0
+        self._smallest: int | None = None
+        self._ranges: list[tuple[int, Ranges]] = []
+        self._rejects: list[Reject] = []
+        self._info: dict[str, list[float]] = {"attack_loss": [], "attack_loss_start": []}
+
+    def add(self, commit: Commit) -> None:
+        """Count the next shard; in the order of the manifest, on which the last digit of a mean depends."""
+        counts = [record.count for record in commit.records]
+        if counts:
+            self._smallest = min(counts) if self._smallest is None else min(self._smallest, *counts)
+            self._largest = max(self._largest, *counts)
+        self._groups += len(counts)
+        self._members += sum(counts)
+        self._labelled += sum(record.label is not None for record in commit.records)
+        if commit.ranges is not None:
+            self._ranges.append((len(counts), commit.ranges))
+        self._rejects += commit.rejects
+        for name, values in self._info.items():
+            values += [record.info[name] for record in commit.records if name in record.info]
+
+    def facts(self, manifest: Manifest, url: str) -> dict[str, Any]:
+        """Sizes, encoding, ranges over all shards, rejects, provenance."""
+        ranges, pixels = self._ranges, manifest.layout.pixels
+        values = 2 * self._groups * pixels[0] * pixels[1] * pixels[2]
+        moments = {
+            "mean_min": min((r.mean_min for _, r in ranges), default=None),
+            "mean_max": max((r.mean_max for _, r in ranges), default=None),
+            "variance_max": max((r.variance_max for _, r in ranges), default=None),
+            "variance_mean": sum(n * r.variance_mean for n, r in ranges) / self._groups if ranges else None,
+            "clipped_variances": sum(r.clipped_variances for _, r in ranges),
+        }
+        arrays = {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in manifest.layout.arrays}
+        return {
+            "url": url,
+            "schema_version": manifest.schema_version,
+            "writer": manifest.writer,
+            "complete": manifest.complete,
+            "format": manifest.layout.format,
+            "encoding": manifest.layout.encoding,
+            "groups": self._groups,
+            "planned_groups": manifest.layout.groups,
+            "members": {"min": self._smallest or 0, "max": self._largest, "total": self._members},
+            "shards": len(manifest.shards),
+            "planned_shards": manifest.layout.shards,
+            "bytes": manifest.bytes,
+            "bytes_per_value": manifest.bytes / values if values else None,
+            "pixels": list(pixels),
+            "arrays": arrays,
+            "labelled": self._labelled,
+            "moments": moments,
+            **{name: sum(found) / len(found) if found else None for name, found in self._info.items()},
+            "rejects": [reject.model_dump() for reject in self._rejects],
+            "provenance": manifest.provenance,
+            "plan_sha256": manifest.plan_sha256,
+        }
 
 
 def summarise(artifact: Artifact) -> dict[str, Any]:
-    """Facts about an artifact: sizes, encoding, ranges over all shards, rejects, provenance."""
-    manifest = artifact.manifest
-    commits = [artifact.commit(position) for position in range(len(manifest.shards))]
-    counts = [record.count for commit in commits for record in commit.records]
-    ranges = [(len(commit.records), commit.ranges) for commit in commits if commit.ranges is not None]
-    pixels = manifest.layout.pixels
-    values = 2 * len(counts) * pixels[0] * pixels[1] * pixels[2]
-    moments = {
-        "mean_min": min((r.mean_min for _, r in ranges), default=None),
-        "mean_max": max((r.mean_max for _, r in ranges), default=None),
-        "variance_max": max((r.variance_max for _, r in ranges), default=None),
-        "variance_mean": sum(n * r.variance_mean for n, r in ranges) / len(counts) if ranges else None,
-        "clipped_variances": sum(r.clipped_variances for _, r in ranges),
-    }
-    return {
-        "url": artifact.location.url,
-        "schema_version": manifest.schema_version,
-        "writer": manifest.writer,
-        "complete": manifest.complete,
-        "format": manifest.layout.format,
-        "encoding": manifest.layout.encoding,
-        "groups": len(counts),
-        "planned_groups": manifest.layout.groups,
-        "members": {"min": min(counts, default=0), "max": max(counts, default=0), "total": sum(counts)},
-        "shards": len(manifest.shards),
-        "planned_shards": manifest.layout.shards,
-        "bytes": manifest.bytes,
-        "bytes_per_value": manifest.bytes / values if values else None,
-        "pixels": list(pixels),
-        "arrays": {spec.name: {"dtype": spec.dtype, "shape": list(spec.shape)} for spec in manifest.layout.arrays},
-        "labelled": sum(record.label is not None for commit in commits for record in commit.records),
-        "moments": moments,
-        "attack_loss": _mean_info(commits, "attack_loss"),
-        "attack_loss_start": _mean_info(commits, "attack_loss_start"),
-        "rejects": [reject.model_dump() for commit in commits for reject in commit.rejects],
-        "provenance": manifest.provenance,
-        "plan_sha256": manifest.plan_sha256,
-    }
-
-
-def _mean_info(commits: list[Any], name: str) -> float | None:
-    values = [record.info[name] for commit in commits for record in commit.records if name in record.info]
-    return sum(values) / len(values) if values else None
+    """Facts about an artifact; reads every sidecar."""
+    tally = Tally()
+    for position in range(len(artifact.shard_sizes)):
+        tally.add(artifact.commit(position))
+    return tally.facts(artifact.manifest, artifact.location.url)

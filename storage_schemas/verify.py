@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from storage_schemas.artifact import make_reader, read_arrays
@@ -21,6 +20,7 @@ from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, Unk
 from storage_schemas.files import damage
 from storage_schemas.location import Location
 from storage_schemas.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
+from storage_schemas.threads import in_threads
 from storage_schemas.writer import commit_path, plan_sha256, shard_entry, shard_of_sidecar, store
 
 THREADS = 4
@@ -101,9 +101,8 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
         causes = ((file.path, damage(location, file)) for file in manifest.files)
         report.problems += [Problem(path, cause) for path, cause in causes if cause is not None]
     shards = sorted(entries)
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        findings = pool.map(_ShardCheck(location, manifest), shards, map(entries.get, shards))
+    check = _ShardCheck(location, manifest)
+    with in_threads(THREADS, check, shards, map(entries.get, shards)) as findings:
         for done, found in enumerate(findings, 1):
             report.groups += found.groups
             report.bytes += found.bytes
@@ -111,8 +110,6 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
             named |= found.files
             report.shards = done
             on_shard(done, len(shards))
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt must not wait for thousands of shards
     if manifest is not None:
         bad_shards = {problem.shard for problem in report.problems}
         report.problems += _strangers(manifest, found_paths - named, bad_shards)

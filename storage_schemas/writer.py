@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from math import inf
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from storage_schemas import webdataset_store, zarr_store
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, shortened
 from storage_schemas.location import Location, redact, redact_tree
 from storage_schemas.manifest import (
     MANIFEST,
@@ -37,6 +37,11 @@ from storage_schemas.manifest import (
     parse,
 )
 from storage_schemas.record import Record, checksums
+from storage_schemas.threads import in_threads
+from storage_schemas.trees import LOCATIONS, differences, leaves
+
+# Small files: what a read takes is the way to the store and back.
+SIDECARS_AT_ONCE = 8
 
 
 def store(layout: Layout) -> ModuleType:
@@ -162,26 +167,39 @@ class ArtifactWriter:
         self.location.write(commit_path(shard), dump(commit))
         return commit
 
-    def finish(self, extra: Mapping[str, bytes] | None = None) -> Manifest:
+    def finish(
+        self,
+        extra: Mapping[str, bytes] | None = None,
+        told: Callable[[FileEntry, Commit], None] = lambda sidecar, commit: None,
+    ) -> Manifest:
         """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one.
 
         Args:
-            extra: more files of the artifact, such as its card and preview.
+            extra: more files of the artifact.
+            told: is given every sidecar, which is read once, in order.
 
         Raises:
             SchemaError, CorruptShard: a sidecar is damaged, or not one of this plan's.
         """
-        added = [_entry(path, data) for path, data in (extra or {}).items()]
-        for path, data in (extra or {}).items():
-            self.location.write(path, data)
+        shards = []
+        with in_threads(SIDECARS_AT_ONCE, self._sidecar, sorted(self.committed())) as sidecars:
+            for sidecar, commit in sidecars:
+                shards.append(shard_entry(commit, sidecar.sha256))
+                told(sidecar, commit)
         old = self._old_manifest()
-        known = {entry.shard: entry for entry in old.shards} if old else {}
-        shards = tuple(self._shard_entry(shard, known.get(shard)) for shard in sorted(self.committed()))
-        files = {entry.path: entry for entry in (*(old.files if old else ()), *added)}
-        manifest = self._manifest(shards, tuple(files[path] for path in sorted(files)))
-        self.location.write(MANIFEST, dump(manifest))
+        manifest = self.add_files(self._manifest(tuple(shards), old.files if old else ()), extra or {})
         if manifest.complete:
             self.location.remove_leftovers()
+        return manifest
+
+    def add_files(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+        """Write more files of the artifact, such as its card, then `manifest` with them in its list."""
+        for path, data in files.items():
+            self.location.write(path, data)
+        listed = {entry.path: entry for entry in manifest.files}
+        listed |= {path: _entry(path, data) for path, data in files.items()}
+        manifest = self._manifest(manifest.shards, tuple(listed[path] for path in sorted(listed)))
+        self.location.write(MANIFEST, dump(manifest))
         return manifest
 
     def _ours(self) -> bool:
@@ -207,19 +225,17 @@ class ArtifactWriter:
             return None
         return commit if (commit.shard, commit.plan_sha256) == (shard, self.plan) else None
 
-    def _shard_entry(self, shard: int, known: ShardEntry | None) -> ShardEntry:
-        data = self.location.read(commit_path(shard))
-        sha256 = hashlib.sha256(data).hexdigest()
-        if known is not None and known.commit_sha256 == sha256:
-            return known
-        where = f"{self.location.url}/{commit_path(shard)}"
+    def _sidecar(self, shard: int) -> tuple[FileEntry, Commit]:
+        path = commit_path(shard)
+        data = self.location.read(path)
+        where = f"{self.location.url}/{path}"
         commit = parse(Commit, data, where)
         if commit.shard != shard or shard >= self.layout.shards or commit.plan_sha256 != self.plan:
             raise CorruptShard(
                 f"{where}: expected the sidecar of shard {shard} of this artifact, found one of shard {commit.shard} "
                 f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify --fix {self.location.url}`"
             )
-        return shard_entry(commit, sha256)
+        return _entry(path, data), commit
 
     def _absent_or_equal(self, path: str, data: bytes) -> bool:
         return not self.location.exists(path) or self.location.read(path) == data
@@ -242,18 +258,19 @@ class ArtifactWriter:
             return
         mine = {"layout": self.layout.model_dump(mode="json"), **_without_locations(self.provenance)}
         theirs = {"layout": found.layout.model_dump(mode="json"), **_without_locations(found.provenance)}
-        differences = [
-            f"{path}: {_short(old)} there, {_short(new)} now" for path, old, new in _differences(theirs, mine)
+        different = [
+            f"{path}: {shortened(old)} there, {shortened(new)} now"
+            for path, (old, new) in differences(leaves(theirs), leaves(mine)).items()
         ]
         raise NotAnArtifact(
             f"{self.location.url} already holds an artifact made from other settings "
-            f"({'; '.join(differences[:4])}); choose another output, or remove it first"
+            f"({'; '.join(different[:4])}); choose another output, or remove it first"
         )
 
 
 def _without_locations(tree: Any) -> Any:
     if isinstance(tree, Mapping):
-        return {key: _without_locations(value) for key, value in tree.items() if key not in ("url", "spec")}
+        return {key: _without_locations(value) for key, value in tree.items() if key not in LOCATIONS}
     return tree
 
 
@@ -310,18 +327,3 @@ class _Spread:
             variance_mean=float(np.mean(self._variance_means)),
             clipped_variances=self._clipped,
         )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves at which two JSON trees differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found: list[tuple[str, Any, Any]] = []
-        for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        return found
-    return [] if old == new else [(path, old, new)]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -99,7 +99,7 @@ def test_combine_refuses_and_is_told_otherwise(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
-    assert '"2/255"' in refused.stderr
+    assert "'2/255'" in refused.stderr
     assert not Path(union).exists()
     assert run("combine", a, b, union, "--allow-different", "attack.epsilon").returncode == 0
 

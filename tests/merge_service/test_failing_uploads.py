@@ -1,8 +1,4 @@
-"""An S3 server that fails: uploads are tried again, and what it never takes costs one shard until it does.
-
-Uses the cluster of the session, so it has to run before `test_merge.py`: Ray 2.60 kills the actors of a driver that
-started a Ray of its own in between.
-"""
+"""An S3 server that fails: uploads are tried again, and what it never takes costs one shard until it does."""
 
 from __future__ import annotations
 
@@ -29,6 +25,8 @@ def bucket(bench: Bench) -> str:
     """A new, empty bucket of a server without faults."""
     bench.switch()
     bench.store.fault = None
+    # Connections are kept for the life of a process, also those to the server of another test.
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     name = f"bucket-{uuid4().hex[:12]}"
     fsspec.filesystem("s3").mkdir(name)
     return name

@@ -164,6 +164,14 @@ def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: s
         assert record.variance.max() <= (1 / 255) ** 2 * 1.0001  # ±1 level at most
 
 
+def test_the_provenance_has_a_start_radius_only_where_there_is_a_random_start(digits: Path, tmp_path: Path) -> None:
+    base = {"grouping": "adversarial", "encoder": ENCODER, "members": 1}
+    for settings, radius in (({}, "2/255"), ({"start_radius": "1/255"}, "1/255"), ({"random_start": False}, None)):
+        attack = prepare(_config(digits, tmp_path / "a", **base | settings)).plan.provenance["attack"]
+        assert attack.get("start_radius") == radius
+        assert attack["random_start"] is (radius is not None)
+
+
 def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) -> None:
     """Both attacks on the first batch: which signs agree, what they reach; the exact one agrees with itself."""
     base = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 4, "limit": 6}

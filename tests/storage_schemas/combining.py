@@ -20,10 +20,10 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.combine import plan_combination
-from storage_schemas.compatibility import leaves, tree
 from storage_schemas.derive import moment_specs
 from storage_schemas.factors import factors
 from storage_schemas.record import encode_exact
+from storage_schemas.trees import leaves, tree
 
 SHAPE, WIDTH = (1, 3, 4), 5
 ROUND: dict[str, Any] = {

@@ -16,7 +16,7 @@ from storage_schemas import (
     UserError,
 )
 from storage_schemas.combine import plan_combination
-from storage_schemas.compatibility import leaves
+from storage_schemas.trees import leaves
 from tests.storage_schemas.combining import (
     LABELS,
     ROUND,

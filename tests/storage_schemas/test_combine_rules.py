@@ -21,7 +21,7 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.combine import plan_combination
-from storage_schemas.compatibility import leaves
+from storage_schemas.trees import leaves
 from tests.storage_schemas.combining import (
     LABELS,
     SHAPE,
@@ -56,7 +56,7 @@ def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
     assert combine(tmp_path / "ab", a, b)[0].count == 8
     c = make(tmp_path / "c", attacked(["k1"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
-    with pytest.raises(UserError, match=r'encoder\.sha256: "e0" in .*/a, "e1" in .*/c'):
+    with pytest.raises(UserError, match=r"encoder\.sha256: 'e0' in .*/a, 'e1' in .*/c"):
         plan_combination([a, c])
 
 
@@ -83,11 +83,11 @@ def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
     [
         (
             {"attack.epsilon": "4/255"},
-            r'attack\.epsilon: "2/255" in .*, "4/255" in .*--allow-different attack\.epsilon',
+            r"attack\.epsilon: '2/255' in .*, '4/255' in .*--allow-different attack\.epsilon",
         ),
-        ({"source.fingerprint": "f01"}, r'source\.fingerprint: "f00" in .*, "f01" in '),
-        ({"preprocessing.resize": "none"}, r'preprocessing\.resize: missing in .*, "none" in '),
-        ({"license": "mit"}, r'license: missing in .*, "mit" in '),
+        ({"source.fingerprint": "f01"}, r"source\.fingerprint: 'f00' in .*, 'f01' in "),
+        ({"preprocessing.resize": "none"}, r"preprocessing\.resize: missing in .*, 'none' in "),
+        ({"license": "mit"}, r"license: missing in .*, 'mit' in "),
         ({"source.class_names": ["cat"]}, r"source\.class_names"),
     ],
 )
@@ -151,7 +151,7 @@ def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None
 def test_arrays_that_not_all_have(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, extras=("target", "clean"))
-    with pytest.raises(UserError, match=r'arrays\.members: "uint8" in .*, missing in '):
+    with pytest.raises(UserError, match=r"arrays\.members: 'uint8' in .*, missing in "):
         plan_combination([a, b])
     record = combine(tmp_path / "ab", a, b, allow=["arrays.members"])[0]
     assert record.members is None

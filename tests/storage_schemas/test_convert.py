@@ -27,7 +27,7 @@ from storage_schemas import (
 )
 from storage_schemas.convert import convert
 from storage_schemas.derive import exact_moments, pixel_spread
-from storage_schemas.presentation import presentation_files
+from storage_schemas.presentation import finish
 from storage_schemas.record import encode_exact
 
 Write = Callable[..., list[Record]]
@@ -45,7 +45,7 @@ def _write(folder: Path, layout: Layout, write: Write, rejected: tuple[int, ...]
     records = write(folder, layout, rejected, HEAD)
     artifact = open_artifact(folder)
     writer = ArtifactWriter(Location(folder), layout, artifact.manifest.provenance)
-    writer.finish(presentation_files(artifact))
+    finish(writer)
     return records
 
 

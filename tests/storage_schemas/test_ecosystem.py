@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
-from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact
+from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact, presentation
 from storage_schemas import croissant as croissant_module
-from storage_schemas.croissant import croissant
-from storage_schemas.presentation import presentation_files
+from storage_schemas.presentation import finish
 
 Write = Callable[..., list[Record]]
 
@@ -31,7 +30,7 @@ def published(
         records = write_artifact(tmp_path / "a", make_layout(*form, **more), rejected)
         artifact = open_artifact(tmp_path / "a")
         layout, provenance = artifact.manifest.layout, artifact.manifest.provenance
-        ArtifactWriter(Location(tmp_path / "a"), layout, provenance).finish(presentation_files(artifact))
+        finish(ArtifactWriter(Location(tmp_path / "a"), layout, provenance))
         return tmp_path / "a", records
 
     return publish
@@ -157,8 +156,10 @@ def test_croissant_of_many_shards_stays_small(
 ) -> None:
     folder, _ = published("zarr")
     listed = len((folder / "croissant.json").read_bytes())
-    monkeypatch.setattr(croissant_module, "LISTED_FILES", 2)
-    (folder / "croissant.json").write_bytes(croissant(open_artifact(folder)))
+    for module in (croissant_module, presentation):
+        monkeypatch.setattr(module, "LISTED_FILES", 2)
+    layout, provenance = (manifest := open_artifact(folder).manifest).layout, manifest.provenance
+    finish(ArtifactWriter(Location(folder), layout, provenance))
     _validate(folder / "croissant.json")
     assert len((folder / "croissant.json").read_bytes()) < 0.6 * listed
 
@@ -182,11 +183,10 @@ def test_card_front_matter_and_licence(
     writer.begin({})
     for shard, records in enumerate(make_shards(layout)):
         writer.commit(shard, records, [])
-    writer.finish()
-    files = presentation_files(open_artifact(tmp_path))
-    card = files["README.md"].decode()
+    finish(writer)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == (license or "other")
     assert front["size_categories"] == ["n<1K"]
-    assert json.loads(files["croissant.json"])["license"] == (license or "other")
+    assert json.loads((tmp_path / "croissant.json").read_bytes())["license"] == (license or "other")
     assert "xarray.open_zarr" in card if format_name == "zarr" else "datasets.load_dataset" in card

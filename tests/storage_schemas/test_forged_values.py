@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from numcodecs import Blosc
 from safetensors.numpy import save
 
+from artifact_tools.inspection import inspect
 from storage_schemas import (
     CorruptShard,
     DatamergeError,
@@ -27,7 +28,6 @@ from storage_schemas import (
     redact,
 )
 from storage_schemas.artifact import parse_head
-from storage_schemas.cli import inspect
 from storage_schemas.convert import convert
 from storage_schemas.location import redact_tree
 from storage_schemas.verify import verify

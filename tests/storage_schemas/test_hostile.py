@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc
 from safetensors.numpy import save
 
+from artifact_tools.inspection import inspect
 from storage_schemas import (
     CorruptShard,
     DatamergeError,
@@ -37,7 +38,6 @@ from storage_schemas import (
     redact,
 )
 from storage_schemas.artifact import parse_head
-from storage_schemas.cli import inspect
 from storage_schemas.combine import plan_combination
 from storage_schemas.manifest import UNSEALED
 from storage_schemas.verify import fix, verify

@@ -19,6 +19,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save
 
+from artifact_tools.inspection import verify as verify_command
 from storage_schemas import (
     ArtifactWriter,
     CorruptShard,
@@ -30,7 +31,6 @@ from storage_schemas import (
     UnknownVersion,
     open_artifact,
 )
-from storage_schemas.cli import verify as verify_command
 from storage_schemas.verify import Report, fix, verify
 
 Same = Callable[[Record, Record], None]
@@ -307,7 +307,7 @@ def test_a_damaged_sidecar_is_never_taken_into_the_manifest(case: Case) -> None:
 def test_the_command(case: Case) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(verify_command, [str(case.folder), *arguments])
-        return result.exit_code, result.output
+        return result.exit_code, result.stdout
 
     code, output = run()
     assert (code, len(output.splitlines())) == (0, 1)

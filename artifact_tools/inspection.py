@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.filesize import decimal as human_bytes
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from storage_schemas.artifact import open_artifact
+from console import Progress
+from storage_schemas import Location, open_artifact
 from storage_schemas.errors import printable
-from storage_schemas.location import Location
 from storage_schemas.preview import contact_sheet
 from storage_schemas.summary import summarise
 from storage_schemas.verify import Report, fix
@@ -75,10 +75,15 @@ def verify(artifact: str, mend: bool, as_json: bool) -> None:
     datamerge verify adv-2-255 --fix && datamerge merge photos/ adv-2-255 …
     """
     location = Location(artifact)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("verify", total=None)
-        report = verify_artifact(location, lambda done, total: bar.update(task, completed=done, total=total))
+    with ExitStack() as shown:
+        progress: Progress | None = None
+
+        def on_shard(done: int, total: int) -> None:
+            nonlocal progress
+            progress = progress or shown.enter_context(Progress("verify", total, "shards"))
+            progress.advance(1)
+
+        report = verify_artifact(location, on_shard)
     if mend:
         fix(location, report)
     if as_json:

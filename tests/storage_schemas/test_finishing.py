@@ -1,0 +1,55 @@
+"""What finishing an artifact asks of its storage: on an object store every read of a sidecar takes a round trip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from storage_schemas import ArtifactWriter, Layout, Location, Record
+from storage_schemas.artifact import CACHED_COMMITS
+from storage_schemas.derive import write_shards
+from storage_schemas.preview import ROWS
+
+SHARDS = CACHED_COMMITS + 6  # fewer would be read from memory
+
+
+class Counted(Location):
+    """Counts what is asked of each file."""
+
+    def __init__(self, url: Path) -> None:
+        super().__init__(url)
+        self.asked: Counter[str] = Counter()
+
+    def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
+        self.asked[relative] += 1
+        return super().read(relative, start, end)
+
+    def size(self, relative: str) -> int:
+        self.asked[relative] += 1
+        return super().size(relative)
+
+
+def test_every_sidecar_is_read_once_to_finish(
+    tmp_path: Path,
+    make_layout: Callable[..., Layout],
+    make_record: Callable[[int, Layout], Record],
+    provenance: dict[str, Any],
+    format_name: str,
+) -> None:
+    """Once each, and those of the groups on the contact sheet once more."""
+    layout = make_layout(format_name, groups=SHARDS).model_copy(update={"groups_per_shard": 1})
+    location = Counted(tmp_path / "a")
+    write_shards(
+        ArtifactWriter(location, layout, provenance),
+        {},
+        lambda shard: ([make_record(shard, layout)], []),
+        lambda _: None,
+    )
+    location.asked.clear()
+    manifest = write_shards(ArtifactWriter(location, layout, provenance), {}, lambda shard: ([], []), lambda _: None)
+    assert manifest.complete
+    sidecars = {path: times for path, times in location.asked.items() if path.startswith("commits/")}
+    assert len(sidecars) == SHARDS
+    assert sum(sidecars.values()) == SHARDS + ROWS, sidecars
