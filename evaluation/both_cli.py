@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from console import load_settings
+from console import load_settings, local_path
 from evaluation.config import EvaluateConfig
 from evaluation.job import evaluate as run_evaluation
 from evaluation.report import print_table, to_json
+from evaluation.store import check_output, write_result
 from storage_schemas import ConfigError, Location
 
 
@@ -50,21 +51,21 @@ def both(runs: tuple[str, ...], file: str | None, as_json: bool, output: str | N
     config = load_settings(EvaluateConfig, file, {**flags, "runs": list(runs) or None})
     results = run_evaluation(config)
     text = to_json(config, results)
-    if output is not None:
-        target = Path(output).expanduser().absolute()
-        Location(target.parent).write(target.name, text.encode())
+    # Shown first: a disk that is full by now must not take the results with it.
     if as_json:
         click.echo(text, nl=False)
     else:
         print_table(results)
+    if output is not None:
+        target = Path(output).expanduser().absolute()
+        write_result(Location(target.parent), target.name, text.encode())
 
 
 def _check_output(output: str | None) -> None:
     """Hours of attacks must not end at a file name that cannot be written."""
     if output is None:
         return
-    target = Path(output).expanduser().absolute()
-    existing = next(parent for parent in target.parents if parent.exists())
-    if target.is_dir() or not existing.is_dir():
-        found = "a folder" if target.is_dir() else f"the file {existing} in its path"
-        raise ConfigError(f"output: expected the name of a file to write, found {found} at {output!r}")
+    target = local_path(output, "the results")
+    if target.is_dir():
+        raise ConfigError(f"output: expected the name of a file to write, found a folder at {output!r}")
+    check_output(str(target.parent))

@@ -14,6 +14,7 @@ from console import Progress
 from evaluation.llava import count_parameters
 from evaluation.llava_attack import plan_passes
 from evaluation.llava_config import LlavaSettings
+from evaluation.llava_images import read_image
 from evaluation.llava_study import ArmStudy, Case, Item, Task
 from evaluation.results import ArmResult, Score, mean_score
 from evaluation.runs import warn
@@ -24,6 +25,7 @@ from storage_schemas import ConfigError
 FLOAT32, HALF = 4, 2
 ROOM = 1.25
 LARGE = 1_000_000_000
+BLACK = (0.0, 0.0, 0.0)
 
 
 def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> list[ArmResult]:
@@ -48,6 +50,9 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
         "content_sha256": _content_sha256(task.items),
         "scorer": task.scorer,
     }
+    for path in {item.image for item in task.items}:
+        # All of them are decoded before hours of attacks, which must not end at a broken one.
+        read_image(path, 1, config.fit, BLACK)
     for study in studies:
         study.claim(shared)
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)
@@ -61,12 +66,11 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
 
 def _content_sha256(items: Sequence[Item]) -> str:
     """What was asked of which images: others under the same keys are another study."""
-    digest = hashlib.sha256()
-    for item in items:
-        facts = [item.key, item.question, list(item.references), list(item.answers)]
-        image = hashlib.sha256(item.image.read_bytes()).hexdigest()
-        digest.update(json.dumps([*facts, image]).encode())
-    return digest.hexdigest()
+    images = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {item.image for item in items}}
+    facts = [
+        [item.key, item.question, list(item.references), list(item.answers), images[item.image]] for item in items
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def check_memory(config: LlavaSettings, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,14 +50,15 @@ class ArmFolder:
             ConfigError: it, or the folder of another arm, holds results of other settings; the message names them.
         """
         wanted = json.loads(json.dumps({**shared, **own}))
-        found = self._read(IDENTITY)
-        if found is not None:
-            _compare(self.path, found, wanted)
         for file in sorted(self.path.parent.glob(f"*/{IDENTITY}")):
-            other = _read_object(file)
-            _compare(file.parent, {name: other.get(name) for name in shared}, {name: wanted[name] for name in shared})
-        if found is None:
-            self._write(IDENTITY, wanted)
+            # Settings that nothing was measured with yet bind nobody.
+            if not any(file.parent.glob("items/*.json")):
+                continue
+            found, names = _read_object(file), shared.keys()
+            if file.parent == self.path:
+                names = found.keys() | wanted.keys()
+            _compare(file.parent, {name: (found.get(name), wanted.get(name)) for name in sorted(names)})
+        self._write(IDENTITY, wanted)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A finished item, None if there is none."""
@@ -68,7 +70,7 @@ class ArmFolder:
 
     def write_image(self, name: str, data: bytes) -> None:
         """Store a file below `images/`."""
-        self._location.write(f"images/{name}", data)
+        write_result(self._location, f"images/{name}", data)
 
     def image(self, name: str) -> Path:
         """Path of a file below `images/`, which may not exist."""
@@ -80,19 +82,36 @@ class ArmFolder:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        self._location.write(name, text.encode() + b"\n")
+        write_result(self._location, name, text.encode() + b"\n")
 
 
 def check_output(output: str) -> None:
     """Hours of attacks must not end at a folder that cannot be written.
 
     Raises:
-        ConfigError: a URL, or a file is in the way.
+        ConfigError: a URL, a file is in the way, or a folder where nothing can be written.
     """
     target = local_path(output, "the results")
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: expected a folder to write in, {existing} allows none; choose another --output")
+
+
+def write_result(location: Location, name: str, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        DatamergeError: a full disk, or whatever else stands against it.
+    """
+    try:
+        location.write(name, data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DatamergeError(
+            f"{location.url}/{name}: cannot write: {reason}; mend that and run the same command again"
+        ) from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -105,11 +124,11 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _compare(folder: Path, settings: Mapping[str, tuple[Any, Any]]) -> None:
     differences = [
-        f"{name}: {shortened(found.get(name))} there, {shortened(wanted.get(name))} now"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name}: {shortened(found)} there, {shortened(wanted)} now"
+        for name, (found, wanted) in settings.items()
+        if found != wanted
     ]
     if differences:
         raise ConfigError(

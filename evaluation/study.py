@@ -63,7 +63,9 @@ def open_sample(config: StudyConfig) -> Source:
     if config.sample is None:
         return source
     if config.sample > len(source.samples):
-        raise ConfigError(f"sample: expected at most the {len(source.samples)} samples of {source.url}")
+        raise ConfigError(
+            f"sample: expected at most the {len(source.samples)} samples of {source.url}, found {config.sample}"
+        )
     chosen = np.random.RandomState(config.sample_seed).choice(len(source.samples), config.sample, replace=False)
     return replace(source, samples=[source.samples[index] for index in chosen.tolist()])
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from evaluation.pictures import picture_section
 from evaluation.report import MISSING, format_seconds, open_console, short_name
 from evaluation.results import ArmResult, Score
+from evaluation.store import write_result
 from storage_schemas import DatamergeError, Location, read_json
 
 PARTS = ("zero-shot", "embedding", "captions", "vqa")
@@ -37,7 +38,7 @@ def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[
     Arms that were evaluated into this folder before and not again stay in it.
 
     Raises:
-        DatamergeError: results of an earlier call that cannot be read.
+        DatamergeError: results of an earlier call that cannot be read, or a folder that takes no more.
     """
     folder = Path(output).expanduser().absolute()
     location = Location(folder)
@@ -47,8 +48,8 @@ def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[
     everything = [result for name in PARTS for result in _read(folder / name / RESULTS)]
     _write(location, RESULTS, everything)
     rows = table_rows(everything)
-    location.write("report.md", to_markdown(rows).encode())
-    location.write("report.html", to_html(rows).encode())
+    write_result(location, "report.md", to_markdown(rows).encode())
+    write_result(location, "report.html", to_html(rows).encode())
     return rows
 
 
@@ -170,4 +171,5 @@ def _read(file: Path) -> list[ArmResult]:
 
 def _write(location: Location, name: str, results: Sequence[ArmResult]) -> None:
     content = {"arms": [result.model_dump(mode="json") for result in results]}
-    location.write(name, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_result(location, name, text.encode() + b"\n")

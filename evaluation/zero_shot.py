@@ -22,6 +22,7 @@ from evaluation.labels import make_heads, read_lines, read_names
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
+from evaluation.store import write_result
 from evaluation.study import Measured, Study, open_sample, run_study
 from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
 from sources import Sample, Source
@@ -117,7 +118,7 @@ def _head(
             heads = make_heads(spec, config.class_names, [subject.encoder], templates)
             assert heads is not None
             cache[key] = heads[0]
-            location.write(name, heads[0].to_bytes())
+            write_result(location, name, heads[0].to_bytes())
     cache[key].check_width(subject.encoder.embedding_dim, f"head {spec!r} for encoder {subject.encoder.spec!r}")
     return cache[key]
 

@@ -393,6 +393,7 @@ def test_a_broken_image_is_named(settings: dict[str, Any], captioned: list[Capti
     (images / captioned[1].image.name).write_bytes(b"no image")
     with pytest.raises(DatamergeError, match=rf"{captioned[1].image.name}: expected an image: not an image"):
         captions(settings, tmp_path / "out", images=str(images), steps=1)
+    assert not (tmp_path / "out").exists(), "before any work"
     (images / captioned[2].image.name).unlink()
     with pytest.raises(DatamergeError, match=rf"1 are missing, e\.g\. '{captioned[2].image.name}'"):
         captions(settings, tmp_path / "out", images=str(images))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +228,8 @@ def test_wrong_requests_exit_with_2_and_one_line(
         [two_class, *data, "--epsilon", "2"],
         [two_class, "--data", str(tmp_path / "nowhere")],
         [two_class, *data, "-o", str(photos)],
+        [two_class, *data, "-o", str(no_head / "out.json")],
+        [two_class, *data, "-o", "s3://bucket/out.json"],
         [two_class],
         data,
     ):
@@ -232,3 +237,46 @@ def test_wrong_requests_exit_with_2_and_one_line(
         errors = capsys.readouterr().err
         assert errors.startswith("error: ")
         assert errors.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    two_class: str,
+    photos: Path,
+    tmp_path: Path,
+    run_command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags = [two_class, "--data", str(photos), "--steps", "2", "-o", str(tmp_path / "out.json")]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert run_command(*flags) == 1
+    shown = capsys.readouterr()
+    assert "w/o AT" in shown.out, "the results are on the terminal at least"
+    assert shown.err.splitlines()[-1] == (
+        f"error: {tmp_path}/out.json: cannot write: No space left on device; mend that and run the same command again"
+    )
+    flags = ["embedding", *flags[:-1], str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert run_command(*flags) == 1
+    assert re.search(r"error: \S+identity\.json: cannot write: No space", capsys.readouterr().err)
+    assert run_command(*flags) == 0
+
+
+def test_a_closed_folder_is_refused_before_the_work(
+    two_class: str,
+    photos: Path,
+    tmp_path: Path,
+    run_command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The tests may run as root, who may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    for part in ("both", "embedding"):
+        assert run_command(part, two_class, "--data", str(photos), "-o", str(tmp_path / "out")) == 2
+        assert capsys.readouterr().err.startswith("error: output: expected a folder to write in")

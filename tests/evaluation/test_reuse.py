@@ -22,7 +22,7 @@ from evaluation.llava_study import ArmStudy
 from evaluation.tables import write_reports
 from evaluation.towers import read_tower_run
 from evaluation.vqa import evaluate_vqa
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, DatamergeError
 from tests.evaluation.conftest import make_llava
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -205,3 +205,13 @@ def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run:
     assert len(json.loads((output / "results.json").read_text())["arms"]) == 1
     assert len(list((output / "embedding").glob("*/identity.json"))) == 1
     assert read_tower_run("hf:a/b/").name == "hf:a/b"
+
+
+def test_settings_without_results_bind_nobody(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
+    first, second = make_encoder([[float("nan")] * 4]), make_encoder([[2.0] * 4])
+    with pytest.raises(DatamergeError, match="not finite"):
+        embed(first, photos, tmp_path / "out", steps=1000)
+    embed(second, photos, tmp_path / "out")
+    scale(second.partition("@")[0], Path(first.partition("@")[2]), 1)
+    embed(first, photos, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
