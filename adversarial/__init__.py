@@ -1,6 +1,7 @@
 """Encoders that take [0, 1] pixels, what attacks maximise, and the attacks."""
 
 from adversarial.apgd import APGD, apgd
+from adversarial.arithmetic import arithmetic
 from adversarial.attacks import gradient_sign, run_attack
 from adversarial.autoattack import Survival, auto_attack, check_masking, targeted_dlr
 from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_generators
@@ -26,6 +27,7 @@ __all__ = [
     "Precision",
     "Survival",
     "apgd",
+    "arithmetic",
     "at_home",
     "attack",
     "auto_attack",
