@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adversarial import Head, auto_attack, check_masking, head_from_arrays, sample_generators
+from adversarial import Head, auto_attack, check_masking, head_from_arrays, pick_device, sample_generators
 from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.config import ZeroShotConfig
 from evaluation.labels import make_heads
@@ -23,7 +23,7 @@ from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
 from evaluation.study import Measured, Study, open_sample, run_study, study_identity
-from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
+from evaluation.subjects import Subject, add_heads, load_subjects, threads
 from sources import Sample, Source
 from storage_schemas import ConfigError, Location
 from storage_schemas.artifact import parse_head

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, weights_sha256
+from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, pick_device, weights_sha256
 from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
@@ -293,19 +293,9 @@ def choose_device(name: str, own: Processes) -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        if own.world == 1:
-            return torch.device("cuda")
+    if own.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return own.take_gpu()
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); try --device cpu") from None
-    return device
+    return pick_device(name)
 
 
 def _head(config: TrainConfig, artifact: Artifact, loss: str) -> Head | None:
