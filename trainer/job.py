@@ -78,10 +78,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Groups that are not trained on."""
+    """Groups that are not trained on.
+
+    Attributes:
+        order: of them.
+        feed: reads them.
+        sha256: identity of their artifact.
+    """
 
     order: Order
     feed: Feed
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,8 @@ def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool
     collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest), clean=False)
     check_groups(artifact, encoder, collate)
     order = _order(artifact, other)
-    return HeldOut(order, _feed(artifact, order, collate, config.data_workers, pin))
+    feed = _feed(artifact, order, collate, config.data_workers, pin)
+    return HeldOut(order, feed, artifact.manifest.plan_sha256)
 
 
 def _origin(config: TrainConfig, artifact: Artifact, collate: Collate) -> Origin:
