@@ -1,9 +1,11 @@
 """Encoders that take [0, 1] pixels, what attacks maximise, and the attacks."""
 
 from adversarial.apgd import APGD, apgd
+from adversarial.arithmetic import arithmetic
 from adversarial.attacks import gradient_sign, run_attack
 from adversarial.autoattack import Survival, auto_attack, check_masking, targeted_dlr
 from adversarial.ball import Attacked, NonFiniteGradient, Precision, sample_generators
+from adversarial.device import pick_device
 from adversarial.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from adversarial.euclidean import Norm
 from adversarial.heads import Head, head_from_arrays, load_head
@@ -26,6 +28,7 @@ __all__ = [
     "Precision",
     "Survival",
     "apgd",
+    "arithmetic",
     "at_home",
     "attack",
     "auto_attack",
@@ -37,6 +40,7 @@ __all__ = [
     "load_encoder",
     "load_head",
     "parse_spec",
+    "pick_device",
     "run_attack",
     "sample_generators",
     "save_encoder",

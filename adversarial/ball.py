@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adversarial.arithmetic import arithmetic
 from adversarial.objectives import Objective
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.seeds import group_seed
@@ -145,8 +146,9 @@ class Gradients:
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [B] and gradient [B, C, H, W] at points in the ball's units."""
         pixels = (points / self._scale).requires_grad_()
-        loss = self._objective(forward(self._model, pixels, self._precision), self._target)
-        (gradient,) = torch.autograd.grad(loss.sum(), pixels)
+        with arithmetic(pixels.device, tf32=self._precision == "tf32"):
+            loss = self._objective(forward(self._model, pixels, self._precision), self._target)
+            (gradient,) = torch.autograd.grad(loss.sum(), pixels)
         loss = loss.detach()
         self._note(torch.isfinite(loss) & torch.isfinite(gradient.sum(dim=(1, 2, 3))))
         return loss, gradient
@@ -181,28 +183,12 @@ class Gradients:
 
 def forward(model: nn.Module, pixels: Tensor, precision: Precision) -> Tensor:
     """Outputs of a network on float32 pixels, computed in some precision, at least float32."""
-    with arithmetic(precision, pixels.device):
+    with (
+        arithmetic(pixels.device, tf32=precision == "tf32"),
+        torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
         outputs = cast(Tensor, model(pixels))
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-
-
-@contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Forward passes in some precision; on a GPU also deterministic convolutions, TF32 only where asked for."""
-    if device.type != "cuda":
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        with (
-            torch.backends.cudnn.flags(True, False, None, True, precision == "tf32"),
-            torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

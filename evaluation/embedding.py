@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adversarial import run_attack, sample_generators, squared_error
+from adversarial import pick_device, run_attack, sample_generators, squared_error
 from evaluation.config import EmbeddingConfig
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, mean_score
 from evaluation.runs import read_run
 from evaluation.study import Measured, Study, open_sample, run_study
-from evaluation.subjects import Subject, load_subjects, pick_device, threads
+from evaluation.subjects import Subject, load_subjects, threads
 from sources import Sample
 from storage_schemas import ConfigError
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adversarial import PGD, is_out_of_memory
+from adversarial import PGD, is_out_of_memory, pick_device
 from console import Progress
 from evaluation.batches import Batch, read_batches, report_rejected
 from evaluation.config import EvaluateConfig
@@ -19,7 +19,7 @@ from evaluation.labels import make_heads
 from evaluation.metrics import Tally, correct, embedding_losses
 from evaluation.results import Evaluation, RejectedImage
 from evaluation.runs import read_run
-from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
+from evaluation.subjects import Subject, add_heads, load_subjects, threads
 from evaluation.uncertainty import mean_and_error, rate_and_error
 from sources import Source, open_source
 from storage_schemas import DatamergeError

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from adversarial import pick_device
 from console import Progress
 from evaluation.llava import count_parameters
 from evaluation.llava_attack import plan_passes
@@ -18,7 +19,7 @@ from evaluation.llava_images import read_image
 from evaluation.llava_study import ArmStudy, Case, Item, Task
 from evaluation.results import ArmResult, Score, mean_score
 from evaluation.runs import warn
-from evaluation.subjects import pick_device, threads
+from evaluation.subjects import threads
 from storage_schemas import ConfigError
 
 # Bytes per parameter, and a rough allowance for the activations of one image.

@@ -120,23 +120,6 @@ def add_heads(subjects: Sequence[Subject], heads: Sequence[Head] | None, source:
         subject.head, subject.rows = head.to(subject.encoder.mean.device), rows[id(head)]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a setting; `auto` takes a GPU if there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); try --device cpu") from None
-    return device
-
-
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads; a caller from Python gets its own number back."""

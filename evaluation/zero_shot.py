@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adversarial import Head, auto_attack, check_masking, head_from_arrays, parse_spec, sample_generators
+from adversarial import Head, auto_attack, check_masking, head_from_arrays, parse_spec, pick_device, sample_generators
 from adversarial.torchvision_ops import make_torchvision_importable
 from evaluation.config import ZeroShotConfig
 from evaluation.labels import make_heads, read_lines, read_names
@@ -24,7 +24,7 @@ from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
 from evaluation.store import write_result
 from evaluation.study import Measured, Study, open_sample, run_study
-from evaluation.subjects import Subject, add_heads, load_subjects, pick_device, threads
+from evaluation.subjects import Subject, add_heads, load_subjects, threads
 from sources import Sample, Source
 from storage_schemas import ConfigError, Location, shortened
 from storage_schemas.artifact import parse_head

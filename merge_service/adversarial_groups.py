@@ -18,6 +18,7 @@ from adversarial import (
     Head,
     NonFiniteGradient,
     Precision,
+    arithmetic,
     run_attack,
     sample_generators,
 )
@@ -76,7 +77,7 @@ class Attacker:
             The attack's result on [G·N, C, H, W], and the clean embeddings [G, K].
         """
         clean = torch.from_numpy(np.stack([image for _, image in batch])).to(self._device).float() / LEVELS
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(self._device):
             embeddings = self._target_encoder(clean)
         target = self.targets(batch, embeddings)
         result = run_attack(

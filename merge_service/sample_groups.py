@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adversarial import Encoder
+from adversarial import Encoder, arithmetic, is_out_of_memory
 from merge_service.config import MergeConfig
 from merge_service.planning import ShardTask
 from merge_service.reading import PixelReader, Pixels
 from sources import Sample
-from storage_schemas import ExactMoments, Layout, Record, Reject
+from storage_schemas import DatamergeError, ExactMoments, Layout, Record, Reject
 from storage_schemas.moments import LEVELS
 from storage_schemas.record import Array, encode_exact
 
@@ -164,11 +164,25 @@ class Accumulator:
 
 
 def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.float32]:
-    """Embeddings float32 [B, K] of pixels uint8 [B, C, H, W], in batches."""
+    """Embeddings float32 [B, K] of pixels uint8 [B, C, H, W], in batches.
+
+    Raises:
+        DatamergeError: out of memory.
+    """
     device = encoder.mean.device
-    with torch.no_grad():
-        parts = [
-            encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS).float().cpu()
-            for start in range(0, len(images), batch_size)
-        ]
+    try:
+        with torch.no_grad(), arithmetic(device):
+            parts = [
+                encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS)
+                .float()
+                .cpu()
+                for start in range(0, len(images), batch_size)
+            ]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DatamergeError(
+            f"batch_size: out of memory with the embeddings of {min(batch_size, len(images))} images at a time on "
+            f"{device}; try a smaller --batch-size"
+        ) from None
     return torch.cat(parts).numpy()

@@ -15,7 +15,7 @@ from trainer.estimators import ALONG_FACTORS, COMPILABLE
 Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
 LossName = Literal["auto", "squared_error", "cross_entropy"]
 EstimatorName = Literal["gauss_newton", "sampled", "antithetic", "jvp", "exact"]
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 class TrainConfig(Settings):
@@ -121,7 +121,8 @@ class TrainConfig(Settings):
     )
     precision: Precision = Field(
         default="float32",
-        description="bf16 runs the encoder under autocast; weights, moments, losses and corrections stay float32.",
+        description="tf32 lets a GPU round the factors of products to 10 bits; bf16 runs the encoder under autocast; "
+        "weights, moments, losses and corrections stay float32.",
     )
     compile: bool = Field(
         default=False, description="torch.compile the encoder; for estimators without a double backward."

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, weights_sha256
+from adversarial import Encoder, Head, head_from_arrays, load_encoder, load_head, pick_device, weights_sha256
 from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
 from trainer.config import TrainConfig
 from trainer.distributed import Processes
@@ -78,10 +78,17 @@ class Origin:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Groups that are not trained on."""
+    """Groups that are not trained on.
+
+    Attributes:
+        order: of them.
+        feed: reads them.
+        sha256: identity of their artifact.
+    """
 
     order: Order
     feed: Feed
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,8 @@ def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool
     collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest), clean=False)
     check_groups(artifact, encoder, collate)
     order = _order(artifact, other)
-    return HeldOut(order, _feed(artifact, order, collate, config.data_workers, pin))
+    feed = _feed(artifact, order, collate, config.data_workers, pin)
+    return HeldOut(order, feed, artifact.manifest.plan_sha256)
 
 
 def _origin(config: TrainConfig, artifact: Artifact, collate: Collate) -> Origin:
@@ -293,19 +301,9 @@ def choose_device(name: str, own: Processes) -> torch.device:
     Raises:
         ConfigError: no such device here.
     """
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        if own.world == 1:
-            return torch.device("cuda")
+    if own.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return own.take_gpu()
-    if name == "auto":
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); try --device cpu") from None
-    return device
+    return pick_device(name)
 
 
 def _head(config: TrainConfig, artifact: Artifact, loss: str) -> Head | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from adversarial import Encoder, save_encoder, weights_sha256, with_checkpoint
+from adversarial import Encoder, arithmetic, save_encoder, weights_sha256, with_checkpoint
 from console import Progress
 from storage_schemas import DatamergeError, UserError
 from trainer.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
@@ -60,7 +60,8 @@ def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
     if finished is not None:
         say(f"{folder.path} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
         return finished
-    return _Run(job, folder, own).finish()
+    with arithmetic(job.device, tf32=job.config.precision == "tf32"):
+        return _Run(job, folder, own).finish()
 
 
 class _Run:
@@ -68,6 +69,7 @@ class _Run:
         self.job, self.folder, self.own = job, folder, own
         self.training = Optimisation(job, own)
         self.step, self.seconds, self.best = 0, 0.0, math.inf
+        self.best_of = None if job.held_out is None else job.held_out.sha256
         self._continue()
 
     @property
@@ -161,6 +163,7 @@ class _Run:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "best_of": self.best_of,
             "torch": str(torch.__version__),
             "identity": self.job.identity,
         }
@@ -180,7 +183,12 @@ class _Run:
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.training.average is not None:
             self.training.average.load_state_dict(state["average"])
-        self.step, self.seconds, self.best = state["step"], state["seconds"], state["best"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.best_of in (None, state.get("best_of")):
+            # Without held-out groups now, for a sitting that has those of before again.
+            self.best, self.best_of = state["best"], state.get("best_of")
+        elif state["best"] < math.inf:
+            say("eval_artifact is another than before, whose losses say nothing about these: the best is sought anew")
         if state["torch"] != str(torch.__version__):
             warn(
                 f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "

@@ -257,7 +257,7 @@ def _out_of_memory(config: TrainConfig, groups: int) -> Iterator[None]:
             knobs.append("fewer --members")
         elif config.arm == "avg" and config.estimator != "sampled":
             knobs.append("--estimator sampled, which needs no double backward")
-        if config.precision == "float32":
+        if config.precision != "bf16":
             knobs.append("--precision bf16")
         raise DatamergeError(
             f"out of memory with {groups} groups at a time (batch_size {config.batch_size}, accumulate "

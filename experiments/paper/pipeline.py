@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from adversarial import pick_device
 from console import load_settings
 from evaluation.captions import evaluate_captions
 from evaluation.llava_arms import check_memory
 from evaluation.llava_config import CaptionsConfig, VqaConfig
 from evaluation.results import ArmResult
-from evaluation.subjects import pick_device
 from evaluation.tables import RESULTS, write_reports
 from evaluation.vqa import evaluate_vqa
 from experiments.paper.settings import BASELINE, COLUMNS, MEMBERS, Data, Study

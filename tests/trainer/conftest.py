@@ -38,11 +38,11 @@ def _one_thread() -> Iterator[None]:
 def make_artifact(tmp_path: Path) -> Callable[..., str]:
     """A function that writes an artifact below tmp_path and returns its path.
 
-    Its keyword arguments: `name`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the
-    provenance), `sha256` (of the encoder; None for the true one), `shape`, `width` (of the target), `attack`,
-    `clean` (the first member), `spread` (grey levels between clean image and members, which are independent images
-    otherwise), `factors` (how many sketches of the covariance), `huge` (key of a record whose target overflows the
-    loss), `head` (bytes of a head.safetensors).
+    Its keyword arguments: `name`, `seed`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of
+    the provenance), `sha256` (of the encoder; None for the true one), `shape`, `width` and `scale` (of the target),
+    `attack`, `clean` (the first member), `spread` (grey levels between clean image and members, which are independent
+    images otherwise), `factors` (how many sketches of the covariance), `huge` (key of a record whose target overflows
+    the loss), `head` (bytes of a head.safetensors).
     """
 
     def make(**options: Any) -> str:
@@ -75,14 +75,14 @@ def _write(path: Path, options: dict[str, Any]) -> None:
         groups_per_shard=GROUPS_PER_SHARD,
     )
     spec = options.get("encoder", ENCODER)
-    provenance: dict[str, Any] = {"seed": 7}
+    provenance: dict[str, Any] = {"seed": options.get("seed", 7)}
     if spec is not None:
         provenance["encoder"] = {"spec": spec, "sha256": options.get("sha256") or load_encoder(spec).sha256}
     if "attack" in options:
         provenance["attack"] = options["attack"]
     writer = ArtifactWriter(Location(path), layout, provenance)
     writer.begin({"head.safetensors": options["head"]} if "head" in options else {})
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(options.get("seed", 3))
     for shard in range(layout.shards):
         first = shard * GROUPS_PER_SHARD
         numbers = range(first, min(first + GROUPS_PER_SHARD, GROUPS))
@@ -93,7 +93,7 @@ def _write(path: Path, options: dict[str, Any]) -> None:
 def _record(number: int, layout: Layout, rng: np.random.Generator, options: dict[str, Any]) -> Record:
     key = f"k{number}"
     members = rng.integers(0, 256, (MEMBERS, *options.get("shape", SHAPE))).astype(np.uint8)
-    target = rng.normal(size=options.get("width", WIDTH)).astype(np.float32)
+    target = rng.normal(0, options.get("scale", 1), options.get("width", WIDTH)).astype(np.float32)
     if key == options.get("huge"):
         target[:] = 1e30
     clean = members[0]

@@ -63,6 +63,7 @@ def test_individual_loss_averages_within_groups_of_any_size() -> None:
     groups = [members[:3], members[3:4], members[4:]]
     oracle = [((network(group / 255) - y) ** 2).sum(1).mean() for group, y in zip(groups, target, strict=True)]
     torch.testing.assert_close(found.loss, torch.stack(oracle))
+    assert found.correction is None
 
 
 def test_correction_follows_the_scale_of_the_loss() -> None:

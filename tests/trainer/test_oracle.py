@@ -220,7 +220,7 @@ class Oracle:
             loss = torch.stack([self.group_loss(group, step, i) for i, group in enumerate(batch)]).mean()
             optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / STEPS)) / 2
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(loss.item())
         return losses

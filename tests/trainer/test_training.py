@@ -37,8 +37,8 @@ def _log(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def _losses(run: Path) -> list[tuple[float, float, float, float]]:
-    return [(line["step"], line["loss"], line["correction"], line["gradient_norm"]) for line in _log(run)]
+def _losses(run: Path) -> list[tuple[float | None, ...]]:
+    return [(line["step"], line["loss"], line.get("correction"), line["gradient_norm"]) for line in _log(run)]
 
 
 def _weights(run: Path) -> dict[str, Tensor]:

@@ -29,4 +29,4 @@ def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target
     repeated = target.repeat_interleave(torch.tensor(counts, device=target.device), dim=0)
     values = loss.value(outputs, repeated)
     mean = torch.stack([group.mean() for group in values.split(list(counts))])
-    return GroupLoss(mean, torch.zeros_like(mean))
+    return GroupLoss(mean, None)

@@ -1,0 +1,88 @@
+"""An encoder that notes what float32 means to PyTorch where its kernels run."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+SPEC = "python:recording_networks:network"
+
+
+class Note(NamedTuple):
+    """Flags at one pass.
+
+    Attributes:
+        backward: whether it was a backward pass.
+        deterministic: convolutions are, and their kernels are not chosen by a race.
+        tf32: allowed in convolutions.
+        products: torch.get_float32_matmul_precision().
+        dtype: of the outputs.
+    """
+
+    backward: bool
+    deterministic: bool
+    tf32: bool
+    products: str
+    dtype: torch.dtype
+
+
+def note(backward: bool, dtype: torch.dtype) -> Note:
+    """The flags now."""
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.enabled and cudnn.deterministic and not cudnn.benchmark
+    return Note(backward, deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision(), dtype)
+
+
+class _Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        Network.notes.append(note(False, values.dtype))
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Network.notes.append(note(True, gradient.dtype))
+        return gradient.clone()
+
+
+class Network(nn.Module):
+    """Linear, 1×4×4 pixels to 6 outputs."""
+
+    input_shape = (1, 4, 4)
+    notes: ClassVar[list[Note]] = []  # of all networks
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        outputs: Tensor = _Noted.apply(self.layer(pixels.flatten(1)))  # type: ignore[no-untyped-call]
+        return outputs
+
+
+@contextmanager
+def recording() -> Iterator[list[Note]]:
+    """Notes of all passes inside; the encoder `SPEC` can be loaded, and the flags around are the wrong ones."""
+    module = types.ModuleType("recording_networks")
+    module.__dict__["network"] = Network
+    Network.notes = []
+    precision = torch.get_float32_matmul_precision()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        torch.backends.cudnn.flags(True, benchmark=True, benchmark_limit=None, deterministic=False, allow_tf32=True),
+    ):
+        patch.setitem(sys.modules, "recording_networks", module)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            around = note(False, torch.float32)
+            yield Network.notes
+            assert note(False, torch.float32) == around
+        finally:
+            torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,60 @@
+"""Encoders of a merge outside the attack: what float32 means there, and too little memory; without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adversarial import Encoder
+from merge_service import MergeConfig
+from merge_service.merge import prepare, worker_setup
+from merge_service.work import ShardWorker
+from storage_schemas import ArtifactWriter, DatamergeError, Location
+from tests.adversarial.recorder import SPEC, recording
+
+
+def _worker(tmp_path: Path, settings: dict[str, Any]) -> tuple[ShardWorker, Any]:
+    """A worker in this process, and the plan's first shard."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(6) % 2)
+    shared = {"source": str(tmp_path / "x.npz"), "artifact": str(tmp_path / "a"), "encoder": SPEC, "device": "cpu"}
+    prepared = prepare(MergeConfig.model_validate({**shared, **settings}))
+    writer = ArtifactWriter(Location(str(tmp_path / "a")), prepared.plan.layout, prepared.plan.provenance)
+    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+    worker.prepare()
+    return worker, prepared.plan.task(0)
+
+
+GROUPINGS: list[dict[str, Any]] = [
+    {"grouping": "adversarial", "members": 2, "steps": 0, "precision": "tf32"},
+    {"grouping": "adversarial", "members": 2, "steps": 0, "precision": "bfloat16"},
+    {"grouping": "label", "targets": "embedding"},
+]
+
+
+@pytest.mark.parametrize("settings", GROUPINGS, ids=str)
+def test_targets_are_float32_whatever_the_attack_runs_in(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with recording() as notes:
+        worker, task = _worker(tmp_path, settings)
+        notes.clear()
+        worker.run(task)
+        assert notes
+        assert all(found.deterministic and found.products == "highest" and not found.tf32 for found in notes)
+        assert {found.dtype for found in notes} == {torch.float32}
+
+
+def test_out_of_memory_in_embeddings_names_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    with recording():
+        worker, task = _worker(tmp_path, {"grouping": "label", "targets": "embedding", "batch_size": 4})
+        monkeypatch.setattr(Encoder, "forward", exhausted)
+        with pytest.raises(
+            DatamergeError, match=r"^batch_size: out of memory .* 4 images .* a smaller --batch-size$"
+        ):
+            worker.run(task)

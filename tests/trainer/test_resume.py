@@ -1,0 +1,149 @@
+"""What a run is fed when it is stopped and continued, what its best state is then, and what float32 means in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer.job
+import trainer.stream
+from tests.adversarial.recorder import SPEC, recording
+from trainer import Stopped, TrainConfig, train
+from trainer.checkpoint import RunFolder
+from trainer.distributed import Processes
+from trainer.job import make_job
+from trainer.loop import run_job
+
+MakeArtifact = Callable[..., str]
+GROUPS, BATCH, STEPS = 10, 4, 9
+PER_EPOCH = math.ceil(GROUPS / BATCH)
+
+
+def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
+    shared = {"steps": STEPS, "batch_size": BATCH, "learning_rate": 1e-2, "log_every": 1}
+    return TrainConfig(artifact=artifact, run=str(run), **{**shared, **settings})
+
+
+def _fed(config: TrainConfig, act: Callable[[], Any] | None = None, at: int = -1) -> list[list[str]]:
+    """Keys of the micro-batches that a sitting trains on; something happens before it gets that at position `at`."""
+    original = trainer.stream.stream
+    seen: list[list[str]] = []
+
+    def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in original(*arguments, **options):
+            if options["stop"] == config.steps:  # else it is one of the held-out groups
+                if len(seen) == at and act is not None:
+                    act()
+                seen.append(batch.keys)
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.job, "stream", stream)
+        with pytest.raises((Stopped, MemoryError)) if act is not None else contextlib.nullcontext():
+            train(config)
+    return seen
+
+
+def _stop() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _crash() -> None:
+    raise MemoryError
+
+
+ARMS: list[dict[str, Any]] = [
+    {"arm": "random-member"},
+    {"arm": "ind", "accumulate": 2},
+    {"arm": "factors", "data_workers": 1},
+]
+
+
+@pytest.mark.parametrize("settings", ARMS, ids=str)
+def test_no_group_is_repeated_or_left_out(
+    make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Three sittings: stopped inside the first epoch, then at the end of the second, then to the end."""
+    artifact, pieces = make_artifact(factors=2), settings.get("accumulate", 1)
+    whole = _fed(_config(artifact, tmp_path / "whole", **settings))
+    epochs = [Counter(key for keys in whole[i : i + PER_EPOCH * pieces] for key in keys) for i in (0, 3 * pieces)]
+    assert epochs == [Counter(f"k{number}" for number in range(GROUPS))] * 2
+    assert len(whole) == STEPS * pieces
+
+    config = _config(artifact, tmp_path / "stopped", **settings)
+    fed: list[list[str]] = []
+    for stop in (2, 2 * PER_EPOCH):  # after so many steps in all
+        fed += _fed(config, _stop, at=(stop - 1) * pieces - len(fed))
+        assert len(fed) == stop * pieces
+    assert fed + _fed(config) == whole
+
+
+@pytest.mark.parametrize("arm", ["random-member", "factors"])
+def test_after_a_crash_the_feed_goes_on_at_the_checkpoint(
+    make_artifact: MakeArtifact, tmp_path: Path, arm: str
+) -> None:
+    artifact = make_artifact(factors=2)
+    whole = _fed(_config(artifact, tmp_path / "whole", arm=arm))
+    config = _config(artifact, tmp_path / "killed", arm=arm, checkpoint_every=2)
+    assert _fed(config, _crash, 5) == whole[:5]
+    assert _fed(config) == whole[4:]
+
+
+def _evaluated(config: TrainConfig) -> dict[int, float]:
+    lines = [json.loads(line) for line in (Path(config.run) / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def _best(config: TrainConfig) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(Path(config.run) / "checkpoints/best.pt", weights_only=True)
+    return state
+
+
+def test_the_best_is_that_on_the_held_out_groups_of_now(
+    make_artifact: MakeArtifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = make_artifact()
+    # Losses there are far above those here: measured against them, no state would ever be the best again.
+    easy, hard = artifact, make_artifact(name="hard", seed=11, scale=30.0)
+    config = _config(artifact, tmp_path / "run", eval_every=1)
+    _fed(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
+    before = _best(config)
+    _fed(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
+    assert "eval_artifact is another than before" in capsys.readouterr().err
+    found, losses = _best(config), _evaluated(config)
+    assert before["step"] <= 4 < found["step"]
+    assert found["best"] == min(loss for step, loss in losses.items() if step > 4)
+    assert found["best"] > before["best"]
+    # A sitting without held-out groups keeps what is known of those before, one with them goes on.
+    _fed(config, _stop, 0)
+    train(config.model_copy(update={"eval_artifact": hard}))
+    assert "eval_artifact is another" not in capsys.readouterr().err
+    assert _best(config)["best"] == min(loss for step, loss in _evaluated(config).items() if step > 4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("settings", [{"arm": "avg"}, {"arm": "ind", "refine_steps": 1}], ids=str)
+def test_what_float32_means_in_every_pass(
+    make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], precision: str
+) -> None:
+    attack = {"epsilon": "8/255", "step_size": "1/255", "steps": 10}
+    with recording() as notes:
+        artifact = make_artifact(clean=True, attack=attack)
+        settings = {**settings, "encoder": SPEC, "precision": precision, "eval_artifact": artifact}
+        config = _config(artifact, tmp_path / "run", steps=2, **settings)
+        job = make_job(config)
+        notes.clear()  # of its shape, and of whether it mixes rows
+        run_job(job, RunFolder(config.run), Processes())
+        assert {found.backward for found in notes} == {False, True}
+        assert all(found.deterministic and found.products == "highest" for found in notes)
+        assert {found.tf32 for found in notes} == {precision == "tf32"}
+        assert (torch.bfloat16 in {found.dtype for found in notes}) == (precision == "bf16")
