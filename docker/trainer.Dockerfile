@@ -8,7 +8,7 @@ ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 # /data is for a volume: a new one takes over the owner.
 RUN useradd --uid 1000 --user-group --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
 
-# From what seldom changes to what often does; both images share the layers down to torch, with the same EXTRAS the next too.
+# From what seldom changes to what often does. Both images share the layers down to torch, and the next with equal EXTRAS.
 # torch and torchvision come from one index, or do not fit each other.
 WORKDIR /opt/datamerge
 COPY constraints.txt ./

@@ -200,6 +200,14 @@ def test_the_demo_goes_from_one_service_to_the_next() -> None:
     assert merge[-2:] == ["--submit", "http://head:8265"]
 
 
+def test_ray_nodes_that_give_up_on_a_busy_machine_are_started_again() -> None:
+    # The agent answers while `ray start` can still fail; compose takes an unhealthy or ended head for the end of all.
+    for name in ("head", "worker"):
+        assert SERVICES[name]["restart"] == "on-failure"
+        assert "ray_current_cluster &&" in SERVICES[name]["healthcheck"]["test"][1]
+    assert SERVICES["head"]["depends_on"] == {"digits": {"condition": "service_completed_successfully"}}
+
+
 def test_ports_are_open_to_this_machine_only() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert len(ports) == 3
