@@ -125,15 +125,15 @@ class Circumstances:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where it has changes."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit of this checkout, marked where code or settings differ; results, which runs write, may."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+
+    described = git("describe", "--always").stdout.strip() or "unknown"
+    changed = git("diff", "--quiet", "HEAD", "--", "*.py", "*.toml").returncode == 1
+    return f"{described}-dirty" if changed else described
 
 
 def spread(rounds: Sequence[float]) -> list[str]:
