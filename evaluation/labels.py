@@ -6,13 +6,13 @@ Shapes: K embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from adversarial import Encoder, Head, load_head, parse_spec
 from adversarial.specs import KINDS
 from adversarial.torchvision_ops import make_torchvision_importable
+from console import read_lines
 from evaluation.runs import warn
 from sources import Source
 from storage_schemas import ConfigError, SchemaError
@@ -96,26 +96,6 @@ def read_names(file: str | None) -> list[str]:
     if file is None:
         return []
     return imagenet_names() if file == IMAGENET else read_lines(file, "a text file with one class name a line")
-
-
-def read_lines(file: str, expected: str) -> list[str]:
-    """Lines of a text file without the blank ones and the spaces around them.
-
-    Args:
-        expected: what the file should be, for the message.
-
-    Raises:
-        ConfigError: no such file, or an empty one.
-    """
-    try:
-        lines = Path(file).expanduser().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"{file}: expected {expected}, found {reason}") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"{file}: expected {expected}, found an empty file")
-    return found
 
 
 def imagenet_names() -> list[str]:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from adversarial import Head, auto_attack, check_masking, head_from_arrays, parse_spec, pick_device, sample_generators
 from adversarial.torchvision_ops import make_torchvision_importable
+from console import read_lines
 from evaluation.config import ZeroShotConfig
-from evaluation.labels import make_heads, read_lines, read_names
+from evaluation.labels import make_heads, read_names
 from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn

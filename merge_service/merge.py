@@ -6,12 +6,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from adversarial import Head, load_head
-from console import Progress
+from console import Progress, read_lines
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group, by_class, clusters_of
@@ -325,13 +324,9 @@ def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None)
 def _load_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
     if config.head is None:
         return None
-    names: list[str] = []
-    if config.class_names is not None:
-        try:
-            names = Path(config.class_names).read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            raise ConfigError(f"class_names: {config.class_names}: {error.strerror}") from None
-    head = load_head(config.head, [name.strip() for name in names if name.strip()])
+    expected = "a text file with one class name a line"
+    names = [] if config.class_names is None else read_lines(config.class_names, expected)
+    head = load_head(config.head, names)
     if encoder is not None:
         head.check_width(encoder.encoder.embedding_dim, f"head {config.head!r}")
     return head
