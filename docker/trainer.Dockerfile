@@ -9,11 +9,13 @@ ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN useradd --uid 1000 --user-group --create-home datamerge && install --directory --owner=datamerge --group=datamerge /data
 
 # From what seldom changes to what often does. Both images share the layers down to torch, and the next with equal EXTRAS.
-# torch and torchvision come from one index, or do not fit each other.
+# torch and torchvision come from one index, or do not fit each other. Beside PyPI, an index that cannot be reached or lacks the
+# version would go unnoticed: PyPI's CUDA build, 4 GB larger, would be taken.
 WORKDIR /opt/datamerge
 COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch torchvision
+    pip install --constraint constraints.txt --no-deps --index-url "${TORCH_INDEX}" torch torchvision \
+    && pip install --constraint constraints.txt torch torchvision
 ARG EXTRAS=train,s3
 COPY pyproject.toml docker/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \

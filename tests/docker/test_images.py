@@ -128,6 +128,8 @@ def test_images_share_the_layers_down_to_torch() -> None:
         shared.append(lines[: torch + 1])
         # An argument is part of every later step: other extras must not install torch again.
         assert not [rest for word, rest in shared[-1] if "EXTRAS" in rest]
+        # Only from that index: beside PyPI one that fails goes unnoticed.
+        assert '--no-deps --index-url "${TORCH_INDEX}" torch torchvision' in lines[torch][1]
     assert shared[0] == shared[1]
 
 
