@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from console import local_path
-from storage_schemas import ConfigError, DatamergeError, Location, read_json, shortened
+from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.trees import changes
 
 IDENTITY = "identity.json"
 
@@ -54,10 +55,11 @@ class ArmFolder:
             # Settings that nothing was measured with yet bind nobody.
             if not any(file.parent.glob("items/*.json")):
                 continue
-            found, names = _read_object(file), shared.keys()
+            found = _read_object(file)
             if file.parent == self.path:
-                names = found.keys() | wanted.keys()
-            _compare(file.parent, {name: (found.get(name), wanted.get(name)) for name in sorted(names)})
+                _compare(file.parent, found, wanted)
+            else:
+                _compare(file.parent, *({name: one.get(name) for name in shared} for one in (found, wanted)))
         self._write(IDENTITY, wanted)
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -124,14 +126,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _compare(folder: Path, settings: Mapping[str, tuple[Any, Any]]) -> None:
-    differences = [
-        f"{name}: {shortened(found)} there, {shortened(wanted)} now"
-        for name, (found, wanted) in settings.items()
-        if found != wanted
-    ]
-    if differences:
+def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if different := changes(found, wanted):
         raise ConfigError(
-            f"{folder} holds results of other settings ({'; '.join(differences)}); choose another --output, or use "
+            f"{folder} holds results of other settings ({'; '.join(different)}); choose another --output, or use "
             "the same settings to continue"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from storage_schemas.errors import UserError
+from storage_schemas.errors import UserError, shortened
 
 Leaves = dict[str, JsonValue]
 # Names of leaves that say where things were; hashes say what they were.
@@ -48,3 +48,9 @@ def differences(a: Leaves, b: Leaves, missing: Any = None) -> dict[str, list[Any
     """Paths, sorted, at which two trees differ: the values there, `missing` where a tree has none."""
     pairs = {path: [a.get(path, missing), b.get(path, missing)] for path in sorted(a.keys() | b.keys())}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a message says of settings that are not those of before, one text a leaf."""
+    different = differences(leaves(there), leaves(now))
+    return [f"{path}: {shortened(old)} there, {shortened(new)} now" for path, (old, new) in different.items()]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from storage_schemas import webdataset_store, zarr_store
-from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, shortened
+from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.location import Location, redact, redact_tree
 from storage_schemas.manifest import (
     MANIFEST,
@@ -38,7 +38,7 @@ from storage_schemas.manifest import (
 )
 from storage_schemas.record import Record, checksums
 from storage_schemas.threads import in_threads
-from storage_schemas.trees import LOCATIONS, differences, leaves
+from storage_schemas.trees import LOCATIONS, changes
 
 # Small files: what a read takes is the way to the store and back.
 SIDECARS_AT_ONCE = 8
@@ -258,13 +258,9 @@ class ArtifactWriter:
             return
         mine = {"layout": self.layout.model_dump(mode="json"), **_without_locations(self.provenance)}
         theirs = {"layout": found.layout.model_dump(mode="json"), **_without_locations(found.provenance)}
-        different = [
-            f"{path}: {shortened(old)} there, {shortened(new)} now"
-            for path, (old, new) in differences(leaves(theirs), leaves(mine)).items()
-        ]
         raise NotAnArtifact(
             f"{self.location.url} already holds an artifact made from other settings "
-            f"({'; '.join(different[:4])}); choose another output, or remove it first"
+            f"({'; '.join(changes(theirs, mine)[:4])}); choose another output, or remove it first"
         )
 
 

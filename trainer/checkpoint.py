@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from console import local_path
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.trees import changes
 
 SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
 BEST = "best.pt"
@@ -93,18 +94,14 @@ class RunFolder:
             self._write_json(IDENTITY, identity)
             return
         found = self._read_json(IDENTITY)
-        differences = [
-            f"{name}: {_short(found.get(name))} there, {_short(identity.get(name))} now"
-            for name in sorted(found.keys() | identity.keys())
-            if found.get(name) != identity.get(name)
-        ]
-        if not differences:
+        different = changes(found, identity)
+        if not different:
             return
         changed = _CHANGED_THINGS.keys() & {name for name in identity if found.get(name) != identity[name]}
         what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
         problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
         raise ConfigError(
-            f"{self.path} {problem} ({'; '.join(differences)}); choose another RUN, "
+            f"{self.path} {problem} ({'; '.join(different)}); choose another RUN, "
             f"or use the same {what or 'settings'} to continue it"
         )
 
@@ -204,8 +201,3 @@ def step_of(path: Path) -> int:
     """Step of a checkpoint file; -1 for any other."""
     digits = path.stem.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
