@@ -62,6 +62,7 @@ def pretrain(train: Path, weights: Path, head_file: Path, seed: int) -> None:
     head = nn.Linear(EMBEDDING_DIM, 10)
     generator = torch.Generator().manual_seed(seed)
     nn.init.normal_(head.weight, std=EMBEDDING_DIM**-0.5, generator=generator)
+    nn.init.zeros_(head.bias)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=LEARNING_RATE)
     with Progress("pretrain", EPOCHS * len(pixels), "images") as progress:
         for _ in range(EPOCHS):
