@@ -67,12 +67,13 @@ def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> N
 def verify(artifact: str, mend: bool, as_json: bool) -> None:
     """Compare every file of ARTIFACT with what was committed.
 
-    Exit code 0: sound; 1: damaged; 2: not an artifact. --fix removes the sidecars of damaged shards, so that the
-    merge command that made ARTIFACT writes these shards again, and mends other damaged files.
+    Exit code 0: sound; 1: damaged, also where --fix took the damage back; 2: not an artifact. --fix removes the
+    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and mends
+    other damaged files.
 
     \b
     datamerge verify adv-2-255
-    datamerge verify adv-2-255 --fix && datamerge merge photos/ adv-2-255 …
+    datamerge verify adv-2-255 --fix; datamerge merge photos/ adv-2-255 …
     """
     location = Location(artifact)
     with ExitStack() as shown:
