@@ -7,9 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from adversarial import Head, load_head
+from adversarial import Head, load_head, pick_device
 from console import Progress, read_lines
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
@@ -199,9 +197,9 @@ def local_device(config: MergeConfig) -> str:
     Raises:
         ConfigError: a GPU is asked for, and there is none.
     """
-    if config.device == "cuda" and config.ray_address is None and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no GPU here; use --device cpu")
-    return "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if config.device == "cuda" and config.ray_address is not None:
+        return "cuda"  # of the cluster's nodes; this machine may have none
+    return pick_device(config.device).type
 
 
 def check_source(artifact: str, source: Source) -> None:
