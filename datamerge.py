@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from importlib.metadata import version
+from typing import NoReturn
 
 import click
 from click.shell_completion import CompletionItem
@@ -110,8 +111,21 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
         ctx.color = False
 
 
-def main() -> None:
-    """Entry point: errors raised on purpose become one line and an exit code (2: wrong request, 1: failure)."""
+def run() -> NoReturn:
+    """Entry point: `main`, and an end of the process that Ray cannot disturb."""
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules:
+            raise
+        code = end.code
+    from console.ray_process import end_process
+
+    end_process(code if isinstance(code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Errors raised on purpose become one line and SystemExit with an exit code (2: wrong request, 1: failure)."""
     # Imported here: `--help` must not wait for pydantic and zarr.
     try:
         # Outside standalone mode click returns the code of an Exit, and whatever a command returns.
@@ -148,4 +162,4 @@ def _report(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# Read when ray is imported: no usage reports, no hiding of GPUs from workers that ask for none.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from console.ray_process import ray_environment
+
+os.environ.update(ray_environment())
+# Read when ray is imported, too: no hiding of GPUs from workers that ask for none.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray

@@ -12,8 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Read when ray is imported: no usage reports.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from console.ray_process import ray_environment
+
+os.environ.update(ray_environment())
 
 import ray
 import ray.train

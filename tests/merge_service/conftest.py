@@ -117,7 +117,6 @@ def write_photos(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """The cluster; it starts once, because that takes a while."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     folder = tmp_path_factory.mktemp("bench")
     (folder / "faults").mkdir()
     with S3Server().running() as store:

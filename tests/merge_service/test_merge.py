@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -15,7 +16,7 @@ from merge_service import MergeConfig, merge
 from merge_service.merge import MergeResult, prepare, worker_setup
 from merge_service.work import ShardWorker
 from storage_schemas import ArtifactWriter, Location, open_artifact
-from tests.merge_service.conftest import tree
+from tests.merge_service.conftest import Bench, tree
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +74,13 @@ def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos:
         assert np.abs(record.members.astype(int) - record.clean.astype(int)).max() <= 2
         np.testing.assert_allclose(record.mean, record.members.mean(axis=0) / 255, atol=1e-7)
         np.testing.assert_allclose(record.variance, (record.members / 255).var(axis=0), atol=1e-9)
+
+
+def test_each_start_of_ray_does_not_leave_another_thread(bench: Bench) -> None:
+    """Native ones count, which Ray's metrics start: they outlive ray.shutdown()."""
+    counts = []
+    for _ in range(4):
+        ray.init(address=bench.address, logging_level="ERROR", log_to_driver=False)
+        ray.shutdown()
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+    assert counts[-1] <= counts[0] + 1, counts

@@ -1,0 +1,36 @@
+"""The end of a process that used Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# What a library's destructor may come to: exit() runs `abort`, and os._exit() does not.
+DESTRUCTOR = "import ctypes; libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
+COMMAND = """
+import atexit, sys, datamerge
+atexit.register(print, "a handler of Python's")
+sys.argv = ["datamerge", *sys.argv[1:]]
+datamerge.run()
+"""
+
+
+def _run(code: str, *arguments: str, **options: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], stderr=-1, text=True, **{"stdout": -1, **options})
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["inspect", "/missing"], 2), (["merg"], 2)])
+def test_native_destructors_do_not_run_after_ray(arguments: list[str], code: int) -> None:
+    without = _run(DESTRUCTOR + COMMAND, *arguments)
+    assert without.returncode == -6  # so they do where Ray is not
+    done = _run(DESTRUCTOR + "import ray\n" + COMMAND, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (code, without.stdout, without.stderr)
+    assert done.stdout.endswith("a handler of Python's\n")
+
+
+def test_what_cannot_be_printed_is_a_failure() -> None:
+    with Path("/dev/full").open("w") as full:
+        assert _run("import ray\n" + COMMAND, "--version", stdout=full.fileno()).returncode == 1
