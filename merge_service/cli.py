@@ -47,7 +47,7 @@ from storage_schemas import ConfigError, UserError
 @click.option("--groups-per-shard", type=int, help="Unit of work and retry (256).")
 @click.option("--keep-members/--no-keep-members", default=None, help="Store the members too.")
 @click.option("--factors", type=int, help="Factors K of each group's covariance to store too; see --factor-kind.")
-@click.option("--factor-kind", help="sketch (default), or principal.")
+@click.option("--factor-kind", help="sketch (default; as principal where it has k >= N - 1), or principal.")
 @click.option("--keep-clean/--no-keep-clean", default=None, help="Store the clean image too.")
 @click.option("--shape", metavar="CxHxW", help="Pixels where no encoder says; the first image's by default.")
 @click.option("--resize/--no-resize", default=None, help="Resize and crop (default), or reject other sizes.")

@@ -57,7 +57,9 @@ class MergeConfig(Settings):
     factors: PositiveInt | None = Field(
         None, description="Factors k of each group's covariance to store besides its variance; none by default."
     )
-    factor_kind: FactorKind = Field("sketch", description="Random sketches of the members, or principal directions.")
+    factor_kind: FactorKind = Field(
+        "sketch", description="Random sketches of the members, or principal directions (also with k ≥ N − 1)."
+    )
     shape: str | None = Field(None, description="Pixels CxHxW where no encoder says; the first image's by default.")
     resize: bool = Field(True, description="Resize and crop images of other sizes; else they are rejected.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")

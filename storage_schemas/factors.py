@@ -9,6 +9,9 @@ correlated between pixels, and the diagonal variance keeps nothing of that. k im
     sketch       1/√(kN) Σ_i ξ_ji (x_i − x̄),  ξ_ji ∈ {−1, +1}        C in expectation over the signs ξ
     principal    √λ_j v_j, the k largest eigenpairs of C             best of rank k (Eckart and Young 1936)
 
+With k ≥ N − 1 the principal directions are C, and a sketch is not: of a pair, it is nothing whenever both signs
+agree. So a sketch of so many factors is the principal directions.
+
 Stored as integers q_j = round(255·√k·F_j), so that F_j = q_j / (255·√k) whatever the kind: the unit is a grey level
 for k = 1, and rounding does not weigh more when the covariance is spread over more factors.
 
@@ -37,13 +40,13 @@ def factors(members: Members, count: int, kind: FactorKind, generator: np.random
 
     Args:
         members: 8-bit images [N, C, H, W].
-        count: k; for `principal` those beyond N − 1 are zeros.
-        kind: see the module's table.
+        count: k; those beyond N − 1 are zeros.
+        kind: see the module's table; `sketch` with k ≥ N − 1 gives what `principal` does.
         generator: source of the signs of a sketch.
     """
     total = members.astype(np.int64)
     centred = len(members) * total - total.sum(axis=0)  # N(x_i − x̄), exact
-    if kind == "sketch":
+    if kind == "sketch" and count < len(members) - 1:
         return _sketch(centred, count, generator)
     return _principal(centred, count)
 

@@ -52,6 +52,20 @@ def test_all_principal_directions_give_the_covariance() -> None:
     assert np.abs(found - expected).max() < 4 * 120 / 255 * (0.5 / 255) / math.sqrt(4)
 
 
+@pytest.mark.parametrize(("number", "count"), [(2, 1), (3, 2), (3, 4)])
+def test_sketches_of_as_many_factors_as_there_are_directions_are_exact(number: int, count: int) -> None:
+    members = _members(number)
+    found, expected = _outer(factors(members, count, "sketch", np.random.default_rng(0))), _covariance(members)
+    assert np.abs(found - expected).max() < count * 120 / 255 * (0.5 / 255) / math.sqrt(count)
+
+
+def test_a_pair_is_its_mean_plus_and_minus_one_factor() -> None:
+    members = _members(2)
+    mean, deviation = members.mean(axis=0), factors(members, 1, "sketch", np.random.default_rng(0))[0]
+    first = min((mean + deviation, mean - deviation), key=lambda image: float(np.abs(image - members[0]).max()))
+    assert np.abs(first - members[0]).max() <= 0.5
+
+
 def test_one_principal_direction_is_the_largest_eigenpair() -> None:
     members = _members(8)
     values, vectors = np.linalg.eigh(_covariance(members))
