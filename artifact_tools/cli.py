@@ -61,7 +61,13 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
 @click.argument("target")
 @click.option("--members", type=click.IntRange(min=1), help="The first N members of each group; all by default.")
 @click.option("--factors", type=click.IntRange(min=1), help="Factors K of each group's covariance to store.")
-@click.option("--factor-kind", type=click.Choice(get_args(FactorKind)), default="sketch", show_default=True)
+@click.option(
+    "--factor-kind",
+    type=click.Choice(get_args(FactorKind)),
+    default="sketch",
+    show_default=True,
+    help="Random, or principal directions (also where K >= N - 1).",
+)
 @click.option("--keep-members/--drop-members", default=True, show_default=True, help="Store the members again.")
 @JSON
 def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> None:
