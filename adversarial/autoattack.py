@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from adversarial.apgd import APGD, apgd
+from adversarial.arithmetic import arithmetic
 from adversarial.ball import Precision, sample_generators
 from adversarial.euclidean import Norm
 from adversarial.objectives import Objective, cross_entropy
@@ -85,7 +86,7 @@ def auto_attack(
     """
     if settings.on_grid:
         raise ValueError("auto_attack counts every iterate, which are not all on the grid")
-    with torch.no_grad():
+    with torch.no_grad(), arithmetic(clean.device, tf32=precision == "tf32"):
         logits = model(clean)
     right = torch.eq(logits.argmax(dim=1), labels)
     robust, pixels = right.clone(), clean.clone()

@@ -17,7 +17,7 @@ from evaluation.metrics import check_finite
 from evaluation.results import ArmResult, mean_score
 from evaluation.runs import read_run
 from evaluation.study import Measured, Study, open_sample, run_study
-from evaluation.subjects import Subject, load_subjects, threads
+from evaluation.subjects import Subject, load_subjects, numerics
 from sources import Sample
 from storage_schemas import ConfigError
 
@@ -65,7 +65,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> list[ArmResult]:
             columns[text] = weakest.tolist()
         return columns
 
-    with threads(config.threads):
+    with numerics(config.threads, device):
         studies = run_study(config, PART, subjects, own, source, measure)
     return [_result(config, subject, study) for subject, study in zip(subjects, studies, strict=True)]
 

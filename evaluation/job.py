@@ -19,7 +19,7 @@ from evaluation.labels import make_heads
 from evaluation.metrics import Tally, correct, embedding_losses
 from evaluation.results import Evaluation, RejectedImage
 from evaluation.runs import read_run
-from evaluation.subjects import Subject, add_heads, load_subjects, threads
+from evaluation.subjects import Subject, add_heads, load_subjects, numerics
 from evaluation.uncertainty import mean_and_error, rate_and_error
 from sources import Source, open_source
 from storage_schemas import DatamergeError
@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     heads = make_heads(config.head, config.class_names, [subject.encoder for subject in subjects])
     add_heads(subjects, heads, source, str(config.head))
     tallies = [Tally() for _ in subjects]
-    with threads(config.threads):
+    with numerics(config.threads, device):
         rejected = _measure(config, subjects, tallies, source, settings, device)
     return [
         _result(config, settings, subject, tally, source, rejected)

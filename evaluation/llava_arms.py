@@ -19,7 +19,7 @@ from evaluation.llava_images import read_image
 from evaluation.llava_study import ArmStudy, Case, Item, Task
 from evaluation.results import ArmResult, Score, mean_score
 from evaluation.runs import warn
-from evaluation.subjects import threads
+from evaluation.subjects import numerics
 from storage_schemas import ConfigError
 
 # Bytes per parameter, and a rough allowance for the activations of one image.
@@ -58,7 +58,7 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
         study.claim(shared)
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)
     results = []
-    with threads(config.threads), Progress(task.part, passes * len(studies), "passes") as progress:
+    with numerics(config.threads, device), Progress(task.part, passes * len(studies), "passes") as progress:
         for study in studies:
             cases = study.measure(progress)
             results.append(_result(config, task, study, cases, title, warnings))

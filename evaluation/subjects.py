@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import click
 import torch
 
-from adversarial import Encoder, Head, load_encoder
+from adversarial import Encoder, Head, arithmetic, load_encoder
 from console import quiet
 from evaluation.labels import OUTPUTS, match_labels
 from evaluation.runs import Run, warn
@@ -121,12 +121,18 @@ def add_heads(subjects: Sequence[Subject], heads: Sequence[Head] | None, source:
 
 
 @contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads; a caller from Python gets its own number back."""
+def numerics(threads: int | None, device: torch.device) -> Iterator[None]:
+    """What all passes of an evaluation compute with; a caller from Python gets its own settings back.
+
+    Args:
+        threads: of the CPU; as many as torch has now if None.
+        device: where the encoders are.
+    """
     before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
-        yield
+        with arithmetic(device):
+            yield
     finally:
         torch.set_num_threads(before)

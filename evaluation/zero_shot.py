@@ -25,7 +25,7 @@ from evaluation.results import ArmResult, Score, rate_score
 from evaluation.runs import read_run, warn
 from evaluation.store import write_result
 from evaluation.study import Measured, Study, open_sample, run_study
-from evaluation.subjects import Subject, add_heads, load_subjects, threads
+from evaluation.subjects import Subject, add_heads, load_subjects, numerics
 from sources import Sample, Source
 from storage_schemas import ConfigError, Location, shortened
 from storage_schemas.artifact import parse_head
@@ -60,7 +60,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> list[ArmResult]:
     def measure(subject: Subject, pixels: Tensor, samples: Sequence[Sample]) -> Measured:
         return _measure(config, subject, pixels, samples, check=samples[0].key in first)
 
-    with threads(config.threads):
+    with numerics(config.threads, device):
         studies = run_study(config, PART, subjects, own, source, measure, attack=config.attack)
     return [
         _result(config, subject, spec, study, list(attacks), source)

@@ -18,8 +18,9 @@ datamerge.run()
 """
 
 
-def _run(code: str, *arguments: str, **options: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], stderr=-1, text=True, **{"stdout": -1, **options})
+def _run(code: str, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["inspect", "/missing"], 2), (["merg"], 2)])

@@ -80,7 +80,7 @@ def test_each_start_of_ray_does_not_leave_another_thread(bench: Bench) -> None:
     """Native ones count, which Ray's metrics start: they outlive ray.shutdown()."""
     counts = []
     for _ in range(4):
-        ray.init(address=bench.address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address=bench.address, logging_level=40, log_to_driver=False)
         ray.shutdown()
         counts.append(len(list(Path("/proc/self/task").iterdir())))
     assert counts[-1] <= counts[0] + 1, counts

@@ -1,0 +1,51 @@
+"""What float32 means in evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation import EvaluateConfig, evaluate
+from evaluation.config import EmbeddingConfig, ZeroShotConfig
+from evaluation.embedding import evaluate_embedding
+from evaluation.zero_shot import evaluate_zero_shot
+from tests.adversarial.recorder import SPEC, recording
+
+KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "everything": lambda values: evaluate(
+        EvaluateConfig.model_validate({k: values[k] for k in values if k != "output"})
+    ),
+    "embedding": lambda values: evaluate_embedding(
+        EmbeddingConfig.model_validate({k: values[k] for k in values if k != "head"})
+    ),
+    "zero-shot": lambda values: evaluate_zero_shot(ZeroShotConfig.model_validate(values)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clean_passes_and_attacks_compute_alike(
+    make_run: Callable[..., str], make_head: Callable[..., str], tmp_path: Path, kind: str
+) -> None:
+    """Or accuracies clean and under attack would be of two encoders that differ in the third digit."""
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        path = tmp_path / f"photos/{index % 2}/{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 4), np.uint8)).save(path)
+    head = make_head(rng.normal(size=(2, 6)).tolist(), ("0", "1"))
+    values = {
+        "runs": [make_run(SPEC, SPEC)],
+        "data": str(tmp_path / "photos"),
+        "output": str(tmp_path / "out"),
+        "steps": 2,
+    }
+    with recording() as notes:
+        KINDS[kind]({**values, "head": head})
+    _, *measured = notes  # the first finds out how wide the embedding is, when the encoder is loaded
+    assert {note.backward for note in measured} == {False, True}
+    assert all(note.deterministic and note.products == "highest" and not note.tf32 for note in measured)
