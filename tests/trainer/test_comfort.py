@@ -63,6 +63,16 @@ def test_presets_are_the_published_settings(name: str, expected: dict[str, Any])
     assert (config.learning_rate, config.weight_decay) == (1e-5, 1e-4)
 
 
+def test_pairs_have_the_papers_settings_but_for_the_arm() -> None:
+    of = {
+        name: load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, read_preset(name))
+        for name in ("paper", "pair")
+    }
+    changed = {key for key, value in of["pair"] if value != getattr(of["paper"], key)}
+    assert (of["pair"].arm, of["pair"].deviation) == ("factors", 1.25)
+    assert changed <= {"arm", "deviation", "estimator"}
+
+
 def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(attack={"epsilon": "4/255"})
     with pytest.raises(ConfigError, match="epsilon: expected an artifact attacked within 2/255, found 4/255"):
