@@ -137,7 +137,7 @@ def test_the_paper_preset_is_the_papers_table() -> None:
     assert (config.steps, config.warmup_steps) == (5000, 350)
     assert (config.arm, config.loss, config.loss_scale) == ("avg", "squared_error", 1.0)
     with pytest.raises(
-        ConfigError, match="expected one of factors, fare2, fare4, paper, refined, tecoa, found 'papre'"
+        ConfigError, match="expected one of factors, fare2, fare4, pair, paper, refined, tecoa, found 'papre'"
     ):
         read_preset("papre")
 
