@@ -125,6 +125,7 @@ def merge(config: MergeConfig) -> MergeResult:
 def run(prepared: Prepared) -> MergeResult:
     """Carry out a prepared merge."""
     config, plan = prepared.config, prepared.plan
+    device = local_device(config)  # refused before anything is written
     writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
     try:
         writer.begin(prepared.files)
@@ -139,13 +140,13 @@ def run(prepared: Prepared) -> MergeResult:
     rejects: list[Reject] = []
     attack_seconds = 0.0
     if shards:
-        rejects, attack_seconds = _run_stage(prepared, writer, shards, earlier)
+        rejects, attack_seconds = _run_stage(prepared, writer, shards, earlier, device)
     manifest = finish(writer, lambda manifest: _check_usable(manifest, writer.location.url))
     return MergeResult(manifest, len(shards), tuple(rejects), time.monotonic() - started, attack_seconds)
 
 
 def _run_stage(
-    prepared: Prepared, writer: ArtifactWriter, shards: Sequence[int], earlier: int
+    prepared: Prepared, writer: ArtifactWriter, shards: Sequence[int], earlier: int, device: str
 ) -> tuple[list[Reject], float]:
     """Do the shards; returns rejects and the seconds of the attack."""
     config, plan = prepared.config, prepared.plan
@@ -155,7 +156,7 @@ def _run_stage(
     left = sum(len(plan.groups_of(shard)) for shard in shards)
     try:
         ray_stage.start(config)
-        setup = worker_setup(prepared, writer, ray_stage.device(config, local_device(config)))
+        setup = worker_setup(prepared, writer, ray_stage.device(config, device))
         done = plan.layout.groups - left
         with sigterm_raises(), Progress("merge", plan.layout.groups, "groups", done) as progress:
             for result in ray_stage.run_shards(plan, shards, setup):

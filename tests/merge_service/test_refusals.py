@@ -32,6 +32,15 @@ def test_flags_that_do_not_go_together(flags: list[str], expected: str) -> None:
         CliRunner().invoke(command, ["x", "a", "--grouping", "label", *flags], catch_exceptions=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_leaves_no_artifact_behind(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    arguments = [str(tmp_path / "x.npz"), str(tmp_path / "a"), "--encoder", "mlp:3x8x8-4", "--device", "cuda"]
+    with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert not (tmp_path / "a").exists()
+
+
 def test_the_outcome_of_a_job_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("merge 3/3\n", '{"artifact": "a"}\n', "12\n"):
         _show(line)
