@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PACKAGES := datamerge.py storage_schemas console sources adversarial merge_service trainer evaluation artifact_tools \
-	demo benchmarks docs experiments tests
+PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs experiments tests
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 

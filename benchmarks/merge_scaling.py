@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
 from merge_service import MergeConfig, ray_stage
 from merge_service.merge import Prepared, prepare, worker_setup
 from merge_service.planning import ShardTask
-from merge_service.work import ShardResult, ShardWorker
+from merge_service.worker import ShardResult, ShardWorker
 from storage_schemas import ArtifactWriter, Location
 
 OVERHEAD_SHAPE = (1, 2, 2)

@@ -19,7 +19,8 @@ import click
 import torch
 from torch import Tensor, nn
 
-from adversarial import PGD, Precision, attack, cross_entropy, load_encoder, sample_generators
+from datamerge.attacks import PGD, Precision, attack, cross_entropy, sample_generators
+from datamerge.encoders import load_encoder
 
 EPSILON, STEP_SIZE = Fraction(2, 255), Fraction(1, 255)
 

@@ -26,14 +26,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from adversarial import load_encoder
 from benchmarks.merge_scaling import MEMORY, make_photos, make_prepared, make_writer, measure_overhead
 from benchmarks.report import Bar, Curve, Findings, Table
+from datamerge.encoders import load_encoder
 from experiments.paper.cost import ClipEncoder, Gpu, attack
 from experiments.paper.run import HERE
 from experiments.paper.settings import read_study
 from merge_service.merge import worker_setup
-from merge_service.work import ShardWorker
+from merge_service.worker import ShardWorker
 
 Floats = npt.NDArray[np.float64]
 # The H100 that experiments.paper.run counts with.

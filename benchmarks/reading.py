@@ -27,7 +27,7 @@ import numpy.typing as npt
 import webdataset
 import zarr
 
-from sources import decode, open_source
+from datamerge.sources import decode, open_source
 from storage_schemas import (
     Artifact,
     ArtifactWriter,
@@ -37,8 +37,8 @@ from storage_schemas import (
     Record,
     open_artifact,
 )
-from storage_schemas.manifest import Manifest, ShardEntry, dump
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.manifest import Manifest, ShardEntry, dump
+from storage_schemas.schema.record import encode_exact
 
 SHAPE, MEMBERS = (3, 224, 224), 10
 

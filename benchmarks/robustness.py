@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversarial import APGD, Norm, apgd, auto_attack, load_encoder, load_head, sample_generators
-from adversarial.torchvision_ops import make_torchvision_importable
-from sources import decode, open_source
+from datamerge.attacks import APGD, Norm, apgd, auto_attack, sample_generators
+from datamerge.encoders import load_encoder, load_head
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.sources import decode, open_source
 
 
 @click.group()
@@ -121,9 +122,9 @@ def _row(epsilon: str, found: dict[str, Tensor]) -> str:
 @click.option("--device", default="cpu", show_default=True)
 def step(llava: str, steps: int, repeats: int, threads: int, device: str) -> None:
     """APGD on LLaVA's answer over the same number of bare forward and input-only backward passes."""
-    from evaluation.llava import Llava
-    from evaluation.llava_attack import AnswerLoss, identity
-    from evaluation.towers import OWN, read_tower_run
+    from datamerge.evaluation.llava.attack import AnswerLoss, identity
+    from datamerge.evaluation.llava.model import Llava
+    from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ import click
 
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
-from storage_schemas.summary import summarise
+from storage_schemas.card.summary import summarise
 
 
 @click.command()

@@ -33,20 +33,20 @@ import click
 import numpy as np
 import torch
 
-from adversarial import load_encoder
 from benchmarks.report import commit
+from datamerge.encoders import load_encoder
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
-from storage_schemas.factors import factor_spec, stored_factors
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.factors import factor_spec, stored_factors
+from storage_schemas.schema.record import encode_exact
 from trainer import Draws, SquaredError, TrainConfig, gauss_newton
-from trainer.checkpoint import RunFolder
-from trainer.distributed import Processes
-from trainer.job import Job, make_job
-from trainer.loop import run_job
-from trainer.order import WHOLE
-from trainer.order import Layout as Cut
-from trainer.stream import Batch
-from trainer.update import Optimisation
+from trainer.data.order import WHOLE
+from trainer.data.order import Layout as Cut
+from trainer.data.stream import Batch
+from trainer.run.checkpoint import RunFolder
+from trainer.run.distributed import Processes
+from trainer.run.job import Job, make_job
+from trainer.run.loop import run_job
+from trainer.run.update import Optimisation
 
 ARMS: dict[str, dict[str, Any]] = {
     "gauss_newton": {},

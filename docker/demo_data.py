@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 
-from demo import digits
+from datamerge.demo import digits
 
 SEED = 0
 

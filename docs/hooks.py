@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def commands() -> str:
     """Reference of the whole command line, as Markdown."""
-    from datamerge import cli
+    from datamerge.cli import cli
 
     return "\n".join(_command(cli, click.Context(cli, info_name="datamerge", max_content_width=WIDTH), 2))
 

@@ -23,15 +23,15 @@ from typing import Any
 import click
 import torch
 
-from adversarial import PGD
-from evaluation import EvaluateConfig, evaluate
+from datamerge.attacks import PGD
+from datamerge.evaluation import EvaluateConfig, evaluate
 from experiments.arms_report import report
 from experiments.facts import array_bytes, commit
 from experiments.online_fare import train_online
 from merge_service import MergeConfig, merge
 from storage_schemas import Location, open_artifact
-from storage_schemas.combine import plan_combination
-from storage_schemas.remerge import Remerge, remerge
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.operations.remerge import Remerge, remerge
 from trainer import RunSummary, TrainConfig, train
 
 BASELINE = "w/o AT"

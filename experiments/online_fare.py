@@ -20,18 +20,19 @@ import click
 import numpy as np
 import torch
 
-from adversarial import PGD, Encoder, attack, load_encoder, sample_generators, squared_error
-from console import load_settings
-from sources import BadImage, Sample, Source, decode, open_source
+from datamerge.attacks import PGD, attack, sample_generators, squared_error
+from datamerge.encoders import Encoder, load_encoder
+from datamerge.runtime import load_settings
+from datamerge.sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
 from trainer import RunSummary, SquaredError, Stopped, TrainConfig
-from trainer.checkpoint import RunFolder
 from trainer.config import parse_override
-from trainer.distributed import processes
-from trainer.job import Job, Origin, choose_device, free_of_place, length, ready, warn_of_start
-from trainer.loop import run_job
-from trainer.order import Layout, Order
-from trainer.stream import Batch
+from trainer.data.order import Layout, Order
+from trainer.data.stream import Batch
+from trainer.run.checkpoint import RunFolder
+from trainer.run.distributed import processes
+from trainer.run.job import Job, Origin, choose_device, free_of_place, length, ready, warn_of_start
+from trainer.run.loop import run_job
 
 # Samples are permuted in blocks of this many, as groups are in shards.
 BLOCK = 1024

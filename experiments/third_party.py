@@ -20,10 +20,10 @@ import torch
 import torchattacks
 from torch import Tensor, nn
 
-from adversarial import load_encoder, load_head
-from evaluation.runs import read_run
+from datamerge.encoders import load_encoder, load_head
+from datamerge.evaluation.runs import read_run
+from datamerge.sources import decode, open_source
 from experiments.arms import BASELINE, Study
-from sources import decode, open_source
 
 
 @click.command()

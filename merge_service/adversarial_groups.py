@@ -11,24 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adversarial import (
+from datamerge.attacks import (
     OBJECTIVES,
     Attacked,
-    Encoder,
-    Head,
     NonFiniteGradient,
     Precision,
     arithmetic,
     run_attack,
     sample_generators,
 )
+from datamerge.encoders import Encoder, Head
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
 from storage_schemas import ExactMoments, Layout, Record, Reject, two_pass_moments
-from storage_schemas.factors import stored_factors
-from storage_schemas.moments import LEVELS
-from storage_schemas.record import Array, encode_exact
+from storage_schemas.schema.factors import stored_factors
+from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.record import Array, encode_exact
 
 Batch = Sequence[tuple[Group, Pixels]]
 

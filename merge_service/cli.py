@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.filesize import decimal as human_bytes
 
-from console import load_settings
+from datamerge.runtime import load_settings
 from merge_service.config import MergeConfig
 from merge_service.merge import MergeResult, Prepared, prepare, run
 from merge_service.termination import Terminated

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from adversarial import Encoder
+from datamerge.encoders import Encoder
+from datamerge.sources import Sample
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import READ_AT_ONCE, embed
-from sources import Sample
 from storage_schemas import read_json
 
 FILE = "clusters.json"

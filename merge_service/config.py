@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from adversarial import APGD, PGD, ObjectiveName
-from console import Fraction, Settings
-from storage_schemas.factors import FactorKind
-from storage_schemas.manifest import EncodingName, Format
+from datamerge.attacks import APGD, PGD, ObjectiveName
+from datamerge.runtime import Fraction, Settings
+from storage_schemas.schema.factors import FactorKind
+from storage_schemas.schema.manifest import EncodingName, Format
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Grouping = Literal["adversarial", "label", "cluster", "column"]

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
 from merge_service.planning import ShardTask
-from merge_service.work import ShardWorker
+from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location
 
 MEASURE_SECONDS = 3.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datamerge.sources import Sample, Source
+from datamerge.sources.sample import make_keys
 from merge_service.config import MergeConfig
-from sources import Sample, Source
-from sources.sample import make_keys
 from storage_schemas import ConfigError
 
 

@@ -7,19 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adversarial import Head, load_head, pick_device
-from console import Progress, read_lines
+from datamerge.encoders import Head, load_head, pick_device
+from datamerge.runtime import Progress, read_lines
+from datamerge.sources import LISTING, Source, open_source
+from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
+from merge_service.encoder_spec import ResolvedEncoder, resolve
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_shape
 from merge_service.retry import explain, is_hopeless
-from merge_service.rounds import ResolvedEncoder, resolve
 from merge_service.termination import sigterm_raises
-from merge_service.work import WorkerSetup
 from merge_service.work_queue import SetAside
-from sources import LISTING, Source, open_source
-from sources.sample import fingerprint
+from merge_service.worker import WorkerSetup
 from storage_schemas import (
     ArtifactWriter,
     ConfigError,
@@ -29,8 +29,8 @@ from storage_schemas import (
     Reject,
     SourceError,
 )
-from storage_schemas.manifest import HEAD, MANIFEST, parse
-from storage_schemas.presentation import finish
+from storage_schemas.card.finish import finish
+from storage_schemas.schema.manifest import HEAD, MANIFEST, parse
 
 MIN_REJECTED = 10
 

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from adversarial import PGD, Encoder, Head, weights_sha256
+from datamerge.attacks import PGD
+from datamerge.encoders import Encoder, Head, weights_sha256
+from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from merge_service.config import MergeConfig
+from merge_service.encoder_spec import ResolvedEncoder
 from merge_service.grouping import Group, assignment_sha256, make_groups
-from merge_service.rounds import ResolvedEncoder
 from merge_service.work_queue import Piece
-from sources import BadImage, Sample, Source, decode, native_shape
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
-from storage_schemas.derive import moment_specs, pixel_spread
-from storage_schemas.factors import factor_spec
+from storage_schemas.operations.shards import moment_specs, pixel_spread
+from storage_schemas.schema.factors import factor_spec
 
 # Bytes depend on these: decoding, resizing and arithmetic.
 VERSIONED = ("datamerge", "numpy", "pillow", "torch")

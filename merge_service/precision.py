@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adversarial import OBJECTIVES, gradient_sign
+from datamerge.attacks import OBJECTIVES, gradient_sign
 from merge_service.adversarial_groups import Attacker, Batch
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from console.ray_process import ray_environment
+from datamerge.runtime.ray import ray_environment
 
 os.environ.update(ray_environment())
 # Read when ray is imported, too: no hiding of GPUs from workers that ask for none.
@@ -18,14 +18,14 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from console.addresses import check_cluster_address
+from datamerge.runtime.addresses import check_cluster_address
+from datamerge.sources import Sample
 from merge_service.config import MergeConfig
 from merge_service.planning import Items, Plan
 from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
 from merge_service.sample_groups import Partial
-from merge_service.work import ShardResult, ShardWorker, WorkerSetup
 from merge_service.work_queue import Piece, SetAside, WorkQueue
-from sources import Sample
+from merge_service.worker import ShardResult, ShardWorker, WorkerSetup
 from storage_schemas import ConfigError, DatamergeError
 
 # Failures after which a shard is set aside, or a worker that never starts ends the job.

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
 from merge_service.retry import first_line, retrying
-from sources import BadImage, RawImage, Reader, Sample, decode
 
 Pixels = npt.NDArray[np.uint8]
 

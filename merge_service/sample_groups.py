@@ -15,14 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from adversarial import Encoder, arithmetic, is_out_of_memory
+from datamerge.attacks import arithmetic
+from datamerge.encoders import Encoder
+from datamerge.runtime.memory import is_out_of_memory
+from datamerge.sources import Sample
 from merge_service.config import MergeConfig
 from merge_service.planning import ShardTask
 from merge_service.reading import PixelReader, Pixels
-from sources import Sample
 from storage_schemas import DatamergeError, ExactMoments, Layout, Record, Reject
-from storage_schemas.moments import LEVELS
-from storage_schemas.record import Array, encode_exact
+from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.record import Array, encode_exact
 
 # Pixels in memory at a time, besides the sums.
 READ_AT_ONCE = 256

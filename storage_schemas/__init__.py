@@ -3,8 +3,9 @@
 Imports neither torch nor Ray. FORMAT.md beside this file is the specification.
 """
 
+from storage_schemas.access.cache import Cache
+from storage_schemas.access.location import Location, redact
 from storage_schemas.artifact import Artifact, open_artifact
-from storage_schemas.cache import Cache
 from storage_schemas.errors import (
     ConfigError,
     CorruptShard,
@@ -16,11 +17,10 @@ from storage_schemas.errors import (
     UserError,
     shortened,
 )
-from storage_schemas.location import Location, redact
-from storage_schemas.manifest import ArraySpec, Commit, Layout, Manifest, Reject
-from storage_schemas.moments import ExactMoments, two_pass_moments
-from storage_schemas.plain_json import read_json
-from storage_schemas.record import Record
+from storage_schemas.schema.manifest import ArraySpec, Commit, Layout, Manifest, Reject
+from storage_schemas.schema.moments import ExactMoments, two_pass_moments
+from storage_schemas.schema.plain_json import read_json
+from storage_schemas.schema.record import Record
 from storage_schemas.writer import ArtifactWriter
 
 __all__ = [

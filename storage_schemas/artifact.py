@@ -14,16 +14,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from storage_schemas.cache import Cache, CachedLocation
+from storage_schemas.access.cache import Cache, CachedLocation
+from storage_schemas.access.location import Location
+from storage_schemas.access.ranges import damage
 from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
-from storage_schemas.files import damage
-from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
-from storage_schemas.plain_json import read_json
-from storage_schemas.record import Array, Record, crc32c
-from storage_schemas.webdataset_store import WebDatasetReader
+from storage_schemas.schema.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
+from storage_schemas.schema.plain_json import read_json
+from storage_schemas.schema.record import Array, Record, crc32c
+from storage_schemas.stores.webdataset import WebDatasetReader
+from storage_schemas.stores.zarr import ZarrReader
 from storage_schemas.writer import commit_path
-from storage_schemas.zarr_store import ZarrReader
 
 CACHED_COMMITS = 64
 

@@ -15,12 +15,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from storage_schemas.access.location import Location
+from storage_schemas.access.ranges import damage
+from storage_schemas.access.threads import in_threads
 from storage_schemas.artifact import make_reader, read_arrays
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
-from storage_schemas.files import damage
-from storage_schemas.location import Location
-from storage_schemas.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
-from storage_schemas.threads import in_threads
+from storage_schemas.schema.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
 from storage_schemas.writer import commit_path, plan_sha256, shard_entry, shard_of_sidecar, store
 
 THREADS = 4

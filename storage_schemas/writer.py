@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas import webdataset_store, zarr_store
+from storage_schemas.access.location import Location, redact, redact_tree
+from storage_schemas.access.threads import in_threads
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
-from storage_schemas.location import Location, redact, redact_tree
-from storage_schemas.manifest import (
+from storage_schemas.schema.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     UNSEALED,
@@ -36,9 +36,10 @@ from storage_schemas.manifest import (
     dump,
     parse,
 )
-from storage_schemas.record import Record, checksums
-from storage_schemas.threads import in_threads
-from storage_schemas.trees import LOCATIONS, changes
+from storage_schemas.schema.provenance import LOCATIONS, changes
+from storage_schemas.schema.record import Record, checksums
+from storage_schemas.stores import webdataset as webdataset_store
+from storage_schemas.stores import zarr as zarr_store
 
 # Small files: what a read takes is the way to the store and back.
 SIDECARS_AT_ONCE = 8

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from console.ray_process import leave, ray_environment
+from datamerge.runtime.ray import leave, ray_environment
 
 _status: list[int] = []
 

@@ -3,9 +3,8 @@
 `train(TrainConfig(...))` does what `datamerge train` does; README.md beside this file says what lives where.
 """
 
-from trainer.checkpoint import RunSummary
 from trainer.config import TrainConfig
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.estimators import (
     Estimator,
     GroupLoss,
@@ -17,9 +16,10 @@ from trainer.estimators import (
     mean_only,
     sampled,
 )
-from trainer.loop import train
 from trainer.losses import CrossEntropy, Loss, SquaredError
-from trainer.signals import Stopped
+from trainer.run.checkpoint import RunSummary
+from trainer.run.loop import train
+from trainer.run.signals import Stopped
 
 __all__ = [
     "CrossEntropy",

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from console import load_settings
+from datamerge.runtime import load_settings
 from trainer.config import (
     Arm,
     EstimatorName,
@@ -18,8 +18,8 @@ from trainer.config import (
     preset_names,
     read_preset,
 )
-from trainer.loop import train as run_training
-from trainer.signals import Stopped
+from trainer.run.loop import train as run_training
+from trainer.run.signals import Stopped
 
 
 @click.command()
@@ -95,7 +95,7 @@ def train(
         if ray_workers is None and ray_address is None:
             summary = run_training(config)
         else:
-            from trainer.ray_launch import train_on_ray  # takes a second, and needs the extra `ray`
+            from trainer.run.ray_launch import train_on_ray  # takes a second, and needs the extra `ray`
 
             summary = train_on_ray(config, ray_workers or 1, ray_address)
     except Stopped as stopped:

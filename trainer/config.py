@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from console import Fraction, Settings
+from datamerge.runtime import Fraction, Settings
 from storage_schemas import ConfigError, shortened
 from trainer.estimators import ALONG_FACTORS, COMPILABLE
 

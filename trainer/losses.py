@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 
 
 class Loss(Protocol):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from adversarial import Head, load_encoder, save_encoder
-from console import Progress
-from sources import decode, open_source
+from datamerge.encoders import Head, load_encoder, save_encoder
+from datamerge.runtime import Progress
+from datamerge.sources import decode, open_source
 from storage_schemas import Location
 
 SPEC = "python:experiments.cifar10.encoder:cifar_encoder"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from datamerge.sources import decode, open_source
 from experiments.arms import Prepared
 from experiments.cifar10.encoder import SHAPE, SPEC, pretrain
-from sources import decode, open_source
 
 TEST_IMAGES = 500
 

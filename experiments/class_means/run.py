@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from adversarial import load_encoder, save_encoder
-from evaluation import EvaluateConfig, evaluate
+from datamerge.encoders import load_encoder, save_encoder
+from datamerge.evaluation import EvaluateConfig, evaluate
+from datamerge.sources import decode, native_shape, open_source
 from experiments.facts import commit
 from merge_service import MergeConfig, merge
-from sources import decode, native_shape, open_source
 from storage_schemas import open_artifact
 from trainer import TrainConfig, train
 from trainer.config import Arm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from demo import digits
+from datamerge.demo import digits
 from experiments.arms import Prepared
 
 

@@ -26,19 +26,19 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from adversarial import pick_device
-from console import load_settings
-from evaluation.captions import evaluate_captions
-from evaluation.llava_arms import check_memory
-from evaluation.llava_config import CaptionsConfig, VqaConfig
-from evaluation.results import ArmResult
-from evaluation.tables import RESULTS, write_reports
-from evaluation.vqa import evaluate_vqa
+from datamerge.encoders import pick_device
+from datamerge.evaluation.llava.arms import check_memory
+from datamerge.evaluation.llava.captions import evaluate_captions
+from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.vqa import evaluate_vqa
+from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.tables import RESULTS, write_reports
+from datamerge.runtime import load_settings
+from datamerge.sources import open_source
 from experiments.paper.settings import BASELINE, COLUMNS, MEMBERS, Data, Study
 from merge_service import MergeConfig, merge
-from sources import open_source
 from storage_schemas import ConfigError, Location, open_artifact
-from storage_schemas.remerge import Remerge, remerge
+from storage_schemas.operations.remerge import Remerge, remerge
 from trainer import TrainConfig, train
 
 DRAWN = "images.json"

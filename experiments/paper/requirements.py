@@ -107,7 +107,7 @@ def warnings() -> list[str]:
 
 
 def _images(folder: str, needed: int) -> Iterator[str]:
-    from sources import open_source
+    from datamerge.sources import open_source
 
     source = open_source(folder)
     if source.kind != "image_folder":
@@ -120,13 +120,13 @@ def _images(folder: str, needed: int) -> Iterator[str]:
 
 
 def _captions(study: Study, data: Data) -> None:
-    from evaluation.coco import read_captions
+    from datamerge.evaluation.llava.coco import read_captions
 
     read_captions(data.coco_captions, data.coco_images, "test", *_sample(study))
 
 
 def _questions(study: Study, data: Data) -> None:
-    from evaluation.coco import read_questions
+    from datamerge.evaluation.llava.coco import read_questions
 
     read_questions(data.vqa_questions, data.vqa_annotations, data.vqa_images, *_sample(study))
 
@@ -137,8 +137,8 @@ def _sample(study: Study) -> tuple[int, int]:
 
 def _cached_encoder(spec: str) -> Iterator[str]:
     """Weights that open_clip knows by a tag must be on this machine: a cluster's nodes often reach no hub."""
-    from adversarial import parse_spec
-    from adversarial.encoders import known_open_clip
+    from datamerge.encoders import parse_spec
+    from datamerge.encoders.encoder import known_open_clip
 
     kind, _, rest = spec.partition(":")
     if kind != "open_clip":

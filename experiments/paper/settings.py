@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from console import Settings, load_settings
-from storage_schemas.factors import FactorKind
+from datamerge.runtime import Settings, load_settings
+from storage_schemas.schema.factors import FactorKind
 
 BASELINE = "w/o AT"
 MEMBERS = "members"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from adversarial import Head
-from adversarial.torchvision_ops import make_torchvision_importable
+from datamerge.encoders import Head
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from experiments.arms import Prepared
 from storage_schemas import ConfigError, Location
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo.digits import pretrain
+from datamerge.demo.digits import pretrain
 
 
 def test_the_encoder_depends_on_the_seed_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import click
 import pytest
 import yaml
 
-from datamerge import cli
+from datamerge.cli import cli
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -65,7 +65,7 @@ def resolve(arguments: Sequence[str]) -> tuple[click.Command, list[str]]:
     Raises:
         click.UsageError: no such command.
     """
-    from datamerge import cli
+    from datamerge.cli import cli
 
     command: click.Command = cli
     rest = list(arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from datamerge import cli
+from datamerge.cli import cli
 from docs.hooks import commands, settings
 from tests.docs.pages import PAGES, blocks, command_lines, name, resolve, spans, unknown_flags
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import datamerge
-from adversarial import Head, load_encoder, save_encoder
-from adversarial.torchvision_ops import make_torchvision_importable
-from evaluation.captions import QUESTION
-from evaluation.coco import Captioned, read_captions
-from evaluation.llava import Llava
-from evaluation.llava_images import read_image
-from evaluation.towers import OWN, read_tower_run
+import datamerge.cli
+from datamerge.encoders import Head, load_encoder, save_encoder
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.evaluation.llava.captions import QUESTION
+from datamerge.evaluation.llava.coco import Captioned, read_captions
+from datamerge.evaluation.llava.images import read_image
+from datamerge.evaluation.llava.model import Llava
+from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
 
 SIZE, PATCH, WIDTH = 32, 8, 32
 CLIP = "datamerge-test-clip"
@@ -45,7 +45,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["datamerge", "evaluate", *arguments])
         try:
-            datamerge.main()
+            datamerge.cli.main()
         except SystemExit as error:
             return int(error.code or 0)
         return 0

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from adversarial import load_encoder, save_encoder
-from console import load_settings
-from evaluation.captions import evaluate_captions
-from evaluation.cider import CaptionScorer
-from evaluation.coco import Captioned
-from evaluation.llava import Llava
-from evaluation.llava_attack import AnswerLoss, attack_answers, plan_passes
-from evaluation.llava_config import CaptionsConfig, VqaConfig
-from evaluation.llava_study import ArmStudy
-from evaluation.results import ArmResult
-from evaluation.vqa import evaluate_vqa, most_frequent
+from datamerge.encoders import load_encoder, save_encoder
+from datamerge.evaluation.llava.attack import AnswerLoss, attack_answers, plan_passes
+from datamerge.evaluation.llava.captions import evaluate_captions
+from datamerge.evaluation.llava.cider import CaptionScorer
+from datamerge.evaluation.llava.coco import Captioned
+from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.model import Llava
+from datamerge.evaluation.llava.study import ArmStudy
+from datamerge.evaluation.llava.vqa import evaluate_vqa, most_frequent
+from datamerge.evaluation.results import ArmResult
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 
 EPSILON = "24/255"

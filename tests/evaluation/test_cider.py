@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from evaluation import cider
-from evaluation.cider import CaptionScorer
-from evaluation.vqa_accuracy import normalise, vqa_accuracy
+from datamerge.evaluation.llava import cider
+from datamerge.evaluation.llava.cider import CaptionScorer
+from datamerge.evaluation.llava.vqa_accuracy import normalise, vqa_accuracy
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "vqa_accuracy.json").read_text())
 

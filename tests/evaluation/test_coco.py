@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation.coco import choose, read_captions, read_questions
-from evaluation.llava_images import read_image, round_inside
+from datamerge.evaluation.llava.coco import choose, read_captions, read_questions
+from datamerge.evaluation.llava.images import read_image, round_inside
 from storage_schemas import SourceError
 
 

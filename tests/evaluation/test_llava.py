@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adversarial import load_encoder
-from evaluation.coco import Captioned
-from evaluation.llava import IGNORED, SYSTEM, Llava
-from evaluation.towers import OWN, OpenClipTower, read_tower_run
+from datamerge.encoders import load_encoder
+from datamerge.evaluation.llava.coco import Captioned
+from datamerge.evaluation.llava.model import IGNORED, SYSTEM, Llava
+from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, read_tower_run
 from storage_schemas import ConfigError
 
 CPU = torch.device("cpu")
@@ -104,8 +104,8 @@ def test_answers_are_greedy(llava: Llava, pixels: Tensor) -> None:
 
 
 def test_a_memorised_caption_is_said(llava: Llava, captioned: list[Captioned]) -> None:
-    from evaluation.captions import QUESTION as CAPTION
-    from evaluation.llava_images import read_image
+    from datamerge.evaluation.llava.captions import QUESTION as CAPTION
+    from datamerge.evaluation.llava.images import read_image
 
     images = [torch.from_numpy(read_image(image.image, llava.size, "pad", llava.image_mean)) for image in captioned]
     said = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)

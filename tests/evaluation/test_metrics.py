@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import EvaluateConfig, Evaluation, evaluate
-from evaluation.batches import read_batches
-from evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
-from sources import Sample, Source
+from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+from datamerge.evaluation.batches import read_batches
+from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
+from datamerge.sources import Sample, Source
 from storage_schemas import DatamergeError
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -195,7 +195,7 @@ class _Flaky:
 @pytest.mark.parametrize(("failures", "lost"), [(2, False), (100, True)])
 def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, failures: int, lost: bool) -> None:
     """It would be left out of this encoder's rows, and not of the next one's."""
-    monkeypatch.setattr("storage_schemas.retries.FIRST_DELAY", 0.0)
+    monkeypatch.setattr("storage_schemas.access.retries.FIRST_DELAY", 0.0)
     source = Source("s3://b", "image_folder", [Sample("a", "a.png", None)], [], "", _Flaky(failures))
     if lost:
         with pytest.raises(DatamergeError, match=r"a\.png: reset; run the same command again"):

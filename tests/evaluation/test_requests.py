@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from console import load_settings
-from evaluation import EvaluateConfig, Evaluation, evaluate
-from evaluation.cli import evaluate as command
+from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+from datamerge.evaluation.cli import evaluate as command
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, SourceError
 
 MakeEncoder = Callable[[list[list[float]]], str]

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from adversarial import load_encoder, save_encoder
-from console import load_settings
-from evaluation.captions import evaluate_captions
-from evaluation.config import EmbeddingConfig
-from evaluation.embedding import evaluate_embedding
-from evaluation.llava import Llava
-from evaluation.llava_config import CaptionsConfig, VqaConfig
-from evaluation.llava_study import ArmStudy
-from evaluation.tables import write_reports
-from evaluation.towers import read_tower_run
-from evaluation.vqa import evaluate_vqa
+from datamerge.encoders import load_encoder, save_encoder
+from datamerge.evaluation.config import EmbeddingConfig
+from datamerge.evaluation.embedding import evaluate_embedding
+from datamerge.evaluation.llava.captions import evaluate_captions
+from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.model import Llava
+from datamerge.evaluation.llava.study import ArmStudy
+from datamerge.evaluation.llava.vision_towers import read_tower_run
+from datamerge.evaluation.llava.vqa import evaluate_vqa
+from datamerge.evaluation.tables import write_reports
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 from tests.evaluation.conftest import make_llava
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from adversarial import load_encoder, save_encoder
-from console import load_settings
-from evaluation import labels, study, zero_shot
-from evaluation.config import EmbeddingConfig, ZeroShotConfig
-from evaluation.embedding import evaluate_embedding
-from evaluation.results import ArmResult
-from evaluation.tables import write_reports
-from evaluation.zero_shot import evaluate_zero_shot, read_templates
+from datamerge.encoders import load_encoder, save_encoder
+from datamerge.evaluation import labels, study, zero_shot
+from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
+from datamerge.evaluation.embedding import evaluate_embedding
+from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.tables import write_reports
+from datamerge.evaluation.zero_shot import evaluate_zero_shot, read_templates
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -194,7 +194,7 @@ def test_text_features_are_made_once(
     import open_clip
 
     name = make_clip().removeprefix("open_clip:")
-    from adversarial.encoders import seeded
+    from datamerge.encoders.encoder import seeded
 
     with seeded():
         model = open_clip.create_model(name)
@@ -213,7 +213,7 @@ def test_text_features_are_made_once(
 
 
 def test_imagenets_names_and_templates(tmp_path: Path) -> None:
-    from evaluation.labels import imagenet_names
+    from datamerge.evaluation.labels import imagenet_names
 
     assert len(imagenet_names()) == 1000
     assert imagenet_names()[0] == "tench"

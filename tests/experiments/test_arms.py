@@ -12,7 +12,7 @@ import ray
 import torch
 from click.testing import CliRunner
 
-from adversarial import Head, load_encoder, save_encoder
+from datamerge.encoders import Head, load_encoder, save_encoder
 from experiments.arms import Prepared, main
 
 SPEC = "mlp:3x8x8-16-6"

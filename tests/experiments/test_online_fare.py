@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
-from adversarial import load_encoder
-from trainer.stream import Batch
+from datamerge.encoders import load_encoder
+from trainer.data.stream import Batch
 
 SPEC = "mlp:3x8x8-16-6"
 FLAGS = "--steps 6 --batch-size 4 --lr 0.01 --warmup 1 --attack-steps 3 --set log_every=1 --set threads=1"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
 from experiments.paper import cost, requirements
 from experiments.paper.run import HERE, main
 from experiments.paper.settings import Arm, Study, Vision, read_study

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from storage_schemas import ArtifactWriter, ExactMoments, Layout, Location, Record, Reject
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.record import encode_exact
 
 SHAPE, WIDTH = (3, 2, 2), 4
 COUNTS = {"cat-0": 2, "cat-1": 3, "dog_0": 1, "dog_2": 3}  # dog_1 is rejected; three groups a shard

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import datamerge
+import datamerge.cli
 from tests.storage_schemas.remote.conftest import S3Server
 
 REPOSITORY = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ class Bench:
         ):
             patch.setattr(sys, "argv", ["datamerge", *self.arguments(artifact, *more)])
             try:
-                datamerge.main()
+                datamerge.cli.main()
             except SystemExit as end:
                 code = int(end.code or 0)
         return code, errors.getvalue()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamerge.sources import sample
 from merge_service import MergeConfig
 from merge_service.merge import prepare
-from sources import sample
 from storage_schemas import ArtifactWriter, Location, SourceError
 
 PHOTOS = 200

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from console import load_settings
+from datamerge.runtime import load_settings
 from merge_service import MergeConfig
 from merge_service.cli import as_arguments
 from merge_service.cli import merge as command

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from datamerge import cli
+from datamerge.cli import cli
 from tests.merge_service.conftest import GROUPS, Bench, tree
 
 # Ray's own start-up leaves file handles and sockets to the collector.

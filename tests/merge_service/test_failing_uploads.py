@@ -8,7 +8,7 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from storage_schemas.retries import ATTEMPTS
+from storage_schemas.access.retries import ATTEMPTS
 from tests.merge_service.conftest import SHARDS, Bench
 
 # Ray and the S3 client leave files, sockets and sessions to the collector.

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
+from datamerge.sources import open_source
 from merge_service import MergeConfig, merge, planning
 from merge_service.clustering import cluster_class, from_bytes
 from merge_service.merge import prepare, worker_setup
 from merge_service.reading import PixelReader
-from merge_service.work import ShardWorker
-from sources import open_source
+from merge_service.worker import ShardWorker
 from storage_schemas import (
     Artifact,
     ArtifactWriter,
@@ -135,7 +135,7 @@ def test_both_targets(digits: Path, tmp_path: Path) -> None:
 
 
 def test_an_adversarial_merge_with_label_targets_stores_the_head_once(digits: Path, tmp_path: Path) -> None:
-    from adversarial import Head
+    from datamerge.encoders import Head
 
     (tmp_path / "head.safetensors").write_bytes(Head(torch.eye(3, 4), names=["a", "b", "c"]).to_bytes())
     settings = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 2, "limit": 4}

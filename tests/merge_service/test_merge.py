@@ -14,7 +14,7 @@ from PIL import Image
 
 from merge_service import MergeConfig, merge
 from merge_service.merge import MergeResult, prepare, worker_setup
-from merge_service.work import ShardWorker
+from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, Location, open_artifact
 from tests.merge_service.conftest import Bench, tree
 

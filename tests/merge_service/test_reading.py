@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamerge.sources import BadImage, RawImage, Sample
 from merge_service import retry
 from merge_service.reading import PixelReader
 from merge_service.retry import explain, is_hopeless, retrying
-from sources import BadImage, RawImage, Sample
 from storage_schemas import ConfigError, DatamergeError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from adversarial import Head
+from datamerge.encoders import Head
 from merge_service import MergeConfig
 from merge_service.cli import merge as command
 from merge_service.merge import prepare
 from merge_service.ray_jobs import _show
 from merge_service.ray_stage import _Shards
-from merge_service.work import _out_of_memory
 from merge_service.work_queue import Piece, WorkQueue
+from merge_service.worker import _out_of_memory
 from storage_schemas import ConfigError, DatamergeError
 
 

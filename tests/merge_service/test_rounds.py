@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
 from merge_service import MergeConfig
+from merge_service.encoder_spec import encoder_spec, resolve
 from merge_service.merge import prepare, worker_setup
-from merge_service.rounds import encoder_spec, resolve
-from merge_service.work import ShardWorker
+from merge_service.worker import ShardWorker
 from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact
-from storage_schemas.diff import diff
-from storage_schemas.remerge import Remerge, remerge
+from storage_schemas.operations.diff import diff
+from storage_schemas.operations.remerge import Remerge, remerge
 
 ORIGINAL = "mlp:1x6x5-8-4"
 

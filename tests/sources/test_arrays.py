@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sources import BadImage, Source, decode, native_shape, open_source
+from datamerge.sources import BadImage, Source, decode, native_shape, open_source
 from storage_schemas import SourceError
 
 RNG = np.random.default_rng(3)

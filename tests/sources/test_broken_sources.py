@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, features
 
-from sources import BadImage, decode, open_source
+from datamerge.sources import BadImage, decode, open_source
 from storage_schemas import SourceError
 
 
@@ -219,7 +219,7 @@ def test_members_of_an_npz_that_are_no_arrays_are_left_out(tmp_path: Path) -> No
 
 def test_members_of_an_npz_unpack_to_gigabytes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "x.npz", *[np.zeros((9, 100, 100), np.uint8)] * 5)
-    monkeypatch.setattr("sources.unpack.MAX_UNPACKED", 10**5)
+    monkeypatch.setattr("datamerge.sources.unpack.MAX_UNPACKED", 10**5)
     with pytest.raises(SourceError, match="decompression bomb"):
         open_source(str(tmp_path / "x.npz"))
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from adversarial.torchvision_ops import make_torchvision_importable
-from sources import BadImage, decode, native_shape
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.sources import BadImage, decode, native_shape
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sources import BadImage, native_shape, open_source
+from datamerge.sources import BadImage, native_shape, open_source
 from storage_schemas import SourceError
 
 

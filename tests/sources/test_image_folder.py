@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sources import open_source
-from sources.sample import make_keys
+from datamerge.sources import open_source
+from datamerge.sources.sample import make_keys
 from storage_schemas import SourceError
 
 KEY = re.compile(r"[A-Za-z0-9_\-]+")

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sources import BadImage, open_source
-from sources.parquet import ParquetReader
+from datamerge.sources import BadImage, open_source
+from datamerge.sources.parquet import ParquetReader
 from storage_schemas import SourceError
 
 

@@ -20,12 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from datamerge.sources import Source, decode, open_source
 from merge_service import MergeConfig
 from merge_service.merge import prepare, worker_setup
-from merge_service.work import ShardWorker
-from sources import Source, decode, open_source
-from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError, location
-from storage_schemas.retries import ATTEMPTS
+from merge_service.worker import ShardWorker
+from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError
+from storage_schemas.access import location
+from storage_schemas.access.retries import ATTEMPTS
 from tests.storage_schemas.remote.conftest import WebHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -15,7 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from sources import BadImage, Source, decode, open_source
+from datamerge.sources import BadImage, Source, decode, open_source
 from storage_schemas import SourceError
 
 

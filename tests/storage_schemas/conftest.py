@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record, Reject
-from storage_schemas.moments import scatter_dtype, sum_dtype
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.moments import scatter_dtype, sum_dtype
+from storage_schemas.schema.record import encode_exact
 
 SHAPE, WIDTH, MEMBERS = (3, 4, 5), 6, 4
 GROUPS, GROUPS_PER_SHARD = 7, 3

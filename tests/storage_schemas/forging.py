@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storage_schemas.manifest import UNSEALED
+from storage_schemas.schema.manifest import UNSEALED
 
 
 def sealed(document: dict[str, Any]) -> bytes:

@@ -15,8 +15,8 @@ from storage_schemas import (
     Reject,
     UserError,
 )
-from storage_schemas.combine import plan_combination
-from storage_schemas.trees import leaves
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.schema.provenance import leaves
 from tests.storage_schemas.combining import (
     LABELS,
     ROUND,

@@ -20,8 +20,8 @@ from storage_schemas import (
     UserError,
     open_artifact,
 )
-from storage_schemas.combine import plan_combination
-from storage_schemas.trees import leaves
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.schema.provenance import leaves
 from tests.storage_schemas.combining import (
     LABELS,
     SHAPE,

@@ -25,10 +25,10 @@ from storage_schemas import (
     UserError,
     open_artifact,
 )
-from storage_schemas.convert import convert
-from storage_schemas.derive import exact_moments, pixel_spread
-from storage_schemas.presentation import finish
-from storage_schemas.record import encode_exact
+from storage_schemas.card.finish import finish
+from storage_schemas.operations.convert import convert
+from storage_schemas.operations.shards import exact_moments, pixel_spread
+from storage_schemas.schema.record import encode_exact
 
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]

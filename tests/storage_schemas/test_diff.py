@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save
 
 from storage_schemas import Artifact, ArtifactWriter, CorruptShard, Layout, Location, Record, open_artifact
-from storage_schemas.convert import convert
-from storage_schemas.diff import diff
-from storage_schemas.factors import FactorKind
-from storage_schemas.remerge import Remerge, remerge
+from storage_schemas.operations.convert import convert
+from storage_schemas.operations.diff import diff
+from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.factors import FactorKind
 
 Write = Callable[..., list[Record]]
 Make = Callable[..., list[list[Record]]]

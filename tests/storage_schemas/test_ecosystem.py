@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact, presentation
-from storage_schemas import croissant as croissant_module
-from storage_schemas.presentation import finish
+from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact
+from storage_schemas.card import croissant as croissant_module
+from storage_schemas.card import finish as presentation
+from storage_schemas.card.finish import finish
 
 Write = Callable[..., list[Record]]
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from storage_schemas import ArraySpec, ExactMoments, Layout, Record
-from storage_schemas.moments import LEVELS, scatter_dtype, sum_dtype
-from storage_schemas.record import checksum, encode_exact
+from storage_schemas.schema.moments import LEVELS, scatter_dtype, sum_dtype
+from storage_schemas.schema.record import checksum, encode_exact
 
 EPS32 = float(np.finfo(np.float32).eps)
 MEMBERS = arrays(np.uint8, st.tuples(st.integers(1, 12), st.just(1), st.integers(1, 3), st.integers(1, 3)))

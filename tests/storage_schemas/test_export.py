@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from storage_schemas import ConfigError, Layout, Location, Record, open_artifact
-from storage_schemas.export import export
+from storage_schemas.operations.export import export
 
 Write = Callable[..., list[Record]]
 

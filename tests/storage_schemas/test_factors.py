@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from storage_schemas.factors import FactorKind, decode_factors, factor_dtype, factors
+from storage_schemas.schema.factors import FactorKind, decode_factors, factor_dtype, factors
 
 SHAPE = (3, 2, 2)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from storage_schemas import ArtifactWriter, Layout, Location, Record
 from storage_schemas.artifact import CACHED_COMMITS
-from storage_schemas.derive import write_shards
-from storage_schemas.preview import ROWS
+from storage_schemas.card.contact_sheet import ROWS
+from storage_schemas.operations.shards import write_shards
 
 SHARDS = CACHED_COMMITS + 6  # fewer would be read from memory
 

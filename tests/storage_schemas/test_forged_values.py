@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from numcodecs import Blosc
 from safetensors.numpy import save
 
-from artifact_tools.inspection import inspect
+from datamerge.tools.inspection import inspect
 from storage_schemas import (
     CorruptShard,
     DatamergeError,
@@ -27,9 +27,9 @@ from storage_schemas import (
     open_artifact,
     redact,
 )
+from storage_schemas.access.location import redact_tree
 from storage_schemas.artifact import parse_head
-from storage_schemas.convert import convert
-from storage_schemas.location import redact_tree
+from storage_schemas.operations.convert import convert
 from storage_schemas.verify import verify
 from tests.storage_schemas.forging import forge, replace_file
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from storage_schemas import Location, open_artifact
-from storage_schemas.json_schema import FOLDER, schemas
+from storage_schemas.schema.json_schema import FOLDER, schemas
 from storage_schemas.verify import verify
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -131,7 +131,7 @@ def test_todays_writer_writes_the_current_version_as_ever(tmp_path: Path) -> Non
 
 
 def test_the_shipped_schemas_are_those_of_the_models() -> None:
-    """After a change of the models: `python -m storage_schemas.json_schema`."""
+    """After a change of the models: `python -m storage_schemas.schema.json_schema`."""
     assert {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()} == schemas()
 
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc
 from safetensors.numpy import save
 
-from artifact_tools.inspection import inspect
+from datamerge.tools.inspection import inspect
 from storage_schemas import (
     CorruptShard,
     DatamergeError,
@@ -38,8 +38,8 @@ from storage_schemas import (
     redact,
 )
 from storage_schemas.artifact import parse_head
-from storage_schemas.combine import plan_combination
-from storage_schemas.manifest import UNSEALED
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.schema.manifest import UNSEALED
 from storage_schemas.verify import fix, verify
 from storage_schemas.writer import plan_sha256
 from tests.storage_schemas.forging import forge, replace_file

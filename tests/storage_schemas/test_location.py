@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from storage_schemas import Location, UserError
-from storage_schemas.retries import is_transient, retry
+from storage_schemas.access.retries import is_transient, retry
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from storage_schemas import Commit, CorruptShard, Layout, Manifest, Record, SchemaError, UnknownVersion, open_artifact
-from storage_schemas.manifest import UNSEALED, dump, parse
+from storage_schemas.schema.manifest import UNSEALED, dump, parse
 
 Edit = Callable[[dict[str, Any]], Any]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from storage_schemas import ExactMoments, two_pass_moments
-from storage_schemas.moments import LEVELS, MAX_COUNT, scatter_dtype, sum_dtype
+from storage_schemas.schema.moments import LEVELS, MAX_COUNT, scatter_dtype, sum_dtype
 
 Pixels = npt.NDArray[np.uint8]
 

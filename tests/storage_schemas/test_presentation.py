@@ -17,9 +17,9 @@ import yaml
 from PIL import Image
 
 from storage_schemas import ConfigError, Layout, Record, open_artifact
-from storage_schemas.card import dataset_card
-from storage_schemas.preview import GAP, HEADER, TILE, contact_sheet
-from storage_schemas.summary import summarise
+from storage_schemas.card.contact_sheet import GAP, HEADER, TILE, contact_sheet
+from storage_schemas.card.dataset_card import dataset_card
+from storage_schemas.card.summary import summarise
 
 Write = Callable[..., list[Record]]
 

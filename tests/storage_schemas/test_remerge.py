@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from storage_schemas import ConfigError, Layout, Location, Record, open_artifact
-from storage_schemas.factors import decode_factors, factors
-from storage_schemas.remerge import Remerge, remerge
-from storage_schemas.seeds import group_seed
+from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.factors import decode_factors, factors
+from storage_schemas.schema.seeds import group_seed
 from tests.storage_schemas.forging import forge
 
 Write = Callable[..., list[Record]]

@@ -33,8 +33,8 @@ from storage_schemas import (
     Record,
     open_artifact,
 )
-from storage_schemas.moments import LEVELS, scatter_dtype, sum_dtype
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.moments import LEVELS, scatter_dtype, sum_dtype
+from storage_schemas.schema.record import encode_exact
 
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]

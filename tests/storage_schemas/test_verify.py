@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save
 
-from artifact_tools.inspection import verify as verify_command
+from datamerge.tools.inspection import verify as verify_command
 from storage_schemas import (
     ArtifactWriter,
     CorruptShard,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
-from storage_schemas.factors import factor_spec, stored_factors
-from storage_schemas.record import encode_exact
+from storage_schemas.schema.factors import factor_spec, stored_factors
+from storage_schemas.schema.record import encode_exact
 
 # How long an example takes says nothing about it on a machine that others use too.
 settings.register_profile("no deadline", deadline=None)

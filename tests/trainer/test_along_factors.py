@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.estimators import along_factors
 from trainer.estimators.along_factors import gauss_newton_along_factors
 from trainer.losses import CrossEntropy, Loss, SquaredError

@@ -20,16 +20,16 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import trainer.update
-from adversarial import load_encoder
-from console import load_settings
+import trainer.run.update
+from datamerge.encoders import load_encoder
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError, open_artifact
 from trainer import CrossEntropy, SquaredError, TrainConfig, train
-from trainer.checkpoint import RunFolder
 from trainer.cli import train as command
 from trainer.config import parse_override, read_preset
-from trainer.forward import check_rows_apart
-from trainer.order import MEMBER, Order, stream_seeds
+from trainer.data.order import MEMBER, Order, stream_seeds
+from trainer.run.checkpoint import RunFolder
+from trainer.run.forward import check_rows_apart
 
 MakeArtifact = Callable[..., str]
 
@@ -262,7 +262,7 @@ def test_out_of_memory_names_the_knobs(
         # What PyTorch's own allocator says on the CPU, and its subclass on a GPU.
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(trainer.update, "group_losses", exhausted)
+    monkeypatch.setattr(trainer.run.update, "group_losses", exhausted)
     with pytest.raises(
         DatamergeError, match=r"out of memory with 4 groups at a time .*--accumulate 2 .*sampled.*bf16"
     ):

@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from adversarial import Encoder, load_encoder, save_encoder
-from adversarial.torchvision_ops import make_torchvision_importable
+from datamerge.encoders import Encoder, load_encoder, save_encoder
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from trainer import RunSummary, TrainConfig, train
-from trainer.export import export, export_encoder
-from trainer.hf_clip import clip_config
+from trainer.export.command import export, export_encoder
+from trainer.export.hf_clip import clip_config
 
 MakeArtifact = Callable[..., str]
 # Of the architecture of ViT-B/32, B/16 and L/14, which differ in these numbers and the activation alone.

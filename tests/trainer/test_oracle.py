@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adversarial import load_encoder
+from datamerge.encoders import load_encoder
 from trainer import TrainConfig, train
 
 MakeArtifact = Callable[..., str]

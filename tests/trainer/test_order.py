@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.order import Layout, Order, epoch_order, stream_seeds
+from trainer.data.order import Layout, Order, epoch_order, stream_seeds
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(any)
 SEEDS = st.integers(0, 2**32 - 1)

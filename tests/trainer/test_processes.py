@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from storage_schemas import ConfigError, open_artifact
 from trainer import TrainConfig, train
-from trainer.distributed import processes
-from trainer.order import Order
+from trainer.data.order import Order
+from trainer.run.distributed import processes
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
@@ -31,11 +31,11 @@ STEPS = 9
 # `trouble`, process `who` sends itself that signal when it is handed micro-batch `at` of the sitting.
 SCRIPT = """
 import json, os, signal, sys
-import torch.distributed, trainer.job, trainer.stream
+import torch.distributed, trainer.run.job, trainer.data.stream
 from trainer import Stopped, TrainConfig, train
 from storage_schemas import DatamergeError
 torch.distributed.init_process_group("gloo")
-original = trainer.stream.stream
+original = trainer.data.stream.stream
 for entry in json.loads(sys.argv[1]):
     trouble = entry.pop("trouble", None)
     def stream(*arguments, **options):
@@ -44,7 +44,7 @@ for entry in json.loads(sys.argv[1]):
             if trouble and number == trouble["at"] and int(os.environ["RANK"]) == trouble["who"]:
                 os.kill(os.getpid(), trouble["signal"])
             yield batch
-    trainer.job.stream = stream
+    trainer.run.job.stream = stream
     try:
         train(TrainConfig(**entry))
     except Stopped as stopped:

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adversarial import PGD, attack, load_encoder, squared_error
+from datamerge.attacks import PGD, attack, squared_error
+from datamerge.encoders import load_encoder
 from storage_schemas import ConfigError, open_artifact
 from trainer import Stopped, TrainConfig, train
-from trainer.fits import refinement
 from trainer.losses import SquaredError
-from trainer.refine import Refinement, refine
+from trainer.run.refine import Refinement, refine
+from trainer.run.requirements import refinement
 
 MakeArtifact = Callable[..., str]
 ENCODER = "mlp:1x4x4-8-6"
@@ -89,7 +90,7 @@ def test_the_batch_may_be_cut_and_the_run_continued(
     artifact = make_artifact(attack=ATTACK, clean=True)
     train(_config(artifact, tmp_path / "whole", arm="random-member"))
     train(_config(artifact, tmp_path / "cut", arm="random-member", accumulate=2))
-    from trainer import update
+    from trainer.run import update
 
     step, calls = update.Optimisation.step, []
 

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.attacks.recorder import SPEC, recording
 
-import trainer.job
-import trainer.stream
-from tests.adversarial.recorder import SPEC, recording
+import trainer.data.stream
+import trainer.run.job
 from trainer import Stopped, TrainConfig, train
-from trainer.checkpoint import RunFolder
-from trainer.distributed import Processes
-from trainer.job import make_job
-from trainer.loop import run_job
+from trainer.run.checkpoint import RunFolder
+from trainer.run.distributed import Processes
+from trainer.run.job import make_job
+from trainer.run.loop import run_job
 
 MakeArtifact = Callable[..., str]
 GROUPS, BATCH, STEPS = 10, 4, 9
@@ -35,7 +35,7 @@ def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
 
 def _fed(config: TrainConfig, act: Callable[[], Any] | None = None, at: int = -1) -> list[list[str]]:
     """Keys of the micro-batches that a sitting trains on; something happens before it gets that at position `at`."""
-    original = trainer.stream.stream
+    original = trainer.data.stream.stream
     seen: list[list[str]] = []
 
     def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
@@ -47,7 +47,7 @@ def _fed(config: TrainConfig, act: Callable[[], Any] | None = None, at: int = -1
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.job, "stream", stream)
+        patch.setattr(trainer.run.job, "stream", stream)
         with pytest.raises((Stopped, MemoryError)) if act is not None else contextlib.nullcontext():
             train(config)
     return seen

@@ -18,17 +18,17 @@ import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-import datamerge
-import trainer.job
-import trainer.stream
-from adversarial import Head, load_encoder, save_encoder
-from console import load_settings
+import datamerge.cli
+import trainer.data.stream
+import trainer.run.job
+from datamerge.encoders import Head, load_encoder, save_encoder
+from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, NotAnArtifact
 from trainer import TrainConfig, train
-from trainer.checkpoint import RunFolder
 from trainer.cli import train as command
 from trainer.config import read_preset
-from trainer.stream import Batch
+from trainer.data.stream import Batch
+from trainer.run.checkpoint import RunFolder
 
 MakeArtifact = Callable[..., str]
 LABELS = {"targets": False, "labels": True}
@@ -173,7 +173,7 @@ def _datamerge(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Exit code of the whole command, in this process."""
     monkeypatch.setattr(sys, "argv", ["datamerge", "train", *arguments])
     with pytest.raises(SystemExit) as end:
-        datamerge.main()
+        datamerge.cli.main()
     return int(end.value.code or 0)
 
 
@@ -186,14 +186,14 @@ def test_signals_have_their_exit_codes(
     number: signal.Signals,
     code: int,
 ) -> None:
-    original = trainer.stream.stream
+    original = trainer.data.stream.stream
 
     def stream(*args: Any, **options: Any) -> Iterator[Batch]:
         for batch in original(*args, **options):
             signal.raise_signal(number)
             yield batch
 
-    monkeypatch.setattr(trainer.job, "stream", stream)
+    monkeypatch.setattr(trainer.run.job, "stream", stream)
     assert _datamerge(monkeypatch, make_artifact(), str(tmp_path / "run"), "--steps", "5") == code
     last = capsys.readouterr().err.splitlines()[-1]
     checkpoint = tmp_path / "run/checkpoints/step-000001.pt"

@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import trainer.job
-import trainer.stream
-from adversarial import Encoder, Head, load_encoder, weights_sha256
+import trainer.data.stream
+import trainer.run.job
+from datamerge.encoders import Encoder, Head, load_encoder, weights_sha256
 from storage_schemas import ConfigError, CorruptShard, DatamergeError, open_artifact
 from trainer import RunSummary, Stopped, TrainConfig, train
-from trainer.order import Order
-from trainer.update import learning_rate
+from trainer.data.order import Order
+from trainer.run.update import learning_rate
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
@@ -76,7 +76,7 @@ def dropout_spec(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int, act: Callable[[], None]) -> None:
     """Do something when the batch after `after` steps of this sitting is asked for."""
-    original = trainer.stream.stream
+    original = trainer.data.stream.stream
 
     def stream(*args: Any, **options: Any) -> Iterator[Any]:
         for number, batch in enumerate(original(*args, **options)):
@@ -84,7 +84,7 @@ def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int, act: Callable[[], No
                 act()
             yield batch
 
-    monkeypatch.setattr(trainer.job, "stream", stream)
+    monkeypatch.setattr(trainer.run.job, "stream", stream)
 
 
 def _crash() -> None:
@@ -278,7 +278,7 @@ def test_a_gradient_that_is_not_finite_stops(
         encoders.append(load_encoder(spec, device))
         return encoders[0]
 
-    monkeypatch.setattr(trainer.job, "load_encoder", load)
+    monkeypatch.setattr(trainer.run.job, "load_encoder", load)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(DatamergeError, match=r"^step 1: the gradient norm is nan at record k\d, k\d, k\d, k\d; "):
         train(_config(make_artifact(), tmp_path / "run"))

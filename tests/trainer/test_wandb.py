@@ -14,7 +14,7 @@ import pytest
 
 from storage_schemas import ConfigError
 from trainer import TrainConfig, train
-from trainer.checkpoint import RunFolder
+from trainer.run.checkpoint import RunFolder
 
 MakeArtifact = Callable[..., str]
 BLOCK, FIRST, MIDDLE = 32768, 2, 3

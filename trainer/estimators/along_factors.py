@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.estimators.base import GroupLoss, Model, evaluate
 from trainer.losses import Loss
 

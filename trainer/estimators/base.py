@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from storage_schemas import ConfigError
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.losses import Loss
 
 Model = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from storage_schemas import ConfigError
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.estimators.base import GroupLoss, Model, check, evaluate
 from trainer.losses import Loss
 

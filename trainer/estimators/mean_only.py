@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.draws import Draws
+from trainer.data.noise import Draws
 from trainer.estimators.base import GroupLoss, Model, evaluate
 from trainer.losses import Loss
 

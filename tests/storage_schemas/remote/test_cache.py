@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from storage_schemas import Artifact, Cache, ConfigError, CorruptShard, Layout, Location, Record, open_artifact
-from storage_schemas.cache import CachedLocation
+from storage_schemas.access.cache import CachedLocation
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 

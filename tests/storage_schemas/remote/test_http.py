@@ -19,8 +19,8 @@ from storage_schemas import (
     UserError,
     open_artifact,
 )
-from storage_schemas.location import redact
-from storage_schemas.retries import ATTEMPTS, LONGEST_DELAY
+from storage_schemas.access.location import redact
+from storage_schemas.access.retries import ATTEMPTS, LONGEST_DELAY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from datamerge import cli
+from datamerge.cli import cli
 from storage_schemas import ExactMoments, Location, open_artifact
 
 pytestmark = [

@@ -23,7 +23,7 @@ from storage_schemas import (
     UserError,
     open_artifact,
 )
-from storage_schemas.retries import ATTEMPTS
+from storage_schemas.access.retries import ATTEMPTS
 
 # s3fs and its HTTP client leave sockets and sessions to the collector.
 pytestmark = [

@@ -1,0 +1,1 @@
+"""Precompute adversarial groups once, train on their moments."""

@@ -1,0 +1,192 @@
+"""The attacks of AutoAttack (Croce & Hein 2020) that FARE evaluates with, and a check for masked gradients.
+
+    1. APGD on the cross entropy;
+    2. on what survives: APGD on the targeted difference-of-logits ratio, once per target class, most likely first
+
+        DLR_t(z, y) = −(z_y − z_t) / (z_π1 − (z_π3 + z_π4)/2),   z_π1 ≥ z_π2 ≥ …
+
+With fewer than four classes, where the ratio is not defined, z_t − z_y is maximised instead. An image is robust
+only if no iterate of any attack was misclassified.
+
+Shapes: B images, C H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datamerge.attacks.apgd import APGD, apgd
+from datamerge.attacks.arithmetic import arithmetic
+from datamerge.attacks.ball import Precision, sample_generators
+from datamerge.attacks.euclidean import Norm
+from datamerge.attacks.objectives import Objective, cross_entropy
+
+TARGETS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Result of attacks on classifications.
+
+    Attributes:
+        clean: whether the image itself is classified correctly, bool [B].
+        robust: whether it also is at every point the attacks visited, bool [B].
+        pixels: a misclassified point where one was found, else the image, float32 [B, C, H, W].
+        after_cross_entropy: `robust` before the targeted attacks, bool [B].
+    """
+
+    clean: Tensor
+    robust: Tensor
+    pixels: Tensor
+    after_cross_entropy: Tensor
+
+
+def targeted_dlr(logits: Tensor, pairs: Tensor) -> Tensor:
+    """Targeted DLR loss per sample: logits [B, classes], columns label and target class [B, 2] → [B]."""
+    of_label, of_target = logits.gather(1, pairs).unbind(1)
+    if logits.shape[1] < 4:
+        return of_target - of_label
+    first, _, third, fourth = logits.topk(4, dim=1).values.unbind(1)
+    return (of_target - of_label) / (first - (third + fourth) / 2 + 1e-12)
+
+
+def auto_attack(
+    model: nn.Module,
+    clean: Tensor,
+    labels: Tensor,
+    settings: APGD,
+    generators: Sequence[np.random.Generator],
+    names: Sequence[str] = (),
+    *,
+    targeted: bool = True,
+    restarts: int = 1,
+    precision: Precision = "float32",
+) -> Survival:
+    """Attack correctly classified images until each is misclassified or the attacks are exhausted.
+
+    Args:
+        model: logits [B, classes] from pixels in [0, 1]; in eval mode.
+        clean: float32 [B, C, H, W] in [0, 1].
+        labels: int64 [B].
+        settings: of every attack; off the grid, since every iterate counts.
+        generators: one source of randomness per sample.
+        names: how errors call the samples.
+        targeted: whether the targeted attacks follow.
+        restarts: starts of each attack.
+        precision: of the forward passes.
+
+    Raises:
+        NonFiniteGradient: names the samples whose loss or gradient is not finite.
+    """
+    if settings.on_grid:
+        raise ValueError("auto_attack counts every iterate, which are not all on the grid")
+    with torch.no_grad(), arithmetic(clean.device, tf32=precision == "tf32"):
+        logits = model(clean)
+    right = torch.eq(logits.argmax(dim=1), labels)
+    robust, pixels = right.clone(), clean.clone()
+    called = list(names) or [f"sample {row}" for row in range(len(clean))]
+
+    def attack(objective: Objective, target: Tensor) -> None:
+        """On all survivors; `target` has a row per image of the batch."""
+        rows = torch.nonzero(robust).flatten()
+        if not len(rows):
+            return
+        chosen = rows.tolist()
+        watch = _Watch(model, labels[rows], clean[rows])
+        draws, who = [generators[row] for row in chosen], [called[row] for row in chosen]
+        apgd(watch, clean[rows], target[rows], objective, settings, draws, who, precision=precision)
+        pixels[rows], robust[rows] = watch.pixels, ~watch.fooled
+
+    for _ in range(restarts):
+        attack(cross_entropy, labels)
+    after_cross_entropy = robust.clone()
+    if targeted:
+        likely = logits.topk(min(TARGETS + 1, logits.shape[1]), dim=1).indices
+        # The label is the most likely class of every survivor.
+        for target in likely[:, 1:].unbind(1):
+            for _ in range(restarts):
+                attack(targeted_dlr, torch.stack([labels, target], dim=1))
+    return Survival(right, robust, pixels, after_cross_entropy)
+
+
+class _Watch(nn.Module):
+    """The model, and for each sample the last misclassified point it was shown."""
+
+    def __init__(self, model: nn.Module, labels: Tensor, clean: Tensor) -> None:
+        super().__init__()
+        self._model, self._labels = model, labels
+        self.pixels = clean.clone()
+        self.fooled = torch.zeros_like(labels, dtype=torch.bool)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self._model(pixels)
+        wrong = logits.detach().argmax(dim=1) != self._labels
+        self.fooled |= wrong
+        self.pixels = torch.where(wrong.view(-1, 1, 1, 1), pixels.detach(), self.pixels)
+        return logits
+
+
+def check_masking(
+    model: nn.Module,
+    clean: Tensor,
+    labels: Tensor,
+    settings: APGD,
+    robust: Tensor,
+    keys: Sequence[str],
+    seed: int,
+) -> list[str]:
+    """Signs that gradients are masked, so that the robust accuracy found is too high (Athalye et al. 2018).
+
+    Args:
+        model: logits from pixels.
+        clean: float32 [B, C, H, W].
+        labels: int64 [B].
+        settings: what `robust` was found with.
+        robust: bool [B].
+        keys: of the samples.
+        seed: of the attacks so far; the checks derive others from it.
+
+    Returns:
+        One sentence per failed check: four times the steps from other starts break significantly more images, or
+        images survive a ball so large that it holds other images.
+    """
+    warnings: list[str] = []
+    count = len(labels)
+    survivors = int(robust.sum())
+    if not survivors:
+        return warnings
+    rows = torch.nonzero(robust).flatten()
+    keep = [keys[row] for row in rows.tolist()]
+
+    def surviving(stronger: APGD, salt: int) -> int:
+        generators = [sample_generators(seed + salt, key, 1)[0] for key in keep]
+        result = auto_attack(model, clean[rows], labels[rows], stronger, generators, targeted=False)
+        return int(result.robust.sum())
+
+    left = surviving(replace(settings, steps=4 * settings.steps), 1)
+    error = float(np.sqrt(max(survivors, 1) * max(count - survivors, 1) / count))
+    if survivors - left > max(2 * error, 1):
+        warnings.append(
+            f"{4 * settings.steps} steps from other starts leave {left} of {count} images robust, {settings.steps} "
+            f"steps left {survivors}: the attack has not converged; raise --steps"
+        )
+    huge = replace(settings, epsilon=_huge(settings.norm, clean))
+    left = surviving(huge, 2)
+    if left:
+        warnings.append(
+            f"{left} of {count} images are robust to epsilon {float(huge.epsilon):g} ({settings.norm}), which no "
+            "classifier can be: its gradients do not lead an attack"
+        )
+    return warnings
+
+
+def _huge(norm: Norm, clean: Tensor) -> Fraction:
+    """Half the pixel range everywhere: the ball then holds uniform grey and all but the colour of any image."""
+    per_pixel = Fraction(1, 2)
+    return per_pixel if norm == "linf" else per_pixel * round(clean[0].numel() ** 0.5)

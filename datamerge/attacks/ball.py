@@ -1,0 +1,209 @@
+"""What all attacks in an ℓ∞ ball share: its bounds, the random start, one gradient, and results.
+
+On the 8-bit grid attacks run in units of 1/255: all bounds are small integers and hold exactly. Off the grid the
+bounds are float32 numbers rounded towards x.
+
+Shapes: B samples, C H W pixels, K embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datamerge.attacks.arithmetic import arithmetic
+from datamerge.attacks.objectives import Objective
+from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.seeds import group_seed
+
+LEVELS = 255
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+class NonFiniteGradient(DatamergeError):  # noqa: N818
+    """The attack met a loss or gradient that is not finite. `indices` are the samples' positions in the batch."""
+
+    def __init__(self, indices: Sequence[int], names: Sequence[str], step: int) -> None:
+        self.indices = list(indices)
+        super().__init__(
+            f"step {step} of the attack: the loss or its gradient is not finite for {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """Result of an attack.
+
+    Attributes:
+        pixels: float32 [B, C, H, W] in [0, 1].
+        start_loss: objective at the start, [B].
+        loss: objective at `pixels`, [B], never below `start_loss`.
+    """
+
+    pixels: Tensor
+    start_loss: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class Ball:
+    """The search region of a batch, in the units of the iteration (1/255 on the grid).
+
+    Attributes:
+        lower, upper, centre: [B, C, H, W].
+        scale: units in the pixel range.
+        on_grid: whether results are multiples of 1/255.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    centre: Tensor
+    scale: float
+    on_grid: bool
+
+    @classmethod
+    def around(cls, clean: Tensor, epsilon: Fraction, on_grid: bool) -> Ball:
+        """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
+        if on_grid:
+            centre = (clean * LEVELS).round_()
+            radius = math.floor(epsilon * LEVELS)
+            lower, upper = (centre - radius).clamp_min_(0), (centre + radius).clamp_max_(LEVELS)
+            return cls(lower, upper, centre, float(LEVELS), True)
+        wide, radius64 = clean.double(), float(epsilon)
+        lower, upper = (wide - radius64).float(), (wide + radius64).float()
+        # Conversion to float32 may round outwards; step back to the last number inside.
+        lower = torch.where(wide - lower.double() > radius64, torch.nextafter(lower, clean), lower)
+        upper = torch.where(upper.double() - wide > radius64, torch.nextafter(upper, clean), upper)
+        return cls(lower.clamp_min(0), upper.clamp_max(1), clean, 1.0, False)
+
+    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """The centre, or random points around it."""
+        return self.random_start(radius, generators) if random else self.centre
+
+    def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """Uniform points around the centre, drawn on the CPU so that they are the same on every device."""
+        shape, device = tuple(self.centre.shape[1:]), self.centre.device
+        if self.on_grid:
+            levels = math.floor(radius * LEVELS)
+            draws = [generator.integers(-levels, levels, shape, np.int16, endpoint=True) for generator in generators]
+            offsets = torch.from_numpy(np.stack(draws)).to(device, torch.float32)
+        else:
+            uniform = [generator.random(shape, np.float32) for generator in generators]
+            offsets = (torch.from_numpy(np.stack(uniform)).to(device) * 2 - 1) * float(radius)
+        return self.clamp_(offsets.add_(self.centre))
+
+    def clamp_(self, points: Tensor) -> Tensor:
+        """Project onto the ball, in place."""
+        return torch.clamp(points, self.lower, self.upper, out=points)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The steepest ascent direction of length 1 in the ball's norm."""
+        return gradient.sign()
+
+    def choose(self, start: Tensor, start_loss: Tensor, points: Tensor, loss: Tensor) -> Attacked:
+        """`points`, or the start where that has the higher loss: an attack never makes things easier."""
+        worse = loss < start_loss
+        chosen = torch.where(worse.view(-1, 1, 1, 1), start, points)
+        return Attacked(chosen.div_(self.scale), start_loss, torch.maximum(loss, start_loss))
+
+
+def check_ball(epsilon: Fraction, on_grid: bool, start_radius: Fraction | None) -> None:
+    """Raise ConfigError for a ball without another grid point, or a start outside the ball."""
+    for name, length in (("epsilon", epsilon), ("start_radius", start_radius)):
+        if on_grid and length is not None and 0 < length < Fraction(1, LEVELS):
+            raise ConfigError(
+                f"{name} {length}: a ball smaller than 1/255 holds no other 8-bit image; "
+                f"use {name} >= 1/255 or leave the grid (--no-grid)"
+            )
+    if start_radius is not None and start_radius > epsilon:
+        raise ConfigError(f"start_radius {start_radius}: expected at most epsilon, {epsilon}")
+
+
+class Gradients:
+    """∇ of an objective with respect to pixels, and the samples for which it was not finite.
+
+    Whether numbers are finite is noted where they are computed and read once, at the end: a look at every step
+    would make the CPU wait for the GPU at every step.
+    """
+
+    def __init__(
+        self, model: nn.Module, target: Tensor, objective: Objective, scale: float, precision: Precision
+    ) -> None:
+        self._model, self._target, self._objective = model, target, objective
+        self._scale, self._precision = scale, precision
+        self._first_bad: Tensor | None = None
+        self._step = 0
+
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss [B] and gradient [B, C, H, W] at points in the ball's units."""
+        pixels = (points / self._scale).requires_grad_()
+        with arithmetic(pixels.device, tf32=self._precision == "tf32"):
+            loss = self._objective(forward(self._model, pixels, self._precision), self._target)
+            (gradient,) = torch.autograd.grad(loss.sum(), pixels)
+        loss = loss.detach()
+        self._note(torch.isfinite(loss) & torch.isfinite(gradient.sum(dim=(1, 2, 3))))
+        return loss, gradient
+
+    def loss_at(self, points: Tensor) -> Tensor:
+        """Loss [B] in float32, whatever the gradients' precision: it goes into the record."""
+        with torch.no_grad():
+            loss = self._objective(forward(self._model, points / self._scale, "float32"), self._target)
+        self._note(torch.isfinite(loss))
+        return loss
+
+    def start_loss(self, start: Tensor, loss: Tensor) -> Tensor:
+        """Loss at the start in float32, given the one that came with its gradient."""
+        return loss if self._precision == "float32" else self.loss_at(start)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise NonFiniteGradient if any number so far was not finite."""
+        if self._first_bad is None:
+            return
+        first_bad = self._first_bad.tolist()
+        indices = [index for index, step in enumerate(first_bad) if step >= 0]
+        if indices:
+            step = min(first_bad[index] for index in indices)
+            raise NonFiniteGradient(indices, [names[i] if i < len(names) else f"sample {i}" for i in indices], step)
+
+    def _note(self, finite: Tensor) -> None:
+        if self._first_bad is None:
+            self._first_bad = torch.full(finite.shape, -1, device=finite.device)
+        self._first_bad = torch.where(~finite & (self._first_bad < 0), self._step, self._first_bad)
+        self._step += 1
+
+
+def forward(model: nn.Module, pixels: Tensor, precision: Precision) -> Tensor:
+    """Outputs of a network on float32 pixels, computed in some precision, at least float32."""
+    with (
+        arithmetic(pixels.device, tf32=precision == "tf32"),
+        torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+    ):
+        outputs = cast(Tensor, model(pixels))
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters get no gradients inside, and have the flags they had afterwards."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def sample_generators(seed: int, key: str, count: int) -> list[np.random.Generator]:
+    """Independent generators for `count` members of group `key`: a function of the seed and the key alone."""
+    return [np.random.default_rng(child) for child in group_seed(seed, key).spawn(count)]

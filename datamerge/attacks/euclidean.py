@@ -1,0 +1,65 @@
+"""The ℓ2 ball ‖δ‖₂ ≤ ε around each image, intersected with [0, 1]; the ℓ∞ ball is in `datamerge.attacks.ball`.
+
+Shapes: B samples, C H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamerge.attacks.ball import Ball
+
+Norm = Literal["linf", "l2"]
+# Numbers in [0, 1] are off by at most this after rounding to float32.
+HALF_ULP = 2.0**-25
+
+
+@dataclass(frozen=True)
+class EuclideanBall(Ball):
+    """`Ball` with the Euclidean norm; `lower` and `upper` are the pixel range.
+
+    Attributes:
+        radius: ε.
+    """
+
+    radius: float = 0.0
+
+    @classmethod
+    def around(cls, clean: Tensor, epsilon: Fraction, on_grid: bool) -> EuclideanBall:
+        """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
+        if on_grid:
+            raise ValueError("the ℓ2 ball has no grid")
+        return cls(torch.zeros_like(clean), torch.ones_like(clean), clean, 1.0, False, float(epsilon))
+
+    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
+        """The centre, or points at distance `radius` in random directions, drawn on the CPU for all devices."""
+        if not random:
+            return self.centre
+        shape = tuple(self.centre.shape[1:])
+        normal = np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
+        offsets = self.direction(torch.from_numpy(normal).to(self.centre.device)) * float(radius)
+        return self.clamp_(self.centre + offsets)
+
+    def clamp_(self, points: Tensor) -> Tensor:
+        """Project onto the ball, then onto the pixel range, which only shortens δ; in place."""
+        offsets = points.double() - self.centre.double()
+        # Room for the rounding of all pixels, which could otherwise carry points outside.
+        radius = max(self.radius - HALF_ULP * math.sqrt(offsets[0].numel()), 0.0)
+        # A sample that has not moved stays where it is.
+        factor = (radius / offsets.flatten(1).norm(dim=1).clamp_min(1e-300)).clamp_max(1)
+        inside = self.centre.double() + offsets * factor.view(-1, 1, 1, 1)
+        points.copy_(inside)
+        return points.clamp_(0, 1)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """∇/‖∇‖₂ of each sample; 0 where the gradient is 0."""
+        length: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(1e-30)
+        return gradient / length.view(-1, 1, 1, 1)

@@ -1,0 +1,94 @@
+"""Projected gradient descent in the ℓ∞ ball (Madry et al. 2018), as FARE uses it (PAPER §3 and §4).
+
+    x'_0 = x + U(−r, r);   x'_{t+1} = Π[ x'_t + α·sign ∇ L(f(x'_t), target) ],   Π onto ‖δ‖∞ ≤ ε and [0, 1]
+
+with r = ε unless told otherwise. The last iterate is returned, unless its loss is below the start's, in which case
+the start is: an attack never makes things easier. Encoder parameters get no gradient. Every sample has its own
+generator, so what it becomes does not depend on its neighbours in the batch.
+
+On the 8-bit grid the start is uniform over the grid points of the ball, and α·255 = 1 steps stay on the grid.
+
+Shapes: B samples, C H W pixels, K embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from torch import Tensor, nn
+
+from datamerge.attacks.ball import LEVELS, Attacked, Ball, Gradients, Precision, check_ball, frozen
+from datamerge.attacks.objectives import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class PGD:
+    """Settings of the attack; lengths are exact fractions of the pixel range.
+
+    Attributes:
+        epsilon: radius of the ℓ∞ ball.
+        step_size: α.
+        steps: number of gradient steps.
+        random_start: start at x + U(−r, r) rather than at x.
+        on_grid: keep pixels on multiples of 1/255.
+        start_radius: r, at most ε; ε if None.
+    """
+
+    epsilon: Fraction
+    step_size: Fraction
+    steps: int
+    random_start: bool = True
+    on_grid: bool = True
+    start_radius: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        check_ball(self.epsilon, self.on_grid, self.start_radius)
+
+
+def attack(
+    model: nn.Module,
+    clean: Tensor,
+    target: Tensor,
+    objective: Objective,
+    settings: PGD,
+    generators: Sequence[np.random.Generator],
+    names: Sequence[str] = (),
+    *,
+    precision: Precision = "float32",
+) -> Attacked:
+    """Attack a batch.
+
+    Args:
+        model: takes pixels [B, C, H, W] in [0, 1]; should be in eval mode.
+        clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.on_grid`.
+        target: the objective's second argument, one row per sample.
+        objective: loss per sample to maximise.
+        settings: the attack's.
+        generators: one source of randomness per sample.
+        names: how errors call the samples; their positions by default.
+        precision: of the forward passes; the perturbation is float32 always.
+
+    Raises:
+        NonFiniteGradient: names the samples whose loss or gradient is not finite.
+    """
+    ball = Ball.around(clean, settings.epsilon, settings.on_grid)
+    radius = settings.epsilon if settings.start_radius is None else settings.start_radius
+    start = ball.start(settings.random_start, radius, generators)
+    step = float(settings.step_size) * ball.scale
+    gradients = Gradients(model, target, objective, ball.scale, precision)
+    with frozen(model):
+        points, start_loss = start.clone(), None
+        for _ in range(settings.steps):
+            loss, gradient = gradients.at(points)
+            start_loss = loss if start_loss is None else start_loss
+            ball.clamp_(points.add_(gradient.sign_(), alpha=step))
+        if settings.on_grid and (settings.step_size * LEVELS).denominator != 1:
+            # The bounds are integers, so rounding stays inside them.
+            points.round_()
+        loss = gradients.loss_at(points)
+        start_loss = loss if start_loss is None else gradients.start_loss(start, start_loss)
+    gradients.check(names)
+    return ball.choose(start, start_loss, points, loss)

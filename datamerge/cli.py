@@ -1,0 +1,165 @@
+"""The `datamerge` command. Sub-commands are imported when they are called, so that help answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from importlib.metadata import version
+from typing import NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+
+# name → (module, attribute, extra that installs what it needs, one-line help)
+COMMANDS = {
+    "merge": (
+        "merge_service.cli",
+        "merge",
+        "merge",
+        "Make groups of similar samples and store their moments.",
+    ),
+    "train": ("trainer.cli", "train", "train", "Fine-tune an encoder on an artifact."),
+    "export-encoder": (
+        "trainer.export.command",
+        "export_encoder",
+        "train",
+        "Write a trained encoder for open_clip or Hugging Face.",
+    ),
+    "evaluate": (
+        "datamerge.evaluation.cli",
+        "evaluate",
+        "eval",
+        "Measure encoders on raw images, clean and under attack.",
+    ),
+    "inspect": ("datamerge.tools.inspection", "inspect", "", "Show what an artifact holds and where it comes from."),
+    "verify": ("datamerge.tools.inspection", "verify", "", "Check every file of an artifact against its hashes."),
+    "preview": ("datamerge.tools.inspection", "preview", "", "Draw a contact sheet of an artifact's groups."),
+    "convert": ("datamerge.tools.cli", "convert", "", "Write an artifact in another format or encoding."),
+    "remerge": ("datamerge.tools.cli", "remerge_members", "", "Merge stored members again: other N, other factors."),
+    "combine": ("datamerge.tools.cli", "combine", "", "Write the union of artifacts, group by group."),
+    "diff": ("datamerge.tools.cli", "diff", "", "Compare two artifacts group by group."),
+    "export": ("datamerge.tools.cli", "export", "", "Write single groups as .npz or .png files."),
+    "demo": ("datamerge.demo.cli", "demo", "demo", "Run the whole pipeline on real handwritten digits."),
+}
+
+
+class MissingExtra(click.ClickException):
+    """A command whose packages are not installed."""
+
+    exit_code = 2
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules that are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, extra, _ = COMMANDS[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(
+                f"`datamerge {cmd_name}` needs the package {error.name!r}: pip install 'datamerge[{extra}]'"
+            ) from None
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if args[0] not in COMMANDS and close and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {close[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # The group's own way would import every command, and with them torch.
+        names = [CompletionItem(name, help=row[3]) for name, row in COMMANDS.items() if name.startswith(incomplete)]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("datamerge"), prog_name="datamerge")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
+@click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
+    """Replace groups of similar samples by their mean and mean square, once, and train on those.
+
+    \b
+    datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --members 10
+    datamerge train my-artifact my-run --preset paper
+    datamerge evaluate my-run --data test-photos/
+
+    Shell completion (bash; also zsh and fish): eval "$(_DATAMERGE_COMPLETE=bash_source datamerge)"
+    """
+    if quiet:
+        os.environ["DATAMERGE_QUIET"] = "1"
+    if verbose:
+        os.environ["DATAMERGE_VERBOSE"] = "1"
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+def run() -> NoReturn:
+    """Entry point: `main`, and an end of the process that Ray cannot disturb."""
+    try:
+        main()
+    except SystemExit as end:
+        if "ray" not in sys.modules:
+            raise
+        code = end.code
+    from datamerge.runtime.ray import end_process
+
+    end_process(code if isinstance(code, int) else 0)
+
+
+def main() -> NoReturn:
+    """Errors raised on purpose become one line and SystemExit with an exit code (2: wrong request, 1: failure)."""
+    # Imported here: `--help` must not wait for pydantic and zarr.
+    try:
+        # Outside standalone mode click returns the code of an Exit, and whatever a command returns.
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
+    from storage_schemas.access.location import redact
+    from storage_schemas.errors import DatamergeError, printable
+
+    if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    if isinstance(error, DatamergeError):
+        click.echo(f"error: {printable(redact(str(error)))}", err=True)
+        return error.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {printable(redact(f'{where}{error.strerror or error}'))}", err=True)
+        return 1
+    raise error
+
+
+if __name__ == "__main__":
+    run()

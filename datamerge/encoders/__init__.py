@@ -1,0 +1,20 @@
+"""Encoders that take [0, 1] pixels, by spec, and class heads behind them."""
+
+from datamerge.encoders.device import pick_device
+from datamerge.encoders.encoder import Encoder, load_encoder, save_encoder, weights_sha256
+from datamerge.encoders.heads import Head, head_from_arrays, load_head
+from datamerge.encoders.specs import at_home, parse_spec, with_checkpoint
+
+__all__ = [
+    "Encoder",
+    "Head",
+    "at_home",
+    "head_from_arrays",
+    "load_encoder",
+    "load_head",
+    "parse_spec",
+    "pick_device",
+    "save_encoder",
+    "weights_sha256",
+    "with_checkpoint",
+]

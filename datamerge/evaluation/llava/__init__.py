@@ -1,0 +1,1 @@
+"""LLaVA with a tuned vision encoder: captions and answers, clean and under attack."""

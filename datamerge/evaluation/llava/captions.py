@@ -1,0 +1,44 @@
+"""`datamerge evaluate captions`: CIDEr of LLaVA's captions of COCO images, clean and under attack (PAPER §4)."""
+
+from __future__ import annotations
+
+from datamerge.evaluation.llava.arms import evaluate_arms
+from datamerge.evaluation.llava.cider import NOT_COMPARABLE, PLAIN, CaptionScorer
+from datamerge.evaluation.llava.coco import read_captions
+from datamerge.evaluation.llava.config import CaptionsConfig
+from datamerge.evaluation.llava.study import Item, Task
+from datamerge.evaluation.results import ArmResult
+
+PART = "captions"
+QUESTION = "Provide a short caption for this image."
+NEW_TOKENS = 20
+# CIDEr × 100 below which FARE leaves an image alone.
+THRESHOLD = 10.0
+
+
+def evaluate_captions(config: CaptionsConfig) -> list[ArmResult]:
+    """Caption the chosen images with every run's encoder; one result per run, in the order given.
+
+    Raises:
+        ConfigError: models or settings that do not go together, or too little memory.
+        SourceError: a caption file or image that is missing or of another kind.
+        DatamergeError: a pass that fails.
+    """
+    images = read_captions(config.data, config.images, config.split, config.sample, config.sample_seed)
+    scorer = CaptionScorer({image.key: image.captions for image in images})
+    task = Task(
+        part=PART,
+        items=[Item(image.key, image.image, QUESTION, image.captions) for image in images],
+        new_tokens=NEW_TOKENS,
+        targets=(),
+        is_broken=lambda score: score < THRESHOLD,
+        clean_up=clean_caption,
+        score=scorer.scores,
+        scorer=scorer.tokeniser,
+    )
+    return evaluate_arms(config, task, "COCO", [NOT_COMPARABLE] if scorer.tokeniser == PLAIN else [])
+
+
+def clean_caption(text: str) -> str:
+    """The caption out of a generated text, as in FARE's evaluation."""
+    return text.split("Output", 1)[0].replace('"', "")

@@ -1,0 +1,91 @@
+"""Settings of the evaluations through LLaVA; the defaults are FARE's (PAPER §4)."""
+
+from __future__ import annotations
+
+from fractions import Fraction as ExactFraction
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from datamerge.attacks import APGD
+from datamerge.evaluation.config import OUTPUT
+from datamerge.runtime import Fraction, Settings
+
+
+class LlavaSettings(Settings):
+    """What captions and VQA share."""
+
+    runs: list[str] = Field(
+        min_length=1,
+        description="Vision encoders, one row each: runs' folders, open_clip: specs, hf:PATH, or `own`.",
+    )
+    data: str = Field(min_length=1, description="JSON file of the captions or questions.")
+    images: str = Field(min_length=1, description="Folder of the images that the file names.")
+    llava: str = Field(
+        "llava-hf/llava-1.5-7b-hf", min_length=1, description="LLaVA model: a folder or a name on Hugging Face's hub."
+    )
+    image_size: int = Field(
+        224, ge=0, description="Side of the vision tower's input in pixels; 0 is its native size."
+    )
+    fit: Literal["pad", "crop"] = Field(
+        "pad",
+        description="How images are made square: padded with the mean colour, as LLaVA-1.5 does, or centre-cropped.",
+    )
+    attack: bool = Field(True, description="Whether to measure under attack too.")
+    epsilon: Fraction = Field("2/255", description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range.")
+    steps: int = Field(100, ge=1, description="APGD steps of each pass.")
+    sample: int = Field(100, ge=1, description="Images or questions drawn at random; all if there are fewer.")
+    sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
+    batch_size: int = Field(1, ge=1, description="Images at once; does not change what is measured.")
+    half: Literal["float16", "bfloat16", "float32"] | None = Field(
+        None, description="Arithmetic of all passes but the last (float16 on a GPU, float32 elsewhere if not set)."
+    )
+    save_images: bool = Field(False, description="Whether to keep every adversarial image as an 8-bit PNG.")
+    pictures: int = Field(8, ge=0, description="Images shown in the report.")
+    device: str = Field("auto", description="A torch device; auto takes a GPU if there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch (its own choice if not set).")
+    output: str = Field(OUTPUT, min_length=1, description="Folder of the results; the same one again continues.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: object) -> object:
+        needed = {
+            "runs": "a run's folder, an encoder spec, hf:PATH or own, found none; name at least one RUN",
+            "data": "a JSON file of captions or questions, found none; add --data FILE.json",
+            "images": "the folder of the images, found none; add --images FOLDER",
+        }
+        if isinstance(values, dict):
+            for name, text in needed.items():
+                if not values.get(name):
+                    raise ValueError(f"{name}: expected {text}")
+        return values
+
+    def attack_settings(self) -> APGD:
+        """FARE's APGD: from the image itself, the first step ε long, floats."""
+        return APGD(
+            ExactFraction(self.epsilon),
+            self.steps,
+            random_start=False,
+            on_grid=False,
+            initial_step=ExactFraction(1),
+        )
+
+
+class CaptionsConfig(LlavaSettings):
+    """Settings of `datamerge evaluate captions`."""
+
+    split: str = Field("test", min_length=1, description="Split of a Karpathy file.")
+
+
+class VqaConfig(LlavaSettings):
+    """Settings of `datamerge evaluate vqa`."""
+
+    annotations: str | None = Field(None, description="JSON file of the answers. Required.")
+
+    @model_validator(mode="after")
+    def _answers(self) -> VqaConfig:
+        if not self.annotations:
+            raise ValueError(
+                "annotations: expected a JSON file of the answers, found none; add --annotations FILE.json"
+            )
+        return self

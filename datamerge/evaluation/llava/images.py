@@ -1,0 +1,66 @@
+"""Images for LLaVA: square, at the tower's size, on the 8-bit grid; and adversarial ones rounded back onto it.
+
+Shapes: S pixels a side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamerge.sources import BadImage, decode, native_shape
+from datamerge.sources.images import MAX_RESIZED_PIXELS
+from storage_schemas import SourceError
+from storage_schemas.schema.moments import LEVELS
+
+Fit = Literal["pad", "crop"]
+# Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
+MAX_SQUARE_PIXELS = 2 * MAX_RESIZED_PIXELS
+
+
+def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.NDArray[np.uint8]:
+    """Pixels [3, S, S] of a file, bicubic as in CLIP's preprocessing.
+
+    Args:
+        path: the file.
+        size: S.
+        fit: pad to a square with `colour`, as LLaVA-1.5 does, or crop the centre.
+        colour: in [0, 1] per channel.
+
+    Raises:
+        SourceError: not an image, or absurdly large or narrow.
+    """
+    try:
+        data = path.read_bytes()
+        if fit == "crop":
+            return decode(data, (3, size, size))
+        _, height, width = native_shape(data)
+        side = max(height, width)
+        if side * side > MAX_SQUARE_PIXELS:
+            raise BadImage(f"{width}x{height} pixels: too narrow to pad to a square")
+        image = decode(data, (3, height, width))
+    except (BadImage, OSError) as error:
+        raise SourceError(f"{path}: expected an image: {error}") from None
+    square = np.empty((3, side, side), np.uint8)
+    # The reference truncates, too.
+    square[:] = np.array([int(value * LEVELS) for value in colour], np.uint8)[:, None, None]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[:, top : top + height, left : left + width] = image
+    resized = Image.fromarray(square.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def round_inside(adversarial: Tensor, clean: Tensor, epsilon: str) -> Tensor:
+    """The nearest 8-bit image inside the ℓ∞ ball, uint8, of pixels in [0, 1]; `clean` is on the grid."""
+    centre = (clean * LEVELS).round()
+    radius = math.floor(Fraction(epsilon) * LEVELS)
+    return (adversarial * LEVELS).round().clamp(centre - radius, centre + radius).clamp(0, LEVELS).to(torch.uint8)

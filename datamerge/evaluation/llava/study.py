@@ -1,0 +1,315 @@
+"""Asks LLaVA about images with every vision encoder in turn, clean and under attack; one JSON file per image.
+
+All images go through the passes in half precision before the model is loaded in float32 for the rest. A file holds
+what every finished pass found, so that an interrupted evaluation goes on with the next pass of each image.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamerge.evaluation.llava.attack import Attempt, Pass, Stage, attack_answers, plan_passes
+from datamerge.evaluation.llava.config import LlavaSettings
+from datamerge.evaluation.llava.images import read_image, round_inside
+from datamerge.evaluation.llava.model import Arithmetic, Llava
+from datamerge.evaluation.llava.vision_towers import read_tower_run, tower_sha256
+from datamerge.evaluation.pictures import to_png
+from datamerge.evaluation.store import ArmFolder
+from datamerge.runtime import Progress
+from datamerge.runtime.memory import is_out_of_memory
+from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.moments import LEVELS
+
+STAGES: tuple[Stage, ...] = ("half", "float32")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question about an image.
+
+    Attributes:
+        key: name of its JSON file.
+        image: its file.
+        question: put to the model.
+        references: right answers, those to attack first.
+        answers: what else the score depends on.
+    """
+
+    key: str
+    image: Path
+    question: str
+    references: Sequence[str]
+    answers: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What captions and VQA differ in.
+
+    Attributes:
+        part: captions or vqa.
+        items: what to ask.
+        new_tokens: at most, of an answer.
+        targets: answers of the targeted passes.
+        is_broken: whether an image with this score is left alone.
+        clean_up: the answer out of the generated text.
+        score: of answers, by key.
+        scorer: what else the score depends on.
+    """
+
+    part: str
+    items: Sequence[Item]
+    new_tokens: int
+    targets: Sequence[str]
+    is_broken: Callable[[float], bool]
+    clean_up: Callable[[str], str]
+    score: Callable[[Mapping[str, str]], Mapping[str, float]]
+    scorer: str = ""
+
+
+@dataclass
+class Case:
+    """An item and what was found about it so far; `state` is the content of its JSON file."""
+
+    item: Item
+    plan: Sequence[Pass]
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def next(self) -> Pass | None:
+        """The pass to run next, None when there is none."""
+        if self.state["dropped"] or len(self.state["passes"]) == len(self.plan):
+            return None
+        return self.plan[len(self.state["passes"])]
+
+    @property
+    def lowest(self) -> dict[str, Any]:
+        """The pass with the lowest score, the first of several."""
+        scored = [entry for entry in self.state["passes"] if entry["score"] is not None]
+        found: dict[str, Any] = min(scored, key=lambda entry: entry["score"])
+        return found
+
+
+class ArmStudy:
+    """The passes of one arm.
+
+    Args:
+        config: the settings.
+        task: what to ask.
+        run: the vision encoder as the user named it.
+        device: where the model runs.
+
+    Raises:
+        ConfigError: no such encoder.
+    """
+
+    def __init__(self, config: LlavaSettings, task: Task, run: str, device: torch.device) -> None:
+        self._config, self._task, self._device = config, task, device
+        self.run = read_tower_run(run)
+        self.folder = ArmFolder(config.output, task.part, self.run.name, self.run.arm)
+        self.half: Arithmetic = config.half or ("float16" if device.type == "cuda" else "float32")
+        self.tower_sha256 = ""
+        self._llava: tuple[Arithmetic, Llava] | None = None
+
+    def claim(self, shared: Mapping[str, Any]) -> None:
+        """Make the arm's folder the one of these settings, which all arms share.
+
+        Raises:
+            ConfigError: an encoder that cannot be read, or a folder with results of other settings.
+        """
+        stored = self._config.model_dump(include={"save_images", "pictures"})
+        own = {"encoder": self.run.encoder, "encoder_sha256": tower_sha256(self.run), **stored}
+        self.folder.claim({**shared, "half": self.half}, own)
+
+    def measure(self, progress: Progress) -> list[Case]:
+        """Run every pass that is not stored yet.
+
+        Raises:
+            ConfigError: a model or encoder that cannot be used.
+            DatamergeError: an image that cannot be read, or does not fit the device's memory.
+        """
+        cases = [self._resume(item) for item in self._task.items]
+        for case in cases:
+            progress.advance(len(case.plan) if case.next is None else len(case.state["passes"]), note=self.run.arm)
+        for stage in STAGES:
+            waiting = [case for case in cases if case.next is not None and case.next.stage == stage]
+            size = self._config.batch_size
+            for first in range(0, len(waiting), size):
+                self._run_batch(waiting[first : first + size], stage, progress)
+        self._llava = None
+        self.tower_sha256 = str(cases[0].state["tower_sha256"])
+        return cases
+
+    def _resume(self, item: Item) -> Case:
+        attacked = self._config.attack
+        plan = plan_passes(len(item.references), self._task.targets, attacked)
+        fresh = {
+            "image": item.image.name,
+            "question": item.question,
+            "references": list(item.references),
+            "passes": [],
+            "best_reference": 0,
+            "dropped": False,
+            "tower_sha256": "",
+        }
+        return Case(item, plan, self.folder.read(item.key) or fresh)
+
+    def _run_batch(self, cases: Sequence[Case], stage: Stage, progress: Progress) -> None:
+        """All passes of one stage of some images."""
+        llava = self._load(stage)
+        if any(case.state["tower_sha256"] not in ("", llava.tower_sha256) for case in cases):
+            raise ConfigError(
+                f"RUN {self.run.name!r}: its weights are not those that {self.folder.path} was begun with; choose "
+                "another --output"
+            )
+        clean = torch.stack([torch.from_numpy(self._pixels(case.item, llava)) for case in cases])
+        pixels = clean.to(self._device).float() / LEVELS
+        while True:
+            ready = [i for i, case in enumerate(cases) if case.next is not None and case.next.stage == stage]
+            if not ready:
+                return
+            # Images have different numbers of references, and those of an interrupted batch are at different passes.
+            behind = min(ready, key=lambda i: len(cases[i].state["passes"]))
+            rows = [i for i in ready if cases[i].next == cases[behind].next]
+            name = self._run_pass(llava, [cases[i] for i in rows], pixels[rows])
+            for case in (cases[i] for i in rows):
+                left = len(case.plan) - len(case.state["passes"])
+                progress.advance(1 + left if case.state["dropped"] else 1, note=f"{self.run.arm}, {name}")
+
+    def _run_pass(self, llava: Llava, cases: Sequence[Case], clean: Tensor) -> str:
+        started = time.monotonic()
+        step = cases[0].next
+        assert step is not None
+        try:
+            attempts = self._attack(llava, step, cases, clean)
+            works = [i for i, attempt in enumerate(attempts) if attempt.pixels is not None]
+            seen = [attempts[i].pixels for i in works]
+            texts = (
+                llava.generate(
+                    torch.stack([pixels for pixels in seen if pixels is not None]),
+                    [cases[i].item.question for i in works],
+                    self._task.new_tokens,
+                )
+                if works
+                else []
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DatamergeError(
+                f"pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not fit the memory "
+                f"of {self._device} with {len(cases)} images at once; lower --batch-size, or use a larger GPU"
+            ) from None
+        answers = {cases[i].item.key: self._task.clean_up(text) for i, text in zip(works, texts, strict=True)}
+        scores = self._task.score(answers) if answers else {}
+        seconds = round((time.monotonic() - started) / len(cases), 3)
+        for case, attempt, pixels in zip(cases, attempts, clean, strict=True):
+            key = case.item.key
+            entry = {
+                "name": step.name,
+                "arithmetic": self.half if step.stage == "half" else "float32",
+                "reference": _reference(step, case) if step.reference is not None else None,
+                "target": step.target,
+                "start_loss": attempt.start_loss,
+                "loss": attempt.loss,
+                "answer": answers.get(key),
+                "score": scores.get(key),
+                "failure": attempt.failure,
+                "seconds": seconds,
+            }
+            self._finish(llava, case, entry, attempt, pixels)
+        return step.name
+
+    def _attack(self, llava: Llava, step: Pass, cases: Sequence[Case], clean: Tensor) -> list[Attempt]:
+        if not step.attacks:
+            return [Attempt(pixels) for pixels in clean]
+        if step.target is not None:
+            answers = [step.target] * len(cases)
+        else:
+            answers = [str(case.item.references[_reference(step, case)]) for case in cases]
+        initial = None
+        if step.reference == "best":
+            initial = torch.stack(
+                [self._best_pixels(case, pixels) for case, pixels in zip(cases, clean, strict=True)]
+            )
+        return attack_answers(
+            llava,
+            clean,
+            [case.item.question for case in cases],
+            answers,
+            self._config.attack_settings(),
+            [case.item.image.name for case in cases],
+            targeted=step.target is not None,
+            initial=initial,
+        )
+
+    def _finish(self, llava: Llava, case: Case, entry: dict[str, Any], attempt: Attempt, clean: Tensor) -> None:
+        """Record a pass of one image; its best pixels are written before the record that refers to them."""
+        before = case.lowest["score"] if case.state["passes"] else float("inf")
+        case.state["passes"].append(entry)
+        case.state["tower_sha256"] = llava.tower_sha256
+        score = entry["score"]
+        if score is not None and score < before:
+            if isinstance(case.plan[len(case.state["passes"]) - 1].reference, int):
+                case.state["best_reference"] = entry["reference"]
+            if attempt.pixels is not None and entry["name"] != "clean":
+                buffer = io.BytesIO()
+                np.save(buffer, attempt.pixels.cpu().numpy())
+                self.folder.write_image(f"{case.item.key}.npy", buffer.getvalue())
+        case.state["dropped"] = bool(self._config.attack and score is not None and self._task.is_broken(score))
+        if case.next is None:
+            self._keep_image(llava, case, clean)
+        self.folder.write(case.item.key, case.state)
+        if case.next is None:
+            self.folder.image(f"{case.item.key}.npy").unlink(missing_ok=True)
+
+    def _keep_image(self, llava: Llava, case: Case, clean: Tensor) -> None:
+        """Store the strongest image on the 8-bit grid, and what the model says to it."""
+        shown = [item.key for item in self._task.items[: self._config.pictures]]
+        if not self._config.attack or not (self._config.save_images or case.item.key in shown):
+            return
+        best = self._best_pixels(case, clean)
+        rounded = round_inside(best, clean, self._config.epsilon)
+        self.folder.write_image(f"{case.item.key}.png", to_png(rounded.cpu().numpy()))
+        original = (clean * LEVELS).round().to(torch.uint8)
+        self.folder.write_image(f"{case.item.key}-clean.png", to_png(original.cpu().numpy()))
+        pixels = rounded.to(clean.device).float()[None] / LEVELS
+        (text,) = llava.generate(pixels, [case.item.question], self._task.new_tokens)
+        answer = self._task.clean_up(text)
+        score = self._task.score({case.item.key: answer})[case.item.key]
+        case.state["eight_bit"] = {"answer": answer, "score": score}
+
+    def _best_pixels(self, case: Case, clean: Tensor) -> Tensor:
+        """The image of the lowest score so far: an attack's, or the clean one."""
+        file = self.folder.image(f"{case.item.key}.npy")
+        if case.lowest["name"] == "clean" or not file.is_file():
+            return clean
+        return torch.from_numpy(np.load(file)).to(clean.device)
+
+    def _pixels(self, item: Item, llava: Llava) -> Any:
+        return read_image(item.image, llava.size, self._config.fit, llava.image_mean)
+
+    def _load(self, stage: Stage) -> Llava:
+        arithmetic: Arithmetic = self.half if stage == "half" else "float32"
+        if self._llava is None or self._llava[0] != arithmetic:
+            # The old model goes first: two would not fit.
+            self._llava = None
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            config = self._config
+            self._llava = (arithmetic, Llava(config.llava, self.run, config.image_size, self._device, arithmetic))
+        return self._llava[1]
+
+
+def _reference(step: Pass, case: Case) -> int:
+    """Index of the answer that a pass attacks."""
+    return step.reference if isinstance(step.reference, int) else int(case.state["best_reference"])

@@ -1,0 +1,65 @@
+"""`datamerge evaluate vqa`: LLaVA's accuracy on VQAv2, clean and under attack (PAPER §4)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from datamerge.evaluation.llava.arms import evaluate_arms
+from datamerge.evaluation.llava.attack import MOST_REFERENCES
+from datamerge.evaluation.llava.coco import read_questions
+from datamerge.evaluation.llava.config import VqaConfig
+from datamerge.evaluation.llava.study import Item, Task
+from datamerge.evaluation.llava.vqa_accuracy import vqa_accuracy
+from datamerge.evaluation.results import ArmResult
+
+PART = "vqa"
+PROMPT = "\nAnswer the question using a single word or phrase."
+NEW_TOKENS = 5
+TARGETS = ("maybe", "Word")
+
+
+def evaluate_vqa(config: VqaConfig) -> list[ArmResult]:
+    """Put the chosen questions to every run's encoder; one result per run, in the order given.
+
+    Raises:
+        ConfigError: models or settings that do not go together, or too little memory.
+        SourceError: a file or image that is missing or of another kind.
+        DatamergeError: a pass that fails.
+    """
+    asked = read_questions(config.data, str(config.annotations), config.images, config.sample, config.sample_seed)
+    answers = {question.key: question.answers for question in asked}
+
+    def score(predictions: Mapping[str, str]) -> dict[str, float]:
+        return {key: 100 * vqa_accuracy(prediction, answers[key]) for key, prediction in predictions.items()}
+
+    task = Task(
+        part=PART,
+        items=[
+            Item(
+                question.key,
+                question.image,
+                question.question + PROMPT,
+                most_frequent(question.answers),
+                question.answers,
+            )
+            for question in asked
+        ],
+        new_tokens=NEW_TOKENS,
+        targets=TARGETS,
+        is_broken=lambda score: score == 0,
+        clean_up=clean_answer,
+        score=score,
+    )
+    return evaluate_arms(config, task, "VQAv2", [])
+
+
+def most_frequent(answers: Sequence[str]) -> list[str]:
+    """The up to five different answers given most often; among equals those given first."""
+    return [answer for answer, _ in Counter(answers).most_common(MOST_REFERENCES)]
+
+
+def clean_answer(text: str) -> str:
+    """The answer out of a generated text, as in FARE's evaluation."""
+    return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]

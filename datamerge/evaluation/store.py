@@ -1,0 +1,134 @@
+"""The output folder: every finished piece of work is a file, so that an interrupted evaluation goes on where it was.
+
+OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
+OUTPUT/PART/results.json                         zero-shot, embedding, captions or vqa
+OUTPUT/PART/ARM-HASH/identity.json               settings that determine the numbers; compared on every later call
+OUTPUT/PART/ARM-HASH/items/NAME.json             one image, question or batch, written whole or not at all
+OUTPUT/PART/ARM-HASH/images/NAME.png, NAME.npy   adversarial images
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datamerge.runtime import local_path
+from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.schema.provenance import changes
+
+IDENTITY = "identity.json"
+
+
+class ArmFolder:
+    """What was measured of one arm in one part of the evaluation.
+
+    Args:
+        output: the user's output folder.
+        part: zero-shot, embedding, captions or vqa.
+        run: the run as the user named it.
+        arm: its row in the table.
+    """
+
+    def __init__(self, output: str, part: str, run: str, arm: str) -> None:
+        readable = re.sub(r"[^A-Za-z0-9_\-]+", "_", arm).strip("_") or "arm"
+        name = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+        self.path = local_path(output, "the results") / part / name
+        self._location = Location(self.path)
+
+    def claim(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Make the folder the one of these settings, or check that it is.
+
+        Args:
+            shared: settings that determine the numbers, the same for all arms, which are rows of one table.
+            own: this arm's weights, and settings that change no number but what is stored.
+
+        Raises:
+            ConfigError: it, or the folder of another arm, holds results of other settings; the message names them.
+        """
+        wanted = json.loads(json.dumps({**shared, **own}))
+        for file in sorted(self.path.parent.glob(f"*/{IDENTITY}")):
+            # Settings that nothing was measured with yet bind nobody.
+            if not any(file.parent.glob("items/*.json")):
+                continue
+            found = _read_object(file)
+            if file.parent == self.path:
+                _compare(file.parent, found, wanted)
+            else:
+                _compare(file.parent, *({name: one.get(name) for name in shared} for one in (found, wanted)))
+        self._write(IDENTITY, wanted)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A finished item, None if there is none."""
+        return self._read(f"items/{name}.json")
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Store an item."""
+        self._write(f"items/{name}.json", content)
+
+    def write_image(self, name: str, data: bytes) -> None:
+        """Store a file below `images/`."""
+        write_result(self._location, f"images/{name}", data)
+
+    def image(self, name: str) -> Path:
+        """Path of a file below `images/`, which may not exist."""
+        return self.path / "images" / name
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        return _read_object(file) if file.is_file() else None
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_result(self._location, name, text.encode() + b"\n")
+
+
+def check_output(output: str) -> None:
+    """Hours of attacks must not end at a folder that cannot be written.
+
+    Raises:
+        ConfigError: a URL, a file is in the way, or a folder where nothing can be written.
+    """
+    target = local_path(output, "the results")
+    existing = next(path for path in (target, *target.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output: expected a folder to write in, {existing} allows none; choose another --output")
+
+
+def write_result(location: Location, name: str, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        DatamergeError: a full disk, or whatever else stands against it.
+    """
+    try:
+        location.write(name, data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DatamergeError(
+            f"{location.url}/{name}: cannot write: {reason}; mend that and run the same command again"
+        ) from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file.read_bytes())
+    except ValueError as error:
+        raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
+    if not isinstance(content, dict):
+        raise DatamergeError(f"{file}: expected a JSON object; remove it to measure it again")
+    return content
+
+
+def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    if different := changes(found, wanted):
+        raise ConfigError(
+            f"{folder} holds results of other settings ({'; '.join(different)}); choose another --output, or use "
+            "the same settings to continue"
+        )

@@ -1,0 +1,185 @@
+"""Arrays of 8-bit images: MNIST's IDX files (also .gz) and NumPy .npz archives.
+
+    IDX    NAME-images-idx3-ubyte[.gz], labels beside it in NAME-labels-idx1-ubyte[.gz]
+    .npz   one uint8 array [M, H, W], [M, H, W, C] or [M, C, H, W] of images, one array [M] of labels, others [M]
+
+Every worker reads the file once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import tokenize
+import zipfile
+import zlib
+from lzma import LZMAError
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from datamerge.sources.sample import Sample, Source, fingerprint, make_keys, to_indices
+from datamerge.sources.unpack import gunzip, refuse_bomb
+from storage_schemas import Location, SourceError
+
+IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
+LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
+_IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+# zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
+_BROKEN_NPZ = (
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+    LZMAError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    TypeError,
+    SyntaxError,
+    ArithmeticError,
+    LookupError,
+    tokenize.TokenError,
+)
+
+Array = npt.NDArray[Any]
+
+
+class ArrayReader:
+    """Reads images of an array that is loaded on first use."""
+
+    is_concurrent = False
+    is_remote = False
+
+    def __init__(self, location: Location, file: str, column: str | None) -> None:
+        self._location, self._file, self._column = location, file, column
+        self._images: Array | None = None
+
+    def read(self, sample: Sample) -> Image.Image:
+        if self._images is None:
+            where = f"{self._location.url}/{self._file}"
+            self._images = _images(_parse(self._location.read(self._file), where), self._column, where)[1]
+        index = int(sample.name.rpartition("#")[2])
+        if index >= len(self._images):
+            raise OSError(f"{self._file} has no image {index}")
+        return Image.fromarray(self._images[index])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_location": self._location, "_file": self._file, "_column": self._column, "_images": None}
+
+
+def is_array_file(name: str) -> bool:
+    """Whether a file is an .npz archive or an IDX file of images."""
+    plain = name.removesuffix(".gz").lower()
+    return plain.endswith((".npz", "ubyte", ".idx"))
+
+
+def open_arrays(
+    location: Location,
+    file: str,
+    image_column: str | None,
+    label_column: str | None,
+    group_column: str | None,
+) -> Source:
+    """List the images of an array file.
+
+    Raises:
+        SourceError: not such a file, or arrays that do not go together.
+    """
+    where = f"{location.url}/{file}"
+    data = location.read(file)
+    arrays = _parse(data, where)
+    column, images = _images(arrays, image_column, where)
+    listing = {file: _facts(data)}
+    beside = _labels_beside(location, file)
+    if beside is not None:
+        data = location.read(beside)
+        arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
+        listing[beside] = _facts(data)
+    label_name = label_column or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
+    labels, names = to_indices(_values(arrays, label_name, len(images), where))
+    groups = _values(arrays, group_column, len(images), where)
+    (stem,) = make_keys([file.partition(".")[0]])
+    samples = [
+        Sample(f"{stem}-{index:08d}", f"{file}#{index}", labels[index], None if group is None else str(group))
+        for index, group in enumerate(groups)
+    ]
+    identity = fingerprint([column, label_name, group_column, listing])
+    return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing)
+
+
+def _facts(data: bytes) -> list[Any]:
+    return [len(data), hashlib.sha256(data).hexdigest()]
+
+
+def _parse(data: bytes, where: str) -> dict[str, Array]:
+    """The arrays of a file by name; those of IDX files have none and are called `images`."""
+    if not where.lower().endswith(".npz"):
+        return {"images": _parse_idx(data, where)}
+    stored = io.BytesIO(data)
+    try:
+        with zipfile.ZipFile(stored) as members:
+            # Together: all are loaded.
+            refuse_bomb(sum(member.file_size for member in members.infolist()), stored.getbuffer().nbytes)
+        with np.load(stored, allow_pickle=False) as archive:
+            found = {name: archive[name] for name in archive.files}
+    except _BROKEN_NPZ as error:
+        raise SourceError(f"{where}: expected an .npz archive of plain arrays: {error}") from None
+    # NumPy gives the bytes of members that are no arrays.
+    return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
+
+
+def _parse_idx(data: bytes, where: str) -> Array:
+    """An IDX file: two zero bytes, dtype, number of dimensions, sizes as big-endian 32-bit integers, data."""
+    try:
+        data = gunzip(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, ValueError) as error:
+        raise SourceError(f"{where}: broken gzip: {error}") from None
+    dtype = _IDX_DTYPES.get(data[2]) if len(data) > 4 and data[:2] == b"\0\0" else None
+    shape = np.frombuffer(data, ">u4", data[3], 4).tolist() if dtype and len(data) >= 4 + 4 * data[3] else []
+    start = 4 + 4 * len(shape)
+    if dtype is None or len(data) - start != math.prod(shape) * np.dtype(dtype).itemsize:
+        raise SourceError(f"{where}: expected an IDX file, found {len(data)} bytes that are none")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+def _labels_beside(location: Location, file: str) -> str | None:
+    """The labels that belong to an IDX file of images, if they are there."""
+    name = file.replace("images", "labels").replace("idx3", "idx1")
+    plain = name.removesuffix(".gz")
+    candidates = [name, plain, f"{plain}.gz"] if name != file else []
+    return next((candidate for candidate in candidates if location.exists(candidate)), None)
+
+
+def _images(arrays: dict[str, Array], column: str | None, where: str) -> tuple[str, Array]:
+    """Name of the array of images, and its images [M, H, W] or [M, H, W, C]."""
+    usable = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)]
+    if column is None:
+        column = next((name for name in IMAGE_ARRAYS if name in usable), usable[0] if len(usable) == 1 else None)
+    if column not in usable:
+        found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
+        raise SourceError(
+            f"{where}: expected an array of uint8 images [M, H, W] or [M, H, W, C], found {found}; name it with "
+            "--image-column"
+        )
+    images = arrays[column]
+    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    if images.ndim == 4 and images.shape[3] not in (1, 3):
+        raise SourceError(f"{where}: expected images with 1 or 3 channels, found {column} {list(images.shape)}")
+    return column, np.ascontiguousarray(images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images)
+
+
+def _values(arrays: dict[str, Array], column: str | None, count: int, where: str) -> list[Any]:
+    if column is None:
+        return [None] * count
+    values = arrays.get(column)
+    if values is None or values.shape not in ((count,), (count, 1)):
+        found = sorted(arrays) if values is None else f"{column} {list(values.shape)}"
+        raise SourceError(f"{where}: expected an array {column!r} with {count} values, found {found}")
+    if values.dtype.kind not in "iuUb":
+        raise SourceError(f"{where}: expected whole numbers or text in {column!r}, found {values.dtype}")
+    return list(values.reshape(count).tolist())

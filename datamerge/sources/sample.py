@@ -1,0 +1,223 @@
+"""What a source of raw images is: a list of samples, and a small reader that workers can carry."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Protocol
+
+from PIL import Image
+
+from datamerge.sources.unpack import gunzip
+from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
+from storage_schemas.access.location import refuse_devices
+
+RawImage = bytes | Image.Image
+"""What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
+
+LISTING = "source.json.gz"
+# Local sources up to this size are hashed whole, which takes seconds.
+WHOLE_BYTES = 2**30
+# Of others, files whose ends go into a fingerprint. All would mean reading the whole source before any work.
+HASHED_FILES = 64
+HASHED_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One raw image.
+
+    Attributes:
+        key: identifier of letters, digits, `_` and `-`, unique in the source.
+        name: how the source calls it: a path, or file and row.
+        label: class index, if known.
+        group: value of the group column, if one was asked for.
+    """
+
+    key: str
+    name: str
+    label: int | None
+    group: str | None = None
+
+
+class Reader(Protocol):
+    """Reads samples; small enough to be sent to every worker."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read waits for a network."""
+        ...
+
+    @property
+    def is_concurrent(self) -> bool:
+        """Whether several threads may read at the same time."""
+        ...
+
+    def read(self, sample: Sample) -> RawImage:
+        """The image; raises OSError or BadImage."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A listed source.
+
+    Attributes:
+        url: where it is.
+        kind: `image_folder`, `parquet`, `webdataset`, `arrays` or `python`.
+        samples: in the order that defines shards.
+        class_names: by label, empty if there are none.
+        fingerprint: hash of the listing, to notice that the data changed.
+        reader: reads the samples.
+        listing: by file, what identifies its content: [bytes, hash or None, …].
+        location: the folder of the listed files, if they are files.
+    """
+
+    url: str
+    kind: str
+    samples: Sequence[Sample]
+    class_names: Sequence[str]
+    fingerprint: str
+    reader: Reader
+    listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    location: Location | None = None
+
+    def limited(self, limit: int | None) -> Source:
+        """The first `limit` samples."""
+        return self if limit is None else replace(self, samples=self.samples[:limit])
+
+    def listing_bytes(self) -> bytes:
+        """The listing as an artifact keeps it, to say later what has changed; the same bytes for the same listing."""
+        return gzip.compress(json.dumps(self._shown_listing(), sort_keys=True).encode(), mtime=0)
+
+    def _shown_listing(self) -> dict[str, list[Any]]:
+        return {redact(name): list(facts) for name, facts in self.listing.items()}
+
+    def changes(self, earlier: bytes) -> list[str]:
+        """How the files differ from an earlier `listing_bytes`, a line each."""
+        now = self._shown_listing()
+        try:
+            before = {name: [size, *rest] for name, (size, *rest) in read_json(gunzip(earlier)).items()}
+        except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
+            raise SourceError(f"{LISTING}: expected the listing of an earlier source, found {error}") from None
+        lines = [f"{name} is gone" for name in sorted(before.keys() - now.keys())]
+        lines += [f"{name} is new" for name in sorted(now.keys() - before.keys())]
+        for name in sorted(before.keys() & now.keys()):
+            old, new = before[name], now[name]
+            if old[0] != new[0]:
+                lines.append(f"{name} had {old[0]} bytes, has {new[0]}")
+            elif old != new:
+                lines.append(f"{name} has other content")
+        return lines
+
+    def written_since(self, when: datetime) -> list[str]:
+        """Local files that were written later than `when` and whose content the listing does not tell."""
+        location = self.location
+        if location is None or not location.is_local:
+            return []
+        if _is_small(location, [size for size, *_ in self.listing.values()]):
+            return []  # hashed whole
+        return [name for name in self.listing if location.fs.modified(location.path(name)) > when]
+
+
+def check_listed(location: Location, name: str, kind: str = "other") -> None:
+    """Refuse a file that could not be read, or not be noted.
+
+    Args:
+        location: that has the file.
+        name: of the file.
+        kind: what the file system calls it; `other` is a local link, or no file at all.
+
+    Raises:
+        SourceError: a device or a pipe, whose reading need not end; a name that no manifest could hold.
+    """
+    try:
+        name.encode()
+        if kind == "other" and location.is_local:
+            refuse_devices(location.path(name))
+    except UnicodeEncodeError:
+        raise SourceError(f"{location.url}: expected file names in UTF-8, found {name!a}; rename it") from None
+    except CorruptShard as error:
+        raise SourceError(f"{error}; remove it") from None
+
+
+def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[str, list[Any]]:
+    """Size of every file, and its sha256: of all of it in a local source of up to `WHOLE_BYTES`.
+
+    In others it is the sha256 of the first and the last 64 KiB, for a fixed choice of up to `HASHED_FILES` files that
+    depends on their names alone.
+    """
+    if _is_small(location, [size for _, size in files]):
+        return {name: [size, hashlib.sha256(location.read(name)).hexdigest()] for name, size in files}
+    chosen = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]
+    hashes = {name: _content_hash(location, name, size) for name, size in chosen}
+    return {name: [size, hashes.get(name)] for name, size in files}
+
+
+def _is_small(location: Location, sizes: Iterable[int]) -> bool:
+    return location.is_local and sum(sizes) <= WHOLE_BYTES
+
+
+def _content_hash(location: Location, name: str, size: int) -> str:
+    digest = hashlib.sha256(location.read(name, 0, min(size, HASHED_BYTES)) if size else b"")
+    if size > HASHED_BYTES:
+        digest.update(location.read(name, max(HASHED_BYTES, size - HASHED_BYTES), size))
+    return digest.hexdigest()
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether a text is a label in digits, of at most 64 bits; negative ones stand for none."""
+    return text.removeprefix("-").isdecimal() and len(text) < 19
+
+
+def text_labels(values: Sequence[str | None]) -> tuple[list[int | None], list[str]]:
+    """Class indices and class names of labels in text: indices if all are whole numbers, else names."""
+    if all(value is None or is_whole_number(value) for value in values):
+        return to_indices([None if value is None else int(value) for value in values])
+    return to_indices(values)
+
+
+def fingerprint(entries: Any) -> str:
+    """Hash of a JSON-like listing."""
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def make_keys(names: Sequence[str]) -> list[str]:
+    """Keys for names: the path without its extension, other characters replaced, made unique where they clash.
+
+    A key depends on its name and on the names it clashes with, not on the position in the list.
+    """
+    plain = [re.sub(r"[^A-Za-z0-9_\-]+", "_", re.sub(r"\.[A-Za-z0-9]+$", "", name)) or "_" for name in names]
+    times = Counter(plain)
+    return [
+        key if times[key] == 1 else f"{key}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        for key, name in zip(plain, names, strict=True)
+    ]
+
+
+def as_text(value: object) -> str:
+    """A value from somebody's JSON, whose strings may hold what no UTF-8 can say, as text."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def reason(error: Exception) -> str:
+    """What an error says, or its kind: a MemoryError says nothing."""
+    return str(error) or type(error).__name__
+
+
+def to_indices(raw: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int | None], list[str]]:
+    """Class indices and class names: integer labels as they are, text labels numbered in alphabetical order.
+
+    A negative integer is no label, as Hugging Face data sets mean it.
+    """
+    if any(isinstance(value, str) for value in raw):
+        ordered = sorted({str(value) for value in raw if value is not None})
+        index = {name: position for position, name in enumerate(ordered)}
+        return [None if value is None else index[str(value)] for value in raw], ordered
+    return [None if value is None or int(value) < 0 else int(value) for value in raw], list(names)

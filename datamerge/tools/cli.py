@@ -1,0 +1,247 @@
+"""`datamerge convert`, `remerge`, `combine`, `diff` and `export`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import click
+from rich.filesize import decimal as human_bytes
+
+from datamerge.runtime import Progress
+from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact, shortened
+from storage_schemas.access.location import redact
+from storage_schemas.errors import printable
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.operations.convert import convert as convert_artifact
+from storage_schemas.operations.diff import Difference
+from storage_schemas.operations.diff import diff as diff_artifacts
+from storage_schemas.operations.export import Kind
+from storage_schemas.operations.export import export as export_groups
+from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.factors import FactorKind
+from storage_schemas.schema.manifest import EncodingName, Format
+
+SHOWN = 20
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--format", type=click.Choice(get_args(Format)), help="Physical form; SOURCE's by default.")
+@click.option("--encoding", type=click.Choice(get_args(EncodingName)), help="Encoding; SOURCE's by default.")
+@JSON
+def convert(source: str, target: str, format: Format | None, encoding: EncodingName | None, as_json: bool) -> None:
+    """Write the groups of SOURCE to TARGET in another format or encoding.
+
+    uint8_moments to float32 rounds once; float32 to uint8_moments is exact, or refused if the values are not
+    moments of 8-bit pixels. Running the same command again continues where an earlier run stopped.
+
+    \b
+    datamerge convert adv-2-255 adv-2-255-tar --format webdataset
+    datamerge convert adv-2-255 s3://bucket/adv-2-255
+    """
+    artifact = open_artifact(source)
+    layout = artifact.manifest.layout
+    manifest = _write(
+        target,
+        "convert",
+        layout.groups,
+        lambda location, advance: convert_artifact(
+            artifact, location, format or layout.format, encoding or layout.encoding, advance
+        ),
+    )
+    _show_written(target, manifest, as_json)
+
+
+@click.command("remerge")
+@click.argument("source")
+@click.argument("target")
+@click.option("--members", type=click.IntRange(min=1), help="The first N members of each group; all by default.")
+@click.option("--factors", type=click.IntRange(min=1), help="Factors K of each group's covariance to store.")
+@click.option(
+    "--factor-kind",
+    type=click.Choice(get_args(FactorKind)),
+    default="sketch",
+    show_default=True,
+    help="Random, or principal directions (also where K >= N - 1).",
+)
+@click.option("--keep-members/--drop-members", default=True, show_default=True, help="Store the members again.")
+@JSON
+def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> None:
+    """Merge the stored members of SOURCE again, without attacking anything: fewer of them, or with other factors.
+
+    Each result is what `datamerge merge` with these settings would have written. SOURCE has to hold its members
+    (`merge --keep-members`). Running the same command again continues where an earlier run stopped.
+
+    \b
+    datamerge remerge adv-n10 adv-n5 --members 5
+    datamerge remerge adv-n10 adv-sketch --factors 1 --drop-members
+    """
+    artifact = open_artifact(source)
+    groups = artifact.manifest.layout.groups
+    manifest = _write(
+        target,
+        "remerge",
+        groups,
+        lambda location, advance: remerge(artifact, location, Remerge(**wanted), advance),
+    )
+    _show_written(target, manifest, as_json)
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, required=True)
+@click.argument("output")
+@click.option(
+    "--allow-different",
+    "allowed",
+    multiple=True,
+    metavar="NAME",
+    help="Combine although the provenances differ here, e.g. attack.epsilon; may be repeated.",
+)
+@JSON
+def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], as_json: bool) -> None:
+    """Write the union of two or more ARTIFACTS to OUTPUT.
+
+    A key that several artifacts have becomes one group with the members of all of them, exactly; other groups are
+    copied. Artifacts made in different ways are refused with the differences. Seeds may differ, and so may the
+    encoder under attack (a later round's) as long as the targets are equal. Running the same command again continues
+    where an earlier run stopped.
+
+    \b
+    datamerge combine round-1 round-2 rounds-1-2
+    datamerge combine part-a part-b part-c whole
+    """
+    plan = plan_combination([open_artifact(url) for url in artifacts], allowed)
+    manifest = _write(output, "combine", plan.layout.groups, plan.write)
+    _show_written(output, manifest, as_json)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option(
+    "--tolerance", default=0.0, type=click.FloatRange(min=0), help="Largest difference that counts as none."
+)
+@JSON
+def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
+    """Compare the groups of artifacts A and B: which are in one only, which differ, and how far.
+
+    The exit code is 0 if all groups are equal, 1 if any differs, and 2 if the artifacts cannot be compared.
+
+    \b
+    datamerge diff adv-2-255 adv-2-255-tar
+    datamerge diff adv-2-255 adv-2-255-float32 --tolerance 1e-6
+    """
+    try:
+        first, second = open_artifact(a), open_artifact(b)
+        with Progress("diff", len(first), "groups") as progress:
+            found = diff_artifacts(first, second, tolerance, progress.advance)
+    except UserError:
+        raise
+    except DatamergeError as error:
+        # As with diff(1): 1 says that they differ, and nothing else.
+        click.echo(f"error: {error}", err=True)
+        raise click.exceptions.Exit(2) from None
+    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(map(printable, _lines(found, first, second))))
+    if not found.equal:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("artifact")
+@click.argument("keys", nargs=-1, required=True)
+@click.option("-o", "--output", default=".", show_default=True, help="Folder for the files; path or URL.")
+@click.option(
+    "--to", "kind", default="npz", show_default=True, type=click.Choice(get_args(Kind)), help="Kind of file."
+)
+@JSON
+def export(artifact: str, keys: tuple[str, ...], output: str, kind: Kind, as_json: bool) -> None:
+    """Write single groups of ARTIFACT, by their KEYS, as files that everything opens.
+
+    npz holds all arrays with mean, mean square and variance in [0, 1]; png pictures of mean, variance, clean image
+    and members.
+
+    \b
+    datamerge export adv-2-255 n01440764_10026 -o groups
+    datamerge export adv-2-255 n01440764_10026 n01440764_10027 -o groups --to png
+    """
+    names = export_groups(open_artifact(artifact), list(keys), Location(output), kind)
+    shown = redact(output)
+    click.echo(json.dumps({"output": shown, "files": names}) if as_json else f"{shown}: {len(names)} files")
+
+
+def _write(
+    output: str, verb: str, groups: int, work: Callable[[Location, Callable[[int], None]], Manifest]
+) -> Manifest:
+    """Run work that writes an artifact, with a progress bar, and say how to go on after Ctrl-C."""
+    shown = redact(output)
+    try:
+        with Progress(verb, groups, "groups") as progress:
+            return work(Location(output), progress.advance)
+    except KeyboardInterrupt:
+        click.echo(
+            f"interrupted: finished shards are kept in {shown}; run the same command again to continue", err=True
+        )
+        raise click.exceptions.Exit(130) from None
+    except FileExistsError:
+        raise UserError(f"{shown}: expected a folder or a free name, found a file") from None
+
+
+def _show_written(output: str, manifest: Manifest, as_json: bool) -> None:
+    layout = manifest.layout
+    facts = {
+        "artifact": redact(output),
+        "groups": manifest.groups,
+        "shards": len(manifest.shards),
+        "bytes": manifest.bytes,
+        "format": layout.format,
+        "encoding": layout.encoding,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    click.echo(
+        f"{facts['artifact']}: {manifest.groups} groups in {len(manifest.shards)} shards, "
+        f"{human_bytes(manifest.bytes)}, {layout.format}, {layout.encoding}"
+    )
+
+
+def _lines(found: Difference, a: Artifact, b: Artifact) -> list[str]:
+    """The outcome for people: settings, groups in one only, groups that differ, a summary."""
+    lines = [f"{name}: {shortened(pair[0])} | {shortened(pair[1])}" for name, pair in found.settings.items()]
+    for keys, artifact in ((found.only_in_a, a), (found.only_in_b, b)):
+        lines += _shortened([f"only in {artifact.location.url}: {key}" for key in keys])
+    lines += _shortened(
+        [
+            f"{group.key}: "
+            + ", ".join(
+                [f"{name} {shortened(pair[0])} | {shortened(pair[1])}" for name, pair in group.facts.items()]
+                + [f"{name} {_distance(value)}" for name, value in group.distance.items()]
+            )
+            for group in found.different
+        ]
+    )
+    if found.head:
+        lines.append("the class heads differ")
+    furthest = ", ".join(f"{name} {value:.3g}" for name, value in found.furthest.items())
+    if found.equal:
+        within = f" (within the tolerance; furthest apart: {furthest})" if furthest else ""
+        lines.append(f"equal: {found.compared} groups{within}")
+    else:
+        lines.append(
+            f"different: {len(found.different)} of {found.compared} common groups differ, {len(found.only_in_a)} are "
+            f"in A only, {len(found.only_in_b)} in B only" + (f"; furthest apart: {furthest}" if furthest else "")
+        )
+    return lines
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    more = [f"… and {len(lines) - SHOWN} more, see --json"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more]
+
+
+def _distance(value: float | None) -> str:
+    return "not in both, or of another shape" if value is None else f"differs by {value:.3g}"

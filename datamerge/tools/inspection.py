@@ -1,0 +1,162 @@
+"""`datamerge inspect`, `datamerge preview` and `datamerge verify`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal as human_bytes
+from rich.table import Table
+from rich.text import Text
+
+from datamerge.runtime import Progress
+from storage_schemas import Location, open_artifact
+from storage_schemas.card.contact_sheet import contact_sheet
+from storage_schemas.card.summary import summarise
+from storage_schemas.errors import printable
+from storage_schemas.verify import Report, fix
+from storage_schemas.verify import verify as verify_artifact
+
+SHOWN_PROBLEMS = 8  # of one file
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(artifact: str, as_json: bool) -> None:
+    """Show what ARTIFACT holds: groups, bytes, encoding, ranges of its moments, provenance.
+
+    \b
+    datamerge inspect adv-2-255
+    datamerge inspect s3://bucket/adv-2-255 --json | jq .provenance.encoder
+    """
+    facts = summarise(open_artifact(artifact, partial=True))
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    table = Table(title=_text(facts["url"]), show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _rows(facts):
+        table.add_row(_text(name), _text(value))
+    Console(highlight=False).print(table)
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("-o", "--output", default="preview.png", show_default=True, help="PNG file to write.")
+@click.option("--groups", default=8, show_default=True, type=click.IntRange(1, 64), help="Groups to draw.")
+@click.option("--key", "keys", multiple=True, help="Draw the group with this key; may be repeated.")
+def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> None:
+    """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
+    data = contact_sheet(open_artifact(artifact, partial=True), groups, keys)
+    folder, name = Location(output).split()
+    folder.write(name, data)
+    click.echo(f"{output}: {human_bytes(len(data))}")
+
+
+@click.command()
+@click.argument("artifact")
+@click.option("--fix", "mend", is_flag=True, help="Take back the commits of damaged shards.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def verify(artifact: str, mend: bool, as_json: bool) -> None:
+    """Compare every file of ARTIFACT with what was committed.
+
+    Exit code 0: sound; 1: damaged, also where --fix took the damage back; 2: not an artifact. --fix removes the
+    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and mends
+    other damaged files.
+
+    \b
+    datamerge verify adv-2-255
+    datamerge verify adv-2-255 --fix; datamerge merge photos/ adv-2-255 …
+    """
+    location = Location(artifact)
+    with ExitStack() as shown:
+        progress: Progress | None = None
+
+        def on_shard(done: int, total: int) -> None:
+            nonlocal progress
+            progress = progress or shown.enter_context(Progress("verify", total, "shards"))
+            progress.advance(1)
+
+        report = verify_artifact(location, on_shard)
+    if mend:
+        fix(location, report)
+    if as_json:
+        click.echo(json.dumps({"sound": not report.problems, **asdict(report)}))
+    else:
+        _show_report(report, mend)
+    if report.problems:
+        raise click.exceptions.Exit(1)
+
+
+def _show_report(report: Report, mended: bool) -> None:
+    shown: Counter[str] = Counter()
+    for problem in report.problems:
+        shown[problem.file] += 1
+        if shown[problem.file] <= SHOWN_PROBLEMS:
+            click.echo(printable(str(problem)))
+    for file, number in shown.items():
+        if number > SHOWN_PROBLEMS:
+            click.echo(f"{printable(file)}: … and {number - SHOWN_PROBLEMS} more, see --json")
+    state = "" if report.complete else " (unfinished)"
+    checked = f"{report.groups} groups in {report.shards} shards, {human_bytes(report.bytes)}"
+    if not report.problems:
+        click.echo(f"{report.url}: sound{state}; {checked}")
+        return
+    advice = "run with --fix, then the same merge command again"
+    if mended:
+        advice = f"removed {', '.join(report.removed) or 'nothing'}; run the same merge command again"
+    click.echo(f"{report.url}: {len(shown)} files are not as committed; {checked} were checked; {advice}")
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    members, moments, provenance = facts["members"], facts["moments"], facts["provenance"]
+    arrays = ", ".join(f"{name} {spec['dtype']} {spec['shape']}" for name, spec in facts["arrays"].items())
+    state = "complete" if facts["complete"] else "UNFINISHED: run the same merge command again"
+    rows = [
+        ("state", state),
+        ("groups", f"{facts['groups']} of {facts['planned_groups']} planned, {facts['labelled']} labelled"),
+        ("members", f"{members['min']} to {members['max']} a group, {members['total']} in all"),
+        ("shards", f"{facts['shards']} of {facts['planned_shards']} planned, {facts['format']}"),
+        ("bytes", human_bytes(facts["bytes"]) + _optional(" ({:.2f} a moment value)", facts["bytes_per_value"])),
+        ("encoding", facts["encoding"]),
+        ("arrays", arrays),
+    ]
+    if moments["mean_min"] is not None:
+        rows += [
+            ("mean", f"{moments['mean_min']:.4f} to {moments['mean_max']:.4f}"),
+            ("variance", f"mean {moments['variance_mean']:.3e}, max {moments['variance_max']:.3e}"),
+            ("clipped variances", str(moments["clipped_variances"])),
+        ]
+    losses = (("attack_loss_start", "at the start"), ("attack_loss", "at the end"))
+    known = [f"{facts[name]:.4g} {when}" for name, when in losses if facts[name] is not None]
+    if known:
+        rows.append(("attack loss", ", ".join(known)))
+    rows += [(name, _flat(value)) for name, value in provenance.items()]
+    rows += [("rejected", f"{reject['sample']}: {reject['reason']}") for reject in facts["rejects"][:20]]
+    if len(facts["rejects"]) > 20:
+        rows.append(("rejected", f"… {len(facts['rejects']) - 20} more, see --json"))
+    return rows
+
+
+def _optional(text: str, value: float | None) -> str:
+    return "" if value is None else text.format(value)
+
+
+def _text(foreign: str) -> Text:
+    """What others wrote, shown as it is: no markup, no codes that a terminal obeys."""
+    return Text(printable(foreign))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} entries"
+    return str(value)

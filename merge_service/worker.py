@@ -1,0 +1,211 @@
+"""What a worker does, as a plain object without Ray: whole shards, parts of shards, clusters of a class.
+
+Two calls may run at the same time, in two threads: while one attacks, the other writes what it has attacked and
+decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from datamerge.encoders import Encoder, Head, load_encoder
+from datamerge.runtime.memory import is_out_of_memory
+from datamerge.sources import Reader, Sample
+from merge_service.adversarial_groups import Attacker
+from merge_service.clustering import cluster_class
+from merge_service.config import MergeConfig
+from merge_service.planning import Items, ShardTask
+from merge_service.precision import compare
+from merge_service.reading import PixelReader
+from merge_service.sample_groups import Accumulator, Partial
+from storage_schemas import ArtifactWriter, ConfigError, DatamergeError, Record, Reject
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker needs to start; sent once.
+
+    Attributes:
+        encoder, target_encoder: (spec, sha256) to load, None where not needed.
+        writer: None before the plan is made, when only clusters are asked for.
+    """
+
+    config: MergeConfig
+    writer: ArtifactWriter | None
+    reader: Reader
+    shape: tuple[int, int, int]
+    encoder: tuple[str, str] | None
+    target_encoder: tuple[str, str] | None
+    head: Head | None
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """What came of one shard."""
+
+    shard: int
+    groups: int
+    rejects: tuple[Reject, ...]
+    attack_seconds: float
+
+
+class ShardWorker:
+    """Merges shards with one encoder in memory. `prepare` comes first."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self._setup = setup
+        self._config = setup.config
+        self._attack_lock, self._write_lock = threading.Lock(), threading.Lock()
+        self._reader = PixelReader(setup.reader, setup.shape, setup.config.resize, setup.config.cpus)
+        self._encoder: Encoder | None = None
+        self._attacker: Attacker | None = None
+        self._accumulator: Accumulator | None = None
+
+    def prepare(self) -> None:
+        """Load encoders.
+
+        Raises:
+            ConfigError: other weights than the plan was made with, or no GPU.
+        """
+        setup = self._setup
+        if setup.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"device cuda: torch sees no GPU on {socket.gethostname()}; use --device cpu")
+        self._use_threads()
+        target = _load(setup.target_encoder, setup.device) if setup.target_encoder else None
+        self._encoder = _load(setup.encoder, setup.device) if setup.encoder else None
+        if setup.head is not None:
+            setup.head.to(setup.device)
+        if setup.writer is not None:
+            layout = setup.writer.layout
+            if self._config.grouping == "adversarial" and self._encoder is not None:
+                self._attacker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
+            self._accumulator = Accumulator(self._config, layout, self._reader, self._encoder)
+
+    def run(self, task: ShardTask) -> ShardResult:
+        """Merge one shard and commit it."""
+        if self._attacker is None:
+            return self.complete(task, self.part(task.items))
+        rejects: list[Reject] = []
+        images = self._reader.read([group.samples[0] for group in task.groups])
+        usable = []
+        for group, image in zip(task.groups, images, strict=True):
+            if isinstance(image, str):
+                rejects.append(Reject(key=group.key, sample=group.samples[0].name, reason=image))
+            else:
+                usable.append((group, image))
+        del images
+        with self._attack_lock:
+            started = time.monotonic()
+            self._use_threads()
+            per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
+            records: list[Record] = []
+            with _out_of_memory(self._config):
+                while usable:
+                    records += self._attacker.records(usable[:per_batch], rejects)
+                    del usable[:per_batch]
+            seconds = time.monotonic() - started
+        return self._commit(task, records, rejects, seconds)
+
+    def part(self, items: Items) -> Partial:
+        """Add up some samples of a shard."""
+        # Reading and adding up alternate, so two parts at a time would only wait for each other's encoder.
+        with self._attack_lock:
+            self._use_threads()
+            return self._accumulate.add_up(items)
+
+    def complete(self, task: ShardTask, *partials: Partial) -> ShardResult:
+        """Put the parts of a shard together, in their order, and commit it."""
+        whole = Partial()
+        for partial in partials:
+            whole.combine(partial)
+        records, rejects = self._accumulate.records(task, whole)
+        return self._commit(task, records, rejects, 0.0)
+
+    def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
+        """The cluster of every sample of a class."""
+        with self._attack_lock:
+            self._use_threads()
+            encoder = self._encoder if self._config.cluster_by == "embedding" else None
+            seed = (self._config.seed, label)
+            return cluster_class(samples, clusters, seed, self._reader, encoder, self._config.batch_size)
+
+    def check_precision(self, task: ShardTask) -> str:
+        """How far the chosen precision is from float32, on the first groups of a shard; a line to print."""
+        if self._attacker is None:
+            return ""
+        members = self._config.group_size or 1
+        groups = task.groups[: max(1, self._config.batch_size // members)]
+        images = self._reader.read([group.samples[0] for group in groups])
+        batch = [(g, image) for g, image in zip(groups, images, strict=True) if not isinstance(image, str)]
+        with self._attack_lock:
+            self._use_threads()
+            return compare(self._attacker, batch, members) if batch else ""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The network that attacks or targets run, if any."""
+        return self._attacker.model if self._attacker is not None else self._encoder
+
+    @property
+    def _accumulate(self) -> Accumulator:
+        if self._accumulator is None:
+            raise ConfigError("this worker was set up before the plan was made")
+        return self._accumulator
+
+    def _commit(
+        self, task: ShardTask, records: list[Record], rejects: Sequence[Reject], seconds: float
+    ) -> ShardResult:
+        """Write a shard. `records` is empty afterwards: while they are encoded the next shard's are made."""
+        writer = self._setup.writer
+        if writer is None:
+            raise ConfigError("this worker was set up before the plan was made")
+        with self._write_lock:
+            commit = writer.commit(task.shard, _drained(records), rejects)
+        return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
+
+    def _use_threads(self) -> None:
+        # The setting belongs to the calling thread, and calls come in on several.
+        torch.set_num_threads(self._config.threads)
+
+
+@contextmanager
+def _out_of_memory(config: MergeConfig) -> Iterator[None]:
+    """Says which knob."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DatamergeError(
+            f"batch_size: out of memory with batch_size {config.batch_size} and {config.group_size} members at "
+            f"{config.precision}; try a smaller --batch-size (at least one group goes through at once), fewer "
+            "--members, or --precision bfloat16"
+        ) from None
+
+
+def _drained(records: list[Record]) -> Iterator[Record]:
+    """The records in their order, each let go of when the next is asked for."""
+    records.reverse()
+    while records:
+        yield records.pop()
+
+
+def _load(wanted: tuple[str, str], device: str) -> Encoder:
+    """An encoder with the weights that the plan was made with."""
+    spec, sha256 = wanted
+    encoder = load_encoder(spec, device)
+    if encoder.sha256 != sha256:
+        raise ConfigError(
+            f"encoder {spec!r}: the weights on {socket.gethostname()} have sha256 {encoder.sha256[:12]}…, "
+            f"expected {sha256[:12]}…; every node needs the same weights"
+        )
+    return encoder.requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Files wherever fsspec reaches: locations, retries, a verified local cache, byte ranges."""

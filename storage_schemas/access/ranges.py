@@ -1,0 +1,84 @@
+"""Byte ranges of an artifact's files: memory maps where they are local, range requests elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.access.location import Location, refuse_devices
+from storage_schemas.errors import CorruptShard
+from storage_schemas.schema.manifest import FileEntry
+
+Bytes = npt.NDArray[np.uint8]
+
+# More than the 8 shards of the trainer's window, times the arrays it reads of a Zarr shard.
+OPEN_MAPS = 32
+BLOCK = 16 * 2**20
+
+
+def damage(location: Location, entry: FileEntry) -> str | None:
+    """What is wrong with a file, compared with what was committed; None if nothing is. Reads it in blocks."""
+    try:
+        size = location.size(entry.path)
+        if size != entry.bytes:
+            return f"expected {entry.bytes} bytes, found {size}"
+        digest = hashlib.sha256()
+        for start in range(0, size, BLOCK):
+            digest.update(location.read(entry.path, start, min(start + BLOCK, size)))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return "the file is missing"
+    if digest.hexdigest() != entry.sha256:
+        return f"expected sha256 {entry.sha256[:12]}…, found {digest.hexdigest()[:12]}…"
+    return None
+
+
+class FileRanges:
+    """Reads ranges of many files, keeping the maps of the last `OPEN_MAPS` open."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._maps: OrderedDict[str, Bytes] = OrderedDict()
+
+    def read(self, path: str, start: int, size: int) -> Bytes:
+        """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
+
+        Raises:
+            CorruptShard: the file is missing or too short.
+        """
+        try:
+            mapped = self._map(path)
+            if mapped is not None:
+                data = mapped[start : start + size]
+            else:
+                data = np.frombuffer(self._location.read(path, start, start + size), np.uint8)
+        except FileNotFoundError:
+            raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
+        if len(data) != size:
+            raise CorruptShard(
+                f"{self._location.url}/{path}: expected {size} bytes at {start}, found {len(data)}; it is cut short"
+            )
+        return data
+
+    def _map(self, path: str) -> Bytes | None:
+        mapped = self._maps.get(path)
+        if mapped is not None:
+            self._maps.move_to_end(path)
+            return mapped
+        local = self._location.local_path(path)
+        if local is None:
+            return None
+        refuse_devices(local)
+        try:
+            # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
+            mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
+        except ValueError:  # an empty file cannot be mapped
+            raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
+        except IsADirectoryError:
+            raise CorruptShard(f"{self._location.url}/{path}: expected a file, found a folder") from None
+        self._maps[path] = mapped
+        if len(self._maps) > OPEN_MAPS:
+            self._maps.popitem(last=False)
+        return mapped

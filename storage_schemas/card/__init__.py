@@ -1,0 +1,1 @@
+"""How an artifact presents itself: dataset card, Croissant metadata, contact sheet."""

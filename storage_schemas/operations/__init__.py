@@ -1,0 +1,1 @@
+"""Artifacts made from artifacts: convert, remerge, combine, diff, export."""

@@ -1,0 +1,103 @@
+"""Whether artifacts may be combined, judged by their provenance, and the provenance of what comes out.
+
+Provenances are compared leaf by leaf (`attack.epsilon`). What all inputs share stays where it was; what differs
+goes, input by input, under `combined`. An input that was combined itself is taken apart again, so that the order
+in which artifacts are combined leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from storage_schemas.errors import ConfigError, UserError, shortened
+from storage_schemas.schema.manifest import COMBINED
+from storage_schemas.schema.provenance import LOCATIONS, Leaves, differences, leaves, tree
+
+# Differences that say nothing about what the groups mean: where things were, and how they were computed.
+# A later round attacks the tuned encoder; what its groups share with the first round is that of their targets.
+FREE = ("seed", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
+# Of an input, not of the whole, even where all inputs agree.
+OWN = ("grouping.members",)
+# Sources may differ where no group has members from several, or where members are samples, not attacks on one.
+SOURCE = ("source.fingerprint", "source.samples")
+
+_MISSING = object()
+
+
+def is_under(path: str, names: Collection[str]) -> bool:
+    """Whether a path is one of these, or lies below one."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def origins(provenance: Mapping[str, Any], plan_sha256: str, groups: int) -> list[dict[str, Any]]:
+    """The merges an artifact consists of: `plan_sha256`, `groups` and full provenance as `leaves`."""
+    shared = leaves({key: value for key, value in provenance.items() if key != COMBINED})
+    parts = provenance.get(COMBINED)
+    if not isinstance(parts, list):
+        return [{"plan_sha256": plan_sha256, "groups": groups, "leaves": shared}]
+    own = [name for name in shared if is_under(name, OWN)]
+    shared = {path: value for path, value in shared.items() if path not in own}
+    return [
+        {
+            "plan_sha256": part["plan_sha256"],
+            "groups": part["groups"],
+            "leaves": {**shared, **leaves(part["provenance"])},
+        }
+        for part in parts
+    ]
+
+
+def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None) -> dict[str, Any]:
+    """Provenance of the union of `origins`; `members`: the common size of its groups, if they have one."""
+    flat = [part["leaves"] for part in parts]
+    shared = {
+        path: value
+        for path, value in flat[0].items()
+        if not is_under(path, OWN) and all(other.get(path, _MISSING) == value for other in flat[1:])
+    }
+    if any("grouping.members" in other for other in flat):
+        shared["grouping.members"] = members
+    entries = [
+        {
+            "plan_sha256": part["plan_sha256"],
+            "groups": part["groups"],
+            "provenance": tree({p: v for p, v in part["leaves"].items() if p not in shared or is_under(p, OWN)}),
+        }
+        for part in parts
+    ]
+    return {**tree(shared), COMBINED: entries}
+
+
+def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:
+    """Raise ConfigError for an allowed name that no input has."""
+    paths = sorted({path for one in flat for path in one})
+    for name in allowed:
+        if not any(is_under(path, [name]) for path in paths):
+            known = sorted({path.partition(".")[0] for path in paths})
+            raise ConfigError(
+                f"--allow-different {name}: expected a name of the provenance such as attack.epsilon or one of "
+                f"{', '.join(known)}"
+            )
+
+
+def check_compatible(
+    urls: Sequence[str], flat: Sequence[Leaves], free: Collection[str], allowed: Collection[str]
+) -> None:
+    """Refuse inputs that differ in anything but `free` and `allowed` paths.
+
+    Raises:
+        UserError: names every difference, and how to allow it.
+    """
+    problems: dict[str, str] = {}
+    for url, other in zip(urls[1:], flat[1:], strict=True):
+        for path, values in differences(flat[0], other, _MISSING).items():
+            if path.rpartition(".")[2] not in LOCATIONS and not is_under(path, [*free, *allowed]):
+                mine, theirs = ("missing" if value is _MISSING else shortened(value) for value in values)
+                problems.setdefault(path, f"{path}: {mine} in {urls[0]}, {theirs} in {url}")
+    if problems:
+        flags = " ".join(f"--allow-different {path}" for path in sorted(problems))
+        raise UserError(
+            f"the artifacts do not go together: {'; '.join(problems[path] for path in sorted(problems))}; "
+            f"to combine them all the same: {flags}"
+        )

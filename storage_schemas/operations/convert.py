@@ -1,0 +1,84 @@
+"""The same groups in another format or encoding.
+
+What is written equals, byte for byte, what the merge would have written with that format and encoding: the
+provenance stays as it is, and so do order, shards and rejects. One shard is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from storage_schemas.access.location import Location
+from storage_schemas.artifact import Artifact
+from storage_schemas.operations.shards import Advance, exact_moments, moment_specs, pixel_spread, write_shards
+from storage_schemas.schema.manifest import HEAD, MOMENTS, EncodingName, Format, Layout, Manifest, Reject
+from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.record import Record, encode_exact
+from storage_schemas.writer import ArtifactWriter
+
+
+def convert(
+    source: Artifact, target: Location, format: Format, encoding: EncodingName, advance: Advance = lambda _: None
+) -> Manifest:
+    """Write `source` to `target` in another form; an unfinished conversion is continued.
+
+    `uint8_moments` to `float32` rounds once, to float32. The other way is exact or refused, before anything is
+    written.
+
+    Raises:
+        UserError: values of a float32 artifact that are not moments of 8-bit pixels (see `exact_moments`), or a
+            target that holds something else.
+    """
+    layout = _layout(source, format, encoding)
+    where = source.location.url
+
+    def make(shard: int) -> tuple[Sequence[Record], Sequence[Reject]]:
+        commit = source.commit(shard)
+        records = [source.read(shard, offset) for offset in range(len(commit.records))]
+        return [_converted(record, layout, where) for record in records], commit.rejects
+
+    writer = ArtifactWriter(target, layout, source.manifest.provenance)
+    return write_shards(writer, head_file(source), make, advance)
+
+
+def head_file(artifact: Artifact) -> dict[str, bytes]:
+    """The class head as a file, if the artifact has one."""
+    if artifact.head() is None:  # reads it, and checks its hash
+        return {}
+    return {HEAD: artifact.location.read(HEAD)}
+
+
+def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:
+    old = source.manifest.layout
+    if encoding == old.encoding:
+        return old.model_copy(update={"format": format})
+    others = [spec for spec in old.arrays if spec.name not in MOMENTS]
+    count, spread = 1, LEVELS
+    if encoding == "uint8_moments":
+        count, spread = _exact_extent(source)
+    arrays = (*moment_specs(encoding, old.pixels, count, spread), *others)
+    return old.model_copy(update={"format": format, "encoding": encoding, "arrays": arrays})
+
+
+def _exact_extent(source: Artifact) -> tuple[int, int]:
+    """Largest group and its spread of grey levels; looks at every record, so that none is refused later."""
+    provenance = source.manifest.provenance
+    grouping = provenance.get("grouping")
+    planned = grouping.get("members") if isinstance(grouping, dict) and "attack" in provenance else None
+    count = planned if isinstance(planned, int) else 1
+    spread = pixel_spread(provenance)
+    for record in source:
+        scatter = int(exact_moments(record, source.location.url).scatter.max())
+        count = max(count, record.count)
+        if scatter > record.count**2 * spread**2 // 4:
+            spread = LEVELS
+    return count, spread
+
+
+def _converted(record: Record, layout: Layout, where: str) -> Record:
+    if record.encoding == layout.encoding:
+        return record
+    arrays = {**record.arrays, **encode_exact(exact_moments(record, where), layout)}
+    names = [spec.name for spec in layout.arrays]
+    return dataclasses.replace(record, encoding=layout.encoding, arrays={name: arrays[name] for name in names})

@@ -1,0 +1,127 @@
+"""Merge the stored members again: fewer of them, or with other factors, without attacking anything.
+
+The members are what was dear. From an artifact that kept them, every smaller group size and every kind of factors is
+a matter of minutes, and each result is what a merge with these settings would have written: the attack draws each
+member from the seed, the key and the member's number, whatever their count. Only what a record says of its attack's
+loss is a mean over all members, so it is left out of smaller groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage_schemas.access.location import Location
+from storage_schemas.artifact import Artifact
+from storage_schemas.errors import ConfigError
+from storage_schemas.operations.convert import head_file
+from storage_schemas.operations.shards import Advance, exact_arrays, moment_specs, pixel_spread, write_shards
+from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
+from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
+from storage_schemas.schema.moments import ExactMoments
+from storage_schemas.schema.record import Record
+from storage_schemas.writer import ArtifactWriter
+
+
+@dataclass(frozen=True)
+class Remerge:
+    """What the new groups hold.
+
+    Attributes:
+        members: the first so many members of each group; all if None.
+        factors: number k of factors; none if None.
+        factor_kind: see `storage_schemas.schema.factors`.
+        keep_members: whether they are stored again.
+    """
+
+    members: int | None = None
+    factors: int | None = None
+    factor_kind: FactorKind = "sketch"
+    keep_members: bool = True
+
+
+def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advance = lambda _: None) -> Manifest:
+    """Write `source`'s groups, merged again from their members, to `target`; an unfinished one is continued.
+
+    Raises:
+        ConfigError: groups that are no attacks, no members in the source, fewer than asked for, or more factors than
+            they span.
+    """
+    layout = _layout(source, wanted)
+    provenance = dict(source.manifest.provenance)
+    grouping = provenance.get("grouping")
+    stored = source.manifest.layout.array("members")
+    if isinstance(grouping, dict):
+        grouping = {name: value for name, value in grouping.items() if name != "factors"}
+        kind = {"factors": wanted.factor_kind} if wanted.factors else {}
+        if wanted.members is not None and stored is not None and wanted.members < stored.shape[0]:
+            grouping |= {"members": wanted.members}
+        provenance["grouping"] = {**grouping, **kind}
+    seed = provenance.get("seed")
+
+    def make(shard: int) -> tuple[Sequence[Record], Sequence[Reject]]:
+        commit = source.commit(shard)
+        records = [source.read(shard, offset) for offset in range(len(commit.records))]
+        return [_merged(record, layout, wanted, seed if isinstance(seed, int) else 0) for record in records], (
+            commit.rejects
+        )
+
+    return write_shards(ArtifactWriter(target, layout, provenance), head_file(source), make, advance)
+
+
+def _layout(source: Artifact, wanted: Remerge) -> Layout:
+    """The new arrays, in the order in which a merge has them."""
+    old, url = source.manifest.layout, source.location.url
+    stored = old.array("members")
+    if stored is None:
+        raise ConfigError(f"{url}: expected stored members, found none; merge with --keep-members")
+    largest, shape = stored.shape[0], stored.shape[1:]
+    grouping = source.manifest.provenance.get("grouping")
+    kind = grouping.get("kind") if isinstance(grouping, dict) else None
+    if kind not in (None, "adversarial") and (wanted.members is not None or wanted.factors is not None):
+        raise ConfigError(
+            f"{url}: expected groups of attacks, found {kind} groups, whose samples and targets would change; "
+            "merge again with --members, or leave --members and --factors out"
+        )
+    count = wanted.members or largest
+    if count > largest:
+        raise ConfigError(f"members: expected at most the {largest} that {url} stores, found {count}")
+    if wanted.factors is not None and wanted.factors >= count:
+        raise ConfigError(
+            f"factors: {count} members span {count - 1} directions, found {wanted.factors}; store fewer, or keep the "
+            "members themselves"
+        )
+    spread = pixel_spread(source.manifest.provenance)
+    arrays = moment_specs(old.encoding, shape, count, spread)
+    arrays += [spec for spec in old.arrays if spec.name == "target"]
+    if wanted.factors is not None:
+        arrays.append(factor_spec(wanted.factors, count, spread, shape))
+    if wanted.keep_members:
+        arrays.append(ArraySpec(name="members", dtype=stored.dtype, shape=(count, *shape)))
+    known = {*MOMENTS, "target", "factors", "members"}
+    arrays += [spec for spec in old.arrays if spec.name not in known]
+    return old.model_copy(update={"arrays": tuple(arrays)})
+
+
+def _merged(record: Record, layout: Layout, wanted: Remerge, seed: int) -> Record:
+    if record.members is None:
+        raise ValueError("the layout has members")
+    members = record.members[: wanted.members]
+    arrays = {**record.arrays, **exact_arrays(ExactMoments.of(members), layout, record.key)}
+    if wanted.factors is not None:
+        arrays["factors"] = stored_factors(members, layout, wanted.factor_kind, seed, record.key)
+    spec = layout.array("members")
+    if spec is not None:
+        padding = np.zeros((spec.shape[0] - len(members), *spec.shape[1:]), np.uint8)
+        arrays["members"] = np.concatenate([members, padding])
+    return Record(
+        key=record.key,
+        count=len(members),
+        encoding=record.encoding,
+        arrays={spec.name: arrays[spec.name] for spec in layout.arrays},
+        label=record.label,
+        samples=record.samples,
+        info=record.info if len(members) == record.count else {},
+    )

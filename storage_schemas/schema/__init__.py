@@ -1,0 +1,1 @@
+"""The documents and values of the format: manifest, record, moments, factors, run."""

@@ -1,0 +1,114 @@
+"""Directions of a group's covariance: what the mean and the variance leave out.
+
+The members of an adversarial group sit at the ends of a few steep directions, so their deviations are strongly
+correlated between pixels, and the diagonal variance keeps nothing of that. k images F_1 … F_k per group do:
+
+    Σ_j F_j F_jᵀ ≈ C = 1/N Σ_i (x_i − x̄)(x_i − x̄)ᵀ
+
+    kind         F_j                                                 Σ_j F_j F_jᵀ
+    sketch       1/√(kN) Σ_i ξ_ji (x_i − x̄),  ξ_ji ∈ {−1, +1}        C in expectation over the signs ξ
+    principal    √λ_j v_j, the k largest eigenpairs of C             best of rank k (Eckart and Young 1936)
+
+With k ≥ N − 1 the principal directions are C, and a sketch is not: of a pair, it is nothing whenever both signs
+agree. So a sketch of so many factors is the principal directions.
+
+Stored as integers q_j = round(255·√k·F_j), so that F_j = q_j / (255·√k) whatever the kind: the unit is a grey level
+for k = 1, and rounding does not weigh more when the covariance is spread over more factors.
+
+Shapes: N members, k factors, C H W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.schema.manifest import ArraySpec, Layout
+from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.seeds import group_seed
+
+FactorKind = Literal["sketch", "principal"]
+Members = npt.NDArray[np.uint8]
+IntArray = npt.NDArray[np.int64]
+
+
+def factors(members: Members, count: int, kind: FactorKind, generator: np.random.Generator) -> IntArray:
+    """Stored factors q of a group, int64 [k, C, H, W].
+
+    Args:
+        members: 8-bit images [N, C, H, W].
+        count: k; those beyond N − 1 are zeros.
+        kind: see the module's table; `sketch` with k ≥ N − 1 gives what `principal` does.
+        generator: source of the signs of a sketch.
+    """
+    total = members.astype(np.int64)
+    centred = len(members) * total - total.sum(axis=0)  # N(x_i − x̄), exact
+    if kind == "sketch" and count < len(members) - 1:
+        return _sketch(centred, count, generator)
+    return _principal(centred, count)
+
+
+def stored_factors(
+    members: Members, layout: Layout, kind: FactorKind, seed: int, key: str
+) -> npt.NDArray[np.generic]:
+    """The factors of group `key` as its record holds them: k and dtype of the layout, signs from seed and key.
+
+    Raises:
+        ValueError: a layout without factors.
+    """
+    spec = layout.array("factors")
+    if spec is None:
+        raise ValueError("the layout has no factors")
+    return factors(members, spec.shape[0], kind, np.random.default_rng(group_seed(seed, key))).astype(spec.dtype)
+
+
+def factor_spec(count: int, members: int, pixel_range: int, shape: tuple[int, ...]) -> ArraySpec:
+    """The array of k = `count` factors of groups of N members that differ by at most `pixel_range` grey levels."""
+    return ArraySpec.of("factors", factor_dtype(members, pixel_range), (count, *shape))
+
+
+def factor_dtype(members: int, pixel_range: int) -> np.dtype[np.signedinteger]:
+    """Smallest dtype for stored factors of N members that differ by at most `pixel_range` grey levels.
+
+    |q| ≤ √N·range/2 for both kinds: N values of one pixel deviate from their mean by range/2 on average at most, and
+    an entry of √k·F_j is at most √k standard deviations, with k ≤ N that are not zero.
+    """
+    bound = math.ceil(math.sqrt(members) * pixel_range / 2)
+    for dtype in (np.int8, np.int16, np.int32):
+        if bound <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise OverflowError(f"factors of {members} members do not fit in 32 bits")
+
+
+def decode_factors(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """F, float32 [k, C, H, W] in [0, 1] pixel units, from stored integers."""
+    return (stored.astype(np.float64) / (LEVELS * math.sqrt(len(stored)))).astype(np.float32)
+
+
+def _sketch(centred: IntArray, count: int, generator: np.random.Generator) -> IntArray:
+    members = len(centred)
+    signs = 2 * generator.integers(0, 2, (count, members), np.int64) - 1
+    # The sums are exact; only the last division is rounded.
+    sums = np.stack([sum((sign * image for sign, image in zip(row, centred, strict=True))) for row in signs.tolist()])
+    scaled: npt.NDArray[np.float64] = sums / members**1.5
+    return np.rint(scaled).astype(np.int64)
+
+
+def _principal(centred: IntArray, count: int) -> IntArray:
+    """From the N×N Gram matrix: its eigenvectors are the directions' coordinates in the members."""
+    members, shape = len(centred), centred.shape[1:]
+    flat = centred.reshape(members, -1)
+    gram = np.array([[int(np.dot(a, b)) for b in flat] for a in flat], np.float64) / members**3
+    vectors = np.linalg.eigh(gram).eigenvectors  # ascending
+    directions = np.zeros((count, *shape))
+    for j in range(min(count, members - 1)):
+        weights = vectors[:, -1 - j]
+        # √λ_j v_j = Σ_i w_i (x_i − x̄)/√N for a unit vector w; which end is positive is a convention.
+        weights = weights * (1.0 if weights[np.argmax(np.abs(weights))] > 0 else -1.0)
+        for weight, image in zip(weights.tolist(), centred, strict=True):
+            directions[j] += weight * image
+    scaled: npt.NDArray[np.float64] = directions * (math.sqrt(count) / members**1.5)
+    return np.rint(scaled).astype(np.int64)

@@ -1,0 +1,143 @@
+"""The logical record of a group, and how moments become stored arrays and come back.
+
+Both encodings give the same three quantities in [0, 1] pixel space, float32 [C, H, W]:
+
+    encoding        stored              mean              mean_square          variance
+    float32         mean, mean_square   as stored         as stored            max(mean_square − mean², 0)
+    uint8_moments   sum S, scatter Q    S / 255N          (Q + S²) / (255N)²   Q / (255N)²
+
+The clip of `float32` (rounding can leave mean_square a last digit below mean²) is counted when a shard is
+written and reported in its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.schema.factors import decode_factors
+from storage_schemas.schema.manifest import ArraySpec, EncodingName, Layout
+from storage_schemas.schema.moments import LEVELS, ExactMoments
+
+Array = npt.NDArray[np.generic]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One group as it is stored.
+
+    Attributes:
+        key: identifier, unique in the artifact; no dots or slashes.
+        count: number of members N.
+        encoding: which moments `arrays` holds.
+        arrays: stored arrays by name, see the module's table; optionally target float32 [K], members uint8
+            [N, C, H, W], clean uint8 [C, H, W], factors integers [k, C, H, W]. As read they are views and read-only;
+            the properties are copies.
+        label: class index, if known.
+        samples: names of the raw samples in the source.
+        info: measured facts about the group, such as the attack's loss.
+    """
+
+    key: str
+    count: int
+    encoding: EncodingName
+    arrays: Mapping[str, Array]
+    label: int | None = None
+    samples: tuple[str, ...] = ()
+    info: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> Float32Array:
+        """Mean, float32 [C, H, W] in [0, 1]."""
+        if self.encoding == "float32":
+            return self.arrays["mean"].astype(np.float32)
+        return (self.arrays["sum"].astype(np.float64) / (LEVELS * self.count)).astype(np.float32)
+
+    @property
+    def mean_square(self) -> Float32Array:
+        """Mean square, float32 [C, H, W] in [0, 1]."""
+        if self.encoding == "float32":
+            return self.arrays["mean_square"].astype(np.float32)
+        total = self.arrays["sum"].astype(np.float64)
+        scatter = self.arrays["scatter"].astype(np.float64)
+        return ((scatter + total * total) / (LEVELS * self.count) ** 2).astype(np.float32)
+
+    @property
+    def variance(self) -> Float32Array:
+        """Variance (divisor N), float32 [C, H, W], never negative."""
+        if self.encoding == "float32":
+            return np.maximum(_raw_variance(self), 0.0).astype(np.float32)
+        return (self.arrays["scatter"].astype(np.float64) / (LEVELS * self.count) ** 2).astype(np.float32)
+
+    @property
+    def target(self) -> Float32Array | None:
+        """Embedding to train towards, float32 [K]."""
+        target = self.arrays.get("target")
+        return None if target is None else target.astype(np.float32)
+
+    @property
+    def members(self) -> npt.NDArray[np.uint8] | None:
+        """The members themselves, uint8 [N, C, H, W], if the artifact keeps them."""
+        members = self.arrays.get("members")
+        return None if members is None else members[: self.count].astype(np.uint8)
+
+    @property
+    def clean(self) -> npt.NDArray[np.uint8] | None:
+        """The clean image an adversarial group was made from, uint8 [C, H, W], if the artifact keeps it."""
+        clean = self.arrays.get("clean")
+        return None if clean is None else clean.astype(np.uint8)
+
+    @property
+    def factors(self) -> Float32Array | None:
+        """Factors F of the covariance, Σ_j F_j F_jᵀ ≈ C, float32 [k, C, H, W], if the artifact keeps them."""
+        stored = self.arrays.get("factors")
+        return None if stored is None else decode_factors(stored)
+
+    def clipped_variances(self) -> int:
+        """How many values of `variance` were raised to 0."""
+        return int((_raw_variance(self) < 0).sum()) if self.encoding == "float32" else 0
+
+
+def _raw_variance(record: Record) -> npt.NDArray[np.float64]:
+    mean = record.arrays["mean"].astype(np.float64)
+    return record.arrays["mean_square"].astype(np.float64) - mean * mean
+
+
+def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
+    """Stored arrays of exact moments, in the layout's encoding and dtypes.
+
+    Raises:
+        OverflowError: the values need wider dtypes than the layout has (a group larger than was planned).
+    """
+    if layout.encoding == "float32":
+        return {
+            "mean": moments.mean.astype(np.float32),
+            "mean_square": moments.mean_square.astype(np.float32),
+        }
+    encoded: dict[str, Array] = {}
+    for name, values in (("sum", moments.sum), ("scatter", moments.scatter)):
+        spec = layout.array(name)
+        if spec is None or values.max() > np.iinfo(spec.dtype).max:
+            raise OverflowError(f"{name}: {values.max()} does not fit the planned {spec}")
+        encoded[name] = values.astype(spec.dtype)
+    return encoded
+
+
+def crc32c(data: npt.NDArray[np.uint8]) -> str:
+    """crc32c of contiguous bytes, as 8 hex digits."""
+    return f"{google_crc32c.value(data):08x}"
+
+
+def checksum(array: Array, spec: ArraySpec) -> str:
+    """crc32c of an array's little-endian C-order bytes."""
+    return crc32c(np.ascontiguousarray(array, dtype=spec.little_endian).reshape(-1).view(np.uint8))
+
+
+def checksums(arrays: Mapping[str, Array], layout: Layout) -> dict[str, str]:
+    """`checksum` of every array of a record, by name; the same in every format."""
+    return {spec.name: checksum(arrays[spec.name], spec) for spec in layout.arrays}

@@ -1,0 +1,1 @@
+"""The two physical forms of a shard: Zarr and WebDataset."""

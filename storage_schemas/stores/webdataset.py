@@ -1,0 +1,92 @@
+"""Shards as tar files, `shards/00000.tar`, in the WebDataset convention.
+
+Record KEY is the run of members KEY.json, KEY.sum.npy, KEY.scatter.npy, … . Tar headers carry no times or
+owners, so equal records give equal bytes. The commit keeps the position of each array's raw data, which is
+how we read: a memory map, no tar parsing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from storage_schemas.access.location import Location
+from storage_schemas.access.ranges import Bytes, FileRanges
+from storage_schemas.errors import CorruptShard
+from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
+from storage_schemas.schema.record import Record
+
+
+def shard_path(shard: int) -> str:
+    return f"shards/{shard:05d}.tar"
+
+
+def metadata_files(layout: Layout) -> dict[str, bytes]:
+    """Files of the whole store, by path in the artifact: tar files need none."""
+    return {}
+
+
+def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+    """Paths of a shard's files, and the arrays whose data they hold."""
+    return {shard_path(shard): layout.arrays}
+
+
+class ShardEncoder:
+    """The tar file of one shard, record by record."""
+
+    def __init__(self, layout: Layout, shard: int) -> None:
+        self._arrays, self._path = layout.arrays, shard_path(shard)
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def add(self, record: Record) -> dict[str, int]:
+        """Append a record; returns the offsets of its arrays in the file."""
+        facts = {"count": record.count, "label": record.label, "samples": list(record.samples)}
+        _add(self._tar, f"{record.key}.json", json.dumps(facts, sort_keys=True).encode())
+        positions: dict[str, int] = {}
+        for spec in self._arrays:
+            stream = io.BytesIO()
+            little = np.asarray(record.arrays[spec.name], dtype=spec.little_endian)
+            np.lib.format.write_array(stream, np.ascontiguousarray(little), version=(1, 0), allow_pickle=False)
+            end = _add(self._tar, f"{record.key}.{spec.name}.npy", stream.getvalue())
+            positions[spec.name] = end - spec.nbytes
+        return positions
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """The file, by its path in the artifact."""
+        self._tar.close()
+        yield self._path, self._buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Append a member and return the position where its data ends, before padding."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    header.mode = 0o644
+    tar.addfile(header, io.BytesIO(data))
+    padding = -len(data) % tarfile.BLOCKSIZE
+    return int(tar.offset) - padding
+
+
+class WebDatasetReader:
+    """Reads records by offset, without parsing the tar file."""
+
+    def __init__(self, location: Location) -> None:
+        self._files = FileRanges(location)
+
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+        """The bytes of arrays of record `index` of a shard: views of the file's map where it is local.
+
+        Raises:
+            CorruptShard: the tar file is missing or shorter than committed.
+        """
+        path, record = shard_path(commit.shard), commit.records[index]
+        for spec in specs:
+            start = (record.offsets or {}).get(spec.name)
+            if start is None:
+                raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
+            yield self._files.read(path, start, spec.nbytes)

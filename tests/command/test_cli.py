@@ -1,0 +1,150 @@
+"""The `datamerge` command from outside: help that answers at once, errors that are one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = (
+    "merge",
+    "train",
+    "evaluate",
+    "inspect",
+    "verify",
+    "preview",
+    "convert",
+    "combine",
+    "diff",
+    "export",
+    "export-encoder",
+    "demo",
+)
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "datamerge", *arguments], capture_output=True, text=True)
+
+
+def test_help_lists_every_command() -> None:
+    done = _run("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert done.stderr == ""
+    assert _run("-h").stdout == done.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ["torch", "ray", "zarr", "pydantic", "numpy", "PIL", "pyarrow", "fsspec", "rich", "storage_schemas"]
+    code = (
+        "import sys, datamerge.cli\n"
+        "sys.argv = ['datamerge', '--help']\n"
+        "try:\n    datamerge.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('IMPORTED', [name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("IMPORTED []")
+
+
+def test_inspect_imports_no_torch(tmp_path: Path) -> None:
+    """Looking at an artifact works where only the contract is installed."""
+    code = (
+        "import sys, datamerge.cli\n"
+        f"sys.argv = ['datamerge', 'inspect', {str(tmp_path)!r}]\n"
+        "try:\n    datamerge.cli.main()\nexcept SystemExit as end:\n    print('EXIT', end.code)\n"
+        "print('IMPORTED', [name for name in ('torch', 'ray') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["EXIT 2", "IMPORTED []"]
+
+
+def test_version() -> None:
+    from importlib.metadata import version
+
+    done = _run("--version")
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"datamerge, version {version('datamerge')}"
+
+
+@pytest.mark.parametrize("arguments", [("mrege",), ("--surprise",), ("inspect",), ("inspect", "a", "--surprise")])
+def test_a_malformed_command_line_exits_with_2(arguments: tuple[str, ...]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Error: " in done.stderr
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
+    assert "Did you mean 'merge'?" in _run("mrege").stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_the_commands_and_imports_none(shell: str) -> None:
+    environment = {
+        "_DATAMERGE_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": "datamerge re",
+        "COMP_CWORD": "1" if shell != "fish" else "re",
+    }
+    code = (
+        "import os, sys, datamerge.cli\n"
+        "sys.argv = ['datamerge']\n"
+        "try:\n    datamerge.cli.cli.main(prog_name='datamerge')\nexcept SystemExit:\n    pass\n"
+        "print('IMPORTED', [name for name in ('torch', 'datamerge.tools') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert "remerge" in done.stdout
+    assert "merge_service" not in done.stdout
+    assert done.stdout.rstrip().endswith("IMPORTED []")
+
+
+def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    usual, verbose = _run("inspect", str(tmp_path)), _run("--verbose", "inspect", str(tmp_path))
+    assert usual.returncode == verbose.returncode == 2
+    assert "Traceback" not in usual.stderr
+    assert "Traceback" in verbose.stderr
+    assert verbose.stderr.endswith(usual.stderr)
+
+
+def test_no_command_shows_help() -> None:
+    done = _run()
+    assert done.returncode == 2
+    assert "merge" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "preview"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "unknown protocol"])
+def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str, kind: str) -> None:
+    place = tmp_path / "x"
+    if kind == "empty":
+        place.mkdir()
+    if kind == "file":
+        place.write_text("text")
+    done = _run(command, "nosuch://x" if kind == "unknown protocol" else str(place))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+
+
+def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
+    done = _run("inspect", str(tmp_path))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "schema_version 99" in done.stderr
+
+
+def test_an_error_is_one_line_whatever_names_are_in_it(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('"a\\nb\\u001b[31m" = 1\n')
+    done = _run("train", "artifact", "run", "--config", str(tmp_path / "settings.toml"))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "\x1b" not in done.stderr
+    assert "a\\nb" in done.stderr

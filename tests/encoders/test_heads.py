@@ -1,0 +1,97 @@
+"""Class heads: linear or cosine, from bytes and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from datamerge.encoders import Head, head_from_arrays, load_head
+from storage_schemas import ConfigError, SchemaError
+from storage_schemas.artifact import parse_head
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_head(biased: bool) -> None:
+    weight, bias, embeddings = _random(3, 6), _random(3), _random(5, 6)
+    expected = torch.stack(
+        [torch.stack([row @ w + (bias[i] if biased else 0.0) for i, w in enumerate(weight)]) for row in embeddings]
+    )
+    torch.testing.assert_close(Head(weight, bias if biased else None)(embeddings), expected)
+
+
+def test_a_cosine_head_is_clips() -> None:
+    weight, embeddings, scale = _random(3, 6), _random(5, 6), 100.0
+    unit = weight / weight.norm(dim=1, keepdim=True)
+    logits = Head(unit, scale=torch.tensor([scale]))(embeddings)
+    for b, row in enumerate(embeddings):
+        for k, w in enumerate(weight):
+            cosine = torch.dot(row, w) / (row.norm() * w.norm())
+            assert logits[b, k].item() == pytest.approx(scale * cosine.item(), rel=1e-4, abs=1e-4)
+    torch.testing.assert_close(Head(unit, scale=torch.tensor([scale]))(7 * embeddings), logits)
+
+
+def test_a_head_is_never_trained() -> None:
+    head = Head(torch.nn.Parameter(_random(3, 6)), torch.nn.Parameter(_random(3)), torch.nn.Parameter(_random(1)))
+    assert list(head.parameters()) == []
+    embeddings = _random(2, 6).requires_grad_()
+    head(embeddings).sum().backward()
+    assert embeddings.grad is not None
+
+
+@pytest.mark.parametrize("bias", [None, _random(3)])
+@pytest.mark.parametrize("scale", [None, torch.tensor([14.3])])
+@pytest.mark.parametrize("names", [[], ["cat", "Löwe", 'quote " and, comma']])
+def test_bytes_round_trip(tmp_path: Path, bias: Tensor | None, scale: Tensor | None, names: list[str]) -> None:
+    head = Head(_random(3, 6), bias, scale, names)
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(head.to_bytes())
+    assert path.read_bytes() == Head(_random(3, 6), bias, scale, names).to_bytes()
+    for copy in (load_head(str(path)), head_from_arrays(*parse_head(head.to_bytes(), "here"))):
+        assert copy.names == names
+        assert copy.state_dict().keys() == head.state_dict().keys()
+        for name, tensor in head.state_dict().items():
+            assert torch.equal(copy.state_dict()[name], tensor)
+        assert torch.equal(copy(_random(2, 6)), head(_random(2, 6)))
+
+
+def test_half_precision_files_are_read_as_float32(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(save({"weight": _random(3, 6).half()}))
+    assert load_head(str(path)).weight.dtype == torch.float32
+
+
+def test_width_is_checked() -> None:
+    head = Head(_random(3, 6))
+    head.check_width(6, "here")
+    with pytest.raises(ConfigError, match=r"here: expected a head for embeddings of width 7, found weight \[3, 6\]"):
+        head.check_width(7, "here")
+
+
+@pytest.mark.parametrize("spec", ["nowhere.safetensors", "mlp:1x4x4-2", "python:a:b"])
+def test_specs_without_a_head(spec: str) -> None:
+    with pytest.raises(ConfigError, match="head"):
+        load_head(spec)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", save({"weight": torch.zeros(3)}), save({"w": torch.zeros(3, 6)})])
+def test_files_that_are_no_head(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "h.safetensors").write_bytes(data)
+    with pytest.raises(SchemaError, match=r"h\.safetensors: expected") as caught:
+        load_head(str(tmp_path / "h.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_are_copied() -> None:
+    weight = np.zeros((2, 3), np.float32)
+    head = head_from_arrays({"weight": weight}, [])
+    weight[:] = 1
+    assert head.weight.sum() == 0

@@ -1,0 +1,113 @@
+"""timm and open_clip through the same door. The only tests here that build real architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from datamerge.encoders import load_encoder, load_head, parse_spec, save_encoder
+from datamerge.encoders.encoder import known_open_clip
+from storage_schemas import ConfigError
+
+TIMM = "timm:test_resnet"
+
+
+def test_timm_round_trip(tmp_path: Path) -> None:
+    """Deterministic random weights, the network's own normalisation, no classifier, and a file that comes back."""
+    encoder = load_encoder(TIMM)
+    assert encoder.random_weights
+    assert encoder.sha256 == load_encoder(TIMM).sha256
+    pixels = torch.rand((2, *encoder.input_shape), generator=torch.Generator().manual_seed(0))
+    config = encoder.model.pretrained_cfg
+    assert isinstance(config, dict)
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    embeddings = encoder(pixels)
+    assert embeddings.shape == (2, encoder.embedding_dim)
+    torch.testing.assert_close(embeddings, encoder.model((pixels - mean) / std))
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.5)
+    save_encoder(encoder, tmp_path / "w.safetensors")
+    tuned = load_encoder(f"{TIMM}@{tmp_path / 'w.safetensors'}")
+    assert torch.equal(tuned(pixels), encoder(pixels))
+
+
+def test_the_classifier_of_a_timm_network(tmp_path: Path) -> None:
+    """Random weights are the same on every machine here too; a checkpoint gives its own classifier."""
+    head = load_head(TIMM)
+    assert torch.equal(head.weight, load_head(TIMM).weight)
+    assert head.scale is None
+    head.check_width(load_encoder(TIMM).embedding_dim, "here")
+    state = {f"fc.{name}": torch.full_like(getattr(head, name), 0.5) for name in ("weight", "bias")}
+    torch.save(state, tmp_path / "w.pt")
+    loaded = load_head(f"{TIMM}@{tmp_path / 'w.pt'}")
+    assert torch.equal(loaded.weight, state["fc.weight"])
+    assert loaded.bias is not None
+    assert torch.equal(loaded.bias, state["fc.bias"])
+    torch.save({"other": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(ConfigError, match=r"has no fc\.weight"):
+        load_head(f"{TIMM}@{tmp_path / 'w.pt'}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("timm:test_resnett", "did you mean .*test_resnet"),
+        ("timm:test_resnet/r999_in1k", "unknown weights of timm test_resnet 'r999_in1k'.*r160_in1k"),
+        ("open_clip:ViT-B-23", "did you mean .*ViT-B-32"),
+        ("open_clip:ViT-B-32/opnai", "unknown weights of open_clip ViT-B-32 'opnai'.*openai"),
+        ("timm:qqqqqqqq", r"unknown timm model 'qqqqqqqq'; there are \d+ known ones"),
+    ],
+)
+def test_unknown_models_and_tags_come_with_suggestions(spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_encoder(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["timm:test_resnett", "timm:test_resnet/r999_in1k"])
+def test_heads_of_unknown_networks(spec: str) -> None:
+    with pytest.raises(ConfigError, match="test_resnet"):
+        load_head(spec)
+
+
+def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shrunken CLIP under a name of its own, so that the test is light."""
+    from datamerge.encoders.torchvision_ops import make_torchvision_importable
+
+    make_torchvision_importable()
+    import open_clip
+    from open_clip import factory
+
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-test", config)
+    encoder = load_encoder("open_clip:tiny-test")
+    assert (encoder.input_shape, encoder.embedding_dim, encoder.random_weights) == ((3, 32, 32), 24, True)
+    assert encoder.sha256 == load_encoder("open_clip:tiny-test").sha256
+    assert encoder.mean.flatten().tolist() == pytest.approx(open_clip.OPENAI_DATASET_MEAN)
+    head = load_head("open_clip:tiny-test", ["cat", "dog", "ant"])
+    assert head.names == ["cat", "dog", "ant"]
+    assert head.weight.shape == (3, 24)
+    assert head.scale is not None
+    torch.testing.assert_close(head.weight.norm(dim=1), torch.ones(3))
+    assert torch.equal(head.weight, load_head("open_clip:tiny-test", ["cat", "dog", "ant"]).weight)
+    with pytest.raises(ConfigError, match="--class-names"):
+        load_head("open_clip:tiny-test")
+
+
+@pytest.mark.parametrize(
+    ("spec", "model"),
+    [
+        ("open_clip:ViT-L-14/openai", "ViT-L-14-quickgelu"),
+        ("open_clip:ViT-B-32-quickgelu/openai", "ViT-B-32-quickgelu"),
+        ("open_clip:ViT-L-14/laion2b_s32b_b82k", "ViT-L-14"),
+        ("open_clip:ViT-B-32", "ViT-B-32"),
+    ],
+)
+def test_weights_get_the_activation_they_were_trained_with(spec: str, model: str) -> None:
+    assert known_open_clip(parse_spec(spec)).model == model

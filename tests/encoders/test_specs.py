@@ -1,0 +1,108 @@
+"""Encoder specs: one string says which network and which weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from datamerge.encoders import at_home, parse_spec, with_checkpoint
+from storage_schemas import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "model", "pretrained"),
+    [
+        ("open_clip:ViT-L-14/openai", "open_clip", "ViT-L-14", "openai"),
+        ("open_clip:ViT-B-32", "open_clip", "ViT-B-32", None),
+        ("timm:resnet50/a1_in1k", "timm", "resnet50", "a1_in1k"),
+        ("timm:resnet50/pretrained", "timm", "resnet50", "pretrained"),
+        ("mlp:1x28x28-512-10", "mlp", "1x28x28-512-10", None),
+        ("python:my.models:encoder", "python", "my.models:encoder", None),
+    ],
+)
+def test_good_specs(text: str, kind: str, model: str, pretrained: str | None) -> None:
+    spec = parse_spec(text)
+    assert (spec.kind, spec.model, spec.pretrained, spec.checkpoint) == (kind, model, pretrained, None)
+    assert str(spec) == text
+    assert parse_spec(str(spec)) == spec
+
+
+@pytest.mark.parametrize("text", ["timm:resnet50/random", "timm:resnet50/", "timm:resnet50"])
+def test_random_is_no_tag(text: str) -> None:
+    assert str(parse_spec(text)) == "timm:resnet50"
+
+
+@pytest.mark.parametrize(
+    "head", ["open_clip:ViT-B-32", "timm:resnet50", "mlp:1x28x28-512-10", "python:my.models:encoder"]
+)
+@pytest.mark.parametrize("name", ["w.pt", "deep/er/w.safetensors", "at@sign/colon:x.pt"])
+def test_checkpoints(tmp_path: Path, head: str, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    spec = parse_spec(f"{head}@{path}")
+    assert f"{spec.kind}:{spec.model}" == head
+    assert spec.checkpoint == str(path)
+    assert parse_spec(str(spec)) == spec
+    assert with_checkpoint(head, str(path)) == str(spec)
+    assert with_checkpoint(str(spec), "other.pt") == f"{head}@other.pt"
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32@w.pt"),
+        ("timm:resnet50/a1_in1k", "timm:resnet50@w.pt"),
+        ("timm:resnet50@old/path.pt", "timm:resnet50@w.pt"),
+        ("mlp:1x4x4-2", "mlp:1x4x4-2@w.pt"),
+    ],
+)
+def test_with_checkpoint_replaces_whatever_weights_there_were(spec: str, expected: str) -> None:
+    assert with_checkpoint(spec, "w.pt") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected one of"),
+        ("resnet50", "expected one of"),
+        ("torchvision:resnet50", "expected one of"),
+        ("timm", "expected one of"),
+        ("timm:", "expected one of"),
+        ("timm:/a1", "the model's name is missing"),
+        ("OPEN_CLIP:ViT-B-32", "expected one of"),
+        ("timm:resnet50@", "expected a weights file"),
+        ("timm:resnet50@nowhere.pt", "expected a weights file at 'nowhere.pt'"),
+        ("mlp:1x4x4-2@.", "expected a weights file"),
+    ],
+)
+def test_bad_specs(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_spec(text)
+    assert repr(text) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tag_and_a_file_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    path.touch()
+    with pytest.raises(ConfigError, match="not both"):
+        parse_spec(f"timm:resnet50/a1_in1k@{path}")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").touch()
+    assert parse_spec("mlp:1x4x4-2@~/w.pt").checkpoint == str(tmp_path / "w.pt")
+
+
+def test_a_copied_run_has_its_own_weights(tmp_path: Path) -> None:
+    """Not those of the folder that it was copied from, which may have been trained again."""
+    for name in ("first", "copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "encoder.safetensors").touch()
+    spec = f"open_clip:ViT-B-32@{tmp_path}/first/encoder.safetensors"
+    assert at_home(spec, tmp_path / "copy") == f"open_clip:ViT-B-32@{tmp_path}/copy/encoder.safetensors"
+    assert at_home(spec, tmp_path / "nowhere") == spec
+    assert at_home("mlp:1x2x2-3", tmp_path / "copy") == "mlp:1x2x2-3"

@@ -1,0 +1,142 @@
+"""One way to configure: preset < file < flags, strict, with every problem named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import Field, model_validator
+
+from datamerge.runtime import Fraction, Settings, load_settings
+from storage_schemas import ConfigError
+from storage_schemas.operations.shards import pixel_spread
+
+
+class Attack(Settings):
+    """Settings like the sub-commands'."""
+
+    epsilon: Fraction = "2/255"
+    steps: int = Field(10, ge=0)
+    members: int = Field(ge=1)
+    encoder: str | None = None
+    learning_rate: float = 1e-5
+
+    @model_validator(mode="after")
+    def _encoder_for_many(self) -> Attack:
+        if self.members > 100 and self.encoder is None:
+            raise ValueError("members: more than 100 need an encoder")
+        return self
+
+
+def _toml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> None:
+    preset = {"epsilon": "1/255", "steps": 1, "members": 1, "encoder": "preset"}
+    file = _toml(tmp_path, 'steps = 2\nmembers = 2\nencoder = "file"\n')
+    settings = load_settings(Attack, file, {"members": 3, "encoder": None, "steps": None}, preset)
+    assert settings == Attack(epsilon="1/255", steps=2, members=3, encoder="file", learning_rate=1e-5)
+
+
+def test_a_flag_may_be_falsy(tmp_path: Path) -> None:
+    """0 is a value, None is silence."""
+    settings = load_settings(Attack, _toml(tmp_path, "steps = 2\nmembers = 2\n"), {"steps": 0})
+    assert settings.steps == 0
+
+
+def test_inputs_are_left_alone(tmp_path: Path) -> None:
+    preset, flags = {"members": 1}, {"steps": 4, "encoder": None}
+    load_settings(Attack, _toml(tmp_path, "members = 2"), flags, preset)
+    assert (preset, flags) == ({"members": 1}, {"steps": 4, "encoder": None})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("epsilom", "did you mean epsilon?"), ("learning-rate", "did you mean learning_rate?"), ("zzz", None)],
+)
+def test_a_misspelt_key_is_met_with_the_closest(tmp_path: Path, key: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Attack, _toml(tmp_path, f'members = 1\n{key} = "x"\n'), {})
+    assert f"{key}: unknown setting" in str(caught.value)
+    assert ("did you mean" in str(caught.value)) == (hint is not None)
+    assert (hint or "") in str(caught.value)
+
+
+def test_every_problem_is_listed_in_one_line(tmp_path: Path) -> None:
+    file = _toml(tmp_path, 'epsilon = "2"\nsteps = -1\nencodr = "x"\nlearning_rate = "fast"\n')
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Attack, file, {})
+    message = str(caught.value)
+    for part in ("did you mean 2/255?", "steps: ", "-1", "did you mean encoder?", "members: ", "'fast'", file):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "values", [{"steps": "10"}, {"steps": 1.5}, {"steps": True}, {"members": "3"}, {"encoder": 3}]
+)
+def test_nothing_is_coerced(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        load_settings(Attack, None, {"members": 1, **values})
+
+
+def test_rules_over_several_fields_speak_plainly() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Attack, None, {"members": 101})
+    assert str(caught.value) == "members: more than 100 need an encoder"
+
+
+@pytest.mark.parametrize("text", ["steps = ", "[a\n", "steps = 1\nsteps = 2", "\x00", "a = 'b"])
+def test_bad_toml_is_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"settings\.toml: not valid TOML"):
+        load_settings(Attack, _toml(tmp_path, text), {})
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes(b"encoder = '\xe9'")
+    with pytest.raises(ConfigError, match=r"latin\.toml: not valid TOML"):
+        load_settings(Attack, str(tmp_path / "latin.toml"), {})
+    with pytest.raises(ConfigError, match=r"missing\.toml: expected a TOML file, found No such file"):
+        load_settings(Attack, str(tmp_path / "missing.toml"), {})
+    with pytest.raises(ConfigError, match="expected a TOML file"):
+        load_settings(Attack, str(tmp_path), {})
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load_settings(Attack, None, {"members": 1})
+    with pytest.raises(ValueError, match="frozen"):
+        settings.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("steps=" + "[" * 5000, "not valid TOML"),
+        ("steps=" + "9" * 5000, "not valid TOML"),
+        ('epsilon="1e-999999999"', "expected a fraction"),
+        ('epsilon="1/\u0660"', "expected a fraction"),
+        ("steps=0x" + "F" * 5000, "steps: expected a number of at most 64 bits, found one too long to show"),
+        ("encoder=[0x" + "F" * 5000 + "]", "encoder: .* found one too long to show"),
+    ],
+)
+def test_settings_that_would_exhaust_the_parser(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load_settings(Attack, _toml(tmp_path, text), {"members": 1})
+
+
+@pytest.mark.parametrize("text", ["encoder = ['{}']", "epsilon = '{}'", "{} = 1"])
+def test_messages_stay_short(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Attack, _toml(tmp_path, text.format("x" * 5000)), {"members": 1})
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(("typed", "kept"), [(".01", "1/100"), ("8e-3", "1/125"), ("2/255", "2/255"), ("0.5", "1/2")])
+def test_decimals_are_kept_as_fractions(typed: str, kept: str) -> None:
+    """One spelling for all who read it later, such as `remerge` and `combine`."""
+    assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == kept
+    assert pixel_spread({"attack": {"epsilon": kept}}) >= 2

@@ -1,0 +1,1 @@
+"""From stored records to batches: the order of groups, the stream, and the noise of a step."""

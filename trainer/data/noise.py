@@ -1,0 +1,59 @@
+"""Random numbers of one step: a stream for every group, so that a group's draws depend on nothing around it.
+
+Neither the size of a micro-batch, nor the number of processes, nor the device changes them: they are drawn on
+the CPU in float64 and converted. Group p of global step s owns the stream of word p of
+SeedSequence([seed, ESTIMATOR, s]) (`trainer.data.order` names the purposes).
+
+Shapes: B groups; `like` is a tensor [B, …] whose shape, dtype and device the result has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Draws:
+    """One NumPy generator per group; each call advances them.
+
+    Args:
+        seeds: 64-bit seeds, one per group.
+
+    Examples:
+        >>> Draws([1, 2]).signs(torch.zeros(2, 3)).abs()
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Independent N(0, 1)."""
+        return self._stack([rng.standard_normal(like[0].numel()) for rng in self._of(like)], like)
+
+    def exponential(self, like: Tensor) -> Tensor:
+        """Independent Exp(1)."""
+        return self._stack([rng.standard_exponential(like[0].numel()) for rng in self._of(like)], like)
+
+    def signs(self, like: Tensor) -> Tensor:
+        """Independent −1 or +1 (Rademacher): mean 0, variance 1 and, of all such laws, the smallest 4th moment."""
+        count = like[0].numel()
+        bits = [
+            np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count) for rng in self._of(like)
+        ]
+        # One byte a value crosses to the device, not four.
+        zero_one = torch.from_numpy(np.stack(bits)).to(like.device, like.dtype).reshape(like.shape)
+        return 2 * zero_one - 1
+
+    def _of(self, like: Tensor) -> list[np.random.Generator]:
+        if len(like) != len(self._generators):
+            raise ValueError(f"expected one seed a group, found {len(self._generators)} for {len(like)} groups")
+        return self._generators
+
+    @staticmethod
+    def _stack(rows: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]], like: Tensor) -> Tensor:
+        return torch.from_numpy(np.stack(rows)).to(like.device, like.dtype).reshape(like.shape)

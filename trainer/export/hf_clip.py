@@ -1,0 +1,105 @@
+"""open_clip's vision transformer in the names and settings of Hugging Face's CLIPVisionModelWithProjection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from datamerge.encoders import Encoder
+from storage_schemas import ConfigError
+
+# open_clip's name below transformer.resblocks.N → transformers' below encoder.layers.N
+_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_TOP = {
+    "class_embedding": "vision_model.embeddings.class_embedding",
+    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    # Spelt so in transformers.
+    "ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "ln_post.weight": "vision_model.post_layernorm.weight",
+    "ln_post.bias": "vision_model.post_layernorm.bias",
+}
+
+
+def clip_config(encoder: Encoder) -> dict[str, Any]:
+    """Arguments of CLIPVisionConfig.
+
+    Raises:
+        ConfigError: a network that CLIPVisionModelWithProjection cannot express; says what about it.
+    """
+    visual: Any = encoder.model
+    if type(visual).__name__ != "VisionTransformer" or not hasattr(visual, "transformer"):
+        raise _refusal(encoder, f"the network is a {type(visual).__name__}")
+    block = visual.transformer.resblocks[0]
+    activation = {"QuickGELU": "quick_gelu", "GELU": "gelu"}.get(type(block.mlp.gelu).__name__)
+    height, width = encoder.input_shape[1:]
+    patch = visual.conv1.kernel_size
+    problems = {
+        "attentional pooling": getattr(visual, "attn_pool", None) is not None,
+        f"{visual.pool_type} pooling": visual.pool_type != "tok",
+        "pooling before the last norm": bool(getattr(visual, "final_ln_after_pool", False)),
+        "no projection": visual.proj is None,
+        "no norm before the layers": not isinstance(visual.ln_pre, nn.LayerNorm),
+        "layer scale": not isinstance(block.ls_1, nn.Identity),
+        f"the activation {type(block.mlp.gelu).__name__}": activation is None,
+        f"{height} x {width} pixels": height != width or patch[0] != patch[1],
+        "a patch embedding with a bias": visual.conv1.bias is not None,
+        "fixed positions": not isinstance(visual.positional_embedding, nn.Parameter)
+        or not visual.positional_embedding.requires_grad,
+    }
+    found = [what for what, present in problems.items() if present]
+    if found:
+        raise _refusal(encoder, f"it has {found[0]}")
+    hidden = visual.conv1.out_channels
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": block.mlp.c_fc.out_features,
+        "projection_dim": visual.proj.shape[1],
+        "num_hidden_layers": len(visual.transformer.resblocks),
+        "num_attention_heads": block.attn.num_heads,
+        "num_channels": encoder.input_shape[0],
+        "image_size": height,
+        "patch_size": patch[0],
+        "hidden_act": activation,
+        "layer_norm_eps": visual.ln_post.eps,
+    }
+
+
+def clip_state_dict(visual: nn.Module) -> dict[str, Tensor]:
+    """Weights of open_clip's `model.visual` under transformers' names."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in visual.state_dict().items():
+        if name == "proj":
+            # open_clip multiplies with it from the right, a Linear layer with its transpose.
+            result["visual_projection.weight"] = tensor.T.contiguous()
+        elif name in _TOP:
+            result[_TOP[name]] = tensor
+        else:
+            result.update(_layer(name, tensor))
+    return result
+
+
+def _layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    index, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
+    prefix = f"vision_model.encoder.layers.{index}"
+    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
+        kind = rest.rpartition("_")[2]
+        pieces = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"{prefix}.self_attn.{letter}_proj.{kind}": piece.contiguous() for letter, piece in pieces}
+    module, _, kind = rest.rpartition(".")
+    return {f"{prefix}.{_LAYER[module]}.{kind}": tensor}
+
+
+def _refusal(encoder: Encoder, reason: str) -> ConfigError:
+    return ConfigError(
+        f"encoder {encoder.spec!r}: --to hf expects CLIP's own vision transformer, and {reason}; "
+        "use --to open_clip, or the run's encoder.safetensors"
+    )

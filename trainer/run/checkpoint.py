@@ -1,0 +1,203 @@
+"""The folder of a run: whose it is, its checkpoints, and what is published at the end.
+
+run.json              summary of a finished run; its presence says that the run is finished
+encoder.safetensors   trained weights
+identity.json         settings that determine the weights; written first, compared on every later call
+log.jsonl             one line per logged step
+tensorboard/          the same numbers for TensorBoard
+checkpoints/          step-000350.pt: the state after 350 updates; best.pt: that with the lowest held-out loss
+not-finite-step-….pt  the batch at which a loss or gradient was not finite
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from datamerge.runtime import local_path
+from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.schema.provenance import changes
+
+SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
+BEST = "best.pt"
+# Entries of the identity that are no settings.
+_CHANGED_THINGS = {
+    "plan_sha256": "an artifact",
+    "encoder_sha256": "an encoder",
+    "head_sha256": "a class head",
+}
+
+
+class RunSummary(BaseModel):
+    """What `run.json` says of a finished run.
+
+    Attributes:
+        encoder: spec of the trained encoder, with the absolute path of its weights.
+        encoder_sha256: hash of the trained weights.
+        original: spec of the encoder the run started from.
+        original_sha256: hash of its weights.
+        arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
+        artifact: where the groups came from.
+        plan_sha256: identity of that artifact.
+        steps: optimiser steps.
+        groups: groups consumed, repetitions counted.
+        seconds: wall time of all sittings, without loading the encoder.
+        bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
+        config: all settings, defaults resolved.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str
+    encoder_sha256: str
+    original: str
+    original_sha256: str
+    arm: str
+    artifact: str
+    plan_sha256: str
+    steps: int
+    groups: int
+    seconds: float
+    bytes: int
+    config: dict[str, Any]
+
+
+class RunFolder:
+    """One run on the local disk."""
+
+    def __init__(self, path: str) -> None:
+        self.path = local_path(path, "the run")
+        self._location = Location(self.path)
+        if self.path.is_file():
+            raise ConfigError(f"{path}: expected a folder for the run, found a file; choose another RUN")
+        strangers = self.path.is_dir() and not (self.path / IDENTITY).exists() and sorted(self.path.iterdir())
+        if strangers:
+            raise ConfigError(
+                f"{path}: expected a new folder or a run, found {strangers[0].name!r} and no {IDENTITY}; "
+                "choose another RUN"
+            )
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder the one of this run, or check that it is.
+
+        Raises:
+            ConfigError: it holds a run with other settings; the message names them.
+        """
+        if not (self.path / IDENTITY).exists():
+            self._write_json(IDENTITY, identity)
+            return
+        found = self._read_json(IDENTITY)
+        different = changes(found, identity)
+        if not different:
+            return
+        changed = _CHANGED_THINGS.keys() & {name for name in identity if found.get(name) != identity[name]}
+        what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
+        problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
+        raise ConfigError(
+            f"{self.path} {problem} ({'; '.join(different)}); choose another RUN, "
+            f"or use the same {what or 'settings'} to continue it"
+        )
+
+    def summary(self) -> RunSummary | None:
+        """The summary of a finished run; None while it is not finished."""
+        if not (self.path / SUMMARY).exists() or not (self.path / WEIGHTS).exists():
+            return None
+        try:
+            return RunSummary.model_validate(self._read_json(SUMMARY))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+            raise DatamergeError(f"{self.path / SUMMARY}: not the summary of a run: {problems}") from None
+
+    def publish(self, summary: RunSummary) -> None:
+        """Mark the run as finished."""
+        self._write_json(SUMMARY, summary.model_dump(mode="json"))
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.pt"), key=step_of)
+
+    def save(self, state: Mapping[str, Any], keep: int) -> Path:
+        """Write a checkpoint whole or not at all, then remove all but the newest `keep`."""
+        path = self._write_state(f"step-{state['step']:06d}.pt", state)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+        return path
+
+    def save_best(self, state: Mapping[str, Any]) -> Path:
+        """Write the state with the lowest held-out loss so far, whole or not at all, in place of the one before."""
+        return self._write_state(BEST, state)
+
+    def _write_state(self, file_name: str, state: Mapping[str, Any]) -> Path:
+        folder = self.path / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / file_name
+        descriptor, name = tempfile.mkstemp(prefix=".step-", suffix=".tmp", dir=folder)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(dict(state), file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        return path
+
+    def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """Read a checkpoint. Only tensors and plain values are unpickled.
+
+        Raises:
+            ConfigError: it was made by a run with other settings.
+            DatamergeError: it is damaged.
+        """
+        state = read_state(path, device)
+        if state["identity"] != dict(identity):
+            raise ConfigError(f"{path}: a checkpoint of a run with other settings; remove it, or choose another RUN")
+        return state
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        self._location.write(name, json.dumps(content, indent=1).encode() + b"\n")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = read_json((self.path / name).read_bytes())
+        except ValueError as error:
+            raise DatamergeError(f"{self.path / name}: not valid JSON ({error}); choose another RUN") from None
+        if not isinstance(content, dict):
+            raise DatamergeError(f"{self.path / name}: expected a JSON object, found {type(content).__name__}")
+        return content
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint. Only tensors and plain values are unpickled.
+
+    Raises:
+        DatamergeError: it is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        missing = {"identity", "model", "average", "optimizer", "step"} - state.keys()
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    else:
+        reason = f"it has no {', '.join(sorted(missing))}" if missing else ""
+    if reason:
+        raise DatamergeError(
+            f"{path}: not a readable checkpoint ({reason}); remove it to continue from the one before"
+        ) from None
+    return state
+
+
+def step_of(path: Path) -> int:
+    """Step of a checkpoint file; -1 for any other."""
+    digits = path.stem.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,105 @@
+"""What the loop puts around an encoder: the frozen head, bfloat16, compilation, frozen layers; and what it refuses.
+
+Shapes: B groups, C H W pixels, K outputs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from datamerge.encoders import Encoder, Head
+from storage_schemas import ConfigError
+from trainer.config import Precision
+
+
+class Forward(nn.Module):
+    """Pixels [B, C, H, W] → float32 outputs [B, K].
+
+    Args:
+        encoder: trained.
+        head: frozen classifier behind it, if any; runs in float32.
+        precision: bf16 runs the encoder under autocast.
+        compiled: run the encoder through torch.compile.
+    """
+
+    def __init__(
+        self, encoder: Encoder, head: Head | None = None, precision: Precision = "float32", compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self._bf16 = precision == "bf16"
+        # A function and not a module of ours: state_dict() keeps the encoder's own names.
+        self._run = torch.compile(encoder.forward) if compiled else encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bf16):
+            embeddings = self._run(pixels)
+        embeddings = embeddings.float() if self._bf16 else embeddings
+        return cast(Tensor, embeddings if self.head is None else self.head(embeddings))
+
+
+def train_mode(encoder: nn.Module) -> None:
+    """train() for all layers but BatchNorm.
+
+    In train mode BatchNorm would let every group's outputs, and so its input gradient, depend on the other
+    groups of the batch (with one group it has no statistics at all), and its running statistics would become
+    those of merged images, which are smoother than any image the encoder will see.
+    """
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def freeze(encoder: nn.Module, patterns: Sequence[str]) -> None:
+    """Let the parameters whose names match keep their values. Names count from the network inside: conv1.weight.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    parameters = {name.removeprefix("model."): p for name, p in encoder.named_parameters()}
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matching:
+            close = difflib.get_close_matches(pattern, parameters, n=1, cutoff=0) or list(parameters)[:1]
+            raise ConfigError(f"freeze: {pattern!r} matches no parameter of the encoder; one of them is {close[0]!r}")
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigError(
+            f"freeze: {', '.join(patterns)} match all parameters of the encoder; nothing is left to train"
+        )
+
+
+def check_rows_apart(encoder: Encoder, device: torch.device) -> None:
+    """Refuse an encoder whose output for one image depends on the other images of its batch.
+
+    `train_mode` keeps BatchNorm from it; this sees any other way, by running one image in two companies. Dropout
+    is seeded, so that it is the same in both.
+
+    Raises:
+        ConfigError: the encoder mixes the images of a batch.
+    """
+    images = torch.linspace(0, 1, 3 * torch.Size(encoder.input_shape).numel(), device=device)
+    first, second, third = images.reshape(3, *encoder.input_shape).flip(1)
+    outputs = []
+    with torch.no_grad():
+        for company in (second, third):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                outputs.append(encoder(torch.stack([first, company]))[0])
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    # Kernels may sum in another order, but not for equal shapes; a little room costs nothing.
+    if difference > 1e-4 * (1e-6 + float(outputs[0].abs().max())):
+        raise ConfigError(
+            f"encoder {encoder.spec!r}: expected each image's embedding to depend on that image alone, found one "
+            f"that moves by {difference:.3g} with the other images of the batch; normalise per image (LayerNorm, "
+            "GroupNorm)"
+        )

@@ -1,0 +1,326 @@
+"""From settings to everything a run needs; artifact, encoder and settings that do not fit are refused by name.
+
+Nothing is written here and nothing is trained; a request that cannot work fails before it costs time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from datamerge.encoders import (
+    Encoder,
+    Head,
+    head_from_arrays,
+    load_encoder,
+    load_head,
+    pick_device,
+    weights_sha256,
+)
+from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
+from trainer.config import TrainConfig
+from trainer.data.order import Layout, Order
+from trainer.data.stream import Batch, Collate, stream
+from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.run.distributed import Processes
+from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
+from trainer.run.messages import warn
+from trainer.run.refine import Refinement
+from trainer.run.requirements import (
+    check_epsilon,
+    check_groups,
+    check_recorded,
+    loss_name,
+    refinement,
+    starting_encoder,
+    stored_members,
+)
+
+# Settings that say where and how fast, not what comes out; they may differ when a run is continued.
+_FREE = {
+    "artifact",
+    "run",
+    "epochs",
+    "accumulate",
+    "compile",
+    "eval_artifact",
+    "eval_every",
+    "device",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data_workers",
+    "cache",
+    "cache_bytes",
+    "threads",
+    "log_every",
+    "wandb_project",
+}
+ARTIFACT_HEAD = "artifact"
+
+
+Feed = Callable[[Layout, int, int], Iterator[Batch]]
+"""(layout, first step, step after the last) → the micro-batches of those steps, as `Order.shares` lists them."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the groups come from, for the summary.
+
+    Attributes:
+        url: of the artifact.
+        sha256: identity of what is there.
+        arm: in the words of the paper.
+        bytes_per_group: uncompressed, of the arrays that are read.
+    """
+
+    url: str
+    sha256: str
+    arm: str
+    bytes_per_group: int
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Groups that are not trained on.
+
+    Attributes:
+        order: of them.
+        feed: reads them.
+        sha256: identity of their artifact.
+    """
+
+    order: Order
+    feed: Feed
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start.
+
+    Attributes:
+        config: the settings with every default resolved; `steps` is set and `epochs` is not.
+        encoder: on its device, in training mode, with the weights the run starts from.
+        model: pixels → outputs: the encoder, followed by the frozen head if there is one.
+        loss: loss of one image.
+        order: which groups form which step.
+        feed: reads them.
+        held_out: other groups to measure on, if any.
+        origin: where the groups come from.
+        device: where the encoder is.
+        identity: settings and hashes that determine the result.
+        refinement: how stored images are brought up to date, if they are.
+    """
+
+    config: TrainConfig
+    encoder: Encoder
+    model: Forward
+    loss: Loss
+    order: Order
+    feed: Feed
+    held_out: HeldOut | None
+    origin: Origin
+    device: torch.device
+    identity: dict[str, Any]
+    refinement: Refinement | None = None
+
+    @property
+    def steps(self) -> int:
+        """Length of the run."""
+        return cast(int, self.config.steps)
+
+
+def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
+    """Open the artifact, load the encoder and check that they go together.
+
+    Args:
+        config: settings.
+        own: this process among those of the run; one alone if not given.
+
+    Raises:
+        ConfigError: they do not, or not with these settings.
+        NotAnArtifact: nothing to train on at `config.artifact`.
+    """
+    own = own or Processes()
+    device = choose_device(config.device, own)
+    artifact = _open(config, config.artifact)
+    loss = loss_name(config, artifact.manifest)
+    members = stored_members(config, artifact.manifest)
+    check_epsilon(config, artifact.manifest)
+    refined = refinement(config, artifact.manifest)
+    spec = starting_encoder(config, artifact.manifest)
+    order = _order(artifact, config)
+    steps = length(config, order, own)
+    encoder = load_encoder(spec, str(device))
+    check_recorded(config, artifact.manifest, encoder)
+    head = _head(config, artifact, loss)
+    classes = None
+    if loss == "cross_entropy":
+        if head is not None:
+            head.check_width(encoder.embedding_dim, "head")
+        classes = encoder.embedding_dim if head is None else len(head.weight)
+    collate = Collate(
+        arm=config.arm, labels=loss == "cross_entropy", members=members, classes=classes, clean=refined is not None
+    )
+    check_groups(artifact, encoder, collate)
+    warn_of_start(encoder)
+    resolved = _resolved(config, artifact, loss, encoder, head, steps).model_copy(update={"device": str(device)})
+    pin = device.type == "cuda"
+    return Job(
+        config=resolved,
+        encoder=encoder,
+        model=ready(encoder, head, config, device),
+        loss=SquaredError(config.loss_scale) if loss == "squared_error" else CrossEntropy(),
+        order=order,
+        feed=_feed(artifact, order, collate, config.data_workers, pin),
+        held_out=_held_out(config, encoder, collate, pin),
+        origin=_origin(resolved, artifact, collate),
+        device=device,
+        identity={
+            **free_of_place(resolved),
+            "plan_sha256": artifact.manifest.plan_sha256,
+            "encoder_sha256": encoder.sha256,
+            "head_sha256": None if head is None else weights_sha256(head),
+        },
+        refinement=refined,
+    )
+
+
+def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torch.device) -> Forward:
+    """The encoder as it is trained: layers frozen, in training mode, checked for mixing rows."""
+    freeze(encoder, config.freeze)
+    train_mode(encoder)
+    check_rows_apart(encoder, device)
+    return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
+
+
+def free_of_place(config: TrainConfig) -> dict[str, Any]:
+    """The settings that determine the result."""
+    return {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+
+
+def warn_of_start(encoder: Encoder) -> None:
+    """Say so if there is nothing to fine-tune."""
+    if encoder.random_weights:
+        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
+
+
+def length(config: TrainConfig, order: Order, own: Processes) -> int:
+    """Steps of the run.
+
+    Raises:
+        ConfigError: a warm-up as long as the run, or batches that cannot be cut as asked.
+    """
+    steps = config.steps or (config.epochs or 0) * order.steps_per_epoch
+    if config.warmup_steps >= steps:
+        raise ConfigError(
+            f"warmup_steps: expected fewer than the run's {steps} steps, found {config.warmup_steps}; "
+            f"add --warmup {steps // 10}"
+        )
+    pieces = own.world * config.accumulate
+    if config.batch_size < pieces:
+        raise ConfigError(
+            f"batch_size: expected at least {pieces} groups, one for each of {own.world} processes x "
+            f"{config.accumulate} micro-batches, found {config.batch_size}; add --batch-size {pieces}"
+        )
+    return steps
+
+
+def _order(artifact: Artifact, config: TrainConfig) -> Order:
+    if not len(artifact):
+        raise ConfigError(f"{artifact.location.url}: expected groups to train on, found none")
+    return Order(artifact.shard_sizes, config.batch_size, config.seed)
+
+
+def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+    def feed(layout: Layout, start: int, stop: int) -> Iterator[Batch]:
+        return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, layout=layout)
+
+    return feed
+
+
+def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool) -> HeldOut | None:
+    """The held-out artifact, checked as the one that is trained on."""
+    if config.eval_artifact is None:
+        return None
+    other = config.model_copy(update={"artifact": config.eval_artifact})
+    artifact = _open(config, config.eval_artifact)
+    loss_name(
+        other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
+    )
+    collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest), clean=False)
+    check_groups(artifact, encoder, collate)
+    order = _order(artifact, other)
+    feed = _feed(artifact, order, collate, config.data_workers, pin)
+    return HeldOut(order, feed, artifact.manifest.plan_sha256)
+
+
+def _origin(config: TrainConfig, artifact: Artifact, collate: Collate) -> Origin:
+    wanted = collate.arrays()
+    return Origin(
+        url=config.artifact,
+        sha256=artifact.manifest.plan_sha256,
+        arm=_arm_name(config, artifact.manifest, collate),
+        bytes_per_group=sum(spec.nbytes for spec in artifact.manifest.layout.arrays if spec.name in wanted),
+    )
+
+
+def _arm_name(config: TrainConfig, manifest: Manifest, collate: Collate) -> str:
+    """The arm as the paper writes it: AT-N-Avg, AT-N-Ind; AT-N-Mean without the correction, AT-N-Random for one
+    member a step of N."""
+    grouping = manifest.provenance.get("grouping")
+    size = grouping.get("members") if isinstance(grouping, dict) else None
+    count = collate.members or size
+    kind = {"avg": "Avg", "ind": "Ind", "factors": "Factors", "mean-only": "Mean", "random-member": "Random"}[
+        config.arm
+    ]
+    return f"AT-{count}-{kind}" if count else f"AT-{kind}"
+
+
+def _resolved(
+    config: TrainConfig, artifact: Artifact, loss: str, encoder: Encoder, head: Head | None, steps: int
+) -> TrainConfig:
+    """The settings with what the defaults turned out to mean."""
+    return config.model_copy(
+        update={
+            "artifact": artifact.location.root if artifact.location.is_local else artifact.location.url,
+            "loss": loss,
+            "encoder": encoder.spec,
+            "head": None if head is None else config.head or ARTIFACT_HEAD,
+            "steps": steps,
+            "epochs": None,
+        }
+    )
+
+
+def _open(config: TrainConfig, url: str) -> Artifact:
+    cache = Cache(Path(config.cache).expanduser(), config.cache_bytes) if config.cache is not None else None
+    return open_artifact(url, cache=cache)
+
+
+def choose_device(name: str, own: Processes) -> torch.device:
+    """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if own.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return own.take_gpu()
+    return pick_device(name)
+
+
+def _head(config: TrainConfig, artifact: Artifact, loss: str) -> Head | None:
+    """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
+    if loss != "cross_entropy":
+        return None
+    stored = artifact.head()
+    if config.head is not None and config.head != ARTIFACT_HEAD:
+        return load_head(config.head, stored[1] if stored else ())
+    if stored is None and config.head is not None:
+        raise ConfigError(f"head: found none in {config.artifact}; give a file or spec with --head")
+    return None if stored is None else head_from_arrays(*stored)

@@ -1,0 +1,83 @@
+"""Numbers of a run: `log.jsonl`, TensorBoard, W&B, and how much of the time went into waiting for data."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from storage_schemas import Location
+from trainer.run.checkpoint import LOG
+from trainer.run.signals import Stopped
+from trainer.run.wandb_log import WandbLog
+
+
+class RunLog:
+    """Appends to the logs of a run; a context manager.
+
+    Args:
+        folder: the run's folder.
+        start: step the run continues after. Later lines of an earlier sitting are dropped from `log.jsonl`, and
+            hidden in TensorBoard, so that every step occurs once.
+        settings: of the run; its `wandb_project`, if set, gets the same numbers.
+    """
+
+    def __init__(self, folder: Path, start: int, settings: dict[str, Any]) -> None:
+        project = settings["wandb_project"]
+        self._wandb = WandbLog(folder, project, settings) if project is not None else None
+        path = folder / LOG
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= start]
+            Location(folder).write(LOG, b"".join(kept))
+        self._stream = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._since = time.monotonic()
+        self._waited, self._groups = 0.0, 0
+
+    def count(self, groups: int, waited: float) -> None:
+        """Report a step's groups and the seconds it waited for them."""
+        self._groups += groups
+        self._waited += waited
+
+    def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Log the values of one step, with the rates since the last line."""
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        if "correction" in values and values["loss"] != 0:
+            values = {**values, "correction_share": values["correction"] / values["loss"]}
+        values = {**values, "groups_per_second": self._groups / elapsed, "data_wait": self._waited / elapsed}
+        self._since, self._waited, self._groups = now, 0.0, 0
+        self._stream.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
+
+    def pause(self, seconds: float) -> None:
+        """Leave time that was no training out of the rates."""
+        self._since += seconds
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        self._board.close()
+        if self._wandb is not None:
+            # An orderly stop is no failure; the run goes on later.
+            self._wandb.close(error is not None and not isinstance(error, Stopped))
+
+
+def _step(line: bytes) -> float:
+    """Step of a log line; infinity for one that a crash cut short."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,221 @@
+"""The training loop: order → stream → step, with checkpoints, logs, and a stop that loses nothing.
+
+State after step s is a pure function of the settings and s: the batch comes from `trainer.data.order`, the random
+draws from streams keyed by the step. A run that was stopped and continued ends with the same bits as one that
+was not (on the same hardware and number of threads and processes).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from datamerge.attacks import arithmetic
+from datamerge.encoders import Encoder, save_encoder, weights_sha256, with_checkpoint
+from datamerge.runtime import Progress
+from storage_schemas import DatamergeError, UserError
+from trainer.config import TrainConfig
+from trainer.data.stream import Batch
+from trainer.run.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
+from trainer.run.distributed import Processes, processes
+from trainer.run.job import Job, make_job
+from trainer.run.logs import RunLog
+from trainer.run.messages import say, warn
+from trainer.run.signals import NotFiniteRun, Stopped, StopSignals
+from trainer.run.update import NotFinite, Optimisation, Outcome
+from trainer.run.validation import held_out_loss
+from trainer.run.wandb_log import check_installed
+
+
+def train(config: TrainConfig) -> RunSummary:
+    """Run, continue or recognise as finished the training that the settings describe.
+
+    Every process that torchrun started calls this; they do it together.
+
+    Raises:
+        ConfigError: settings, artifact and encoder do not go together, or the folder holds another run.
+        NotFiniteRun: a loss or gradient that is not finite; names the step and the records.
+        DatamergeError: out of memory, or another process of the run died.
+        CorruptShard: stored bytes that differ from what was committed.
+        Stopped: SIGINT or SIGTERM arrived; call again to continue.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    with processes(config.device) as own:
+        folder = own.together(lambda: RunFolder(config.run))
+        settings = config.model_copy(update={"run": str(folder.path)})
+        return run_job(own.together(lambda: make_job(settings, own)), folder, own)
+
+
+def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
+    """Run, continue or recognise as finished a prepared job. Raises as `train`."""
+    own.first_alone(lambda: check_installed(job.config.wandb_project))
+    own.first_alone(lambda: folder.claim(job.identity))
+    own.together(lambda: folder.claim(job.identity))
+    finished = own.together(folder.summary)
+    if finished is not None:
+        say(f"{folder.path} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
+        return finished
+    with arithmetic(job.device, tf32=job.config.precision == "tf32"):
+        return _Run(job, folder, own).finish()
+
+
+class _Run:
+    def __init__(self, job: Job, folder: RunFolder, own: Processes) -> None:
+        self.job, self.folder, self.own = job, folder, own
+        self.training = Optimisation(job, own)
+        self.step, self.seconds, self.best = 0, 0.0, math.inf
+        self.best_of = None if job.held_out is None else job.held_out.sha256
+        self._continue()
+
+    @property
+    def published(self) -> Encoder:
+        """The encoder that is evaluated and published: the average if there is one."""
+        average = self.training.average
+        return self.job.encoder if average is None else average.module  # type: ignore[return-value]
+
+    def finish(self) -> RunSummary:
+        """Train to the end, publish the encoder and the summary."""
+        job, config = self.job, self.job.config
+        started = time.monotonic() - self.seconds
+        batches = job.feed(self.training.layout, self.step, job.steps)
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignals())
+            log = self.own.first_alone(
+                lambda: stack.enter_context(RunLog(self.folder.path, self.step, config.model_dump(mode="json")))
+            )
+            progress = (
+                stack.enter_context(Progress("train", job.steps, "steps", self.step)) if self.own.first else None
+            )
+            while self.step < job.steps:
+                outcome = self._update(batches, stop)
+                self.seconds = time.monotonic() - started
+                values = {**outcome.values, **self._evaluate(log)}
+                if log is not None:
+                    log.count(job.order.batch_size_of(self.step - 1), outcome.waited)
+                    if self.step % config.log_every == 0 or self.step == job.steps or "eval_loss" in values:
+                        log.write(self.step, job.order.epoch(self.step - 1), values)
+                if progress is not None:
+                    progress.advance(1, f"loss {values['loss']:.4g}")
+                if self.step < job.steps:
+                    self._save_or_stop(outcome.stop)
+        return self._publish()
+
+    def _update(self, batches: Iterator[Batch], stop: StopSignals) -> Outcome:
+        try:
+            outcome = self.training.step(self.step, batches, lambda: stop.received)
+        except NotFinite as error:
+            raise NotFiniteRun(self._not_finite(error)) from None
+        except UserError as error:
+            if self.own.world == 1:
+                raise
+            # A record that this process alone has read. The others wait for its gradients until it fails; what all
+            # processes find together (`Processes.together`) may end a run quietly, this must not.
+            raise DatamergeError(str(error)) from None
+        self.step += 1
+        return outcome
+
+    def _not_finite(self, error: NotFinite) -> str:
+        newest = self.folder.checkpoints()[-1:]
+        state = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+        dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
+        torch.save({"step": self.step + 1, "batches": [batch._asdict() for batch in error.batches]}, dump)
+        return (
+            f"step {self.step + 1}: {error}; no update was made, {state}, the batch is in {dump}; "
+            "try a lower --lr, a --clip or a longer --warmup in a new RUN"
+        )
+
+    def _evaluate(self, log: RunLog | None) -> dict[str, float]:
+        """The loss on the held-out artifact where it is due; the best state so far is kept."""
+        job = self.job
+        if job.held_out is None or (self.step % job.config.eval_every and self.step != job.steps):
+            return {}
+        started = time.monotonic()
+        loss = held_out_loss(job, job.held_out, self.published, self.training.layout, self.own)
+        if loss < self.best:
+            self.best = loss
+            self.own.first_alone(lambda: self.folder.save_best(self._state()))
+        if log is not None:
+            log.pause(time.monotonic() - started)
+        return {"eval_loss": loss}
+
+    def _save_or_stop(self, number: int) -> None:
+        if not number and self.step % self.job.config.checkpoint_every:
+            return
+        path = self.own.first_alone(lambda: self.folder.save(self._state(), self.job.config.keep_checkpoints))
+        if number:
+            raise Stopped(
+                f"stopped after step {self.step} of {self.job.steps}, saved {path}; "
+                "run the same command again to continue",
+                number,
+            )
+
+    def _state(self) -> dict[str, Any]:
+        average = self.training.average
+        return {
+            "model": self.job.encoder.state_dict(),
+            "average": None if average is None else average.state_dict(),
+            "optimizer": self.training.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "best_of": self.best_of,
+            "torch": str(torch.__version__),
+            "identity": self.job.identity,
+        }
+
+    def _continue(self) -> None:
+        newest = self.own.gather(max(self.folder.checkpoints(), key=step_of, default=None))
+        if len(set(newest)) > 1:
+            raise DatamergeError(
+                f"{self.folder.path}: expected all processes to see the same checkpoints, found {newest}; put RUN on "
+                "a file system that all machines share"
+            )
+        path = newest[0]
+        if path is None:
+            return
+        state = self.own.together(lambda: self.folder.load(path, self.job.identity, self.job.device))
+        self.job.encoder.load_state_dict(state["model"])
+        self.training.optimizer.load_state_dict(state["optimizer"])
+        if self.training.average is not None:
+            self.training.average.load_state_dict(state["average"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        if self.best_of in (None, state.get("best_of")):
+            # Without held-out groups now, for a sitting that has those of before again.
+            self.best, self.best_of = state["best"], state.get("best_of")
+        elif state["best"] < math.inf:
+            say("eval_artifact is another than before, whose losses say nothing about these: the best is sought anew")
+        if state["torch"] != str(torch.__version__):
+            warn(
+                f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "
+                "where it was, its results may differ in the last digits"
+            )
+        say(f"continuing after step {self.step} of {self.job.steps} from {path}")
+
+    def _publish(self) -> RunSummary:
+        job = self.job
+        weights = self.folder.path / WEIGHTS
+        self.own.first_alone(lambda: save_encoder(self.published.eval(), weights))
+        groups = job.order.groups_until(job.steps)
+        summary = RunSummary(
+            encoder=with_checkpoint(job.encoder.spec, str(weights)),
+            encoder_sha256=weights_sha256(self.published.model),
+            original=job.encoder.spec,
+            original_sha256=job.encoder.sha256,
+            arm=job.origin.arm,
+            artifact=job.origin.url,
+            plan_sha256=job.origin.sha256,
+            steps=job.steps,
+            groups=groups,
+            seconds=round(self.seconds, 3),
+            bytes=groups * job.origin.bytes_per_group,
+            config=job.config.model_dump(mode="json"),
+        )
+        self.own.first_alone(lambda: self.folder.publish(summary))
+        say(f"finished {job.steps} steps in {self.seconds:.0f} s; encoder: {summary.encoder}")
+        return summary

@@ -1,0 +1,265 @@
+"""One optimiser step: micro-batches → losses → gradients, exchanged once → AdamW.
+
+The loss of a step is the mean over the groups of its whole batch, whatever the number of processes and
+micro-batches; so learning rate and effective batch size mean the same in every layout, and the results differ
+by rounding alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from datamerge.runtime.memory import is_out_of_memory
+from storage_schemas import DatamergeError
+from trainer.config import TrainConfig
+from trainer.data.noise import Draws
+from trainer.data.order import ESTIMATOR, LAYERS, Layout, Share, stream_seeds
+from trainer.data.stream import Batch
+from trainer.estimators import (
+    RANDOM,
+    GroupLoss,
+    along_factors,
+    deviation_along,
+    exact,
+    individual_loss,
+    mean_only,
+)
+from trainer.run.distributed import Processes
+from trainer.run.job import Job
+from trainer.run.refine import Refinement, refine
+
+
+class NotFinite(DatamergeError):  # noqa: N818 - says what was found
+    """A loss or gradient that is not finite; no update was made.
+
+    Attributes:
+        what: "loss" or "gradient norm".
+        value: what it is.
+        keys: records it was met at, over all processes.
+        batches: this process' micro-batches of the step.
+    """
+
+    def __init__(self, what: str, value: float, keys: list[str], batches: list[Batch]) -> None:
+        super().__init__(f"the {what} is {value} at record {', '.join(keys)}")
+        self.what, self.value, self.keys, self.batches = what, value, keys, batches
+
+
+class Outcome(NamedTuple):
+    """What a step says of itself; equal in all processes.
+
+    Attributes:
+        values: numbers to log.
+        waited: seconds this process waited for data.
+        stop: number of the signal that some process received; 0 for none.
+    """
+
+    values: dict[str, float]
+    waited: float
+    stop: int
+
+
+@dataclass
+class Optimisation:
+    """The part of a run that changes: optimiser, average of the weights.
+
+    Attributes:
+        job: what is trained.
+        own: this process among those of the run.
+        parameters: those that are not frozen.
+        optimizer: AdamW.
+        average: exponential moving average of the encoder, if the settings ask for one.
+    """
+
+    job: Job
+    own: Processes
+
+    def __post_init__(self) -> None:
+        config = self.job.config
+        self.parameters = [p for p in self.job.encoder.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.average: AveragedModel | None = None
+        if config.ema is not None:
+            self.average = AveragedModel(self.job.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.layout = Layout(self.own.rank, self.own.world, config.accumulate)
+
+    def step(self, step: int, batches: Iterator[Batch], stopping: Callable[[], int]) -> Outcome:
+        """Do step `step`, counted from 0.
+
+        Args:
+            step: which.
+            batches: the feed, standing before this step's micro-batches.
+            stopping: number of a signal received here, or 0; asked once, at the exchange.
+
+        Raises:
+            NotFinite: in all processes, if in one.
+            DatamergeError: out of memory, or another process died.
+        """
+        job = self.job
+        rate = learning_rate(job.config, step, job.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        size = job.order.batch_size_of(step)
+        seen, results, waited = [], [], 0.0
+        for share in job.order.shares(step, self.layout):
+            started = time.monotonic()
+            batch = next(batches)
+            waited += time.monotonic() - started
+            with _out_of_memory(job.config, len(batch.keys)):
+                losses = self._backward(step, share, batch, size)
+            seen.append(batch)
+            results.append(losses)
+        totals = self._exchange(results, stopping())
+        # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
+        limit = job.config.gradient_clip if job.config.gradient_clip is not None else math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters, limit)
+        # The only wait for the device in a step.
+        loss, correction, corrected, bad, stop, norm_value = torch.cat(
+            [totals[:5], norm.detach().reshape(1).to(totals)]
+        ).tolist()
+        if bad or not math.isfinite(norm_value):
+            self._not_finite(bool(bad), norm_value, seen, results)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(job.encoder)
+        values = {"loss": loss / size}
+        if corrected:
+            values["correction"] = correction / size
+        return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, int(stop))
+
+    def _backward(self, step: int, share: Share, batch: Batch, size: int) -> GroupLoss:
+        """Losses of one micro-batch, detached, after its gradients were added."""
+        job, last = self.job, share.first + len(batch.keys)
+        # Dropout and stochastic depth draw from torch's global generators and take no other. They get a state
+        # that depends on step and position alone, for the length of the micro-batch alone.
+        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+            torch.manual_seed(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1])
+            seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
+            losses = group_losses(job, batch.to(job.device), Draws(seeds))
+        (losses.loss.sum() / size).backward()
+        correction = losses.correction
+        return GroupLoss(losses.loss.detach(), None if correction is None else correction.detach())
+
+    def _exchange(self, results: list[GroupLoss], stop: int) -> Tensor:
+        """Sum gradients over the processes; the sums of [loss, correction, corrected groups, non-finite, stop]."""
+        device = self.job.device
+        numbers = torch.zeros(5, device=device)
+        for losses in results:
+            numbers[0] += losses.loss.sum()
+            if losses.correction is not None:
+                numbers[1] += losses.correction.sum()
+                numbers[2] += len(losses.loss)
+            numbers[3] += (~losses.loss.isfinite()).sum()
+        numbers[4] = stop
+        if self.own.world == 1:
+            return numbers
+        # A parameter without a gradient here may have one elsewhere. Where none has one it stays None, so that
+        # AdamW leaves it alone as it does in a single process.
+        used = torch.tensor([p.grad is not None for p in self.parameters], device=device, dtype=numbers.dtype)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        totals = self.own.sum(gradients, torch.cat([numbers, used]))
+        for parameter, count in zip(self.parameters, totals[5:].tolist(), strict=True):
+            if not count:
+                parameter.grad = None
+        # Signals of several processes must not add up to another one.
+        totals[4] = max(self.own.gather(stop)) if float(totals[4]) else 0
+        return totals
+
+    def _not_finite(self, bad_loss: bool, norm: float, seen: list[Batch], results: list[GroupLoss]) -> None:
+        found: list[tuple[str, float]] = []
+        for batch, losses in zip(seen, results, strict=True):
+            found += [
+                (key, value)
+                for key, value in zip(batch.keys, losses.loss.tolist(), strict=True)
+                if not (bad_loss and math.isfinite(value))
+            ]
+        everywhere = [pair for pairs in self.own.gather(found) for pair in pairs]
+        what, value = ("loss", everywhere[0][1]) if bad_loss else ("gradient norm", norm)
+        raise NotFinite(what, value, [key for key, _ in everywhere], seen)
+
+
+def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
+    """Losses of a batch in the arm of the run; [B] each."""
+    config = job.config
+    if job.refinement is not None:
+        batch = _refined(job, batch, draws, job.refinement)
+    if batch.members is not None:
+        return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
+    if batch.mean is None:
+        raise ValueError("a batch holds members or a mean")
+    if batch.factors is not None:
+        return along_factors(
+            job.model,
+            batch.mean,
+            batch.factors,
+            batch.target,
+            job.loss,
+            draws,
+            estimator=config.estimator,
+            samples=config.samples,
+            deviation=config.deviation,
+        )
+    if config.arm == "mean-only" or batch.variance is None:
+        return mean_only(job.model, batch.mean, None, batch.target, job.loss)
+    estimate = exact if config.estimator == "exact" else partial(RANDOM[config.estimator], samples=config.samples)
+    return estimate(job.model, batch.mean, batch.variance, batch.target, job.loss, draws)
+
+
+def _refined(job: Job, batch: Batch, draws: Draws, how: Refinement) -> Batch:
+    """The batch with its members, or else one image a group, brought up to date."""
+    if batch.clean is None:
+        raise ValueError("refinement needs the clean images")
+    clean = batch.clean.float() / 255
+    if batch.members is not None:
+        repeats = torch.tensor(batch.counts, device=clean.device)
+        centres, targets = clean.repeat_interleave(repeats, dim=0), batch.target.repeat_interleave(repeats, dim=0)
+        found = refine(job.model, batch.members.float() / 255, centres, targets, job.loss, how)
+        return batch._replace(members=255 * found)
+    if batch.mean is None:
+        raise ValueError("a batch holds members or a mean")
+    start = batch.mean
+    if batch.factors is not None:
+        start = start + deviation_along(batch.factors, draws, job.config.deviation)
+    return batch._replace(mean=refine(job.model, start, clean, batch.target, job.loss, how), factors=None)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Rate of a step counted from 0: linear warm-up to the peak, then a cosine that ends at 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@contextmanager
+def _out_of_memory(config: TrainConfig, groups: int) -> Iterator[None]:
+    """Says which knob."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        knobs = [f"--accumulate {2 * config.accumulate} (same result)"] if groups > 1 else []
+        if config.arm == "ind":
+            knobs.append("fewer --members")
+        elif config.arm == "avg" and config.estimator != "sampled":
+            knobs.append("--estimator sampled, which needs no double backward")
+        if config.precision != "bf16":
+            knobs.append("--precision bf16")
+        raise DatamergeError(
+            f"out of memory with {groups} groups at a time (batch_size {config.batch_size}, accumulate "
+            f"{config.accumulate}, arm {config.arm}); try " + ", or ".join(knobs or ["a smaller encoder"])
+        ) from error
