@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction as ExactFraction
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName
-from datamerge.runtime import Fraction, Settings
+from datamerge.runtime import Settings
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
+from storage_schemas.schema.pixel_length import PixelLength
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Grouping = Literal["adversarial", "label", "cluster", "column"]
@@ -41,11 +41,15 @@ class MergeConfig(Settings):
     class_names: str | None = Field(None, description="File with one class name a line, for a zero-shot head.")
     objective: ObjectiveName = Field("squared_error", description="Loss the attack maximises.")
     attack: Literal["pgd", "apgd"] = Field("pgd", description="pgd, or apgd with its own step sizes.")
-    epsilon: Fraction = Field("2/255", description="Radius of the l-inf ball, a fraction of the pixel range.")
+    epsilon: PixelLength = Field(
+        PixelLength("2/255"), description="Radius of the l-inf ball, a fraction of the pixel range."
+    )
     steps: Annotated[int, Field(ge=0)] = Field(10, description="Gradient steps of the attack.")
-    step_size: Fraction = Field("1/255", description="Length of a PGD step, a fraction of the pixel range.")
+    step_size: PixelLength = Field(
+        PixelLength("1/255"), description="Length of a PGD step, a fraction of the pixel range."
+    )
     random_start: bool = Field(True, description="Start at a random point of the ball.")
-    start_radius: Fraction | None = Field(None, description="Radius of the random start, if not epsilon.")
+    start_radius: PixelLength | None = Field(None, description="Radius of the random start, if not epsilon.")
     restarts: PositiveInt = Field(1, description="Attacks of each member, of which the strongest is kept.")
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
     precision: Literal["float32", "tf32", "bfloat16"] = Field("float32", description="Forward pass of the attack.")
@@ -175,16 +179,15 @@ class MergeConfig(Settings):
     @property
     def attack_settings(self) -> PGD | APGD:
         """The attack's settings."""
-        start_radius = None if self.start_radius is None else ExactFraction(self.start_radius)
         if self.attack == "apgd":
-            return APGD(ExactFraction(self.epsilon), self.steps, self.random_start, self.grid, start_radius)
+            return APGD(self.epsilon, self.steps, self.random_start, self.grid, self.start_radius)
         return PGD(
-            epsilon=ExactFraction(self.epsilon),
-            step_size=ExactFraction(self.step_size),
+            epsilon=self.epsilon,
+            step_size=self.step_size,
             steps=self.steps,
             random_start=self.random_start,
             on_grid=self.grid,
-            start_radius=start_radius,
+            start_radius=self.start_radius,
         )
 
     @property

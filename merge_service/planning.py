@@ -244,15 +244,16 @@ def _grouping(config: MergeConfig) -> dict[str, Any]:
 
 def _attack(config: MergeConfig) -> dict[str, Any]:
     settings = config.attack_settings
+    start_radius = config.epsilon if config.start_radius is None else config.start_radius
     return {
         "kind": config.attack,
         "norm": "linf",
         "objective": config.objective,
-        "epsilon": config.epsilon,
-        **({"step_size": config.step_size} if isinstance(settings, PGD) else {}),
+        "epsilon": str(config.epsilon),
+        **({"step_size": str(config.step_size)} if isinstance(settings, PGD) else {}),
         "steps": config.steps,
         "random_start": config.random_start,
-        **({"start_radius": config.start_radius or config.epsilon} if config.random_start else {}),
+        **({"start_radius": str(start_radius)} if config.random_start else {}),
         "restarts": config.restarts,
         "grid": config.grid,
     }

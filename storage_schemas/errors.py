@@ -15,14 +15,30 @@ Messages are one line: what was expected, what was found, where, what to do next
 from __future__ import annotations
 
 import re
+from typing import Any
 
 SHOWN_LETTERS = 80  # of a value, in a message that a person reads
 
 
 class DatamergeError(Exception):
-    """Base of all errors raised on purpose; the command line prints its message without a traceback."""
+    """Base of all errors raised on purpose; the command line prints its message without a traceback.
+
+    Messages name settings as Python does, in backquotes: `` `keep_clean=True` ``. The command line shows flags.
+
+    Attributes:
+        field: the setting that is wrong, which is in front of the message (`epsilon: expected …`); None for others.
+        exit_code: of a process that ends with this error.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, about: str | None = None) -> None:
+        super().__init__(message)
+        found = re.match(r"([a-z][a-z0-9_]*): ", message)
+        self.field = about or (found[1] if found else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class UserError(DatamergeError):
@@ -53,6 +69,14 @@ class UnknownVersion(SchemaError):  # noqa: N818
 
 class CorruptShard(DatamergeError):  # noqa: N818
     """Stored bytes differ from the committed ones."""
+
+
+def _restored(kind: type[DatamergeError], args: tuple[Any, ...], state: dict[str, Any]) -> DatamergeError:
+    """An error out of a pickle, as Ray sends them; subclasses may take other arguments than the message."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 def shortened(value: object) -> str:

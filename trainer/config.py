@@ -8,8 +8,9 @@ from typing import Any, Literal, cast
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from datamerge.runtime import Fraction, Settings
+from datamerge.runtime import Settings
 from storage_schemas import ConfigError, shortened
+from storage_schemas.schema.pixel_length import PixelLength
 from trainer.estimators import ALONG_FACTORS, COMPILABLE
 
 Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
@@ -67,7 +68,7 @@ class TrainConfig(Settings):
         description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
         "they bring stored attacks up to date. Needs an artifact merged with keep_clean.",
     )
-    refine_step_size: Fraction | None = Field(
+    refine_step_size: PixelLength | None = Field(
         default=None, description="Length of such a step (twice the artifact's epsilon over refine_steps if not set)."
     )
     encoder: str | None = Field(
@@ -132,7 +133,7 @@ class TrainConfig(Settings):
         description="Held-out artifact: its loss is logged and picks the checkpoint that is kept as best.",
     )
     eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on eval_artifact.")
-    epsilon: Fraction | None = Field(
+    epsilon: PixelLength | None = Field(
         default=None, description="Refuse an artifact whose members were attacked within another radius than this."
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws.")

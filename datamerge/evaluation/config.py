@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from fractions import Fraction as ExactFraction
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, Norm
-from datamerge.runtime import Fraction, Settings
-from storage_schemas import shortened
+from datamerge.runtime import Settings
 from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.pixel_length import PixelLength, Radius
 
-LEVEL = ExactFraction(1, LEVELS)
+LEVEL = Fraction(1, LEVELS)
 OUTPUT = "evaluation-results"
-# So few digits that float32 holds the length; ASCII, because \d also means the digits of other scripts.
-_LENGTH = re.compile(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})(?:\s*/\s*0*([1-9]\d{0,8}))?", re.ASCII)
 
 
 class ImagesConfig(Settings):
@@ -66,8 +63,10 @@ class EvaluateConfig(ImagesConfig):
         description="Spec of the frozen encoder that embedding losses are measured against (what each run "
         "started from if not set).",
     )
-    epsilon: Fraction = Field("2/255", description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range.")
-    step_size: Fraction | None = Field(
+    epsilon: PixelLength = Field(
+        PixelLength("2/255"), description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range."
+    )
+    step_size: PixelLength | None = Field(
         None,
         description="Step of the attack as a fraction of the pixel range (max(1/255, epsilon/4) if not set).",
     )
@@ -81,7 +80,7 @@ class EvaluateConfig(ImagesConfig):
     def _consistent(self) -> EvaluateConfig:
         if self.class_names is not None and self.head is None:
             raise ValueError("class_names: they belong to a head, found none; add --head or drop class_names")
-        if self.step_size is not None and not ExactFraction(self.step_size):
+        if self.step_size is not None and not self.step_size:
             raise ValueError("step_size: expected more than 0, found 0; leave it out for max(1/255, epsilon/4)")
         return self
 
@@ -91,14 +90,10 @@ class EvaluateConfig(ImagesConfig):
         Raises:
             ConfigError: on the grid with an epsilon below 1/255.
         """
-        epsilon = ExactFraction(self.epsilon)
-        if self.step_size is not None:
-            step_size = ExactFraction(self.step_size)
-        else:
-            step_size = max(LEVEL, epsilon / 4)
-            if self.on_grid:
-                step_size = math.floor(step_size / LEVEL) * LEVEL
-        return PGD(epsilon, step_size, self.steps, on_grid=self.on_grid)
+        step_size = self.step_size or max(LEVEL, self.epsilon / 4)
+        if self.step_size is None and self.on_grid:
+            step_size = math.floor(step_size / LEVEL) * LEVEL
+        return PGD(self.epsilon, step_size, self.steps, on_grid=self.on_grid)
 
 
 class StudyConfig(ImagesConfig):
@@ -108,7 +103,7 @@ class StudyConfig(ImagesConfig):
         None, ge=1, description="Draw so many samples at random, the same for everybody (all if not set)."
     )
     sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
-    epsilons: list[str] = Field(
+    epsilons: list[Radius] = Field(
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
@@ -119,32 +114,31 @@ class StudyConfig(ImagesConfig):
 
     @model_validator(mode="after")
     def _radii(self) -> StudyConfig:
-        for text in self.epsilons:
-            radius = _length(text)
+        for radius in self.epsilons:
             if not radius:
                 raise ValueError(
-                    f"epsilons: expected radii above 0, found {text!r}; clean scores are always measured"
+                    f"epsilons: expected radii above 0, found {radius}; clean scores are always measured"
                 )
-            if self.norm == "linf" and radius > 1:
-                raise ValueError(
-                    f"epsilons: expected at most 1, the whole pixel range, found {text!r}"
-                    + (f"; did you mean {text}/255?" if text.isdigit() else "")
-                )
+            if self.norm == "linf":
+                try:
+                    PixelLength(radius)
+                except ValueError as error:
+                    raise ValueError(f"epsilons: {error}") from None
         return self
 
     def attacks(self) -> dict[str, APGD]:
         """The attack of every radius, smallest first; keyed by the radius as the user wrote it."""
         return {
-            text: APGD(_length(text), self.steps, on_grid=False, norm=self.norm)
-            for text in sorted(set(self.epsilons), key=_length)
+            str(radius): APGD(radius, self.steps, on_grid=False, norm=self.norm)
+            for radius in sorted(set(self.epsilons))
         }
 
 
 class ZeroShotConfig(StudyConfig):
     """Settings of `datamerge evaluate zero-shot`."""
 
-    epsilons: list[str] = Field(
-        ["1/255", "2/255", "4/255"],
+    epsilons: list[Radius] = Field(
+        [Radius("1/255"), Radius("2/255"), Radius("4/255")],
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
@@ -168,8 +162,8 @@ class ZeroShotConfig(StudyConfig):
 class EmbeddingConfig(StudyConfig):
     """Settings of `datamerge evaluate embedding`."""
 
-    epsilons: list[str] = Field(
-        ["2/255", "4/255"],
+    epsilons: list[Radius] = Field(
+        [Radius("2/255"), Radius("4/255")],
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
@@ -178,10 +172,3 @@ class EmbeddingConfig(StudyConfig):
         description="Spec of the frozen encoder that losses are measured against (what each run started from if "
         "not set).",
     )
-
-
-def _length(text: str) -> ExactFraction:
-    found = _LENGTH.fullmatch(text.strip())
-    if found is None:
-        raise ValueError(f"epsilons: expected numbers such as 2/255 or 0.5, found {shortened(text)}")
-    return ExactFraction(found[1]) / int(found[2] or 1)

@@ -152,7 +152,7 @@ def _result(
         accuracy_clean_se=accuracy_error,
         accuracy_robust=robust,
         accuracy_robust_se=robust_error,
-        epsilon=config.epsilon,
+        epsilon=str(config.epsilon),
         step_size=str(settings.step_size),
         steps=settings.steps,
         on_grid=settings.on_grid,

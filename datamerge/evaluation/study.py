@@ -96,7 +96,7 @@ def run_study(
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
     folders = [ArmFolder(config.output, part, subject.run.name, subject.run.arm) for subject in subjects]
-    shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(include=SHARED)}
+    shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=SHARED)}
     for folder, subject, more in zip(folders, subjects, own, strict=True):
         weights = {"encoder": subject.encoder.spec, "encoder_sha256": subject.encoder.sha256}
         folder.claim(shared, {**weights, "batch_size": config.batch_size, **more})

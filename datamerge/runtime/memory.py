@@ -1,8 +1,13 @@
-"""Whether a device's memory was too small."""
+"""Advice in place of an out-of-memory error."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
+
+from storage_schemas import DatamergeError
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -12,3 +17,21 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("out of memory", "can't allocate memory")
     )
+
+
+@contextmanager
+def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn an out-of-memory error inside the block into a DatamergeError that names the settings to lower.
+
+    Args:
+        advice: makes the message; called only after such an error.
+
+    Raises:
+        DatamergeError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DatamergeError(advice()) from error

@@ -6,39 +6,43 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from fractions import Fraction as ExactFraction
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from storage_schemas import ConfigError, shortened
 from storage_schemas.errors import SHOWN_LETTERS
 
-# ASCII, because \d also means the digits of other scripts, such as an Arabic zero.
-_FRACTION = re.compile(r"\d+\s*/\s*\d+|0?\.\d+(e-?\d{1,3})?|0|\d+(\.\d+)?e-\d{1,3}", re.IGNORECASE | re.ASCII)
-
-
-def _check_fraction(text: str) -> str:
-    if not _FRACTION.fullmatch(text.strip()) or re.search(r"/\s*0+$", text.strip()):
-        raise ValueError(
-            f"expected a fraction of the pixel range [0, 1] such as 2/255, found {shortened(text)}"
-            + (f"; did you mean {text}/255?" if re.fullmatch(r"\s*[0-9]{1,3}\s*", text) else "")
-        )
-    value = ExactFraction(text.replace(" ", ""))
-    if value > 1:
-        raise ValueError(f"expected at most 1, the whole pixel range, found {shortened(text)}")
-    return text.replace(" ", "") if "/" in text else str(value)
-
-
-Fraction = Annotated[str, AfterValidator(_check_fraction)]
-"""A length in pixel space, such as ``2/255``, decimals made a fraction; `float(ExactFraction(text))` is its value."""
-
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values are not coerced silently, instances are immutable."""
+    """Base of all settings: unknown keys are errors, values are not coerced silently, instances are immutable.
+
+    Raises:
+        ConfigError: any value is wrong; every problem is named, with the closest known key for a misspelt one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Spellings of earlier releases, `name` or `name=value` → what replaces them, for a hint."""
+
+    if not TYPE_CHECKING:  # type checkers make a signature from the fields
+
+        def __init__(self, **values: Any) -> None:
+            # What is written in hexadecimal may have thousands of digits, which no later message could show.
+            problems = [
+                (name, f"expected a number of at most 64 bits, found {shortened(value)}")
+                for name, value in values.items()
+                if isinstance(value, int) and value.bit_length() > 63
+            ]
+            if not problems:
+                try:
+                    super().__init__(**values)
+                    return
+                except ValidationError as error:
+                    problems = [_describe(problem, type(self)) for problem in error.errors(include_url=False)]
+            raise _refusal(problems)
 
 
 S = TypeVar("S", bound=Settings)
@@ -50,23 +54,16 @@ def load_settings(
     """Settings from a preset, overridden by a TOML file, overridden by the flags that are not None.
 
     Raises:
-        ConfigError: the file cannot be read, or any value is wrong; every problem is named, with the closest
-            known key for a misspelt one.
+        ConfigError: the file cannot be read, or any value is wrong.
     """
     values: dict[str, Any] = {**(preset or {}), **(read_toml(file) if file else {})}
     values |= {name: value for name, value in flags.items() if value is not None}
-    # What is written in hexadecimal may have thousands of digits, which no later message could show.
-    problems = [
-        f"{name[:SHOWN_LETTERS]}: expected a number of at most 64 bits, found {shortened(value)}"
-        for name, value in values.items()
-        if isinstance(value, int) and value.bit_length() > 63
-    ]
-    if not problems:
-        try:
-            return model.model_validate(values)
-        except ValidationError as error:
-            problems = [_describe(problem, model) for problem in error.errors(include_url=False)]
-    raise ConfigError("; ".join(problems) + (f" (settings from {file} and flags)" if file else ""))
+    try:
+        return model(**values)
+    except ConfigError as error:
+        if file is None:
+            raise
+        raise ConfigError(f"{error} (settings from {file} and flags)", about=error.field) from None
 
 
 def read_toml(file: str) -> dict[str, Any]:
@@ -80,16 +77,29 @@ def read_toml(file: str) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
-def _describe(problem: Any, model: type[Settings]) -> str:
+def _refusal(problems: list[tuple[str, str]]) -> ConfigError:
+    text = "; ".join(f"{name}: {message}" if name else message for name, message in problems)
+    return ConfigError(text, about=problems[0][0] or None)
+
+
+def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
+    """The setting and what is wrong with it."""
     name = ".".join(str(part) for part in problem["loc"])[:SHOWN_LETTERS]
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, model.model_fields, n=1)
-        return f"{name}: unknown setting" + (f"; did you mean {close[0]}?" if close else "")
     message = problem["msg"].removeprefix("Value error, ")
+    spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""
+    if problem["type"] == "extra_forbidden":
+        if name in model.renamed:
+            return name, f"unknown setting; it is called {model.renamed[name]} now"
+        close = difflib.get_close_matches(name, model.model_fields, n=1)
+        return name, "unknown setting" + (f"; did you mean {close[0]}?" if close else "")
+    if spelling in model.renamed:
+        return name, f"{problem['input']!r} is written {model.renamed[spelling]} now"
     if problem["type"] == "missing":
-        return f"{name}: expected a value, found none; give it as an argument, a flag or in a --config FILE.toml"
+        return name, "expected a value, found none"
     if problem["type"] == "value_error":
-        return f"{name}: {message}" if name else message
+        # Validators of the whole model name the setting themselves.
+        found = re.match(r"(\w+): ", message) if not name else None
+        return (found[1], message[found.end() :]) if found and found[1] in model.model_fields else (name, message)
     if problem["type"].startswith("byte_size"):
         message = "expected bytes or a size such as 200GB or 1.5TiB"
-    return f"{name}: {message}, found {shortened(problem['input'])}"
+    return name, f"{message}, found {shortened(problem['input'])}"

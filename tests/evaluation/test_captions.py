@@ -27,6 +27,7 @@ from datamerge.evaluation.llava.vqa import evaluate_vqa, most_frequent
 from datamerge.evaluation.results import ArmResult
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.pixel_length import PixelLength
 
 EPSILON = "24/255"
 
@@ -193,7 +194,7 @@ def test_passes() -> None:
 @pytest.mark.parametrize("targeted", [False, True])
 def test_an_attack_moves_the_likelihood_its_way(llava: Llava, targeted: bool) -> None:
     clean = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
-    config = CaptionsConfig(runs=["own"], data="d", images="i", epsilon="4/255", steps=8)
+    config = CaptionsConfig(runs=["own"], data="d", images="i", epsilon=PixelLength("4/255"), steps=8)
     questions, answers = ["What is it?"] * 2, ["maybe", "a man"]
     attempts = attack_answers(
         llava, clean, questions, answers, config.attack_settings(), ["a", "b"], targeted=targeted

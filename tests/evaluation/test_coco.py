@@ -13,6 +13,7 @@ from PIL import Image
 from datamerge.evaluation.llava.coco import choose, read_captions, read_questions
 from datamerge.evaluation.llava.images import read_image, round_inside
 from storage_schemas import SourceError
+from storage_schemas.schema.pixel_length import PixelLength
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_rounding_stays_inside_the_ball(epsilon: str, radius: int) -> None:
 
     generator = torch.Generator().manual_seed(0)
     clean = torch.randint(0, 256, (3, 8, 8), generator=generator).float() / 255
-    offset = (torch.rand(3, 8, 8, generator=generator) * 2 - 1) * float(eval(epsilon))
-    rounded = round_inside((clean + offset).clamp(0, 1), clean, epsilon)
+    offset = (torch.rand(3, 8, 8, generator=generator) * 2 - 1) * float(PixelLength(epsilon))
+    rounded = round_inside((clean + offset).clamp(0, 1), clean, PixelLength(epsilon))
     assert rounded.dtype == torch.uint8
     assert int((rounded.int() - (clean * 255).round().int()).abs().max()) <= radius

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.attacks.recorder import SPEC, recording
 
 from datamerge.evaluation import EvaluateConfig, evaluate
 from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
 from datamerge.evaluation.embedding import evaluate_embedding
 from datamerge.evaluation.zero_shot import evaluate_zero_shot
+from tests.attacks.recorder import SPEC, recording
 
 KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "everything": lambda values: evaluate(

@@ -11,10 +11,10 @@ import pytest
 # What a library's destructor may come to: exit() runs `abort`, and os._exit() does not.
 DESTRUCTOR = "import ctypes; libc = ctypes.CDLL(None); libc.__cxa_atexit(libc.abort, None, None)\n"
 COMMAND = """
-import atexit, sys, datamerge
+import atexit, sys, datamerge.cli
 atexit.register(print, "a handler of Python's")
 sys.argv = ["datamerge", *sys.argv[1:]]
-datamerge.run()
+datamerge.cli.run()
 """
 
 

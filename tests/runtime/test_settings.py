@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 from pydantic import Field, model_validator
 
-from datamerge.runtime import Fraction, Settings, load_settings
+from datamerge.runtime import Settings, load_settings
 from storage_schemas import ConfigError
 from storage_schemas.operations.shards import pixel_spread
+from storage_schemas.schema.pixel_length import PixelLength
 
 
 class Attack(Settings):
     """Settings like the sub-commands'."""
 
-    epsilon: Fraction = "2/255"
+    epsilon: PixelLength = PixelLength("2/255")
     steps: int = Field(10, ge=0)
     members: int = Field(ge=1)
     encoder: str | None = None
@@ -39,7 +40,7 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> No
     preset = {"epsilon": "1/255", "steps": 1, "members": 1, "encoder": "preset"}
     file = _toml(tmp_path, 'steps = 2\nmembers = 2\nencoder = "file"\n')
     settings = load_settings(Attack, file, {"members": 3, "encoder": None, "steps": None}, preset)
-    assert settings == Attack(epsilon="1/255", steps=2, members=3, encoder="file", learning_rate=1e-5)
+    assert settings == Attack(epsilon=PixelLength("1/255"), steps=2, members=3, encoder="file", learning_rate=1e-5)
 
 
 def test_a_flag_may_be_falsy(tmp_path: Path) -> None:
@@ -138,5 +139,5 @@ def test_messages_stay_short(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(("typed", "kept"), [(".01", "1/100"), ("8e-3", "1/125"), ("2/255", "2/255"), ("0.5", "1/2")])
 def test_decimals_are_kept_as_fractions(typed: str, kept: str) -> None:
     """One spelling for all who read it later, such as `remerge` and `combine`."""
-    assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == kept
+    assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == PixelLength(kept)
     assert pixel_spread({"attack": {"epsilon": kept}}) >= 2

@@ -109,7 +109,7 @@ def test_a_missing_driver_is_named_with_the_way_to_install_it(url: str, driver: 
     """In a process that cannot import the driver, whether it is installed here or not."""
     code = (
         f"import sys; sys.modules[{driver!r}] = None\n"
-        f"import sys, datamerge; sys.argv = ['datamerge', 'inspect', {url!r}]; datamerge.main()"
+        f"import sys, datamerge.cli; sys.argv = ['datamerge', 'inspect', {url!r}]; datamerge.cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.attacks.recorder import SPEC, recording
 
 import trainer.data.stream
 import trainer.run.job
+from tests.attacks.recorder import SPEC, recording
 from trainer import Stopped, TrainConfig, train
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import Processes

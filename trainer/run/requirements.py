@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, parse_spec
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
+from storage_schemas.schema.pixel_length import PixelLength
 from trainer.config import TrainConfig
 from trainer.data.stream import Collate, check_label
 from trainer.run.messages import warn
@@ -104,7 +104,7 @@ def stored_members(config: TrainConfig, manifest: Manifest) -> int:
 def check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
     """Whether the members were made within the radius that the settings expect, if they expect one."""
     found = _attacked_within(manifest)
-    if config.epsilon is not None and (found is None or Fraction(str(found)) != Fraction(config.epsilon)):
+    if config.epsilon is not None and (found is None or PixelLength(found) != config.epsilon):
         raise ConfigError(
             f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
             f"{config.artifact}; choose another artifact or preset"
@@ -132,10 +132,10 @@ def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
             f"{'no clean images' if found is not None else 'no attack'} in {config.artifact}; merge again with "
             "--keep-clean, or drop refine_steps"
         )
-    epsilon = float(Fraction(str(found)))
+    epsilon = float(PixelLength(found))
     asked = config.refine_step_size
     # Twice the radius in all was best in experiments/cifar10: it reaches the other side of the ball.
-    size = 2 * epsilon / config.refine_steps if asked is None else float(Fraction(asked))
+    size = 2 * epsilon / config.refine_steps if asked is None else float(asked)
     return Refinement(config.refine_steps, size, epsilon)
 
 

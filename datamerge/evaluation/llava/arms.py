@@ -46,7 +46,7 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
     check_memory(config, device)
     studies = [ArmStudy(config, task, run, device) for run in config.runs]
     shared = {
-        **config.model_dump(include={"llava", "image_size", "fit", "attack", "epsilon", "steps"}),
+        **config.model_dump(mode="json", include={"llava", "image_size", "fit", "attack", "epsilon", "steps"}),
         "items": [item.key for item in task.items],
         "content_sha256": _content_sha256(task.items),
         "scorer": task.scorer,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction as ExactFraction
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD
 from datamerge.evaluation.config import OUTPUT
-from datamerge.runtime import Fraction, Settings
+from datamerge.runtime import Settings
+from storage_schemas.schema.pixel_length import PixelLength
 
 
 class LlavaSettings(Settings):
@@ -32,7 +33,9 @@ class LlavaSettings(Settings):
         description="How images are made square: padded with the mean colour, as LLaVA-1.5 does, or centre-cropped.",
     )
     attack: bool = Field(True, description="Whether to measure under attack too.")
-    epsilon: Fraction = Field("2/255", description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range.")
+    epsilon: PixelLength = Field(
+        PixelLength("2/255"), description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range."
+    )
     steps: int = Field(100, ge=1, description="APGD steps of each pass.")
     sample: int = Field(100, ge=1, description="Images or questions drawn at random; all if there are fewer.")
     sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
@@ -63,11 +66,11 @@ class LlavaSettings(Settings):
     def attack_settings(self) -> APGD:
         """FARE's APGD: from the image itself, the first step ε long, floats."""
         return APGD(
-            ExactFraction(self.epsilon),
+            self.epsilon,
             self.steps,
             random_start=False,
             on_grid=False,
-            initial_step=ExactFraction(1),
+            initial_step=Fraction(1),
         )
 
 

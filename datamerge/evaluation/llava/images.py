@@ -59,8 +59,8 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
-def round_inside(adversarial: Tensor, clean: Tensor, epsilon: str) -> Tensor:
+def round_inside(adversarial: Tensor, clean: Tensor, epsilon: Fraction) -> Tensor:
     """The nearest 8-bit image inside the ℓ∞ ball, uint8, of pixels in [0, 1]; `clean` is on the grid."""
     centre = (clean * LEVELS).round()
-    radius = math.floor(Fraction(epsilon) * LEVELS)
+    radius = math.floor(epsilon * LEVELS)
     return (adversarial * LEVELS).round().clamp(centre - radius, centre + radius).clamp(0, LEVELS).to(torch.uint8)

@@ -1,0 +1,23 @@
+"""The next item made in a thread while the caller works on this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items in the same order; one of them is always being made ahead of its use.
+
+    One thread makes them all: readers keep open files and caches that are not meant for several. Decoding,
+    decompression and hashes release the GIL.
+    """
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
+        upcoming = pool.submit(next, iterator, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, iterator, end)
+            yield item  # type: ignore[misc]  # not `end`

@@ -1,0 +1,73 @@
+"""`run.json`: what a finished training run says of itself. The trainer writes it; merges and evaluations read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from storage_schemas.errors import ConfigError
+from storage_schemas.schema.plain_json import read_json
+
+SUMMARY, WEIGHTS = "run.json", "encoder.safetensors"
+BASELINE = "w/o AT"
+"""The arm of an encoder that was not trained here."""
+
+
+class RunSummary(BaseModel):
+    """What `run.json` says of a finished run.
+
+    Attributes:
+        encoder: spec of the trained encoder, with the absolute path of its weights.
+        encoder_sha256: hash of the trained weights.
+        original: spec of the encoder the run started from.
+        original_sha256: hash of its weights.
+        arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
+        artifact: where the groups came from.
+        plan_sha256: identity of that artifact.
+        steps: optimiser steps.
+        groups: groups consumed, repetitions counted.
+        seconds: wall time of all sittings, without loading the encoder.
+        bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
+        config: all settings, defaults resolved.
+    """
+
+    # Newer releases may say more; what is here has the same meaning for ever.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    encoder: str
+    encoder_sha256: str
+    original: str
+    original_sha256: str
+    arm: str
+    artifact: str
+    plan_sha256: str
+    steps: int
+    groups: int
+    seconds: float
+    bytes: int
+    config: dict[str, Any]
+
+
+def read_summary(folder: Path) -> RunSummary:
+    """The summary of the finished run in a folder.
+
+    Raises:
+        ConfigError: no run, one that is not finished, or a damaged `run.json`; every problem is listed.
+    """
+    file = folder / SUMMARY
+    try:
+        return RunSummary.model_validate(read_json(file.read_bytes()))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder}: expected {SUMMARY}, found none: this is no run, or its training is not finished; "
+            "run `datamerge train` to its end first"
+        ) from None
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}" for problem in error.errors()
+        )
+        raise ConfigError(f"{file}: expected the summary of a training run, found problems: {problems}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: expected the summary of a training run, found {error}") from None

@@ -1,0 +1,82 @@
+"""Lengths in pixel space are written as fractions of the range, so that 2/255 is exact and 2 is a slip."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from fractions import Fraction
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from storage_schemas.schema.pixel_length import PixelLength, Radius
+
+ADAPTER = TypeAdapter(PixelLength)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "value"),
+    [
+        ("2/255", "2/255", Fraction(2, 255)),
+        ("8 / 255", "8/255", Fraction(8, 255)),
+        (" 2/255 ", "2/255", Fraction(2, 255)),
+        ("0.03", "3/100", Fraction(3, 100)),
+        (".5", "1/2", Fraction(1, 2)),
+        ("1e-3", "1/1000", Fraction(1, 1000)),
+        ("2.5e-3", "1/400", Fraction(1, 400)),
+        ("0", "0", Fraction(0)),
+        ("0/255", "0/255", Fraction(0)),
+        ("255/255", "255/255", Fraction(1)),
+        ("1.0", "1", Fraction(1)),
+        ("1.5/255", "1.5/255", Fraction(3, 510)),
+        (0.25, "1/4", Fraction(1, 4)),
+        (Fraction(1, 170), "1/170", Fraction(1, 170)),
+    ],
+)
+def test_what_counts_as_a_fraction(text: object, kept: str, value: Fraction) -> None:
+    length = ADAPTER.validate_python(text)
+    assert (str(length), length, float(length)) == (kept, value, float(value))
+    assert ADAPTER.dump_json(length) == f'"{kept}"'.encode()
+    for again in (pickle.loads(pickle.dumps(length)), copy.deepcopy(length), PixelLength(str(length))):  # noqa: S301
+        assert (str(again), again) == (kept, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2", "did you mean 2/255"),
+        ("8", "did you mean 8/255"),
+        ("3/2", "at most 1"),
+        ("256/255", "at most 1"),
+        ("0/0", "such as 2/255"),
+        ("1/0", "such as 2/255"),
+        ("1/00", "such as 2/255"),
+        ("-1/255", "such as 2/255"),
+        ("-0.1", "such as 2/255"),
+        ("", "such as 2/255"),
+        ("nan", "such as 2/255"),
+        ("inf", "such as 2/255"),
+        ("2/255/3", "such as 2/255"),
+        ("two", "such as 2/255"),
+        ("2/", "such as 2/255"),
+        ("1.5", "at most 1"),
+        (True, "such as 2/255"),
+        ("1e999999999", "such as 2/255"),
+    ],
+)
+def test_what_does_not(text: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ADAPTER.validate_python(text)
+
+
+def test_a_hint_is_given_for_whole_numbers_only() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ADAPTER.validate_python("-1/255")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_radii_may_exceed_the_range_and_stay_radii() -> None:
+    radius = TypeAdapter(Radius).validate_python("3")
+    assert pickle.loads(pickle.dumps(radius)) == Radius(3)  # noqa: S301
+    with pytest.raises(ValueError, match="at most 1"):
+        PixelLength(radius)
