@@ -16,7 +16,7 @@ from merge_service import MergeConfig, merge
 from merge_service.merge import MergeResult, prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, Location, open_artifact
-from tests.merge_service.conftest import Bench, tree
+from tests.support.bench import Bench, tree
 
 
 @pytest.fixture(scope="module")
