@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.access.location import Location, redact, redact_tree
+from storage_schemas.access.location import Location
+from storage_schemas.access.redaction import redact, redact_tree
 from storage_schemas.access.threads import in_threads
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.schema.manifest import (

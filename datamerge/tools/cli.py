@@ -11,7 +11,7 @@ from rich.filesize import decimal as human_bytes
 
 from datamerge.runtime import Progress
 from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact, shortened
-from storage_schemas.access.location import redact
+from storage_schemas.access.redaction import redact
 from storage_schemas.errors import printable
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.convert import convert as convert_artifact

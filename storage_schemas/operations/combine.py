@@ -29,12 +29,13 @@ from storage_schemas.operations.compatibility import (
     is_under,
     origins,
 )
-from storage_schemas.operations.shards import Advance, head_file, moment_specs, pixel_spread, write_shards
+from storage_schemas.operations.shards import Advance, head_file, write_shards
 from storage_schemas.operations.union import KEPT, unite
+from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.manifest import COMBINED, HEAD, MOMENTS, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.provenance import LOCATIONS, Leaves, leaves, tree
-from storage_schemas.schema.record import Record
+from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 # Two computations of one embedding may differ by rounding (another batch size), relative to its length.

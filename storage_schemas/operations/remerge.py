@@ -16,18 +16,12 @@ import numpy as np
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError
-from storage_schemas.operations.shards import (
-    Advance,
-    exact_arrays,
-    head_file,
-    moment_specs,
-    pixel_spread,
-    write_shards,
-)
+from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.exact import exact_arrays, pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
 from storage_schemas.schema.moments import ExactMoments
-from storage_schemas.schema.record import Record
+from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 
