@@ -198,7 +198,7 @@ class ArtifactWriter:
         if commit.shard != shard or shard >= self.layout.shards or commit.plan_sha256 != self.plan:
             raise CorruptShard(
                 f"{where}: expected the sidecar of shard {shard} of this artifact, found one of shard {commit.shard} "
-                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify --fix {self.location.url}`"
+                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify` with `fix=True`"
             )
         return _entry(path, data), commit
 

@@ -116,7 +116,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
         UserError: inputs that do not go together, with every difference.
     """
     if len(inputs) < 2:
-        raise ConfigError(f"combine: expected two or more artifacts, found {len(inputs)}")
+        raise ConfigError(f"artifacts: expected two or more, found {len(inputs)}")
     urls = [artifact.location.url for artifact in inputs]
     _check_layouts(inputs)
     parts = [
@@ -231,7 +231,7 @@ def _check_no_repetition(urls: Sequence[str], parts: Sequence[dict[str, Any]]) -
         if facts in seen:
             raise UserError(
                 f"{', '.join(urls)}: the same merge occurs twice in these artifacts, its members would count "
-                "twice; merge again with another --seed to add members"
+                "twice; merge again with another `seed` to add members"
             )
         seen.append(facts)
 

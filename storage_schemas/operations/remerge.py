@@ -76,14 +76,14 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     old, url = source.manifest.layout, source.location.url
     stored = old.array("members")
     if stored is None:
-        raise ConfigError(f"{url}: expected stored members, found none; merge with --keep-members")
+        raise ConfigError(f"{url}: expected stored members, found none; merge with `keep_members=True`")
     largest, shape = stored.shape[0], stored.shape[1:]
     grouping = source.manifest.provenance.get("grouping")
     kind = grouping.get("kind") if isinstance(grouping, dict) else None
     if kind not in (None, "adversarial") and (wanted.members is not None or wanted.factors is not None):
         raise ConfigError(
             f"{url}: expected groups of attacks, found {kind} groups, whose samples and targets would change; "
-            "merge again with --members, or leave --members and --factors out"
+            "merge again with other `members`, or leave `members` and `factors` out"
         )
     count = wanted.members or largest
     if count > largest:

@@ -114,6 +114,6 @@ def _solve(record: Record, name: str, unit: int, around: Sequence[int], parity: 
     if (solutions > 1).any():
         raise UserError(
             f"{at}: float32 is too coarse to tell the exact {name} of {record.count} members; merge again with "
-            "--encoding uint8_moments, or keep the encoding float32"
+            '`encoding="uint8_moments"`, or keep the encoding float32'
         )
     return solution
