@@ -17,8 +17,9 @@ from merge_service.encoder_spec import ResolvedEncoder
 from merge_service.grouping import Group, assignment_sha256, make_groups
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
-from storage_schemas.operations.shards import moment_specs, pixel_spread
+from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.factors import factor_spec
+from storage_schemas.schema.record import moment_specs
 
 # Bytes depend on these: decoding, resizing and arithmetic.
 VERSIONED = ("datamerge", "numpy", "pillow", "torch")

@@ -34,7 +34,7 @@ from datamerge.sources.sample import (
     text_labels,
 )
 from storage_schemas import Location, SourceError, read_json, redact
-from storage_schemas.access.location import split_query
+from storage_schemas.access.redaction import split_query
 
 PIPE = "pipe:"
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
