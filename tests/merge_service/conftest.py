@@ -34,7 +34,6 @@ class Bench:
 
     Attributes:
         address: of the Ray cluster.
-        dashboard: URL of its dashboard.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
@@ -42,7 +41,6 @@ class Bench:
     """
 
     address: str
-    dashboard: str
     cluster: Any
     photos: Path
     faults: Path
@@ -75,8 +73,8 @@ class Bench:
         return code, errors.getvalue()
 
     def switch(self, *switches: str) -> None:
-        """Switch exactly these faults on: `slow` or `poison`."""
-        for name in ("slow", "poison"):
+        """Switch exactly these faults on: `slow`, `poison`, or `lost`, which happens once."""
+        for name in ("slow", "poison", "lost"):
             (self.faults / name).unlink(missing_ok=True)
         shutil.rmtree(self.faults / "busy", ignore_errors=True)
         (self.faults / "busy").mkdir()
@@ -142,14 +140,10 @@ def _cluster(folder: Path, store: S3Server) -> Iterator[Bench]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     sys.path.append(str(FAULTS))  # this process is running already and does not read PYTHONPATH again
     write_photos(folder / "photos")
-    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
-    # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
-    head |= {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-    node: Any = cluster.head_node
-    dashboard = f"http://{node.webui_url}"
-    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults", store)
+    found = Bench(cluster.address, cluster, folder / "photos", folder / "faults", store)
     found.switch()
     yield found
     cluster.shutdown()
