@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamerge.evaluation.llava.coco import choose, read_captions, read_questions
+from datamerge.evaluation.llava.coco import read_captions, read_questions
 from datamerge.evaluation.llava.images import read_image, round_inside
+from datamerge.evaluation.sampling import draw
 from storage_schemas import SourceError
 from storage_schemas.schema.pixel_length import PixelLength
 
@@ -38,8 +39,7 @@ def test_the_seed_chooses_the_references_images() -> None:
     # What FARE's evaluation does with numpy's global state.
     np.random.seed(42)
     expected = np.random.choice(5000, 100, replace=False).tolist()
-    assert choose(range(5000), 100, 42) == expected
-    assert choose("abc", 5, 42) == ["a", "b", "c"]
+    assert draw(range(5000), 100, 42) == expected
 
 
 def test_official_captions(caption_file: str, coco: Path) -> None:
