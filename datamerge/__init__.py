@@ -1,1 +1,199 @@
-"""Precompute adversarial groups once, train on their moments."""
+"""Precompute adversarial groups once, train on their moments.
+
+    import datamerge as dm
+
+    dm.merge(dm.MergeConfig(source="photos", artifact="adv", encoder="open_clip:ViT-B-32/openai"))
+    dm.train(dm.TrainConfig(artifact="adv", run="run", arm="factors"))
+
+Names are imported when they are first used: `import datamerge` takes milliseconds, and reading an artifact needs no
+torch.
+"""
+
+TYPE_CHECKING = False  # as in `typing`, whose import would take most of the time
+if TYPE_CHECKING:
+    from datamerge.artifacts import combine, convert, diff, export, inspect, preview, remerge, verify
+    from datamerge.attacks import APGD, PGD, Attacked, NonFiniteGradient, cross_entropy, squared_error
+    from datamerge.attacks import run_attack as attack
+    from datamerge.encoders import Encoder, Head, load_encoder, load_head, save_encoder
+    from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+    from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
+    from datamerge.evaluation.embedding import evaluate_embedding
+    from datamerge.evaluation.llava.captions import evaluate_captions
+    from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+    from datamerge.evaluation.llava.vqa import evaluate_vqa
+    from datamerge.evaluation.results import ArmResult
+    from datamerge.evaluation.zero_shot import evaluate_zero_shot
+    from datamerge.sources import Source, open_source
+    from merge_service import MergeConfig, MergeResult, merge
+    from storage_schemas import (
+        ArraySpec,
+        Artifact,
+        ArtifactWriter,
+        Cache,
+        Commit,
+        ConfigError,
+        CorruptShard,
+        DatamergeError,
+        ExactMoments,
+        Layout,
+        Location,
+        Manifest,
+        NotAnArtifact,
+        Record,
+        Reject,
+        SchemaError,
+        SourceError,
+        UnknownVersion,
+        UserError,
+        open_artifact,
+    )
+    from storage_schemas.operations.diff import Difference
+    from storage_schemas.operations.remerge import Remerge
+    from storage_schemas.schema.pixel_length import PixelLength
+    from storage_schemas.schema.run import RunSummary
+    from storage_schemas.verify import Report
+    from trainer import Stopped, TrainConfig, train
+    from trainer.export.command import export as export_encoder
+
+    __version__: str
+
+__all__ = [
+    "APGD",
+    "PGD",
+    "ArmResult",
+    "ArraySpec",
+    "Artifact",
+    "ArtifactWriter",
+    "Attacked",
+    "Cache",
+    "CaptionsConfig",
+    "Commit",
+    "ConfigError",
+    "CorruptShard",
+    "DatamergeError",
+    "Difference",
+    "EmbeddingConfig",
+    "Encoder",
+    "EvaluateConfig",
+    "Evaluation",
+    "ExactMoments",
+    "Head",
+    "Layout",
+    "Location",
+    "Manifest",
+    "MergeConfig",
+    "MergeResult",
+    "NonFiniteGradient",
+    "NotAnArtifact",
+    "PixelLength",
+    "Record",
+    "Reject",
+    "Remerge",
+    "Report",
+    "RunSummary",
+    "SchemaError",
+    "Source",
+    "SourceError",
+    "Stopped",
+    "TrainConfig",
+    "UnknownVersion",
+    "UserError",
+    "VqaConfig",
+    "ZeroShotConfig",
+    "__version__",
+    "attack",
+    "combine",
+    "convert",
+    "cross_entropy",
+    "diff",
+    "evaluate",
+    "evaluate_captions",
+    "evaluate_embedding",
+    "evaluate_vqa",
+    "evaluate_zero_shot",
+    "export",
+    "export_encoder",
+    "inspect",
+    "load_encoder",
+    "load_head",
+    "merge",
+    "open_artifact",
+    "open_source",
+    "preview",
+    "remerge",
+    "save_encoder",
+    "squared_error",
+    "train",
+    "verify",
+]
+
+# Module → the public names in it. Those that have another name there stand as `ours=theirs`.
+_ROOMS = {
+    "datamerge.artifacts": "combine convert diff export inspect preview remerge verify",
+    "datamerge.attacks": "APGD Attacked NonFiniteGradient PGD attack=run_attack cross_entropy squared_error",
+    "datamerge.encoders": "Encoder Head load_encoder load_head save_encoder",
+    "datamerge.evaluation": "EvaluateConfig Evaluation evaluate",
+    "datamerge.evaluation.config": "EmbeddingConfig ZeroShotConfig",
+    "datamerge.evaluation.embedding": "evaluate_embedding",
+    "datamerge.evaluation.llava.captions": "evaluate_captions",
+    "datamerge.evaluation.llava.config": "CaptionsConfig VqaConfig",
+    "datamerge.evaluation.llava.vqa": "evaluate_vqa",
+    "datamerge.evaluation.results": "ArmResult",
+    "datamerge.evaluation.zero_shot": "evaluate_zero_shot",
+    "datamerge.sources": "Source open_source",
+    "merge_service": "MergeConfig MergeResult merge",
+    "storage_schemas": "ArraySpec Artifact ArtifactWriter Cache Commit ConfigError CorruptShard DatamergeError "
+    "ExactMoments Layout Location Manifest NotAnArtifact Record Reject SchemaError SourceError UnknownVersion "
+    "UserError open_artifact",
+    "storage_schemas.operations.diff": "Difference",
+    "storage_schemas.operations.remerge": "Remerge",
+    "storage_schemas.schema.pixel_length": "PixelLength",
+    "storage_schemas.schema.run": "RunSummary",
+    "storage_schemas.verify": "Report",
+    "trainer": "Stopped TrainConfig train",
+    "trainer.export.command": "export_encoder=export",
+}
+# Room → the extra that installs what it imports.
+_EXTRAS = {
+    "datamerge.attacks": "models",
+    "datamerge.encoders": "models",
+    "datamerge.evaluation": "eval",
+    "datamerge.sources": "merge",
+    "merge_service": "merge",
+    "trainer": "train",
+}
+_PLACES = {
+    name: (room, inside or name)
+    for room, names in _ROOMS.items()
+    for name, _, inside in (entry.partition("=") for entry in names.split())
+}
+
+if not TYPE_CHECKING:  # checkers know the names above, and no others
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            value = _version()
+        elif name in _PLACES:
+            from datamerge.packages import load
+
+            room, inside = _PLACES[name]
+            extra = next((extra for above, extra in _EXTRAS.items() if f"{room}.".startswith(f"{above}.")), "")
+            value = load(room, inside, extra=extra, needed_by=f"datamerge.{name}")
+        else:
+            raise AttributeError(f"module 'datamerge' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The version of the installed distribution; a checkout that is not installed has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("datamerge")
+    except PackageNotFoundError:
+        return "0+unknown"

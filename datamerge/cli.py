@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import sys
 import traceback
-from importlib.metadata import version
 from typing import NoReturn
 
 import click
 from click.shell_completion import CompletionItem
+
+from datamerge.packages import Unavailable, load
 
 # name → (module, attribute, extra that installs what it needs, one-line help)
 COMMANDS = {
@@ -46,8 +46,8 @@ COMMANDS = {
 }
 
 
-class MissingExtra(click.ClickException):
-    """A command whose packages are not installed."""
+class CannotLoad(click.ClickException):
+    """A command whose packages are not installed, or hidden by others of their names."""
 
     exit_code = 2
 
@@ -63,11 +63,9 @@ class LazyGroup(click.Group):
             return None
         module, attribute, extra, _ = COMMANDS[cmd_name]
         try:
-            command: click.Command = getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            raise MissingExtra(
-                f"`datamerge {cmd_name}` needs the package {error.name!r}: pip install 'datamerge[{extra}]'"
-            ) from None
+            command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
+        except Unavailable as error:
+            raise CannotLoad(str(error)) from None
         return command
 
     def resolve_command(
@@ -88,8 +86,18 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
 
 
+def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from datamerge import __version__
+
+        click.echo(f"datamerge, version {__version__}")
+        ctx.exit()
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("datamerge"), prog_name="datamerge")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it, and exit."
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")
 @click.pass_context
@@ -146,13 +154,14 @@ def main() -> NoReturn:
 
 def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
+    from datamerge.runtime.options import as_flags
     from storage_schemas.access.location import redact
     from storage_schemas.errors import DatamergeError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        click.echo(f"error: {printable(redact(str(error)))}", err=True)
+        click.echo(f"error: {printable(redact(as_flags(str(error))))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

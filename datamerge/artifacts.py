@@ -1,0 +1,147 @@
+"""What one does with artifacts, for Python: places as text, paths or `Location`s, progress on stderr.
+
+An artifact is given by its place, or open. What writes one continues an unfinished one, and returns the new artifact.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+
+from datamerge.runtime import Progress
+from storage_schemas import Artifact, Location, Manifest, open_artifact
+from storage_schemas.card.contact_sheet import contact_sheet
+from storage_schemas.card.summary import summarise
+from storage_schemas.operations.combine import plan_combination
+from storage_schemas.operations.convert import convert as write_converted
+from storage_schemas.operations.diff import Difference
+from storage_schemas.operations.diff import diff as compare
+from storage_schemas.operations.export import Kind
+from storage_schemas.operations.export import export as write_groups
+from storage_schemas.operations.remerge import Remerge
+from storage_schemas.operations.remerge import remerge as write_remerged
+from storage_schemas.schema.manifest import EncodingName, Format
+from storage_schemas.verify import Report
+from storage_schemas.verify import fix as take_back
+from storage_schemas.verify import verify as check_files
+
+Place = str | os.PathLike[str] | Location
+"""A folder or fsspec URL, or a `Location` where its driver needs options."""
+
+
+def inspect(artifact: Place | Artifact) -> dict[str, Any]:
+    """Sizes, encoding, ranges of the moments, rejects and provenance of an artifact, finished or not."""
+    return summarise(_opened(artifact, partial=True))
+
+
+def verify(artifact: Place | Artifact, *, fix: bool = False) -> Report:
+    """Compare every file of an artifact with what was committed.
+
+    Args:
+        artifact: its place, or the artifact itself.
+        fix: take back the commits of damaged shards; the merge that made the artifact then writes these again.
+
+    Returns:
+        The problems that were found, also those that `fix` took back.
+    """
+    location = artifact.location if isinstance(artifact, Artifact) else _location(artifact)
+    report = check_files(location)
+    if fix:
+        take_back(location, report)
+    return report
+
+
+def preview(artifact: Place | Artifact, *, groups: int = 8, keys: Sequence[str] = ()) -> Image.Image:
+    """A contact sheet: clean image, members, mean, amplified difference and variance, a row a group.
+
+    Args:
+        artifact: its place, or the artifact itself; finished or not.
+        groups: how many to draw.
+        keys: the groups to draw, in place of some from all over the artifact.
+    """
+    return Image.open(io.BytesIO(contact_sheet(_opened(artifact, partial=True), groups, keys)))
+
+
+def convert(
+    source: Place | Artifact, target: Place, *, format: Format | None = None, encoding: EncodingName | None = None
+) -> Artifact:
+    """Write an artifact in another format or encoding; None stands for the source's own.
+
+    Raises:
+        UserError: the target holds something else, or the encoding cannot hold these groups.
+    """
+    artifact = _opened(source)
+    layout = artifact.manifest.layout
+    wanted = format or layout.format, encoding or layout.encoding
+    return _write(
+        "convert", target, layout.groups, lambda place, advance: write_converted(artifact, place, *wanted, advance)
+    )
+
+
+def remerge(source: Place | Artifact, target: Place, settings: Remerge) -> Artifact:
+    """Merge the stored members of an artifact again, without attacking anything: fewer of them, other factors.
+
+    Raises:
+        ConfigError: no members in the source, fewer than asked for, or more factors than they span.
+    """
+    artifact = _opened(source)
+    groups = artifact.manifest.layout.groups
+    return _write(
+        "remerge", target, groups, lambda place, advance: write_remerged(artifact, place, settings, advance)
+    )
+
+
+def combine(artifacts: Sequence[Place | Artifact], target: Place, *, allow_different: Sequence[str] = ()) -> Artifact:
+    """Write the union of artifacts; groups of one key become one group with the members of all.
+
+    Args:
+        artifacts: two or more.
+        target: place of the union.
+        allow_different: names of the provenance, such as `attack.epsilon`, in which they may differ.
+
+    Raises:
+        UserError: artifacts that do not go together, with every difference.
+    """
+    plan = plan_combination([_opened(artifact) for artifact in artifacts], allow_different)
+    return _write("combine", target, plan.layout.groups, plan.write)
+
+
+def diff(a: Place | Artifact, b: Place | Artifact, *, tolerance: float = 0.0) -> Difference:
+    """Compare two artifacts group by group; `tolerance` is the largest difference that counts as none."""
+    first, second = _opened(a), _opened(b)
+    with Progress("diff", len(first), "groups") as progress:
+        return compare(first, second, tolerance, progress.advance)
+
+
+def export(artifact: Place | Artifact, keys: Sequence[str], folder: Place, *, kind: Kind = "npz") -> list[str]:
+    """Write single groups as files that everything opens: all arrays as `npz`, or pictures as `png`.
+
+    Returns:
+        The names of the files in the folder.
+
+    Raises:
+        ConfigError: an unknown key, or a file with other contents; nothing was written then.
+    """
+    return write_groups(_opened(artifact), list(keys), _location(folder), kind)
+
+
+def _opened(artifact: Place | Artifact, partial: bool = False) -> Artifact:
+    return artifact if isinstance(artifact, Artifact) else open_artifact(artifact, partial=partial)
+
+
+def _location(place: Place) -> Location:
+    return place if isinstance(place, Location) else Location(place)
+
+
+def _write(
+    verb: str, target: Place, groups: int, work: Callable[[Location, Callable[[int], None]], Manifest]
+) -> Artifact:
+    """Run work that writes an artifact, with a progress bar, and open what it wrote."""
+    location = _location(target)
+    with Progress(verb, groups, "groups") as progress:
+        work(location, progress.advance)
+    return open_artifact(location)

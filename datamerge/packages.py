@@ -1,0 +1,88 @@
+"""The four packages that this distribution installs: found beside each other, or a line that says what is wrong.
+
+`trainer` is also the name of a distribution on PyPI and of many people's own folders.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from importlib.machinery import ModuleSpec
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+from typing import Any
+
+OURS = ("datamerge", "merge_service", "storage_schemas", "trainer")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Unavailable(ImportError):  # noqa: N818
+    """One of our objects cannot be imported, for a reason that the user can change; the message is one line."""
+
+
+def load(module: str, attribute: str, *, extra: str, needed_by: str) -> Any:
+    """Import an object of ours.
+
+    Args:
+        module: one of our modules.
+        attribute: the object's name in it.
+        extra: installs what the module imports; empty where `pip install datamerge` does.
+        needed_by: what the user called, for the message.
+
+    Raises:
+        Unavailable: a package of the extra is not installed, or a foreign package hides one of ours.
+    """
+    for name in OURS:
+        _check_not_hidden(name)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        _check_not_overwritten()
+        missing = (error.name or "").partition(".")[0]
+        if not isinstance(error, ModuleNotFoundError) or missing in ("", *OURS):
+            raise
+        package = f"datamerge[{extra}]" if extra else "datamerge"
+        raise Unavailable(f"{needed_by} needs the package {error.name!r}: pip install '{package}'") from None
+
+
+def _check_not_hidden(name: str) -> None:
+    """Raise Unavailable where the import system finds another package of that name than ours."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        return  # ours is not there at all, as its import will say
+    folder = _search_folder(spec)
+    if folder.resolve() == ROOT:
+        return
+    if folder in (Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        remedy = f"take {folder} off PYTHONPATH"
+    elif owner := _owner(name, Path(spec.origin)):
+        remedy = f"pip uninstall {owner}"
+    else:
+        remedy = "rename it, or start from another folder"
+    raise Unavailable(f"expected the package {name} of datamerge, found {spec.origin} in its place; {remedy}")
+
+
+def _search_folder(spec: ModuleSpec) -> Path:
+    """The entry of sys.path in which a module was found."""
+    return Path(spec.origin or "").absolute().parents[0 if spec.submodule_search_locations is None else 1]
+
+
+def _check_not_overwritten() -> None:
+    """Raise Unavailable where another distribution was installed over one of our packages."""
+    for name in OURS:
+        file = ROOT / name / "__init__.py"
+        if owner := _owner(name, file):
+            raise Unavailable(
+                f"expected the package {name} of datamerge, found {file} of the distribution {owner!r}; "
+                f"pip uninstall {owner}, then pip install --force-reinstall --no-deps datamerge"
+            )
+
+
+def _owner(package: str, file: Path) -> str | None:
+    """Another distribution than ours that installed this file of a package."""
+    for owner in packages_distributions().get(package, ()):
+        found = Path(str(distribution(owner).locate_file(f"{package}/{file.name}")))
+        if owner != "datamerge" and found.resolve() == file.resolve():
+            return owner
+    return None
