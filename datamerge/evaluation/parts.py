@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,11 +10,11 @@ from datamerge.evaluation.config import OUTPUT, EmbeddingConfig, EvaluateConfig,
 from datamerge.evaluation.llava.config import CaptionsConfig, LlavaSettings, VqaConfig
 from datamerge.evaluation.store import check_output
 from datamerge.evaluation.tables import Results, Row, write_reports
+from datamerge.packages import Unavailable, load
 from datamerge.runtime import load_settings, read_toml
 from storage_schemas import ConfigError
 
 AnyConfig = ImagesConfig | LlavaSettings
-OURS = ("datamerge", "merge_service", "storage_schemas", "trainer")
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,12 @@ class Part:
             ConfigError: a package is not installed, or what the function refuses.
         """
         try:
-            module = importlib.import_module(f"datamerge.evaluation.{self.module}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] in OURS:
-                raise
-            raise ConfigError(
-                f"this evaluation needs the package {error.name!r}: pip install 'datamerge[eval]'"
-            ) from None
-        return cast(Results, getattr(module, self.function)(config))
+            function = load(
+                f"datamerge.evaluation.{self.module}", self.function, extra="eval", needed_by=self.function
+            )
+        except Unavailable as error:
+            raise ConfigError(str(error)) from None
+        return cast(Results, function(config))
 
 
 PARTS = {

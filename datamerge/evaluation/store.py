@@ -119,10 +119,10 @@ def write_result(location: Location, name: str, data: bytes) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The contents of a JSON file; raises ValueError where it holds anything but an object, OSError without one."""
+    """The object in a JSON file; raises ValueError, whose text says what is there instead, and OSError."""
     content = read_json(file.read_bytes())
     if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        raise ValueError(f"a {type(content).__name__}")
     return content
 
 
@@ -130,7 +130,8 @@ def _read_stored(file: Path) -> dict[str, Any]:
     try:
         return read_object(file)
     except ValueError as error:
-        raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
+        message = f"{file}: expected a JSON object, found {error}; remove it to measure it again"
+        raise DatamergeError(message) from None
 
 
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

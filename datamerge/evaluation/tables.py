@@ -108,7 +108,7 @@ def _print(rows: Sequence[Row], console: Console) -> None:
     for name in ("arm", "run"):
         table.add_column(name, overflow="fold")
     for name in _header(rows, columns)[2:]:
-        table.add_column("\n".join(name.rsplit(" ", 1)), justify="right")
+        table.add_column(name, justify="right")
     for row in rows:
         table.add_row(*_cells(row, columns, _trained(rows)))
     console.print(table)

@@ -147,7 +147,7 @@ def _read(file: str, needed: str) -> dict[str, Any]:
     except OSError as error:
         raise SourceError(f"{file}: expected a JSON file of {needed}, found {error.strerror}") from None
     except ValueError as error:
-        raise SourceError(f"{file}: expected a JSON file of {needed}, found {error}") from None
+        raise SourceError(f"{file}: expected a JSON object of {needed}, found {error}") from None
 
 
 def _entries(content: Mapping[str, Any], name: str, file: str) -> list[Mapping[str, Any]]:
