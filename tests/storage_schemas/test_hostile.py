@@ -40,8 +40,8 @@ from storage_schemas import (
 from storage_schemas.artifact import parse_head
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.schema.manifest import UNSEALED
+from storage_schemas.schema.provenance import plan_sha256
 from storage_schemas.verify import fix, verify
-from storage_schemas.writer import plan_sha256
 from tests.support.forging import forge, replace_file
 from tests.support.paths import GOLDEN
 
