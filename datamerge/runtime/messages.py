@@ -21,6 +21,11 @@ def warn(message: str) -> None:
         click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _speaks() -> bool:
     dist = sys.modules.get("torch.distributed")  # who has not imported it is alone
     return dist is None or not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
