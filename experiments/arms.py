@@ -25,8 +25,9 @@ import torch
 
 from datamerge.attacks import PGD
 from datamerge.evaluation import EvaluateConfig, evaluate
+from datamerge.runtime.checkout import commit
 from experiments.arms_report import report
-from experiments.facts import array_bytes, commit
+from experiments.facts import array_bytes
 from experiments.online_fare import train_online
 from merge_service import MergeConfig, merge
 from storage_schemas import Location, open_artifact

@@ -9,10 +9,9 @@ A field gives an option its name (`keep_clean` → `--keep-clean`), type, help (
 from __future__ import annotations
 
 import re
-import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic import ByteSize
@@ -29,12 +28,12 @@ _IN_FRONT = re.compile(r"(^|; )([a-z][a-z0-9_]*)(?=: )")
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line shows a field.
+    """How the command line shows a field; beside the whole type: `Annotated[int | None, Option(…)]`.
 
     Attributes:
         alias: another spelling of the flag, such as `--lr`.
         metavar: stands for the value in the help.
-        unset: what happens without a value, where the default is None.
+        unset: what happens without a value, where the default is None or an empty list.
         argument: whether the value has no flag but a place; a list takes all values at its place.
     """
 
@@ -47,102 +46,119 @@ class Option:
 def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[[F], F]:
     """Decorates a command with an option or argument for every field of the model, in the order of the fields.
 
-    The command gets them by name, None where the user gave none: what `load_settings` takes as flags.
+    The command gets them by name, None where the user gave none: what `load_settings` takes as flags. Texts, lengths
+    and sizes are left to the model, whose refusals name the setting.
     """
 
     def decorate(function: F) -> F:
         for name, field in reversed(model.model_fields.items()):
             if name not in leave_out:
-                function = _parameter(name, field)(function)
+                function = (_argument if _option(field).argument else _flag)(name, field)(function)
         return function
 
     return decorate
 
 
 def as_flags(message: str) -> str:
-    """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean."""
-    known = {name: _option(field) for model in _models(Settings) for name, field in model.model_fields.items()}
+    """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
 
-    def spelt(name: str) -> str:
-        return name.upper() if name in known and known[name].argument else f"--{name.replace('_', '-')}"
+    Settings are the fields of all models imported so far, and anything in backquotes that has a value.
+    """
+    known = _known()
+    return _IN_FRONT.sub(lambda found: found[1] + known.get(found[2], found[2]), _in_backquotes(message))
 
-    def setting(found: re.Match[str]) -> str:
+
+def _in_backquotes(text: str) -> str:
+    known = _known()
+
+    def spelt(found: re.Match[str]) -> str:
         name, value = found[1], found[2]
         if value is None:
-            return spelt(name) if name in known else found[0]
+            return known.get(name, found[0])
         if value == "False":
-            return f"--no-{name.replace('_', '-')}"
-        return spelt(name) + ("" if value == "True" else f" {value.strip(chr(34) + chr(39))}")
+            return f"--no-{_dashed(name)}"
+        # As Python writes True, strings and lists of strings.
+        value = re.sub("^True$|[\"'\\[\\]]", "", value).replace(", ", ",")
+        return f"{known.get(name, f'--{_dashed(name)}')} {value}".rstrip()
 
-    message = _SETTING.sub(setting, message)
-    return _IN_FRONT.sub(lambda found: found[1] + (spelt(found[2]) if found[2] in known else found[2]), message)
+    return _SETTING.sub(spelt, text)
 
 
-def _models(model: type[Settings]) -> Iterator[type[Settings]]:
+def _known(model: type[Settings] = Settings) -> dict[str, str]:
+    """The fields of all models that derive from this one, as the command line spells them."""
+    known = {name: _spelling(name, field) for name, field in model.model_fields.items()}
     for child in model.__subclasses__():
-        yield child
-        yield from _models(child)
+        known |= _known(child)
+    return known
+
+
+def _spelling(name: str, field: FieldInfo) -> str:
+    look = _option(field)
+    return look.metavar or name.upper() if look.argument else f"--{_dashed(name)}"
 
 
 def _option(field: FieldInfo) -> Option:
     return next((item for item in field.metadata if isinstance(item, Option)), Option())
 
 
-def _parameter(name: str, field: FieldInfo) -> Callable[[F], F]:
-    look, kind = _option(field), _plain(field.annotation)
-    is_list = get_origin(kind) is list
-    if look.argument:
-        # Whether it is missing says the model: a TOML file may hold it.
-        metavar = look.metavar or name.upper()
-        return click.argument(
-            name, nargs=-1 if is_list else 1, required=False, metavar=metavar, callback=_given, default=None
-        )
-    flag = f"--{name.replace('_', '-')}"
-    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    spellings = [look.alias, flags] if look.alias else [flags]
-    typed: dict[str, Any] = {}
-    if get_origin(kind) is Literal:
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _argument(name: str, field: FieldInfo) -> Callable[[F], F]:
+    several = get_origin(_plain(field.annotation)) is list
+    # Never required here: a TOML file may hold it, and the model says what is missing.
+    look: dict[str, Any] = {"nargs": -1, "callback": _listed} if several else {}
+    return click.argument(name, required=False, metavar=_spelling(name, field), **look)
+
+
+def _flag(name: str, field: FieldInfo) -> Callable[[F], F]:
+    look, kind, flag = _option(field), _plain(field.annotation), _spelling(name, field)
+    typed: dict[str, Any] = {"metavar": look.metavar or _metavar(kind)}
+    if kind is bool:
+        flag, typed = f"{flag}/--no-{_dashed(name)}", {}
+    elif get_origin(kind) is Literal:
         typed["type"] = click.Choice(get_args(kind))
+    elif get_origin(kind) is list:
+        typed |= {"multiple": True, "callback": _split}
     elif kind in (int, float):
         typed["type"] = kind
-    elif is_list:
-        typed |= {"multiple": True, "callback": _split}
-    if kind is not bool and (metavar := look.metavar or _metavar(kind)):
-        typed["metavar"] = metavar
-    return click.option(*spellings, name, default=None, help=_help(field, look), **typed)
+    return click.option(*filter(None, (look.alias, flag)), name, default=None, help=_help(field), **typed)
 
 
 def _plain(annotation: Any) -> Any:
     """The type without `| None` and `Annotated`."""
-    if get_origin(annotation) in (Union, types.UnionType):
+    if type(None) in get_args(annotation):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
-    while hasattr(annotation, "__metadata__") and annotation is not ByteSize:
-        annotation = annotation.__origin__
-    return annotation
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
 
 
-def _metavar(kind: Any) -> str:
+def _metavar(kind: Any) -> str | None:
     if get_origin(kind) is list:
-        (kind,) = get_args(kind)
-        return f"{_metavar(_plain(kind)) or 'TEXT'}[,…]"
+        return f"{_metavar(_plain(get_args(kind)[0])) or 'TEXT'}[,…]"
     if kind is ByteSize:
         return "SIZE"
-    return "FRACTION" if isinstance(kind, type) and issubclass(kind, PixelLength) else ""
+    return "FRACTION" if isinstance(kind, type) and issubclass(kind, PixelLength) else None
 
 
-def _help(field: FieldInfo, look: Option) -> str:
-    default = field.get_default(call_default_factory=True) if not field.is_required() else None
+def _help(field: FieldInfo) -> str:
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    shown = _option(field).unset if default in (None, []) else _shown(default)
+    return _in_backquotes(f"{field.description} [{shown}]" if shown else f"{field.description}")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, list):
+        return ",".join(map(str, default))
     if isinstance(default, bool):
-        shown = "on" if default else "off"
-    elif isinstance(default, list):
-        shown = ",".join(map(str, default)) or look.unset
-    else:
-        shown = look.unset if default is None else str(default)
-    return f"{field.description}" + (f" [{shown}]" if shown else "")
+        return "on" if default else "off"
+    if isinstance(default, ByteSize):
+        return default.human_readable(decimal=True)
+    return f"{default:g}".replace("e-0", "e-") if isinstance(default, float) else str(default)
 
 
-def _given(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    return list(value) or None if isinstance(value, tuple) else value
+def _listed(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str] | None:
+    return list(value) or None
 
 
 def _split(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str] | None:

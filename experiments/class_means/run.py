@@ -24,8 +24,8 @@ from PIL import Image
 
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation import EvaluateConfig, evaluate
+from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
-from experiments.facts import commit
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
 from trainer import TrainConfig, train

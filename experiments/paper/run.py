@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from experiments.facts import commit
+from datamerge.runtime.checkout import commit
 from experiments.paper.cost import Gpu, Stage, estimate
 from experiments.paper.requirements import problems, warnings
 from experiments.paper.settings import Study, read_study

@@ -118,6 +118,7 @@ class Location:
 
     def files(self) -> dict[str, Mapping[str, Any]]:
         """What the file system says of every file below this folder (`size`, `type`), by relative path."""
+        self.fs.invalidate_cache()
         found = self._call("", lambda path: self.fs.find(path, detail=True))
         return {path.removeprefix(self.root).lstrip("/"): entry for path, entry in found.items()}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from storage_schemas.card.dataset_card import describe, license_of
 from storage_schemas.schema.manifest import COMBINED, FileEntry, Format
+from storage_schemas.stores import STORES
 
 LISTED_FILES = 1000
 
@@ -40,11 +41,6 @@ CONTEXT: dict[str, Any] = {
     "sc": "https://schema.org/",
 }
 
-_SHARDS = {
-    "webdataset": ("shards/*.tar", "application/x-tar"),
-    "zarr": ("groups.zarr/*", "application/vnd+zarr"),
-}
-
 
 def croissant(facts: Mapping[str, Any], files: Sequence[FileEntry]) -> bytes:
     """JSON-LD from the facts of `summarise`.
@@ -68,13 +64,18 @@ def croissant(facts: Mapping[str, Any], files: Sequence[FileEntry]) -> bytes:
 
 
 def _distribution(format: Format, files: Sequence[FileEntry]) -> list[dict[str, Any]]:
-    pattern, kind = _SHARDS[format]
+    store = STORES[format]
     sets = [
         _file_set("manifest", "manifest.json", "application/json", "Layout, provenance and hashes of all sidecars."),
         _file_set("sidecars", "commits/*.json", "application/json", "Facts, offsets and hashes of every shard."),
-        _file_set("shards", pattern, kind, "Moments and targets of the groups; see README.md for how to read them."),
+        _file_set(
+            "shards",
+            store.pattern,
+            store.media_type,
+            "Moments and targets of the groups; see README.md for how to read them.",
+        ),
     ]
-    return sets if len(files) > LISTED_FILES else sets + [_file_object(file, kind) for file in files]
+    return sets if len(files) > LISTED_FILES else sets + [_file_object(file, store.media_type) for file in files]
 
 
 def _file_set(name: str, pattern: str, kind: str, description: str) -> dict[str, Any]:

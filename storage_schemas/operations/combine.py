@@ -29,8 +29,7 @@ from storage_schemas.operations.compatibility import (
     is_under,
     origins,
 )
-from storage_schemas.operations.convert import head_file
-from storage_schemas.operations.shards import Advance, moment_specs, pixel_spread, write_shards
+from storage_schemas.operations.shards import Advance, head_file, moment_specs, pixel_spread, write_shards
 from storage_schemas.operations.union import KEPT, unite
 from storage_schemas.schema.manifest import COMBINED, HEAD, MOMENTS, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.schema.moments import LEVELS
@@ -177,7 +176,7 @@ def _add(
 ) -> None:
     group = union.groups.get(entry.key)
     if group is None:
-        facts = {name: sum for name, sum in entry.checksums.items() if name in ("target", "clean")}
+        facts = {name: sum for name, sum in entry.checksums.items() if name in KEPT}
         union.groups[entry.key] = Group([part], entry.count, entry.label, facts)
     else:
         union.repeated = True

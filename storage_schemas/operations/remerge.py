@@ -16,8 +16,14 @@ import numpy as np
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError
-from storage_schemas.operations.convert import head_file
-from storage_schemas.operations.shards import Advance, exact_arrays, moment_specs, pixel_spread, write_shards
+from storage_schemas.operations.shards import (
+    Advance,
+    exact_arrays,
+    head_file,
+    moment_specs,
+    pixel_spread,
+    write_shards,
+)
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
 from storage_schemas.schema.moments import ExactMoments

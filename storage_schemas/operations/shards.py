@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from storage_schemas.artifact import Artifact
 from storage_schemas.card.finish import finish
 from storage_schemas.errors import DatamergeError, SchemaError, UserError
-from storage_schemas.schema.manifest import MOMENT_ARRAYS, ArraySpec, EncodingName, Layout, Manifest, Reject
+from storage_schemas.schema.manifest import HEAD, MOMENT_ARRAYS, ArraySpec, EncodingName, Layout, Manifest, Reject
 from storage_schemas.schema.moments import LEVELS, ExactMoments, IntArray, scatter_dtype, sum_dtype
 from storage_schemas.schema.record import Array, Record, encode_exact
 from storage_schemas.writer import ArtifactWriter
@@ -49,6 +50,13 @@ def write_shards(
         first = shard * writer.layout.groups_per_shard
         advance(min(writer.layout.groups_per_shard, writer.layout.groups - first))
     return finish(writer)
+
+
+def head_file(artifact: Artifact) -> dict[str, bytes]:
+    """The class head as a file that belongs to no shard, if the artifact has one."""
+    if artifact.head() is None:  # reads it, and checks its hash
+        return {}
+    return {HEAD: artifact.location.read(HEAD)}
 
 
 def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spread: int) -> list[ArraySpec]:

@@ -10,7 +10,7 @@ import torch
 
 from datamerge.attacks import APGD, PGD, Precision, arithmetic, gradient_sign, run_attack, squared_error
 from datamerge.encoders import load_encoder
-from tests.attacks.recorder import SPEC, note, recording
+from tests.support.recorder import SPEC, note, recording
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import grimp
 
-from tests.docs.pages import ROOT
+from tests.support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 CONTRACTS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, blocks, name
+from tests.support.pages import PAGES, blocks, name
+from tests.support.paths import ROOT
 
 # What the pages call the artifact that they made in the step before.
 ARTIFACT = ROOT / "tests" / "golden" / "v1" / "zarr-uint8_moments-full"

@@ -12,7 +12,7 @@ import pytest
 
 from datamerge.cli import cli
 from docs.hooks import commands, settings
-from tests.docs.pages import PAGES, blocks, command_lines, name, resolve, spans, unknown_flags
+from tests.support.pages import PAGES, blocks, command_lines, name, resolve, spans, unknown_flags
 
 
 def every_command(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:

@@ -21,8 +21,8 @@ from datamerge.evaluation.llava.coco import Captioned, read_captions
 from datamerge.evaluation.llava.images import read_image
 from datamerge.evaluation.llava.model import Llava
 from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
+from tests.support.llava import PATCH, SIZE, WIDTH, make_llava
 
-SIZE, PATCH, WIDTH = 32, 8, 32
 CLIP = "datamerge-test-clip"
 CPU = torch.device("cpu")
 MakeEncoder = Callable[[Sequence[Sequence[float]]], str]
@@ -122,53 +122,6 @@ def make_run(tmp_path: Path) -> MakeRun:
         return str(folder)
 
     return make
-
-
-def make_llava(folder: Path, texts: list[str], **changes: Any) -> str:
-    """A LLaVA with random weights and a byte-level tokeniser trained on `texts`."""
-    make_torchvision_importable()
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.save_pretrained(folder)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIZE,
-        patch_size=PATCH,
-    )
-    language = transformers.LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **changes,
-    )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=language, image_token_index=3)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.LlavaForConditionalGeneration(config)
-    transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from datamerge.evaluation import EvaluateConfig, evaluate
 from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
 from datamerge.evaluation.embedding import evaluate_embedding
 from datamerge.evaluation.zero_shot import evaluate_zero_shot
-from tests.attacks.recorder import SPEC, recording
+from tests.support.recorder import SPEC, recording
 
 KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "everything": lambda values: evaluate(

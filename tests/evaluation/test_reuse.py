@@ -23,7 +23,7 @@ from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.tables import write_reports
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
-from tests.evaluation.conftest import make_llava
+from tests.support.llava import make_llava
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeRun = Callable[..., str]

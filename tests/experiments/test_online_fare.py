@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,21 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from datamerge.encoders import load_encoder
+from experiments import online_fare
 from trainer.data.stream import Batch
 
 SPEC = "mlp:3x8x8-16-6"
 FLAGS = "--steps 6 --batch-size 4 --lr 0.01 --warmup 1 --attack-steps 3 --set log_every=1 --set threads=1"
-
-
-@pytest.fixture(scope="module")
-def online() -> ModuleType:
-    path = Path(__file__).parents[2] / "experiments/online_fare.py"
-    spec = importlib.util.spec_from_file_location("online_fare", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -44,23 +32,23 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def _run(online: ModuleType, photos: Path, run: Path) -> Any:
-    return CliRunner().invoke(online.main, [str(photos), str(run), "--encoder", SPEC, *FLAGS.split()])
+def _run(photos: Path, run: Path) -> Any:
+    return CliRunner().invoke(online_fare.main, [str(photos), str(run), "--encoder", SPEC, *FLAGS.split()])
 
 
 def test_members_are_fresh_attacks_inside_the_ball(
-    online: ModuleType, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[Batch] = []
-    original = online.OnlineFeed.__call__
+    original = online_fare.OnlineFeed.__call__
 
     def feed(self: Any, *arguments: Any) -> Iterator[Batch]:
         for batch in original(self, *arguments):
             batches.append(batch)
             yield batch
 
-    monkeypatch.setattr(online.OnlineFeed, "__call__", feed)
-    assert _run(online, photos, tmp_path / "run").exit_code == 0
+    monkeypatch.setattr(online_fare.OnlineFeed, "__call__", feed)
+    assert _run(photos, tmp_path / "run").exit_code == 0
     encoder = load_encoder(SPEC)
     seen: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
@@ -78,10 +66,10 @@ def test_members_are_fresh_attacks_inside_the_ball(
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(
-    online: ModuleType, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _run(online, photos, tmp_path / "whole").exit_code == 0
-    original = online.OnlineFeed.__call__
+    assert _run(photos, tmp_path / "whole").exit_code == 0
+    original = online_fare.OnlineFeed.__call__
 
     def feed(self: Any, layout: Any, start: int, stop: int) -> Iterator[Batch]:
         for number, batch in enumerate(original(self, layout, start, stop)):
@@ -90,22 +78,22 @@ def test_an_interrupted_run_continues_to_the_same_bits(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(online.OnlineFeed, "__call__", feed)
-        stopped = _run(online, photos, tmp_path / "stopped")
+        patch.setattr(online_fare.OnlineFeed, "__call__", feed)
+        stopped = _run(photos, tmp_path / "stopped")
     assert stopped.exit_code == 0
     assert "stopped after step 3 of 6" in stopped.stderr
-    assert _run(online, photos, tmp_path / "stopped").exit_code == 0
+    assert _run(photos, tmp_path / "stopped").exit_code == 0
     whole = load_file(tmp_path / "whole/encoder.safetensors")
     for name, tensor in load_file(tmp_path / "stopped/encoder.safetensors").items():
         assert torch.equal(tensor, whole[name])
 
 
-def test_a_bad_image_and_a_bad_setting_are_one_line(online: ModuleType, photos: Path, tmp_path: Path) -> None:
+def test_a_bad_image_and_a_bad_setting_are_one_line(photos: Path, tmp_path: Path) -> None:
     (photos / "3.png").write_bytes(b"not an image")
-    result = _run(online, photos, tmp_path / "run")
+    result = _run(photos, tmp_path / "run")
     assert result.exit_code == 1
     assert "error: 3.png: expected an image" in result.stderr
     wrong = CliRunner().invoke(
-        online.main, [str(photos), str(tmp_path / "b"), "--encoder", "mpl:1", "--steps", "3000"]
+        online_fare.main, [str(photos), str(tmp_path / "b"), "--encoder", "mpl:1", "--steps", "3000"]
     )
     assert wrong.exit_code == 2

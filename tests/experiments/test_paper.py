@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from datamerge.encoders import load_encoder
 from experiments.paper import cost, requirements
 from experiments.paper.run import HERE, main
 from experiments.paper.settings import Arm, Study, Vision, read_study
+from tests.support.llava import make_llava
 from trainer.config import read_preset
 
 SETTINGS = HERE / "settings.toml"
@@ -213,28 +212,14 @@ def test_the_estimate_by_hand(study: Study) -> None:
     assert stages["evaluate vqa, 10 arms"].memory == pytest.approx(1.25 * 4 * 7.063e9, rel=1e-3)
 
 
-@pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    """The builder of small LLaVAs, for encoders as wide as ENCODER."""
-    spec = importlib.util.spec_from_file_location(
-        "evaluation_conftest", Path(__file__).parents[1] / "evaluation/conftest.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.WIDTH = SMALL.width  # type: ignore[attr-defined]
-    return module
-
-
 @pytest.fixture
-def tiny(tmp_path: Path, builder: ModuleType) -> Path:
+def tiny(tmp_path: Path) -> Path:
     """Settings of two arms on three COCO images, a LLaVA and questions beside them."""
     coco = Path(os.environ.get("DATAMERGE_DATA", "")) / "coco_mini"
     if not os.environ.get("DATAMERGE_DATA") or not coco.is_dir():
         pytest.skip("DATAMERGE_DATA does not name a folder with coco_mini")
     captions = json.loads((coco / "annotations/captions_val2017.json").read_bytes())
-    builder.make_llava(tmp_path / "llava", [entry["caption"] for entry in captions["annotations"]])
+    make_llava(tmp_path / "llava", [entry["caption"] for entry in captions["annotations"]], width=SMALL.width)
     asked = [
         {"image_id": image["id"], "question": "What is it?", "question_id": image["id"]}
         for image in captions["images"]
@@ -276,6 +261,7 @@ def tiny(tmp_path: Path, builder: ModuleType) -> Path:
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("ray_driver")
 def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     work = tiny.parent / "work"
     arguments = (tiny, "--data", tiny.parent, "--work", work)

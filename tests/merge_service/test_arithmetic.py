@@ -14,7 +14,7 @@ from merge_service import MergeConfig
 from merge_service.merge import prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location
-from tests.attacks.recorder import SPEC, recording
+from tests.support.recorder import SPEC, recording
 
 
 def _worker(tmp_path: Path, settings: dict[str, Any]) -> tuple[ShardWorker, Any]:

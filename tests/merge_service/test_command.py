@@ -15,7 +15,7 @@ from datamerge.runtime import load_settings
 from merge_service import MergeConfig
 from merge_service.cli import as_arguments
 from merge_service.cli import merge as command
-from tests.merge_service.conftest import Bench, tree
+from tests.support.bench import Bench, tree
 
 # Ray's own: files and sockets left to the collector, and an old spelling in the client of its dashboard.
 pytestmark = pytest.mark.filterwarnings(

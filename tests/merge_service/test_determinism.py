@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from datamerge.cli import cli
-from tests.merge_service.conftest import GROUPS, Bench, tree
+from tests.support.bench import GROUPS, Bench, tree
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from storage_schemas.access.retries import ATTEMPTS
-from tests.merge_service.conftest import SHARDS, Bench
+from tests.support.bench import SHARDS, Bench
 
 # Ray and the S3 client leave files, sockets and sessions to the collector.
 pytestmark = [

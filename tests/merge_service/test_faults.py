@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from storage_schemas import open_artifact
-from tests.merge_service.conftest import GROUPS, SHARDS, STORE_BYTES, Bench, tree, wait_for
+from tests.support.bench import GROUPS, SHARDS, STORE_BYTES, Bench, tree, wait_for
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")

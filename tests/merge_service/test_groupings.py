@@ -34,7 +34,7 @@ from storage_schemas import (
     SourceError,
     open_artifact,
 )
-from tests.merge_service.conftest import Bench, tree
+from tests.support.bench import Bench, tree
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 

@@ -16,7 +16,7 @@ from merge_service import MergeConfig, merge
 from merge_service.merge import MergeResult, prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, Location, open_artifact
-from tests.merge_service.conftest import Bench, tree
+from tests.support.bench import Bench, tree
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def _merge_elsewhere(config: MergeConfig) -> MergeResult:
         return process.submit(merge, config).result()
 
 
+@pytest.mark.xdist_group("ray")
 def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos: Path, tmp_path: Path) -> None:
     result = _merge_elsewhere(_config(photos, tmp_path / "ray", 2))
     assert result.manifest.groups == 7

@@ -1,7 +1,7 @@
-"""The servers of the tests of remote artifacts, for sources too."""
+"""The servers of the tests of remote sources."""
 
 from __future__ import annotations
 
-from tests.storage_schemas.remote.conftest import bucket, quick, s3, s3_server, web
+from tests.support.servers import bucket, quick, s3, s3_server, web
 
 __all__ = ["bucket", "quick", "s3", "s3_server", "web"]

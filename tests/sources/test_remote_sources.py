@@ -27,7 +27,7 @@ from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError
 from storage_schemas.access import location
 from storage_schemas.access.retries import ATTEMPTS
-from tests.storage_schemas.remote.conftest import WebHandler
+from tests.support.servers import WebHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 

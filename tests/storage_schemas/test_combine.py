@@ -17,7 +17,7 @@ from storage_schemas import (
 )
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.schema.provenance import leaves
-from tests.storage_schemas.combining import (
+from tests.support.combining import (
     LABELS,
     ROUND,
     attacked,

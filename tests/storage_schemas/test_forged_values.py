@@ -31,16 +31,16 @@ from storage_schemas.access.location import redact_tree
 from storage_schemas.artifact import parse_head
 from storage_schemas.operations.convert import convert
 from storage_schemas.verify import verify
-from tests.storage_schemas.forging import forge, replace_file
+from tests.support.forging import forge, replace_file
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 FULL = "webdataset-uint8_moments-full"
 BARE = "webdataset-uint8_moments-bare"
 Change = Callable[[dict[str, Any]], None]
 
 
 def _copy(tmp_path: Path, kind: str) -> Path:
-    return Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    return Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
 
 
 def _array(name: str, **changed: Any) -> Change:

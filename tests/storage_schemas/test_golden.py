@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jsonschema
@@ -16,21 +14,14 @@ import pytest
 from storage_schemas import Location, open_artifact
 from storage_schemas.schema.json_schema import FOLDER, schemas
 from storage_schemas.verify import verify
+from tests.golden import make
+from tests.support import minimal_reader
+from tests.support.paths import GOLDEN, SUPPORT
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 ARTIFACTS = sorted(path.parent for path in GOLDEN.glob("v*/*/manifest.json"))
 EPS32 = float(np.finfo(np.float32).eps)
 
 golden = pytest.mark.parametrize("folder", ARTIFACTS, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _values(folder: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -83,7 +74,7 @@ def test_golden_artifacts_are_read(folder: Path) -> None:
 @golden
 def test_the_minimal_reader_reads_them_too(folder: Path) -> None:
     shape, groups = _values(folder)
-    records = list(_module(Path(__file__).with_name("minimal_reader.py")).read(folder))
+    records = list(minimal_reader.read(folder))
     assert [record["key"] for record in records] == list(groups)
     for record in records:
         expected = groups[record["key"]]
@@ -99,7 +90,7 @@ def test_the_minimal_reader_reads_them_too(folder: Path) -> None:
 
 
 def test_the_minimal_reader_is_small_and_knows_nothing_of_this_package() -> None:
-    text = Path(__file__).with_name("minimal_reader.py").read_text()
+    text = (SUPPORT / "minimal_reader.py").read_text()
     assert len(text.splitlines()) <= 80
     imported = set()
     for node in ast.walk(ast.parse(text)):
@@ -112,7 +103,7 @@ def test_the_minimal_reader_is_small_and_knows_nothing_of_this_package() -> None
 
 def test_todays_writer_writes_the_current_version_as_ever(tmp_path: Path) -> None:
     """Every byte but those that tell the release, and those that the Zarr and blosc libraries choose."""
-    _module(GOLDEN / "make.py").write_all(tmp_path)
+    make.write_all(tmp_path)
     current = GOLDEN / "v1"
     paths = sorted(path.relative_to(current) for path in current.rglob("*") if path.is_file())
     assert paths == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())

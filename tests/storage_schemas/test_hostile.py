@@ -40,11 +40,11 @@ from storage_schemas import (
 from storage_schemas.artifact import parse_head
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.schema.manifest import UNSEALED
+from storage_schemas.schema.provenance import plan_sha256
 from storage_schemas.verify import fix, verify
-from storage_schemas.writer import plan_sha256
-from tests.storage_schemas.forging import forge, replace_file
+from tests.support.forging import forge, replace_file
+from tests.support.paths import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 KINDS = ("webdataset-uint8_moments-full", "zarr-float32-full")
 NUMBERS = (-1, 0, 1, 7, 2**31, 2**63, 2**70, 1e308, -0.5)
 PATHS = (
@@ -109,7 +109,7 @@ def _read(folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
     """Else the tests below would see broken seals only."""
-    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     forge(folder, lambda document: document["records"][0].update(label=3), "commits/00000.json")
     name = json.loads((folder / "commits/00000.json").read_bytes())["files"][0]["path"]
     replace_file(folder, name, (folder / name).read_bytes())
@@ -139,11 +139,11 @@ def _put(document: Any, path: tuple[Any, ...], value: Any) -> None:
 @bounded
 @given(data=st.data())
 def test_a_forged_document_is_refused_or_read(kind: str, file: str, data: st.DataObject) -> None:
-    document = json.loads((GOLDEN / kind / file).read_bytes())
+    document = json.loads((GOLDEN / "v1" / kind / file).read_bytes())
     places = [path for path in _places(document) if path != ("self_sha256",)]
     path, value = data.draw(st.sampled_from(places)), data.draw(st.sampled_from(HOSTILE))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(shutil.copytree(GOLDEN / kind, Path(scratch) / "artifact"))
+        folder = Path(shutil.copytree(GOLDEN / "v1" / kind, Path(scratch) / "artifact"))
         forge(folder, lambda document: _put(document, path, value), file)
         _use(folder)
         assert sorted(item.name for item in Path(scratch).iterdir()) == ["artifact"]
@@ -154,19 +154,19 @@ def test_a_forged_document_is_refused_or_read(kind: str, file: str, data: st.Dat
 @given(data=st.data())
 def test_forged_bytes_are_refused_or_read(kind: str, data: st.DataObject) -> None:
     files = sorted(
-        str(file.relative_to(GOLDEN / kind))
+        str(file.relative_to(GOLDEN / "v1" / kind))
         for part in ("shards", "groups.zarr")
-        for file in (GOLDEN / kind / part).rglob("*")
+        for file in (GOLDEN / "v1" / kind / part).rglob("*")
         if file.is_file()
     )
     name = data.draw(st.sampled_from(files))
-    content = bytearray((GOLDEN / kind / name).read_bytes())
+    content = bytearray((GOLDEN / "v1" / kind / name).read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         position = data.draw(st.integers(0, len(content) - 1))
         content[position] = data.draw(st.integers(0, 255))
     length = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(shutil.copytree(GOLDEN / kind, Path(scratch) / "artifact"))
+        folder = Path(shutil.copytree(GOLDEN / "v1" / kind, Path(scratch) / "artifact"))
         replace_file(folder, name, bytes(content[:length]))
         _use(folder)
 
@@ -179,14 +179,14 @@ def test_forged_bytes_are_refused_or_read(kind: str, data: st.DataObject) -> Non
 )
 @pytest.mark.parametrize("file", ["manifest.json", "commits/00000.json", "head.safetensors"])
 def test_what_is_no_document_is_refused(tmp_path: Path, kind: str, content: bytes, file: str) -> None:
-    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     (folder / file).write_bytes(content)
     _use(folder)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/datamerge-escaped", "a/../../escaped"])
 def test_tar_members_are_never_written_anywhere(tmp_path: Path, name: str) -> None:
-    folder = Path(shutil.copytree(GOLDEN / KINDS[0], tmp_path / "artifact"))
+    folder = Path(shutil.copytree(GOLDEN / "v1" / KINDS[0], tmp_path / "artifact"))
     shard = folder / "shards" / "00000.tar"
     forged = io.BytesIO()
     with tarfile.open(shard) as old, tarfile.open(fileobj=forged, mode="w", format=tarfile.USTAR_FORMAT) as new:
@@ -210,7 +210,7 @@ def _refused(folder: Path, reason: str) -> None:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(GOLDEN / "zarr-uint8_moments-full", tmp_path / "artifact"))
+    return Path(shutil.copytree(GOLDEN / "v1" / "zarr-uint8_moments-full", tmp_path / "artifact"))
 
 
 def test_counts_beyond_64_bits(artifact: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_provenance_that_cannot_be_combined(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inspect_shows_what_an_artifact_without_provenance_has(tmp_path: Path, kind: str) -> None:
-    folder = Path(shutil.copytree(GOLDEN / kind, tmp_path / "artifact"))
+    folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     forge(folder, lambda manifest: manifest.update(provenance={"x": [[1], {"y": None}]}))
     shown = CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)
     assert shown.exit_code == 0

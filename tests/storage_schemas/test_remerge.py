@@ -12,7 +12,7 @@ from storage_schemas import ConfigError, Layout, Location, Record, open_artifact
 from storage_schemas.operations.remerge import Remerge, remerge
 from storage_schemas.schema.factors import decode_factors, factors
 from storage_schemas.schema.seeds import group_seed
-from tests.storage_schemas.forging import forge
+from tests.support.forging import forge
 
 Write = Callable[..., list[Record]]
 FORMS = [(format, encoding) for format in ("zarr", "webdataset") for encoding in ("uint8_moments", "float32")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +13,13 @@ import pytest
 
 from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact
 from storage_schemas.verify import verify
+from tests.support import writers
+from tests.support.paths import SUPPORT
 
 Same = Callable[[Record, Record], None]
 Shards = Callable[..., list[list[Record]]]
 
-PROGRAM = Path(__file__).with_name("writers.py")
+PROGRAM = SUPPORT / "writers.py"
 
 
 def _tree(folder: Path) -> dict[str, bytes]:
@@ -33,9 +34,9 @@ def job(
     return layout, make_shards(layout), provenance
 
 
-def _merge(folder: Path, job: object) -> dict[str, bytes]:
+def _merge(folder: Path, job: writers.Job) -> dict[str, bytes]:
     """The same merge in this process."""
-    runpy.run_path(str(PROGRAM))["merge"](folder, job)
+    writers.merge(folder, job)
     return _tree(folder)
 
 

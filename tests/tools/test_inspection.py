@@ -16,7 +16,7 @@ from datamerge.tools.inspection import inspect, preview
 from storage_schemas import open_artifact
 from storage_schemas.card.contact_sheet import GAP, HEADER, TILE
 from storage_schemas.card.summary import summarise
-from tests.storage_schemas.conftest import build_layout, write
+from tests.support.artifacts import build_layout, write
 
 
 def test_inspect_prints_a_table_or_json(tmp_path: Path) -> None:

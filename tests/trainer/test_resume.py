@@ -16,7 +16,7 @@ import torch
 
 import trainer.data.stream
 import trainer.run.job
-from tests.attacks.recorder import SPEC, recording
+from tests.support.recorder import SPEC, recording
 from trainer import Stopped, TrainConfig, train
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import Processes

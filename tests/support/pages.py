@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
 
 _BLOCK = re.compile(r"(?:^<!-- (run|file: \S+) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
