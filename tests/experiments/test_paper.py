@@ -196,6 +196,7 @@ def tiny(tmp_path: Path) -> Path:
 
 # Ray's own start-up leaves file handles and sockets to the collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
+@pytest.mark.usefixtures("ray_driver")
 def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     work = tiny.parent / "work"
     arguments = (tiny, "--data", tiny.parent, "--work", work)
