@@ -13,7 +13,7 @@ Shapes: B samples, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -80,11 +80,8 @@ def attack(
     step = float(settings.step_size) * ball.scale
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
-        points, start_loss = start.clone(), None
-        for _ in range(settings.steps):
-            loss, gradient = gradients.at(points)
-            start_loss = loss if start_loss is None else start_loss
-            ball.clamp_(points.add_(gradient.sign_(), alpha=step))
+        points = start.clone()
+        start_loss = ascend(ball, gradients.at, points, step, settings.steps)
         if settings.on_grid and (settings.step_size * LEVELS).denominator != 1:
             # The bounds are integers, so rounding stays inside them.
             points.round_()
@@ -92,3 +89,28 @@ def attack(
         start_loss = loss if start_loss is None else gradients.start_loss(start, start_loss)
     gradients.check(names)
     return ball.choose(start, start_loss, points, loss)
+
+
+def ascend(
+    ball: Ball, at: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor, step_size: float, steps: int
+) -> Tensor | None:
+    """The loop of PGD, from any start: step along the sign of the gradient, project onto the ball, again and again.
+
+    Nothing is drawn, rounded or chosen here, and no loss is taken of the result.
+
+    Args:
+        ball: what the points must stay in.
+        at: points → loss [B] and gradient [B, C, H, W] there; the gradient is overwritten.
+        points: where to start, inside the ball, in its units; moved in place.
+        step_size: α, in the ball's units.
+        steps: number of gradient steps.
+
+    Returns:
+        The loss at the start, [B]; None without steps.
+    """
+    start_loss = None
+    for _ in range(steps):
+        loss, gradient = at(points)
+        start_loss = loss if start_loss is None else start_loss
+        ball.clamp_(points.add_(gradient.sign_(), alpha=step_size))
+    return start_loss

@@ -12,20 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datamerge.runtime.ray import ray_environment
-
-os.environ.update(ray_environment())
-
-import ray
-import ray.train
-from ray.train.torch import TorchTrainer
-
 from datamerge.runtime.addresses import check_cluster_address
+from datamerge.runtime.ray import ray_environment
 from storage_schemas import ConfigError, DatamergeError, UserError
+from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
-from trainer.run.checkpoint import RunFolder, RunSummary
+from trainer.errors import NotFiniteRun
+from trainer.run.checkpoint import RunFolder
 from trainer.run.loop import train
-from trainer.run.signals import NotFiniteRun
 
 MAX_FAILURES = 3
 
@@ -41,6 +35,9 @@ def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) 
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
+    os.environ.update(ray_environment())
+    import ray
+
     config = config.model_copy(
         update={name: _absolute(getattr(config, name)) for name in ("artifact", "run", "eval_artifact")}
     )
@@ -57,6 +54,10 @@ def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) 
 
 
 def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
@@ -83,24 +84,28 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
-            f"{config.run}: the Ray workers ended and left no summary here; put RUN on a file system that this "
-            "machine and all workers share"
+            f"{config.run}: the Ray workers ended and left no summary here; put `run` on a file system that "
+            "this machine and all workers share"
         )
     return summary
 
 
 def _work(options: dict[str, Any]) -> None:
     """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
+    from ray.train import get_context
+
     try:
         train(TrainConfig(**options["settings"]))
     except (UserError, NotFiniteRun) as error:
         # All workers come here together, see `Processes.together`.
-        if ray.train.get_context().get_world_rank() == 0:
+        if get_context().get_world_rank() == 0:
             Path(options["outcome"]).parent.mkdir(parents=True, exist_ok=True)
             Path(options["outcome"]).write_text(f"{error.exit_code} {error}", "utf-8")
 
 
 def _start(address: str | None, workers: int) -> None:
+    import ray
+
     quiet: dict[str, Any] = {"logging_level": "ERROR"}
     if address is None:
         cpus = max(os.cpu_count() or 1, workers + 1)
@@ -110,7 +115,7 @@ def _start(address: str | None, workers: int) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--ray-address {address!r}: expected a Ray cluster, found none ({error})") from None
+        raise ConfigError(f"ray_address: expected a Ray cluster at {address!r}, found none ({error})") from None
 
 
 def _absolute(url: str | None) -> str | None:
