@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from datamerge.runtime.checkout import commit
 
 PEERS = ("torchattacks", "foolbox", "webdataset", "litdata", "tensorstore", "zarr")
 NOT_COMPARED = (
@@ -122,18 +123,6 @@ class Circumstances:
             versions=", ".join(f"{name} {version(name)}" for name in installed),
             missing=missing,
         )
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where code or settings differ; results, which runs write, may."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-
-    described = git("describe", "--always").stdout.strip() or "unknown"
-    changed = git("diff", "--quiet", "HEAD", "--", "*.py", "*.toml").returncode == 1
-    return f"{described}-dirty" if changed else described
 
 
 def spread(rounds: Sequence[float]) -> list[str]:

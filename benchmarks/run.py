@@ -38,7 +38,7 @@ class Sizes:
         repeats: interleaved rounds.
         records: read from each format.
         most_shards: of the largest job with nothing to attack.
-        scale: multiplies the groups of the planning model's points.
+        scale: multiplies the groups of the jobs that are planned.
     """
 
     device: str = "cpu"
@@ -248,10 +248,9 @@ def train(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def plan(sizes: Sizes, photos: Path | None) -> Findings:
-    """The planning model and what it predicts."""
+    """Plans of merges against the merges, and plans of large ones."""
     batch = max(sizes.batch, 16)
-    planned = planning.make_plans(sizes.small_encoder, photos, sizes.device, scale=sizes.scale, batch_size=batch)
-    return planning.findings(planned)
+    return planning.run(sizes.small_encoder, photos, sizes.device, scale=sizes.scale, batch_size=batch)
 
 
 THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {

@@ -25,8 +25,8 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.report import commit
 from datamerge.encoders import Encoder, load_encoder
+from datamerge.runtime.checkout import commit
 from trainer import (
     Draws,
     GroupLoss,

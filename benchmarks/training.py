@@ -33,8 +33,8 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.report import commit
 from datamerge.encoders import load_encoder
+from datamerge.runtime.checkout import commit
 from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record
 from storage_schemas.schema.factors import factor_spec, stored_factors
 from storage_schemas.schema.record import encode_exact

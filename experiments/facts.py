@@ -1,13 +1,10 @@
-"""What every results.json says besides the results."""
+"""How much of an artifact an arm reads."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from benchmarks.report import commit
 from storage_schemas import open_artifact
-
-__all__ = ["array_bytes", "commit"]
 
 
 def array_bytes(artifact: str, arrays: Collection[str]) -> int:

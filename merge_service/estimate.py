@@ -1,4 +1,10 @@
-"""What a merge will take, from a small measured piece of it: time, bytes, FLOPs, money."""
+"""What a merge takes: its FLOPs, counted, and its time, bytes and money, from a small measured piece of it.
+
+    FLOPs of a group     forward + N · restarts · (gradients · gradient + forward)
+
+`forward` is a pass of the encoder over one image and `gradient` the same with the backward pass to the pixels. Every
+group begins with the embedding of its clean image, and every attack ends with the loss of its result.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from merge_service.config import MergeConfig
@@ -24,12 +31,46 @@ SAMPLES_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
+class Passes:
+    """FLOPs of an encoder's passes over one image.
+
+    Attributes:
+        forward: of its embedding.
+        gradient: of its embedding and the gradient with respect to its pixels.
+    """
+
+    forward: float
+    gradient: float
+
+
+def count_passes(model: nn.Module, shape: tuple[int, ...]) -> Passes:
+    """Count matrix products and convolutions of an encoder with frozen parameters, on one image [C, H, W]."""
+    device = next(model.parameters()).device
+    pixels = torch.zeros((1, *shape), device=device, requires_grad=True)
+    # torch does not count attention that is one fused kernel.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            outputs = model(pixels)
+        with FlopCounterMode(display=False) as backward:
+            outputs.sum().backward()
+    return Passes(float(forward.get_total_flops()), float(forward.get_total_flops() + backward.get_total_flops()))
+
+
+def group_flops(config: MergeConfig, passes: Passes) -> float:
+    """FLOPs of the encoder for one group of `adversarial` grouping."""
+    gradients = config.steps + (1 if config.attack == "apgd" else 0)
+    members = (config.group_size or 1) * config.restarts
+    return passes.forward + members * (gradients * passes.gradient + passes.forward)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """An extrapolation.
 
     Attributes:
         bytes: of all shards, after compression.
         seconds: wall time with `workers` workers like this machine's device, their start included.
+        start_seconds: of that, until a worker is ready.
         workers: W.
         flops: of all encoder passes; None where no encoder runs.
         flop_per_second: that one worker reached.
@@ -39,6 +80,7 @@ class Estimate:
 
     bytes: int
     seconds: float
+    start_seconds: float
     workers: int
     flops: float | None
     flop_per_second: float | None
@@ -78,6 +120,7 @@ def estimate(prepared: Prepared) -> Estimate:
     return Estimate(
         bytes=round(measured.bytes_per_group * plan.layout.groups),
         seconds=start + total / workers,
+        start_seconds=start,
         workers=workers,
         flops=flops,
         flop_per_second=rate,
@@ -146,19 +189,8 @@ def _flops_per_unit(prepared: Prepared, model: nn.Module | None) -> float:
     config = prepared.config
     if model is None or not config.needs_encoder:
         return 0.0
-    device = next(model.parameters()).device
-    pixels = torch.zeros((1, *prepared.plan.shape), device=device, requires_grad=True)
-    with FlopCounterMode(display=False) as forward:
-        outputs = model(pixels)
-    with FlopCounterMode(display=False) as backward:
-        outputs.sum().backward()
-    one = float(forward.get_total_flops())
-    if config.grouping != "adversarial":
-        return one
-    gradient = one + float(backward.get_total_flops())
-    gradients = config.steps + (1 if config.attack == "apgd" else 0)
-    # Every attack ends with the loss of its result, and every group begins with its clean embedding.
-    return one + (config.group_size or 1) * config.restarts * (gradients * gradient + one)
+    passes = count_passes(model, prepared.plan.shape)
+    return group_flops(config, passes) if config.grouping == "adversarial" else passes.forward
 
 
 def _check_usable(groups: int, prepared: Prepared) -> None:

@@ -6,7 +6,6 @@ import bisect
 import copy
 import hashlib
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -16,14 +15,13 @@ from safetensors.numpy import load as load_safetensors
 
 from storage_schemas.access.cache import Cache, CachedLocation
 from storage_schemas.access.location import Location
+from storage_schemas.access.lru import Lru
 from storage_schemas.access.ranges import damage
 from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
-from storage_schemas.schema.manifest import HEAD, MANIFEST, ArraySpec, Commit, Layout, Manifest, parse
+from storage_schemas.schema.manifest import HEAD, MANIFEST, ArraySpec, Commit, Manifest, commit_path, parse
 from storage_schemas.schema.plain_json import read_json
 from storage_schemas.schema.record import Array, Record, crc32c
-from storage_schemas.stores.webdataset import WebDatasetReader
-from storage_schemas.stores.zarr import ZarrReader
-from storage_schemas.writer import commit_path
+from storage_schemas.stores import Reader, store_of
 
 CACHED_COMMITS = 64
 
@@ -146,7 +144,7 @@ class Artifact:
         self._fetched_again.add(position)
         dropped = self.location.forget(file.path for file in self.commit(position).files)
         if dropped:
-            self._reader = make_reader(self.location, self.manifest.layout)
+            self._reader = store_of(self.manifest.layout).reader(self.location)
         return dropped
 
     def only(self, names: Collection[str]) -> Artifact:
@@ -159,7 +157,6 @@ class Artifact:
         """Sidecar of the shard at `position` in the manifest's list."""
         cached = self._commits.get(position)
         if cached is not None:
-            self._commits.move_to_end(position)
             return cached
         entry = self.manifest.shards[position]
         path = commit_path(entry.shard)
@@ -168,9 +165,7 @@ class Artifact:
         commit = parse(Commit, self._read_committed(path, entry.commit_sha256), where)
         if len(commit.records) != entry.groups or commit.plan_sha256 != self.manifest.plan_sha256:
             raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
-        self._commits[position] = commit
-        if len(self._commits) > CACHED_COMMITS:
-            self._commits.popitem(last=False)
+        self._commits.put(position, commit)
         return commit
 
     def index_of(self, key: str) -> int:
@@ -228,9 +223,9 @@ class Artifact:
         return data
 
     def _reset(self) -> None:
-        self._commits: OrderedDict[int, Commit] = OrderedDict()
+        self._commits = Lru[int, Commit](CACHED_COMMITS)
         self._fetched_again: set[int] = set()
-        self._reader = make_reader(self.location, self.manifest.layout)
+        self._reader = store_of(self.manifest.layout).reader(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key not in ("_commits", "_reader")}
@@ -242,14 +237,6 @@ class Artifact:
     def __repr__(self) -> str:
         layout = self.manifest.layout
         return f"<Artifact {self.location.url}: {len(self)} groups, {layout.format}, {layout.encoding}>"
-
-
-Reader = ZarrReader | WebDatasetReader
-
-
-def make_reader(location: Location, layout: Layout) -> Reader:
-    """The reader of a layout's format."""
-    return ZarrReader(location, layout) if layout.format == "zarr" else WebDatasetReader(location)
 
 
 def read_arrays(

@@ -18,14 +18,26 @@ from dataclasses import dataclass, field
 from storage_schemas.access.location import Location
 from storage_schemas.access.ranges import damage
 from storage_schemas.access.threads import in_threads
-from storage_schemas.artifact import make_reader, read_arrays
+from storage_schemas.artifact import read_arrays
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
-from storage_schemas.schema.manifest import HEAD, MANIFEST, Commit, Layout, Manifest, ShardEntry, dump, parse
-from storage_schemas.writer import commit_path, plan_sha256, shard_entry, shard_of_sidecar, store
+from storage_schemas.schema.manifest import (
+    CARD,
+    CROISSANT,
+    HEAD,
+    MANIFEST,
+    PREVIEW,
+    Commit,
+    Manifest,
+    ShardEntry,
+    commit_path,
+    dump,
+    parse,
+    shard_of_sidecar,
+)
+from storage_schemas.schema.provenance import plan_sha256
+from storage_schemas.stores import Store, store_of
 
 THREADS = 4
-# Written by every merge, over whatever is there.
-PRESENTATION = ("README.md", "croissant.json", "preview.png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +163,9 @@ def _remove(location: Location, path: str, report: Report) -> None:
 
 def _paths(location: Location) -> set[str]:
     """All files below the location but hidden ones; none where the protocol cannot list, as plain HTTP."""
-    if "http" in location.fs.protocol:
+    if location.is_read_only:
         return set()
-    location.fs.invalidate_cache()
-    found = (path[len(location.root) :].strip("/") for path in location.fs.find(location.root))
-    return {path for path in found if not any(part.startswith(".") for part in path.split("/"))}
+    return {path for path in location.files() if not any(part.startswith(".") for part in path.split("/"))}
 
 
 def _manifest(location: Location, sidecars: Sequence[int], report: Report) -> Manifest | None:
@@ -232,7 +242,7 @@ class _ShardCheck:
             raise CorruptShard(f"{path}: it is of another artifact, of plan {commit.plan_sha256[:12]}…")
         if entry is None and (self._manifest.complete or shard >= self._manifest.layout.shards):
             raise CorruptShard(f"{path}: the manifest lists no such shard")
-        if entry is not None and shard_entry(commit, hashlib.sha256(data).hexdigest()) != entry:
+        if entry is not None and ShardEntry.of(commit, hashlib.sha256(data).hexdigest()) != entry:
             raise CorruptShard(f"{path}: it is not the sidecar that the manifest lists")
         return commit
 
@@ -240,9 +250,9 @@ class _ShardCheck:
         """The records that a reader refuses: none if the damage is in headers, padding or JSON members."""
         if self._manifest is None:
             return
-        layout = self._manifest.layout
-        specs = store(layout).shard_files(layout, commit.shard).get(path, ())
-        reader = make_reader(self._location, layout)
+        store = store_of(self._manifest.layout)
+        specs = store.shard_files(commit.shard).get(path, ())
+        reader = store.reader(self._location)
         for index, record in enumerate(commit.records):
             try:
                 read_arrays(reader, commit, index, specs, check=True)
@@ -251,22 +261,22 @@ class _ShardCheck:
                 yield Problem(path, str(error).partition(": ")[2], commit.shard, record.key)
 
 
-def _shard_of(layout: Layout, path: str) -> int | None:
+def _shard_of(store: Store, path: str) -> int | None:
     """The planned shard that has a file of this path."""
     numbers = {int(digits) for digits in re.findall(r"(?<!\d)\d{1,16}(?!\d)", path)}
-    fitting = (n for n in numbers if n < layout.shards and path in store(layout).shard_files(layout, n))
+    fitting = (n for n in numbers if n < store.layout.shards and path in store.shard_files(n))
     return next(fitting, None)
 
 
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
-    layout = manifest.layout
-    expected = set(PRESENTATION)
+    store = store_of(manifest.layout)
+    expected = {CARD, CROISSANT, PREVIEW}  # every merge writes them, over whatever is there
     if not manifest.complete:
-        expected |= {HEAD, *store(layout).metadata_files(layout)}
+        expected |= {HEAD, *store.metadata_files()}
     for path in sorted(paths - expected):
         # Asked of the files that are there: planned shards may be many more.
-        shard = _shard_of(layout, path)
+        shard = _shard_of(store, path)
         if shard is not None and (shard in bad_shards or not manifest.complete):
             continue
         yield Problem(path, "neither the manifest nor a sidecar names this file; move it out of the artifact")

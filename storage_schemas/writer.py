@@ -8,17 +8,16 @@ on an artifact at once: each file is replaced whole, by a file with the same byt
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from math import inf
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from storage_schemas.access.location import Location, redact, redact_tree
+from storage_schemas.access.location import Location
+from storage_schemas.access.redaction import redact, redact_tree
 from storage_schemas.access.threads import in_threads
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.schema.manifest import (
@@ -33,53 +32,17 @@ from storage_schemas.schema.manifest import (
     RecordEntry,
     Reject,
     ShardEntry,
+    commit_path,
     dump,
     parse,
+    shard_of_sidecar,
 )
-from storage_schemas.schema.provenance import LOCATIONS, changes
+from storage_schemas.schema.provenance import changes, plan_sha256, without_locations
 from storage_schemas.schema.record import Record, checksums
-from storage_schemas.stores import webdataset as webdataset_store
-from storage_schemas.stores import zarr as zarr_store
+from storage_schemas.stores import store_of
 
 # Small files: what a read takes is the way to the store and back.
 SIDECARS_AT_ONCE = 8
-
-
-def store(layout: Layout) -> ModuleType:
-    """The module of a layout's format: `metadata_files`, `shard_files`, `ShardEncoder`."""
-    return zarr_store if layout.format == "zarr" else webdataset_store
-
-
-def commit_path(shard: int) -> str:
-    return f"commits/{shard:05d}.json"
-
-
-def shard_of_sidecar(path: str) -> int | None:
-    """The shard whose sidecar has this path; None for any other path."""
-    digits = path.removeprefix("commits/").removesuffix(".json")
-    return int(digits) if digits.isdecimal() and commit_path(int(digits)) == path else None
-
-
-def shard_entry(commit: Commit, commit_sha256: str) -> ShardEntry:
-    """What the manifest says of a sidecar."""
-    keys = sorted(record.key for record in commit.records)
-    return ShardEntry(
-        shard=commit.shard,
-        groups=len(commit.records),
-        rejected=len(commit.rejects),
-        bytes=commit.bytes,
-        commit_sha256=commit_sha256,
-        key_range=(keys[0], keys[-1]) if keys else None,
-    )
-
-
-def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
-    """Identity of a plan: what has to be equal for two runs to write the same shards.
-
-    Entries named `url` and `spec` are left out: they say where data and weights were, hashes say what they were.
-    """
-    document = {"layout": layout.model_dump(mode="json"), "provenance": _without_locations(provenance)}
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 class ArtifactWriter:
@@ -102,7 +65,7 @@ class ArtifactWriter:
             NotAnArtifact: the location holds another artifact (the message shows the differences) or a
                 folder with other things in it.
         """
-        contents = {**files, **store(self.layout).metadata_files(self.layout)}
+        contents = {**files, **store_of(self.layout).metadata_files()}
         if not self._ours():
             # An earlier begin() that died before its manifest leaves these very files, byte for byte.
             own = {path.partition("/")[0] for path in contents}
@@ -137,7 +100,7 @@ class ArtifactWriter:
         committed = self._committed(shard)
         if committed is not None:
             return committed
-        encoder, spread = store(self.layout).ShardEncoder(self.layout, shard), _Spread()
+        encoder, spread = store_of(self.layout).encoder(shard), _Spread()
         entries: dict[str, RecordEntry] = {}
         for record in records:
             _check_record(record, self.layout)
@@ -171,13 +134,14 @@ class ArtifactWriter:
     def finish(
         self,
         extra: Mapping[str, bytes] | None = None,
-        told: Callable[[FileEntry, Commit], None] = lambda sidecar, commit: None,
+        on_sidecar: Callable[[FileEntry, Commit], None] = lambda sidecar, commit: None,
     ) -> Manifest:
         """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one.
 
         Args:
             extra: more files of the artifact.
-            told: is given every sidecar, which is read once, in order.
+            on_sidecar: called with every sidecar, as a file and as a document, in the order of the shards. Each is
+                read once.
 
         Raises:
             SchemaError, CorruptShard: a sidecar is damaged, or not one of this plan's.
@@ -185,8 +149,8 @@ class ArtifactWriter:
         shards = []
         with in_threads(SIDECARS_AT_ONCE, self._sidecar, sorted(self.committed())) as sidecars:
             for sidecar, commit in sidecars:
-                shards.append(shard_entry(commit, sidecar.sha256))
-                told(sidecar, commit)
+                shards.append(ShardEntry.of(commit, sidecar.sha256))
+                on_sidecar(sidecar, commit)
         old = self._old_manifest()
         manifest = self.add_files(self._manifest(tuple(shards), old.files if old else ()), extra or {})
         if manifest.complete:
@@ -234,7 +198,7 @@ class ArtifactWriter:
         if commit.shard != shard or shard >= self.layout.shards or commit.plan_sha256 != self.plan:
             raise CorruptShard(
                 f"{where}: expected the sidecar of shard {shard} of this artifact, found one of shard {commit.shard} "
-                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify --fix {self.location.url}`"
+                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify` with `fix=True`"
             )
         return _entry(path, data), commit
 
@@ -257,18 +221,12 @@ class ArtifactWriter:
     def _check_same_plan(self, found: Manifest) -> None:
         if found.plan_sha256 == self.plan:
             return
-        mine = {"layout": self.layout.model_dump(mode="json"), **_without_locations(self.provenance)}
-        theirs = {"layout": found.layout.model_dump(mode="json"), **_without_locations(found.provenance)}
+        mine = {"layout": self.layout.model_dump(mode="json"), **without_locations(self.provenance)}
+        theirs = {"layout": found.layout.model_dump(mode="json"), **without_locations(found.provenance)}
         raise NotAnArtifact(
             f"{self.location.url} already holds an artifact made from other settings "
             f"({'; '.join(changes(theirs, mine)[:4])}); choose another output, or remove it first"
         )
-
-
-def _without_locations(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _without_locations(value) for key, value in tree.items() if key not in LOCATIONS}
-    return tree
 
 
 def _entry(path: str, data: bytes) -> FileEntry:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation import EvaluateConfig, evaluate
+from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
-from experiments.facts import commit
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
 from trainer import TrainConfig, train
@@ -90,7 +90,7 @@ def trained_accuracy(run: Path, settings: Callable[[], dict[str, Any]], test: Pa
     (row,) = evaluate(
         EvaluateConfig(runs=[str(run)], data=str(test), head="outputs", steps=1, batch_size=1000, threads=1)
     )
-    accuracy = 100 * float(row.accuracy_clean or 0.0)
+    accuracy = row.score("accuracy clean").value
     measured.write_text(json.dumps(accuracy))
     return accuracy
 

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
 from experiments.class_means.run import initial_weights, trained_accuracy
-from experiments.facts import array_bytes, commit
+from experiments.facts import array_bytes
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
 from trainer.arms import ArmName

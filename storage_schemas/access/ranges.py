@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from storage_schemas.access.location import Location, refuse_devices
+from storage_schemas.access.devices import refuse_devices
+from storage_schemas.access.location import Location
+from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import FileEntry
 
@@ -40,7 +41,7 @@ class FileRanges:
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self._maps: OrderedDict[str, Bytes] = OrderedDict()
+        self._maps = Lru[str, Bytes](OPEN_MAPS)
 
     def read(self, path: str, start: int, size: int) -> Bytes:
         """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
@@ -65,7 +66,6 @@ class FileRanges:
     def _map(self, path: str) -> Bytes | None:
         mapped = self._maps.get(path)
         if mapped is not None:
-            self._maps.move_to_end(path)
             return mapped
         local = self._location.local_path(path)
         if local is None:
@@ -78,7 +78,5 @@ class FileRanges:
             raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
         except IsADirectoryError:
             raise CorruptShard(f"{self._location.url}/{path}: expected a file, found a folder") from None
-        self._maps[path] = mapped
-        if len(self._maps) > OPEN_MAPS:
-            self._maps.popitem(last=False)
+        self._maps.put(path, mapped)
         return mapped

@@ -9,7 +9,7 @@ from storage_schemas.card.contact_sheet import contact_sheet
 from storage_schemas.card.croissant import LISTED_FILES, croissant
 from storage_schemas.card.dataset_card import dataset_card
 from storage_schemas.card.summary import Tally
-from storage_schemas.schema.manifest import Commit, FileEntry, Manifest
+from storage_schemas.schema.manifest import CARD, CROISSANT, PREVIEW, Commit, FileEntry, Manifest
 from storage_schemas.writer import ArtifactWriter
 
 
@@ -29,9 +29,9 @@ class Presentation:
     def files(self, artifact: Artifact) -> dict[str, bytes]:
         """Their names and contents, once all shards are taken in; reads the groups that the contact sheet shows."""
         facts = self._tally.facts(artifact.manifest, artifact.location.url)
-        files = {"README.md": dataset_card(facts).encode(), "croissant.json": croissant(facts, self._listed)}
+        files = {CARD: dataset_card(facts).encode(), CROISSANT: croissant(facts, self._listed)}
         if len(artifact):
-            files["preview.png"] = contact_sheet(artifact)
+            files[PREVIEW] = contact_sheet(artifact)
         return files
 
 
@@ -44,6 +44,6 @@ def finish(writer: ArtifactWriter, check: Callable[[Manifest], None] = lambda _:
         check: told the manifest before any of these files is made.
     """
     presentation = Presentation()
-    manifest = writer.finish(told=presentation.add)
+    manifest = writer.finish(on_sidecar=presentation.add)
     check(manifest)
     return writer.add_files(manifest, presentation.files(open_artifact(writer.location)))

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
-from storage_schemas.operations.shards import Advance, exact_moments, moment_specs, pixel_spread, write_shards
-from storage_schemas.schema.manifest import HEAD, MOMENTS, EncodingName, Format, Layout, Manifest, Reject
+from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.exact import exact_moments, pixel_spread
+from storage_schemas.schema.manifest import MOMENTS, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.schema.moments import LEVELS
-from storage_schemas.schema.record import Record, encode_exact
+from storage_schemas.schema.record import Record, encode_exact, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 
@@ -40,13 +41,6 @@ def convert(
 
     writer = ArtifactWriter(target, layout, source.manifest.provenance)
     return write_shards(writer, head_file(source), make, advance)
-
-
-def head_file(artifact: Artifact) -> dict[str, bytes]:
-    """The class head as a file, if the artifact has one."""
-    if artifact.head() is None:  # reads it, and checks its hash
-        return {}
-    return {HEAD: artifact.location.read(HEAD)}
 
 
 def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:

@@ -31,6 +31,7 @@ from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+CARD, CROISSANT, PREVIEW = "README.md", "croissant.json", "preview.png"
 COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
 PROBLEM_LETTERS: Final = 200  # of each
@@ -224,6 +225,19 @@ class ShardEntry(Document):
     commit_sha256: Sha256
     key_range: tuple[Key, Key] | None
 
+    @classmethod
+    def of(cls, commit: Commit, commit_sha256: str) -> ShardEntry:
+        """What the manifest says of a sidecar whose file has this hash."""
+        keys = sorted(record.key for record in commit.records)
+        return cls(
+            shard=commit.shard,
+            groups=len(commit.records),
+            rejected=len(commit.rejects),
+            bytes=commit.bytes,
+            commit_sha256=commit_sha256,
+            key_range=(keys[0], keys[-1]) if keys else None,
+        )
+
 
 class Origin(Document):
     """One artifact of those that were combined."""
@@ -280,6 +294,17 @@ class Manifest(Sealed):
     def bytes(self) -> int:
         """Bytes of all committed shards."""
         return sum(shard.bytes for shard in self.shards)
+
+
+def commit_path(shard: int) -> str:
+    """Where the sidecar of a shard is."""
+    return f"commits/{shard:05d}.json"
+
+
+def shard_of_sidecar(path: str) -> int | None:
+    """The shard whose sidecar has this path; None for any other path."""
+    digits = path.removeprefix("commits/").removesuffix(".json")
+    return int(digits) if digits.isdecimal() and commit_path(int(digits)) == path else None
 
 
 D = TypeVar("D", bound=Sealed)

@@ -1,17 +1,36 @@
-"""JSON trees, such as provenances, leaf by leaf: `attack.epsilon`."""
+"""Provenances: what identifies a plan, and JSON trees leaf by leaf, as `attack.epsilon`."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import JsonValue
 
 from storage_schemas.errors import UserError, shortened
+from storage_schemas.schema.manifest import Layout
 
 Leaves = dict[str, JsonValue]
 # Names of leaves that say where things were; hashes say what they were.
 LOCATIONS = ("url", "spec")
+
+
+def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
+    """Identity of a plan: what has to be equal for two runs to write the same shards.
+
+    Entries named `url` and `spec` are left out: they say where data and weights were, hashes say what they were.
+    """
+    document = {"layout": layout.model_dump(mode="json"), "provenance": without_locations(provenance)}
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def without_locations(tree: Any) -> Any:
+    """A JSON tree without its entries named `url` and `spec`; lists are left as they are."""
+    if isinstance(tree, Mapping):
+        return {key: without_locations(value) for key, value in tree.items() if key not in LOCATIONS}
+    return tree
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:

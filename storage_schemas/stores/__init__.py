@@ -1,1 +1,20 @@
-"""The two physical forms of a shard: Zarr and WebDataset."""
+"""The physical forms of an artifact, by the name that its manifest has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from storage_schemas.schema.manifest import Format, Layout
+from storage_schemas.stores.base import Reader, ShardEncoder, Store
+from storage_schemas.stores.webdataset import WebDatasetStore
+from storage_schemas.stores.zarr import ZarrStore
+
+STORES: Final[Mapping[Format, type[Store]]] = {"zarr": ZarrStore, "webdataset": WebDatasetStore}
+
+__all__ = ["STORES", "Reader", "ShardEncoder", "Store", "store_of"]
+
+
+def store_of(layout: Layout) -> Store:
+    """The store of a layout's format."""
+    return STORES[layout.format](layout)

@@ -19,27 +19,33 @@ from storage_schemas.access.ranges import Bytes, FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
 from storage_schemas.schema.record import Record
+from storage_schemas.stores.base import Reader, ShardEncoder, Store
 
 
-def shard_path(shard: int) -> str:
-    return f"shards/{shard:05d}.tar"
+class WebDatasetStore(Store):
+    """A tar file a shard, with all of its arrays."""
+
+    pattern, media_type = "shards/*.tar", "application/x-tar"
+
+    def metadata_files(self) -> dict[str, bytes]:
+        """None: each tar file stands alone."""
+        return {}
+
+    def shard_files(self, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+        return {_shard_file(shard): self.layout.arrays}
+
+    def encoder(self, shard: int) -> WebDatasetEncoder:
+        return WebDatasetEncoder(self.layout, shard)
+
+    def reader(self, location: Location) -> WebDatasetReader:
+        return WebDatasetReader(location)
 
 
-def metadata_files(layout: Layout) -> dict[str, bytes]:
-    """Files of the whole store, by path in the artifact: tar files need none."""
-    return {}
-
-
-def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
-    """Paths of a shard's files, and the arrays whose data they hold."""
-    return {shard_path(shard): layout.arrays}
-
-
-class ShardEncoder:
+class WebDatasetEncoder(ShardEncoder):
     """The tar file of one shard, record by record."""
 
     def __init__(self, layout: Layout, shard: int) -> None:
-        self._arrays, self._path = layout.arrays, shard_path(shard)
+        self._arrays, self._path = layout.arrays, _shard_file(shard)
         self._buffer = io.BytesIO()
         self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
@@ -57,9 +63,13 @@ class ShardEncoder:
         return positions
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """The file, by its path in the artifact."""
+        """The tar file's path in the artifact and its contents."""
         self._tar.close()
         yield self._path, self._buffer.getvalue()
+
+
+def _shard_file(shard: int) -> str:
+    return f"shards/{shard:05d}.tar"
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
@@ -72,7 +82,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     return int(tar.offset) - padding
 
 
-class WebDatasetReader:
+class WebDatasetReader(Reader):
     """Reads records by offset, without parsing the tar file."""
 
     def __init__(self, location: Location) -> None:
@@ -84,7 +94,7 @@ class WebDatasetReader:
         Raises:
             CorruptShard: the tar file is missing or shorter than committed.
         """
-        path, record = shard_path(commit.shard), commit.records[index]
+        path, record = _shard_file(commit.shard), commit.records[index]
         for spec in specs:
             start = (record.offsets or {}).get(spec.name)
             if start is None:

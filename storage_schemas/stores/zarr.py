@@ -10,7 +10,6 @@ zarr reads a missing file as fill values without an error, hence the sizes, hash
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,17 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from numcodecs import Blosc
-from zarr.abc.store import Store
+from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage_schemas.access.location import Location
+from storage_schemas.access.lru import Lru
 from storage_schemas.access.ranges import Bytes, FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
 from storage_schemas.schema.record import Record
+from storage_schemas.stores.base import Reader, ShardEncoder, Store
 
-STORE = "groups.zarr"
+FOLDER = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
 CACHED_INDICES = 64
@@ -44,20 +45,30 @@ AXES = {
 MAX_CHUNK_OVERHEAD = 4096
 
 
-def metadata_files(layout: Layout) -> dict[str, bytes]:
-    """The `zarr.json` files of the whole store, by path in the artifact."""
-    store = MemoryStore()
-    _create_arrays(store, layout)
-    return _contents(store)
+class ZarrStore(Store):
+    """One Zarr store for all shards, each of which has a file an array."""
+
+    pattern, media_type = f"{FOLDER}/*", "application/vnd+zarr"
+
+    def metadata_files(self) -> dict[str, bytes]:
+        """The `zarr.json` files of the whole store."""
+        files: dict[str, Buffer] = {}
+        _create_arrays(files, self.layout)
+        return _contents(files)
+
+    def shard_files(self, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+        """One file an array. The files of `count` and `label` hold none: the sidecar has these too."""
+        arrays = {_shard_file(spec.name, shard, len(spec.shape)): (spec,) for spec in self.layout.arrays}
+        return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
+
+    def encoder(self, shard: int) -> ZarrEncoder:
+        return ZarrEncoder(self.layout, shard)
+
+    def reader(self, location: Location) -> ZarrReader:
+        return ZarrReader(location, self.layout)
 
 
-def shard_files(layout: Layout, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
-    """Paths of a shard's files, and the arrays whose data they hold; `count` and `label` are in the sidecar too."""
-    arrays = {_shard_file(spec.name, shard, len(spec.shape)): (spec,) for spec in layout.arrays}
-    return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
-
-
-class ShardEncoder:
+class ZarrEncoder(ShardEncoder):
     """The files of one shard: records are gathered array by array, each of which is compressed as a whole."""
 
     def __init__(self, layout: Layout, shard: int) -> None:
@@ -69,28 +80,25 @@ class ShardEncoder:
         self._rows |= {name: np.empty(layout.groups_per_shard, np.int64) for name in ("count", "label")}
 
     def add(self, record: Record) -> None:
-        """Take a copy of a record. Zarr keeps offsets in its own shard index."""
+        """Take in a copy of the next record. Zarr keeps offsets in its own shard index."""
         facts = {"count": record.count, "label": UNLABELLED if record.label is None else record.label}
         for name, rows in self._rows.items():
             rows[self._filled] = facts[name] if name in facts else record.arrays[name]
         self._filled += 1
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Each file by its path in the artifact; what it was made of is let go."""
-        store = MemoryStore()
-        arrays = _create_arrays(store, self._layout)
-        metadata = set(_contents(store))
+        """Each file's path in the artifact and its contents; the rows it was made of are let go."""
+        files: dict[str, Buffer] = {}
+        arrays = _create_arrays(files, self._layout)
+        metadata = set(files)
         for name in sorted(self._rows) if self._filled else ():
             rows = self._rows.pop(name)[: self._filled]
             arrays[name][self._first : self._first + self._filled] = rows
             del rows
-            for path, data in _contents(store).items():
-                if path not in metadata:
-                    del store._store_dict[path.removeprefix(f"{STORE}/")]
-                    yield path, data
+            yield from _contents({path: files.pop(path) for path in files.keys() - metadata}).items()
 
 
-class ZarrReader:
+class ZarrReader(Reader):
     """Reads single inner chunks: the shard's index, then one range a record.
 
     zarr-python takes 25 ms for a small record (four arrays, one event loop each); going by the sharding codec's
@@ -100,7 +108,7 @@ class ZarrReader:
     def __init__(self, location: Location, layout: Layout) -> None:
         self._files = FileRanges(location)
         self._layout = layout
-        self._indices: OrderedDict[str, npt.NDArray[np.uint64]] = OrderedDict()
+        self._indices = Lru[str, npt.NDArray[np.uint64]](CACHED_INDICES)
 
     def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
         """The bytes of arrays of record `index` of a shard.
@@ -141,9 +149,7 @@ class ZarrReader:
             raise CorruptShard(f"{path}: expected at least {size} bytes, the commit says {file_size}")
         payload = _checked(self._files.read(path, file_size - size, size), f"{path}, shard index")
         index = payload.view("<u8").astype(np.uint64).reshape(-1, 2)
-        self._indices[path] = index
-        if len(self._indices) > CACHED_INDICES:
-            self._indices.popitem(last=False)
+        self._indices.put(path, index)
         return index
 
 
@@ -158,12 +164,13 @@ def _checked(data: Bytes, where: str) -> Bytes:
 
 
 def _shard_file(array: str, shard: int, axes: int) -> str:
-    return "/".join([STORE, array, "c", str(shard), *("0" * axes)])
+    return "/".join([FOLDER, array, "c", str(shard), *("0" * axes)])
 
 
-def _create_arrays(store: Store, layout: Layout) -> dict[str, Any]:
+def _create_arrays(files: dict[str, Buffer], layout: Layout) -> dict[str, Any]:
+    """Zarr's arrays by name, writing to `files`, which then holds their `zarr.json`."""
     group = zarr.create_group(
-        store,
+        MemoryStore(files),
         zarr_format=3,
         attributes={"datamerge": "row = shard * groups_per_shard + index; rows with count 0 hold no group"},
     )
@@ -207,5 +214,6 @@ def _axes(spec: ArraySpec) -> tuple[str, ...]:
     return ("group", *(f"{spec.name}_{axis}" for axis in range(len(spec.shape))))
 
 
-def _contents(store: MemoryStore) -> dict[str, bytes]:
-    return {f"{STORE}/{key}": value.to_bytes() for key, value in sorted(store._store_dict.items())}
+def _contents(files: dict[str, Buffer]) -> dict[str, bytes]:
+    """Files of the Zarr store by path in the artifact, sorted."""
+    return {f"{FOLDER}/{path}": data.to_bytes() for path, data in sorted(files.items())}

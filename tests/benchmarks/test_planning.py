@@ -1,55 +1,29 @@
-"""The planning model: it finds the coefficients that made the points, and says how far off it is elsewhere."""
+"""Plans against what was measured: how errors are counted, and how a large job is cut."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.planning import Model, Plan, Planned, Point, Size, findings, sizes
+from benchmarks.planning import Job, Outcome, Plan, findings, jobs
+from merge_service.estimate import Estimate
 
-TRUE = Model((0.05, 0.02, 0.003), (2e4, 1e5, 3e4))
 
-
-def points(scale: int = 1) -> tuple[list[Point], Point]:
-    def point(size: Size) -> Point:
-        return Point(size, TRUE.seconds(size), TRUE.bytes(size))
-
-    small, large = sizes(scale)
-    return [point(size) for size in small], point(large)
+def outcome(job: Job, planned: float, seconds: float, *, volume: int = 1000) -> Outcome:
+    """Of a plan of so many seconds besides the 10 of the start, and 1000 bytes."""
+    estimate = Estimate(1000, 10 + planned, 10, 1, flops=1e12, flop_per_second=1e9, peak_share=0.5, measured=3)
+    return Outcome(job, estimate, seconds, volume)
 
 
 @pytest.mark.parametrize("scale", [1, 16])
-def test_fit_recovers_the_coefficients(scale: int) -> None:
-    small, large = points(scale)
-    model = Model.fit(small)
-    assert model.time == pytest.approx(TRUE.time)
-    assert model.volume == pytest.approx(TRUE.volume)
-    assert model.errors(large) == pytest.approx((0, 0), abs=1e-9)
+def test_jobs_grow_one_by_one_and_end_with_the_papers(scale: int) -> None:
+    wanted = jobs(scale)
+    assert len({(job.members, job.steps) for job in wanted[:3]}) == 1
+    assert (wanted[-1].members, wanted[-1].steps) == (10, 10)
+    assert all(job.groups % job.shards == 0 for job in wanted)
 
 
-def test_the_held_out_size_is_larger_than_all_others() -> None:
-    small, large = sizes(1)
-    assert large not in small
-    for term in range(3):
-        assert large.time_terms()[term] >= max(size.time_terms()[term] for size in small) or term == 0
-
-
-def test_errors_are_relative_to_what_was_measured() -> None:
-    small, large = points()
-    slower = Point(large.size, 2 * large.seconds, large.bytes / 2)
-    assert Model.fit(small).errors(slower) == pytest.approx((-0.5, 1.0))
-
-
-def test_no_coefficient_is_negative() -> None:
-    small, _ = points()
-    # One shard of four takes less than its groups would alone, as if a shard gave time back.
-    noisy = [Point(p.size, p.seconds - 0.1 * (p.size.shards - 1) - 0.08, p.bytes) for p in small]
-    assert min(Model.fit(noisy).time) >= 0
-
-
-def test_another_encoder_scales_its_own_terms() -> None:
-    scaled = TRUE.scaled(flops=10, pixels=2, ray_shard=0.01)
-    assert scaled.time == pytest.approx((0.06, 0.04, 0.03))
-    assert scaled.volume == pytest.approx((2e4, 2e5, 6e4))
+def test_errors_are_relative_to_what_was_measured_and_leave_the_start_out() -> None:
+    assert outcome(Job(16, 2, 3), 3, 6, volume=500).errors() == pytest.approx((-0.5, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -60,12 +34,10 @@ def test_plan_takes_the_fewest_devices_that_meet_the_deadline(hours: float, dead
     assert (plan.devices, plan.hours, plan.cost) == (devices, hours / devices, 2 * hours)
 
 
-def test_findings_name_the_held_out_error() -> None:
-    small, large = points()
-    model = Model.fit(small)
-    held_out = Point(large.size, large.seconds * 1.5, large.bytes)
-    found = findings(Planned(small, held_out, model, [("ImageNet", "here", Plan.of(100, 1e12, 24, 2.5))]))
+def test_findings_judge_the_median_error() -> None:
+    planned = [outcome(job, seconds, 10) for job, seconds in zip(jobs(1), (12, 13, 12, 9, 10), strict=True)]
+    found = findings(planned, [("ImageNet", "here", Plan.of(100, 1e12, 24, 2.5))])
+    assert found.bars[0].rounds == pytest.approx([0.2, 0.3, 0.2, 0.1, 0.0])
     assert [bar.verdict for bar in found.bars] == ["not met", "met"]
-    assert found.bars[0].rounds == pytest.approx([1 / 3])
     assert found.tables[1].rows == [["ImageNet", "here", "100", "5", "20.0", "1.00", "250"]]
-    assert {curve.x: len(curve.lines["measured"]) for curve in found.curves} == {"groups": 4, "N": 4}
+    assert found.curves[0].lines["measured"] == [(16, 10), (32, 10), (64, 10)]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from click.testing import CliRunner
 
@@ -66,17 +64,8 @@ def prepare(data: Path, work: Path) -> Prepared:
     return Prepared(source, lambda _: source, f"{SPEC}@{work}/encoder.safetensors", f"{work}/head.safetensors")
 
 
-@pytest.fixture
-def _ray() -> Iterator[None]:
-    """One Ray for all the merges, which leave it alone."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=40, log_to_driver=False)
-    yield
-    assert ray.is_initialized()
-    ray.shutdown()
-
-
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("ray_driver")
 def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     settings, work = tmp_path / "tiny.toml", tmp_path / "work"
     settings.write_text(SETTINGS)

@@ -49,6 +49,7 @@ def _merge_elsewhere(config: MergeConfig) -> MergeResult:
         return process.submit(merge, config).result()
 
 
+@pytest.mark.xdist_group("ray")
 def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos: Path, tmp_path: Path) -> None:
     result = _merge_elsewhere(_config(photos, tmp_path / "ray", 2))
     assert result.manifest.groups == 7

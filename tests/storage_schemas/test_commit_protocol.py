@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from storage_schemas import ArtifactWriter, Layout, Location, NotAnArtifact, Record, open_artifact
-from storage_schemas.writer import plan_sha256
+from storage_schemas.schema.provenance import plan_sha256
 
 Shards = Callable[..., list[list[Record]]]
 Same = Callable[[Record, Record], None]

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import datamerge.cli
+from storage_schemas.access import retries
 from tests.support.paths import ROOT, SUPPORT
 from tests.support.servers import S3Server
 
@@ -34,19 +35,36 @@ class Bench:
 
     Attributes:
         address: of the Ray cluster.
-        dashboard: URL of its dashboard.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
         store: an S3 server that the cluster's workers know.
+        environment: of the cluster's processes, and of whoever merges on it.
     """
 
     address: str
-    dashboard: str
     cluster: Any
     photos: Path
     faults: Path
     store: S3Server
+    environment: dict[str, str]
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[Bench]:
+        """This process, and those that it starts, in the cluster's environment; no fault is switched on."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            # Also where this process runs already and does not read PYTHONPATH again.
+            patch.setattr(sys, "path", [*sys.path, str(FAULTS)])
+            # Workers have that from the encoder that they load.
+            patch.setattr(retries, "FIRST_DELAY", 0.01)
+            # Connections are kept for the life of a process, also those to another server.
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
+            self.switch()
+            self.store.fault = None
+            yield self
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
     def arguments(self, artifact: str | Path, *more: str) -> list[str]:
         """Command line of the merge that all tests compare."""
@@ -75,8 +93,8 @@ class Bench:
         return code, errors.getvalue()
 
     def switch(self, *switches: str) -> None:
-        """Switch exactly these faults on: `slow` or `poison`."""
-        for name in ("slow", "poison"):
+        """Switch exactly these faults on: `slow`, `poison`, or `lost`, which happens once."""
+        for name in ("slow", "poison", "lost"):
             (self.faults / name).unlink(missing_ok=True)
         shutil.rmtree(self.faults / "busy", ignore_errors=True)
         (self.faults / "busy").mkdir()
@@ -118,14 +136,19 @@ def write_photos(folder: Path) -> None:
 def running_bench(folder: Path) -> Iterator[Bench]:
     """Start the cluster and the store; photos and faults go into the folder."""
     (folder / "faults").mkdir()
+    write_photos(folder / "photos")
     with S3Server().running() as store:
-        yield from _cluster(folder, store)
+        environment = _environment(folder / "faults", store)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            cluster = _cluster()
+        yield Bench(cluster.address, cluster, folder / "photos", folder / "faults", store, environment)
+        cluster.shutdown()
 
 
-def _cluster(folder: Path, store: S3Server) -> Iterator[Bench]:
-    from ray.cluster_utils import Cluster
-
-    environment = {
+def _environment(faults: Path, store: S3Server) -> dict[str, str]:
+    return {
         # What a user would set; botocore's own tries would hide ours.
         "AWS_ENDPOINT_URL": store.url,
         "AWS_ACCESS_KEY_ID": "TESTKEYID",
@@ -133,28 +156,16 @@ def _cluster(folder: Path, store: S3Server) -> Iterator[Bench]:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(FAULTS)]),
-        "DATAMERGE_FAULTS": str(folder / "faults"),
+        "DATAMERGE_FAULTS": str(faults),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    sys.path.append(str(FAULTS))  # this process is running already and does not read PYTHONPATH again
-    write_photos(folder / "photos")
-    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
-    # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
-    head |= {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+
+
+def _cluster() -> Any:
+    """A head and one more node."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-    node: Any = cluster.head_node
-    dashboard = f"http://{node.webui_url}"
-    found = Bench(cluster.address, dashboard, cluster, folder / "photos", folder / "faults", store)
-    found.switch()
-    yield found
-    cluster.shutdown()
-    sys.path.remove(str(FAULTS))
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    return cluster

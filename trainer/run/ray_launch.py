@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datamerge.runtime.addresses import check_cluster_address
-from datamerge.runtime.ray import ray_environment
-from storage_schemas import ConfigError, DatamergeError, UserError
+from datamerge.runtime.ray import call_in_worker, connected
+from storage_schemas import DatamergeError, UserError
 from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.errors import NotFiniteRun
@@ -35,22 +34,12 @@ def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) 
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    os.environ.update(ray_environment())
-    import ray
-
     config = config.model_copy(
         update={name: _absolute(getattr(config, name)) for name in ("artifact", "run", "eval_artifact")}
     )
-    ours = not ray.is_initialized()
-    if ours:
-        _start(address, workers)
-    try:
-        # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
-        with tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
-            return _fit(config, workers, storage)
-    finally:
-        if ours:
-            ray.shutdown()
+    # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
+    with connected(address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
+        return _fit(config, workers, storage)
 
 
 def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
@@ -61,8 +50,7 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"settings": config.model_dump(), "outcome": str(outcome)},
+        call_in_worker("trainer.run.ray_launch:work", config.model_dump(), outcome),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES)
@@ -84,38 +72,23 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
-            f"{config.run}: the Ray workers ended and left no summary here; put `run` on a file system that "
-            "this machine and all workers share"
+            f"{config.run}: the Ray workers ended and left no summary here; put `run` on a file system that this "
+            "machine and all workers share"
         )
     return summary
 
 
-def _work(options: dict[str, Any]) -> None:
+def work(settings: dict[str, Any], outcome: Path) -> None:
     """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
     from ray.train import get_context
 
     try:
-        train(TrainConfig(**options["settings"]))
+        train(TrainConfig(**settings))
     except (UserError, NotFiniteRun) as error:
         # All workers come here together, see `Processes.together`.
         if get_context().get_world_rank() == 0:
-            Path(options["outcome"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(options["outcome"]).write_text(f"{error.exit_code} {error}", "utf-8")
-
-
-def _start(address: str | None, workers: int) -> None:
-    import ray
-
-    quiet: dict[str, Any] = {"logging_level": "ERROR"}
-    if address is None:
-        cpus = max(os.cpu_count() or 1, workers + 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        return
-    check_cluster_address(address)
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"ray_address: expected a Ray cluster at {address!r}, found none ({error})") from None
+            outcome.parent.mkdir(parents=True, exist_ok=True)
+            outcome.write_text(f"{error.exit_code} {error}", "utf-8")
 
 
 def _absolute(url: str | None) -> str | None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -17,6 +16,7 @@ from PIL import Image
 
 from datamerge.cli import cli
 from storage_schemas import ExactMoments, Location, open_artifact
+from tests.support.bench import Bench
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -28,7 +28,7 @@ MERGE += ["--max-workers", "2", "--keep-members"]
 
 
 def _run(*arguments: str) -> str:
-    """A command in its own process, as its workers and connections want it."""
+    """A command in its own process, as its connections want it."""
     done = subprocess.run(
         [sys.executable, "-m", "datamerge", *arguments], capture_output=True, text=True, env=dict(os.environ)
     )
@@ -40,21 +40,23 @@ def _call(*arguments: str) -> str:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False).output
 
 
-def test_pipeline(bucket: str, s3: Any, tmp_path: Path) -> None:
+def test_pipeline(bench: Bench, tmp_path: Path) -> None:
+    bucket = "s3://pipeline"
+    fsspec.filesystem("s3").mkdir(bucket)
     generator = np.random.default_rng(0)
     for index in range(7):
         buffer = io.BytesIO()
         Image.fromarray(generator.integers(0, 256, (12, 10, 3), np.uint8)).save(buffer, "PNG")
         Location(f"{bucket}/photos").write(f"{index}.png", buffer.getvalue())
-    said = _run("merge", f"{bucket}/photos", f"{bucket}/adv", *MERGE)
+    said = _run("merge", f"{bucket}/photos", f"{bucket}/adv", *MERGE, "--ray-address", bench.address)
     records = list(open_artifact(f"{bucket}/adv"))
     assert [record.key for record in records] == [str(index) for index in range(7)]
     for record in records:
         moments = ExactMoments.of(record.members)  # type: ignore[arg-type]
         np.testing.assert_array_equal(record.arrays["scatter"], moments.scatter)
-    s3.requests.clear()
+    bench.store.requests.clear()
     said += _run("train", f"{bucket}/adv", str(tmp_path / "run"), "--steps", "3", "--cache", str(tmp_path / "cache"))
-    assert s3.listings() == []
+    assert bench.store.listings() == []
     assert any((tmp_path / "cache").glob("[0-9a-f]*"))
     said += _call("convert", f"{bucket}/adv", f"{bucket}/tar", "--format", "webdataset")
     assert "equal: 7 groups" in _call("diff", f"{bucket}/adv", f"{bucket}/tar")

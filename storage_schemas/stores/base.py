@@ -1,0 +1,71 @@
+"""What a physical form of an artifact offers to those who write, read and check artifacts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from storage_schemas.access.location import Location
+from storage_schemas.access.ranges import Bytes
+from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
+from storage_schemas.schema.record import Record
+
+
+class ShardEncoder(ABC):
+    """Turns the records of one shard into its files."""
+
+    @abstractmethod
+    def add(self, record: Record) -> dict[str, int] | None:
+        """Take in a copy of the next record.
+
+        Returns:
+            The positions of its arrays in the shard's file, by name; None for a store that finds them itself.
+        """
+
+    @abstractmethod
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Each file's path in the artifact and its contents; nothing can be added afterwards."""
+
+
+class Reader(ABC):
+    """Reads the bytes of single records. One that has been used belongs to one thread."""
+
+    @abstractmethod
+    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+        """The bytes of some arrays of record `index` of a shard, in the order of `specs`.
+
+        Raises:
+            CorruptShard: a file is missing or cut short, or what it holds cannot be such a record.
+        """
+
+
+class Store(ABC):
+    """One physical form, for one layout. A new one is a class like this and a line in `STORES`.
+
+    Attributes:
+        pattern: matches the paths of the shards' files in the artifact.
+        media_type: of these files.
+    """
+
+    pattern: ClassVar[str]
+    media_type: ClassVar[str]
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    @abstractmethod
+    def metadata_files(self) -> dict[str, bytes]:
+        """The files that belong to no single shard, by path in the artifact."""
+
+    @abstractmethod
+    def shard_files(self, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
+        """The paths of a shard's files, and the arrays whose data each holds."""
+
+    @abstractmethod
+    def encoder(self, shard: int) -> ShardEncoder:
+        """An encoder of one shard that has taken in nothing yet."""
+
+    @abstractmethod
+    def reader(self, location: Location) -> Reader:
+        """A reader of an artifact at a location."""
