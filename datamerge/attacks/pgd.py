@@ -33,7 +33,7 @@ class PGD:
         step_size: α.
         steps: number of gradient steps.
         random_start: start at x + U(−r, r) rather than at x.
-        on_grid: keep pixels on multiples of 1/255.
+        grid: keep pixels on multiples of 1/255.
         start_radius: r, at most ε; ε if None.
     """
 
@@ -41,11 +41,11 @@ class PGD:
     step_size: Fraction
     steps: int
     random_start: bool = True
-    on_grid: bool = True
+    grid: bool = True
     start_radius: Fraction | None = None
 
     def __post_init__(self) -> None:
-        check_ball(self.epsilon, self.on_grid, self.start_radius)
+        check_ball(self.epsilon, self.grid, self.start_radius)
 
 
 def attack(
@@ -63,7 +63,7 @@ def attack(
 
     Args:
         model: takes pixels [B, C, H, W] in [0, 1]; should be in eval mode.
-        clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.on_grid`.
+        clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.grid`.
         target: the objective's second argument, one row per sample.
         objective: loss per sample to maximise.
         settings: the attack's.
@@ -74,7 +74,7 @@ def attack(
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
-    ball = Ball.around(clean, settings.epsilon, settings.on_grid)
+    ball = Ball.around(clean, settings.epsilon, settings.grid)
     radius = settings.epsilon if settings.start_radius is None else settings.start_radius
     start = ball.start(settings.random_start, radius, generators)
     step = float(settings.step_size) * ball.scale
@@ -82,7 +82,7 @@ def attack(
     with frozen(model):
         points = start.clone()
         start_loss = ascend(ball, gradients.at, points, step, settings.steps)
-        if settings.on_grid and (settings.step_size * LEVELS).denominator != 1:
+        if settings.grid and (settings.step_size * LEVELS).denominator != 1:
             # The bounds are integers, so rounding stays inside them.
             points.round_()
         loss = gradients.loss_at(points)

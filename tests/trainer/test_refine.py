@@ -36,7 +36,7 @@ def _images(count: int) -> torch.Tensor:
 def test_it_is_pgd_from_a_given_start(steps: int) -> None:
     encoder, clean = load_encoder(ENCODER).eval(), _images(7)
     target = torch.zeros(7, 6)
-    settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, on_grid=False)
+    settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, grid=False)
     generators = [np.random.default_rng(0)] * 7
     expected = attack(encoder, clean, target, squared_error, settings, generators)
     found = refine(encoder, clean, clean, target, SquaredError(), Refinement(steps, 3 / 255, EPSILON))

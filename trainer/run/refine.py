@@ -58,7 +58,7 @@ def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Lo
         return losses.detach(), gradient
 
     lower, upper = (clean - how.epsilon).clamp_(min=0), (clean + how.epsilon).clamp_(max=1)
-    ball = Ball(lower, upper, clean, scale=1.0, on_grid=False)
+    ball = Ball(lower, upper, clean, scale=1.0, grid=False)
     refined = torch.clamp(points, lower, upper)
     ascend(ball, at, refined, how.step_size, how.steps)
     return refined
