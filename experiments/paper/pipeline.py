@@ -27,9 +27,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from datamerge.encoders import pick_device
-from datamerge.evaluation.llava.arms import check_memory
 from datamerge.evaluation.llava.captions import evaluate_captions
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.evaluate import check_memory
 from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.tables import RESULTS, write_reports
