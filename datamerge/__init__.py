@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datamerge.attacks import APGD, PGD, Attacked, NonFiniteGradient, cross_entropy, squared_error
     from datamerge.attacks import run_attack as attack
     from datamerge.encoders import Encoder, Head, load_encoder, load_head, save_encoder
-    from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+    from datamerge.evaluation import EvaluateConfig, evaluate
     from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
     from datamerge.evaluation.embedding import evaluate_embedding
     from datamerge.evaluation.llava.captions import evaluate_captions
@@ -75,7 +75,6 @@ __all__ = [
     "EmbeddingConfig",
     "Encoder",
     "EvaluateConfig",
-    "Evaluation",
     "ExactMoments",
     "Head",
     "Layout",
@@ -132,7 +131,7 @@ _ROOMS = {
     "datamerge.artifacts": "combine convert diff export inspect preview remerge verify",
     "datamerge.attacks": "APGD Attacked NonFiniteGradient PGD attack=run_attack cross_entropy squared_error",
     "datamerge.encoders": "Encoder Head load_encoder load_head save_encoder",
-    "datamerge.evaluation": "EvaluateConfig Evaluation evaluate",
+    "datamerge.evaluation": "EvaluateConfig evaluate",
     "datamerge.evaluation.config": "EmbeddingConfig ZeroShotConfig",
     "datamerge.evaluation.embedding": "evaluate_embedding",
     "datamerge.evaluation.llava.captions": "evaluate_captions",

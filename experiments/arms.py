@@ -24,7 +24,7 @@ import click
 import torch
 
 from datamerge.attacks import PGD
-from datamerge.evaluation import EvaluateConfig, evaluate
+from datamerge.evaluation import ArmResult, EvaluateConfig, Score, evaluate
 from datamerge.runtime.checkout import commit
 from experiments.arms_report import report
 from experiments.facts import array_bytes
@@ -33,9 +33,9 @@ from merge_service import MergeConfig, merge
 from storage_schemas import Location, open_artifact
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.run import BASELINE, SUMMARY
 from trainer import RunSummary, TrainConfig, train
 
-BASELINE = "w/o AT"
 PUBLISHER = 1000  # seed of the run whose rounds are published
 
 
@@ -65,14 +65,14 @@ class Prepared:
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
     """Run what is missing of the arms in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)
-    study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
-    study.artifacts()
-    names = [name for name in (BASELINE, *study.settings["arms"]) if not only or name in only]
+    experiment = Experiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    experiment.artifacts()
+    names = [name for name in (BASELINE, *experiment.settings["arms"]) if not only or name in only]
     for seed in (int(text) for text in seeds.split(",") if text):
         for name in names:
-            study.measured(name, seed)
-            click.echo(f"{settings.stem}: seed {seed}, {name}: {study.measured(name, seed)['accuracy_robust']:.3f}")
-    rows = {name: study.row(name) for name in (BASELINE, *study.settings["arms"])}
+            found = experiment.measured(name, seed)
+            click.echo(f"{settings.stem}: seed {seed}, {name}: {found['accuracy_robust']:.3f}")
+    rows = {name: experiment.row(name) for name in (BASELINE, *experiment.settings["arms"])}
     facts = {
         "command": f"python -m experiments.arms {'/'.join(settings.parts[-3:])}",
         "commit": commit(),
@@ -82,7 +82,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
     report(facts, settings)
 
 
-class Study:
+class Experiment:
     """One settings file at work in one folder."""
 
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
@@ -131,7 +131,7 @@ class Study:
                     **self.settings["evaluate"],
                 )
             )
-            facts = {"settings": self._settings_of(name), "commit": commit(), "found": found.model_dump(mode="json")}
+            facts = {"settings": self._settings_of(name), "commit": commit(), "found": _figures(found)}
             Location(done.parent).write(done.name, json.dumps(facts).encode())
         return self._read(done, name)
 
@@ -140,7 +140,7 @@ class Study:
         if name == BASELINE:
             return self.prepared.encoder
         run = self._run(name, seed)
-        return str(run) if (run / "run.json").exists() else None
+        return str(run) if (run / SUMMARY).exists() else None
 
     def row(self, name: str) -> dict[str, Any] | None:
         """What is known of an arm over the seeds that are finished; None if there is none."""
@@ -290,6 +290,25 @@ class Study:
         passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}
         usual = {"avg": 6.0, "factors": 3.0}.get(arm["arm"], 3.0)
         return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)
+
+
+def _figures(found: ArmResult) -> dict[str, Any]:
+    """What the table needs of an evaluation, and of which encoder it is; accuracies as fractions."""
+    clean, robust = found.score("accuracy clean"), found.score("accuracy robust")
+    return {
+        "run": found.run,
+        "encoder_sha256": found.encoder_sha256,
+        "labelled": clean.count,
+        "accuracy_clean": _fraction(clean),
+        "accuracy_robust": _fraction(robust),
+        "embedding_loss_clean": found.score("loss clean").value,
+        "embedding_loss_adversarial": found.score("loss adv.").value,
+    }
+
+
+def _fraction(score: Score) -> float:
+    """Hits over trials; percents over 100 would differ in the last digit."""
+    return round(score.value * score.count / 100) / score.count
 
 
 def _folder(name: str) -> str:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from datamerge.encoders import load_encoder, load_head
 from datamerge.evaluation.runs import read_run
 from datamerge.sources import decode, open_source
-from experiments.arms import BASELINE, Study
+from experiments.arms import Experiment
+from storage_schemas.schema.run import BASELINE
 
 
 @click.command()
@@ -47,19 +48,19 @@ def main(
 ) -> None:
     """Attack the trained encoders of SETTINGS with torchattacks."""
     torch.set_num_threads(1)
-    study = Study(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    experiment = Experiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
     target = settings.with_name(f"third-party-{settings.stem}.json")
-    radius = float(Fraction(epsilon or study.settings["evaluate"]["epsilon"]))
+    radius = float(Fraction(epsilon or experiment.settings["evaluate"]["epsilon"]))
     attack = {"torchattacks": version("torchattacks"), "epsilon": radius, "steps": steps}
     facts = _facts(target, attack)
-    for name in (BASELINE, *study.settings["arms"]):
+    for name in (BASELINE, *experiment.settings["arms"]):
         for seed in (text for text in seeds.split(",") if text):
-            trained = study.trained(name, int(seed))
+            trained = experiment.trained(name, int(seed))
             if (only and name not in only) or seed in facts.get(name, {}) or trained is None:
                 continue
             encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
-            model = nn.Sequential(encoder, load_head(study.prepared.head)).eval()
-            pixels, labels = _images(study.prepared.test(int(seed)), encoder.input_shape)
+            model = nn.Sequential(encoder, load_head(experiment.prepared.head)).eval()
+            pixels, labels = _images(experiment.prepared.test(int(seed)), encoder.input_shape)
             found = _accuracies(model, pixels, labels, radius, steps, batch_size)
             facts.setdefault(name, {})[seed] = found
             click.echo(f"{name}, seed {seed}: {found}")

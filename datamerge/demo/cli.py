@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 
 from datamerge.demo import digits
 from datamerge.demo.report import write_report
+from datamerge.evaluation.tables import RESULTS, read_results
 
 EPSILON, STEP_SIZE = "26/255", "5/255"
 MEMBERS, STEPS, BATCH, LEARNING_RATE, SEED = 5, 400, 32, "1e-4", 0
@@ -52,12 +52,12 @@ def demo(folder: str) -> None:
             ["train", artifact, str(root / name), "--encoder", spec, *flags, "--steps", str(STEPS)]
             + ["--batch-size", str(BATCH), "--lr", LEARNING_RATE, "--warmup", str(STEPS // 10)]
         )
-    results = root / "results.json"
+    results = root / "evaluation"
     _run(
         ["evaluate", spec, *(str(root / name) for name in ARMS), "--data", str(root / "digits" / "test")]
         + ["--head", str(head), "--epsilon", EPSILON, "-o", str(results)]
     )
-    report = write_report(root, artifact, list(ARMS), json.loads(results.read_text())["evaluations"])
+    report = write_report(root, artifact, list(ARMS), read_results(results / RESULTS))
     click.echo(f"{report}: preview, training curves and results; {time.monotonic() - started:.0f} s in all")
 
 

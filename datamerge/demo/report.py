@@ -1,4 +1,4 @@
-"""One PNG: what was merged, how training went, what came of it."""
+"""One PNG: what was merged, how training went, and the accuracies afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -15,12 +14,13 @@ mpl.use("Agg")  # no display needed
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from datamerge.evaluation import ArmResult
 from storage_schemas import open_artifact
 from storage_schemas.card.contact_sheet import contact_sheet
 
 
-def write_report(root: Path, artifact: str, runs: Sequence[str], evaluations: Sequence[dict[str, Any]]) -> Path:
-    """Draw `report.png` in the demo's folder from the files that the commands wrote."""
+def write_report(root: Path, artifact: str, runs: Sequence[str], arms: Sequence[ArmResult]) -> Path:
+    """Draw `report.png` in the demo's folder from what the commands wrote."""
     figure = plt.figure(figsize=(12, 10), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[3, 2])
     sheet = figure.add_subplot(grid[0, :])
@@ -34,16 +34,14 @@ def write_report(root: Path, artifact: str, runs: Sequence[str], evaluations: Se
     curves.set(xlabel="step", ylabel="training loss", yscale="log")
     curves.legend()
     bars = figure.add_subplot(grid[1, 1])
-    positions = range(len(evaluations))
-    for offset, (name, key) in enumerate((("clean", "accuracy_clean"), ("robust", "accuracy_robust"))):
+    positions = range(len(arms))
+    for offset, kind in enumerate(("clean", "robust")):
+        scores = [arm.score(f"accuracy {kind}") for arm in arms]
+        errors = [score.error for score in scores]
         bars.bar(
-            [p + 0.4 * offset for p in positions],
-            [100 * e[key] for e in evaluations],
-            0.4,
-            yerr=[100 * e[f"{key}_se"] for e in evaluations],
-            label=name,
+            [p + 0.4 * offset for p in positions], [score.value for score in scores], 0.4, yerr=errors, label=kind
         )
-    bars.set_xticks([p + 0.2 for p in positions], [e["arm"] for e in evaluations])
+    bars.set_xticks([p + 0.2 for p in positions], [arm.arm for arm in arms])
     bars.set(ylabel="test accuracy, %", ylim=(0, 115))
     bars.legend(loc="upper center", ncols=2)
     path = root / "report.png"

@@ -1,7 +1,8 @@
 """Raw images again: embedding loss and accuracy of encoders, clean and under attack (see README.md)."""
 
 from datamerge.evaluation.config import EvaluateConfig
-from datamerge.evaluation.job import evaluate
-from datamerge.evaluation.results import Evaluation, RejectedImage
+from datamerge.evaluation.pgd import evaluate
+from datamerge.evaluation.results import ArmResult, RejectedImage, Score
+from datamerge.evaluation.tables import Results
 
-__all__ = ["EvaluateConfig", "Evaluation", "RejectedImage", "evaluate"]
+__all__ = ["ArmResult", "EvaluateConfig", "RejectedImage", "Results", "Score", "evaluate"]

@@ -6,7 +6,6 @@ Shapes: B images, C H W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from datamerge.evaluation.results import RejectedImage
-from datamerge.evaluation.runs import warn
+from datamerge.runtime.messages import warn
+from datamerge.runtime.read_ahead import read_ahead
 from datamerge.sources import BadImage, Sample, Source, decode
 from storage_schemas import DatamergeError, SourceError
 from storage_schemas.access.retries import is_transient, retry
 
 
 @dataclass(frozen=True)
-class Batch:
+class ImageBatch:
     """Some consecutive samples of a source.
 
     Attributes:
@@ -40,21 +40,13 @@ class Batch:
         return len(self.samples) + len(self.rejected)
 
 
-def read_batches(source: Source, shape: tuple[int, int, int], size: int) -> Iterator[Batch]:
+def read_batches(source: Source, shape: tuple[int, int, int], size: int) -> Iterator[ImageBatch]:
     """All samples in the source's order, `size` listed samples at a time."""
-    runs = [source.samples[first : first + size] for first in range(0, len(source.samples), size)]
-    # One thread: readers keep open files and caches that are not meant for several.
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        ahead = pool.submit(_read, source, runs[0], shape) if runs else None
-        for following in [*runs[1:], None]:
-            if ahead is None:
-                return
-            batch = ahead.result()
-            ahead = pool.submit(_read, source, following, shape) if following is not None else None
-            yield batch
+    parts = (source.samples[first : first + size] for first in range(0, len(source.samples), size))
+    return read_ahead(_read(source, samples, shape) for samples in parts)
 
 
-def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]) -> Batch:
+def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]) -> ImageBatch:
     usable, images, rejected = [], [], []
     for sample in samples:
         try:
@@ -65,7 +57,7 @@ def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]
                 raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
             rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
     pixels = np.stack(images) if images else np.empty((0, *shape), np.uint8)
-    return Batch(usable, pixels, rejected)
+    return ImageBatch(usable, pixels, rejected)
 
 
 def report_rejected(rejected: Sequence[RejectedImage], source: Source) -> None:
@@ -80,5 +72,5 @@ def report_rejected(rejected: Sequence[RejectedImage], source: Source) -> None:
     if rejected:
         warn(
             f"{len(rejected)} of {len(source.samples)} images could not be used, e.g. {rejected[0].sample}: "
-            f"{rejected[0].reason}; the JSON output lists them all"
+            f"{rejected[0].reason}; the results list them all"
         )

@@ -6,27 +6,21 @@ from APGD on it. It needs no labels and no text, which makes it the cheapest anc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
-import torch
-from torch import Tensor
-
-from datamerge.attacks import run_attack, sample_generators, squared_error
 from datamerge.encoders import pick_device
 from datamerge.evaluation.config import EmbeddingConfig
-from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
-from datamerge.evaluation.metrics import check_finite
-from datamerge.evaluation.results import ArmResult, mean_score
+from datamerge.evaluation.encoders_under_test import load_subjects, numerics
+from datamerge.evaluation.measures import CLEAN_LOSS, embedding_losses
+from datamerge.evaluation.results import mean_score
 from datamerge.evaluation.runs import read_run
-from datamerge.evaluation.study import Measured, Study, open_sample, run_study
-from datamerge.sources import Sample
-from storage_schemas import ConfigError
+from datamerge.evaluation.study import Row, open_sample, run_study
+from datamerge.evaluation.tables import Results
 
 PART = "embedding"
-CLEAN = "embedding loss clean"
 
 
-def evaluate_embedding(config: EmbeddingConfig) -> list[ArmResult]:
+def evaluate_embedding(config: EmbeddingConfig) -> Results:
     """Embedding losses of every run; one result per run, in the order given.
 
     Raises:
@@ -39,57 +33,30 @@ def evaluate_embedding(config: EmbeddingConfig) -> list[ArmResult]:
     runs = [read_run(text) for text in config.runs]
     source = open_sample(config)
     subjects = load_subjects(runs, device, config.original)
-    own = [{"original_sha256": subject.original.sha256} for subject in subjects]
-
-    def measure(subject: Subject, pixels: Tensor, samples: Sequence[Sample]) -> Measured:
-        names = [sample.name for sample in samples]
-        with torch.no_grad():
-            target = subject.original(pixels)
-            clean = squared_error(subject.encoder(pixels), target)
-        check_finite(clean, names, "the clean embedding loss")
-        columns: Measured = {CLEAN: clean.tolist()}
-        weakest = clean
-        for text, settings in attacks.items():
-            generators = [sample_generators(config.seed, sample.key, 1)[0] for sample in samples]
-            attacked = run_attack(
+    rows = [
+        Row(
+            subject,
+            {"original_sha256": subject.original.sha256},
+            partial(
+                embedding_losses,
                 subject.encoder,
-                pixels,
-                target,
-                squared_error,
-                settings,
-                generators,
-                names,
+                subject.original,
+                attacks=attacks,
+                seed=config.seed,
                 restarts=config.restarts,
-            )
-            # x and every smaller ball lie inside this one.
-            weakest = torch.maximum(weakest, attacked.loss)
-            columns[text] = weakest.tolist()
-        return columns
-
+            ),
+        )
+        for subject in subjects
+    ]
     with numerics(config.threads, device):
-        studies = run_study(config, PART, subjects, own, source, measure)
-    return [_result(config, subject, study) for subject, study in zip(subjects, studies, strict=True)]
-
-
-def _result(config: EmbeddingConfig, subject: Subject, study: Study) -> ArmResult:
-    if not study.images:
-        raise ConfigError(f"{config.data}: expected at least one image")
-    scores = [mean_score(CLEAN, study.columns[CLEAN])]
-    scores += [mean_score(f"embedding loss ε={text}", study.columns[text]) for text in config.attacks()]
-    return ArmResult(
-        part=PART,
-        run=subject.run.name,
-        arm=subject.run.arm,
-        encoder=subject.encoder.spec,
-        encoder_sha256=subject.encoder.sha256,
-        scores=scores,
-        images=study.images,
-        seconds=study.seconds,
-        warnings=[],
-        settings=config.model_dump(mode="json"),
-        details={
-            "original": subject.original.spec,
-            "original_sha256": subject.original.sha256,
-            "rejected": [image.model_dump() for image in study.rejected],
-        },
+        studied = run_study(config, PART, rows, source)
+    return Results(
+        one.result(
+            PART,
+            config,
+            [mean_score(CLEAN_LOSS, one.columns[CLEAN_LOSS])]
+            + [mean_score(f"embedding loss ε={text}", one.columns[text]) for text in attacks],
+            details={"original": one.subject.original.spec, "original_sha256": one.subject.original.sha256},
+        )
+        for one in studied
     )

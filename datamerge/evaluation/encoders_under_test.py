@@ -1,24 +1,21 @@
-"""The encoders under evaluation, loaded onto the device, with what they are compared to and classified by."""
+"""The encoders under evaluation, loaded onto the device, with what they are compared to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import click
 import torch
 
 from datamerge.attacks import arithmetic
-from datamerge.encoders import Encoder, Head, load_encoder
-from datamerge.evaluation.labels import OUTPUTS, match_labels
-from datamerge.evaluation.runs import Run, warn
-from datamerge.runtime import quiet
-from datamerge.sources import Source
+from datamerge.encoders import Encoder, load_encoder
+from datamerge.evaluation.runs import Run
+from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Subject:
     """One encoder under evaluation.
 
@@ -26,15 +23,11 @@ class Subject:
         run: where it comes from.
         encoder: f, on the device.
         original: the frozen reference, on the device; `encoder` itself for a baseline.
-        head: behind the encoder, None without accuracies.
-        rows: row of the head for each label of the source.
     """
 
     run: Run
     encoder: Encoder
     original: Encoder
-    head: Head | None = None
-    rows: Mapping[int, int] = field(default_factory=dict)
 
 
 def load_subjects(runs: Sequence[Run], device: torch.device, original: str | None = None) -> list[Subject]:
@@ -63,13 +56,12 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
         for encoder in (subject.encoder, subject.original):
             if encoder.input_shape != shape:
                 raise ConfigError(
-                    f"RUN {subject.run.name!r}: expected encoders for pixels {tuple(shape)} as in "
-                    f"{subjects[0].run.name!r}, found {tuple(encoder.input_shape)}; evaluate them "
-                    "separately"
+                    f"runs: expected encoders for pixels {tuple(shape)} as in {subjects[0].run.name!r}, found "
+                    f"{tuple(encoder.input_shape)} in {subject.run.name!r}; evaluate them separately"
                 )
         if subject.encoder.embedding_dim != subject.original.embedding_dim:
             raise ConfigError(
-                f"RUN {subject.run.name!r}: expected embeddings of one width to compare, found "
+                f"runs: expected embeddings of one width to compare in {subject.run.name!r}, found "
                 f"{subject.encoder.embedding_dim} from {subject.encoder.spec!r} and "
                 f"{subject.original.embedding_dim} from the original {subject.original.spec!r}"
             )
@@ -79,46 +71,18 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
 
 def _check_hashes(subject: Subject, replaced: bool) -> None:
     """Weights that changed since the training are another encoder under the same name."""
-    pairs = [(subject.encoder, subject.run.encoder_sha256)]
+    summary = subject.run.summary
+    if summary is None:
+        return
+    pairs = [(subject.encoder, summary.encoder_sha256)]
     if not replaced:
-        pairs.append((subject.original, subject.run.original_sha256))
+        pairs.append((subject.original, summary.original_sha256))
     for encoder, recorded in pairs:
-        if recorded is not None and encoder.sha256 != recorded:
+        if encoder.sha256 != recorded:
             warn(
-                f"RUN {subject.run.name!r}: the weights of {encoder.spec} are not those the training saw (sha256 "
+                f"run {subject.run.name!r}: the weights of {encoder.spec} are not those the training saw (sha256 "
                 f"{encoder.sha256[:12]} now, {recorded[:12]} then)"
             )
-
-
-def add_heads(subjects: Sequence[Subject], heads: Sequence[Head] | None, source: Source, where: str) -> None:
-    """Put each head behind its encoder, if the source has labels; says so if it does not go together.
-
-    Args:
-        subjects: to complete.
-        heads: one per subject, None if none was asked for.
-        source: whose labels are matched with the heads' classes.
-        where: how errors call the head.
-
-    Raises:
-        ConfigError: a label that no row of the head stands for.
-    """
-    labelled = any(sample.label is not None for sample in source.samples)
-    if heads is None:
-        if labelled and not quiet():
-            click.echo(
-                "hint: the images have labels; add --head FILE.safetensors|timm:…|open_clip:… for accuracies, or "
-                f"--head {OUTPUTS} if the encoder's outputs are logits",
-                err=True,
-            )
-        return
-    if not labelled:
-        warn(f"{source.url} has no labels, so the head is not used; put the images into one folder a class")
-        return
-    rows: dict[int, Mapping[int, int]] = {}
-    for subject, head in zip(subjects, heads, strict=True):
-        if id(head) not in rows:
-            rows[id(head)] = match_labels(source, head, where)
-        subject.head, subject.rows = head.to(subject.encoder.mean.device), rows[id(head)]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Shapes: K embedding.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,8 +13,9 @@ import torch
 from datamerge.encoders import Encoder, Head, load_head, parse_spec
 from datamerge.encoders.specs import KINDS
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
-from datamerge.evaluation.runs import warn
+from datamerge.evaluation.measures import Classifier
 from datamerge.runtime import read_lines
+from datamerge.runtime.messages import warn
 from datamerge.sources import Source
 from storage_schemas import ConfigError, SchemaError
 
@@ -22,12 +24,12 @@ IMAGENET = "imagenet"
 
 
 def make_heads(
-    spec: str | None, class_names: str | None, encoders: Sequence[Encoder], templates: Sequence[str] = ()
-) -> list[Head] | None:
-    """The head behind each encoder, None where no head was asked for.
+    spec: str, class_names: str | None, encoders: Sequence[Encoder], templates: Sequence[str] = ()
+) -> list[Head]:
+    """The head behind each encoder.
 
     Args:
-        spec: of the head, `outputs`, or None.
+        spec: of the head, or `outputs`.
         class_names: file with the classes in the head's order, or `imagenet`.
         encoders: one head each.
         templates: prompts of zero-shot heads.
@@ -35,8 +37,6 @@ def make_heads(
     Raises:
         ConfigError: no such head, or one that does not take the encoders' embeddings.
     """
-    if spec is None:
-        return None
     names = read_names(class_names)
     if spec == OUTPUTS:
         heads = [Head(torch.eye(encoder.embedding_dim), names=names) for encoder in encoders]
@@ -52,9 +52,32 @@ def make_heads(
         head.check_width(encoder.embedding_dim, f"head {spec!r} for encoder {encoder.spec!r}")
         if names and len(names) != len(head.weight):
             raise ConfigError(
-                f"{class_names}: expected the names of the head's {len(head.weight)} classes, found {len(names)}"
+                f"class_names: expected the names of the head's {len(head.weight)} classes, found {len(names)} in "
+                f"{class_names}"
             )
     return heads
+
+
+def classify(encoders: Sequence[Encoder], heads: Sequence[Head], source: Source, where: str) -> list[Classifier]:
+    """Each head behind its encoder, with its rows for the source's labels.
+
+    Args:
+        encoders: whose embeddings the heads take.
+        heads: one per encoder.
+        source: whose labels are matched with the heads' classes.
+        where: how errors call the head.
+
+    Raises:
+        ConfigError: a label that no row of the head stands for.
+    """
+    rows: dict[int, Mapping[int, int]] = {}  # matched once, however many encoders share a head
+    for head in heads:
+        if id(head) not in rows:
+            rows[id(head)] = match_labels(source, head, where)
+    return [
+        Classifier(head.to(encoder.mean.device), rows[id(head)])
+        for encoder, head in zip(encoders, heads, strict=True)
+    ]
 
 
 def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
@@ -75,16 +98,22 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     outside = [label for label in used if not 0 <= label < classes]
     if outside:
         raise ConfigError(
-            f"{source.url}: expected labels from 0 to {classes - 1}, the classes of head {where!r}, found label "
-            f"{outside[0]}{_class_name(source, outside[0])}; choose a head of these classes"
+            f"head: expected a class for every label of {source.url}, found label {outside[0]}"
+            f"{_class_name(source, outside[0])} and a head {where!r} of labels from 0 to {classes - 1}; choose one "
+            "of these classes"
         )
     if source.class_names and len(source.class_names) != classes:
         warn(
             f"{source.url} has {len(source.class_names)} classes and head {where!r} has {classes}: labels are "
             "taken as positions in the head, which is wrong if the source has only some of its classes; "
-            "--class-names with the head's names matches them by name"
+            "`class_names` with the head's names matches them by name"
         )
     return {label: label for label in used}
+
+
+def head_sha256(head: Head) -> str:
+    """What tells a head from another one."""
+    return hashlib.sha256(head.to_bytes()).hexdigest()
 
 
 def read_names(file: str | None) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from datamerge.evaluation.uncertainty import bootstrap_interval, mean_and_error, rate_and_error, wilson_interval
+from storage_schemas.schema.run import RunSummary
 
 
 class RejectedImage(BaseModel):
@@ -24,72 +25,29 @@ class RejectedImage(BaseModel):
     reason: str
 
 
-class Evaluation(BaseModel):
-    """One row of a table of arms; the same images for every row of one call.
+class Training(BaseModel):
+    """What the training of an encoder used and cost.
 
     Attributes:
-        run: the run's folder or the spec, as it was given.
-        arm: the run's arm, `w/o AT` for a spec.
-        encoder: spec of the evaluated encoder.
-        encoder_sha256: hash of its weights.
-        original: spec of the frozen encoder that embedding losses are measured against.
-        original_sha256: hash of its weights.
-        data: URL of the source.
-        data_fingerprint: hash of the source's listing, limit not applied.
-        images: images measured.
-        rejected: images that could not be used.
-        embedding_loss_clean: mean over images of ‖f(x) − f_original(x)‖², summed over dimensions.
-        embedding_loss_adversarial: the same of f(x') with x' from the attack that maximises it.
-        embedding_loss_clean_se, embedding_loss_adversarial_se: standard errors of these means, None for one image.
-        head: the class head, None if there was none.
-        labelled: images with a label that a head classified; accuracies are None when there are none.
-        accuracy_clean: fraction of labelled images classified correctly.
-        accuracy_robust: fraction classified correctly both clean and under the attack on cross entropy.
-        accuracy_clean_se, accuracy_robust_se: binomial standard errors √(p(1 − p)/n), as fractions.
-        epsilon: radius of the ℓ∞ ball, an exact fraction of the pixel range.
-        step_size: of the attack, the same way.
-        steps: of the attack.
-        on_grid: whether attacked pixels were multiples of 1/255.
-        seed: of the random starts.
-        seconds: wall time spent on this encoder, decoding left out.
-        artifact: what the run was trained on, None for a spec.
-        train_steps: optimiser steps of the run, None for a spec.
-        train_seconds: wall time of the training, None for a spec.
-        artifact_bytes: stored bytes the training read, None for a spec.
+        artifact: what it was trained on.
+        steps: optimiser steps.
+        seconds: wall time.
+        bytes: bytes of the artifact's arrays that were read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    run: str
-    arm: str
-    encoder: str
-    encoder_sha256: str
-    original: str
-    original_sha256: str
-    data: str
-    data_fingerprint: str
-    images: int
-    rejected: list[RejectedImage]
-    embedding_loss_clean: float
-    embedding_loss_clean_se: float | None
-    embedding_loss_adversarial: float
-    embedding_loss_adversarial_se: float | None
-    head: str | None
-    labelled: int
-    accuracy_clean: float | None
-    accuracy_clean_se: float | None
-    accuracy_robust: float | None
-    accuracy_robust_se: float | None
-    epsilon: str
-    step_size: str
+    artifact: str
     steps: int
-    on_grid: bool
-    seed: int
     seconds: float
-    artifact: str | None
-    train_steps: int | None
-    train_seconds: float | None
-    artifact_bytes: int | None
+    bytes: int
+
+    @classmethod
+    def of(cls, summary: RunSummary | None) -> Training | None:
+        """From the summary of a run; None where there was no training."""
+        if summary is None:
+            return None
+        return cls(artifact=summary.artifact, steps=summary.steps, seconds=summary.seconds, bytes=summary.bytes)
 
 
 class Score(BaseModel):
@@ -117,14 +75,17 @@ class ArmResult(BaseModel):
     """What one part of the evaluation measured for one arm.
 
     Attributes:
-        part: zero-shot, embedding, captions or vqa.
+        part: pgd, zero-shot, embedding, captions or vqa.
         run: the run's folder or spec, as it was given.
         arm: row of the table.
         encoder: spec of the evaluated encoder.
         encoder_sha256: hash of its weights.
         scores: columns of the table.
         images: images or questions measured.
+        rejected: images that could not be used.
         seconds: wall time spent on this arm in all sittings, decoding left out.
+        training: what the run cost, None for a spec.
+        note: what the scores are, for a line under the table.
         warnings: what the reader must know before trusting the scores.
         settings: all settings of the measurement, defaults resolved.
         details: what belongs to this part only.
@@ -139,10 +100,24 @@ class ArmResult(BaseModel):
     encoder_sha256: str
     scores: list[Score]
     images: int
+    rejected: list[RejectedImage] = []
     seconds: float
-    warnings: list[str]
+    training: Training | None = None
+    note: str = ""
+    warnings: list[str] = []
     settings: dict[str, Any]
     details: dict[str, Any]
+
+    def score(self, name: str) -> Score:
+        """The score of a column; raises KeyError where it was not measured."""
+        for score in self.scores:
+            if score.name == name:
+                return score
+        raise KeyError(f"{name}; measured: {', '.join(score.name for score in self.scores)}")
+
+    def __repr_args__(self) -> Iterator[tuple[str, object]]:
+        yield from (("part", self.part), ("arm", self.arm))
+        yield "scores", {score.name: round(score.value, 4) for score in self.scores}
 
 
 def rate_score(name: str, hits: Sequence[bool]) -> Score:

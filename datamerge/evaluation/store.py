@@ -1,7 +1,7 @@
 """The output folder: every finished piece of work is a file, so that an interrupted evaluation goes on where it was.
 
 OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
-OUTPUT/PART/results.json                         zero-shot, embedding, captions or vqa
+OUTPUT/PART/results.json                         pgd, zero-shot, embedding, captions or vqa
 OUTPUT/PART/ARM-HASH/identity.json               settings that determine the numbers; compared on every later call
 OUTPUT/PART/ARM-HASH/items/NAME.json             one image, question or batch, written whole or not at all
 OUTPUT/PART/ARM-HASH/images/NAME.png, NAME.npy   adversarial images
@@ -29,7 +29,7 @@ class ArmFolder:
 
     Args:
         output: the user's output folder.
-        part: zero-shot, embedding, captions or vqa.
+        part: pgd, zero-shot, embedding, captions or vqa.
         run: the run as the user named it.
         arm: its row in the table.
     """
@@ -55,7 +55,7 @@ class ArmFolder:
             # Settings that nothing was measured with yet bind nobody.
             if not any(file.parent.glob("items/*.json")):
                 continue
-            found = _read_object(file)
+            found = _read_stored(file)
             if file.parent == self.path:
                 _compare(file.parent, found, wanted)
             else:
@@ -80,7 +80,7 @@ class ArmFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        return _read_object(file) if file.is_file() else None
+        return _read_stored(file) if file.is_file() else None
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -91,14 +91,16 @@ def check_output(output: str) -> None:
     """Hours of attacks must not end at a folder that cannot be written.
 
     Raises:
-        ConfigError: a URL, a file is in the way, or a folder where nothing can be written.
+        ConfigError: a URL, the name of a JSON file, a file is in the way, or a folder where nothing can be written.
     """
     target = local_path(output, "the results")
+    if target.suffix == ".json":
+        raise ConfigError(f"output: expected the name of a folder, found {output!r}; results.json is written into it")
     existing = next(path for path in (target, *target.parents) if path.exists())
     if not existing.is_dir():
-        raise ConfigError(f"output: expected a folder, found the file {existing}; choose another --output")
+        raise ConfigError(f"output: expected a folder, found the file {existing}; choose another `output`")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output: expected a folder to write in, {existing} allows none; choose another --output")
+        raise ConfigError(f"output: expected a folder to write in, {existing} allows none; choose another `output`")
 
 
 def write_result(location: Location, name: str, data: bytes) -> None:
@@ -112,23 +114,29 @@ def write_result(location: Location, name: str, data: bytes) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise DatamergeError(
-            f"{location.url}/{name}: cannot write: {reason}; mend that and run the same command again"
+            f"{location.url}/{name}: cannot write: {reason}; solve that and run the same command again"
         ) from error
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = read_json(file.read_bytes())
-    except ValueError as error:
-        raise DatamergeError(f"{file}: not valid JSON ({error}); remove it to measure it again") from None
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError, whose text says what is there instead, and OSError."""
+    content = read_json(file.read_bytes())
     if not isinstance(content, dict):
-        raise DatamergeError(f"{file}: expected a JSON object; remove it to measure it again")
+        raise ValueError(f"a {type(content).__name__}")
     return content
+
+
+def _read_stored(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except ValueError as error:
+        message = f"{file}: expected a JSON object, found {error}; remove it to measure it again"
+        raise DatamergeError(message) from None
 
 
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if different := changes(found, wanted):
         raise ConfigError(
-            f"{folder} holds results of other settings ({'; '.join(different)}); choose another --output, or use "
+            f"{folder} holds results of other settings ({'; '.join(different)}); choose another `output`, or use "
             "the same settings to continue"
         )

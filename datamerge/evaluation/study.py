@@ -10,48 +10,83 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from datamerge.evaluation.batches import Batch, read_batches, report_rejected
-from datamerge.evaluation.config import StudyConfig
+from datamerge.evaluation.batches import ImageBatch, read_batches, report_rejected
+from datamerge.evaluation.config import ImagesConfig
 from datamerge.evaluation.encoders_under_test import Subject
-from datamerge.evaluation.results import RejectedImage
+from datamerge.evaluation.measures import Measured
+from datamerge.evaluation.results import ArmResult, RejectedImage, Score, Training
+from datamerge.evaluation.sampling import draw
 from datamerge.evaluation.store import ArmFolder
 from datamerge.runtime import Progress
-from datamerge.runtime.memory import is_out_of_memory
+from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Sample, Source, open_source
-from storage_schemas import ConfigError, DatamergeError
+from storage_schemas import ConfigError
 from storage_schemas.schema.moments import LEVELS
 
-# What was measured of a batch: lists with one entry per usable sample, by name.
-Measured = dict[str, list[Any]]
-Measure = Callable[[Subject, Tensor, Sequence[Sample]], Measured]
-
-# Settings that determine the numbers.
-SHARED = {"limit", "sample", "sample_seed", "seed", "epsilons", "norm", "steps", "restarts"}
+# Settings that determine the numbers, of those that a part has.
+DECISIVE = {"limit", "sample", "sample_seed", "seed", "steps", "restarts"} | {
+    *("epsilons", "norm"),
+    *("epsilon", "step_size", "grid"),
+}
 
 
 @dataclass(frozen=True)
-class Study:
-    """Everything measured for one subject.
+class Row:
+    """One encoder in a study.
 
     Attributes:
+        subject: the encoder.
+        identity: what determines its numbers besides its weights and the shared settings.
+        measure: columns of a batch, from pixels float32 [B, C, H, W] in [0, 1] and its samples.
+    """
+
+    subject: Subject
+    identity: Mapping[str, Any]
+    measure: Callable[[Tensor, Sequence[Sample]], Measured]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Everything measured for one encoder.
+
+    Attributes:
+        subject: the encoder.
         columns: per sample, in the source's order.
         images: usable ones.
         rejected: the others.
         seconds: wall time of all sittings, decoding left out.
     """
 
+    subject: Subject
     columns: Measured
     images: int
-    rejected: Sequence[RejectedImage]
+    rejected: list[RejectedImage]
     seconds: float
 
+    def result(self, part: str, config: ImagesConfig, scores: list[Score], **more: Any) -> ArmResult:
+        """The result of these measurements; `more` are other fields of `ArmResult`."""
+        run, encoder = self.subject.run, self.subject.encoder
+        fields = {
+            "part": part,
+            "run": run.name,
+            "arm": run.arm,
+            "encoder": encoder.spec,
+            "encoder_sha256": encoder.sha256,
+            "scores": scores,
+            "images": self.images,
+            "rejected": self.rejected,
+            "seconds": self.seconds,
+            "training": Training.of(run.summary),
+            "settings": config.model_dump(mode="json"),
+        }
+        return ArmResult(**{**fields, **more})
 
-def open_sample(config: StudyConfig) -> Source:
-    """The source, or a random part of it: `numpy.random` seeded, `choice` without replacement, as in FARE.
+
+def open_sample(config: ImagesConfig) -> Source:
+    """The source, or the random part of it that the settings ask for.
 
     Raises:
         SourceError: nothing there.
@@ -66,76 +101,77 @@ def open_sample(config: StudyConfig) -> Source:
         raise ConfigError(
             f"sample: expected at most the {len(source.samples)} samples of {source.url}, found {config.sample}"
         )
-    chosen = np.random.RandomState(config.sample_seed).choice(len(source.samples), config.sample, replace=False)
-    return replace(source, samples=[source.samples[index] for index in chosen.tolist()])
+    return replace(source, samples=draw(source.samples, config.sample, config.sample_seed))
 
 
 def run_study(
-    config: StudyConfig,
-    part: str,
-    subjects: Sequence[Subject],
-    own: Sequence[Mapping[str, Any]],
-    source: Source,
-    measure: Measure,
-    **shared: Any,
-) -> list[Study]:
-    """Measure what is not yet stored; one result per subject.
+    config: ImagesConfig, part: str, rows: Sequence[Row], source: Source, **shared: Any
+) -> list[Measurements]:
+    """Measure what is not yet stored; one result per row.
 
     Args:
         config: the settings.
         part: name of the evaluation.
-        subjects: what to measure.
-        own: what determines each subject's numbers besides its weights.
+        rows: the encoders.
         source: the images.
-        measure: one batch of one subject.
-        shared: settings of this part only that determine all subjects' numbers.
+        shared: what else determines the numbers of all rows.
 
     Raises:
         ConfigError: the output folder holds results of other settings.
         SourceError: no image can be used.
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
-    folders = [ArmFolder(config.output, part, subject.run.name, subject.run.arm) for subject in subjects]
-    shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=SHARED)}
-    for folder, subject, more in zip(folders, subjects, own, strict=True):
-        weights = {"encoder": subject.encoder.spec, "encoder_sha256": subject.encoder.sha256}
-        folder.claim(shared, {**weights, "batch_size": config.batch_size, **more})
+    shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
+    folders = [_claim(config, part, row, shared) for row in rows]
     batches = -(-len(source.samples) // config.batch_size)
-    stored = [[folder.read(f"{index:06d}") for index in range(batches)] for folder in folders]
+    stored = [[folder.read(f"{index:06d}") if folder else None for index in range(batches)] for folder in folders]
     first = next((i for i in range(batches) if any(column[i] is None for column in stored)), batches)
     remaining = replace(source, samples=source.samples[first * config.batch_size :])
-    shape = subjects[0].encoder.input_shape
-    total = len(source.samples) * len(subjects)
-    done = len(subjects) * min(first * config.batch_size, len(source.samples))
-    device = subjects[0].encoder.mean.device
+    encoder = rows[0].subject.encoder
+    total = len(source.samples) * len(rows)
+    done = len(rows) * min(first * config.batch_size, len(source.samples))
     with Progress(part, total, "images", done=done) as progress:
-        for index, batch in enumerate(read_batches(remaining, shape, config.batch_size), start=first):
-            pixels = torch.from_numpy(batch.pixels).to(device).float() / LEVELS
-            for subject, folder, column in zip(subjects, folders, stored, strict=True):
+        for index, batch in enumerate(read_batches(remaining, encoder.input_shape, config.batch_size), start=first):
+            pixels = torch.from_numpy(batch.pixels).to(encoder.mean.device).float() / LEVELS
+            for row, folder, column in zip(rows, folders, stored, strict=True):
                 if column[index] is None:
-                    column[index] = _measure_batch(config, subject, batch, pixels, measure)
-                    folder.write(f"{index:06d}", column[index] or {})
-                progress.advance(batch.listed, note=subject.run.arm)
-    studies = [_collect([item for item in column if item is not None]) for column in stored]
-    report_rejected(studies[0].rejected, source)
-    return studies
+                    column[index] = found = _measure_batch(config, row, batch, pixels)
+                    if folder is not None:
+                        folder.write(f"{index:06d}", found)
+                progress.advance(batch.listed, note=row.subject.run.arm)
+    studied = [
+        _collect(row.subject, [item for item in column if item is not None])
+        for row, column in zip(rows, stored, strict=True)
+    ]
+    report_rejected(studied[0].rejected, source)
+    return studied
 
 
-def _measure_batch(
-    config: StudyConfig, subject: Subject, batch: Batch, pixels: Tensor, measure: Measure
-) -> dict[str, Any]:
+def _claim(config: ImagesConfig, part: str, row: Row, shared: Mapping[str, Any]) -> ArmFolder | None:
+    """The row's part of the output folder, if there is one."""
+    if config.output is None:
+        return None
+    encoder = row.subject.encoder
+    folder = ArmFolder(config.output, part, row.subject.run.name, row.subject.run.arm)
+    own = {"encoder": encoder.spec, "encoder_sha256": encoder.sha256, "batch_size": config.batch_size}
+    folder.claim(shared, {**own, **row.identity})
+    return folder
+
+
+def _measure_batch(config: ImagesConfig, row: Row, batch: ImageBatch, pixels: Tensor) -> dict[str, Any]:
     started = time.monotonic()
     columns: Measured = {}
-    try:
-        if batch.samples:
-            columns = measure(subject, pixels, batch.samples)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DatamergeError(
+
+    def advice() -> str:
+        another = "" if config.output is None else " and another `output`"
+        return (
             f"batch_size: {config.batch_size} images with gradients do not fit the memory of {pixels.device}; try "
-            f"--batch-size {max(1, config.batch_size // 4)} and another --output"
-        ) from None
+            f"`batch_size={max(1, config.batch_size // 4)}`{another}"
+        )
+
+    with out_of_memory_advice(advice):
+        if batch.samples:
+            columns = row.measure(pixels, batch.samples)
     return {
         "samples": [sample.name for sample in batch.samples],
         "columns": columns,
@@ -144,12 +180,13 @@ def _measure_batch(
     }
 
 
-def _collect(items: Sequence[Mapping[str, Any]]) -> Study:
+def _collect(subject: Subject, items: Sequence[Mapping[str, Any]]) -> Measurements:
     columns: Measured = {}
     for item in items:
         for name, values in item["columns"].items():
             columns.setdefault(name, []).extend(values)
-    return Study(
+    return Measurements(
+        subject,
         columns,
         sum(len(item["samples"]) for item in items),
         [RejectedImage.model_validate(image) for item in items for image in item["rejected"]],

@@ -1,28 +1,33 @@
-"""Results of all parts as one table: JSON for programs, Markdown for papers, HTML with pictures for eyes.
+"""Results of all parts as one table: on the terminal, JSON for programs, Markdown for papers, HTML with pictures.
 
 One row per arm, the columns of the paper: COCO clean, COCO adv., VQAv2 clean, VQAv2 adv., before them those of the
-other parts.
+other parts, behind them what everything cost.
 """
 
 from __future__ import annotations
 
 import html
+import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from datamerge.evaluation.pictures import picture_section
-from datamerge.evaluation.report import MISSING, format_seconds, open_console, short_name
 from datamerge.evaluation.results import ArmResult, Score
-from datamerge.evaluation.store import write_result
-from storage_schemas import DatamergeError, Location, read_json
+from datamerge.evaluation.store import read_object, write_result
+from storage_schemas import DatamergeError, Location
 
-PARTS = ("zero-shot", "embedding", "captions", "vqa")
+PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
+MISSING = "–"
+# A pipe or file has no edge to wrap at.
+NO_TERMINAL_WIDTH = 200
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
     "over images for other means). Rows of one part saw the same images."
@@ -43,14 +48,30 @@ def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[
     folder = Path(output).expanduser().absolute()
     location = Location(folder)
     again = {result.run for result in results}
-    kept = [result for result in _read(folder / part / RESULTS) if result.run not in again]
+    kept = [result for result in read_results(folder / part / RESULTS) if result.run not in again]
     _write(location, f"{part}/{RESULTS}", [*kept, *results])
-    everything = [result for name in PARTS for result in _read(folder / name / RESULTS)]
+    everything = [result for name in PARTS for result in read_results(folder / name / RESULTS)]
     _write(location, RESULTS, everything)
     rows = table_rows(everything)
     write_result(location, "report.md", to_markdown(rows).encode())
     write_result(location, "report.html", to_html(rows).encode())
     return rows
+
+
+def read_results(file: Path) -> list[ArmResult]:
+    """The results that a `results.json` holds; none where there is no such file.
+
+    Raises:
+        DatamergeError: a file of another kind.
+    """
+    if not file.is_file():
+        return []
+    try:
+        return [ArmResult.model_validate(entry) for entry in read_object(file)["arms"]]
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise DatamergeError(
+            f"{file}: expected results of `datamerge evaluate`; remove it to write it again"
+        ) from None
 
 
 def table_rows(results: Sequence[ArmResult]) -> list[Row]:
@@ -61,40 +82,58 @@ def table_rows(results: Sequence[ArmResult]) -> list[Row]:
     return list(rows.values())
 
 
+class Results(list[ArmResult]):
+    """Results in the order of the runs, which Python and notebooks show as a table."""
+
+    def __repr__(self) -> str:
+        console = Console(file=io.StringIO(), width=NO_TERMINAL_WIDTH)
+        with console.capture() as shown:
+            _print(table_rows(self), console)
+        return shown.get().strip("\n")
+
+    def _repr_html_(self) -> str:
+        rows = table_rows(self)
+        return _html_table(rows) + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(rows))
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """The table on stdout."""
-    console = open_console()
+    console = Console()
+    _print(rows, console if console.is_terminal else Console(width=NO_TERMINAL_WIDTH))
+
+
+def _print(rows: Sequence[Row], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = _columns(rows)
     for name in ("arm", "run"):
         table.add_column(name, overflow="fold")
-    columns = _columns(rows)
-    for name in (*columns, "images", "time"):
+    for name in _header(rows, columns)[2:]:
         table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*_cells(row, columns))
+        table.add_row(*_cells(row, columns, _trained(rows)))
     console.print(table)
-    for message in _warnings(rows):
-        console.print(f"WARNING: {message}", markup=False, highlight=False)
+    for line in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
+        console.print(line, markup=False, highlight=False)
+
+
+def to_json(results: Sequence[ArmResult]) -> str:
+    """All results as one JSON object."""
+    content = {"arms": [result.model_dump(mode="json") for result in results]}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table as GitHub's Markdown."""
     columns = _columns(rows)
-    header = ["arm", "run", *columns, "images", "time"]
+    header = _header(rows, columns)
     lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
-    lines += [f"| {' | '.join(_cells(row, columns, interval=True))} |" for row in rows]
-    lines += ["", NOTE, *(f"\n**Warning:** {message}" for message in _warnings(rows))]
+    lines += [f"| {' | '.join(_cells(row, columns, _trained(rows), interval=True))} |" for row in rows]
+    lines += ["", " ".join((NOTE, *_notes(rows))), *(f"\n**Warning:** {text}" for text in _warnings(rows))]
     return "\n".join(lines) + "\n"
 
 
 def to_html(rows: Sequence[Row]) -> str:
     """One page that needs no other file."""
-    columns = _columns(rows)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("arm", "run", *columns, "images", "time"))
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, columns, interval=True)) + "</tr>"
-        for row in rows
-    )
     warnings = "".join(f"<p class='warning'>Warning: {html.escape(message)}</p>" for message in _warnings(rows))
     pictures = "\n".join(picture_section(result) for row in rows for result in row.values())
     settings = "\n".join(
@@ -103,7 +142,8 @@ def to_html(rows: Sequence[Row]) -> str:
         for row in rows
         for result in row.values()
     )
-    return _PAGE.format(head=head, body=body, note=html.escape(NOTE), warnings=warnings) + (
+    note = html.escape(" ".join((NOTE, *_notes(rows))))
+    return _PAGE.format(table=_html_table(rows, interval=True), note=note, warnings=warnings) + (
         f"{pictures}\n<details><summary>Settings</summary>{settings}</details>\n</body></html>\n"
     )
 
@@ -119,11 +159,21 @@ figure {{ display: inline-block; margin: .5rem 1.5rem 1rem 0; vertical-align: to
 small {{ color: #666; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
 </style></head><body>
 <h1>Evaluation</h1>
-<table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table>
+{table}
 <p>{note}</p>{warnings}
 """
+
+
+def _html_table(rows: Sequence[Row], interval: bool = False) -> str:
+    columns = _columns(rows)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(rows, columns))
+    body = "\n".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, columns, _trained(rows), interval))
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -131,21 +181,63 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _cells(row: Row, columns: Sequence[str], interval: bool = False) -> list[str]:
+def _trained(rows: Sequence[Row]) -> bool:
+    """Whether any encoder comes from a training, whose cost is shown."""
+    return any(result.training is not None for row in rows for result in row.values())
+
+
+def _header(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    cost = ["training time", "training read"] if _trained(rows) else []
+    return ["arm", "run", *columns, "images", "time", *cost]
+
+
+def _cells(row: Row, columns: Sequence[str], trained: bool, interval: bool = False) -> list[str]:
     first = next(iter(row.values()))
     scores = {score.name: score for result in row.values() for score in result.scores}
-    return [
+    cells = [
         first.arm,
-        short_name(first.run),
+        _short_name(first.run),
         *(_format(scores[name], interval) if name in scores else MISSING for name in columns),
         "/".join(str(count) for count in dict.fromkeys(result.images for result in row.values())),
-        format_seconds(sum(result.seconds for result in row.values())),
+        _seconds(sum(result.seconds for result in row.values())),
     ]
+    if trained:
+        cost = first.training
+        cells += [MISSING, MISSING] if cost is None else [_seconds(cost.seconds), _bytes(cost.bytes)]
+    return cells
+
+
+def _short_name(run: str) -> str:
+    """A run without the folders in front, which are alike in every row."""
+    if Path(run).expanduser().is_dir():
+        return Path(run).expanduser().absolute().name
+    network, at, checkpoint = run.partition("@")
+    return f"{network}{at}{Path(checkpoint).name}"
 
 
 def _format(score: Score, interval: bool) -> str:
-    text = f"{score.value:.1f}" if score.error is None else f"{score.value:.1f} ± {score.error:.1f}"
-    return f"{text} [{score.low:.1f}, {score.high:.1f}]" if interval else text
+    """With as many digits as the error makes sense of, at least one behind the point."""
+    scale = score.error or abs(score.value) / 100
+    digits = min(6, max(1, -math.floor(math.log10(scale)))) if scale else 1
+    text = f"{score.value:.{digits}f}" + ("" if score.error is None else f" ± {score.error:.{digits}f}")
+    return f"{text} [{score.low:.{digits}f}, {score.high:.{digits}f}]" if interval else text
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
+def _bytes(count: int) -> str:
+    size, units = float(count), iter(("B", "kB", "MB", "GB"))
+    for unit in units:
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(result.note for row in rows for result in row.values() if result.note))
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
@@ -157,19 +249,5 @@ def _warnings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _read(file: Path) -> list[ArmResult]:
-    if not file.is_file():
-        return []
-    try:
-        content = read_json(file.read_bytes())
-        return [ArmResult.model_validate(entry) for entry in content["arms"]]
-    except (ValueError, KeyError, TypeError, ValidationError):
-        raise DatamergeError(
-            f"{file}: expected results of `datamerge evaluate`; remove it to write it again"
-        ) from None
-
-
 def _write(location: Location, name: str, results: Sequence[ArmResult]) -> None:
-    content = {"arms": [result.model_dump(mode="json") for result in results]}
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_result(location, name, text.encode() + b"\n")
+    write_result(location, name, to_json(results).encode())

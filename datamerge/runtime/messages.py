@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
-from datamerge.runtime.verbosity import quiet
+QUIET = "DATAMERGE_QUIET"
+
+
+def quiet() -> bool:
+    """Whether progress and hints are left out: after `datamerge --quiet`, or with DATAMERGE_QUIET=1 in Python.
+
+    An environment variable, so that the processes that a command starts keep quiet too.
+    """
+    return os.environ.get(QUIET, "0") not in ("", "0")
 
 
 def say(message: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from datamerge.sources.unpack import gunzip
 from storage_schemas import CorruptShard, Location, SourceError, read_json
-from storage_schemas.access.location import refuse_devices
+from storage_schemas.access.devices import refuse_devices
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""

@@ -30,7 +30,7 @@ from datamerge.sources.sample import (
     text_labels,
 )
 from storage_schemas import Location, SourceError, read_json, redact
-from storage_schemas.access.location import split_query
+from storage_schemas.access.redaction import split_query
 
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
 # What tarfile raises for a file that is none, or is made to do harm.

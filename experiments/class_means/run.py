@@ -90,7 +90,7 @@ def trained_accuracy(run: Path, settings: Callable[[], dict[str, Any]], test: Pa
     (row,) = evaluate(
         EvaluateConfig(runs=[str(run)], data=str(test), head="outputs", steps=1, batch_size=1000, threads=1)
     )
-    accuracy = 100 * float(row.accuracy_clean or 0.0)
+    accuracy = row.score("accuracy clean").value
     measured.write_text(json.dumps(accuracy))
     return accuracy
 

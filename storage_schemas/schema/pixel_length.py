@@ -37,7 +37,7 @@ class PixelLength(Fraction):
     keeps_decimals: ClassVar[bool] = False
 
     def __new__(cls, value: object) -> Self:
-        text = re.sub(r"\s", "", value) if isinstance(value, str) else str(value)
+        text = re.sub(r"\s*/\s*", "/", value.strip()) if isinstance(value, str) else str(value)
         found = _LENGTH.fullmatch(text) if not isinstance(value, bool) else None
         denominator = Fraction(found[2] or 1) if found else Fraction(0)
         if found is None or not denominator:

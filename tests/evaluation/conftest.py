@@ -21,6 +21,7 @@ from datamerge.evaluation.llava.coco import Captioned, read_captions
 from datamerge.evaluation.llava.images import read_image
 from datamerge.evaluation.llava.model import Llava
 from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
+from storage_schemas import ConfigError
 from tests.support.llava import PATCH, SIZE, WIDTH, make_llava
 
 CLIP = "datamerge-test-clip"
@@ -98,6 +99,14 @@ def make_head(tmp_path: Path) -> MakeHead:
     return make
 
 
+def _sha256(spec: str) -> str:
+    """Hash of an encoder's weights, where they can be read."""
+    try:
+        return load_encoder(spec).sha256
+    except ConfigError:
+        return "0" * 64
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
     """Folder of a finished run."""
@@ -107,10 +116,14 @@ def make_run(tmp_path: Path) -> MakeRun:
         folder.mkdir()
         summary = {
             "encoder": encoder,
+            "encoder_sha256": _sha256(encoder),
             "original": original,
+            "original_sha256": _sha256(original),
             "arm": "avg",
             "artifact": "somewhere/artifact",
+            "plan_sha256": "0" * 64,
             "steps": 50,
+            "groups": 50,
             "seconds": 12.5,
             "bytes": 3_000_000,
             "config": {},

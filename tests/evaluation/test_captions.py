@@ -22,9 +22,9 @@ from datamerge.evaluation.llava.cider import CaptionScorer
 from datamerge.evaluation.llava.coco import Captioned
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
 from datamerge.evaluation.llava.model import Llava
-from datamerge.evaluation.llava.study import ArmStudy
 from datamerge.evaluation.llava.vqa import evaluate_vqa, most_frequent
 from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.store import ArmFolder
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.pixel_length import PixelLength
@@ -117,16 +117,16 @@ def test_stored_pictures_are_inside_the_ball(finished: tuple[Path, ArmResult], c
 def test_an_interrupted_evaluation_goes_on_where_it_was(
     settings: dict[str, Any], finished: tuple[Path, ArmResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_pass, count = ArmStudy._run_pass, 0
+    write, count = ArmFolder.write, 0
 
-    def interrupted(self: ArmStudy, *arguments: Any) -> str:
+    def interrupted(self: ArmFolder, *arguments: Any) -> None:
         nonlocal count
-        count += 1
+        count += 1  # a pass of an image, which is stored at its end
         if count == 4:
             raise KeyboardInterrupt
-        return run_pass(self, *arguments)
+        write(self, *arguments)
 
-    monkeypatch.setattr(ArmStudy, "_run_pass", interrupted)
+    monkeypatch.setattr(ArmFolder, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         captions(settings, tmp_path)
     done = sum(len(state["passes"]) for state in items(tmp_path).values())
@@ -159,7 +159,7 @@ def test_batches_do_not_change_answers(
 def test_other_settings_in_the_same_folder_are_refused(
     settings: dict[str, Any], finished: tuple[Path, ArmResult]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"other settings \(steps: 6 there, 7 now\); choose another --output"):
+    with pytest.raises(ConfigError, match=r"\(steps: 6 there, 7 now\).*`output`"):
         captions(settings, finished[0], steps=7)
 
 
@@ -169,7 +169,7 @@ def test_other_captions_under_the_same_keys_are_refused(
     text = Path(settings["data"]).read_text()
     (tmp_path / "others.json").write_text(text.replace('"a ', '"two ').replace('"A ', '"Two '))
     assert (tmp_path / "others.json").read_text() != text
-    with pytest.raises(ConfigError, match=r"other settings .*content_sha256"):
+    with pytest.raises(ConfigError, match="content_sha256"):
         captions(settings, finished[0], data=str(tmp_path / "others.json"))
 
 
@@ -252,7 +252,7 @@ def test_images_of_a_batch_go_their_own_ways(
     item = next((tmp_path / "out").rglob("items/0.json"))
     state = json.loads(item.read_text())
     item.write_text(json.dumps({**state, "passes": state["passes"][:1], "tower_sha256": "0" * 64}))
-    with pytest.raises(ConfigError, match=r"its weights are not those that .* was begun with"):
+    with pytest.raises(ConfigError, match=r"output: .*weights"):
         evaluate_vqa(load_settings(VqaConfig, None, {**flags, "output": str(tmp_path / "out"), "batch_size": 3}))
 
 
@@ -351,18 +351,19 @@ def test_both_parts_make_one_table(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "nowhere.json"}, "expected a JSON file of captions, found No such file"),
-        ({"images": "nowhere"}, "expected the folder of the images"),
-        ({"llava": "/nowhere/at/all"}, "expected a LLaVA model of Hugging Face"),
-        ({"epsilon": "2"}, "did you mean 2/255"),
-        ({"runs": []}, "name at least one RUN"),
+        ({"data": "nowhere.json"}, r"nowhere\.json: .*No such file"),
+        ({"images": "nowhere"}, "images: .*'nowhere'"),
+        ({"llava": "/nowhere/at/all"}, "llava: .*'/nowhere/at/all'"),
+        ({"epsilon": "2"}, "epsilon: .*2/255"),
+        ({"runs": []}, "runs: "),
     ],
 )
 def test_requests_that_are_refused(
     settings: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(DatamergeError, match=message):
+    with pytest.raises(DatamergeError, match=message) as refusal:
         captions(settings, tmp_path, **changes)
+    assert refusal.value.exit_code == 2
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
@@ -382,7 +383,7 @@ def test_a_large_model_needs_a_gpu(settings: dict[str, Any], tmp_path: Path, mon
     }
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"no GPU found; .* has 6\.8 billion parameters and needs about 34 GB"):
+    with pytest.raises(ConfigError, match=r"device: .* 6\.8 billion parameters .* 34 GB"):
         captions(settings, tmp_path / "out", llava=str(folder), device="auto")
 
 
@@ -392,7 +393,7 @@ def test_a_broken_image_is_named(settings: dict[str, Any], captioned: list[Capti
     for image in captioned:
         shutil.copy(image.image, images)
     (images / captioned[1].image.name).write_bytes(b"no image")
-    with pytest.raises(DatamergeError, match=rf"{captioned[1].image.name}: expected an image: not an image"):
+    with pytest.raises(DatamergeError, match=f"{captioned[1].image.name}: "):
         captions(settings, tmp_path / "out", images=str(images), steps=1)
     assert not (tmp_path / "out").exists(), "before any work"
     (images / captioned[2].image.name).unlink()

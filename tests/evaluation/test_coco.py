@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datamerge.evaluation.llava.coco import choose, read_captions, read_questions
+from datamerge.evaluation.llava.coco import read_captions, read_questions
 from datamerge.evaluation.llava.images import read_image, round_inside
+from datamerge.evaluation.sampling import draw
 from storage_schemas import SourceError
 from storage_schemas.schema.pixel_length import PixelLength
 
@@ -38,8 +39,7 @@ def test_the_seed_chooses_the_references_images() -> None:
     # What FARE's evaluation does with numpy's global state.
     np.random.seed(42)
     expected = np.random.choice(5000, 100, replace=False).tolist()
-    assert choose(range(5000), 100, 42) == expected
-    assert choose("abc", 5, 42) == ["a", "b", "c"]
+    assert draw(range(5000), 100, 42) == expected
 
 
 def test_official_captions(caption_file: str, coco: Path) -> None:
@@ -64,7 +64,7 @@ def test_karpathys_split(images: Path, tmp_path: Path) -> None:
     assert [image.key for image in found] == ["8", "7"]
     assert found[1].image == images / "val2014" / "COCO_val2014_000000000007.jpg"
     assert found[0].captions[4] == "caption 4 of 8"
-    with pytest.raises(SourceError, match="expected the split 'dev', found test, train, val; choose with --split"):
+    with pytest.raises(SourceError, match="'dev', found test, train, val"):
         read_captions(file, str(images), "dev", 100, 42)
 
 
@@ -91,7 +91,7 @@ def test_vqa_files(images: Path, tmp_path: Path) -> None:
     [
         ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "'caption'"),
         ({"questions": []}, r"expected a list 'images', found the keys \['questions'\]; is it another file"),
-        ([], "expected a JSON object of captions, found list"),
+        ([], "expected a JSON object of captions, found a list"),
         ({"images": [], "annotations": []}, "expected images with captions, found none"),
         ({"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}, "gone"),
         ({"images": [{"id": [1]}], "annotations": []}, r"a number or a name as 'id', found \[1\]"),
@@ -128,7 +128,7 @@ def test_questions_that_are_refused(images: Path, tmp_path: Path, image: Any, qu
 @pytest.mark.parametrize(("text", "found"), [("{", "Expecting"), ("[" * 100_000, "nested too deeply")])
 def test_a_file_that_is_no_json(images: Path, tmp_path: Path, text: str, found: str) -> None:
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(SourceError, match=f"expected a JSON file of captions, found {found}"):
+    with pytest.raises(SourceError, match=f"c.json: .*found {found}"):
         read_captions(str(tmp_path / "c.json"), str(images), "test", 10, 42)
 
 

@@ -217,15 +217,15 @@ def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) 
 
 
 def test_encoders_that_do_not_fit(llava_path: str, make_clip: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"vision encoder of width 32.*found width 64"):
+    with pytest.raises(ConfigError, match=r"width 32.*found width 64"):
         Llava(llava_path, read_tower_run(make_clip(width=64)), 0, CPU, "float32")
-    with pytest.raises(ConfigError, match=r"image_size: expected 32.*found 224"):
+    with pytest.raises(ConfigError, match=r"image_size: .*32.*found 224"):
         Llava(llava_path, read_tower_run(make_clip()), 224, CPU, "float32")
-    with pytest.raises(ConfigError, match="multiple of the tower's patches of 8 pixels, found 30"):
+    with pytest.raises(ConfigError, match=r"image_size: .*8 pixels, found 30"):
         Llava(llava_path, read_tower_run(OWN), 30, CPU, "float32")
-    with pytest.raises(ConfigError, match=r"expected an open_clip: encoder, hf:PATH or own.*found 'mlp:3x4x4-2'"):
+    with pytest.raises(ConfigError, match=r"runs: .*found 'mlp:3x4x4-2'"):
         read_tower_run("mlp:3x4x4-2")
-    with pytest.raises(ConfigError, match=r"expected a LLaVA model of Hugging Face.*--llava"):
+    with pytest.raises(ConfigError, match=f"llava: .*{tmp_path}"):
         Llava(str(tmp_path), read_tower_run(OWN), 0, CPU, "float32")
-    with pytest.raises(ConfigError, match="expected a CLIP vision model of Hugging Face at"):
+    with pytest.raises(ConfigError, match=f"runs: .*{tmp_path}"):
         Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")

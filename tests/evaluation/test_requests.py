@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+from datamerge.evaluation import ArmResult, EvaluateConfig, Results, evaluate
 from datamerge.evaluation.cli import evaluate as command
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, SourceError
@@ -26,7 +26,7 @@ MakeHead = Callable[..., str]
 IDENTITY = [[1.0, 0.0], [0.0, 1.0]]
 
 
-def measure(*runs: str, data: Path, **settings: object) -> list[Evaluation]:
+def measure(*runs: str, data: Path, **settings: object) -> Results:
     flags = {"runs": list(runs), "data": str(data), "steps": 2, **settings}
     return evaluate(load_settings(EvaluateConfig, None, flags))
 
@@ -34,7 +34,7 @@ def measure(*runs: str, data: Path, **settings: object) -> list[Evaluation]:
 def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "dark" / "broken.png").write_bytes(b"not a picture")
     baseline, again = measure(two_class, two_class, data=photos, head="outputs")
-    assert (baseline.images, baseline.labelled) == (4, 4)
+    assert (baseline.images, baseline.score("accuracy clean").count) == (4, 4)
     assert [(image.sample, image.reason) for image in baseline.rejected] == [
         ("dark/broken.png", "not an image (13 bytes)")
     ]
@@ -52,23 +52,24 @@ def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
 
 
 def test_unknown_run(two_class: str, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"RUN '.*nowhere'.*no such folder"):
+    with pytest.raises(ConfigError, match="nowhere") as refusal:
         measure(str(tmp_path / "nowhere"), data=photos)
-    with pytest.raises(ConfigError, match=r"expected run\.json .* not finished"):
+    assert refusal.value.field == "runs"
+    with pytest.raises(ConfigError, match=r"run\.json"):
         measure(two_class, str(photos), data=photos)
 
 
 @pytest.mark.parametrize("key", ["encoder", "original", "arm", "artifact", "seconds", "steps", "bytes", "config"])
 def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"run\.json: .*{key}: Field required"):
+    with pytest.raises(ConfigError, match=rf"run\.json: .*{key}: "):
         measure(make_run(two_class, two_class, changes={key: None}), data=photos)
 
 
-@pytest.mark.parametrize(("content", "found"), [("{", "Expecting"), ("[]", "found list")])
-def test_run_json_that_is_damaged(photos: Path, tmp_path: Path, content: str, found: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_run_json_that_is_damaged(photos: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=found):
+    with pytest.raises(ConfigError, match=r"run\.json: "):
         measure(str(tmp_path / "run"), data=photos)
 
 
@@ -76,7 +77,7 @@ def test_a_run_that_was_moved_brings_its_weights(two_class: str, photos: Path, m
     folder = Path(make_run("mlp:1x2x2-2@/gone/encoder.safetensors", two_class))
     shutil.copy(two_class.partition("@")[2], folder / "encoder.safetensors")
     (result,) = measure(str(folder), data=photos)
-    assert result.embedding_loss_clean == 0.0
+    assert result.score("loss clean").value == 0
 
 
 def test_weights_that_changed_since_the_training(
@@ -87,10 +88,12 @@ def test_weights_that_changed_since_the_training(
 
 
 def test_runs_of_different_shapes(two_class: str, photos: Path, make_run: MakeRun) -> None:
-    with pytest.raises(ConfigError, match=r"pixels \(1, 2, 2\).*found \(1, 3, 3\)"):
+    with pytest.raises(ConfigError, match=r"\(1, 2, 2\).*\(1, 3, 3\)") as refusal:
         measure(two_class, "mlp:1x3x3-2", data=photos)
-    with pytest.raises(ConfigError, match=r"embeddings of one width.*found 2 .* and 3"):
+    assert refusal.value.field == "runs"
+    with pytest.raises(ConfigError, match=r" 2 .* 3 ") as refusal:
         measure(make_run(two_class, "mlp:1x2x2-3"), data=photos)
+    assert refusal.value.field == "runs"
 
 
 def test_head_of_another_width(two_class: str, photos: Path, make_head: MakeHead) -> None:
@@ -99,18 +102,21 @@ def test_head_of_another_width(two_class: str, photos: Path, make_head: MakeHead
 
 
 def test_label_outside_the_head(two_class: str, photos: Path, make_head: MakeHead) -> None:
-    with pytest.raises(ConfigError, match=r"labels from 0 to 0.*found label 1 \(light\)"):
+    with pytest.raises(ConfigError, match=r"label 1 \(light\)") as refusal:
         measure(two_class, data=photos, head=make_head([[1.0, 0.0]]))
+    assert refusal.value.field == "head"
 
 
 def test_class_names_that_do_not_fit(two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("dark\n\nlight\nmoon\n")
-    with pytest.raises(ConfigError, match="head's 2 classes, found 3"):
+    with pytest.raises(ConfigError, match="2 classes, found 3") as refusal:
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(names))
-    with pytest.raises(ConfigError, match="add --head or drop class_names"):
+    assert refusal.value.field == "class_names"
+    with pytest.raises(ConfigError) as refusal:
         measure(two_class, data=photos, class_names=str(names))
-    with pytest.raises(ConfigError, match="one class name a line, found No such file"):
+    assert refusal.value.field == "class_names"
+    with pytest.raises(ConfigError, match="No such file"):
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(tmp_path / "none.txt"))
 
 
@@ -125,12 +131,12 @@ def test_labels_without_head_and_head_without_labels(
     two_class: str, photos: Path, tmp_path: Path, make_head: MakeHead, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (result,) = measure(two_class, data=photos)
-    assert (result.accuracy_clean, result.accuracy_robust, result.labelled) == (None, None, 0)
-    assert "hint: the images have labels; add --head" in capsys.readouterr().err
+    assert [score.name for score in result.scores] == ["loss clean", "loss adv."]
+    assert "hint: " in capsys.readouterr().err
     (tmp_path / "flat").mkdir()
     Image.new("L", (2, 2), 100).save(tmp_path / "flat" / "a.png")
     (result,) = measure(two_class, data=tmp_path / "flat", head=make_head(IDENTITY))
-    assert (result.accuracy_clean, result.embedding_loss_clean_se) == (None, None)
+    assert [(score.name, score.error) for score in result.scores] == [("loss clean", None), ("loss adv.", None)]
     assert "has no labels" in capsys.readouterr().err
 
 
@@ -140,23 +146,30 @@ def test_random_weights_are_announced(photos: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "field", "advice"),
     [
-        ({"epsilon": "2"}, "did you mean 2/255"),
-        ({"epsilon": "1/510", "on_grid": True}, "smaller than 1/255"),
-        ({"step_size": "0"}, "step_size: expected more than 0"),
-        ({"steps": 0}, "steps"),
-        ({"limit": 0}, "limit"),
-        ({"device": "warp"}, "device: 'warp' cannot be used here"),
-        ({"batchsize": 3}, "did you mean batch_size"),
-        ({"data": ""}, "add --data SOURCE"),
-        ({"runs": []}, "name at least one RUN"),
+        ({"epsilon": "2"}, "epsilon", "2/255"),
+        ({"step_size": "0"}, "step_size", "found 0"),
+        ({"steps": 0}, "steps", "found 0"),
+        ({"limit": 0}, "limit", "found 0"),
+        ({"sample": 5}, "sample", "found 5"),
+        ({"device": "warp"}, "device", "'warp'"),
+        ({"batchsize": 3}, "batchsize", "batch_size"),
+        ({"on_grid": True}, "on_grid", "grid"),
+        ({"data": ""}, "data", "found none"),
+        ({"runs": []}, "runs", "found none"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, object], message: str, photos: Path) -> None:
+def test_settings_that_are_refused(settings: dict[str, object], field: str, advice: str, photos: Path) -> None:
     flags = {"runs": ["mlp:1x2x2-2"], "data": str(photos), **settings}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=advice) as refusal:
         evaluate(load_settings(EvaluateConfig, None, flags))
+    assert refusal.value.field == field
+
+
+def test_a_ball_without_another_grid_point(photos: Path) -> None:
+    with pytest.raises(ConfigError, match="1/510"):
+        measure("mlp:1x2x2-2", data=photos, epsilon="1/510", grid=True)
 
 
 @pytest.mark.parametrize(
@@ -165,28 +178,30 @@ def test_settings_that_are_refused(settings: dict[str, object], message: str, ph
         ({}, "1/255"),
         ({"epsilon": "8/255"}, "2/255"),
         ({"epsilon": "6/255"}, "1/170"),
-        ({"epsilon": "6/255", "on_grid": True}, "1/255"),
+        ({"epsilon": "6/255", "grid": True}, "1/255"),
         ({"step_size": "1/510"}, "1/510"),
     ],
 )
 def test_default_step_size(settings: dict[str, object], step: str) -> None:
     config = load_settings(EvaluateConfig, None, {"runs": ["mlp:1x2x2-2"], "data": "d", **settings})
-    assert str(config.attack_settings().step_size) == step
+    (attack,) = config.attacks().values()
+    assert str(attack.step_size) == step
 
 
 def test_cli_prints_json_and_writes_the_same_file(
     two_class: str, photos: Path, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    output = tmp_path / "new" / "result.json"
+    output = tmp_path / "new" / "results"
     run = make_run(two_class, two_class)
     arguments = [two_class, run, "--data", str(photos), "--head", "outputs", "--json", "-o", str(output)]
     result = CliRunner().invoke(command, [*arguments, "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     content = json.loads(result.stdout)
-    assert content == json.loads(output.read_text())
-    assert [row["arm"] for row in content["evaluations"]] == ["w/o AT", "avg"]
-    assert content["config"]["steps"] == 2
-    assert Evaluation.model_validate(content["evaluations"][1]).run == run
+    assert content == json.loads((output / "results.json").read_text())
+    assert [row["arm"] for row in content["arms"]] == ["w/o AT", "avg"]
+    assert content["arms"][0]["settings"]["steps"] == 2
+    assert ArmResult.model_validate(content["arms"][1]).run == run
+    assert "accuracy robust" in (output / "report.md").read_text()
 
 
 def test_cli_prints_a_table_without_a_terminal(two_class: str, photos: Path, make_run: MakeRun) -> None:
@@ -194,10 +209,8 @@ def test_cli_prints_a_table_without_a_terminal(two_class: str, photos: Path, mak
     arguments = [two_class, run, "--data", str(photos), "--head", "outputs"]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     rows = [line.split() for line in result.stdout.splitlines()]
-    (row,) = [row for row in rows if row[:1] == ["avg"]]
-    assert row[:2] == ["avg", "my-run"]
-    assert " ".join(row).endswith("100.0 ± 0.0 50.0 ± 25.0 4 " + " ".join(row[-6:]))
-    assert " ".join(row).endswith("12.5 s 3.0 MB")
+    (row,) = [" ".join(row) for row in rows if row[:1] == ["avg"]]
+    assert re.fullmatch(r"avg my-run .* 100\.0 ± 0\.0 50\.0 ± 25\.0 4 [\d.]+ s 12\.5 s 3\.0 MB", row)
     assert "epsilon 2/255, 20 steps of 1/255" in result.stdout
 
 
@@ -206,8 +219,8 @@ def test_cli_reads_settings_from_a_file(two_class: str, photos: Path, tmp_path: 
     file.write_text(f"runs = [{json.dumps(two_class)}]\ndata = {json.dumps(str(photos))}\nsteps = 1\nlimit = 2\n")
     arguments = ["--config", str(file), "--limit", "1", "--json"]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
-    (row,) = json.loads(result.stdout)["evaluations"]
-    assert (row["images"], row["steps"]) == (1, 1)
+    (row,) = json.loads(result.stdout)["arms"]
+    assert (row["images"], row["settings"]["steps"]) == (1, 1)
 
 
 def test_wrong_requests_exit_with_2_and_one_line(
@@ -227,9 +240,9 @@ def test_wrong_requests_exit_with_2_and_one_line(
         [str(photos), *data],
         [two_class, *data, "--epsilon", "2"],
         [two_class, "--data", str(tmp_path / "nowhere")],
-        [two_class, *data, "-o", str(photos)],
-        [two_class, *data, "-o", str(no_head / "out.json")],
-        [two_class, *data, "-o", "s3://bucket/out.json"],
+        [two_class, *data, "-o", str(tmp_path / "out.json")],
+        [two_class, *data, "-o", str(no_head / "out")],
+        [two_class, *data, "-o", "s3://bucket/out"],
         [two_class],
         data,
     ):
@@ -239,7 +252,7 @@ def test_wrong_requests_exit_with_2_and_one_line(
         assert errors.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     two_class: str,
     photos: Path,
     tmp_path: Path,
@@ -250,21 +263,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    flags = [two_class, "--data", str(photos), "--steps", "2", "-o", str(tmp_path / "out.json")]
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        assert run_command(*flags) == 1
-    shown = capsys.readouterr()
-    assert "w/o AT" in shown.out, "the results are on the terminal at least"
-    assert shown.err.splitlines()[-1] == (
-        f"error: {tmp_path}/out.json: cannot write: No space left on device; mend that and run the same command again"
-    )
-    flags = ["embedding", *flags[:-1], str(tmp_path / "out")]
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        assert run_command(*flags) == 1
-    assert re.search(r"error: \S+identity\.json: cannot write: No space", capsys.readouterr().err)
-    assert run_command(*flags) == 0
+    for part in ("pgd", "embedding"):
+        flags = [part, two_class, "--data", str(photos), "--steps", "2", "-o", str(tmp_path / part)]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", full)
+            assert run_command(*flags) == 1
+        assert re.search(r"error: \S+identity\.json: .*No space", capsys.readouterr().err)
+        assert run_command(*flags) == 0
 
 
 def test_a_closed_folder_is_refused_before_the_work(
@@ -277,6 +282,6 @@ def test_a_closed_folder_is_refused_before_the_work(
 ) -> None:
     # The tests may run as root, who may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    for part in ("both", "embedding"):
+    for part in ("pgd", "embedding"):
         assert run_command(part, two_class, "--data", str(photos), "-o", str(tmp_path / "out")) == 2
-        assert capsys.readouterr().err.startswith("error: output: expected a folder to write in")
+        assert capsys.readouterr().err.startswith(("error: output: ", "error: --output: "))

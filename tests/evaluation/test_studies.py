@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import torch
 from PIL import Image
 
 from datamerge.encoders import load_encoder, save_encoder
-from datamerge.evaluation import labels, study, zero_shot
+from datamerge.evaluation import labels, zero_shot
 from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
 from datamerge.evaluation.embedding import evaluate_embedding
 from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.store import ArmFolder
+from datamerge.evaluation.study import open_sample
 from datamerge.evaluation.tables import write_reports
 from datamerge.evaluation.zero_shot import evaluate_zero_shot, read_templates
 from datamerge.runtime import load_settings
@@ -133,12 +136,12 @@ def test_embedding_losses_are_the_closed_form(make_encoder: MakeEncoder, texture
 
 def test_a_random_subset_is_the_seeds(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
     values = {"runs": [make_encoder([[1.0] * 4])], "data": str(textures), "sample": 4}
-    source = study.open_sample(load_settings(EmbeddingConfig, None, values))
+    source = open_sample(load_settings(EmbeddingConfig, None, values))
     np.random.seed(42)
     expected = [f"{index}.png" for index in np.random.choice(7, 4, replace=False)]
     assert [sample.name for sample in source.samples] == expected
-    with pytest.raises(ConfigError, match="sample: expected at most the 7 samples"):
-        study.open_sample(load_settings(EmbeddingConfig, None, {**values, "sample": 8}))
+    with pytest.raises(ConfigError, match=r"at most the 7 samples .* found 8"):
+        open_sample(load_settings(EmbeddingConfig, None, {**values, "sample": 8}))
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(
@@ -146,16 +149,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
 ) -> None:
     spec = make_encoder(np.random.default_rng(0).normal(size=(3, 4)).tolist())
     whole = embedding(spec, textures, tmp_path / "whole", batch_size=2)
-    batches, measured = 0, study._measure_batch
+    batches, write = 0, ArmFolder.write
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(self: ArmFolder, *arguments: Any) -> None:
         nonlocal batches
         batches += 1
         if batches == 3:
             raise KeyboardInterrupt
-        return measured(*arguments)
+        write(self, *arguments)
 
-    monkeypatch.setattr(study, "_measure_batch", interrupted)
+    monkeypatch.setattr(ArmFolder, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         embedding(spec, textures, tmp_path / "parts", batch_size=2)
     batches = 10
@@ -220,40 +223,43 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
     assert len(read_templates("simple")) == 7
     assert read_templates("openai") == []
     (tmp_path / "t.txt").write_text("a photo\n")
-    with pytest.raises(ConfigError, match=r"one prompt a line with \{\} for the name, found 'a photo'"):
+    with pytest.raises(ConfigError, match=r"t\.txt: .*'a photo'"):
         read_templates(str(tmp_path / "t.txt"))
-    with pytest.raises(ConfigError, match=r"none\.txt: expected openai, simple or a text file"):
+    with pytest.raises(ConfigError, match=r"none\.txt: "):
         read_templates(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "field", "found"),
     [
-        ({"epsilons": ["2"]}, "did you mean 2/255"),
-        ({"epsilons": ["0"]}, "expected radii above 0"),
-        ({"epsilons": ["x"]}, "such as 2/255"),
-        ({"epsilons": ["2/0"]}, "such as 2/255"),
-        ({"epsilons": ["2 5/255"]}, "such as 2/255"),
-        ({"epsilons": ["1" * 400], "norm": "l2"}, "such as 2/255 .* '1111.*1…"),
-        ({"head": None}, "expected an open_clip encoder, which has a text tower"),
-        ({"head": "open_clip:ViT-B-32"}, "expected --class-names FILE"),
-        ({"steps": 0}, "steps"),
-        ({"data": ""}, "add --data SOURCE"),
+        ({"epsilons": ["2"]}, "epsilons", "2/255"),
+        ({"epsilons": ["0"]}, "epsilons", "found 0"),
+        ({"epsilons": ["x"]}, "epsilons", "found 'x'"),
+        ({"epsilons": ["2/0"]}, "epsilons", "found '2/0'"),
+        ({"epsilons": ["2 5/255"]}, "epsilons", "found '2 5/255'"),
+        ({"epsilons": ["1" * 400], "norm": "l2"}, "epsilons", "found '1111.*1…"),
+        ({"head": None}, "head", "text tower"),
+        ({"head": "open_clip:ViT-B-32"}, "class_names", "open_clip:ViT-B-32"),
+        ({"steps": 0}, "steps", "found 0"),
+        ({"data": ""}, "data", "found none"),
     ],
 )
 def test_requests_that_are_refused(
-    two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], message: str
+    two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], field: str, found: str
 ) -> None:
     values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=found) as refusal:
         evaluate_zero_shot(load_settings(ZeroShotConfig, None, {"runs": [two_class], **values}))
+    assert refusal.value.field is not None
+    assert refusal.value.field.startswith(field), "of a list, the item too"
     assert not (tmp_path / "out").exists()
 
 
 def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
     shutil.move(photos / "dark" / "near.png", photos / "near.png")
-    with pytest.raises(ConfigError, match="expected images with labels, found none"):
+    with pytest.raises(ConfigError, match="labels") as refusal:
         measure(two_class, photos, tmp_path / "out", head="outputs")
+    assert refusal.value.field == "data"
 
 
 def test_commands_share_one_report(
@@ -280,13 +286,13 @@ def test_commands_share_one_report(
     (tmp_path / "file").write_text("")
     assert run_command("embedding", two_class, *data[:4], "-o", str(tmp_path / "file")) == 2
     errors = capsys.readouterr().err
-    assert "output: expected a folder, found the file" in errors
+    assert str(tmp_path / "file") in errors
 
 
 def test_help_names_the_parts(run_command: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("--help") == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("zero-shot", "embedding", "captions", "vqa", "all", "both"))
+    assert all(name in text for name in ("pgd", "zero-shot", "embedding", "captions", "vqa", "all"))
 
 
 def test_all_checks_every_part_first(
@@ -296,13 +302,13 @@ def test_all_checks_every_part_first(
     config.write_text('[embedding]\nsteps = 2\n[zero-shot]\nhead = "outputs"\nstep = 2\n')
     arguments = ["all", two_class, "--config", str(config), "--data", str(photos), "-o", str(tmp_path / "out")]
     assert run_command(*arguments) == 2
-    assert "[zero-shot]: step: unknown setting; did you mean steps?" in capsys.readouterr().err
+    assert re.search(r"\[zero-shot\]: step: .*steps", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
     config.write_text("steps = 2\n[embedding]\n")
     assert run_command(*arguments) == 0
     config.write_text("steps = 2\n")
     assert run_command(*arguments) == 2
-    assert "expected at least one table of [zero-shot], [embedding], [captions], [vqa]" in capsys.readouterr().err
+    assert "[pgd], [zero-shot], [embedding], [captions], [vqa]" in capsys.readouterr().err
 
 
 def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path) -> None:
@@ -310,8 +316,8 @@ def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path)
     (item,) = (tmp_path / "out").rglob("items/*.json")
     for text in ("{", "[" * 100_000):
         item.write_text(text)
-        with pytest.raises(DatamergeError, match=r"000000\.json: not valid JSON .*remove it to measure it again"):
+        with pytest.raises(DatamergeError, match=r"000000\.json: .*remove it"):
             embedding(two_class, photos, tmp_path / "out")
     (tmp_path / "out" / "embedding" / "results.json").write_text("[" * 100_000)
-    with pytest.raises(DatamergeError, match=r"results\.json: expected results of `datamerge evaluate`; remove it"):
+    with pytest.raises(DatamergeError, match=r"results\.json: .*remove it"):
         write_reports(str(tmp_path / "out"), "embedding", [])

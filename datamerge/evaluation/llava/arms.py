@@ -13,13 +13,15 @@ import torch
 from datamerge.encoders import pick_device
 from datamerge.evaluation.encoders_under_test import numerics
 from datamerge.evaluation.llava.attack import plan_passes
+from datamerge.evaluation.llava.cases import Case, Item
 from datamerge.evaluation.llava.config import LlavaSettings
 from datamerge.evaluation.llava.images import read_image
 from datamerge.evaluation.llava.model import count_parameters
-from datamerge.evaluation.llava.study import ArmStudy, Case, Item, Task
-from datamerge.evaluation.results import ArmResult, Score, mean_score
-from datamerge.evaluation.runs import warn
+from datamerge.evaluation.llava.study import ArmStudy, Task
+from datamerge.evaluation.results import ArmResult, Score, Training, mean_score
+from datamerge.evaluation.tables import Results
 from datamerge.runtime import Progress
+from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError
 
 # Bytes per parameter, and a rough allowance for the activations of one image.
@@ -29,7 +31,7 @@ LARGE = 1_000_000_000
 BLACK = (0.0, 0.0, 0.0)
 
 
-def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> list[ArmResult]:
+def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> Results:
     """Ask every arm; one result per run, in the order given.
 
     Args:
@@ -57,7 +59,7 @@ def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Seque
     for study in studies:
         study.claim(shared)
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)
-    results = []
+    results = Results()
     with numerics(config.threads, device), Progress(task.part, passes * len(studies), "passes") as progress:
         for study in studies:
             cases = study.measure(progress)
@@ -93,7 +95,8 @@ def check_memory(config: LlavaSettings, device: torch.device) -> None:
         return
     if count > LARGE and config.device == "auto":
         raise ConfigError(
-            f"device: no GPU found; {size} on one GPU. --device cpu would need as much main memory and very long"
+            f"device: expected a GPU, found none; {size} on one. `device=cpu` would need as much main "
+            "memory and very long"
         )
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if there < needed:
@@ -103,26 +106,27 @@ def check_memory(config: LlavaSettings, device: torch.device) -> None:
 def _result(
     config: LlavaSettings, task: Task, study: ArmStudy, cases: Sequence[Case], title: str, warnings: Sequence[str]
 ) -> ArmResult:
-    clean = [float(case.state["passes"][0]["score"]) for case in cases]
+    clean = [case.clean_score for case in cases]
     scores: list[Score] = [mean_score(f"{title} clean", clean)]
     if config.attack:
-        scores.append(mean_score(f"{title} adv.", [float(case.lowest["score"]) for case in cases]))
-    failures = [entry for case in cases for entry in case.state["passes"] if entry["failure"] is not None]
+        scores.append(mean_score(f"{title} adv.", [case.lowest[1] for case in cases]))
+    passes = [found for case in cases for found in case.record.passes]
+    failures = [found.failure for found in passes if found.failure is not None]
     found = list(warnings)
     if failures:
-        found.append(f"{len(failures)} passes failed, e.g. {failures[0]['failure']}; the others still count")
+        found.append(f"{len(failures)} passes failed, e.g. {failures[0]}; the others still count")
     for message in found:
         warn(f"{study.run.arm}: {message}")
-    saved = [case for case in cases if "eight_bit" in case.state]
+    saved = [(case, case.record.eight_bit) for case in cases if case.record.eight_bit is not None]
     details: dict[str, Any] = {
         "folder": str(study.folder.path),
-        "pictures": [_picture(case) for case in saved[: config.pictures]],
+        "pictures": [_picture(case) for case, _ in saved[: config.pictures]],
         "half": study.half,
         "lowest_by_pass": _count(cases),
     }
     if saved:
-        details["eight_bit_mean"] = sum(case.state["eight_bit"]["score"] for case in saved) / len(saved)
-        details["same_images_mean"] = sum(case.lowest["score"] for case in saved) / len(saved)
+        details["eight_bit_mean"] = sum(stored.score for _, stored in saved) / len(saved)
+        details["same_images_mean"] = sum(case.lowest[1] for case, _ in saved) / len(saved)
         details["eight_bit_images"] = len(saved)
     return ArmResult(
         part=task.part,
@@ -132,7 +136,8 @@ def _result(
         encoder_sha256=study.tower_sha256,
         scores=scores,
         images=len(cases),
-        seconds=round(sum(entry["seconds"] for case in cases for entry in case.state["passes"]), 3),
+        seconds=round(sum(one.seconds for one in passes), 3),
+        training=Training.of(study.run.summary),
         warnings=found,
         settings=config.model_dump(mode="json"),
         details=details,
@@ -141,19 +146,19 @@ def _result(
 
 def _count(cases: Sequence[Case]) -> dict[str, int]:
     """How many images each pass brought to their lowest score."""
-    names = [str(case.lowest["name"]) for case in cases]
+    names = [case.lowest[0].name for case in cases]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
 def _picture(case: Case) -> dict[str, Any]:
-    first, lowest = case.state["passes"][0], case.lowest
+    first, (lowest, score) = case.record.passes[0], case.lowest
     return {
         "clean": f"images/{case.item.key}-clean.png",
         "adversarial": f"images/{case.item.key}.png",
         "question": case.item.question,
         "reference": case.item.references[0],
-        "before": first["answer"],
-        "score_before": first["score"],
-        "after": lowest["answer"],
-        "score_after": lowest["score"],
+        "before": first.answer,
+        "score_before": first.score,
+        "after": lowest.answer,
+        "score_after": score,
     }

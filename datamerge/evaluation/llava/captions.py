@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datamerge.evaluation.llava.arms import evaluate_arms
+from datamerge.evaluation.llava.cases import Item
 from datamerge.evaluation.llava.cider import NOT_COMPARABLE, PLAIN, CaptionScorer
 from datamerge.evaluation.llava.coco import read_captions
 from datamerge.evaluation.llava.config import CaptionsConfig
-from datamerge.evaluation.llava.study import Item, Task
-from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.llava.study import Task
+from datamerge.evaluation.tables import Results
 
 PART = "captions"
 QUESTION = "Provide a short caption for this image."
@@ -16,7 +17,7 @@ NEW_TOKENS = 20
 THRESHOLD = 10.0
 
 
-def evaluate_captions(config: CaptionsConfig) -> list[ArmResult]:
+def evaluate_captions(config: CaptionsConfig) -> Results:
     """Caption the chosen images with every run's encoder; one result per run, in the order given.
 
     Raises:

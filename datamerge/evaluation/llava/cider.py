@@ -16,7 +16,7 @@ from pathlib import Path
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-from datamerge.evaluation.runs import warn
+from datamerge.runtime.messages import warn
 from storage_schemas import DatamergeError
 
 NOT_COMPARABLE = (

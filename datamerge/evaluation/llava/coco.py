@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-
-from storage_schemas import SourceError, read_json, shortened
-
-T = TypeVar("T")
+from datamerge.evaluation.sampling import draw
+from datamerge.evaluation.store import read_object
+from storage_schemas import SourceError, shortened
 
 
 @dataclass(frozen=True)
@@ -52,16 +50,8 @@ class Asked:
     answers: Sequence[str]
 
 
-def choose(items: Sequence[T], count: int, seed: int) -> list[T]:
-    """`count` of them in the order of numpy's `choice` without replacement after `seed`, as in FARE; or all."""
-    if count >= len(items):
-        return list(items)
-    chosen = np.random.RandomState(seed).choice(len(items), count, replace=False)
-    return [items[index] for index in chosen.tolist()]
-
-
 def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> list[Captioned]:
-    """Some images of a caption file, chosen by `choose` from the file's order.
+    """`count` images of a caption file drawn from the file's order; all in that order where there are no more.
 
     Raises:
         SourceError: not such a file, or an image that is missing.
@@ -79,11 +69,11 @@ def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> 
     else:
         splits = sorted({str(_field(image, "split", file)) for image in images})
         if split not in splits:
-            raise SourceError(f"{file}: expected the split {split!r}, found {', '.join(splits)}; choose with --split")
+            raise SourceError(f"{file}: expected the split {split!r}, found {', '.join(splits)}; choose with `split`")
         found = [_karpathy(image, file) for image in images if image["split"] == split]
     if not found:
         raise SourceError(f"{file}: expected images with captions, found none")
-    chosen = choose(found, count, seed)
+    chosen = draw(found, count, seed) if count < len(found) else found
     paths = _find([(names, key) for key, names, _ in chosen], folder, file)
     return [Captioned(key, path, captions) for (key, _, captions), path in zip(chosen, paths, strict=True)]
 
@@ -96,7 +86,7 @@ def _karpathy(image: Mapping[str, Any], file: str) -> tuple[str, list[str], list
 
 
 def read_questions(file: str, annotations: str, folder: str, count: int, seed: int) -> list[Asked]:
-    """Some questions of VQAv2, chosen by `choose` from the file's order.
+    """`count` questions of VQAv2 drawn from the file's order; all in that order where there are no more.
 
     Raises:
         SourceError: not such files, a question without answers, or an image that is missing.
@@ -114,7 +104,7 @@ def read_questions(file: str, annotations: str, folder: str, count: int, seed: i
         which = f"none for question {missing[0]['question_id']}" if missing else "no questions"
         raise SourceError(f"{annotations}: expected answers to the questions of {file}, found {which}")
     subtype = str(content.get("data_subtype", "val2014"))
-    chosen = choose(questions, count, seed)
+    chosen = draw(questions, count, seed) if count < len(questions) else questions
     wanted = [(_vqa_names(entry, subtype, file), str(entry["image_id"])) for entry in chosen]
     paths = _find(wanted, folder, file)
     return [
@@ -146,21 +136,18 @@ def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -
     if missing:
         raise SourceError(
             f"{folder}: expected {len(wanted)} images that {file} names, {len(missing)} are missing, e.g. "
-            f"{shortened(missing[0])}; complete the folder or choose another with --images"
+            f"{shortened(missing[0])}; complete the folder or choose another with `images`"
         )
     return [path for path in found if path is not None]
 
 
 def _read(file: str, needed: str) -> dict[str, Any]:
     try:
-        content = read_json(Path(file).expanduser().read_bytes())
+        return read_object(Path(file).expanduser())
     except OSError as error:
         raise SourceError(f"{file}: expected a JSON file of {needed}, found {error.strerror}") from None
     except ValueError as error:
-        raise SourceError(f"{file}: expected a JSON file of {needed}, found {error}") from None
-    if not isinstance(content, dict):
-        raise SourceError(f"{file}: expected a JSON object of {needed}, found {type(content).__name__}")
-    return content
+        raise SourceError(f"{file}: expected a JSON object of {needed}, found {error}") from None
 
 
 def _entries(content: Mapping[str, Any], name: str, file: str) -> list[Mapping[str, Any]]:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD
 from datamerge.evaluation.config import OUTPUT
 from datamerge.runtime import Settings
+from datamerge.runtime.options import Option
 from storage_schemas.schema.pixel_length import PixelLength
 
 
 class LlavaSettings(Settings):
     """What captions and VQA share."""
 
-    runs: list[str] = Field(
+    runs: Annotated[list[str], Option(argument=True, metavar="RUN [RUN…]")] = Field(
         min_length=1,
         description="Vision encoders, one row each: runs' folders, open_clip: specs, hf:PATH, or `own`.",
     )
-    data: str = Field(min_length=1, description="JSON file of the captions or questions.")
-    images: str = Field(min_length=1, description="Folder of the images that the file names.")
-    llava: str = Field(
+    data: Annotated[str, Option(metavar="FILE.json")] = Field(
+        min_length=1, description="Captions or questions, in COCO's or VQAv2's format. Required."
+    )
+    images: Annotated[str, Option(metavar="FOLDER")] = Field(
+        min_length=1, description="The images that the file names. Required."
+    )
+    llava: Annotated[str, Option(metavar="PATH")] = Field(
         "llava-hf/llava-1.5-7b-hf", min_length=1, description="LLaVA model: a folder or a name on Hugging Face's hub."
     )
     image_size: int = Field(
@@ -32,35 +37,39 @@ class LlavaSettings(Settings):
         "pad",
         description="How images are made square: padded with the mean colour, as LLaVA-1.5 does, or centre-cropped.",
     )
-    attack: bool = Field(True, description="Whether to measure under attack too.")
+    attack: bool = Field(True, description="Measure under attack too.")
     epsilon: PixelLength = Field(
-        PixelLength("2/255"), description="Radius of the attack's ℓ∞ ball as a fraction of the pixel range."
+        PixelLength("2/255"), description="Radius of the attack's ℓ∞ ball, as a fraction of the pixel range."
     )
     steps: int = Field(100, ge=1, description="APGD steps of each pass.")
     sample: int = Field(100, ge=1, description="Images or questions drawn at random; all if there are fewer.")
     sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
-    batch_size: int = Field(1, ge=1, description="Images at once; does not change what is measured.")
-    half: Literal["float16", "bfloat16", "float32"] | None = Field(
-        None, description="Arithmetic of all passes but the last (float16 on a GPU, float32 elsewhere if not set)."
-    )
-    save_images: bool = Field(False, description="Whether to keep every adversarial image as an 8-bit PNG.")
+    batch_size: int = Field(1, ge=1, description="Images at once; results do not depend on it.")
+    half: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None, Option(unset="float16 on a GPU, float32 elsewhere")
+    ] = Field(None, description="Arithmetic of all passes but the last.")
+    save_images: bool = Field(False, description="Keep every adversarial image, as an 8-bit PNG.")
     pictures: int = Field(8, ge=0, description="Images shown in the report.")
-    device: str = Field("auto", description="A torch device; auto takes a GPU if there is one.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch (its own choice if not set).")
-    output: str = Field(OUTPUT, min_length=1, description="Folder of the results; the same one again continues.")
+    device: str = Field("auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")
+    threads: Annotated[int | None, Option(unset="torch's choice")] = Field(
+        None, ge=1, description="CPU threads of torch."
+    )
+    output: Annotated[str, Option(alias="-o", metavar="FOLDER")] = Field(
+        OUTPUT, min_length=1, description="Folder of the results; the same one again continues."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, values: object) -> object:
         needed = {
-            "runs": "a run's folder, an encoder spec, hf:PATH or own, found none; name at least one RUN",
-            "data": "a JSON file of captions or questions, found none; add --data FILE.json",
-            "images": "the folder of the images, found none; add --images FOLDER",
+            "runs": "runs' folders, encoder specs, hf:PATH or own",
+            "data": "a JSON file of captions or questions",
+            "images": "the folder of the images",
         }
         if isinstance(values, dict):
             for name, text in needed.items():
                 if not values.get(name):
-                    raise ValueError(f"{name}: expected {text}")
+                    raise ValueError(f"{name}: expected {text}, found none")
         return values
 
     def attack_settings(self) -> APGD:
@@ -83,12 +92,12 @@ class CaptionsConfig(LlavaSettings):
 class VqaConfig(LlavaSettings):
     """Settings of `datamerge evaluate vqa`."""
 
-    annotations: str | None = Field(None, description="JSON file of the answers. Required.")
+    annotations: Annotated[str | None, Option(metavar="FILE.json")] = Field(
+        None, description="VQAv2 annotations: people's answers. Required."
+    )
 
     @model_validator(mode="after")
     def _answers(self) -> VqaConfig:
         if not self.annotations:
-            raise ValueError(
-                "annotations: expected a JSON file of the answers, found none; add --annotations FILE.json"
-            )
+            raise ValueError("annotations: expected a JSON file of the answers, found none")
         return self

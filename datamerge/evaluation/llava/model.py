@@ -82,10 +82,12 @@ class Llava:
         except (OSError, ValueError, RuntimeError) as error:
             raise unreadable(path, error) from None
         if not self.tokenizer.is_fast:
-            raise ConfigError(f"llava {path!r}: expected a fast tokeniser, whose offsets locate the answer")
+            raise ConfigError(
+                f"llava: expected a fast tokeniser, whose offsets locate the answer, found none in {path!r}"
+            )
         layer = model.config.vision_feature_layer
         if not isinstance(layer, int) or model.config.vision_feature_select_strategy not in ("default", "full"):
-            raise ConfigError(f"llava {path!r}: expected one vision feature layer, found {layer}")
+            raise ConfigError(f"llava: expected one vision feature layer, found {layer} in {path!r}")
         tower = load_tower(run, model.model.vision_tower, layer, image_size)
         check_width(tower, model, run)
         model.model.vision_tower = tower.module
@@ -184,8 +186,8 @@ def check_width(tower: Tower, model: Any, run: Run) -> None:
     expected = int(model.model.multi_modal_projector.linear_1.in_features)
     if tower.width != expected:
         raise ConfigError(
-            f"RUN {run.name!r}: expected a vision encoder of width {expected}, which LLaVA's projector takes (for "
-            f"LLaVA-1.5 ViT-L-14), found width {tower.width}"
+            f"runs: expected vision encoders of width {expected}, which LLaVA's projector takes (for LLaVA-1.5 "
+            f"ViT-L-14), found width {tower.width} in {run.name!r}"
         )
 
 
@@ -199,7 +201,7 @@ def count_parameters(path: str) -> int:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         if config.model_type != "llava":
-            raise ConfigError(f"llava {path!r}: expected a model of type llava, found {config.model_type}")
+            raise ConfigError(f"llava: expected a model of type llava, found {config.model_type} in {path!r}")
         with torch.device("meta"):
             model = transformers.LlavaForConditionalGeneration(config)
     except (OSError, ValueError, RuntimeError) as error:
@@ -211,8 +213,8 @@ def unreadable(path: str, error: Exception) -> ConfigError:
     """What to say of a model that cannot be loaded."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
-        f"llava {path!r}: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found: {reason}; "
-        "download it on a connected machine and give its folder with --llava"
+        f"llava: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found {path!r}: {reason}; "
+        "download it on a connected machine and give its folder"
     )
 
 

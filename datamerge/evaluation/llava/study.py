@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from datamerge.evaluation.llava.attack import Attempt, Pass, Stage, attack_answers, plan_passes
+from datamerge.evaluation.llava.attack import CLEAN, Attempt, Pass, Stage, attack_answers, plan_passes
+from datamerge.evaluation.llava.cases import Case, CaseRecord, EightBit, Item, PassRecord
 from datamerge.evaluation.llava.config import LlavaSettings
 from datamerge.evaluation.llava.images import read_image, round_inside
 from datamerge.evaluation.llava.model import Arithmetic, Llava
@@ -25,30 +27,11 @@ from datamerge.evaluation.llava.vision_towers import read_tower_run, tower_sha25
 from datamerge.evaluation.pictures import to_png
 from datamerge.evaluation.store import ArmFolder
 from datamerge.runtime import Progress
-from datamerge.runtime.memory import is_out_of_memory
+from datamerge.runtime.memory import out_of_memory_advice
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.moments import LEVELS
 
 STAGES: tuple[Stage, ...] = ("half", "float32")
-
-
-@dataclass(frozen=True)
-class Item:
-    """A question about an image.
-
-    Attributes:
-        key: name of its JSON file.
-        image: its file.
-        question: put to the model.
-        references: right answers, those to attack first.
-        answers: what else the score depends on.
-    """
-
-    key: str
-    image: Path
-    question: str
-    references: Sequence[str]
-    answers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -74,29 +57,6 @@ class Task:
     clean_up: Callable[[str], str]
     score: Callable[[Mapping[str, str]], Mapping[str, float]]
     scorer: str = ""
-
-
-@dataclass
-class Case:
-    """An item and what was found about it so far; `state` is the content of its JSON file."""
-
-    item: Item
-    plan: Sequence[Pass]
-    state: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def next(self) -> Pass | None:
-        """The pass to run next, None when there is none."""
-        if self.state["dropped"] or len(self.state["passes"]) == len(self.plan):
-            return None
-        return self.plan[len(self.state["passes"])]
-
-    @property
-    def lowest(self) -> dict[str, Any]:
-        """The pass with the lowest score, the first of several."""
-        scored = [entry for entry in self.state["passes"] if entry["score"] is not None]
-        found: dict[str, Any] = min(scored, key=lambda entry: entry["score"])
-        return found
 
 
 class ArmStudy:
@@ -139,95 +99,92 @@ class ArmStudy:
         """
         cases = [self._resume(item) for item in self._task.items]
         for case in cases:
-            progress.advance(len(case.plan) if case.next is None else len(case.state["passes"]), note=self.run.arm)
+            progress.advance(len(case.plan) if case.next is None else len(case.record.passes), note=self.run.arm)
         for stage in STAGES:
             waiting = [case for case in cases if case.next is not None and case.next.stage == stage]
             size = self._config.batch_size
             for first in range(0, len(waiting), size):
                 self._run_batch(waiting[first : first + size], stage, progress)
         self._llava = None
-        self.tower_sha256 = str(cases[0].state["tower_sha256"])
+        self.tower_sha256 = cases[0].record.tower_sha256
         return cases
 
     def _resume(self, item: Item) -> Case:
-        attacked = self._config.attack
-        plan = plan_passes(len(item.references), self._task.targets, attacked)
-        fresh = {
-            "image": item.image.name,
-            "question": item.question,
-            "references": list(item.references),
-            "passes": [],
-            "best_reference": 0,
-            "dropped": False,
-            "tower_sha256": "",
-        }
-        return Case(item, plan, self.folder.read(item.key) or fresh)
+        plan = plan_passes(len(item.references), self._task.targets, self._config.attack)
+        stored = self.folder.read(item.key)
+        if stored is None:
+            record = CaseRecord(image=item.image.name, question=item.question, references=list(item.references))
+            return Case(item, plan, record)
+        try:
+            return Case(item, plan, CaseRecord.model_validate(stored))
+        except ValidationError as error:
+            raise DatamergeError(
+                f"{self.folder.path}/items/{item.key}.json: expected the passes of an image, found "
+                f"{error.error_count()} problems; remove it to measure it again"
+            ) from None
 
     def _run_batch(self, cases: Sequence[Case], stage: Stage, progress: Progress) -> None:
         """All passes of one stage of some images."""
         llava = self._load(stage)
-        if any(case.state["tower_sha256"] not in ("", llava.tower_sha256) for case in cases):
+        if any(case.record.tower_sha256 not in ("", llava.tower_sha256) for case in cases):
             raise ConfigError(
-                f"RUN {self.run.name!r}: its weights are not those that {self.folder.path} was begun with; choose "
-                "another --output"
+                f"output: expected results of the weights of {self.run.name!r}, found {self.folder.path}, which was "
+                "begun with others; choose another `output`"
             )
         clean = torch.stack([torch.from_numpy(self._pixels(case.item, llava)) for case in cases])
         pixels = clean.to(self._device).float() / LEVELS
         while True:
-            ready = [i for i, case in enumerate(cases) if case.next is not None and case.next.stage == stage]
+            ready = [(case, case.next) for case in cases if case.next is not None and case.next.stage == stage]
             if not ready:
                 return
             # Images have different numbers of references, and those of an interrupted batch are at different passes.
-            behind = min(ready, key=lambda i: len(cases[i].state["passes"]))
-            rows = [i for i in ready if cases[i].next == cases[behind].next]
-            name = self._run_pass(llava, [cases[i] for i in rows], pixels[rows])
+            _, step = min(ready, key=lambda entry: len(entry[0].record.passes))
+            rows = [i for i, case in enumerate(cases) if case.next == step]
+            self._run_pass(llava, step, [cases[i] for i in rows], pixels[rows])
             for case in (cases[i] for i in rows):
-                left = len(case.plan) - len(case.state["passes"])
-                progress.advance(1 + left if case.state["dropped"] else 1, note=f"{self.run.arm}, {name}")
+                left = len(case.plan) - len(case.record.passes)
+                progress.advance(1 + left if case.record.dropped else 1, note=f"{self.run.arm}, {step.name}")
 
-    def _run_pass(self, llava: Llava, cases: Sequence[Case], clean: Tensor) -> str:
+    def _run_pass(self, llava: Llava, step: Pass, cases: Sequence[Case], clean: Tensor) -> None:
         started = time.monotonic()
-        step = cases[0].next
-        assert step is not None
-        try:
-            attempts = self._attack(llava, step, cases, clean)
-            works = [i for i, attempt in enumerate(attempts) if attempt.pixels is not None]
-            seen = [attempts[i].pixels for i in works]
-            texts = (
-                llava.generate(
-                    torch.stack([pixels for pixels in seen if pixels is not None]),
-                    [cases[i].item.question for i in works],
-                    self._task.new_tokens,
-                )
-                if works
-                else []
+        with out_of_memory_advice(
+            lambda: (
+                f"batch_size: pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not "
+                f"fit the memory of {self._device} with {len(cases)} images at once; lower `batch_size`, or use a "
+                "larger GPU"
             )
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DatamergeError(
-                f"pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not fit the memory "
-                f"of {self._device} with {len(cases)} images at once; lower --batch-size, or use a larger GPU"
-            ) from None
-        answers = {cases[i].item.key: self._task.clean_up(text) for i, text in zip(works, texts, strict=True)}
+        ):
+            attempts = self._attack(llava, step, cases, clean)
+            answers = self._answers(llava, cases, attempts)
         scores = self._task.score(answers) if answers else {}
         seconds = round((time.monotonic() - started) / len(cases), 3)
         for case, attempt, pixels in zip(cases, attempts, clean, strict=True):
-            key = case.item.key
-            entry = {
-                "name": step.name,
-                "arithmetic": self.half if step.stage == "half" else "float32",
-                "reference": _reference(step, case) if step.reference is not None else None,
-                "target": step.target,
-                "start_loss": attempt.start_loss,
-                "loss": attempt.loss,
-                "answer": answers.get(key),
-                "score": scores.get(key),
-                "failure": attempt.failure,
-                "seconds": seconds,
-            }
-            self._finish(llava, case, entry, attempt, pixels)
-        return step.name
+            found = PassRecord(
+                name=step.name,
+                arithmetic=self.half if step.stage == "half" else "float32",
+                reference=_reference(step, case) if step.reference is not None else None,
+                target=step.target,
+                start_loss=attempt.start_loss,
+                loss=attempt.loss,
+                answer=answers.get(case.item.key),
+                score=scores.get(case.item.key),
+                failure=attempt.failure,
+                seconds=seconds,
+            )
+            self._finish(llava, case, found, attempt, pixels)
+
+    def _answers(self, llava: Llava, cases: Sequence[Case], attempts: Sequence[Attempt]) -> dict[str, str]:
+        """What the model says to the images of the attempts that did not fail, by key."""
+        seen = [
+            (case.item, attempt.pixels)
+            for case, attempt in zip(cases, attempts, strict=True)
+            if attempt.pixels is not None
+        ]
+        if not seen:
+            return {}
+        pixels = torch.stack([pixels for _, pixels in seen])
+        texts = llava.generate(pixels, [item.question for item, _ in seen], self._task.new_tokens)
+        return {item.key: self._task.clean_up(text) for (item, _), text in zip(seen, texts, strict=True)}
 
     def _attack(self, llava: Llava, step: Pass, cases: Sequence[Case], clean: Tensor) -> list[Attempt]:
         if not step.attacks:
@@ -252,23 +209,23 @@ class ArmStudy:
             initial=initial,
         )
 
-    def _finish(self, llava: Llava, case: Case, entry: dict[str, Any], attempt: Attempt, clean: Tensor) -> None:
+    def _finish(self, llava: Llava, case: Case, found: PassRecord, attempt: Attempt, clean: Tensor) -> None:
         """Record a pass of one image; its best pixels are written before the record that refers to them."""
-        before = case.lowest["score"] if case.state["passes"] else float("inf")
-        case.state["passes"].append(entry)
-        case.state["tower_sha256"] = llava.tower_sha256
-        score = entry["score"]
+        record, score = case.record, found.score
+        before = case.lowest[1] if record.passes else float("inf")
+        record.passes.append(found)
+        record.tower_sha256 = llava.tower_sha256
         if score is not None and score < before:
-            if isinstance(case.plan[len(case.state["passes"]) - 1].reference, int):
-                case.state["best_reference"] = entry["reference"]
-            if attempt.pixels is not None and entry["name"] != "clean":
+            if found.reference is not None and isinstance(case.plan[len(record.passes) - 1].reference, int):
+                record.best_reference = found.reference
+            if attempt.pixels is not None and found.name != CLEAN.name:
                 buffer = io.BytesIO()
                 np.save(buffer, attempt.pixels.cpu().numpy())
                 self.folder.write_image(f"{case.item.key}.npy", buffer.getvalue())
-        case.state["dropped"] = bool(self._config.attack and score is not None and self._task.is_broken(score))
+        record.dropped = self._config.attack and score is not None and self._task.is_broken(score)
         if case.next is None:
             self._keep_image(llava, case, clean)
-        self.folder.write(case.item.key, case.state)
+        self.folder.write(case.item.key, record.model_dump(mode="json"))
         if case.next is None:
             self.folder.image(f"{case.item.key}.npy").unlink(missing_ok=True)
 
@@ -286,16 +243,16 @@ class ArmStudy:
         (text,) = llava.generate(pixels, [case.item.question], self._task.new_tokens)
         answer = self._task.clean_up(text)
         score = self._task.score({case.item.key: answer})[case.item.key]
-        case.state["eight_bit"] = {"answer": answer, "score": score}
+        case.record.eight_bit = EightBit(answer=answer, score=score)
 
     def _best_pixels(self, case: Case, clean: Tensor) -> Tensor:
         """The image of the lowest score so far: an attack's, or the clean one."""
         file = self.folder.image(f"{case.item.key}.npy")
-        if case.lowest["name"] == "clean" or not file.is_file():
+        if case.lowest[0].name == CLEAN.name or not file.is_file():
             return clean
         return torch.from_numpy(np.load(file)).to(clean.device)
 
-    def _pixels(self, item: Item, llava: Llava) -> Any:
+    def _pixels(self, item: Item, llava: Llava) -> npt.NDArray[np.uint8]:
         return read_image(item.image, llava.size, self._config.fit, llava.image_mean)
 
     def _load(self, stage: Stage) -> Llava:
@@ -312,4 +269,4 @@ class ArmStudy:
 
 def _reference(step: Pass, case: Case) -> int:
     """Index of the answer that a pass attacks."""
-    return step.reference if isinstance(step.reference, int) else int(case.state["best_reference"])
+    return step.reference if isinstance(step.reference, int) else case.record.best_reference

@@ -22,10 +22,12 @@ import transformers
 from torch import Tensor, nn
 
 from datamerge.encoders import load_encoder, weights_sha256
-from datamerge.evaluation.runs import BASELINE, Run, read_run, warn
+from datamerge.evaluation.runs import Run, read_run
+from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError
+from storage_schemas.schema.run import BASELINE
 
-# Of OpenAI's CLIP; LLaVA-1.5's own tower has the same.
+# OpenAI's CLIP; LLaVA-1.5's own tower has the same.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OWN = "own"
@@ -96,13 +98,12 @@ def read_tower_run(text: str) -> Run:
         spec = str(Path(text))
         # Whose work another checkpoint is, only its name can tell.
         arm = BASELINE if text == OWN else f"{HUGGING_FACE}{Path(text.removeprefix(HUGGING_FACE)).name}"
-        empty = dict.fromkeys(("artifact", "steps", "seconds", "bytes"))
-        return Run(name=spec, encoder=spec, original=spec, arm=arm, config={}, **empty)
+        return Run(name=spec, encoder=spec, original=spec, arm=arm)
     run = read_run(text)
     if not run.encoder.startswith("open_clip:"):
         raise ConfigError(
-            f"RUN {text!r}: expected an open_clip: encoder, hf:PATH or own, which have patch tokens for LLaVA, found "
-            f"{run.encoder!r}"
+            f"runs: expected open_clip: encoders, hf:PATH or own, which have patch tokens for LLaVA, found {text!r}, "
+            f"which is {run.encoder!r}"
         )
     return run
 
@@ -143,12 +144,12 @@ def _open_clip(run: Run, layer: int, size: int) -> Tower:
     encoder = load_encoder(run.encoder)
     if encoder.random_weights:
         warn(f"encoder {encoder.spec} has random weights; nobody has trained it")
-    if run.encoder_sha256 is not None and encoder.sha256 != run.encoder_sha256:
-        warn(f"RUN {run.name!r}: the weights of {encoder.spec} are not those the training saw")
+    if run.summary is not None and encoder.sha256 != run.summary.encoder_sha256:
+        warn(f"run {run.name!r}: the weights of {encoder.spec} are not those the training saw")
     visual: Any = encoder.model
     if not hasattr(visual, "forward_intermediates") or not hasattr(getattr(visual, "transformer", None), "resblocks"):
         raise ConfigError(
-            f"RUN {run.name!r}: expected a vision transformer of open_clip, found {type(visual).__name__}"
+            f"runs: expected a vision transformer of open_clip in {run.name!r}, found {type(visual).__name__}"
         )
     native = encoder.input_shape[1]
     if size not in (0, native):
@@ -173,8 +174,7 @@ def _clip_vision(run: Run) -> Any:
         return transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"RUN {run.name!r}: expected a CLIP vision model of Hugging Face at {name!r}, found "
-            f"{str(error).splitlines()[0]}"
+            f"runs: expected a CLIP vision model of Hugging Face at {name!r}, found {str(error).splitlines()[0]}"
         ) from None
 
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from datamerge.evaluation.llava.arms import evaluate_arms
 from datamerge.evaluation.llava.attack import MOST_REFERENCES
+from datamerge.evaluation.llava.cases import Item
 from datamerge.evaluation.llava.coco import read_questions
 from datamerge.evaluation.llava.config import VqaConfig
-from datamerge.evaluation.llava.study import Item, Task
+from datamerge.evaluation.llava.study import Task
 from datamerge.evaluation.llava.vqa_accuracy import vqa_accuracy
-from datamerge.evaluation.results import ArmResult
+from datamerge.evaluation.tables import Results
 
 PART = "vqa"
 PROMPT = "\nAnswer the question using a single word or phrase."
@@ -20,7 +21,7 @@ NEW_TOKENS = 5
 TARGETS = ("maybe", "Word")
 
 
-def evaluate_vqa(config: VqaConfig) -> list[ArmResult]:
+def evaluate_vqa(config: VqaConfig) -> Results:
     """Put the chosen questions to every run's encoder; one result per run, in the order given.
 
     Raises:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamerge.evaluation import EvaluateConfig, Evaluation, evaluate
+from datamerge.evaluation import EvaluateConfig, Results, evaluate
 from datamerge.evaluation.batches import read_batches
 from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
 from datamerge.sources import Sample, Source
@@ -26,7 +26,7 @@ IDENTITY = [[1.0, 0.0], [0.0, 1.0]]
 EPSILON = 2 / 255
 
 
-def measure(*runs: str, data: Path, **settings: object) -> list[Evaluation]:
+def measure(*runs: str, data: Path, **settings: object) -> Results:
     return evaluate(EvaluateConfig.model_validate({"runs": list(runs), "data": str(data), **settings}))
 
 
@@ -53,22 +53,22 @@ def test_robust_accuracy_of_a_linear_classifier_is_the_worst_case(
 ) -> None:
     # The worst case moves every pixel by ε towards the boundary, which is 1.5 or 7.5 levels away.
     (result,) = measure(two_class, data=photos, head=make_head(IDENTITY), epsilon=epsilon)
-    assert (result.images, result.labelled) == (4, 4)
-    assert (result.accuracy_clean, result.accuracy_clean_se) == (1.0, 0.0)
-    assert result.accuracy_robust == robust
-    assert result.accuracy_robust_se == pytest.approx((robust * (1 - robust) / 4) ** 0.5)
+    clean, found = result.score("accuracy clean"), result.score("accuracy robust")
+    assert (result.images, clean.count, found.count) == (4, 4, 4)
+    assert (clean.value, clean.error) == (100, 0)
+    assert found.value == 100 * robust
+    assert found.error == pytest.approx(100 * (robust * (1 - robust) / 4) ** 0.5)
 
 
 def test_what_is_wrong_clean_is_not_robust(two_class: str, photos: Path, make_head: MakeHead) -> None:
     shutil.move(photos / "dark" / "far.png", photos / "light" / "wrong.png")
     (result,) = measure(two_class, data=photos, head=make_head(IDENTITY), epsilon="8/255")
-    assert result.accuracy_clean == 0.75
-    assert result.accuracy_robust == 0.0
+    assert (result.score("accuracy clean").value, result.score("accuracy robust").value) == (75, 0)
 
 
 def test_outputs_as_logits(two_class: str, photos: Path) -> None:
     (result,) = measure(two_class, data=photos, head="outputs")
-    assert (result.accuracy_clean, result.accuracy_robust) == (1.0, 0.5)
+    assert (result.score("accuracy clean").value, result.score("accuracy robust").value) == (100, 50)
 
 
 def test_classes_are_matched_by_name_where_the_head_has_names(
@@ -76,11 +76,11 @@ def test_classes_are_matched_by_name_where_the_head_has_names(
 ) -> None:
     swapped = [[0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]
     (named,) = measure(two_class, data=photos, head=make_head(swapped, ["light", "moon", "dark"]))
-    assert named.accuracy_clean == 1.0
+    assert named.score("accuracy clean").value == 100
     names = tmp_path / "names.txt"
     names.write_text("light\nmoon\ndark\n")
     (listed,) = measure(two_class, data=photos, head=make_head(swapped), class_names=str(names))
-    assert listed.accuracy_clean == 1.0
+    assert listed.score("accuracy clean").value == 100
 
 
 def test_original_is_at_distance_zero_and_its_attack_reaches_the_maximum(
@@ -89,20 +89,20 @@ def test_original_is_at_distance_zero_and_its_attack_reaches_the_maximum(
     weight = [0.5, -1.0, 2.0, 0.25]
     (result,) = measure(make_encoder([weight]), data=textures)
     assert result.arm == "w/o AT"
-    assert result.embedding_loss_clean == 0.0
+    assert result.score("loss clean").value == 0.0
     # f(x + δ) − f(x) = 2 w·δ, at most 2ε‖w‖₁, for every image.
-    assert result.embedding_loss_adversarial == pytest.approx((2 * EPSILON * 3.75) ** 2, rel=1e-4)
-    assert result.embedding_loss_adversarial_se == pytest.approx(0, abs=1e-6)
+    assert result.score("loss adv.").value == pytest.approx((2 * EPSILON * 3.75) ** 2, rel=1e-4)
+    assert result.score("loss adv.").error == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("on_grid", [False, True])
+@pytest.mark.parametrize("grid", [False, True])
 def test_adversarial_loss_is_positive_and_within_the_closed_form_bound(
-    make_encoder: MakeEncoder, textures: Path, on_grid: bool
+    make_encoder: MakeEncoder, textures: Path, grid: bool
 ) -> None:
     weight = np.random.default_rng(1).normal(size=(3, 4))
-    (result,) = measure(make_encoder(weight.tolist()), data=textures, on_grid=on_grid)
+    (result,) = measure(make_encoder(weight.tolist()), data=textures, grid=grid)
     bound = float(((2 * EPSILON * np.abs(weight).sum(axis=1)) ** 2).sum())
-    assert 0 < result.embedding_loss_adversarial <= bound * (1 + 1e-5)
+    assert 0 < result.score("loss adv.").value <= bound * (1 + 1e-5)
 
 
 def test_clean_loss_of_a_run_is_the_distance_to_its_original(
@@ -113,14 +113,15 @@ def test_clean_loss_of_a_run_is_the_distance_to_its_original(
     baseline, result = measure(original, make_run(tuned, original), data=textures)
     distances = ((2 * read_pixels(textures) - 1) @ (after - before).T) ** 2
     expected = distances.sum(axis=1)
-    assert result.embedding_loss_clean == pytest.approx(expected.mean(), rel=1e-5)
-    assert result.embedding_loss_clean_se == pytest.approx(expected.std(ddof=1) / 7**0.5, rel=1e-5)
-    assert result.embedding_loss_adversarial > result.embedding_loss_clean
-    assert baseline.embedding_loss_clean == 0.0
-    assert (result.arm, result.train_seconds, result.artifact_bytes) == ("avg", 12.5, 3_000_000)
-    assert (baseline.train_seconds, baseline.artifact_bytes) == (None, None)
+    assert result.score("loss clean").value == pytest.approx(expected.mean(), rel=1e-5)
+    assert result.score("loss clean").error == pytest.approx(expected.std(ddof=1) / 7**0.5, rel=1e-5)
+    assert result.score("loss adv.").value > result.score("loss clean").value
+    assert baseline.score("loss clean").value == 0.0
+    assert result.training is not None
+    assert (result.arm, result.training.seconds, result.training.bytes) == ("avg", 12.5, 3_000_000)
+    assert baseline.training is None
     (against_itself,) = measure(f"{result.run}", data=textures, original=tuned)
-    assert against_itself.embedding_loss_clean == 0.0
+    assert against_itself.score("loss clean").value == 0.0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -134,9 +135,8 @@ def test_batch_size_does_not_change_results(
     (expected,) = measure(make_encoder(weight), batch_size=4, **settings)  # type: ignore[arg-type]
     (result,) = measure(make_encoder(weight), batch_size=batch_size, **settings)  # type: ignore[arg-type]
     assert (result.images, result.rejected) == (expected.images, expected.rejected) == (11, expected.rejected)
-    assert result.embedding_loss_adversarial == pytest.approx(expected.embedding_loss_adversarial, rel=1e-5)
-    assert result.accuracy_clean == expected.accuracy_clean
-    assert result.accuracy_robust == expected.accuracy_robust
+    assert result.score("loss adv.").value == pytest.approx(expected.score("loss adv.").value, rel=1e-5)
+    assert result.scores[2:] == expected.scores[2:], "accuracies"
 
 
 def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, textures: Path) -> None:
@@ -145,7 +145,7 @@ def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, te
     def loss(seed: int) -> float:
         # One small step leaves each image near its random start.
         (result,) = measure(spec, data=textures, seed=seed, steps=1, step_size="1/2550")
-        return result.embedding_loss_adversarial
+        return result.score("loss adv.").value
 
     first = loss(0)
     assert loss(0) == first
@@ -154,7 +154,7 @@ def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, te
     for path in sorted(textures.iterdir())[1:]:
         path.unlink()
     (only,) = measure(spec, data=textures, steps=1, step_size="1/2550")
-    assert only.embedding_loss_adversarial == alone.embedding_loss_adversarial
+    assert only.score("loss adv.").value == alone.score("loss adv.").value
 
 
 def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
@@ -164,7 +164,7 @@ def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
 
 
 def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
-    with pytest.raises(DatamergeError, match=r"not finite for dark/far\.png, dark/near\.png"):
+    with pytest.raises(DatamergeError, match=r"dark/far\.png, dark/near\.png"):
         measure(make_encoder([[float("nan")] * 4]), data=photos)
 
 

@@ -1,0 +1,214 @@
+"""What is measured of one encoder on one batch: embedding losses and classifications, clean and under attack.
+
+Shapes: B images, C H W pixels, K embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datamerge.attacks import APGD, PGD, auto_attack, cross_entropy, run_attack, sample_generators, squared_error
+from datamerge.encoders import Encoder, Head
+from datamerge.sources import Sample
+from storage_schemas import DatamergeError
+
+# Lists with one entry per image, by name.
+Measured = dict[str, list[Any]]
+# By the radius as the user wrote it, smallest first.
+Attacks = Mapping[str, PGD | APGD]
+
+CLEAN_LOSS = "embedding loss clean"
+TOP_1, TOP_5 = "top-1", "top-5"
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A class head behind an encoder.
+
+    Attributes:
+        head: logits from embeddings, on the encoder's device.
+        rows: row of the head for each label of the source.
+    """
+
+    head: Head
+    rows: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """The images of a batch that a classifier has classes for.
+
+    Attributes:
+        model: logits from pixels.
+        pixels: float32 [B, C, H, W] in [0, 1].
+        labels: rows of the head, int64 [B].
+        samples: whose pixels they are; their keys seed the attacks.
+    """
+
+    model: nn.Module
+    pixels: Tensor
+    labels: Tensor
+    samples: Sequence[Sample]
+
+    @classmethod
+    def of(
+        cls, encoder: Encoder, classifier: Classifier, pixels: Tensor, samples: Sequence[Sample]
+    ) -> LabelledBatch | None:
+        """Samples without a label, or of a class that the head does not know, take no part; None if none is left."""
+        rows = {
+            index: classifier.rows[sample.label]
+            for index, sample in enumerate(samples)
+            if sample.label is not None and sample.label in classifier.rows
+        }
+        if not rows:
+            return None
+        model = nn.Sequential(encoder, classifier.head).eval()
+        labels = torch.tensor(list(rows.values()), device=pixels.device)
+        return cls(model, pixels[list(rows)], labels, [samples[index] for index in rows])
+
+    @property
+    def names(self) -> list[str]:
+        """How errors call the images."""
+        return [sample.name for sample in self.samples]
+
+    def take(self, rows: Tensor) -> LabelledBatch:
+        """Some of the images, by position."""
+        samples = [self.samples[row] for row in rows.tolist()]
+        return LabelledBatch(self.model, self.pixels[rows], self.labels[rows], samples)
+
+
+def embedding_losses(
+    encoder: Encoder,
+    original: Encoder,
+    pixels: Tensor,
+    samples: Sequence[Sample],
+    *,
+    attacks: Attacks,
+    seed: int,
+    restarts: int = 1,
+) -> Measured:
+    """‖f(x) − f_original(x)‖² and, for every attack, ‖f(x') − f_original(x)‖² with the x' that it finds.
+
+    x and all smaller balls lie inside a ball, so the losses of an image never fall from one radius to the next.
+
+    Args:
+        encoder: f.
+        original: the frozen reference.
+        pixels: x, float32 [B, C, H, W] in [0, 1].
+        samples: whose pixels they are; their keys seed the attacks.
+        attacks: on the squared distance.
+        seed: the evaluation's.
+        restarts: random starts of each attack.
+
+    Raises:
+        DatamergeError: a loss is not finite; names the samples.
+    """
+    names = [sample.name for sample in samples]
+    with torch.no_grad():
+        target = original(pixels)
+        worst = squared_error(encoder(pixels), target)
+    check_finite(worst, names, "the clean embedding loss")
+    columns: Measured = {CLEAN_LOSS: worst.tolist()}
+    for text, settings in attacks.items():
+        generators = _generators(samples, seed)
+        found = run_attack(encoder, pixels, target, squared_error, settings, generators, names, restarts=restarts)
+        check_finite(found.loss, names, "the embedding loss under attack")
+        worst = torch.maximum(worst, found.loss)
+        columns[text] = worst.tolist()
+    return columns
+
+
+def classifications(
+    batch: LabelledBatch, *, attacks: Attacks, seed: int, restarts: int = 1, targeted: bool = True
+) -> Measured:
+    """Whether images are classified correctly: clean, among the best five, and under every attack.
+
+    Only what survived the attack before is attacked, at first what is correct clean: every ball holds the smaller
+    ones. PGD is judged by the image it ends at, APGD by every point it visits.
+
+    Args:
+        batch: the images.
+        attacks: on the cross entropy.
+        seed: the evaluation's.
+        restarts: random starts of each attack.
+        targeted: whether targeted attacks follow APGD's on the cross entropy.
+
+    Returns:
+        Columns `top-1`, `top-5`, one per radius, and for APGD `RADIUS APGD-CE`: before the targeted attacks.
+
+    Raises:
+        DatamergeError: a logit or a gradient is not finite; names the samples.
+    """
+    logits = _logits(batch.model, batch.pixels, batch.names)
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    robust = torch.eq(best[:, 0], batch.labels)
+    columns: Measured = {
+        TOP_1: robust.tolist(),
+        TOP_5: (best == batch.labels[:, None]).any(dim=1).tolist(),
+    }
+    for text, settings in attacks.items():
+        rows = torch.nonzero(robust).flatten()
+        robust, after = torch.zeros_like(robust), torch.zeros_like(robust)
+        if len(rows):
+            left = batch.take(rows)
+            generators = _generators(left.samples, seed)
+            if isinstance(settings, APGD):
+                robust[rows], after[rows] = _survive_apgd(left, settings, generators, restarts, targeted)
+            else:
+                robust[rows] = _survive_pgd(left, settings, generators, restarts)
+        columns[text] = robust.tolist()
+        if isinstance(settings, APGD):
+            columns[f"{text} APGD-CE"] = after.tolist()
+    return columns
+
+
+def _survive_pgd(
+    batch: LabelledBatch, settings: PGD, generators: Sequence[np.random.Generator], restarts: int
+) -> Tensor:
+    found = run_attack(
+        batch.model, batch.pixels, batch.labels, cross_entropy, settings, generators, batch.names, restarts=restarts
+    )
+    return torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
+
+
+def _survive_apgd(
+    batch: LabelledBatch, settings: APGD, generators: Sequence[np.random.Generator], restarts: int, targeted: bool
+) -> tuple[Tensor, Tensor]:
+    """What survives all attacks, and what the first one."""
+    survival = auto_attack(
+        batch.model,
+        batch.pixels,
+        batch.labels,
+        settings,
+        generators,
+        batch.names,
+        targeted=targeted,
+        restarts=restarts,
+    )
+    return survival.robust, survival.after_cross_entropy
+
+
+def check_finite(values: Tensor, names: Sequence[str], what: str) -> None:
+    """Raise DatamergeError that names the samples with a value that is not finite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        bad = [names[index] for index in torch.nonzero(~finite).flatten().tolist()]
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise DatamergeError(f"{what} is not finite for {', '.join(bad[:5])}{more}; check the encoder's weights")
+
+
+def _generators(samples: Sequence[Sample], seed: int) -> list[np.random.Generator]:
+    return [sample_generators(seed, sample.key, 1)[0] for sample in samples]
+
+
+def _logits(model: nn.Module, pixels: Tensor, names: Sequence[str]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(pixels)
+    check_finite(logits.sum(dim=1), names, "the sum of logits")
+    return logits

@@ -1,0 +1,119 @@
+"""`datamerge evaluate` without a sub-command: embedding loss and accuracy at once, clean and under PGD.
+
+The quick look at a training: one radius, few steps, the image that PGD ends at. Numbers to publish come from the
+stronger attacks of the other parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from datamerge.attacks import PGD
+from datamerge.encoders import pick_device
+from datamerge.evaluation.config import EvaluateConfig
+from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
+from datamerge.evaluation.labels import OUTPUTS, classify, head_sha256, make_heads
+from datamerge.evaluation.measures import (
+    CLEAN_LOSS,
+    TOP_1,
+    Classifier,
+    LabelledBatch,
+    Measured,
+    classifications,
+    embedding_losses,
+)
+from datamerge.evaluation.results import ArmResult, mean_score, rate_score
+from datamerge.evaluation.runs import read_run
+from datamerge.evaluation.study import Measurements, Row, open_sample, run_study
+from datamerge.evaluation.tables import Results
+from datamerge.runtime.messages import say, warn
+from datamerge.sources import Sample, Source
+
+PART = "pgd"
+
+
+def evaluate(config: EvaluateConfig) -> Results:
+    """Measure encoders on raw images, clean and under attack; one result per run, in the order given.
+
+    Scores are `loss clean`, `loss adv.` and, with a head and labelled images, `accuracy clean`, `accuracy robust`.
+
+    Raises:
+        ConfigError: runs, head, labels or settings that do not go together, or cannot be read.
+        SourceError: no usable image at `config.data`.
+        DatamergeError: a loss that is not finite, or a batch that does not fit the device.
+    """
+    ((radius, attack),) = config.attacks().items()
+    device = pick_device(config.device)
+    runs = [read_run(text) for text in config.runs]
+    source = open_sample(config)
+    subjects = load_subjects(runs, device, config.original)
+    classifiers = _classifiers(config, subjects, source)
+    rows = [
+        Row(
+            subject,
+            {
+                "original_sha256": subject.original.sha256,
+                "head": None if classifier is None else head_sha256(classifier.head),
+            },
+            partial(
+                _measure, subject, classifier, attacks={radius: attack}, seed=config.seed, restarts=config.restarts
+            ),
+        )
+        for subject, classifier in zip(subjects, classifiers, strict=True)
+    ]
+    with numerics(config.threads, device):
+        studied = run_study(config, PART, rows, source)
+    return Results(_result(config, attack, one, source) for one in studied)
+
+
+def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: Source) -> Sequence[Classifier | None]:
+    """What classifies each encoder's embeddings; says so where head or labels are missing."""
+    encoders = [subject.encoder for subject in subjects]
+    heads = make_heads(config.head, config.class_names, encoders) if config.head is not None else []
+    labelled = any(sample.label is not None for sample in source.samples)
+    if heads and labelled:
+        return classify(encoders, heads, source, str(config.head))
+    if labelled:
+        say(
+            "hint: the images have labels; `head` gives accuracies: a .safetensors file, timm:…, open_clip:…, or "
+            f"{OUTPUTS} if the encoder's outputs are logits"
+        )
+    if heads:
+        warn(f"{source.url} has no labels, so the head is not used; put the images into one folder a class")
+    return [None] * len(subjects)
+
+
+def _measure(
+    subject: Subject, classifier: Classifier | None, pixels: Tensor, samples: Sequence[Sample], **how: Any
+) -> Measured:
+    columns = embedding_losses(subject.encoder, subject.original, pixels, samples, **how)
+    labelled = classifier and LabelledBatch.of(subject.encoder, classifier, pixels, samples)
+    if labelled:
+        columns |= {f"accuracy {name}": hits for name, hits in classifications(labelled, **how).items()}
+    return columns
+
+
+def _result(config: EvaluateConfig, attack: PGD, found: Measurements, source: Source) -> ArmResult:
+    radius, columns = str(config.epsilon), found.columns
+    scores = [mean_score("loss clean", columns[CLEAN_LOSS]), mean_score("loss adv.", columns[radius])]
+    if f"accuracy {TOP_1}" in columns:
+        scores.append(rate_score("accuracy clean", columns[f"accuracy {TOP_1}"]))
+        scores.append(rate_score("accuracy robust", columns[f"accuracy {radius}"]))
+    return found.result(
+        PART,
+        config,
+        scores,
+        note="loss: squared distance to the original encoder's embedding. "
+        f"Attack: PGD, epsilon {radius}, {attack.steps} steps of {attack.step_size}, seed {config.seed}. "
+        f"Images: {source.url}",
+        details={
+            "original": found.subject.original.spec,
+            "original_sha256": found.subject.original.sha256,
+            "step_size": str(attack.step_size),
+            "data_fingerprint": source.fingerprint,
+        },
+    )
