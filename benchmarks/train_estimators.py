@@ -34,7 +34,6 @@ from trainer import (
     antithetic,
     gauss_newton,
     individual_loss,
-    jvp,
     mean_only,
     sampled,
 )
@@ -59,11 +58,11 @@ class Cloud:
         self.generator = generator
 
     def members(self, count: int) -> Tensor:
-        """uint8 [count, C, H, W]."""
+        """[count, C, H, W], multiples of a level."""
         offsets = torch.randint(
             -RADIUS, RADIUS + 1, (count, *self.encoder.input_shape), generator=self.generator, dtype=torch.int16
         )
-        return ((self.mean / LEVEL).round().to(torch.int16) + offsets).to(torch.uint8)
+        return ((self.mean / LEVEL).round() + offsets) / 255
 
     def loss(self, estimate: Callable[..., GroupLoss], seed: int) -> Tensor:
         """One estimate, [1]."""
@@ -102,7 +101,6 @@ def _table(cloud: Cloud, spec: str, draws: int, truth: int, repeats: int) -> Non
         "mean_only": lambda seed: cloud.loss(mean_only, seed),
         "gauss_newton": lambda seed: cloud.loss(gauss_newton, seed),
         "gauss_newton, S = 4": lambda seed: cloud.loss(partial(gauss_newton, samples=4), seed),
-        "jvp": lambda seed: cloud.loss(jvp, seed),
         "sampled": lambda seed: cloud.loss(sampled, seed),
         "antithetic": lambda seed: cloud.loss(antithetic, seed),
         "2 members": lambda seed: cloud.individual(2),

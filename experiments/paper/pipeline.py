@@ -27,10 +27,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from datamerge.encoders import parse_spec, pick_device
-from datamerge.evaluation.llava.arms import check_memory
 from datamerge.evaluation.llava.captions import evaluate_captions
 from datamerge.evaluation.llava.coco import read_captions, read_questions
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.evaluate import check_memory
 from datamerge.evaluation.llava.model import count_parameters
 from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.results import ArmResult
