@@ -35,6 +35,7 @@ from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.remerge import Remerge, remerge
 from storage_schemas.schema.run import BASELINE, SUMMARY
 from trainer import RunSummary, TrainConfig, train
+from trainer.arms import ARMS
 
 PUBLISHER = 1000  # seed of the run whose rounds are published
 
@@ -257,12 +258,7 @@ class Experiment:
             return None if first is None else arm["rounds"] * array_bytes(str(first), {"members"})
         if "artifact" not in arm:
             return None
-        arrays = {
-            "avg": {"sum", "scatter"},
-            "factors": {"sum", "factors"},
-            "mean-only": {"sum"},
-        }.get(arm["arm"], {"members"})
-        arrays = arrays | ({"clean"} if arm.get("refine_steps") else set())
+        arrays = ARMS[arm["arm"]].arrays | ({"clean"} if arm.get("refine_steps") else set())
         stored = array_bytes(self.artifact(arm["artifact"]), arrays)
         taken = arm.get("members")
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
@@ -283,13 +279,11 @@ class Experiment:
             return 3 + int(arm["rounds"]) * attack * limit / seen
         if "arm" not in arm:
             return None
-        if arm.get("refine_steps"):
-            return 3 + 2.0 * int(arm["refine_steps"])
-        if arm["arm"] == "ind":
-            return 3.0 * int(arm.get("members") or members)
-        passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}
-        usual = {"avg": 6.0, "factors": 3.0}.get(arm["arm"], 3.0)
-        return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)
+        return ARMS[arm["arm"]].forward_passes(
+            arm.get("estimator"),
+            members=int(arm.get("members") or members),
+            refine_steps=int(arm.get("refine_steps", 0)),
+        )
 
 
 def _figures(found: ArmResult) -> dict[str, Any]:
