@@ -36,7 +36,7 @@ def explain(error: BaseException, where: str) -> DatamergeError:
 
 
 def cause_of_death(error: BaseException) -> str:
-    """What Ray knows of a worker's end, without the paragraphs around it."""
+    """The line of Ray's long message that says why a worker died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
     return (known or lines or ["unknown"])[-1][:300]

@@ -1,4 +1,4 @@
-"""Samples to pixels, several at a time; what is wrong with a sample becomes a reject, not an error."""
+"""Samples to pixels, several at a time. A sample that cannot be used becomes a reject, not an error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PixelReader:
         """Pixels uint8 [C, H, W] of every sample, or the reason why there are none.
 
         Raises:
-            ConnectionError, TimeoutError: a store stays away; that is nobody's fault and must not reject samples.
+            ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
         """
         with self._lock:
             if self._pool is None:
