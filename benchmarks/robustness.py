@@ -19,6 +19,7 @@ from datamerge.attacks import APGD, Norm, apgd, auto_attack, sample_generators
 from datamerge.encoders import load_encoder, load_head
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode, open_source
+from storage_schemas.schema.pixel_length import Radius
 
 
 @click.group()
@@ -59,7 +60,7 @@ def strength(
     )
     for text in epsilons.split(","):
         found: dict[str, list[Tensor]] = {}
-        settings = APGD(Fraction(text), steps, grid=False, norm=norm)
+        settings = APGD(Radius(text), steps, grid=False, norm=norm)
         for first in range(0, len(names), batch):
             generators = [sample_generators(0, name, 1)[0] for name in names[first : first + batch]]
             x, y = pixels[first : first + batch].float() / 255, labels[first : first + batch]

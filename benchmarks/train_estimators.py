@@ -76,7 +76,9 @@ class Cloud:
 @click.command()
 @click.option("--encoders", default=MODELS, show_default=True, help="Comma-separated specs.")
 @click.option("--draws", default=32, show_default=True)
-@click.option("--truth", default=512, show_default=True, help="Members that the mean loss is taken of.")
+@click.option(
+    "--truth", default=512, show_default=True, type=click.IntRange(32), help="Members that the mean loss is taken of."
+)
 @click.option("--repeats", default=5, show_default=True, help="Rounds of timing.")
 @click.option("--threads", default=1, show_default=True)
 def main(encoders: str, draws: int, truth: int, repeats: int, threads: int) -> None:

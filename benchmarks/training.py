@@ -81,7 +81,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", default=1, show_default=True),
         click.option("--device", default="cpu", show_default=True),
         click.option("--precision", default="float32", show_default=True),
-        click.option("--rounds", default=9, show_default=True),
+        click.option("--rounds", default=9, show_default=True, type=click.IntRange(3)),
     ):
         command = option(command)
     return command

@@ -21,7 +21,7 @@ OUTPUT = "evaluation-results"
 class ImagesConfig(Settings):
     """What all evaluations on raw images share."""
 
-    runs: Annotated[list[str], Option(argument=True, metavar="RUN [RUN…]")] = Field(
+    runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1, description="Folders of finished training runs, or encoder specs as baselines; one row each."
     )
     data: Annotated[str, Option(metavar="SOURCE")] = Field(
