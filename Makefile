@@ -48,8 +48,9 @@ experiments-small: $(VENV)/.demo
 	    --work experiments-output/$${arms%/*} || exit; \
 	done
 
+# A process for each core; more than four would wait for the tests of the Ray cluster, which share one.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(PACKAGES)

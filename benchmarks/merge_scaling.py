@@ -123,16 +123,15 @@ def run_on_ray(prepared: Prepared, workers: int) -> tuple[float, float]:
     config = prepared.config.model_copy(update={"max_workers": workers})
     prepared = Prepared(**{**vars(prepared), "config": config})
     writer = make_writer(prepared)
-    ray_stage.start(config)
     shards = range(prepared.plan.layout.shards)
     ends, peak = [], 0.0
-    for result in ray_stage.run_shards(prepared.plan, shards, worker_setup(prepared, writer, config.device)):
-        if not isinstance(result, ShardResult):
-            raise SystemExit(f"shard {result.shard}: {result.reason}")
-        ends.append(time.perf_counter())
-        if len(ends) == len(shards) - 1:
-            peak = _workers_peak()
-    ray_stage.stop()
+    with ray_stage.on_ray(config):
+        for result in ray_stage.run_shards(prepared.plan, shards, worker_setup(prepared, writer, config.device)):
+            if not isinstance(result, ShardResult):
+                raise SystemExit(f"shard {result.shard}: {result.reason}")
+            ends.append(time.perf_counter())
+            if len(ends) == len(shards) - 1:
+                peak = _workers_peak()
     return (ends[-1] - ends[workers - 1]) / (len(shards) - workers) * len(shards), peak
 
 

@@ -125,7 +125,7 @@ def make_plans(encoder: str, reached: Outcome, deadline_hours: float, price: flo
         price: of a device like the one here for an hour.
     """
     job = reached.job
-    large = load_encoder(LARGE).eval().requires_grad_(False)
+    large = load_encoder(LARGE).eval().requires_grad_(False).to("meta")
     config = MergeConfig(source="photos", artifact="adv", encoder=LARGE, members=job.members, steps=job.steps)
     flops = group_flops(config, count_passes(large, large.input_shape))
     bytes_a_value = reached.bytes / job.groups / math.prod(load_encoder(encoder).input_shape)

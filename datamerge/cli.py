@@ -155,7 +155,7 @@ def main() -> NoReturn:
 def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from datamerge.runtime.options import as_flags
-    from storage_schemas.access.location import redact
+    from storage_schemas.access.redaction import redact
     from storage_schemas.errors import DatamergeError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):

@@ -33,7 +33,7 @@ def load(module: str, attribute: str, *, extra: str, needed_by: str) -> Any:
     Raises:
         Unavailable: a package of the extra is not installed, or a foreign package hides one of ours.
     """
-    for name in OURS:
+    for name in dict.fromkeys(["storage_schemas", module.partition(".")[0]]):
         _check_not_hidden(name)
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -54,13 +54,22 @@ def _check_not_hidden(name: str) -> None:
     folder = _search_folder(spec)
     if folder.resolve() == ROOT:
         return
-    if folder in (Path(entry).absolute() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)):
-        remedy = f"take {folder} off PYTHONPATH"
+    if entry := _python_path().get(folder):
+        remedy = f"take {entry} off PYTHONPATH"
     elif owner := _owner(name, Path(spec.origin)):
         remedy = f"pip uninstall {owner}"
     else:
         remedy = "rename it, or start from another folder"
     raise Unavailable(f"expected the package {name} of datamerge, found {spec.origin} in its place; {remedy}")
+
+
+def _python_path() -> dict[Path, str]:
+    """The folders on PYTHONPATH, and how each is to be called in a message."""
+    entries = os.environ.get("PYTHONPATH", "")
+    return {
+        Path(entry).absolute(): entry or "the empty entry, which is the working directory,"
+        for entry in (entries.split(os.pathsep) if entries else ())
+    }
 
 
 def _search_folder(spec: ModuleSpec) -> Path:

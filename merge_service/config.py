@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName
 from datamerge.runtime import Settings
+from datamerge.runtime.options import Option
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
 from storage_schemas.schema.pixel_length import PixelLength
@@ -20,70 +21,125 @@ DEFAULT_MEMBERS = 10
 
 
 class MergeConfig(Settings):
-    """Everything `datamerge merge` can be told."""
+    """Settings of `datamerge merge`; a TOML file holds them under the same names."""
 
-    source: str = Field(description="Images: folder, Parquet, tars, .npz, IDX, python:MODULE:FACTORY; path or URL.")
-    artifact: str = Field(description="Where the artifact goes; path or fsspec URL.")
+    renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"', "on_grid": "`grid`"}
+
+    source: Annotated[str, Option(argument=True)] = Field(
+        description="Images: a folder, Parquet file, tar, .npz or IDX file, a pattern of tars, or "
+        "python:MODULE:FACTORY; path or fsspec URL."
+    )
+    artifact: Annotated[str, Option(argument=True)] = Field(
+        description="Where the artifact goes; folder or fsspec URL."
+    )
     grouping: Grouping = Field("adversarial", description="What makes samples a group.")
-    members: PositiveInt | None = Field(
+    encoder: Annotated[str | None, Option(metavar="SPEC|RUN")] = Field(
         None,
-        description="Samples N in a group: adversarial images of one photo (10), of a class (all), of a cluster.",
+        description="Encoder to attack, such as open_clip:ViT-B-32/openai, or the folder of a finished training run; "
+        "of other groups, the one whose embeddings are targets or are clustered.",
     )
-    clusters: PositiveInt | None = Field(None, description="k-means clusters of a class.")
+    target_encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the attacked one")] = Field(
+        None, description="Encoder of the targets."
+    )
+    targets: Annotated[Targets | None, Option(unset="embedding for adversarial groups, label for others")] = Field(
+        None, description="What records train towards."
+    )
+    members: Annotated[
+        PositiveInt | None, Option(unset=f"adversarial: {DEFAULT_MEMBERS}; label: the whole class")
+    ] = Field(
+        None,
+        description="Samples in a group: adversarial images of one photo, of a class, or of an average cluster.",
+    )
+    clusters: PositiveInt | None = Field(None, description="k-means clusters of each class, for cluster groups.")
     cluster_by: Literal["pixels", "embedding"] = Field("pixels", description="Space in which k-means runs.")
-    group_column: str | None = Field(None, description="Column of the source whose values name the groups.")
-    targets: Targets | None = Field(
-        None, description="What records train towards; embedding for adversarial groups, label for others."
+    group_column: str | None = Field(
+        None, description="Column of the source whose values name the groups, for column groups."
     )
-    encoder: str | None = Field(None, description="Encoder spec or folder of a training run; attacked.")
-    target_encoder: str | None = Field(None, description="Encoder of the targets, if not the attacked one.")
-    head: str | None = Field(None, description="Class head for --objective cross_entropy, stored in the artifact.")
-    class_names: str | None = Field(None, description="File with one class name a line, for a zero-shot head.")
-    objective: ObjectiveName = Field("squared_error", description="Loss the attack maximises.")
-    attack: Literal["pgd", "apgd"] = Field("pgd", description="pgd, or apgd with its own step sizes.")
+    attack: Literal["pgd", "apgd"] = Field(
+        "pgd", description="Attack that makes the members: PGD, or APGD, which chooses its own step sizes."
+    )
     epsilon: PixelLength = Field(
         PixelLength("2/255"), description="Radius of the l-inf ball, a fraction of the pixel range."
     )
-    steps: Annotated[int, Field(ge=0)] = Field(10, description="Gradient steps of the attack.")
+    steps: int = Field(10, ge=0, description="Gradient steps of the attack.")
     step_size: PixelLength = Field(
         PixelLength("1/255"), description="Length of a PGD step, a fraction of the pixel range."
     )
     random_start: bool = Field(True, description="Start at a random point of the ball.")
-    start_radius: PixelLength | None = Field(None, description="Radius of the random start, if not epsilon.")
+    start_radius: Annotated[PixelLength | None, Option(unset="epsilon")] = Field(
+        None, description="Radius of the random start, a fraction of the pixel range."
+    )
     restarts: PositiveInt = Field(1, description="Attacks of each member, of which the strongest is kept.")
+    objective: ObjectiveName = Field(
+        "squared_error",
+        description="Loss that the attack maximises: the squared distance to the clean embedding, or the cross "
+        "entropy of the label.",
+    )
+    head: Annotated[str | None, Option(metavar="FILE|SPEC")] = Field(
+        None,
+        description="Class head for cross_entropy, stored in the artifact; without one the encoder's outputs are "
+        "taken for logits.",
+    )
+    class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
+        None, description="Text file with one class name a line, for a zero-shot `head`."
+    )
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
-    precision: Literal["float32", "tf32", "bfloat16"] = Field("float32", description="Forward pass of the attack.")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="Arithmetic of the attack's forward passes."
+    )
+    compile: bool = Field(False, description="Run encoders through torch.compile.")
+    batch_size: PositiveInt = Field(
+        64, description="Images in one forward pass of the attack, members counted one by one; at least one group."
+    )
+    threads: PositiveInt = Field(1, description="CPU threads of an encoder; another number rounds in another way.")
     format: Format = Field("zarr", description="Physical form of the shards.")
-    encoding: EncodingName | None = Field(None, description="uint8_moments on the grid, float32 off it.")
+    encoding: Annotated[EncodingName | None, Option(unset="uint8_moments on the 8-bit grid, float32 off it")] = Field(
+        None, description="How moments are stored."
+    )
     groups_per_shard: PositiveInt = Field(256, description="Groups in a shard, the unit of work and of retry.")
     keep_members: bool = Field(False, description="Store the members too, as 8-bit images.")
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
-    factors: PositiveInt | None = Field(
-        None, description="Factors k of each group's covariance to store besides its variance; none by default."
+    factors: Annotated[PositiveInt | None, Option(unset="none")] = Field(
+        None, description="Factors of each group's covariance to store besides its variance."
     )
     factor_kind: FactorKind = Field(
-        "sketch", description="Random sketches of the members, or principal directions (also with k ≥ N − 1)."
+        "sketch",
+        description="Factors are random sketches of the members, or principal directions; sketches become principal "
+        "directions where there are `members` - 1 or more of them.",
     )
-    shape: str | None = Field(None, description="Pixels CxHxW where no encoder says; the first image's by default.")
-    resize: bool = Field(True, description="Resize and crop images of other sizes; else they are rejected.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of all random choices.")
-    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.+\-]+$")] | None = Field(
-        None, description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0."
+    shape: Annotated[str | None, Option(metavar="CxHxW", unset="the first image's")] = Field(
+        None, description="Pixels of the members where no encoder says."
     )
-    limit: PositiveInt | None = Field(None, description="Use the first LIMIT samples only.")
-    image_column: str | None = Field(None, description="Column with the images.")
-    label_column: str | None = Field(None, description="Column with the labels.")
-    batch_size: PositiveInt = Field(64, description="Images in one forward pass of the attack; at least one group.")
-    threads: PositiveInt = Field(1, description="Threads of an encoder on a CPU; more threads, other rounding.")
-    compile: bool = Field(False, description="Run encoders through torch.compile.")
+    resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
+    image_column: str | None = Field(None, description="Column or array of the source with the images.")
+    label_column: str | None = Field(None, description="Column, array or tar member with the labels.")
+    seed: int = Field(0, ge=0, description="Seed of all random choices.")
+    license: Annotated[str | None, Option(metavar="ID", unset="other")] = Field(
+        None,
+        pattern=r"^[A-Za-z0-9.+\-]+$",
+        description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0.",
+    )
+    limit: Annotated[PositiveInt | None, Option(unset="all")] = Field(
+        None, description="Use the first so many samples."
+    )
     # What follows changes how fast the work is done, never what is written.
-    max_workers: PositiveInt | None = Field(None, description="Ray workers; as many as fit by default.")
-    num_cpus: PositiveInt | None = Field(None, description="CPUs of a worker; its threads by default.")
-    num_gpus: Annotated[float, Field(gt=0)] | None = Field(None, description="GPUs of a worker, e.g. 0.5; 1.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where encoders run.")
-    ray_address: str | None = Field(None, description="Ray cluster to use; one is started here by default.")
-    max_rejected: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Give up beyond this many unusable samples; 1 % of them, at least 10, by default."
+    max_workers: Annotated[PositiveInt | None, Option(unset="as many as fit")] = Field(
+        None, description="Ray workers at most."
+    )
+    num_cpus: Annotated[PositiveInt | None, Option(unset="its threads")] = Field(
+        None, description="CPUs that a worker takes."
+    )
+    num_gpus: Annotated[float | None, Option(unset="1")] = Field(
+        None, gt=0, description="GPUs that a worker takes; 0.5 lets two share one."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where encoders run; auto takes GPUs if there are any."
+    )
+    ray_address: Annotated[str | None, Option(metavar="ADDRESS", unset="Ray starts on this machine")] = Field(
+        None, description="Ray cluster to use: auto or HOST:PORT."
+    )
+    max_rejected: Annotated[int | None, Option(unset="1 % of all samples, at least 10")] = Field(
+        None, ge=0, description="Unusable samples beyond which the merge gives up."
     )
 
     @model_validator(mode="after")
@@ -96,61 +152,69 @@ class MergeConfig(Settings):
         problems = []
         if self.grouping == "cluster" and (self.clusters is None) == (self.members is None):
             problems.append(
-                "clusters: cluster groups need --clusters K a class, or --members N of an average cluster"
+                "clusters: expected `clusters` of each class or `members` of an average cluster, found "
+                f"{'none' if self.clusters is None else 'both'}; set one of them"
             )
         if self.grouping != "cluster" and self.clusters is not None:
-            problems.append(f"clusters: {self.grouping} groups have none; add --grouping cluster")
+            problems.append(f'clusters: {self.grouping} groups have none; add `grouping="cluster"`')
         if self.grouping != "cluster" and self.cluster_by != "pixels":
-            problems.append(f"cluster_by: {self.grouping} groups have no clusters; add --grouping cluster")
+            problems.append(f'cluster_by: {self.grouping} groups have no clusters; add `grouping="cluster"`')
         if self.grouping == "column" and self.group_column is None:
-            problems.append("group_column: column groups need its name; add --group-column NAME")
+            problems.append("group_column: expected the name of a column for column groups, found none")
         if self.grouping != "column" and self.group_column is not None:
-            problems.append(f"group_column: {self.grouping} groups have none; add --grouping column")
+            problems.append(f'group_column: {self.grouping} groups have none; add `grouping="column"`')
         if self.grouping == "column" and self.members is not None:
-            problems.append("members: column groups have those that the column gives them; leave it out")
+            problems.append("members: column groups have those that the column gives them; drop `members`")
         if self.grouping != "adversarial" and self.keep_clean:
-            problems.append(f"keep_clean: {self.grouping} groups have no clean image; leave it out")
+            problems.append(f"keep_clean: {self.grouping} groups have no clean image; drop `keep_clean`")
         if self.grouping == "label" and self.keep_members and self.members is None:
-            problems.append("keep_members: a whole class is too much to keep; give --members N for smaller groups")
+            problems.append("keep_members: a whole class is too much to keep; set `members` for smaller groups")
         if self.grouping in ("cluster", "column") and self.keep_members:
-            problems.append(f"keep_members: {self.grouping} groups differ in size; leave it out")
+            problems.append(f"keep_members: {self.grouping} groups differ in size; drop `keep_members`")
         return problems
 
     def _encoder_problems(self) -> list[str]:
         problems = []
         if self.encoder is None and self.grouping == "adversarial":
-            problems.append("encoder: adversarial groups need one; add --encoder, e.g. open_clip:ViT-B-32/openai")
+            problems.append(
+                "encoder: expected one to attack, found none; add a spec such as open_clip:ViT-B-32/openai"
+            )
         elif self.encoder is None and self.needs_encoder:
-            problems.append("encoder: embeddings need one; add --encoder, e.g. open_clip:ViT-B-32/openai")
+            problems.append(
+                "encoder: expected one for the embeddings, found none; add a spec such as open_clip:ViT-B-32/openai"
+            )
         if self.encoder is not None and not self.needs_encoder:
             problems.append(
-                f"encoder: {self.grouping} groups with label targets use none; drop it, or add --targets embedding"
+                f"encoder: {self.grouping} groups with label targets use none; drop `encoder`, or add "
+                '`targets="embedding"`'
             )
         if self.encoder is not None and self.shape is not None:
-            problems.append("shape: pixels have the encoder's; leave it out")
+            problems.append("shape: pixels have the encoder's; drop `shape`")
         if self.target_encoder is not None and self.grouping != "adversarial":
-            problems.append(f"target_encoder: {self.grouping} groups are not attacked; give --encoder alone")
+            problems.append(f"target_encoder: {self.grouping} groups are not attacked; give `encoder` alone")
         return problems
 
     def _pixel_problems(self) -> list[str]:
         problems = []
         if not self.random_start and self.start_radius is not None:
-            problems.append("start_radius: there is no random start to give a radius; drop --no-random-start")
+            problems.append("start_radius: there is no random start to give a radius; drop `start_radius`")
         if not self.random_start and self.restarts > 1:
-            problems.append("restarts: without a random start they would all be the same; drop one of the two")
+            problems.append("restarts: without a random start they would all be the same; drop `restarts`")
         if not self.grid and self.encoding == "uint8_moments":
-            problems.append("encoding: uint8_moments needs members on the 8-bit grid; drop --no-grid or use float32")
+            problems.append(
+                'encoding: uint8_moments needs members on the 8-bit grid; use `grid=True` or `encoding="float32"`'
+            )
         if self.factors is not None and (self.grouping != "adversarial" or not self.grid):
-            problems.append("factors: only adversarial groups on the 8-bit grid have them; drop --factors")
+            problems.append("factors: only adversarial groups on the 8-bit grid have them; drop `factors`")
         if self.factors is not None and self.factors >= (self.group_size or 1):
             problems.append(
                 f"factors: {self.group_size} members span {(self.group_size or 1) - 1} directions, found "
-                f"{self.factors}; store fewer, or the members themselves (--keep-members)"
+                f"{self.factors}; store fewer, or the members themselves with `keep_members=True`"
             )
         if self.factors is None and self.factor_kind != "sketch":
-            problems.append("factor_kind: there are no factors; add --factors K")
+            problems.append("factor_kind: there are no factors; set `factors`")
         if not self.grid and self.keep_members:
-            problems.append("keep_members: members are stored as 8-bit images; drop --no-grid")
+            problems.append("keep_members: members are stored as 8-bit images; use `grid=True`")
         return problems
 
     @property

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, at_home, load_encoder
-from storage_schemas import ConfigError, read_json
+from storage_schemas import ConfigError
+from storage_schemas.schema.run import SUMMARY, read_summary
 
-SUMMARY = "run.json"
 # What a training run says of itself that makes a round traceable: the artifact it trained on, and from where.
 LINKS = ("arm", "steps", "plan_sha256", "encoder_sha256", "original_sha256")
 
@@ -35,7 +35,7 @@ class ResolvedEncoder:
 
 
 def resolve(text: str) -> ResolvedEncoder:
-    """Load what `--encoder` names.
+    """Load the encoder that a spec or the folder of a training run names.
 
     Raises:
         ConfigError: neither a spec nor the folder of a finished run, or weights that are not those of the run.
@@ -44,7 +44,7 @@ def resolve(text: str) -> ResolvedEncoder:
     encoder = load_encoder(spec)
     if run is not None and run["encoder_sha256"] != encoder.sha256:
         raise ConfigError(
-            f"encoder {text!r}: expected the weights that {SUMMARY} names, sha256 {run['encoder_sha256'][:12]}…, "
+            f"encoder: expected the weights that {text}/{SUMMARY} names, sha256 {run['encoder_sha256'][:12]}…, "
             f"found {encoder.sha256[:12]}…; the file was replaced, train again or name it by its spec"
         )
     return ResolvedEncoder(encoder, run)
@@ -55,15 +55,6 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
     folder = Path(text).expanduser()
     if not folder.is_dir():
         return text, None
-    try:
-        facts = read_json((folder / SUMMARY).read_bytes())
-        spec = str(facts["encoder"])
-        links = {name: facts[name] for name in LINKS}
-    except FileNotFoundError:
-        raise ConfigError(
-            f"encoder {text!r}: expected {SUMMARY} in the folder, found none: this is no run, or its training is "
-            "not finished; run `datamerge train` to its end first"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{folder / SUMMARY}: expected the summary of a training run, found {error!r}") from None
-    return at_home(spec, folder), {"url": str(folder.absolute()), **links}
+    summary = read_summary(folder)
+    links = {name: getattr(summary, name) for name in LINKS}
+    return at_home(summary.encoder, folder), {"url": str(folder.absolute()), **links}

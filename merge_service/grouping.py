@@ -57,8 +57,8 @@ def by_class(source: Source) -> dict[int, list[Sample]]:
     for sample in source.samples:
         if sample.label is None:
             raise ConfigError(
-                f"{source.url}: groups inside classes need labels, {sample.name} has none; expected one sub-folder "
-                "a class, a labels.csv, or a label column (--label-column)"
+                f"label_column: groups inside classes need labels, {sample.name} of {source.url} has none; expected "
+                "one sub-folder a class, a labels.csv, or a label column"
             )
         classes.setdefault(sample.label, []).append(sample)
     return {label: classes[label] for label in sorted(classes)}
@@ -102,8 +102,8 @@ def _column_groups(config: MergeConfig, source: Source) -> list[Group]:
     for sample in source.samples:
         if sample.group is None:
             raise ConfigError(
-                f"{source.url}: column groups need a value of {config.group_column!r} for every sample, "
-                f"{sample.name} has none"
+                f"group_column: expected a value of {config.group_column!r} for every sample, {sample.name} of "
+                f"{source.url} has none"
             )
         members.setdefault(sample.group, []).append(sample)
     values = sorted(members)
@@ -114,8 +114,8 @@ def _column_groups(config: MergeConfig, source: Source) -> list[Group]:
         label = labels.pop() if len(labels) == 1 else None
         if labels and config.resolved_targets != "embedding":
             raise ConfigError(
-                f"{source.url}: expected one label in the group {value!r} of column {config.group_column!r}, found "
-                "several; group by another column, or add --targets embedding and an --encoder"
+                f"group_column: expected one label in the group {value!r} of column {config.group_column!r} of "
+                f'{source.url}, found several; group by another column, or add `targets="embedding"` and an `encoder`'
             )
         groups.append(Group(key, tuple(members[value]), label))
     return groups
@@ -125,8 +125,8 @@ def _check_labels(groups: Sequence[Group]) -> None:
     for group in groups:
         if group.label is None:
             raise ConfigError(
-                f"label targets need labels, {group.samples[0].name} has none; expected one sub-folder a class, a "
-                "labels.csv or a label column (--label-column), or use --targets embedding"
+                f"targets: label targets need labels, {group.samples[0].name} has none; expected one sub-folder a "
+                'class, a labels.csv or a `label_column`, or use `targets="embedding"`'
             )
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from datamerge.encoders import Head, load_head, pick_device
 from datamerge.runtime import Progress, read_lines
+from datamerge.runtime.messages import warn
+from datamerge.runtime.signals import sigterm_raises
 from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
 from merge_service.encoder_spec import ResolvedEncoder, resolve
+from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_shape
-from merge_service.retry import explain, is_hopeless
-from merge_service.termination import sigterm_raises
 from merge_service.work_queue import SetAside
 from merge_service.worker import WorkerSetup
 from storage_schemas import (
@@ -103,9 +103,9 @@ def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
             clusters, files[clustering.FILE] = _clusters(config, source, encoder, counts)
     plan = make_plan(config, source, encoder, target_encoder, head, clusters)
     if encoder is not None and encoder.encoder.random_weights:
-        sys.stderr.write(
-            f"warning: encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out "
-            f"only; name weights as {encoder.encoder.spec}@FILE\n"
+        warn(
+            f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
+            f"name weights as {encoder.encoder.spec}@FILE"
         )
     if head is not None:
         files[HEAD] = head.to_bytes()
@@ -133,7 +133,7 @@ def run(prepared: Prepared) -> MergeResult:
         # Rejects of earlier runs count towards the limit.
         earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
     except OSError as error:
-        raise _told(error, config) from error
+        raise (explain(error, config.artifact) if is_hopeless(error) else error) from error
     _check_rejects(prepared, earlier, ())
     shards = [shard for shard in range(plan.layout.shards) if shard not in committed]
     started = time.monotonic()
@@ -153,12 +153,15 @@ def _run_stage(
     rejects: list[Reject] = []
     aside: list[SetAside] = []
     attack_seconds = 0.0
-    left = sum(len(plan.groups_of(shard)) for shard in shards)
+    done = plan.layout.groups - sum(len(plan.groups_of(shard)) for shard in shards)
     try:
-        ray_stage.start(config)
-        setup = worker_setup(prepared, writer, ray_stage.device(config, device))
-        done = plan.layout.groups - left
-        with sigterm_raises(), Progress("merge", plan.layout.groups, "groups", done) as progress:
+        # SIGTERM last: Ray sets a handler of its own when it starts.
+        with (
+            ray_stage.on_ray(config),
+            sigterm_raises(),
+            Progress("merge", plan.layout.groups, "groups", done) as progress,
+        ):
+            setup = worker_setup(prepared, writer, ray_stage.device(config, device))
             for result in ray_stage.run_shards(plan, shards, setup):
                 if isinstance(result, SetAside):
                     aside.append(result)
@@ -174,8 +177,6 @@ def _run_stage(
         except OSError:
             pass
         raise
-    finally:
-        ray_stage.stop()
     if aside:
         writer.finish()
         raise DatamergeError(_describe(aside, plan, config))
@@ -188,8 +189,16 @@ def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> Wor
         None if found is None else (found.encoder.spec, found.encoder.sha256)
         for found in (prepared.encoder, prepared.target_encoder)
     )
-    reader, shape = prepared.source.reader, prepared.plan.shape
-    return WorkerSetup(prepared.config, writer, reader, shape, encoder, target, prepared.head, device)
+    return WorkerSetup(
+        config=prepared.config,
+        writer=writer,
+        reader=prepared.source.reader,
+        shape=prepared.plan.shape,
+        encoder=encoder,
+        target_encoder=target,
+        head=prepared.head,
+        device=device,
+    )
 
 
 def local_device(config: MergeConfig) -> str:
@@ -219,10 +228,10 @@ def check_source(artifact: str, source: Source) -> None:
     if recorded.get("fingerprint") == source.fingerprint:
         written = [] if manifest.complete else source.written_since(location.fs.modified(location.path(LISTING)))
         if written:
-            sys.stderr.write(
-                f"warning: {source.url}: {len(written)} files, such as {written[0]}, were written after {artifact} "
-                "was begun; their sizes are the same, their content is not known. If they are other images, choose "
-                "another output\n"
+            warn(
+                f"{source.url}: {len(written)} files, such as {written[0]}, were written after {artifact} was begun; "
+                "their sizes are the same, their content is not known. If they are other images, choose another "
+                "output"
             )
         return
     changes = source.changes(location.read(LISTING))
@@ -249,13 +258,20 @@ def _clusters(
         known = clustering.from_bytes(data, identity)
         if known is not None:
             return known, data
-    ray_stage.start(config)
-    device = ray_stage.device(config, local_device(config))
-    wanted = (encoder.encoder.spec, encoder.encoder.sha256) if encoder else None
-    setup = WorkerSetup(config, None, source.reader, shape, wanted, None, None, device)
+    here, classes = local_device(config), by_class(source)
     found: dict[int, list[int]] = {}
-    classes = by_class(source)
-    with sigterm_raises(), Progress("cluster", len(source.samples), "samples") as progress:
+    with (
+        ray_stage.on_ray(config),
+        sigterm_raises(),
+        Progress("cluster", len(source.samples), "samples") as progress,
+    ):
+        setup = WorkerSetup(
+            config=config,
+            reader=source.reader,
+            shape=shape,
+            encoder=(encoder.encoder.spec, encoder.encoder.sha256) if encoder else None,
+            device=ray_stage.device(config, here),
+        )
         for label, clusters in ray_stage.run_clusters(setup, classes, counts):
             found[label] = clusters
             progress.advance(len(clusters))
@@ -290,12 +306,8 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
-        f"{'; '.join(told)}{more}. Mend the cause and run the same command again"
+        f"{'; '.join(told)}{more}. Remove the cause and run the same command again"
     )
-
-
-def _told(error: OSError, config: MergeConfig) -> Exception:
-    return explain(error, config.artifact) if is_hopeless(error) else error
 
 
 def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> None:
@@ -304,8 +316,8 @@ def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> 
     if count > allowed:
         last = f"the last: {latest[-1].sample}: {latest[-1].reason}" if latest else f"see {config.artifact}/commits"
         raise DatamergeError(
-            f"{count} samples could not be used, more than the {allowed} allowed; {last}. Mend the source and merge "
-            "it anew, or raise --max-rejected and run again"
+            f"{count} samples could not be used, more than the {allowed} allowed; {last}. Fix the source and merge "
+            "again, or raise `max_rejected` and run again"
         )
 
 

@@ -17,8 +17,9 @@ from merge_service.encoder_spec import ResolvedEncoder
 from merge_service.grouping import Group, assignment_sha256, make_groups
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
-from storage_schemas.operations.shards import moment_specs, pixel_spread
+from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.factors import factor_spec
+from storage_schemas.schema.record import moment_specs
 
 # Bytes depend on these: decoding, resizing and arithmetic.
 VERSIONED = ("datamerge", "numpy", "pillow", "torch")
@@ -134,20 +135,20 @@ def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head 
     classes = len(head.weight) if head else (encoder.embedding_dim if encoder else 0)
     for group in groups:
         if group.label is None:
-            raise ConfigError(f"objective cross_entropy needs labels, {group.samples[0].name} has none")
+            raise ConfigError(f"objective: cross_entropy needs labels, {group.samples[0].name} has none")
         if not 0 <= group.label < classes:
             raise ConfigError(
-                f"objective cross_entropy: {group.samples[0].name} has label {group.label}, expected one of the "
-                f"{classes} classes of the head (--head)"
+                f"objective: cross_entropy expects labels of the {classes} classes of the head, "
+                f"{group.samples[0].name} has label {group.label}; use another `head`"
             )
 
 
 def pixels_shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
-    """Pixels where no encoder says: as told, else as the first image that can be decoded."""
+    """Pixels where no encoder says: from the settings, else of the first image that can be decoded."""
     if config.shape is not None:
         parts = config.shape.lower().split("x")
         if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[0] not in "13":
-            raise ConfigError(f"shape {config.shape!r}: expected CxHxW with C = 1 or 3, e.g. 3x224x224")
+            raise ConfigError(f"shape: expected CxHxW with C = 1 or 3, e.g. 3x224x224, found {config.shape!r}")
         return int(parts[0]), int(parts[1]), int(parts[2])
     for sample in source.samples:
         try:

@@ -1,32 +1,26 @@
-"""Work on Ray: a pool of workers that may die, work out, results in. Only `ray_jobs.py` knows Ray besides."""
+"""Work on Ray: a pool of workers that may die, work out, results in. The one file here that knows Ray."""
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
-
-from datamerge.runtime.ray import ray_environment
-
-os.environ.update(ray_environment())
-# Read when ray is imported, too: no hiding of GPUs from workers that ask for none.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from datamerge.runtime.addresses import check_cluster_address
+from datamerge.runtime.messages import first_line, say, warn
+from datamerge.runtime.ray import call_in_worker, connected
 from datamerge.sources import Sample
 from merge_service.config import MergeConfig
+from merge_service.failures import cause_of_death, explain, is_hopeless
 from merge_service.planning import Items, Plan
-from merge_service.retry import cause_of_death, explain, first_line, is_hopeless
 from merge_service.sample_groups import Partial
 from merge_service.work_queue import Piece, SetAside, WorkQueue
 from merge_service.worker import ShardResult, ShardWorker, WorkerSetup
-from storage_schemas import ConfigError, DatamergeError
+from storage_schemas import DatamergeError
 
 # Failures after which a shard is set aside, or a worker that never starts ends the job.
 TRIES = 3
@@ -40,47 +34,20 @@ LOOK_SECONDS = 5.0
 START_SECONDS = 60
 # Tasks are small lists of names; results are counts. Only partial moments go through the object store.
 OBJECT_STORE_BYTES = 128 * 2**20
+# No hiding of GPUs from workers that ask for none.
+ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
-_connections: list[str] = []
-"""What `start` connected to and `stop` has to leave: nothing where the caller was connected already."""
 
-
-def start(config: MergeConfig) -> None:
-    """Connect to a cluster, or start Ray on this machine.
+def on_ray(config: MergeConfig) -> AbstractContextManager[None]:
+    """Ray for this merge, in a `with`: a cluster, or processes on this machine that end with the block.
 
     Raises:
         ConfigError: no cluster at the address.
+        DatamergeError: Ray does not start here.
     """
-    if ray.is_initialized():
-        return
-    if config.ray_address is not None:
-        check_cluster_address(config.ray_address)
-    _connections.append(config.ray_address or "local")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if config.ray_address is not None:
-        try:
-            ray.init(address=config.ray_address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--ray-address {config.ray_address!r}: expected a Ray cluster, found none ({first_line(error)})"
-            ) from None
-        return
-    cpus = max(os.cpu_count() or 1, (config.max_workers or 1) * config.cpus)
-    quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    try:
-        ray.init(address="local", num_cpus=cpus, **quiet)
-    except Exception as error:  # that is what Ray raises where its processes do not come up in time
-        raise DatamergeError(
-            f"Ray did not start on this machine ({first_line(error)}); free some memory and processors, and run the "
-            "same command again"
-        ) from error
-
-
-def stop() -> None:
-    """Leave the cluster that `start` joined; Ray that it started ends."""
-    if _connections:
-        _connections.clear()
-        ray.shutdown()
+    here: dict[str, Any] = {} if config.ray_address else {"object_store_memory": OBJECT_STORE_BYTES}
+    cpus = (config.max_workers or 1) * config.cpus
+    return connected(config.ray_address, cpus, environment=ENVIRONMENT, log_to_driver=False, **here)
 
 
 def device(config: MergeConfig, local: str) -> str:
@@ -90,7 +57,7 @@ def device(config: MergeConfig, local: str) -> str:
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
-class _RayWorker(ShardWorker):
+class RayWorker(ShardWorker):
     """A worker that knows its node, and keeps large results out of the driver."""
 
     def begin(self) -> str:
@@ -101,6 +68,23 @@ class _RayWorker(ShardWorker):
     def part_apart(self, items: Items) -> tuple[None, Partial]:
         """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
         return None, self.part(items)
+
+
+def _actor_class() -> Any:
+    """A Ray actor around a `RayWorker`. It is nested, so that Ray sends it as code; see `call_in_worker`."""
+
+    class _RayWorker:
+        def __init__(self, make: Callable[[], RayWorker]) -> None:
+            self._make = make
+
+        def begin(self) -> str:
+            self._worker = self._make()
+            return self._worker.begin()
+
+        def call(self, method: str, *args: Any) -> Any:
+            return getattr(self._worker, method)(*args)
+
+    return ray.remote(_RayWorker)
 
 
 @dataclass(eq=False)
@@ -120,9 +104,10 @@ class _Pool:
         config = setup.config
         self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
         self._cpus, self._limit = config.cpus, config.max_workers
-        self._setup, self._failed_starts, self.workers = setup, 0, list[_Worker]()
+        self._make = call_in_worker(f"{RayWorker.__module__}:{RayWorker.__name__}", setup)
+        self._failed_starts, self.workers = 0, list[_Worker]()
         self._looked = self._worked = time.monotonic()
-        self._class: Any = ray.remote(_RayWorker)
+        self._class = _actor_class()
         self._options = {
             "num_cpus": self._cpus,
             "num_gpus": self._gpus,
@@ -146,15 +131,15 @@ class _Pool:
         target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
         while len(self.workers) < target:
             # By value, not through ray.put: a later worker must not depend on an object that died with a node.
-            actor = self._class.options(**self._options).remote(self._setup)
+            actor = self._class.options(**self._options).remote(self._make)
             self.workers.append(_Worker(actor, actor.begin.remote()))
         if any(worker.starting is None for worker in self.workers):
             self._worked = now
         elif now - self._worked > START_SECONDS:
             self._worked = now
-            sys.stderr.write(
-                f"merge: no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster "
-                f"has {resources.get('CPU', 0):g} and {resources.get('GPU', 0):g} in all\n"
+            warn(
+                f"no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster has "
+                f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g} in all"
             )
 
     def started(self, worker: _Worker) -> None:
@@ -178,7 +163,7 @@ class _Pool:
             if self._failed_starts >= TRIES:
                 raise DatamergeError(
                     f"{TRIES} workers in a row died while they loaded the encoder ({first_line(error)}); give them "
-                    "more memory, e.g. by a smaller --max-workers, and run the same command again"
+                    "more memory, e.g. by a smaller `max_workers`, and run the same command again"
                 )
         return gone
 
@@ -301,10 +286,13 @@ class _Shards(_Stage):
     def _submit(self, actor: Any, piece: Piece) -> Any:
         if piece.completes:
             parts = self._partials[piece.shard]
-            return actor.complete.remote(self._plan.task(piece.shard), *(parts[part] for part in sorted(parts)))
+            return actor.call.remote(
+                "complete", self._plan.task(piece.shard), *(parts[part] for part in sorted(parts))
+            )
         if piece.part is None:
-            return actor.run.remote(self._plan.task(piece.shard))
-        done, partial = actor.part_apart.options(num_returns=2).remote(self._plan.part(piece.shard, piece.part))
+            return actor.call.remote("run", self._plan.task(piece.shard))
+        part = self._plan.part(piece.shard, piece.part)
+        done, partial = actor.call.options(num_returns=2).remote("part_apart", part)
         self._partials.setdefault(piece.shard, {})[piece.part] = partial
         return done
 
@@ -338,9 +326,9 @@ class _Shards(_Stage):
             return
         self._check = False
         try:
-            sys.stderr.write(f"{ray.get(actor.check_precision.remote(self._plan.task(self._first)))}\n")
+            say(ray.get(actor.call.remote("check_precision", self._plan.task(self._first))))
         except RayTaskError as error:
-            sys.stderr.write(f"the precision could not be checked: {first_line(error.cause)}\n")
+            warn(f"the precision could not be checked: {first_line(error.cause)}")
 
 
 class _Clusters(_Stage):
@@ -353,7 +341,7 @@ class _Clusters(_Stage):
         self._classes, self._counts = classes, counts
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
-        return actor.cluster.remote(piece.shard, self._classes[piece.shard], self._counts[piece.shard])
+        return actor.call.remote("cluster", piece.shard, self._classes[piece.shard], self._counts[piece.shard])
 
     def _received(self, piece: Piece, result: Any) -> Iterator[tuple[int, list[int]]]:
         self._dropped(piece.shard)

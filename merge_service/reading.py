@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
-from merge_service.retry import first_line, retrying
+from merge_service.failures import is_hopeless
+from storage_schemas import DatamergeError
 
 Pixels = npt.NDArray[np.uint8]
+
+T = TypeVar("T")
+
+# Waits between the tries of a source's read; `Location` has its own for requests.
+WAITS = (0.25, 1.0, 5.0, 20.0)
 
 # A remote store answers in tens of milliseconds, whatever the number of requests.
 REMOTE_REQUESTS = 16
@@ -74,3 +83,21 @@ class PixelReader:
             return decode(raw, self._shape, resize=self._resize)
         except BadImage as error:
             return str(error)
+
+
+def retrying(action: Callable[[], T]) -> T:
+    """Carry out an idempotent action, again after a wait where a store fails for a moment.
+
+    Raises:
+        The last failure; at once what waiting cannot mend: full disks, wrong values, missing files.
+    """
+    for wait in WAITS:
+        try:
+            return action()
+        except (ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, DatamergeError):
+            raise
+        except Exception as error:  # every object store has its own exceptions
+            if is_hopeless(error):
+                raise
+        time.sleep(wait)
+    return action()

@@ -17,12 +17,12 @@ import torch
 
 from datamerge.attacks import arithmetic
 from datamerge.encoders import Encoder
-from datamerge.runtime.memory import is_out_of_memory
+from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Sample
 from merge_service.config import MergeConfig
 from merge_service.planning import ShardTask
 from merge_service.reading import PixelReader, Pixels
-from storage_schemas import DatamergeError, ExactMoments, Layout, Record, Reject
+from storage_schemas import ExactMoments, Layout, Record, Reject
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.record import Array, encode_exact
 
@@ -172,19 +172,16 @@ def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.f
         DatamergeError: out of memory.
     """
     device = encoder.mean.device
-    try:
-        with torch.no_grad(), arithmetic(device):
-            parts = [
-                encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS)
-                .float()
-                .cpu()
-                for start in range(0, len(images), batch_size)
-            ]
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DatamergeError(
+
+    def advice() -> str:
+        return (
             f"batch_size: out of memory with the embeddings of {min(batch_size, len(images))} images at a time on "
-            f"{device}; try a smaller --batch-size"
-        ) from None
+            f"{device}; try a smaller `batch_size`"
+        )
+
+    with out_of_memory_advice(advice), torch.no_grad(), arithmetic(device):
+        parts = [
+            encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS).float().cpu()
+            for start in range(0, len(images), batch_size)
+        ]
     return torch.cat(parts).numpy()

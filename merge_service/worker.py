@@ -10,14 +10,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from datamerge.encoders import Encoder, Head, load_encoder
-from datamerge.runtime.memory import is_out_of_memory
+from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Reader, Sample
 from merge_service.adversarial_groups import Attacker
 from merge_service.clustering import cluster_class
@@ -26,10 +25,10 @@ from merge_service.planning import Items, ShardTask
 from merge_service.precision import compare
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import Accumulator, Partial
-from storage_schemas import ArtifactWriter, ConfigError, DatamergeError, Record, Reject
+from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
     """What a worker needs to start; sent once.
 
@@ -39,18 +38,18 @@ class WorkerSetup:
     """
 
     config: MergeConfig
-    writer: ArtifactWriter | None
     reader: Reader
     shape: tuple[int, int, int]
-    encoder: tuple[str, str] | None
-    target_encoder: tuple[str, str] | None
-    head: Head | None
     device: str
+    encoder: tuple[str, str] | None = None
+    target_encoder: tuple[str, str] | None = None
+    head: Head | None = None
+    writer: ArtifactWriter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """What came of one shard."""
+    """The outcome of one shard."""
 
     shard: int
     groups: int
@@ -78,7 +77,9 @@ class ShardWorker:
         """
         setup = self._setup
         if setup.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"device cuda: torch sees no GPU on {socket.gethostname()}; use --device cpu")
+            raise ConfigError(
+                f'device: expected a GPU on {socket.gethostname()}, torch sees none there; use `device="cpu"`'
+            )
         self._use_threads()
         target = _load(setup.target_encoder, setup.device) if setup.target_encoder else None
         self._encoder = _load(setup.encoder, setup.device) if setup.encoder else None
@@ -108,7 +109,7 @@ class ShardWorker:
             self._use_threads()
             per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
             records: list[Record] = []
-            with _out_of_memory(self._config):
+            with out_of_memory_advice(self._advice):
                 while usable:
                     records += self._attacker.records(usable[:per_batch], rejects)
                     del usable[:per_batch]
@@ -172,24 +173,17 @@ class ShardWorker:
             commit = writer.commit(task.shard, _drained(records), rejects)
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
 
+    def _advice(self) -> str:
+        config = self._config
+        return (
+            f"batch_size: out of memory with {config.batch_size} images in a batch and {config.group_size} members a "
+            f"group at {config.precision}; try a smaller `batch_size` (at least one group goes through at once), "
+            'fewer `members`, or `precision="bfloat16"`'
+        )
+
     def _use_threads(self) -> None:
         # The setting belongs to the calling thread, and calls come in on several.
         torch.set_num_threads(self._config.threads)
-
-
-@contextmanager
-def _out_of_memory(config: MergeConfig) -> Iterator[None]:
-    """Says which knob."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DatamergeError(
-            f"batch_size: out of memory with batch_size {config.batch_size} and {config.group_size} members at "
-            f"{config.precision}; try a smaller --batch-size (at least one group goes through at once), fewer "
-            "--members, or --precision bfloat16"
-        ) from None
 
 
 def _drained(records: list[Record]) -> Iterator[Record]:
@@ -205,7 +199,7 @@ def _load(wanted: tuple[str, str], device: str) -> Encoder:
     encoder = load_encoder(spec, device)
     if encoder.sha256 != sha256:
         raise ConfigError(
-            f"encoder {spec!r}: the weights on {socket.gethostname()} have sha256 {encoder.sha256[:12]}…, "
-            f"expected {sha256[:12]}…; every node needs the same weights"
+            f"encoder: expected weights of {spec} with sha256 {sha256[:12]}…, found {encoder.sha256[:12]}… on "
+            f"{socket.gethostname()}; give every node the same weights"
         )
     return encoder.requires_grad_(False)

@@ -4,7 +4,8 @@ Imports neither torch nor Ray. FORMAT.md beside this file is the specification.
 """
 
 from storage_schemas.access.cache import Cache
-from storage_schemas.access.location import Location, redact
+from storage_schemas.access.location import Location
+from storage_schemas.access.redaction import redact
 from storage_schemas.artifact import Artifact, open_artifact
 from storage_schemas.errors import (
     ConfigError,

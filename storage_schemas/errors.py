@@ -2,14 +2,16 @@
 
     DatamergeError            exit code 1: the work failed
     ├── UserError             exit code 2: the request was wrong, nothing was touched
-    │   ├── ConfigError           a flag, a TOML key or a combination of them
+    │   ├── ConfigError           a setting, or a combination of them
     │   ├── SourceError           raw data that cannot be found or listed
     │   └── NotAnArtifact         a location that holds no artifact, or another one
     ├── SchemaError           a manifest or commit that does not follow the format
     │   └── UnknownVersion        … because a newer release wrote it
     └── CorruptShard          bytes that differ from what was committed
 
-Messages are one line: what was expected, what was found, where, what to do next.
+Messages are one line: what was expected, what was found, where, what to do next. Errors about settings and raw data
+are here as well, though artifacts know neither: so there is one tree, one list of exit codes, and every package can
+raise them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.access.location import Location, redact, redact_tree
+from storage_schemas.access.location import Location
+from storage_schemas.access.redaction import redact, redact_tree
 from storage_schemas.access.threads import in_threads
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError
 from storage_schemas.schema.manifest import (
@@ -197,7 +198,7 @@ class ArtifactWriter:
         if commit.shard != shard or shard >= self.layout.shards or commit.plan_sha256 != self.plan:
             raise CorruptShard(
                 f"{where}: expected the sidecar of shard {shard} of this artifact, found one of shard {commit.shard} "
-                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify --fix {self.location.url}`"
+                f"of plan {commit.plan_sha256[:12]}…; run `datamerge verify` with `fix=True`"
             )
         return _entry(path, data), commit
 

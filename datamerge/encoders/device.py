@@ -11,7 +11,7 @@ def pick_device(name: str) -> torch.device:
     """The device of a setting; `auto` takes a GPU if there is one.
 
     Raises:
-        ConfigError: no such device here, or one that holds no numbers (meta).
+        ConfigError: no such device here, or one whose tensors hold no numbers (meta).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -19,7 +19,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        # Of the lists of everything torch could have been built for, the first sentence.
+        # torch goes on to list every device that it could have been built for.
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"device: {name!r} cannot be used here ({reason}); try --device cpu") from None
+        raise ConfigError(f'device: {name!r} cannot be used here ({reason}); try `device="cpu"`') from None
     return device

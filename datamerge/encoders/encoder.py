@@ -6,12 +6,10 @@ Shapes: B batch, C H W pixels, K embedding.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,12 +25,14 @@ from torch import Tensor, nn
 
 from datamerge.encoders.specs import EncoderSpec, parse_spec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.factories import NoFactory, find_factory
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, Location, shortened
 
 # Seed of networks without weights: part of what their spec means.
 RANDOM_WEIGHTS_SEED = 0
-# Of an mlp: 8 GB. A spec may come from somebody else's artifact, and a few letters of it could fill any memory.
-MOST_WEIGHTS = 2**31
+# Largest mlp, 8 GB: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+MAX_WEIGHTS = 2**31
 
 
 class Encoder(nn.Module):
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ConfigError(
                     f"encoder {self.spec!r}: expected a network on pixels {self.input_shape}, it fails with: "
-                    f"{_first_line(error)}"
+                    f"{first_line(error)}"
                 ) from error
         if not isinstance(output, Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -105,13 +105,13 @@ def load_encoder(spec: str, device: str = "cpu") -> Encoder:
     if parsed.checkpoint:
         _load_checkpoint(model, parsed)
     random_weights = parsed.pretrained is None and parsed.checkpoint is None and parsed.kind != "python"
-    return Encoder(_laid_out(model), str(parsed), shape, mean, std, random_weights).to(device)
+    return Encoder(_channels_last(model), str(parsed), shape, mean, std, random_weights).to(device)
 
 
-def _laid_out(model: nn.Module) -> nn.Module:
-    """The same network with the weights of its convolutions in the order that they run fastest in.
+def _channels_last(model: nn.Module) -> nn.Module:
+    """The same network with the weights of its convolutions in channels-last memory order, in which they run faster.
 
-    Channels last is a tenth to a fifth faster from the second convolution on (`python -m benchmarks.pgd`: the floor
+    It is a tenth to a fifth faster from the second convolution on (`python -m benchmarks.pgd`: the floor
     as built over the floor); a vision transformer has one, which cuts the image into patches.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -218,9 +218,9 @@ def _mlp(spec: EncoderSpec) -> Built:
     shape = (int(match[1]), int(match[2]), int(match[3]))
     widths = [math.prod(shape), *(int(width) for width in match[4][1:].split("-"))]
     weights = sum((before + 1) * after for before, after in pairwise(widths))
-    if weights > MOST_WEIGHTS:
+    if weights > MAX_WEIGHTS:
         raise ConfigError(
-            f"encoder {shortened(f'mlp:{text}')}: expected at most {MOST_WEIGHTS} weights, found {weights}; "
+            f"encoder {shortened(f'mlp:{text}')}: expected at most {MAX_WEIGHTS} weights, found {weights}; "
             "choose smaller layers"
         )
     layers: list[nn.Module] = [nn.Flatten()]
@@ -230,15 +230,9 @@ def _mlp(spec: EncoderSpec) -> Built:
 
 
 def _python(spec: EncoderSpec) -> Built:
-    module_name, _, factory_name = spec.model.partition(":")
-    if not factory_name:
-        raise ConfigError(f"encoder '{spec}': expected python:MODULE:FACTORY")
-    # A console script does not have the working directory on its path; `python -m` does.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
+        factory = find_factory(spec.model)
+    except NoFactory as error:
         raise ConfigError(f"encoder '{spec}': {error}") from None
     model = factory()
     shape = getattr(model, "input_shape", None)
@@ -251,8 +245,12 @@ def _python(spec: EncoderSpec) -> Built:
 
 
 def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
-    """Run a constructor that may reach for a hub, quietly, and say what to do when it cannot."""
-    # The libraries narrate missing weights and every retry; what matters is said below, once.
+    """Run a constructor that may download weights.
+
+    Raises:
+        ConfigError: a download failed; the message says how to do without.
+    """
+    # The libraries log missing weights and every retry; what matters is said below, once.
     logging.disable(logging.ERROR)
     try:
         return cast(nn.Module, create())
@@ -302,7 +300,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path}: not a weights file: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: not a weights file: {first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and friends
         raise ConfigError(f"{path}: expected plain tensors, found other objects: {type(error).__name__}") from None
     for wrapper in ("state_dict", "model"):
@@ -314,11 +312,6 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         found = "other names or values in it" if isinstance(state, dict) else type(state).__name__
         raise ConfigError(f"{path}: expected a state_dict, found {found}")
     return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message; some have none."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:

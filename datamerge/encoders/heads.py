@@ -102,7 +102,7 @@ def load_head(spec: str, class_names: Sequence[str] = (), templates: Sequence[st
         return _timm_classifier(parsed)
     if parsed.kind == "open_clip":
         if not class_names:
-            raise ConfigError(f"head {spec!r}: a zero-shot head needs --class-names FILE, one name a line")
+            raise ConfigError(f"head {spec!r}: a zero-shot head needs `class_names`, in the order of the labels")
         return _zero_shot(parsed, class_names, templates)
     raise ConfigError(f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec")
 

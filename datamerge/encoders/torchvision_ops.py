@@ -9,6 +9,7 @@ the import pass. Nothing is declared where the compiled library loads.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,8 +18,6 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-# The declarations live as long as this object.
-_library: torch.library.Library | None = None
 
 
 def make_torchvision_importable() -> bool:
@@ -27,15 +26,17 @@ def make_torchvision_importable() -> bool:
     Returns:
         Whether the schemas had to be declared.
     """
-    global _library
-    if _library is not None:
-        return True
+    return _declare() is not None
+
+
+@cache  # also because the declarations live as long as the object
+def _declare() -> torch.library.Library | None:
     if _compiled_library_loads():
-        return False
-    _library = torch.library.Library("torchvision", "FRAGMENT")
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS.values():
-        _library.define(schema)
-    return True
+        library.define(schema)
+    return library
 
 
 def _compiled_library_loads() -> bool:
@@ -54,4 +55,4 @@ def _compiled_library_loads() -> bool:
 
 
 def _operator_exists() -> bool:
-    return torch._C._jit_get_operation("torchvision::nms")[0] is not None
+    return hasattr(torch.ops.torchvision, "nms")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
-from datamerge.runtime.verbosity import quiet
+QUIET = "DATAMERGE_QUIET"
+
+
+def quiet() -> bool:
+    """Whether progress and hints are left out: after `datamerge --quiet`, or with DATAMERGE_QUIET=1 in Python.
+
+    An environment variable, so that the processes that a command starts keep quiet too.
+    """
+    return os.environ.get(QUIET, "0") not in ("", "0")
 
 
 def say(message: str) -> None:
@@ -19,6 +28,11 @@ def warn(message: str) -> None:
     """A warning, which is always shown."""
     if _speaks():
         click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _speaks() -> bool:

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from datamerge.runtime.verbosity import quiet
+from datamerge.runtime.messages import quiet
 
 LOG_EVERY = 10.0
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from datamerge.sources.factories import PREFIX, open_factory
+from datamerge.runtime.factories import PREFIX
+from datamerge.sources.factories import open_factory
 from datamerge.sources.image_folder import EXTENSIONS, open_image_folder
 from datamerge.sources.images import BadImage, decode, native_shape
-from datamerge.sources.sample import LISTING, RawImage, Reader, Sample, Source, check_listed
+from datamerge.sources.sample import LISTING, Columns, RawImage, Reader, Sample, Source, check_listed
 from datamerge.sources.tars import is_tar_url, open_tar_url, open_tars
-from storage_schemas import Location, SourceError
+from storage_schemas import Location, SourceError, redact
 
 __all__ = [
     "LISTING",
@@ -36,68 +37,64 @@ def open_source(
     label_column: str | None = None,
     group_column: str | None = None,
 ) -> Source:
-    """List a source: images, Parquet files or tars in a folder, one such file, arrays, or a Python factory.
+    """List a source: images, Parquet files or tars in a folder, one such file, arrays, or your own data set.
 
     Args:
-        url: path, fsspec URL, pattern of tars, `pipe:COMMAND` or `python:MODULE:FACTORY`.
+        url: path, fsspec URL, pattern of tars, or `python:MODULE:FACTORY`.
         limit: use the first `limit` samples only.
         image_column: column or array of images; needed when there are several.
         label_column: column, array or tar member of labels; the usual names by default.
         group_column: column, array or tar member whose values name groups.
 
     Raises:
-        SourceError: nothing there, or nothing we read.
+        SourceError: nothing there, or nothing of these kinds.
     """
     text = os.fspath(url)
+    columns = Columns(image_column, label_column, group_column)
     if text.startswith(PREFIX):
-        if label_column or group_column or image_column:
+        if columns != Columns():
             raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
         return open_factory(text, limit)
+    if text.startswith("pipe:"):
+        raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
     if is_tar_url(text):
-        return open_tar_url(text, label_column, group_column).limited(limit)
+        return open_tar_url(text, columns).limited(limit)
     location = Location(url)
     if not location.exists():
         raise SourceError(f"{location.url}: expected images, Parquet files, tars or arrays, found nothing there")
-    if location.is_file():
-        source = _open_file(location, image_column, label_column, group_column)
-    else:
-        source = _open_folder(location, image_column, label_column, group_column)
+    source = (_open_file if location.is_file() else _open_folder)(location, columns)
     return replace(source, url=location.url).limited(limit)
 
 
-def _open_file(
-    location: Location, image_column: str | None, label_column: str | None, group_column: str | None
-) -> Source:
+def _open_file(location: Location, columns: Columns) -> Source:
     parent, name = location.split()
     check_listed(parent, name)
     if name.endswith(".parquet"):
         from datamerge.sources.parquet import open_parquet  # pyarrow takes half a second
 
-        return open_parquet(parent, [(name, parent.size(name))], image_column, label_column, group_column)
+        return open_parquet(parent, [(name, parent.size(name))], columns)
     from datamerge.sources.arrays import is_array_file, open_arrays
 
     if is_array_file(name):
-        return open_arrays(parent, name, image_column, label_column, group_column)
+        return open_arrays(parent, name, columns)
+    expected = "a .parquet or .tar file, an .npz archive or an IDX file"
     if location.is_read_only:
         raise SourceError(
-            f"{location.url}: expected a .parquet or .tar file, an .npz archive or an IDX file; web servers list no "
-            "folders, name one of these"
+            f"{location.url}: expected {expected}; web servers list no folders, give the URL of one of these"
         )
-    raise SourceError(f"{location.url}: expected a folder, a .parquet or .tar file, an .npz archive or an IDX file")
+    raise SourceError(f"{location.url}: expected a folder, {expected}")
 
 
-def _open_folder(
-    location: Location, image_column: str | None, label_column: str | None, group_column: str | None
-) -> Source:
+def _open_folder(location: Location, columns: Columns) -> Source:
     below = location.files()
     if files := _chosen(location, below, (".parquet",)):
         from datamerge.sources.parquet import open_parquet
 
-        return open_parquet(location, files, image_column, label_column, group_column)
+        return open_parquet(location, files, columns)
     if files := _chosen(location, below, (".tar",)):
-        return open_tars(location, location.url, files, label_column, group_column)
+        return open_tars(location, location.url, files, columns)
     if files := _chosen(location, below, EXTENSIONS):
-        return open_image_folder(location, files, label_column, group_column)
+        return open_image_folder(location, files, columns)
     raise SourceError(
         f"{location.url}: expected a folder with images ({' '.join(EXTENSIONS[:4])} …), Parquet files or tars, found "
         "none below it"

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamerge.sources.sample import Sample, Source, fingerprint, make_keys, to_indices
+from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys, to_indices
 from datamerge.sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
@@ -77,13 +77,7 @@ def is_array_file(name: str) -> bool:
     return plain.endswith((".npz", "ubyte", ".idx"))
 
 
-def open_arrays(
-    location: Location,
-    file: str,
-    image_column: str | None,
-    label_column: str | None,
-    group_column: str | None,
-) -> Source:
+def open_arrays(location: Location, file: str, columns: Columns) -> Source:
     """List the images of an array file.
 
     Raises:
@@ -92,22 +86,22 @@ def open_arrays(
     where = f"{location.url}/{file}"
     data = location.read(file)
     arrays = _parse(data, where)
-    column, images = _images(arrays, image_column, where)
+    column, images = _images(arrays, columns.image, where)
     listing = {file: _facts(data)}
     beside = _labels_beside(location, file)
     if beside is not None:
         data = location.read(beside)
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
-    label_name = label_column or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
+    label_name = columns.label or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
     labels, names = to_indices(_values(arrays, label_name, len(images), where))
-    groups = _values(arrays, group_column, len(images), where)
+    groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     samples = [
         Sample(f"{stem}-{index:08d}", f"{file}#{index}", labels[index], None if group is None else str(group))
         for index, group in enumerate(groups)
     ]
-    identity = fingerprint([column, label_name, group_column, listing])
+    identity = fingerprint([column, label_name, columns.group, listing])
     return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing)
 
 
@@ -163,7 +157,7 @@ def _images(arrays: dict[str, Array], column: str | None, where: str) -> tuple[s
         found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
         raise SourceError(
             f"{where}: expected an array of uint8 images [M, H, W] or [M, H, W, C], found {found}; name it with "
-            "--image-column"
+            "`image_column`"
         )
     images = arrays[column]
     if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):

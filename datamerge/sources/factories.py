@@ -8,20 +8,16 @@ from `targets` or `labels` if the data set has them, else by going through it on
 from __future__ import annotations
 
 import hashlib
-import importlib
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from datamerge.runtime.factories import NoFactory, find_factory
 from datamerge.sources.images import BadImage
 from datamerge.sources.sample import HASHED_FILES, Sample, Source, fingerprint, make_keys
 from storage_schemas import SourceError
-
-PREFIX = "python:"
 
 
 class FactoryReader:
@@ -65,14 +61,10 @@ def open_factory(url: str, limit: int | None) -> Source:
 
 
 def _make(url: str) -> Any:
-    module_name, _, factory_name = url.removeprefix(PREFIX).partition(":")
-    # A console script does not have the working directory on its path; `python -m` does.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SourceError(f"{url}: expected python:MODULE:FACTORY: {error}") from None
+        factory = find_factory(url)
+    except NoFactory as error:
+        raise SourceError(f"{url}: {error}") from None
     dataset = factory()
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise SourceError(

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from datamerge.sources.sample import Sample, Source, fingerprint, make_keys, make_listing, text_labels, to_indices
+from datamerge.sources.sample import (
+    Columns,
+    Sample,
+    Source,
+    fingerprint,
+    make_keys,
+    make_listing,
+    text_labels,
+    to_indices,
+)
 from storage_schemas import Location, SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -37,9 +46,7 @@ class FolderReader:
         return self.location.read(sample.name)
 
 
-def open_image_folder(
-    location: Location, files: Sequence[tuple[str, int]], label_column: str | None, group_column: str | None
-) -> Source:
+def open_image_folder(location: Location, files: Sequence[tuple[str, int]], columns: Columns) -> Source:
     """List the images among the files of a folder.
 
     Raises:
@@ -49,13 +56,13 @@ def open_image_folder(
     groups: list[str | None] = [None] * len(names)
     if location.exists(TABLE):
         rows = _read_table(location, names)
-        labels, class_names = _column_labels(rows, names, label_column, f"{location.url}/{TABLE}")
-        if group_column is not None:
-            groups = _column(rows, names, group_column, f"{location.url}/{TABLE}")
-    elif label_column is not None or group_column is not None:
+        labels, class_names = _column_labels(rows, names, columns.label, f"{location.url}/{TABLE}")
+        if columns.group is not None:
+            groups = _column(rows, names, columns.group, f"{location.url}/{TABLE}")
+    elif wanted := columns.label or columns.group:
         raise SourceError(
-            f"{location.url}: expected a {TABLE} with the column {label_column or group_column!r}, found none; add "
-            "it (its header: file,label,…)"
+            f"{location.url}: expected a {TABLE} with the column {wanted!r}, found none; add it (its header: "
+            "file,label,…)"
         )
     else:
         labels, class_names = _folder_labels(names)
@@ -92,7 +99,7 @@ def _read_table(location: Location, names: Sequence[str]) -> dict[str, Mapping[s
     for row in rows:
         path = row[column] if row[column] in known else f"images/{row[column]}"
         if path not in known:
-            raise SourceError(f"{where}: names {row[column]!r}, which is not below the folder; mend the table")
+            raise SourceError(f"{where}: names {row[column]!r}, which is not below the folder; correct the table")
         table[path] = row
     return table
 

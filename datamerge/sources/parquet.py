@@ -8,8 +8,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datamerge.runtime.messages import first_line
 from datamerge.sources.images import BadImage
-from datamerge.sources.sample import Sample, Source, as_text, fingerprint, make_keys, make_listing, reason, to_indices
+from datamerge.sources.sample import (
+    Columns,
+    Sample,
+    Source,
+    as_text,
+    fingerprint,
+    make_keys,
+    make_listing,
+    to_indices,
+)
 from storage_schemas import Location, SourceError, read_json
 
 # What pyarrow raises for a file that is none, or not whole.
@@ -36,7 +46,7 @@ class ParquetReader:
             value = self._value(name, int(row))
         except (pa.ArrowException, ValueError, LookupError) as error:
             # Not OSError, after which a merge waits and tries again, for every row.
-            raise BadImage(f"row {row} of {name} cannot be read: {reason(error)}") from None
+            raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise BadImage(f"row {row} of {name}: the image column holds no bytes")
@@ -63,9 +73,7 @@ class ParquetReader:
 def open_parquet(
     location: Location,
     files: Sequence[tuple[str, int]],
-    image_column: str | None,
-    label_column: str | None,
-    group_column: str | None,
+    columns: Columns,
 ) -> Source:
     """List the rows of Parquet files below a location.
 
@@ -77,7 +85,7 @@ def open_parquet(
     raw_labels: list[Any] = []
     groups: list[str | None] = []
     names: list[str] = []
-    column = image_column
+    column = columns.image
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
         where = f"{location.url}/{name}"
         try:
@@ -85,12 +93,12 @@ def open_parquet(
             rows = _count(file, size)
             schema = file.schema_arrow
             column = _image_column(schema, column, where)
-            label = _label_column(schema, label_column, where)
+            label = _label_column(schema, columns.label, where)
             names = names or _hugging_face_names(schema, label)
             raw_labels += _values(file, label)
-            groups += _group_values(file, group_column, where)
+            groups += _group_values(file, columns.group, where)
         except _BROKEN as error:
-            raise SourceError(f"{where}: expected a Parquet file: {reason(error)}") from None
+            raise SourceError(f"{where}: expected a Parquet file: {first_line(error)}") from None
         places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
     labels, names = to_indices(raw_labels, names)
@@ -148,7 +156,7 @@ def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
     if wanted in candidates:
         return str(wanted)
     asked = f"the image column {wanted!r}" if wanted else "one image column"
-    raise SourceError(f"{where}: expected {asked}, found {candidates or schema.names}; name it with --image-column")
+    raise SourceError(f"{where}: expected {asked}, found {candidates or schema.names}; name it with `image_column`")
 
 
 def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str | None:

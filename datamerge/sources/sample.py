@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from datamerge.sources.unpack import gunzip
-from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
-from storage_schemas.access.location import refuse_devices
+from storage_schemas import CorruptShard, Location, SourceError, read_json
+from storage_schemas.access.devices import refuse_devices
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
@@ -27,6 +27,21 @@ WHOLE_BYTES = 2**30
 # Of others, files whose ends go into a fingerprint. All would mean reading the whole source before any work.
 HASHED_FILES = 64
 HASHED_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns of a table, arrays of an archive or members of a tar hold what; None stands for the usual ones.
+
+    Attributes:
+        image: encoded images, or pixels.
+        label: classes.
+        group: values that name groups; no groups if None.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +108,12 @@ class Source:
         return self if limit is None else replace(self, samples=self.samples[:limit])
 
     def listing_bytes(self) -> bytes:
-        """The listing as an artifact keeps it, to say later what has changed; the same bytes for the same listing."""
-        return gzip.compress(json.dumps(self._shown_listing(), sort_keys=True).encode(), mtime=0)
-
-    def _shown_listing(self) -> dict[str, list[Any]]:
-        return {redact(name): list(facts) for name, facts in self.listing.items()}
+        """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
+        return gzip.compress(json.dumps(dict(self.listing), sort_keys=True).encode(), mtime=0)
 
     def changes(self, earlier: bytes) -> list[str]:
         """How the files differ from an earlier `listing_bytes`, a line each."""
-        now = self._shown_listing()
+        now = {name: list(facts) for name, facts in self.listing.items()}
         try:
             before = {name: [size, *rest] for name, (size, *rest) in read_json(gunzip(earlier)).items()}
         except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
@@ -204,11 +216,6 @@ def make_keys(names: Sequence[str]) -> list[str]:
 def as_text(value: object) -> str:
     """A value from somebody's JSON, whose strings may hold what no UTF-8 can say, as text."""
     return str(value).encode(errors="backslashreplace").decode()
-
-
-def reason(error: Exception) -> str:
-    """What an error says, or its kind: a MemoryError says nothing."""
-    return str(error) or type(error).__name__
 
 
 def to_indices(raw: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int | None], list[str]]:

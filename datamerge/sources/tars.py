@@ -1,28 +1,25 @@
-"""WebDataset tars: local files, globs, braces, any fsspec URL, or `pipe:` commands.
+"""WebDataset tars: local files, globs, braces, any fsspec URL.
 
-A sample is the run of members that share the name before the first dot: KEY.jpg, KEY.cls, KEY.json, … . Tars that
-can be seeked are listed once by their headers, and readers then fetch single images by their byte ranges. A pipe has
-to be run once to be listed, and again by every worker that reads from it.
+A sample is the run of members that share the name before the first dot: KEY.jpg, KEY.cls, KEY.json, … . Tars are
+listed once by their headers; readers then fetch single images by their byte ranges.
 """
 
 from __future__ import annotations
 
 import re
-import subprocess
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 import braceexpand
 
+from datamerge.runtime.messages import first_line
 from datamerge.sources.image_folder import EXTENSIONS
 from datamerge.sources.images import BadImage
 from datamerge.sources.sample import (
-    HASHED_BYTES,
+    Columns,
     Sample,
     Source,
     as_text,
@@ -30,21 +27,17 @@ from datamerge.sources.sample import (
     fingerprint,
     make_keys,
     make_listing,
-    reason,
     text_labels,
 )
 from storage_schemas import Location, SourceError, read_json, redact
-from storage_schemas.access.location import split_query
+from storage_schemas.access.redaction import split_query
 
-PIPE = "pipe:"
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
 # What tarfile raises for a file that is none, or is made to do harm.
 _BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 LABEL_EXTENSION = "cls"
-# Of a member with labels or captions.
-MAX_TEXT = 2**24
-# Of any member: tarfile goes through a pipe in small steps, also beyond its end.
-MAX_MEMBER = 2**36
+MAX_TEXT = 2**24  # bytes of a member with labels or captions
+MAX_MEMBER = 2**36  # bytes of any member; tarfile would seek beyond what file systems allow
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,56 +79,19 @@ class TarReader:
         return data
 
 
-class PipeReader:
-    """Runs a command again and goes forward through its tar; going back starts it anew.
-
-    Args:
-        commands: by the name that samples have for them.
-    """
-
-    is_concurrent = False
-    is_remote = False
-
-    def __init__(self, commands: Mapping[str, str]) -> None:
-        self._commands = commands
-        self._open: tuple[str, Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]], int] | None = None
-
-    def read(self, sample: Sample) -> bytes:
-        name, _, range_ = sample.name.rpartition("#")
-        start = int(range_.partition("+")[0])
-        if self._open is None or self._open[0] != name or self._open[2] >= start:
-            self._open = (name, _pipe_members(self._commands[name]), -1)
-        try:
-            for info, tar in self._open[1]:
-                if info.offset_data == start:
-                    self._open = (name, self._open[1], start)
-                    stream = tar.extractfile(info)
-                    return stream.read() if stream else b""
-        except _BROKEN as error:
-            self._open = None
-            raise OSError(f"{name}: byte {start} cannot be read: {reason(error)}") from None
-        self._open = None
-        raise OSError(f"{name}: its output ends before byte {start}; it gave more when it was listed")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_commands": self._commands, "_open": None}
-
-
 def is_tar_url(url: str) -> bool:
     """Whether a source is one tar or a pattern of them."""
     base, query = split_query(url)
     ends = base.endswith((".tar", ".tar}")) or query.endswith(".tar")  # …/get?file=x.tar
-    return url.startswith(PIPE) or ends or (".tar" in base and any(c in base for c in "*{["))
+    return ends or (".tar" in base and any(c in base for c in "*{["))
 
 
-def open_tar_url(url: str, label_column: str | None, group_column: str | None) -> Source:
-    """List the tars of a URL with globs and braces, or of a `pipe:` command.
+def open_tar_url(url: str, columns: Columns) -> Source:
+    """List the tars of a URL with globs and braces.
 
     Raises:
         SourceError: nothing there, not a tar, or no image in it.
     """
-    if url.startswith(PIPE):
-        return _open_pipes(url, label_column, group_column)
     base, query = split_query(url)
     paths: list[str] = []
     for pattern in braceexpand.braceexpand(base):
@@ -158,7 +114,7 @@ def open_tar_url(url: str, label_column: str | None, group_column: str | None) -
             files.append((name, location.size(name)))
         except FileNotFoundError:
             raise SourceError(f"{redact(path)}: expected tar files, found nothing there") from None
-    return open_tars(location, redact(base), files, label_column, group_column)
+    return open_tars(location, redact(base), files, columns)
 
 
 def _matches(pattern: str, query: str) -> list[str]:
@@ -171,13 +127,7 @@ def _matches(pattern: str, query: str) -> list[str]:
     return [f"{folder}/{name}" for name in location.glob(pattern[len(folder) + 1 :])]
 
 
-def open_tars(
-    location: Location,
-    url: str,
-    files: Sequence[tuple[str, int]],
-    label_column: str | None,
-    group_column: str | None,
-) -> Source:
+def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], columns: Columns) -> Source:
     """List the samples of tars below a location.
 
     Raises:
@@ -191,79 +141,43 @@ def open_tars(
             tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
         ):
             for info in _members(tar):
-                _note_member(name, info, tar, found, label_column, group_column)
+                _note_member(name, info, tar, found, columns)
+    complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
+    if not complete:
+        raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
+    labels, names = text_labels([_label(parts, columns.label, key) for key, parts, _ in complete])
+    keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
+    samples = [
+        Sample(
+            key,
+            f"{image.tar}#{image.start}+{image.size} {name.rpartition('#')[2]}",
+            label,
+            None if columns.group is None else _text(parts, columns.group),
+        )
+        for key, label, (name, parts, image) in zip(keys, labels, complete, strict=True)
+    ]
     listing = make_listing(location, files)
-    source = _source(url, found, TarReader(location), listing, label_column, group_column)
-    return replace(source, location=location)
-
-
-def _open_pipes(url: str, label_column: str | None, group_column: str | None) -> Source:
-    found: dict[str, _Parts] = {}
-    listing: dict[str, list[Any]] = {}
-    commands = _shown(braceexpand.braceexpand(url))
-    for name, command in commands.items():
-        members = 0
-        heads = b""
-        with _refused(f"{name}: expected a tar from this command"):
-            for info, tar in _pipe_members(command):
-                _note_member(name, info, tar, found, label_column, group_column)
-                members += 1
-                heads = heads if len(heads) > HASHED_BYTES else heads + info.tobuf()
-        listing[name] = [members, fingerprint(heads.hex())]
-    return _source(redact(url), found, PipeReader(commands), listing, label_column, group_column)
-
-
-def _shown(commands: Iterable[str]) -> dict[str, str]:
-    """Commands by names that show no secret and stay the same when a signature is renewed.
-
-    Commands that differ in what is masked alone are told apart by their place in the list.
-    """
-    commands = list(commands)
-    names = [redact(command) for command in commands]
-    times = Counter(names)
-    return {
-        name if times[name] == 1 else f"{name} [{place}]": command
-        for place, (name, command) in enumerate(zip(names, commands, strict=True))
-    }
-
-
-def _pipe_members(command: str) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Members of the tar that a shell command writes, as they come."""
-    # The command is the user's own, as in the WebDataset library.
-    process = subprocess.Popen(command.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
-    try:
-        stream: IO[bytes] | None = process.stdout
-        with tarfile.open(fileobj=stream, mode="r|", errors=NAMES) as tar:
-            for info in _members(tar):
-                yield info, tar
-        while stream is not None and stream.read(HASHED_BYTES):
-            pass  # padding behind the tar's end, which the command must get rid of before it can end
-        if process.wait() != 0:
-            raise SourceError(f"{redact(command)}: the command failed with exit code {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+    identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
+    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar; raises ValueError where the list would never end."""
+    """The members of a tar; raises ValueError for a size that is negative, and would never end, or absurd."""
     for info in tar:
         if not info.offset < tar.offset < info.offset + MAX_MEMBER:
             raise ValueError(f"{info.name!r} claims {info.size} bytes")
-        # A global header tells nothing that we use, and every member to come would keep a copy.
+        # A global header holds nothing that we use, and every later member would keep a copy.
         tar.pax_headers = {}
         yield info
 
 
 @contextmanager
 def _refused(message: str) -> Iterator[None]:
-    """What tarfile raises becomes a SourceError."""
+    """Turn what tarfile raises into a SourceError."""
     try:
         yield
     except _BROKEN as error:
-        raise SourceError(f"{message}: {reason(error)}") from None
+        raise SourceError(f"{message}: {first_line(error)}") from None
 
 
 def _note_member(
@@ -271,8 +185,7 @@ def _note_member(
     info: tarfile.TarInfo,
     tar: tarfile.TarFile,
     found: dict[str, _Parts],
-    label_column: str | None,
-    group_column: str | None,
+    columns: Columns,
 ) -> None:
     """Remember an image's place, or the content of a member that labels and groups come from."""
     folder, _, base = info.name.rpartition("/")
@@ -283,7 +196,7 @@ def _note_member(
     parts = found.setdefault(key, _Parts())
     extension = extension.lower()
     is_image = f".{extension}".endswith(EXTENSIONS)
-    if not is_image and extension not in (label_column or LABEL_EXTENSION, group_column, "json"):
+    if not is_image and extension not in (columns.label or LABEL_EXTENSION, columns.group, "json"):
         return
     if info.issparse():
         raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
@@ -298,32 +211,6 @@ def _note_member(
             raise SourceError(f"{name}: expected a label in {info.name}, found {info.size} bytes")
         stream = tar.extractfile(info)
         parts.texts[extension] = stream.read() if stream else b""
-
-
-def _source(
-    url: str,
-    found: dict[str, _Parts],
-    reader: TarReader | PipeReader,
-    listing: dict[str, list[Any]],
-    label_column: str | None,
-    group_column: str | None,
-) -> Source:
-    complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
-    if not complete:
-        raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    labels, names = text_labels([_label(parts, label_column, key) for key, parts, _ in complete])
-    keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
-    samples = [
-        Sample(
-            key,
-            f"{image.tar}#{image.start}+{image.size} {name.rpartition('#')[2]}",
-            label,
-            None if group_column is None else _text(parts, group_column),
-        )
-        for key, label, (name, parts, image) in zip(keys, labels, complete, strict=True)
-    ]
-    identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
-    return Source(url, "webdataset", samples, names, identity, reader, listing)
 
 
 def _label(parts: _Parts, column: str | None, key: str) -> str | None:

@@ -11,7 +11,7 @@ from rich.filesize import decimal as human_bytes
 
 from datamerge.runtime import Progress
 from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact, shortened
-from storage_schemas.access.location import redact
+from storage_schemas.access.redaction import redact
 from storage_schemas.errors import printable
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.convert import convert as convert_artifact
@@ -114,7 +114,9 @@ def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], a
     datamerge combine round-1 round-2 rounds-1-2
     datamerge combine part-a part-b part-c whole
     """
-    plan = plan_combination([open_artifact(url) for url in artifacts], allowed)
+    plan = plan_combination(
+        [open_artifact(url) for url in artifacts], [path for text in allowed for path in text.split(",")]
+    )
     manifest = _write(output, "combine", plan.layout.groups, plan.write)
     _show_written(output, manifest, as_json)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,20 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from datamerge.encoders import pick_device
+from datamerge.encoders import parse_spec, pick_device
 from datamerge.evaluation.llava.captions import evaluate_captions
+from datamerge.evaluation.llava.coco import read_captions, read_questions
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
 from datamerge.evaluation.llava.evaluate import check_memory
+from datamerge.evaluation.llava.model import count_parameters
 from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.tables import RESULTS, write_reports
 from datamerge.runtime import load_settings
-from datamerge.sources import open_source
+from datamerge.sources import Source, open_source
 from experiments.paper.settings import BASELINE, COLUMNS, MEMBERS, Data, Study
 from merge_service import MergeConfig, merge
-from storage_schemas import ConfigError, Location, open_artifact
+from storage_schemas import ConfigError, DatamergeError, Location, open_artifact
 from storage_schemas.operations.remerge import Remerge, remerge
 from trainer import TrainConfig, train
 
@@ -58,8 +60,27 @@ class Experiment:
     data: Data
     work: Path
 
-    def check_settings(self) -> None:
-        """Raise ConfigError if a command would refuse its settings."""
+    def problems(self) -> list[str]:
+        """What a stage would refuse, the last of them after hours of work; one line for each."""
+        sample = (int(self.study.evaluate["sample"]), int(self.study.evaluate.get("sample_seed", 42)))
+        data = self.data
+        checks: list[Callable[[], object]] = [
+            self._check_settings,
+            lambda: parse_spec(data.encoder),
+            self._source,
+            lambda: read_captions(data.coco_captions, data.coco_images, "test", *sample),
+            lambda: read_questions(data.vqa_questions, data.vqa_annotations, data.vqa_images, *sample),
+            lambda: count_parameters(data.llava),
+        ]
+        found = []
+        for check in checks:
+            try:
+                check()
+            except DatamergeError as error:
+                found.append(str(error))
+        return found
+
+    def _check_settings(self) -> None:
         self.merge_config()
         for name in self.study.arms:
             self.train_config(name)
@@ -181,7 +202,7 @@ class Experiment:
             if found != wanted:
                 raise ConfigError(f"{folder} was drawn with {found}, now with {wanted}; choose another --work")
             return
-        source = open_source(self.data.images)
+        source = self._source()
         generator = np.random.default_rng(np.random.SeedSequence([self.study.draw.seed]))
         chosen = generator.choice(len(source.samples), self.study.groups, replace=False)
         shutil.rmtree(partial, ignore_errors=True)
@@ -191,6 +212,16 @@ class Experiment:
             shutil.copyfile(Path(self.data.images) / sample.name, target)
         Location(self.work).write(DRAWN, json.dumps(wanted).encode())
         partial.rename(folder)
+
+    def _source(self) -> Source:
+        """All images, of which there have to be enough."""
+        source = open_source(self.data.images)
+        if source.kind != "image_folder" or len(source.samples) < self.study.groups:
+            raise ConfigError(
+                f"data.images: expected a folder of at least {self.study.groups:,} images, one for each group that "
+                f"training takes, found {source.kind} with {len(source.samples):,} in {self.data.images}"
+            )
+        return source
 
     def _artifact(self, name: str) -> str:
         return str(self.work / "artifacts" / name)

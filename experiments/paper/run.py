@@ -14,8 +14,8 @@ import click
 
 from datamerge.runtime.checkout import commit
 from experiments.paper.cost import Gpu, Stage, estimate
-from experiments.paper.requirements import problems, warnings
-from experiments.paper.settings import Study, read_study
+from experiments.paper.pipeline import Experiment
+from experiments.paper.settings import read_study
 from storage_schemas import DatamergeError
 
 HERE = Path(__file__).parent
@@ -49,51 +49,40 @@ def main(
     gpu = Gpu({"half": peak_tflops * 1e12, "float32": peak_tflops_float32 * 1e12}, utilisation)
     try:
         study = read_study(settings)
+        experiment = Experiment(study, study.data.below(data), work.expanduser().absolute())
         if dry_run:
-            _print_estimate(study, estimate(study, gpu), work, gpu_price)
-        _run(study, settings, data, work.expanduser().absolute(), dry_run)
+            _print_estimate(experiment, estimate(experiment, gpu), gpu_price)
+        _refuse_what_is_missing(experiment)
+        if dry_run:
+            click.echo("everything that is needed is there")
+            return
+        experiment.check_memory()
+        taken = experiment.run()
+        command = f"python -m experiments.paper.run {'/'.join(settings.absolute().parts[-3:])}"
+        click.echo(experiment.report(command, commit()), nl=False)
     except DatamergeError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         click.echo(f"error: {error.filename or work}: {error.strerror or error}", err=True)
         raise SystemExit(1) from None
+    if taken:
+        click.echo(f"other processes are at {', '.join(taken)}; the last one to end writes the whole table", err=True)
 
 
-def _run(study: Study, settings: Path, data: Path, work: Path, dry_run: bool) -> None:
-    """Check everything, then do everything unless this is a dry run."""
-    where = study.data.below(data)
-
-    def check_settings() -> None:
-        from experiments.paper.pipeline import Experiment
-
-        Experiment(study, where, work).check_settings()
-
-    found = problems(study, where, check_settings)
-    for message in warnings():
-        click.echo(f"warning: {message}", err=True)
+def _refuse_what_is_missing(experiment: Experiment) -> None:
+    """Say it all, and exit with 2."""
+    found = experiment.problems()
     for message in found:
         click.echo(f"missing: {message}", err=True)
     if found:
         click.echo(f"{len(found)} problems; nothing was started", err=True)
         raise SystemExit(2)
-    if dry_run:
-        click.echo("everything that is needed is there")
-        return
-    # Imported here: what is missing is said without torch.
-    from experiments.paper.pipeline import Experiment
-
-    experiment = Experiment(study, where, work)
-    experiment.check_memory()
-    taken = experiment.run()
-    command = f"python -m experiments.paper.run {'/'.join(settings.absolute().parts[-3:])}"
-    click.echo(experiment.report(command, commit()), nl=False)
-    if taken:
-        click.echo(f"other processes are at {', '.join(taken)}; the last one to end writes the whole table", err=True)
 
 
-def _print_estimate(study: Study, stages: Sequence[Stage], work: Path, price: float | None) -> None:
+def _print_estimate(experiment: Experiment, stages: Sequence[Stage], price: float | None) -> None:
     """One line a stage, and the totals."""
+    study, work = experiment.study, experiment.work
     train = study.train
     click.echo(
         f"{train['steps']:,} steps at batch {train['batch_size']} need {study.groups:,} groups, one image each, so "
@@ -108,7 +97,7 @@ def _print_estimate(study: Study, stages: Sequence[Stage], work: Path, price: fl
     memory_in_all = max(stage.memory or 0.0 for stage in stages) / 1e9
     disk = sum(stage.disk for stage in stages) / 1e9
     click.echo(f"{'in all':<28}{'':>8}{disk:>12.2f}{hours_in_all:>11.2f}{memory_in_all:>8.1f}")
-    existing = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
+    existing = next(path for path in (work, *work.parents) if path.exists())
     click.echo(f"{shutil.disk_usage(existing).free / 1e9:.0f} GB are free at {existing}")
     if price is not None:
         click.echo(f"cost at {price:g} a GPU hour: {hours_in_all * price:,.0f}")

@@ -1,7 +1,4 @@
-"""What settings.toml may say. Its tables merge, train and evaluate hold settings of those commands, spelt as there.
-
-Nothing here needs torch, so that a machine without it can say what is missing.
-"""
+"""What settings.toml may say; its tables merge, train and evaluate hold settings of those commands."""
 
 from __future__ import annotations
 
@@ -72,29 +69,6 @@ class Arm(Settings):
     members: Count | None = None
 
 
-class Vision(Settings):
-    """Sizes of the vision transformer, as `cost` counts with them."""
-
-    image_size: Count
-    patch: Count
-    layers: Count
-    width: Count
-    heads: Count
-    hidden: Count
-    embedding: Count
-
-
-class Language(Settings):
-    """Sizes of the language model; `text` is the number of tokens besides the image's."""
-
-    layers: Count
-    width: Count
-    heads: Count
-    hidden: Count
-    vocabulary: Count
-    text: Count
-
-
 class Study(Settings):
     """The whole file."""
 
@@ -106,8 +80,6 @@ class Study(Settings):
     evaluate: dict[str, Any]
     arms: dict[str, Arm]
     published: dict[str, list[float]]
-    vision: Vision
-    language: Language
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

@@ -6,17 +6,17 @@ import errno
 import fnmatch
 import io
 import os
-import re
-import stat
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import fsspec
 
+from storage_schemas.access.atomic import atomic_file
+from storage_schemas.access.devices import refuse_devices
+from storage_schemas.access.redaction import redact, split_query
 from storage_schemas.access.retries import http_status, is_transient, retry
-from storage_schemas.errors import CorruptShard, DatamergeError, UserError
+from storage_schemas.errors import DatamergeError, UserError
 
 T = TypeVar("T")
 
@@ -25,12 +25,6 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 
 # Failures of this machine's disk while it takes a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# No scheme is longer; without a bound a long word takes quadratic time.
-_URL = re.compile(r"\w[\w+.-]{0,30}://[^\s'\"<>]+")
-# A password may hold slashes; a port is none.
-_USER = re.compile(r"(?<=://)(?:[^/?#]+|[^/?#:]*:(?!\d+/)[^?#]*)@")
-_QUERY = re.compile(r"(?<=[?&#;])([^=&]+)=(?:[^&),]|,(?=[^&)]))*")
-_BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 WRITE_ATTEMPTS = 5
 BLOCK = 5 * 2**20  # bytes that a stream over a network requests at least
@@ -201,7 +195,9 @@ class Location:
     def _write_local(self, relative: str, data: bytes) -> None:
         for attempt in range(WRITE_ATTEMPTS):
             try:
-                return _write_local(Path(self.path(relative)), data)
+                with atomic_file(Path(self.path(relative))) as stream:
+                    stream.write(data)
+                return
             except FileNotFoundError:
                 # Another writer that has finished took our temporary file for a leftover.
                 if attempt == WRITE_ATTEMPTS - 1:
@@ -309,74 +305,8 @@ def _explained(failure: Exception, where: str) -> Exception:
     return DatamergeError(f"{where}: {type(failure).__name__}: {reason}; run the same command again to continue")
 
 
-def split_query(url: str) -> tuple[str, str]:
-    """A URL without its query, and the query with its question mark; elsewhere than in http(s) there is none."""
-    base, mark, query = url.partition("?") if _is_http(url) else (url, "", "")
-    return base, mark + query
-
-
-def redact(text: str) -> str:
-    """A URL, or a text that contains some, with user names, passwords and query values masked."""
-    return _URL.sub(lambda url: _redact_url(url[0]), text)
-
-
-def _redact_url(url: str) -> str:
-    if _is_http(url):  # elsewhere a question mark stands for any letter of a name
-        url = _BARE_QUERY.sub("***", url)
-    return _QUERY.sub(r"\1=***", _USER.sub("***@", url))
-
-
-def redact_tree(tree: Any) -> Any:
-    """A JSON tree with every string redacted."""
-    if isinstance(tree, Mapping):
-        return {redact(key): redact_tree(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [redact_tree(value) for value in tree]
-    return redact(tree) if isinstance(tree, str) else tree
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
-
-
 def _missing_driver(url: str, error: ImportError) -> str:
     protocol = url.partition("://")[0]
     extra = EXTRAS.get(protocol)
     hint = f"pip install 'datamerge[{extra}]'" if extra else str(error)
     return f"the driver for {protocol}:// is not installed; {hint}"
-
-
-def refuse_devices(path: str) -> None:
-    """Nothing for a local file or folder, or where there is none.
-
-    Raises:
-        CorruptShard: a device or a pipe, to which an artifact may link; reading one need not end.
-    """
-    try:
-        mode = Path(path).stat().st_mode
-    except OSError:
-        return  # the read says it better
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise CorruptShard(f"{path}: expected a file, found a device or a pipe")
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The rename itself must survive a power cut, or a sidecar could outlive its shard.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from storage_schemas.access.location import Location, refuse_devices
+from storage_schemas.access.devices import refuse_devices
+from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import FileEntry

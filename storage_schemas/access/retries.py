@@ -1,11 +1,11 @@
-"""Retries for operations on remote storage: which failures may pass, and how long to wait for them."""
+"""Retries: which failures may pass, and how long to wait for them."""
 
 from __future__ import annotations
 
 import errno
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -25,27 +25,8 @@ _CLASSES = {
 _JITTER = random.SystemRandom()
 
 
-def retry(operation: Callable[[], T]) -> T:
-    """Call `operation`, again after a transient failure, `ATTEMPTS` times in all.
-
-    The delay doubles from `FIRST_DELAY` to `LONGEST_DELAY` seconds; a random half of it is left out, so that
-    workers which failed together do not return together.
-
-    Raises:
-        Whatever the last call raised.
-    """
-    for attempt in range(ATTEMPTS - 1):
-        try:
-            return operation()
-        except Exception as error:
-            if not is_transient(error):
-                raise
-        time.sleep(min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * _JITTER.uniform(0.5, 1.0))
-    return operation()
-
-
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later: time-outs, lost connections, 429 and 5xx answers.
+    """Whether the same request may succeed a little later: time-outs, lost connections, 429 and 5xx answers.
 
     Causes count too: some drivers call every failure a missing file.
     """
@@ -60,6 +41,42 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(cause, OSError) and cause.errno in _ERRNOS:
             return True
     return False
+
+
+def retry(
+    operation: Callable[[], T],
+    *,
+    transient: Callable[[Exception], bool] = is_transient,
+    delays: Iterable[float] | None = None,
+) -> T:
+    """Call `operation`, again after every transient failure.
+
+    Args:
+        operation: may be called several times.
+        transient: whether a failure may pass.
+        delays: seconds to wait after each failure that may pass; one call more than there are delays is made. By
+            default those of `backoff`.
+
+    Raises:
+        Whatever the last call raised.
+    """
+    for delay in backoff() if delays is None else delays:
+        try:
+            return operation()
+        except Exception as error:
+            if not transient(error):
+                raise
+        time.sleep(delay)
+    return operation()
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait between `ATTEMPTS` calls: they double from `FIRST_DELAY` to `LONGEST_DELAY`.
+
+    A random part of each, up to half, is left out, so that workers which failed together do not return together.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        yield min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * _JITTER.uniform(0.5, 1.0)
 
 
 def http_status(error: BaseException) -> int | None:

@@ -1,8 +1,8 @@
-"""The artifact's croissant.json: Croissant 1.0 metadata (mlcommons.org/croissant) with PROV-O provenance.
+"""The artifact's croissant.json: Croissant 1.0 metadata (mlcommons.org/croissant).
 
 Files are described as sets, so that the document stays small; files of artifacts with few files are listed one
 by one with their sha256 too. Hashes of all others are in the sidecars, whose own are in manifest.json, which
-holds the hash of this document and hence cannot be hashed in it.
+holds the hash of this document and hence cannot be hashed in it. How the groups were made stands in manifest.json.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from storage_schemas.card.dataset_card import describe, license_of
-from storage_schemas.schema.manifest import COMBINED, FileEntry, Format
+from storage_schemas.schema.manifest import FileEntry, Format
 from storage_schemas.stores import STORES
 
 LISTED_FILES = 1000
 
-# The context that the specification gives, and the PROV-O vocabulary.
+# The context that the specification gives.
 CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
@@ -36,7 +36,6 @@ CONTEXT: dict[str, Any] = {
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
     "examples": {"@id": "cr:examples", "@type": "@json"},
-    "prov": "http://www.w3.org/ns/prov#",
     "rai": "http://mlcommons.org/croissant/RAI/",
     "sc": "https://schema.org/",
 }
@@ -58,7 +57,6 @@ def croissant(facts: Mapping[str, Any], files: Sequence[FileEntry]) -> bytes:
         "version": f"{facts['schema_version']}.0.0",
         "distribution": _distribution(facts["format"], files),
         "recordSet": [_groups(facts)],
-        **_provenance(facts),
     }
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 
@@ -125,38 +123,4 @@ def _field(name: str, kind: str, description: str) -> dict[str, Any]:
         "description": description,
         "dataType": kind,
         "source": {"fileSet": {"@id": "sidecars"}, "extract": {"jsonPath": f"$.records[*].{name}"}},
-    }
-
-
-def _provenance(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """`prov:wasGeneratedBy` the merge, with its settings; `prov:wasDerivedFrom` source, encoders and artifacts."""
-    provenance = facts["provenance"]
-    entities = []
-    for name in ("source", "encoder", "attacked_encoder", "head"):
-        found = provenance.get(name)
-        if isinstance(found, dict):
-            found = {key: value for key, value in found.items() if key != "class_names"}
-            entities.append(_entity(name, str(found.get("url") or found.get("spec") or name), found))
-    parts = provenance.get(COMBINED)
-    for part in parts if isinstance(parts, list) else []:
-        if isinstance(part, dict):
-            entities.append(_entity("artifact", f"datamerge-{str(part['plan_sha256'])[:12]}", part))
-    used = ("source", "encoder", "attacked_encoder", "head", COMBINED)
-    settings = {name: value for name, value in provenance.items() if name not in used}
-    return {
-        "prov:wasDerivedFrom": entities,
-        "prov:wasGeneratedBy": {
-            "@type": "prov:Activity",
-            "prov:label": "combine" if parts else "merge",
-            "prov:value": json.dumps(settings, sort_keys=True),
-            "prov:wasAssociatedWith": {"@type": "prov:SoftwareAgent", "prov:label": facts["writer"]},
-        },
-    }
-
-
-def _entity(role: str, label: str, facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "@type": "prov:Entity",
-        "prov:label": f"{role}: {label}",
-        "prov:value": json.dumps(facts, sort_keys=True),
     }

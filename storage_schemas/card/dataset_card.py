@@ -91,8 +91,8 @@ source applies.
 ## Load
 
 ```python
-from storage_schemas import open_artifact
-record = open_artifact(".")[0]      # record.mean, record.mean_square, record.variance, record.target, …
+import datamerge as dm
+record = dm.open_artifact(".")[0]   # record.mean, record.mean_square, record.variance, record.target, …
 ```
 
 {_LOAD[facts["format"]]}

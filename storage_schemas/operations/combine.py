@@ -29,12 +29,13 @@ from storage_schemas.operations.compatibility import (
     is_under,
     origins,
 )
-from storage_schemas.operations.shards import Advance, head_file, moment_specs, pixel_spread, write_shards
+from storage_schemas.operations.shards import Advance, head_file, write_shards
 from storage_schemas.operations.union import KEPT, unite
+from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.manifest import COMBINED, HEAD, MOMENTS, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.provenance import LOCATIONS, Leaves, leaves, tree
-from storage_schemas.schema.record import Record
+from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 # Two computations of one embedding may differ by rounding (another batch size), relative to its length.
@@ -115,7 +116,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
         UserError: inputs that do not go together, with every difference.
     """
     if len(inputs) < 2:
-        raise ConfigError(f"combine: expected two or more artifacts, found {len(inputs)}")
+        raise ConfigError(f"artifacts: expected two or more, found {len(inputs)}")
     urls = [artifact.location.url for artifact in inputs]
     _check_layouts(inputs)
     parts = [
@@ -230,7 +231,7 @@ def _check_no_repetition(urls: Sequence[str], parts: Sequence[dict[str, Any]]) -
         if facts in seen:
             raise UserError(
                 f"{', '.join(urls)}: the same merge occurs twice in these artifacts, its members would count "
-                "twice; merge again with another --seed to add members"
+                "twice; merge again with another `seed` to add members"
             )
         seen.append(facts)
 

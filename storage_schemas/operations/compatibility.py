@@ -76,8 +76,8 @@ def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:
         if not any(is_under(path, [name]) for path in paths):
             known = sorted({path.partition(".")[0] for path in paths})
             raise ConfigError(
-                f"--allow-different {name}: expected a name of the provenance such as attack.epsilon or one of "
-                f"{', '.join(known)}"
+                f"allow_different: expected a name of the provenance such as attack.epsilon or one of "
+                f"{', '.join(known)}, found {name}"
             )
 
 
@@ -96,8 +96,8 @@ def check_compatible(
                 mine, theirs = ("missing" if value is _MISSING else shortened(value) for value in values)
                 problems.setdefault(path, f"{path}: {mine} in {urls[0]}, {theirs} in {url}")
     if problems:
-        flags = " ".join(f"--allow-different {path}" for path in sorted(problems))
+        named = ", ".join(f'"{path}"' for path in sorted(problems))
         raise UserError(
             f"the artifacts do not go together: {'; '.join(problems[path] for path in sorted(problems))}; "
-            f"to combine them all the same: {flags}"
+            f"to combine them all the same: `allow_different=[{named}]`"
         )

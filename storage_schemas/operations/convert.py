@@ -11,17 +11,11 @@ from collections.abc import Sequence
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
-from storage_schemas.operations.shards import (
-    Advance,
-    exact_moments,
-    head_file,
-    moment_specs,
-    pixel_spread,
-    write_shards,
-)
+from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.exact import exact_moments, pixel_spread
 from storage_schemas.schema.manifest import MOMENTS, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.schema.moments import LEVELS
-from storage_schemas.schema.record import Record, encode_exact
+from storage_schemas.schema.record import Record, encode_exact, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 

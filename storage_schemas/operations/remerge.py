@@ -16,18 +16,12 @@ import numpy as np
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError
-from storage_schemas.operations.shards import (
-    Advance,
-    exact_arrays,
-    head_file,
-    moment_specs,
-    pixel_spread,
-    write_shards,
-)
+from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.exact import exact_arrays, pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
 from storage_schemas.schema.moments import ExactMoments
-from storage_schemas.schema.record import Record
+from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
 
@@ -82,14 +76,14 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     old, url = source.manifest.layout, source.location.url
     stored = old.array("members")
     if stored is None:
-        raise ConfigError(f"{url}: expected stored members, found none; merge with --keep-members")
+        raise ConfigError(f"{url}: expected stored members, found none; merge with `keep_members=True`")
     largest, shape = stored.shape[0], stored.shape[1:]
     grouping = source.manifest.provenance.get("grouping")
     kind = grouping.get("kind") if isinstance(grouping, dict) else None
     if kind not in (None, "adversarial") and (wanted.members is not None or wanted.factors is not None):
         raise ConfigError(
             f"{url}: expected groups of attacks, found {kind} groups, whose samples and targets would change; "
-            "merge again with --members, or leave --members and --factors out"
+            "merge again with other `members`, or leave `members` and `factors` out"
         )
     count = wanted.members or largest
     if count > largest:

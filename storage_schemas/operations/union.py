@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from storage_schemas.operations.shards import exact_arrays, exact_moments
+from storage_schemas.schema.exact import exact_arrays, exact_moments
 from storage_schemas.schema.manifest import Layout
 from storage_schemas.schema.moments import ExactMoments
 from storage_schemas.schema.record import Array, Record

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.schema.factors import decode_factors
-from storage_schemas.schema.manifest import ArraySpec, EncodingName, Layout
-from storage_schemas.schema.moments import LEVELS, ExactMoments
+from storage_schemas.schema.manifest import MOMENT_ARRAYS, ArraySpec, EncodingName, Layout
+from storage_schemas.schema.moments import LEVELS, ExactMoments, scatter_dtype, sum_dtype
 
 Array = npt.NDArray[np.generic]
 Float32Array = npt.NDArray[np.float32]
@@ -106,6 +106,14 @@ class Record:
 def _raw_variance(record: Record) -> npt.NDArray[np.float64]:
     mean = record.arrays["mean"].astype(np.float64)
     return record.arrays["mean_square"].astype(np.float64) - mean * mean
+
+
+def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spread: int) -> list[ArraySpec]:
+    """The two arrays of an encoding, for groups of up to `count` members that differ by up to `spread` levels."""
+    dtypes = (
+        (np.dtype(np.float32),) * 2 if encoding == "float32" else (sum_dtype(count), scatter_dtype(count, spread))
+    )
+    return [ArraySpec.of(name, dtype, shape) for name, dtype in zip(MOMENT_ARRAYS[encoding], dtypes, strict=True)]
 
 
 def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:

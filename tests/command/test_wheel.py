@@ -69,10 +69,16 @@ def test_artifacts_are_read_without_extras(environment: Path, tmp_path: Path, ar
     assert found.stdout
 
 
+def test_a_folder_called_like_a_package_is_not_in_the_way(environment: Path, tmp_path: Path) -> None:
+    (tmp_path / "storage_schemas.py").write_text("raise RuntimeError")
+    found = _run(environment / "python", "-m", "datamerge", "inspect", ARTIFACT, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+
+
 def test_an_artifact_is_converted_and_read_in_python(environment: Path, tmp_path: Path) -> None:
     converted = _run(environment / "datamerge", "convert", ARTIFACT, "as-zarr", "--format", "zarr", cwd=tmp_path)
     assert converted.returncode == 0, converted.stderr
-    code = "from storage_schemas import open_artifact; print(len(open_artifact('as-zarr')[0].mean.shape))"
+    code = "import datamerge as dm; print(len(dm.open_artifact('as-zarr')[0].mean.shape))"
     assert _run(environment / "python", "-c", code, cwd=tmp_path).stdout == "3\n"
 
 

@@ -96,7 +96,7 @@ def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(monkeypatch: pyt
     assert head.scale is not None
     torch.testing.assert_close(head.weight.norm(dim=1), torch.ones(3))
     assert torch.equal(head.weight, load_head("open_clip:tiny-test", ["cat", "dog", "ant"]).weight)
-    with pytest.raises(ConfigError, match="--class-names"):
+    with pytest.raises(ConfigError, match="`class_names`"):
         load_head("open_clip:tiny-test")
 
 

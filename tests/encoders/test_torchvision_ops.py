@@ -11,7 +11,7 @@ warnings.simplefilter("error")
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 declared = [make_torchvision_importable(), make_torchvision_importable()]
 import torch
-had = torch._C._jit_get_operation("torchvision::nms")[0] is not None
+had = hasattr(torch.ops.torchvision, "nms")
 import torchvision.transforms
 print(json.dumps([declared, had]))
 """

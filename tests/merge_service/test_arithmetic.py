@@ -47,14 +47,42 @@ def test_targets_are_float32_whatever_the_attack_runs_in(tmp_path: Path, setting
         assert {found.dtype for found in notes} == {torch.float32}
 
 
-def test_out_of_memory_in_embeddings_names_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ERRORS = [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"grouping": "label", "targets": "embedding", "batch_size": 4}, ["4 images", "`batch_size`"]),
+        (
+            {"grouping": "adversarial", "members": 3, "steps": 1, "batch_size": 6},
+            ["6 images", "3 members", "`batch_size`", "`members`", '`precision="bfloat16"`'],
+        ),
+    ],
+    ids=["embeddings", "attack"],
+)
+def test_out_of_memory_names_the_settings_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], names: list[str], error: Exception
+) -> None:
     def exhausted(*arguments: Any) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
+        raise error
 
     with recording():
-        worker, task = _worker(tmp_path, {"grouping": "label", "targets": "embedding", "batch_size": 4})
+        worker, task = _worker(tmp_path, settings)
         monkeypatch.setattr(Encoder, "forward", exhausted)
-        with pytest.raises(
-            DatamergeError, match=r"^batch_size: out of memory .* 4 images .* a smaller --batch-size$"
-        ):
+        with pytest.raises(DatamergeError) as caught:
+            worker.run(task)
+    assert caught.value.field == "batch_size"
+    assert [name for name in names if name not in str(caught.value)] == []
+
+
+def test_other_errors_of_an_encoder_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with recording():
+        worker, task = _worker(tmp_path, {"grouping": "adversarial", "members": 2, "steps": 1})
+        monkeypatch.setattr(Encoder, "forward", broken)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
             worker.run(task)

@@ -1,4 +1,4 @@
-"""`datamerge merge` as it is typed: flags against settings, the plan it shows, the job it submits."""
+"""`datamerge merge` as it is typed: flags against settings, and the plan it shows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from click.testing import CliRunner
 
 from datamerge.runtime import load_settings
 from merge_service import MergeConfig
-from merge_service.cli import as_arguments
 from merge_service.cli import merge as command
-from tests.support.bench import Bench, tree
-
-# Ray's own: files and sockets left to the collector, and an old spelling in the client of its dashboard.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::FutureWarning", "ignore:ssl=None:DeprecationWarning"
-)
 
 ENCODER = "mlp:3x8x8-8-4"
 SETTINGS: list[dict[str, Any]] = [
@@ -35,18 +28,29 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_submitted_command_line_means_the_same_settings(settings: dict[str, Any]) -> None:
-    config = MergeConfig.model_validate({"source": "some photos/", "artifact": "out", **settings})
-    context = command.make_context("merge", as_arguments(config))
-    others = ("config_file", "dry_run", "price_per_hour", "submit", "as_json")
-    flags = {name: value for name, value in context.params.items() if name not in others}
-    assert load_settings(MergeConfig, None, flags) == config
+def test_a_command_line_means_the_same_settings(settings: dict[str, Any]) -> None:
+    typed = ["some photos/", "out"]
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            typed += [f"--{flag}", str(value)]
+    params = command.make_context("merge", typed).params
+    flags = {name: value for name, value in params.items() if name in MergeConfig.model_fields}
+    assert load_settings(MergeConfig, None, flags) == MergeConfig(source="some photos/", artifact="out", **settings)
 
 
-def test_every_setting_has_a_flag() -> None:
+def test_every_setting_has_a_flag_and_a_help() -> None:
     flags = {parameter.name for parameter in command.params}
     assert set(MergeConfig.model_fields) <= flags
     assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
+
+
+def test_a_price_needs_a_plan() -> None:
+    done = CliRunner().invoke(command, ["x", "a", "--grouping", "label", "--price-per-hour", "3"])
+    assert done.exit_code == 2
+    assert "--dry-run" in done.stderr
 
 
 @pytest.mark.parametrize("grouping", ["adversarial", "label", "cluster"])
@@ -81,26 +85,3 @@ def test_the_plan_has_time_bytes_and_cost_and_writes_nothing(tmp_path: Path, gro
         assert 0 < found["peak_share"] < 1
     assert not (tmp_path / "a").exists()
     assert "shards of 2" in CliRunner().invoke(command, [*arguments, "--dry-run", "--device", "cpu"]).output
-
-
-def test_a_submitted_job(bench: Bench, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    """Through the dashboard of the cluster's head: its log is shown, its exit code is ours."""
-    bench.switch()
-    arguments = [argument for argument in bench.arguments(tmp_path / "a") if argument != bench.address]
-    arguments.remove("--ray-address")
-    done = CliRunner().invoke(command, [*arguments[1:], "--submit", bench.dashboard])
-    assert done.exit_code == 0, done.output
-    assert "submitted" in done.stderr
-    assert "13 groups" in done.stderr
-    assert tree(tmp_path / "a") == undisturbed
-    done = CliRunner().invoke(command, [*arguments[1:], "--limit", "3", "--submit", bench.dashboard])
-    assert done.exit_code == 1
-    assert "already holds an artifact made from other settings" in done.stderr
-
-
-def test_nobody_at_the_address(tmp_path: Path) -> None:
-    from storage_schemas import ConfigError
-
-    config = ["x", str(tmp_path / "a"), "--grouping", "label", "--submit", "http://127.0.0.1:9"]
-    with pytest.raises(ConfigError, match="expected the dashboard of a Ray cluster"):
-        CliRunner().invoke(command, config, catch_exceptions=False)

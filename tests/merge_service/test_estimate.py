@@ -21,7 +21,9 @@ from storage_schemas import ArtifactWriter, Location
 class Products(TorchDispatchMode):
     """FLOPs of matrix products, of the backward passes too; torch's own counter refuses `autograd.grad`."""
 
-    flops = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
@@ -56,7 +58,8 @@ def test_a_group_takes_as_many_flops_as_its_attack(method: str, tmp_path: Path) 
     writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
     worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
     worker.prepare()
-    with Products() as counted:
+    counted = Products()
+    with counted:
         worker.run(prepared.plan.task(0))
     assert worker.model is not None
     assert 2 * group_flops(config, count_passes(worker.model, (3, 8, 8))) == counted.flops

@@ -157,6 +157,15 @@ def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path
     assert tree(tmp_path / "a") == undisturbed
 
 
+def test_a_lost_object_costs_nothing(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """Nobody's fault: the shard that needed it is done again, and does not count as failed."""
+    bench.switch("lost")
+    code, errors = bench.merge(tmp_path / "a", "--max-workers", "1")
+    assert code == 0, errors
+    assert not (bench.faults / "lost").exists()
+    assert tree(tmp_path / "a") == undisturbed
+
+
 def test_too_many_rejects_stop_the_job(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     """Also when they come in several runs; a higher limit finishes."""
     bench.switch()

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from datamerge.sources import BadImage, RawImage, Sample
-from merge_service import retry
-from merge_service.reading import PixelReader
-from merge_service.retry import explain, is_hopeless, retrying
+from merge_service import reading
+from merge_service.failures import explain, is_hopeless
+from merge_service.reading import PixelReader, retrying
 from storage_schemas import ConfigError, DatamergeError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
@@ -37,7 +37,7 @@ class Store:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(reading, "WAITS", (0.0, 0.0))
 
 
 def _png() -> bytes:
@@ -121,7 +121,7 @@ def test_retrying() -> None:
         (OSError(errno.EDQUOT, "quota"), True, "the quota is used up"),
         (OSError(errno.EROFS, "ro"), True, "the file system is read-only"),
         (ConfigError("other weights"), True, "other weights"),
-        (OSError("503 slow down"), False, "cannot write: 503 slow down"),
+        (OSError("503 slow down"), False, "out: 503 slow down"),
         (ValueError("x"), False, "x"),
     ],
 )

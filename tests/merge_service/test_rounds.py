@@ -103,30 +103,26 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
     assert resolve(str(moved)).encoder.sha256 == facts["encoder_sha256"]
     facts["encoder_sha256"] = "0" * 64
     (moved / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match=r"expected the weights that run\.json names"):
+    with pytest.raises(ConfigError) as caught:
         resolve(str(moved))
+    assert caught.value.field == "encoder"
+    assert "000000000000…" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "expected run.json in the folder, found none"),
-        ("{", "the summary of a training run"),
-        ("[]", "summary"),
-        ("[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None, message: str) -> None:
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "[" * 100_000])
+def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError) as caught:
         resolve(str(tmp_path))
+    assert "run.json" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="target_encoder: expected pixels"):
+    with pytest.raises(ConfigError) as caught:
         _merge(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
+    assert caught.value.field == "target_encoder"
 
 
 @pytest.mark.parametrize("kind", ["sketch", "principal"])

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from datamerge.runtime import Settings, load_settings
 from storage_schemas import ConfigError
-from storage_schemas.operations.shards import pixel_spread
+from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.pixel_length import PixelLength
 
 

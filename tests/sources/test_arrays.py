@@ -81,7 +81,7 @@ def test_npz_with_channels_first_and_other_names(tmp_path: Path) -> None:
     ("arrays", "options", "message"),
     [
         ({"images": GREY.astype(float)}, {}, "uint8 images"),
-        ({"a": GREY, "b": GREY}, {}, "--image-column"),
+        ({"a": GREY, "b": GREY}, {}, "name it with `image_column`"),
         ({"images": COLOUR[..., :2]}, {}, "1 or 3 channels"),
         ({"images": GREY, "labels": LABELS[:3]}, {}, "'labels' with 6 values, found labels [3]"),
         ({"images": GREY}, {"label_column": "y"}, "'y' with 6 values, found ['images']"),
@@ -150,8 +150,8 @@ def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("python:my_data:Nothing", "has no attribute 'Nothing'"),
-        ("python:no_such_module:x", "No module named 'no_such_module'"),
+        ("python:my_data:Nothing", r"function Nothing, found none in .*test_arrays\.py"),
+        ("python:no_such_module:x", "found no no_such_module among"),
         ("python:my_data", "expected python:MODULE:FACTORY"),
         ("python:my_data:int", "found int without"),
     ],

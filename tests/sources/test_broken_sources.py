@@ -62,27 +62,15 @@ BAD_TARS = {
 
 @pytest.mark.parametrize("kind", BAD_TARS)
 def test_a_tar_whose_headers_lie(tmp_path: Path, kind: str) -> None:
-    """With a negative size the list would go round for ever; so it would behind the end of a pipe."""
+    """With a negative size the list would go round for ever."""
     (tmp_path / "x.tar").write_bytes(BAD_TARS[kind] + bytes(1024))
     with pytest.raises(SourceError, match=r"x\.tar: expected an uncompressed tar: \S"):
         open_source(str(tmp_path / "x.tar"))
-    with pytest.raises(SourceError, match=r"expected a tar from this command: \S"):
-        open_source(f"pipe:cat {tmp_path}/x.tar")
 
 
 def test_a_sparse_member_that_is_no_image_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(_image(b"a.png") + _header(b"a.bin", b"%011o" % 0, b"S") + bytes(1024))
     assert len(open_source(str(tmp_path / "x.tar")).samples) == 1
-
-
-def test_a_pipe_that_breaks_off_later_is_an_os_error(tmp_path: Path) -> None:
-    data = _image(b"a.png") + _image(b"b.png")
-    (tmp_path / "x.tar").write_bytes(data + bytes(1024))
-    source = open_source(f"pipe:cat {tmp_path}/x.tar")
-    (tmp_path / "x.tar").write_bytes(data[:-500])
-    assert source.reader.read(source.samples[0]) == _png()
-    with pytest.raises(OSError, match="cannot be read: unexpected end of data"):
-        source.reader.read(source.samples[1])
 
 
 def test_a_global_header_is_not_kept_for_every_member(tmp_path: Path) -> None:
@@ -289,24 +277,8 @@ def test_a_name_with_a_space_gives_keys_that_are_allowed(tmp_path: Path) -> None
     assert [sample.key for sample in samples] == ["my_images-00000000", "my_images-00000001"]
 
 
-def test_a_pipe_that_goes_on_after_the_tar_ends(tmp_path: Path) -> None:
-    """Nobody reads on, and the command waits for somebody who does."""
-    with tarfile.open(tmp_path / "x.tar", "w") as tar:
-        info = tarfile.TarInfo("a.png")
-        info.size = len(_png())
-        tar.addfile(info, io.BytesIO(_png()))
-    source = open_source(f"pipe:cat {tmp_path}/x.tar; head -c 2000000 /dev/zero")
-    assert source.reader.read(source.samples[0]) == _png()
-
-
-def test_a_pipe_that_ends_within_a_label(tmp_path: Path) -> None:
+def test_a_tar_that_ends_within_a_label(tmp_path: Path) -> None:
     body = _header(b"a.cls", b"%011o" % 5000) + b"1" * 100
     (tmp_path / "x.tar").write_bytes(body)
-    with pytest.raises(SourceError, match="expected a tar from this command"):
-        open_source(f"pipe:cat {tmp_path}/x.tar")
-
-
-def test_a_secret_of_a_source_is_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"\*\*\*") as caught:
-        open_source("pipe:false # https://host/x?sig=SECRET")
-    assert "SECRET" not in str(caught.value)
+    with pytest.raises(SourceError, match="expected an uncompressed tar"):
+        open_source(f"{tmp_path}/x.tar")

@@ -110,14 +110,6 @@ def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:
         open_source(str(tmp_path / "t.tar"))
 
 
-def test_the_password_of_a_pipe_is_not_listed(tmp_path: Path) -> None:
-    tar = _tar(tmp_path / "t.tar", {"a.png": _png()})
-    source = open_source(f"pipe:cat {tar} # https://me:hunter2@host/t")
-    listing = source.listing_bytes()
-    assert b"hunter2" not in gzip.decompress(listing)
-    assert source.changes(listing) == []
-
-
 @pytest.mark.parametrize("earlier", [b"[" * 50_000, b"[1]", b'{"x.png": 5}', b"{"])
 def test_an_earlier_listing_that_is_none(tmp_path: Path, earlier: bytes) -> None:
     source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png()}))

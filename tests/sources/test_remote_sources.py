@@ -227,31 +227,6 @@ def test_a_tar_is_listed_in_few_requests(files: Any) -> None:
     assert len([span for method, _, span in files.requests if method == "GET"]) <= 3
 
 
-def test_a_signature_in_a_command(files: Any) -> None:
-    """It is renewed between two runs; commands that differ in masked values alone are still two."""
-    sources = []
-    for signature in (SIGNATURE, RENEWED):
-        script = "import sys, urllib.request as u; sys.stdout.buffer.write(u.urlopen(sys.argv[1]).read())"
-        command = f"pipe:{sys.executable} -c '{script}' '{files.url}/t-{{0..1}}.tar{signature}'"
-        files.fault = lambda method, path, query=signature: None if path.endswith(query) else 403
-        source = open_source(command)
-        _check(source)
-        assert "SECRET" not in _shown(source) + repr(source.listing)
-        sources.append(source)
-    assert sources[0].fingerprint == sources[1].fingerprint
-    assert sources[0].samples == sources[1].samples
-
-
-def test_commands_that_differ_in_what_is_masked(files: Any) -> None:
-    folder = files.RequestHandlerClass.keywords["directory"]
-    source = open_source(f"pipe:cat {folder}/t-{{0..1}}.tar # https://h/t?part={{a,b}}")
-    assert len(source.samples) == 2 * COUNT
-    assert len({sample.key for sample in source.samples}) == 2 * COUNT
-    reader = source.reader
-    numbers = [*range(4), *range(4), 4, 5, 4, 5]
-    assert [reader.read(sample) for sample in source.samples] == [_png(number) for number in numbers]
-
-
 def test_a_merge_continues_with_another_signature(files: Any, tmp_path: Path) -> None:
     """Shards by the functions that Ray calls; nothing that is written holds the signature."""
     threads = torch.get_num_threads()

@@ -71,16 +71,6 @@ def test_any_file_system(tars: Path) -> None:
         files.rm("/tar-test", recursive=True)
 
 
-def test_a_pipe(tars: Path) -> None:
-    """Run once to list it; forwards and backwards by whoever reads."""
-    source = open_source(f"pipe:cat {tars}/train-{{00..02}}.tar")
-    _check(source, range(12))
-    for number, sample in enumerate(source.samples):
-        np.testing.assert_array_equal(
-            decode(source.reader.read(sample), (3, 5, 4)), _pixels(number).transpose(2, 0, 1)
-        )
-
-
 def test_a_range_is_all_that_is_read(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(tars)
     read: list[tuple[str, int, int]] = []
@@ -139,12 +129,13 @@ def test_a_tar_without_images(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("command", "message"), [("false", "exit code 1|tar from this"), ("echo text", "a tar from")]
-)
-def test_a_pipe_that_fails(command: str, message: str) -> None:
-    with pytest.raises(SourceError, match=message):
-        open_source(f"pipe:{command}")
+def test_a_command_is_refused_and_its_secret_not_shown(tmp_path: Path) -> None:
+    """Earlier releases ran it."""
+    with pytest.raises(SourceError, match="path or URL") as caught:
+        open_source(f"pipe:touch {tmp_path}/trace; curl https://me:hunter2@host/x.tar?sig=SECRET")
+    assert not list(tmp_path.iterdir())
+    assert "SECRET" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_tar_that_was_cut_since(tars: Path) -> None:

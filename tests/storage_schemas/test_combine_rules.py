@@ -83,7 +83,7 @@ def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
     [
         (
             {"attack.epsilon": "4/255"},
-            r"attack\.epsilon: '2/255' in .*, '4/255' in .*--allow-different attack\.epsilon",
+            r"attack\.epsilon: '2/255' in .*, '4/255' in .*`allow_different=\[\"attack\.epsilon\"\]`",
         ),
         ({"source.fingerprint": "f01"}, r"source\.fingerprint: 'f00' in .*, 'f01' in "),
         ({"preprocessing.resize": "none"}, r"preprocessing\.resize: missing in .*, 'none' in "),
@@ -175,10 +175,12 @@ def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, encoding="float32")
     with pytest.raises(UserError, match="datamerge convert"):
         plan_combination([a, b])
-    with pytest.raises(ConfigError, match="two or more"):
+    with pytest.raises(ConfigError, match="found 1") as caught:
         plan_combination([a])
-    with pytest.raises(ConfigError, match=r"--allow-different atack.*attack"):
+    assert caught.value.field == "artifacts"
+    with pytest.raises(ConfigError, match=r"attack.*found atack") as caught:
         plan_combination([a, a], ["atack"])
+    assert caught.value.field == "allow_different"
 
 
 def test_heads_have_to_be_equal(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from storage_schemas import (
     Location,
     NotAnArtifact,
     Record,
+    SchemaError,
     UserError,
     open_artifact,
 )
 from storage_schemas.card.finish import finish
 from storage_schemas.operations.convert import convert
-from storage_schemas.operations.shards import exact_moments, pixel_spread
+from storage_schemas.schema.exact import exact_moments, pixel_spread
 from storage_schemas.schema.record import encode_exact
 
 Write = Callable[..., list[Record]]
@@ -205,6 +206,9 @@ def test_the_dtypes_are_those_that_the_merge_plans(tmp_path: Path) -> None:
     provenance = {"attack": {"epsilon": "2/255"}, "grouping": {"members": 10}}
     assert pixel_spread(provenance) == 4
     assert pixel_spread({"attack": {"epsilon": "0.9"}}) == pixel_spread({}) == 255
+    for epsilon in ("1e999999999", "1/1e-999999999", "9" * 10**6, "2/0", "-1/255", "two"):
+        with pytest.raises(SchemaError, match=r"attack\.epsilon"):
+            pixel_spread({"attack": {"epsilon": epsilon}})
     _float32_artifact(tmp_path / "a", [(10, moments.mean, moments.mean_square)], provenance)
     convert(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), "webdataset", "uint8_moments")
     converted = open_artifact(tmp_path / "b")

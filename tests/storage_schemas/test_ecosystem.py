@@ -138,20 +138,6 @@ def test_croissant(
     }
 
 
-def test_croissant_provenance(
-    published: Callable[..., tuple[Path, list[Record]]], provenance: dict[str, Any]
-) -> None:
-    folder, _ = published("zarr")
-    document = json.loads((folder / "croissant.json").read_bytes())
-    assert document["@context"]["prov"] == "http://www.w3.org/ns/prov#"
-    (source,) = document["prov:wasDerivedFrom"]
-    assert source["@type"] == "prov:Entity"
-    assert json.loads(source["prov:value"]) == provenance["source"]
-    activity = document["prov:wasGeneratedBy"]
-    assert json.loads(activity["prov:value"]) == {"seed": 7, "grouping": "label"}
-    assert activity["prov:wasAssociatedWith"]["prov:label"].startswith("datamerge ")
-
-
 def test_croissant_of_many_shards_stays_small(
     published: Callable[..., tuple[Path, list[Record]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from storage_schemas import (
     open_artifact,
     redact,
 )
-from storage_schemas.access.location import redact_tree
+from storage_schemas.access.redaction import redact_tree
 from storage_schemas.artifact import parse_head
 from storage_schemas.operations.convert import convert
 from storage_schemas.verify import verify

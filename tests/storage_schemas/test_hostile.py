@@ -297,8 +297,8 @@ ORIGIN = {"plan_sha256": UNSEALED, "groups": 1, "provenance": {}}
         ({"combined": [{**ORIGIN, "provenance": 3}]}, "combined.0.provenance: Input should be an object"),
         ({"combined": [{**ORIGIN, "groups": -1}]}, "combined.0.groups: .*greater than or equal to 0"),
         ({"a": 1, "a.b": 2}, "a.b: expected nothing below a, which has a value"),
-        ({"attack": {"epsilon": "1/0"}}, "attack.epsilon: expected a fraction such as 2/255, found '1/0'"),
-        ({"attack": {"epsilon": "1e999999999"}}, "attack.epsilon: expected a fraction"),
+        ({"attack": {"epsilon": "1/0"}}, "attack.epsilon: .*found '1/0'"),
+        ({"attack": {"epsilon": "1e999999999"}}, "attack.epsilon: .*found '1e999999999'"),
     ],
 )
 def test_a_provenance_that_cannot_be_combined(

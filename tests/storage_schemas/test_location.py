@@ -146,6 +146,24 @@ def test_errors_that_pass_and_errors_that_stay() -> None:
     assert [error for error in staying if is_transient(error)] == []
 
 
+def test_what_may_pass_and_how_long_to_wait_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    failures = [KeyError("one"), KeyError("two")]
+
+    def fail_twice() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert retry(fail_twice, transient=lambda error: isinstance(error, KeyError), delays=(1.0, 2.0)) == "done"
+    assert waits == [1.0, 2.0]
+    failures = [KeyError(str(number)) for number in range(9)]
+    with pytest.raises(KeyError):
+        retry(fail_twice, transient=lambda error: True, delays=(1.0,))
+    assert len(failures) == 7
+
+
 def test_retries_end() -> None:
     calls = []
 

@@ -70,11 +70,11 @@ def test_factors_are_those_of_the_key_and_seed(
 
 
 @pytest.mark.parametrize(
-    ("extras", "wanted", "message"),
+    ("extras", "wanted", "field", "numbers"),
     [
-        (("target",), Remerge(), "expected stored members, found none; merge with --keep-members"),
-        (("members",), Remerge(members=5), "expected at most the 4 that .* stores, found 5"),
-        (("members",), Remerge(members=2, factors=2), "2 members span 1 directions, found 2"),
+        (("target",), Remerge(), None, "`keep_members=True`"),
+        (("members",), Remerge(members=5), "members", "at most the 4 .*, found 5"),
+        (("members",), Remerge(members=2, factors=2), "factors", "2 members span 1 .*, found 2"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -83,11 +83,13 @@ def test_what_cannot_be_is_refused(
     write_artifact: Write,
     extras: tuple[str, ...],
     wanted: Remerge,
-    message: str,
+    field: str | None,
+    numbers: str,
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(extras=extras), (), {})
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=numbers) as caught:
         remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
+    assert caught.value.field == field
     assert not (tmp_path / "b").exists()
 
 
@@ -98,6 +100,6 @@ def test_groups_that_are_no_attacks_are_not_cut(
     """Their samples, their target and their number would be others."""
     write_artifact(tmp_path / "a", make_layout())
     forge(tmp_path / "a", lambda manifest: manifest["provenance"].update(grouping={"kind": "label", "members": 4}))
-    with pytest.raises(ConfigError, match="expected groups of attacks, found label groups"):
+    with pytest.raises(ConfigError, match="attacks, found label groups"):
         remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
     assert not (tmp_path / "b").exists()

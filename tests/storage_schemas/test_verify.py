@@ -299,7 +299,7 @@ def test_a_damaged_sidecar_is_never_taken_into_the_manifest(case: Case) -> None:
     with pytest.raises(DatamergeError, match=r"00001\.json"):
         case.merge()
     (case.folder / "commits/00001.json").write_bytes(case.files["commits/00002.json"])
-    with pytest.raises(CorruptShard, match=r"00001\.json.*verify --fix"):
+    with pytest.raises(CorruptShard, match=r"00001\.json.*`fix=True`"):
         case.merge()
     assert (case.folder / "manifest.json").read_bytes() == case.files["manifest.json"]
 

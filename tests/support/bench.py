@@ -35,7 +35,6 @@ class Bench:
 
     Attributes:
         address: of the Ray cluster.
-        dashboard: URL of its dashboard.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
@@ -44,7 +43,6 @@ class Bench:
     """
 
     address: str
-    dashboard: str
     cluster: Any
     photos: Path
     faults: Path
@@ -95,8 +93,8 @@ class Bench:
         return code, errors.getvalue()
 
     def switch(self, *switches: str) -> None:
-        """Switch exactly these faults on: `slow` or `poison`."""
-        for name in ("slow", "poison"):
+        """Switch exactly these faults on: `slow`, `poison`, or `lost`, which happens once."""
+        for name in ("slow", "poison", "lost"):
             (self.faults / name).unlink(missing_ok=True)
         shutil.rmtree(self.faults / "busy", ignore_errors=True)
         (self.faults / "busy").mkdir()
@@ -145,8 +143,7 @@ def running_bench(folder: Path) -> Iterator[Bench]:
             for name, value in environment.items():
                 patch.setenv(name, value)
             cluster = _cluster()
-        address, dashboard = cluster.address, f"http://{cluster.head_node.webui_url}"
-        yield Bench(address, dashboard, cluster, folder / "photos", folder / "faults", store, environment)
+        yield Bench(cluster.address, cluster, folder / "photos", folder / "faults", store, environment)
         cluster.shutdown()
 
 
@@ -168,9 +165,7 @@ def _cluster() -> Any:
     """A head and one more node."""
     from ray.cluster_utils import Cluster
 
-    head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": True}
-    # Any free ports: another Ray may run on this machine, and without its own the head's agent takes no jobs.
-    head |= {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+    head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
     return cluster

@@ -20,10 +20,9 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.operations.combine import plan_combination
-from storage_schemas.operations.shards import moment_specs
 from storage_schemas.schema.factors import factors
 from storage_schemas.schema.provenance import leaves, tree
-from storage_schemas.schema.record import encode_exact
+from storage_schemas.schema.record import encode_exact, moment_specs
 
 SHAPE, WIDTH = (1, 3, 4), 5
 ROUND: dict[str, Any] = {

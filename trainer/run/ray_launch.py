@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datamerge.runtime.ray import ray_environment
+from datamerge.runtime.ray import check_cluster_address, ray_environment
 
 os.environ.update(ray_environment())
 
@@ -20,7 +20,6 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from datamerge.runtime.addresses import check_cluster_address
 from storage_schemas import ConfigError, DatamergeError, UserError
 from trainer.config import TrainConfig
 from trainer.run.checkpoint import RunFolder, RunSummary

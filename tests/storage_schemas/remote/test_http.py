@@ -19,7 +19,7 @@ from storage_schemas import (
     UserError,
     open_artifact,
 )
-from storage_schemas.access.location import redact
+from storage_schemas.access.redaction import redact
 from storage_schemas.access.retries import ATTEMPTS, LONGEST_DELAY
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

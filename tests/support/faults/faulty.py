@@ -10,6 +10,7 @@ import signal
 import time
 from pathlib import Path
 
+import ray
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ def faults() -> Path:
 
 
 class FaultyEncoder(nn.Sequential):
-    """A small network that is slow, deadly for a poisoned image, and never finite for a marked one."""
+    """A small network that is slow, fails on one image in one of two ways, and is never finite for another."""
 
     input_shape = (3, 8, 8)
 
@@ -39,8 +40,12 @@ class FaultyEncoder(nn.Sequential):
         if (faults() / "slow").exists():
             (faults() / "busy" / str(os.getpid())).touch()
             time.sleep(0.1)
-        if (faults() / "poison").exists() and bool(((first - POISON_LEVEL).abs() <= 1).any()):
+        marked = bool(((first - POISON_LEVEL).abs() <= 1).any())
+        if marked and (faults() / "poison").exists():
             os.kill(os.getpid(), signal.SIGKILL)
+        if marked and (faults() / "lost").exists():
+            (faults() / "lost").unlink()
+            raise ray.exceptions.ObjectLostError("00" * 28, None, "")
         outputs: Tensor = super().forward(pixels)  # type: ignore[no-untyped-call]
         nan = first == NAN_LEVEL
         return outputs * torch.where(nan, float("nan"), 1.0)[:, None]

@@ -1,10 +1,26 @@
-"""Lists that a user keeps as text files."""
+"""Folders and lists on this machine, as a user names them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from storage_schemas import ConfigError
+
+
+def local_path(text: str, what: str) -> Path:
+    """A folder of this machine, absolute.
+
+    Args:
+        what: is to be written there, for the message.
+
+    Raises:
+        ConfigError: a URL.
+    """
+    if "://" in text:
+        raise ConfigError(
+            f"{text}: expected a folder of this machine for {what}, found a URL; copy it there afterwards"
+        )
+    return Path(text).expanduser().absolute()
 
 
 def read_lines(file: str, expected: str) -> list[str]:

@@ -1,0 +1,35 @@
+"""What a failure of a worker means: for one shard, or for the whole job."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from datamerge.runtime.messages import first_line
+from storage_schemas import DatamergeError, UserError
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
+_CLOSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
+
+
+def is_hopeless(error: BaseException) -> bool:
+    """Whether every other shard would meet the same failure, so that the job should stop at once."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in {**_FULL, **_CLOSED})
+
+
+def explain(error: BaseException, where: str) -> DatamergeError:
+    """A one-line error for a failure that ends the job; `where` is the artifact."""
+    if isinstance(error, DatamergeError):
+        return error
+    known = {**_FULL, **_CLOSED}.get(error.errno or 0) if isinstance(error, OSError) else None
+    reason = f"cannot write: {known}" if known else first_line(error)
+    return DatamergeError(
+        f"{where}: {reason}; finished shards are kept, remove the cause and run the same command again"
+    )
+
+
+def cause_of_death(error: BaseException) -> str:
+    """What Ray knows of a worker's end, without the paragraphs around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
+    return (known or lines or ["unknown"])[-1][:300]

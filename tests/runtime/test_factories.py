@@ -1,0 +1,63 @@
+"""`python:MODULE:FACTORY`: what is installed, then the working directory, and a message that names the file found."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamerge.demo.digits import digit_encoder
+from datamerge.encoders import load_encoder
+from datamerge.runtime.factories import NoFactory, find_factory
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that is not on the path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return tmp_path
+
+
+def test_the_working_directory_is_searched_last(folder: Path) -> None:
+    (folder / "own_factory_module.py").write_text("def make():\n    return 'own'\n")
+    (folder / "json.py").write_text("raise RuntimeError\n")
+    before = list(sys.path)
+    assert find_factory("python:own_factory_module:make")() == "own"
+    assert sys.path == [*before, str(folder)]
+    assert find_factory("json:loads")("1") == 1  # type: ignore[call-arg]
+    assert sys.path == [*before, str(folder)]
+
+
+def test_specs_of_earlier_releases_find_what_has_moved(folder: Path) -> None:
+    """Artifacts and runs name it in their provenance; a `demo` of the user's own is another thing."""
+    (folder / "demo.py").write_text("raise RuntimeError\n")
+    assert find_factory("demo.digits:digit_encoder") is digit_encoder
+    encoder = load_encoder("python:demo.digits:digit_encoder")
+    assert encoder.spec == "python:demo.digits:digit_encoder"
+    assert encoder.sha256 == load_encoder("python:datamerge.demo.digits:digit_encoder").sha256
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("", "python:MODULE:FACTORY"),
+        ("json", "python:MODULE:FACTORY"),
+        ("json:", "python:MODULE:FACTORY"),
+        (":loads", "python:MODULE:FACTORY"),
+        (".json:loads", "python:MODULE:FACTORY"),
+        ("json:loads:more", "python:MODULE:FACTORY"),
+        ("no_such_package.part:x", "found no no_such_package among"),
+        ("json.no_such_part:x", r"found no json\.no_such_part among"),
+        ("json:nobody", r"found none in .*json/__init__\.py"),
+        ("json:__name__", r"found none in .*json/__init__\.py"),
+        ("needs_a_package:make", "its import fails with: No module named 'no_such_package'"),
+        ("needs_a_name:make", "its import fails with: cannot import name"),
+    ],
+)
+def test_a_spec_that_leads_nowhere_says_why(folder: Path, spec: str, words: str) -> None:
+    (folder / "needs_a_package.py").write_text("import no_such_package\n")
+    (folder / "needs_a_name.py").write_text("from json import nothing\n")
+    with pytest.raises(NoFactory, match=words):
+        find_factory(spec)

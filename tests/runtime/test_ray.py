@@ -1,0 +1,103 @@
+"""Joining Ray: addresses that a user mistypes are refused at once, a caller's connection is left alone."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from datamerge.runtime.ray import call_in_worker, check_cluster_address, connected, ray_environment
+from merge_service import MergeConfig
+from merge_service.ray_stage import on_ray
+from storage_schemas import ConfigError
+from trainer import TrainConfig
+from trainer.run.ray_launch import train_on_ray
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that is taken and where nothing listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_nothing_listens(port: int, form: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_cluster_address(form.format(f"127.0.0.1:{port}"))
+    assert caught.value.field == "ray_address"
+    assert str(port) in str(caught.value)
+
+
+def test_a_name_that_nobody_has() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_cluster_address("no-such-host.invalid:6379")
+    assert caught.value.field == "ray_address"
+
+
+@pytest.mark.parametrize("form", ["{}", "ray://{}"])
+def test_something_listens(port: int, form: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_cluster_address(form.format(f"127.0.0.1:{server.getsockname()[1]}"))
+
+
+@pytest.mark.parametrize("address", ["auto", "local", "127.0.0.1", "ray://host"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    check_cluster_address(address)
+
+
+@pytest.mark.parametrize("command", ["merge", "train"])
+def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may be connected
+    monkeypatch.setattr("ray.shutdown", lambda: pytest.fail("there is nothing to leave"))
+    address = f"127.0.0.1:{port}"
+
+    def merge() -> None:
+        with on_ray(MergeConfig(source="s", artifact="a", encoder="mlp:3x4x4-2", ray_address=address)):
+            pytest.fail("nobody is there")
+
+    calls: dict[str, Callable[[], object]] = {
+        "merge": merge,
+        "train": lambda: train_on_ray(TrainConfig(artifact="a", run="r", steps=1), 1, address),
+    }
+    with pytest.raises(ConfigError) as caught:
+        calls[command]()
+    assert caught.value.field == "ray_address"
+
+
+def test_a_connection_of_the_caller_is_used_and_kept(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the address: Ray has one connection a process."""
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    for name in ("init", "shutdown"):
+        monkeypatch.setattr(f"ray.{name}", lambda **_: pytest.fail("the connection is not ours"))
+    with connected(f"127.0.0.1:{port}", 1):
+        pass
+
+
+def test_the_environment_is_the_users_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    assert ray_environment({"RAY_X": "1"}).items() >= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_X": "1"}.items()
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.setenv("RAY_X", "2")
+    assert not ray_environment({"RAY_X": "1"}).keys() & {"RAY_USAGE_STATS_ENABLED", "RAY_X"}
+
+
+def test_a_call_for_a_worker_searches_the_users_folders_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sent as code: it names no module of ours, which would be imported before the search path is right."""
+    from ray import cloudpickle
+
+    (tmp_path / "script").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "script" / "mine.py")])
+    sent = cloudpickle.dumps(call_in_worker("builtins:sorted", [3, 1, 2]))
+    assert not any(name in sent for name in (b"merge_service", b"storage_schemas"))
+    users = [str(tmp_path), str(tmp_path / "script")]
+    monkeypatch.setattr(sys, "path", [*users, *sys.path])
+    before = list(sys.path)
+    assert cloudpickle.loads(sent)() == [1, 2, 3]
+    assert sys.path[-2:] == users
+    assert sorted(sys.path) == sorted(before)
