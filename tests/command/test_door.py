@@ -59,9 +59,9 @@ RESULTS = (
     "ArmResult",
     "Attacked",
     "Difference",
-    "Evaluation",
     "MergeResult",
     "Report",
+    "Results",
     "RunSummary",
 )
 ERRORS = (

@@ -18,7 +18,7 @@ from tests.support.pages import PAGES, blocks, command_lines, name, resolve, spa
 def every_command(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = click.Context(command, **cli.context_settings)
         for sub in command.list_commands(context):
             found = command.get_command(context, sub)
             assert found is not None
@@ -30,7 +30,7 @@ def check(arguments: list[str]) -> None:
     assert unknown_flags(arguments) == []
     command, rest = resolve(arguments)
     if "…" not in " ".join(rest):
-        command.make_context(command.name, rest)
+        command.make_context(command.name, rest, **cli.context_settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
