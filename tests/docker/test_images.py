@@ -53,8 +53,8 @@ def parse(arguments: list[str]) -> None:
     command: click.Command = cli
     while isinstance(command, click.Group):
         found = command.get_command(click.Context(command, **cli.context_settings), arguments[0])
-        # `evaluate RUN` is short for `evaluate both RUN`.
-        command = found or (command.commands["both"] if command is not cli else _unknown(arguments[0]))
+        # `evaluate RUN` is short for `evaluate pgd RUN`.
+        command = found or (command.commands["pgd"] if command is not cli else _unknown(arguments[0]))
         arguments = arguments[1:] if found else arguments
     command.make_context(command.name, list(arguments), **cli.context_settings)
 

@@ -75,8 +75,8 @@ def resolve(arguments: Sequence[str]) -> tuple[click.Command, list[str]]:
         found = command.get_command(context, rest[0])
         if found is None and command is cli:
             raise click.UsageError(f"no such command: {rest[0]}")
-        # `evaluate RUN` is short for `evaluate both RUN`.
-        command = found or command.commands["both"]
+        # `evaluate RUN` is short for `evaluate pgd RUN`.
+        command = found or command.commands["pgd"]
         rest = rest[1:] if found else rest
     return command, rest
 
