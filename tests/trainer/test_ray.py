@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from storage_schemas import UserError
+from tests.support.bench import Bench
+from tests.support.paths import ROOT
 from trainer import TrainConfig, train
 from trainer.cli import train as command
 
@@ -45,20 +47,14 @@ class Mortal(nn.Module):
 
 
 @pytest.fixture
-def _cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _cluster(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "mortal_networks.py").write_text(MORTAL.format(marker=str(tmp_path / "died")))
     monkeypatch.syspath_prepend(str(tmp_path))
     import ray
 
-    paths = f"{tmp_path}:{Path(__file__).parents[2]}"
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        logging_level=40,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-    )
+    # Workers find the encoder's module there.
+    variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    ray.init(address=bench.address, logging_level=40, log_to_driver=False, runtime_env={"env_vars": variables})
     yield
     ray.shutdown()
 
