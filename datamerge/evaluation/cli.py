@@ -13,7 +13,7 @@ from datamerge.runtime import load_settings
 from datamerge.runtime.options import options
 
 HELP = {
-    "pgd": """Embedding loss and accuracy at once, clean and under PGD: what `datamerge evaluate RUN…` does.
+    "pgd": """Loss and accuracy at once, clean and under PGD. The word `pgd` may be left out.
 
     \b
     datamerge evaluate open_clip:ViT-B-32/openai my-run --data test-photos/
@@ -90,7 +90,7 @@ for _name in PARTS:
 
 
 @evaluate.command("all")
-@click.argument("runs", nargs=-1, metavar="RUN [RUN…]")
+@click.argument("runs", nargs=-1, metavar="RUN…")
 @click.option("--config", "file", metavar="FILE.toml", required=True, help="A table per part: [zero-shot] …")
 @click.option("--data", metavar="SOURCE", help="Raw images of pgd, zero-shot and embedding. [as in the file]")
 @click.option("-o", "--output", metavar="FOLDER", help="Where results go. [as in the file]")

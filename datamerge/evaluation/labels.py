@@ -105,8 +105,8 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     if source.class_names and len(source.class_names) != classes:
         warn(
             f"{source.url} has {len(source.class_names)} classes and head {where!r} has {classes}: labels are "
-            "taken as positions in the head, which is wrong if the source has only some of its classes; "
-            "`class_names` with the head's names matches them by name"
+            "taken as positions in the head, which is wrong if the source has only some of its classes; a file of "
+            "the head's class names matches them by name"
         )
     return {label: label for label in used}
 

@@ -79,8 +79,8 @@ def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: So
         return classify(encoders, heads, source, str(config.head))
     if labelled:
         say(
-            "hint: the images have labels; `head` gives accuracies: a .safetensors file, timm:…, open_clip:…, or "
-            f"{OUTPUTS} if the encoder's outputs are logits"
+            "hint: the images have labels; a head gives accuracies: a .safetensors file, timm:…, open_clip:…, or "
+            f"`{OUTPUTS}` if the encoder's outputs are logits"
         )
     if heads:
         warn(f"{source.url} has no labels, so the head is not used; put the images into one folder a class")

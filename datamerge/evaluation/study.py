@@ -27,10 +27,8 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.moments import LEVELS
 
 # Settings that determine the numbers, of those that a part has.
-DECISIVE = {"limit", "sample", "sample_seed", "seed", "steps", "restarts"} | {
-    *("epsilons", "norm"),
-    *("epsilon", "step_size", "grid"),
-}
+DECISIVE = {"limit", "sample", "sample_seed", "seed", "steps", "restarts"}
+DECISIVE |= {"epsilons", "norm", "epsilon", "step_size", "grid"}
 
 
 @dataclass(frozen=True)

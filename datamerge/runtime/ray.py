@@ -109,20 +109,26 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
     Ray puts the driver's working directory and script folder in front of its workers' search path, and whatever a
     worker is sent by name it imports from there: a user's own `trainer/` instead of ours. This function is sent as
     code, because it is nested, and its arguments as bytes. It moves the two folders to the end, where they serve
-    `python:` specs, before it imports anything.
+    `python:` specs, before it imports anything. Where there is the driver's working directory, it enters it: relative
+    paths mean the same on both sides.
     """
     from ray import cloudpickle
 
     module, name = target.split(":")
     packed = cloudpickle.dumps(args)
     ours = str(Path(__file__).parents[2])
-    users = {str(Path.cwd()), str(Path(sys.argv[0]).resolve().parent)} - {ours}
+    here = str(Path.cwd())
+    users = {here, str(Path(sys.argv[0]).resolve().parent)} - {ours}
 
     def call() -> Any:
+        import contextlib
         import importlib
+        import os
         import pickle
         import sys
 
+        with contextlib.suppress(OSError):
+            os.chdir(here)
         first = [folder for folder in sys.path if folder not in users]
         last = [folder for folder in sys.path if folder in users]
         # Where the driver found us, for machines on which we are not installed.

@@ -27,20 +27,21 @@ import torch
 from filelock import FileLock, Timeout
 
 from datamerge.encoders import parse_spec, pick_device
-from datamerge.evaluation.llava.arms import check_memory
 from datamerge.evaluation.llava.captions import evaluate_captions
 from datamerge.evaluation.llava.coco import read_captions, read_questions
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
+from datamerge.evaluation.llava.evaluate import check_memory
 from datamerge.evaluation.llava.model import count_parameters
 from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.tables import RESULTS, write_reports
 from datamerge.runtime import load_settings
 from datamerge.sources import Source, open_source
-from experiments.paper.settings import BASELINE, COLUMNS, MEMBERS, Data, Study
+from experiments.paper.settings import COLUMNS, MEMBERS, Data, Study
 from merge_service import MergeConfig, merge
 from storage_schemas import ConfigError, DatamergeError, Location, open_artifact
 from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.run import BASELINE
 from trainer import TrainConfig, train
 
 DRAWN = "images.json"

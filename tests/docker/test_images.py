@@ -16,7 +16,6 @@ import click
 import pytest
 import yaml
 
-from datamerge.cli import cli
 from tests.support.pages import resolve
 from tests.support.paths import ROOT
 
@@ -48,7 +47,7 @@ def allowed() -> set[str]:
 def parse(arguments: list[str]) -> None:
     """As click would, without running anything; raises UsageError."""
     command, rest = resolve(arguments)
-    command.make_context(command.name, rest, **cli.context_settings)
+    command.make_context(command.name, rest)
 
 
 def words(command: str | list[str]) -> list[str]:
@@ -154,6 +153,8 @@ def test_services_run_what_exists() -> None:
     for _, service in ours():
         program, *rest = entry(service)
         seen.add(program)
+        if program == "ray" and "--" in rest:
+            program, *rest = rest[rest.index("--") + 1 :]
         if program == "datamerge":
             parse(rest)
         elif program == "python":
@@ -178,6 +179,8 @@ def test_services_wait_for_services_and_share_volumes() -> None:
 
 def test_the_demo_goes_from_one_service_to_the_next() -> None:
     digits, merge, train, evaluate = (entry(SERVICES[name]) for name in ("digits", "merge", "trainer", "evaluate"))
+    submit, merge = merge[: merge.index("--")], merge[merge.index("--") + 1 :]
+    assert submit == ["ray", "job", "submit", "--address", "http://head:8265"]
     source, artifact = merge[2:4]
     assert source == f"{digits[2]}/train"
     assert artifact == train[2]
@@ -187,7 +190,7 @@ def test_the_demo_goes_from_one_service_to_the_next() -> None:
     assert len(encoders) == 1
     head = SERVICES["head"]["command"].split()
     assert f"head:{head[head.index('--port') + 1]}" in SERVICES["worker"]["command"].split()
-    assert merge[-2:] == ["--submit", "http://head:8265"]
+    assert merge[-2:] == ["--ray-address", "auto"]
 
 
 def test_ray_nodes_that_give_up_on_a_busy_machine_are_started_again() -> None:

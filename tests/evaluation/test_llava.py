@@ -25,6 +25,12 @@ def pixels(llava: Llava) -> Tensor:
     return torch.rand((2, 3, llava.size, llava.size), generator=torch.Generator().manual_seed(1))
 
 
+def normalised(pixels: Tensor) -> Tensor:
+    """As CLIP's preprocessing does."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    return (pixels - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
 def test_the_mask_covers_the_answer_token_by_token(llava: Llava) -> None:
     tokens = llava.answers([QUESTION], [ANSWER])
     tokenizer, ids, labels = llava.tokenizer, tokens.ids[0].tolist(), tokens.labels[0].tolist()
@@ -69,11 +75,8 @@ def test_padding_changes_nothing(llava: Llava, pixels: Tensor) -> None:
 
 def test_the_loss_is_transformers_own(llava: Llava, pixels: Tensor) -> None:
     tokens = llava.answers([QUESTION], [ANSWER])
-    normal = (pixels[:1] - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor(
-        [0.26862954, 0.26130258, 0.27577711]
-    ).view(3, 1, 1)
     expected = llava.model(
-        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=normal, labels=tokens.labels
+        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=normalised(pixels[:1]), labels=tokens.labels
     ).loss
     torch.testing.assert_close(llava.losses(pixels[:1], tokens)[0], expected)
 
@@ -94,7 +97,7 @@ def test_answers_are_greedy(llava: Llava, pixels: Tensor) -> None:
     for _ in range(5):
         with torch.no_grad():
             logits = llava.model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=llava._normalise(pixels[:1])
+                input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalised(pixels[:1])
             ).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(dim=2)], dim=1)
         if int(ids[0, -1]) == llava.tokenizer.eos_token_id:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from datamerge.evaluation import EvaluateConfig, Results, evaluate
 from datamerge.evaluation.batches import read_batches
 from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
 from datamerge.sources import Sample, Source
-from storage_schemas import DatamergeError
+from storage_schemas import ConfigError, DatamergeError
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeRun = Callable[..., str]
@@ -166,6 +167,41 @@ def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
 def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
     with pytest.raises(DatamergeError, match=r"dark/far\.png, dark/near\.png"):
         measure(make_encoder([[float("nan")] * 4]), data=photos)
+
+
+def test_results_are_shown_as_a_table(two_class: str, photos: Path, make_run: MakeRun) -> None:
+    results = measure(two_class, make_run(two_class, two_class), data=photos, head="outputs")
+    assert re.search(r"avg +my-run .* 100\.0 ± 0\.0 +50\.0 ± 25\.0 .* 3\.0 MB", repr(results))
+    assert "<td>50.0 ± 25.0</td>" in results._repr_html_()
+    assert repr(results[0]).startswith("ArmResult(part='pgd', arm='w/o AT', scores={'loss clean': 0.0")
+    assert "\n" not in repr(results[0])
+    with pytest.raises(KeyError, match="loss adv"):
+        results[0].score("top-1")
+
+
+def test_an_output_folder_is_gone_on_with(two_class: str, photos: Path, tmp_path: Path) -> None:
+    settings = {"data": photos, "head": "outputs", "steps": 2, "batch_size": 2, "output": str(tmp_path / "out")}
+    whole = measure(two_class, **settings)  # type: ignore[arg-type]
+    items = sorted((tmp_path / "out" / "pgd").rglob("items/*.json"))
+    assert len(items) == 2
+    kept = items[0].stat().st_mtime_ns
+    items[1].unlink()
+    again = measure(two_class, **settings)  # type: ignore[arg-type]
+    assert again[0].scores == whole[0].scores
+    assert items[0].stat().st_mtime_ns == kept
+    with pytest.raises(ConfigError, match=r"\(epsilon: '2/255' there, '4/255' now\)"):
+        measure(two_class, epsilon="4/255", **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"\(head: "):
+        measure(two_class, **{**settings, "head": None})  # type: ignore[arg-type]
+
+
+def test_nothing_is_stored_unless_asked_for(
+    two_class: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    measure(two_class, data=photos, steps=1)
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_the_bootstrap_in_blocks_is_that_at_once() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation.config import EmbeddingConfig
 from datamerge.evaluation.embedding import evaluate_embedding
 from datamerge.evaluation.llava.captions import evaluate_captions
+from datamerge.evaluation.llava.cases import CaseRecord
 from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
 from datamerge.evaluation.llava.model import Llava
 from datamerge.evaluation.llava.study import ArmStudy
 from datamerge.evaluation.llava.vision_towers import read_tower_run
 from datamerge.evaluation.llava.vqa import evaluate_vqa
+from datamerge.evaluation.parts import PARTS
 from datamerge.evaluation.tables import write_reports
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
@@ -215,3 +218,49 @@ def test_settings_without_results_bind_nobody(make_encoder: MakeEncoder, photos:
     scale(second.partition("@")[0], Path(first.partition("@")[2]), 1)
     embed(first, photos, tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
+
+
+def test_results_and_cases_of_the_first_release_are_read(tmp_path: Path) -> None:
+    """They know no cost of the training, and list images that could not be used elsewhere."""
+    score = {"name": "top-1 clean", "value": 50.0, "error": 25.0, "low": 15.0, "high": 85.0, "count": 4}
+    result = {
+        **{"part": "zero-shot", "run": "runs/a", "arm": "AT-5-Avg", "encoder": "mlp:1x2x2-2", "encoder_sha256": "0"},
+        **{
+            "scores": [score],
+            "images": 4,
+            "seconds": 1.5,
+            "warnings": [],
+            "settings": {},
+            "details": {"rejected": []},
+        },
+    }
+    file = tmp_path / "zero-shot" / "results.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"arms": [result]}))
+    (row,) = write_reports(str(tmp_path), "embedding", [])
+    assert row["zero-shot"].score("top-1 clean").count == 4
+    entry = {
+        **{"name": "clean", "arithmetic": "float32", "reference": None, "target": None, "start_loss": None},
+        **{"loss": None, "answer": "a cat", "score": 80, "failure": None, "seconds": 0.5},
+    }
+    case = {
+        **{"image": "a.jpg", "question": "?", "references": ["a cat"], "passes": [entry], "best_reference": 0},
+        **{"dropped": False, "tower_sha256": "0"},
+    }
+    assert CaseRecord.model_validate(case).passes[0].score == 80
+
+
+def test_a_case_of_another_kind_is_named(caption: Callable[..., None], tmp_path: Path) -> None:
+    caption("own")
+    (item,) = tmp_path.rglob("items/*.json")
+    item.write_text("{}")
+    with pytest.raises(DatamergeError, match=r"items/1\.json: .*remove it"):
+        caption("own")
+
+
+def test_a_package_that_is_missing_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    for name in ("captions", "cider"):
+        monkeypatch.delitem(sys.modules, f"datamerge.evaluation.llava.{name}")
+    with pytest.raises(ConfigError, match=r"pycocoevalcap\.cider.*datamerge\[eval\]"):
+        PARTS["captions"].evaluate(load_settings(CaptionsConfig, None, {**settings, "runs": ["own"]}))

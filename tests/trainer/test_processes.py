@@ -177,7 +177,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
     command = (
         f"-m torch.distributed.run --standalone --nproc-per-node 2 -m datamerge train {artifact} {tmp_path / 'run'}"
     )
-    flags = f"--steps {STEPS} --batch-size 4 --lr 0.01 --set log_every=1"
+    flags = f"--steps {STEPS} --batch-size 4 --lr 0.01 --log-every 1"
     started = time.monotonic()
     result = subprocess.run(
         [sys.executable, *command.split(), *flags.split()], capture_output=True, text=True, timeout=300, check=False

@@ -75,7 +75,7 @@ def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) 
 def test_a_worker_that_dies_costs_the_steps_since_the_checkpoint(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(encoder=None)
     spec = "python:mortal_networks:Mortal"
-    flags = "--steps 9 --batch-size 4 --lr 0.01 --set log_every=1 --set threads=1 --checkpoint-every 2 --device cpu"
+    flags = "--steps 9 --batch-size 4 --lr 0.01 --log-every 1 --threads 1 --checkpoint-every 2 --device cpu"
     run = [artifact, str(tmp_path / "ray"), "--encoder", spec, *flags.split(), "--ray-workers", "2"]
     result = CliRunner().invoke(command, run)
     assert result.exit_code == 0, (result.output, result.exception)

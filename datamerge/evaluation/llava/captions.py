@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datamerge.evaluation.llava.arms import evaluate_arms
 from datamerge.evaluation.llava.cases import Item
 from datamerge.evaluation.llava.cider import NOT_COMPARABLE, PLAIN, CaptionScorer
 from datamerge.evaluation.llava.coco import read_captions
 from datamerge.evaluation.llava.config import CaptionsConfig
+from datamerge.evaluation.llava.evaluate import evaluate_task
 from datamerge.evaluation.llava.study import Task
 from datamerge.evaluation.tables import Results
 
@@ -37,7 +37,7 @@ def evaluate_captions(config: CaptionsConfig) -> Results:
         score=scorer.scores,
         scorer=scorer.tokeniser,
     )
-    return evaluate_arms(config, task, "COCO", [NOT_COMPARABLE] if scorer.tokeniser == PLAIN else [])
+    return evaluate_task(config, task, "COCO", [NOT_COMPARABLE] if scorer.tokeniser == PLAIN else [])
 
 
 def clean_caption(text: str) -> str:

@@ -17,7 +17,7 @@ from storage_schemas.schema.pixel_length import PixelLength
 class LlavaSettings(Settings):
     """What captions and VQA share."""
 
-    runs: Annotated[list[str], Option(argument=True, metavar="RUN [RUN…]")] = Field(
+    runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1,
         description="Vision encoders, one row each: runs' folders, open_clip: specs, hf:PATH, or `own`.",
     )
@@ -78,7 +78,7 @@ class LlavaSettings(Settings):
             self.epsilon,
             self.steps,
             random_start=False,
-            on_grid=False,
+            grid=False,
             initial_step=Fraction(1),
         )
 

@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from datamerge.evaluation.llava.arms import evaluate_arms
 from datamerge.evaluation.llava.attack import MOST_REFERENCES
 from datamerge.evaluation.llava.cases import Item
 from datamerge.evaluation.llava.coco import read_questions
 from datamerge.evaluation.llava.config import VqaConfig
+from datamerge.evaluation.llava.evaluate import evaluate_task
 from datamerge.evaluation.llava.study import Task
 from datamerge.evaluation.llava.vqa_accuracy import vqa_accuracy
 from datamerge.evaluation.tables import Results
@@ -53,7 +53,7 @@ def evaluate_vqa(config: VqaConfig) -> Results:
         clean_up=clean_answer,
         score=score,
     )
-    return evaluate_arms(config, task, "VQAv2", [])
+    return evaluate_task(config, task, "VQAv2", [])
 
 
 def most_frequent(answers: Sequence[str]) -> list[str]:

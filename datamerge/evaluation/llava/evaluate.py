@@ -31,7 +31,7 @@ LARGE = 1_000_000_000
 BLACK = (0.0, 0.0, 0.0)
 
 
-def evaluate_arms(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> Results:
+def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> Results:
     """Ask every arm; one result per run, in the order given.
 
     Args:
