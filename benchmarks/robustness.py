@@ -19,6 +19,7 @@ from datamerge.attacks import APGD, Norm, apgd, auto_attack, sample_generators
 from datamerge.encoders import load_encoder, load_head
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode, open_source
+from storage_schemas.schema.pixel_length import Radius
 
 
 @click.group()
@@ -59,7 +60,7 @@ def strength(
     )
     for text in epsilons.split(","):
         found: dict[str, list[Tensor]] = {}
-        settings = APGD(Fraction(text), steps, on_grid=False, norm=norm)
+        settings = APGD(Radius(text), steps, grid=False, norm=norm)
         for first in range(0, len(names), batch):
             generators = [sample_generators(0, name, 1)[0] for name in names[first : first + batch]]
             x, y = pixels[first : first + batch].float() / 255, labels[first : first + batch]
@@ -133,7 +134,7 @@ def step(llava: str, steps: int, repeats: int, threads: int, device: str) -> Non
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand((1, 3, model.size, model.size), generator=generator).to(device)
     tokens = model.answers(["Provide a short caption for this image."], ["A man on a surfboard rides a wave."])
-    settings = APGD(Fraction(2, 255), steps, random_start=False, on_grid=False, initial_step=Fraction(1))
+    settings = APGD(Fraction(2, 255), steps, random_start=False, grid=False, initial_step=Fraction(1))
     loss = AnswerLoss(model, tokens, 1.0)
 
     def ours() -> None:

@@ -39,9 +39,9 @@ from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Loc
 from storage_schemas.schema.factors import factor_spec, stored_factors
 from storage_schemas.schema.record import encode_exact
 from trainer import Draws, SquaredError, TrainConfig, gauss_newton
-from trainer.data.order import WHOLE
-from trainer.data.order import Layout as Cut
-from trainer.data.stream import Batch
+from trainer.data.batches import Batch, MomentBatch
+from trainer.data.order import WHOLE, Partition
+from trainer.estimators.base import BATCH_NORMS
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import Processes
 from trainer.run.job import Job, make_job
@@ -52,7 +52,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "gauss_newton": {},
     "sampled": {"estimator": "sampled"},
     "antithetic": {"estimator": "antithetic"},
-    "jvp": {"estimator": "jvp"},
     "plain": {"arm": "mean-only"},
     "ind": {"arm": "ind"},
     "factors": {"arm": "factors"},
@@ -64,7 +63,6 @@ RATIOS = [
     ("gauss_newton", "plain", "2.5"),
     ("sampled", "plain", ""),
     ("antithetic", "plain", ""),
-    ("jvp", "plain", ""),
     ("ind", "plain", ""),
 ]
 
@@ -83,7 +81,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--threads", default=1, show_default=True),
         click.option("--device", default="cpu", show_default=True),
         click.option("--precision", default="float32", show_default=True),
-        click.option("--rounds", default=9, show_default=True),
+        click.option("--rounds", default=9, show_default=True, type=click.IntRange(3)),
     ):
         command = option(command)
     return command
@@ -276,7 +274,7 @@ class _Blocks:
         self._memory = list(job.feed(WHOLE, 0, block))
         self.times: dict[str, list[Times]] = {"stream": [], "wait": [], "memory": [], "bare": []}
 
-    def __call__(self, cut: Cut, start: int, stop: int) -> Iterator[Batch]:
+    def __call__(self, cut: Partition, start: int, stop: int) -> Iterator[Batch]:
         stored = self._read(cut, start, stop)
         for first in range(0, stop - start, 2 * self._block):
             for step in range(self._block):
@@ -307,16 +305,16 @@ class _Bare:
     """What one would write by hand around `gauss_newton`; a call does a step."""
 
     def __init__(self, spec: str, device: str, precision: str) -> None:
-        self._device, self._bf16 = torch.device(device), precision == "bf16"
+        self._device, self._bf16 = torch.device(device), precision == "bfloat16"
         self._model, self._loss, self._step = load_encoder(spec, device), SquaredError(), 0
         for module in self._model.train().modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.eval()
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-5, weight_decay=1e-4)
 
     def __call__(self, batch: Batch) -> None:
         here = batch.to(self._device)
-        if here.mean is None or here.variance is None:
+        if not isinstance(here, MomentBatch):
             raise ValueError("expected merged groups")
         self._step += 1
         draws = Draws([self._step * 1000 + i for i in range(len(here.keys))])

@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from datamerge.attacks import APGD, PGD, Attacked, NonFiniteGradient, cross_entropy, squared_error
     from datamerge.attacks import run_attack as attack
     from datamerge.encoders import Encoder, Head, load_encoder, load_head, save_encoder
-    from datamerge.evaluation import EvaluateConfig, evaluate
+    from datamerge.evaluation import ArmResult, EvaluateConfig, Results, evaluate
     from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
     from datamerge.evaluation.embedding import evaluate_embedding
     from datamerge.evaluation.llava.captions import evaluate_captions
     from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
     from datamerge.evaluation.llava.vqa import evaluate_vqa
-    from datamerge.evaluation.results import ArmResult
     from datamerge.evaluation.zero_shot import evaluate_zero_shot
     from datamerge.sources import Source, open_source
     from merge_service import MergeConfig, MergeResult, merge
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from storage_schemas.schema.pixel_length import PixelLength
     from storage_schemas.schema.run import RunSummary
     from storage_schemas.verify import Report
-    from trainer import Stopped, TrainConfig, train
+    from trainer import NotFiniteRun, Stopped, TrainConfig, train
     from trainer.export.command import export as export_encoder
 
     __version__: str
@@ -84,11 +83,13 @@ __all__ = [
     "MergeResult",
     "NonFiniteGradient",
     "NotAnArtifact",
+    "NotFiniteRun",
     "PixelLength",
     "Record",
     "Reject",
     "Remerge",
     "Report",
+    "Results",
     "RunSummary",
     "SchemaError",
     "Source",
@@ -131,13 +132,12 @@ _ROOMS = {
     "datamerge.artifacts": "combine convert diff export inspect preview remerge verify",
     "datamerge.attacks": "APGD Attacked NonFiniteGradient PGD attack=run_attack cross_entropy squared_error",
     "datamerge.encoders": "Encoder Head load_encoder load_head save_encoder",
-    "datamerge.evaluation": "EvaluateConfig evaluate",
+    "datamerge.evaluation": "ArmResult EvaluateConfig Results evaluate",
     "datamerge.evaluation.config": "EmbeddingConfig ZeroShotConfig",
     "datamerge.evaluation.embedding": "evaluate_embedding",
     "datamerge.evaluation.llava.captions": "evaluate_captions",
     "datamerge.evaluation.llava.config": "CaptionsConfig VqaConfig",
     "datamerge.evaluation.llava.vqa": "evaluate_vqa",
-    "datamerge.evaluation.results": "ArmResult",
     "datamerge.evaluation.zero_shot": "evaluate_zero_shot",
     "datamerge.sources": "Source open_source",
     "merge_service": "MergeConfig MergeResult merge",
@@ -149,7 +149,7 @@ _ROOMS = {
     "storage_schemas.schema.pixel_length": "PixelLength",
     "storage_schemas.schema.run": "RunSummary",
     "storage_schemas.verify": "Report",
-    "trainer": "Stopped TrainConfig train",
+    "trainer": "NotFiniteRun Stopped TrainConfig train",
     "trainer.export.command": "export_encoder=export",
 }
 # Room → the extra that installs what it imports.

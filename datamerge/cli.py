@@ -66,6 +66,8 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
+        # So that `-h` is known also where somebody else calls the command.
+        command.context_settings = {**self.context_settings, **command.context_settings}
         return command
 
     def resolve_command(
@@ -156,12 +158,13 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from datamerge.runtime.options import as_flags
     from storage_schemas.access.redaction import redact
-    from storage_schemas.errors import DatamergeError, printable
+    from storage_schemas.errors import ConfigError, DatamergeError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        click.echo(f"error: {printable(redact(as_flags(str(error))))}", err=True)
+        message = as_flags(str(error), in_front=isinstance(error, ConfigError))
+        click.echo(f"error: {printable(redact(message))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

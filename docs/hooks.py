@@ -29,7 +29,8 @@ def commands() -> str:
     """Reference of the whole command line, as Markdown."""
     from datamerge.cli import cli
 
-    return "\n".join(_command(cli, click.Context(cli, info_name="datamerge", max_content_width=WIDTH), 2))
+    context = click.Context(cli, info_name="datamerge", max_content_width=WIDTH, **cli.context_settings)
+    return "\n".join(_command(cli, context, 2))
 
 
 def _command(command: click.Command, context: click.Context, level: int) -> Iterator[str]:

@@ -13,27 +13,35 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Iterator
-from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import numpy as np
 import torch
+from pydantic import Field
 
 from datamerge.attacks import PGD, attack, sample_generators, squared_error
 from datamerge.encoders import Encoder, load_encoder
-from datamerge.runtime import load_settings
+from datamerge.runtime import Settings, load_settings
+from datamerge.runtime.options import Option, as_flags, options
 from datamerge.sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
+from storage_schemas.schema.pixel_length import PixelLength
 from trainer import RunSummary, SquaredError, Stopped, TrainConfig
-from trainer.config import parse_override
-from trainer.data.order import Layout, Order
-from trainer.data.stream import Batch
+from trainer.data.batches import ImageBatch, pixels
+from trainer.data.order import Order, Partition
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import processes
 from trainer.run.job import Job, Origin, choose_device, free_of_place, length, ready, warn_of_start
 from trainer.run.loop import run_job
 
+# FARE's; flags override them.
+DEFAULTS = {"arm": "ind", "members": 1, "steps": 20_000, "batch_size": 128, "warmup_steps": 1400}
+# Settings of stored groups, and those that are fixed above.
+NOT_ONLINE = {
+    *("artifact", "run", "arm", "members", "loss", "estimator", "samples", "deviation", "head", "epsilon"),
+    *("refine_steps", "refine_step_size", "eval_artifact", "eval_every", "cache", "cache_bytes", "data_workers"),
+}
 # Samples are permuted in blocks of this many, as groups are in shards.
 BLOCK = 1024
 
@@ -57,20 +65,17 @@ class OnlineFeed:
         self._settings, self._seed, self._device = settings, seed, device
         self._original = copy.deepcopy(encoder).eval().requires_grad_(False)
 
-    def __call__(self, layout: Layout, start: int, stop: int) -> Iterator[Batch]:
+    def __call__(self, partition: Partition, start: int, stop: int) -> Iterator[ImageBatch]:
         for step in range(start, stop):
-            for share in self._order.shares(step, layout):
+            for share in self._order.shares(step, partition):
                 samples = [self._source.samples[index] for index in share.indices]
-                pixels = torch.from_numpy(np.stack([self._decode(sample) for sample in samples]))
-                clean = pixels.to(self._device).float() / 255
+                clean = pixels(np.stack([self._decode(sample) for sample in samples])).to(self._device)
                 with torch.no_grad():
                     target = self._original(clean)
-                yield Batch(
+                yield ImageBatch(
                     keys=[sample.name for sample in samples],
-                    mean=None,
-                    variance=None,
                     target=target,
-                    members=self._attack(clean, target, samples, step),
+                    images=self._attack(clean, target, samples, step),
                     counts=[1] * len(samples),
                 )
 
@@ -82,53 +87,46 @@ class OnlineFeed:
 
     def _attack(self, clean: torch.Tensor, target: torch.Tensor, samples: list[Sample], step: int) -> torch.Tensor:
         modes = [(module, module.training) for module in self._encoder.modules()]
-        frozen = [parameter for parameter in self._encoder.parameters() if not parameter.requires_grad]
         self._encoder.eval()
         generators = [sample_generators(self._seed, f"{step}/{sample.name}", 1)[0] for sample in samples]
         names = [sample.name for sample in samples]
         attacked = attack(self._encoder, clean, target, squared_error, self._settings, generators, names)
         for module, training in modes:
             module.training = training
-        for parameter in frozen:  # the attack leaves all parameters trainable
-            parameter.requires_grad_(False)
-        return (attacked.pixels * 255).round().to(torch.uint8)
+        return attacked.pixels
+
+
+class OnlineAttack(Settings):
+    """The attack of every step."""
+
+    epsilon: PixelLength = Field(default=PixelLength("2/255"), description="Radius of the ball.")
+    step_size: PixelLength = Field(default=PixelLength("1/255"), description="Length of a step.")
+    attack_steps: int = Field(default=10, ge=0, description="Gradient steps.")
+    limit: Annotated[int | None, Option(unset="all")] = Field(
+        default=None, ge=1, description="Use the first so many images."
+    )
 
 
 @click.command()
 @click.argument("data")
 @click.argument("run")
-@click.option("--encoder", required=True, metavar="SPEC")
-@click.option("--epsilon", default="2/255", show_default=True)
-@click.option("--step-size", default="1/255", show_default=True)
-@click.option("--attack-steps", default=10, show_default=True)
-@click.option("--steps", default=20_000, show_default=True)
-@click.option("--batch-size", default=128, show_default=True)
-@click.option("--lr", "learning_rate", default=1e-5, show_default=True)
-@click.option("--warmup", "warmup_steps", default=1400, show_default=True)
-@click.option("--limit", type=int, help="Use the first so many images.")
-@click.option("--set", "overrides", multiple=True, metavar="NAME=VALUE", help="Any setting of `datamerge train`.")
-def main(
-    data: str,
-    run: str,
-    epsilon: str,
-    step_size: str,
-    attack_steps: int,
-    limit: int | None,
-    overrides: list[str],
-    **flags: Any,
-) -> None:
+@options(OnlineAttack)
+@options(TrainConfig, leave_out=NOT_ONLINE)
+def main(data: str, run: str, **flags: Any) -> None:
     """Fine-tune an encoder on freshly attacked images of DATA; everything it writes goes to the folder RUN."""
-    for text in overrides:
-        flags |= parse_override(text)
-    settings = {"artifact": data, "run": run, "arm": "ind", "members": 1, **flags}
+    attacking = {name: flags.pop(name) for name in OnlineAttack.model_fields}
     try:
-        config = load_settings(TrainConfig, None, settings)
-        summary = train_online(config, PGD(Fraction(epsilon), Fraction(step_size), attack_steps), limit)
+        wanted = load_settings(OnlineAttack, None, attacking)
+        # Only one of the two lengths can hold.
+        preset = {name: value for name, value in DEFAULTS.items() if name != "steps" or flags["epochs"] is None}
+        config = load_settings(TrainConfig, None, {"artifact": data, "run": run, **flags}, preset)
+        settings = PGD(wanted.epsilon, wanted.step_size, wanted.attack_steps)
+        summary = train_online(config, settings, wanted.limit)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
     except DatamergeError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {as_flags(str(error))}", err=True)
         raise SystemExit(error.exit_code) from None
     click.echo(summary.encoder)
 

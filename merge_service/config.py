@@ -250,7 +250,7 @@ class MergeConfig(Settings):
             step_size=self.step_size,
             steps=self.steps,
             random_start=self.random_start,
-            on_grid=self.grid,
+            grid=self.grid,
             start_radius=self.start_radius,
         )
 

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,13 +18,25 @@ from storage_schemas.access.cache import Cache, CachedLocation
 from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.access.ranges import damage
-from storage_schemas.errors import ConfigError, CorruptShard, NotAnArtifact, SchemaError
-from storage_schemas.schema.manifest import HEAD, MANIFEST, ArraySpec, Commit, Manifest, commit_path, parse
+from storage_schemas.display import one_line, table
+from storage_schemas.errors import ConfigError, CorruptShard, DatamergeError, NotAnArtifact, SchemaError
+from storage_schemas.schema.manifest import (
+    HEAD,
+    MANIFEST,
+    PREVIEW,
+    ArraySpec,
+    Commit,
+    FileEntry,
+    Manifest,
+    commit_path,
+    parse,
+)
 from storage_schemas.schema.plain_json import read_json
 from storage_schemas.schema.record import Array, Record, crc32c
 from storage_schemas.stores import Reader, store_of
 
 CACHED_COMMITS = 64
+LARGEST_SHEET = 8 * 2**20  # bytes of a contact sheet that a notebook is given
 
 Verify = Literal["off", "record", "shard"]
 
@@ -201,10 +214,14 @@ class Artifact:
             SchemaError: the file is not a head.
             CorruptShard: its bytes are not the committed ones.
         """
-        entry = next((file for file in self.manifest.files if file.path == HEAD), None)
+        entry = self._listed(HEAD)
         if entry is None:
             return None
         return parse_head(self._read_committed(HEAD, entry.sha256), f"{self.location.url}/{HEAD}")
+
+    def _listed(self, path: str) -> FileEntry | None:
+        """What the manifest says of a file that belongs to no shard."""
+        return next((file for file in self.manifest.files if file.path == path), None)
 
     def _read_committed(self, path: str, sha256: str) -> bytes:
         """A file that the manifest names; raises CorruptShard unless it is there and has this hash."""
@@ -235,8 +252,22 @@ class Artifact:
         self._reset()
 
     def __repr__(self) -> str:
+        return one_line(self, self.location.url, *self.manifest.outline)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: facts, and the contact sheet where the artifact has a sound one."""
         layout = self.manifest.layout
-        return f"<Artifact {self.location.url}: {len(self)} groups, {layout.format}, {layout.encoding}>"
+        facts: dict[str, object] = {
+            "groups": f"{len(self)}, in {len(self.shard_sizes)} of {layout.shards} shards",
+            "bytes": f"{self.manifest.bytes:,}",
+            "format": f"{layout.format}, {layout.encoding}",
+            **{spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in layout.arrays},
+        }
+        sheet, entry = b"", self._listed(PREVIEW)
+        if entry is not None and entry.bytes <= LARGEST_SHEET:
+            with suppress(DatamergeError, OSError):  # the facts are worth showing all the same
+                sheet = self._read_committed(PREVIEW, entry.sha256)
+        return table(self.location.url, facts, sheet)
 
 
 def read_arrays(

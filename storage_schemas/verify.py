@@ -19,6 +19,7 @@ from storage_schemas.access.location import Location
 from storage_schemas.access.ranges import damage
 from storage_schemas.access.threads import in_threads
 from storage_schemas.artifact import read_arrays
+from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
 from storage_schemas.schema.manifest import (
     CARD,
@@ -79,6 +80,10 @@ class Report:
     bytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        found = f"{len(self.problems)} problem(s)" if self.problems else "sound"
+        return one_line(self, self.url, found, f"{self.groups} groups in {self.shards} shards", f"{self.bytes} bytes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,23 +3,21 @@
 `train(TrainConfig(...))` does what `datamerge train` does; README.md beside this file says what lives where.
 """
 
+from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.data.noise import Draws
+from trainer.errors import NotFiniteRun, Stopped
 from trainer.estimators import (
     Estimator,
     GroupLoss,
     antithetic,
-    exact,
     gauss_newton,
     individual_loss,
-    jvp,
     mean_only,
     sampled,
 )
 from trainer.losses import CrossEntropy, Loss, SquaredError
-from trainer.run.checkpoint import RunSummary
 from trainer.run.loop import train
-from trainer.run.signals import Stopped
 
 __all__ = [
     "CrossEntropy",
@@ -27,15 +25,14 @@ __all__ = [
     "Estimator",
     "GroupLoss",
     "Loss",
+    "NotFiniteRun",
     "RunSummary",
     "SquaredError",
     "Stopped",
     "TrainConfig",
     "antithetic",
-    "exact",
     "gauss_newton",
     "individual_loss",
-    "jvp",
     "mean_only",
     "sampled",
     "train",

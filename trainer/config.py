@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
+from datamerge.attacks import Precision
 from datamerge.runtime import Settings
-from storage_schemas import ConfigError, shortened
+from datamerge.runtime.options import Option
+from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength
-from trainer.estimators import ALONG_FACTORS, COMPILABLE
+from trainer.arms import ARMS, Arm, ArmName, EstimatorName
 
-Arm = Literal["avg", "factors", "ind", "mean-only", "random-member"]
 LossName = Literal["auto", "squared_error", "cross_entropy"]
-EstimatorName = Literal["gauss_newton", "sampled", "antithetic", "jvp", "exact"]
-Precision = Literal["float32", "tf32", "bf16"]
 
 
 class TrainConfig(Settings):
-    """Settings of `datamerge train`; a TOML file holds them under the same names."""
+    """Settings of `datamerge train`; flags and a TOML file have the same names."""
 
-    artifact: str = Field(description="Folder or fsspec URL of the artifact to train on.", min_length=1)
-    run: str = Field(description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1)
-    arm: Arm = Field(
-        default="avg",
-        description="avg: merged groups with the curvature correction; factors: merged groups with a random point "
-        "along the stored factors of their covariance; ind: their stored members one by one; "
-        "mean-only: merged groups without the correction; random-member: one stored member a step, drawn anew.",
+    renamed: ClassVar[Mapping[str, str]] = {
+        "precision=bf16": 'precision = "bfloat16"',
+        "estimator=jvp": 'estimator = "gauss_newton"',
+    }
+
+    artifact: Annotated[str, Option(argument=True)] = Field(
+        description="Folder or fsspec URL of the artifact to train on.", min_length=1
     )
-    members: int | None = Field(
+    run: Annotated[str, Option(argument=True)] = Field(
+        description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
+    )
+    arm: ArmName = Field(
+        default="avg", description="; ".join(f"{name}: {arm.about}" for name, arm in ARMS.items()) + "."
+    )
+    members: Annotated[int | None, Option(unset="all")] = Field(
         default=None,
         ge=1,
-        description="For the arms ind and random-member: the first so many stored members of each group "
-        "(all if not set).",
+        description="For the arms ind and random-member: the first so many stored members of each group.",
     )
     loss: LossName = Field(
         default="auto",
@@ -46,12 +51,11 @@ class TrainConfig(Settings):
     )
     estimator: EstimatorName = Field(
         default="gauss_newton",
-        description="For the arm avg: gauss_newton is the paper's; sampled, antithetic and jvp draw directions "
-        "instead of labels; exact is for small models. For the arm factors: sampled (its default), antithetic or "
-        "gauss_newton.",
+        description="For the arm avg: gauss_newton is the paper's, sampled and antithetic draw deviations instead of "
+        "labels; for the arm factors sampled is the default.",
     )
     samples: int = Field(
-        default=1, ge=1, description="Pseudo-labels (or directions) drawn per group and step by the estimator."
+        default=1, ge=1, description="Pseudo-labels (or deviations) drawn per group and step by the estimator."
     )
     deviation: float = Field(
         default=1.0,
@@ -61,29 +65,28 @@ class TrainConfig(Settings):
         description="For the arm factors: multiplies the deviation from the mean; above 1 for more robustness at the "
         "price of clean accuracy.",
     )
-    refine_steps: int = Field(
+    refine_steps: Annotated[int, Option(alias="--refine")] = Field(
         default=0,
         ge=0,
         le=100,
         description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
         "they bring stored attacks up to date. Needs an artifact merged with keep_clean.",
     )
-    refine_step_size: PixelLength | None = Field(
-        default=None, description="Length of such a step (twice the artifact's epsilon over refine_steps if not set)."
+    refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
+        default=None, description="Length of such a step."
     )
-    encoder: str | None = Field(
-        default=None, description="Encoder to start from, such as timm:resnet18 (the artifact's own if not set)."
+    encoder: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's")] = Field(
+        default=None, description="Encoder to start from, such as timm:resnet18."
     )
-    head: str | None = Field(
-        default=None,
-        description="Frozen class head for cross_entropy (the artifact's, or the encoder's own outputs, if not set).",
+    head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
+        default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."
     )
     steps: int | None = Field(default=None, ge=1, description="Length of the run in optimiser steps; or set epochs.")
     epochs: int | None = Field(
         default=None, ge=1, description="Length of the run in passes over the artifact; or set steps."
     )
     batch_size: int = Field(
-        default=1, ge=1, description="Groups per optimiser step, over all processes and micro-batches."
+        default=1, ge=1, description="Groups (not images) per optimiser step, over all processes and micro-batches."
     )
     accumulate: int = Field(
         default=1,
@@ -91,7 +94,7 @@ class TrainConfig(Settings):
         description="Micro-batches that each process cuts its share of a batch into; saves memory, changes no result "
         "beyond rounding.",
     )
-    learning_rate: float = Field(
+    learning_rate: Annotated[float, Option(alias="--lr")] = Field(
         default=1e-5,
         gt=0,
         le=10,
@@ -101,14 +104,13 @@ class TrainConfig(Settings):
     weight_decay: float = Field(
         default=1e-4, ge=0, le=10, allow_inf_nan=False, description="AdamW's decoupled decay."
     )
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of linear warm-up before the cosine decay to 0.")
-    gradient_clip: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="Largest allowed norm of the gradient (no limit if not set).",
+    warmup_steps: Annotated[int, Option(alias="--warmup")] = Field(
+        default=0, ge=0, description="Steps of linear warm-up before the cosine decay to 0."
     )
-    ema: float | None = Field(
+    gradient_clip: Annotated[float | None, Option(alias="--clip", unset="none")] = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Largest allowed norm of the gradient."
+    )
+    ema: Annotated[float | None, Option(unset="none")] = Field(
         default=None,
         gt=0,
         lt=1,
@@ -116,21 +118,22 @@ class TrainConfig(Settings):
         description="Decay of an exponential moving average of the weights, such as 0.999; the average is then what "
         "is evaluated and published.",
     )
-    freeze: list[str] = Field(
+    freeze: Annotated[list[str], Option(metavar="PATTERN[,…]")] = Field(
         default_factory=list,
         description="Patterns (* and ?) of parameter names that keep their values, such as transformer.resblocks.0.*",
     )
     precision: Precision = Field(
         default="float32",
-        description="tf32 lets a GPU round the factors of products to 10 bits; bf16 runs the encoder under autocast; "
-        "weights, moments, losses and corrections stay float32.",
+        description="tf32 lets a GPU round the factors of products to 10 bits; bfloat16 runs the encoder under "
+        "autocast; weights, moments, losses and corrections stay float32.",
     )
     compile: bool = Field(
         default=False, description="torch.compile the encoder; for estimators without a double backward."
     )
-    eval_artifact: str | None = Field(
+    eval_artifact: Annotated[str | None, Option(metavar="ARTIFACT")] = Field(
         default=None,
-        description="Held-out artifact: its loss is logged and picks the checkpoint that is kept as best.",
+        description="Held-out artifact: the loss that is trained on, refined images and all, is measured on it, "
+        "logged, and picks the checkpoint that is kept as best.",
     )
     eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on eval_artifact.")
     epsilon: PixelLength | None = Field(
@@ -147,7 +150,7 @@ class TrainConfig(Settings):
     data_workers: int = Field(
         default=0, ge=0, description="Processes that read ahead (0 reads in the training process)."
     )
-    cache: str | None = Field(
+    cache: Annotated[str | None, Option(metavar="DIR", unset="none")] = Field(
         default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."
     )
     cache_bytes: ByteSize = Field(
@@ -155,12 +158,12 @@ class TrainConfig(Settings):
         ge=1,
         description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch (its own choice if not set).")
+    threads: Annotated[int | None, Option(unset="torch's choice")] = Field(
+        default=None, ge=1, description="CPU threads of torch."
+    )
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
-    wandb_project: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Weights & Biases project that gets the same numbers as the log (none if not set).",
+    wandb_project: Annotated[str | None, Option(metavar="NAME", unset="none")] = Field(
+        default=None, min_length=1, description="Weights & Biases project that gets the same numbers as the log."
     )
 
     @field_validator("loss_scale")
@@ -173,46 +176,55 @@ class TrainConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_estimator(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("arm") == "factors" and values.get("estimator") is None:
-            return {**values, "estimator": "sampled"}
-        return values
+        if not isinstance(values, dict) or values.get("estimator") is not None:
+            return values
+        named = [arm for name, arm in ARMS.items() if name == values.get("arm")]
+        return {**values, "estimator": next(iter(named[0].estimators))} if named and named[0].estimators else values
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             found = "none" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs}"
-            raise ValueError(f"expected one of steps and epochs, found {found}; set --steps or --epochs")
-        if self.members is not None and self.arm not in ("ind", "random-member"):
-            raise ValueError(
-                f"members: only the arms ind and random-member take single members, found arm {self.arm}; "
-                "drop members"
-            )
-        if self.samples != 1 and (self.arm not in ("avg", "factors") or self.estimator == "exact"):
-            raise ValueError(
-                f"samples: only the arms avg and factors draw them, and not with estimator exact; found arm "
-                f"{self.arm} with estimator {self.estimator}; drop samples"
-            )
-        if self.arm == "factors" and self.estimator not in ALONG_FACTORS:
-            raise ValueError(
-                f"estimator: the arm factors has {', '.join(ALONG_FACTORS)}, found {self.estimator}; drop estimator"
-            )
-        if self.deviation != 1.0 and self.arm != "factors":
-            raise ValueError(f"deviation: only the arm factors has one, found arm {self.arm}; drop deviation")
-        if self.refine_steps and (self.arm == "avg" or (self.estimator != "sampled" and self.arm == "factors")):
-            raise ValueError(
-                f"refine_steps: refines single images, found arm {self.arm} with estimator {self.estimator}; use "
-                "--arm factors, random-member, ind or mean-only, or drop refine_steps"
-            )
-        if self.refine_steps and self.samples != 1:
-            raise ValueError(f"refine_steps: refines one image a group, found samples {self.samples}; drop samples")
+            raise ValueError(f"steps: expected either this or epochs, found {found}; set `steps` or `epochs`")
+        self._check_arm(ARMS[self.arm])
         if self.refine_step_size is not None and not self.refine_steps:
-            raise ValueError("refine_step_size: expected refine_steps of 1 or more, found 0; set refine_steps")
-        if self.compile and self.arm == "avg" and self.estimator not in COMPILABLE:
+            raise ValueError("refine_step_size: expected refine_steps of 1 or more, found 0; set `refine_steps`")
+        return self
+
+    def _check_arm(self, arm: Arm[Any]) -> None:
+        """Refuse what the arm cannot be combined with."""
+        if self.members is not None and not arm.takes_members:
+            able = _arms(lambda other: other.takes_members)
+            raise ValueError(f"members: only {able} take stored members, found arm {self.arm}; drop `members`")
+        if self.samples != 1 and not arm.estimators:
+            able = _arms(lambda other: bool(other.estimators))
+            raise ValueError(f"samples: only {able} draw them, found arm {self.arm}; drop `samples`")
+        if arm.estimators and self.estimator not in arm.estimators:
+            raise ValueError(
+                f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "
+                "drop `estimator`"
+            )
+        if self.deviation != 1.0 and not arm.deviates:
+            able = _arms(lambda other: other.deviates)
+            raise ValueError(f"deviation: only {able} has one, found arm {self.arm}; drop `deviation`")
+        if self.refine_steps and not arm.refines(self.estimator, self.samples):
+            estimate = f" with estimator {self.estimator} and samples {self.samples}" if arm.estimators else ""
+            able = _arms(lambda other: other.images is not None)
+            raise ValueError(
+                f"refine_steps: refines one image a group or its members, found arm {self.arm}{estimate}; use {able} "
+                "with their default estimator and samples, or drop `refine_steps`"
+            )
+        if self.compile and arm.estimators and arm.estimators[self.estimator].twice:
             raise ValueError(
                 f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "
-                "use estimator sampled or antithetic, or drop compile"
+                'use `estimator="sampled"` or `estimator="antithetic"`, or drop `compile`'
             )
-        return self
+
+
+def _arms(able: Callable[[Arm[Any]], bool]) -> str:
+    """The arms of a kind, for a message."""
+    names = [name for name, arm in ARMS.items() if able(arm)]
+    return f"the arm{'s' * (len(names) > 1)} {' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
 
 
 def preset_names() -> list[str]:
@@ -230,29 +242,3 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(f"preset: expected one of {', '.join(preset_names())}, found {name!r}")
     return tomllib.loads(resources.files("trainer").joinpath("presets", f"{name}.toml").read_text("utf-8"))
-
-
-def parse_override(text: str) -> dict[str, Any]:
-    """Settings of one `--set NAME=VALUE`: the value as TOML, or else the text itself.
-
-    Examples:
-        >>> parse_override("learning_rate=3e-4"), parse_override("device=cuda:1")
-        ({'learning_rate': 0.0003}, {'device': 'cuda:1'})
-
-    Raises:
-        ConfigError: not of this form.
-    """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    parts = name.split(".")
-    # ASCII, because TOML has no other letters in bare keys.
-    if not equals or not all(part.isidentifier() and part.isascii() for part in parts):
-        raise ConfigError(f"--set {shortened(text)}: expected NAME=VALUE, such as --set gradient_clip=1.0")
-    try:
-        return tomllib.loads(f"{name} = {value}")
-    except tomllib.TOMLDecodeError:
-        settings: Any = value
-        for part in reversed(parts):
-            settings = {part: settings}
-        return cast(dict[str, Any], settings)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists
-        raise ConfigError(f"--set {shortened(text)}: not valid TOML: {error}") from None

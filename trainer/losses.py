@@ -25,7 +25,6 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -41,11 +40,8 @@ class Loss(Protocol):
     def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
         """A label drawn from exp(−loss)/Z for each row; no gradient flows through the draw."""
 
-    def output_hessian(self, outputs: Tensor) -> Tensor:
-        """∇²_t L of each row, [B, K, K]; for all losses here it does not depend on the label."""
-
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
-        """uᵀ (∇²_t L) u of each row, [B], for tangents u [B, K], without forming the Hessian."""
+        """uᵀ (∇²_t L) u of each row, [B], for tangents u [B, K]; no loss here has a Hessian that the label enters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +64,6 @@ class SquaredError:
     def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
         return outputs.detach() + draws.normal(outputs) / math.sqrt(2.0 * self.scale)
 
-    def output_hessian(self, outputs: Tensor) -> Tensor:
-        rows, width = outputs.shape
-        identity = torch.eye(width, dtype=outputs.dtype, device=outputs.device)
-        return (2.0 * self.scale * identity).expand(rows, width, width)
-
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         return 2.0 * self.scale * tangents.square().sum(dim=1)
 
@@ -87,10 +78,6 @@ class CrossEntropy:
     def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
         # The class whose exponential clock of rate p_k rings first.
         return (outputs.detach() - draws.exponential(outputs).log()).argmax(dim=1)
-
-    def output_hessian(self, outputs: Tensor) -> Tensor:
-        probabilities = outputs.softmax(dim=1)
-        return torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None, :]
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         probabilities = outputs.softmax(dim=1)

@@ -3,10 +3,10 @@
 from datamerge.attacks.apgd import APGD, apgd
 from datamerge.attacks.arithmetic import arithmetic
 from datamerge.attacks.autoattack import Survival, auto_attack, check_masking, targeted_dlr
-from datamerge.attacks.ball import Attacked, NonFiniteGradient, Precision, sample_generators
+from datamerge.attacks.ball import Attacked, Ball, NonFiniteGradient, Precision, frozen, sample_generators
 from datamerge.attacks.euclidean import Norm
 from datamerge.attacks.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
-from datamerge.attacks.pgd import PGD, attack
+from datamerge.attacks.pgd import PGD, ascend, attack
 from datamerge.attacks.restarts import gradient_sign, run_attack
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "OBJECTIVES",
     "PGD",
     "Attacked",
+    "Ball",
     "NonFiniteGradient",
     "Norm",
     "Objective",
@@ -22,10 +23,12 @@ __all__ = [
     "Survival",
     "apgd",
     "arithmetic",
+    "ascend",
     "attack",
     "auto_attack",
     "check_masking",
     "cross_entropy",
+    "frozen",
     "gradient_sign",
     "run_attack",
     "sample_generators",

@@ -41,15 +41,15 @@ class APGD:
     epsilon: Fraction
     steps: int
     random_start: bool = True
-    on_grid: bool = True
+    grid: bool = True
     start_radius: Fraction | None = None
     norm: Norm = "linf"
     initial_step: Fraction = Fraction(2)
 
     def __post_init__(self) -> None:
-        check_ball(self.epsilon, self.on_grid, self.start_radius)
-        if self.norm == "l2" and self.on_grid:
-            raise ConfigError("norm l2: expected results off the 8-bit grid; leave the grid (--no-grid)")
+        check_ball(self.epsilon, self.grid, self.start_radius)
+        if self.norm == "l2" and self.grid:
+            raise ConfigError("norm: expected results off the 8-bit grid with l2, found grid on; use `grid=False`")
 
 
 def checkpoints(steps: int) -> set[int]:
@@ -75,7 +75,7 @@ def apgd(
     precision: Precision = "float32",
     initial: Tensor | None = None,
 ) -> Attacked:
-    """Attack a batch; other arguments, result and errors are those of `adversarial.attack`.
+    """Attack a batch; other arguments, result and errors are those of `datamerge.attacks.attack`.
 
     It takes `settings.steps` + 1 gradients.
 
@@ -84,7 +84,7 @@ def apgd(
             projected onto the ball.
     """
     kind = EuclideanBall if settings.norm == "l2" else Ball
-    ball = kind.around(clean, settings.epsilon, settings.on_grid)
+    ball = kind.around(clean, settings.epsilon, settings.grid)
     if initial is not None:
         start = ball.clamp_(initial * ball.scale)
     else:
@@ -102,7 +102,7 @@ def apgd(
                 search.step()
                 if step in turns:
                     search.reconsider()
-            points = search.best.round_() if settings.on_grid else search.best
+            points = search.best.round_() if settings.grid else search.best
             loss = gradients.loss_at(points)
             start_loss = gradients.start_loss(start, search.start_loss)
     gradients.check(names)

@@ -84,7 +84,7 @@ def auto_attack(
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
-    if settings.on_grid:
+    if settings.grid:
         raise ValueError("auto_attack counts every iterate, which are not all on the grid")
     with torch.no_grad(), arithmetic(clean.device, tf32=precision == "tf32"):
         logits = model(clean)
@@ -174,7 +174,7 @@ def check_masking(
     if survivors - left > max(2 * error, 1):
         warnings.append(
             f"{4 * settings.steps} steps from other starts leave {left} of {count} images robust, {settings.steps} "
-            f"steps left {survivors}: the attack has not converged; raise --steps"
+            f"steps left {survivors}: the attack has not converged; raise `steps`"
         )
     huge = replace(settings, epsilon=_huge(settings.norm, clean))
     left = surviving(huge, 2)

@@ -61,19 +61,19 @@ class Ball:
     Attributes:
         lower, upper, centre: [B, C, H, W].
         scale: units in the pixel range.
-        on_grid: whether results are multiples of 1/255.
+        grid: whether results are multiples of 1/255.
     """
 
     lower: Tensor
     upper: Tensor
     centre: Tensor
     scale: float
-    on_grid: bool
+    grid: bool
 
     @classmethod
-    def around(cls, clean: Tensor, epsilon: Fraction, on_grid: bool) -> Ball:
+    def around(cls, clean: Tensor, epsilon: Fraction, grid: bool) -> Ball:
         """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
-        if on_grid:
+        if grid:
             centre = (clean * LEVELS).round_()
             radius = math.floor(epsilon * LEVELS)
             lower, upper = (centre - radius).clamp_min_(0), (centre + radius).clamp_max_(LEVELS)
@@ -92,7 +92,7 @@ class Ball:
     def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
         """Uniform points around the centre, drawn on the CPU so that they are the same on every device."""
         shape, device = tuple(self.centre.shape[1:]), self.centre.device
-        if self.on_grid:
+        if self.grid:
             levels = math.floor(radius * LEVELS)
             draws = [generator.integers(-levels, levels, shape, np.int16, endpoint=True) for generator in generators]
             offsets = torch.from_numpy(np.stack(draws)).to(device, torch.float32)
@@ -116,16 +116,18 @@ class Ball:
         return Attacked(chosen.div_(self.scale), start_loss, torch.maximum(loss, start_loss))
 
 
-def check_ball(epsilon: Fraction, on_grid: bool, start_radius: Fraction | None) -> None:
+def check_ball(epsilon: Fraction, grid: bool, start_radius: Fraction | None) -> None:
     """Raise ConfigError for a ball without another grid point, or a start outside the ball."""
     for name, length in (("epsilon", epsilon), ("start_radius", start_radius)):
-        if on_grid and length is not None and 0 < length < Fraction(1, LEVELS):
+        if grid and length is not None and 0 < length < Fraction(1, LEVELS):
             raise ConfigError(
-                f"{name} {length}: a ball smaller than 1/255 holds no other 8-bit image; "
-                f"use {name} >= 1/255 or leave the grid (--no-grid)"
+                f"{name}: expected at least 1/255, since a smaller ball holds no other 8-bit image, found {length}; "
+                f'use `{name}="1/255"` or more, or leave the grid with `grid=False`'
             )
     if start_radius is not None and start_radius > epsilon:
-        raise ConfigError(f"start_radius {start_radius}: expected at most epsilon, {epsilon}")
+        raise ConfigError(
+            f"start_radius: expected at most epsilon, {epsilon}, found {start_radius}; lower `start_radius`"
+        )
 
 
 class Gradients:

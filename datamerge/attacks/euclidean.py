@@ -33,9 +33,9 @@ class EuclideanBall(Ball):
     radius: float = 0.0
 
     @classmethod
-    def around(cls, clean: Tensor, epsilon: Fraction, on_grid: bool) -> EuclideanBall:
+    def around(cls, clean: Tensor, epsilon: Fraction, grid: bool) -> EuclideanBall:
         """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
-        if on_grid:
+        if grid:
             raise ValueError("the ℓ2 ball has no grid")
         return cls(torch.zeros_like(clean), torch.ones_like(clean), clean, 1.0, False, float(epsilon))
 

@@ -13,7 +13,7 @@ Shapes: B samples, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -33,7 +33,7 @@ class PGD:
         step_size: α.
         steps: number of gradient steps.
         random_start: start at x + U(−r, r) rather than at x.
-        on_grid: keep pixels on multiples of 1/255.
+        grid: keep pixels on multiples of 1/255.
         start_radius: r, at most ε; ε if None.
     """
 
@@ -41,11 +41,11 @@ class PGD:
     step_size: Fraction
     steps: int
     random_start: bool = True
-    on_grid: bool = True
+    grid: bool = True
     start_radius: Fraction | None = None
 
     def __post_init__(self) -> None:
-        check_ball(self.epsilon, self.on_grid, self.start_radius)
+        check_ball(self.epsilon, self.grid, self.start_radius)
 
 
 def attack(
@@ -63,7 +63,7 @@ def attack(
 
     Args:
         model: takes pixels [B, C, H, W] in [0, 1]; should be in eval mode.
-        clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.on_grid`.
+        clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.grid`.
         target: the objective's second argument, one row per sample.
         objective: loss per sample to maximise.
         settings: the attack's.
@@ -74,21 +74,43 @@ def attack(
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
-    ball = Ball.around(clean, settings.epsilon, settings.on_grid)
+    ball = Ball.around(clean, settings.epsilon, settings.grid)
     radius = settings.epsilon if settings.start_radius is None else settings.start_radius
     start = ball.start(settings.random_start, radius, generators)
     step = float(settings.step_size) * ball.scale
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
-        points, start_loss = start.clone(), None
-        for _ in range(settings.steps):
-            loss, gradient = gradients.at(points)
-            start_loss = loss if start_loss is None else start_loss
-            ball.clamp_(points.add_(gradient.sign_(), alpha=step))
-        if settings.on_grid and (settings.step_size * LEVELS).denominator != 1:
+        points = start.clone()
+        start_loss = ascend(ball, gradients.at, points, step, settings.steps)
+        if settings.grid and (settings.step_size * LEVELS).denominator != 1:
             # The bounds are integers, so rounding stays inside them.
             points.round_()
         loss = gradients.loss_at(points)
         start_loss = loss if start_loss is None else gradients.start_loss(start, start_loss)
     gradients.check(names)
     return ball.choose(start, start_loss, points, loss)
+
+
+def ascend(
+    ball: Ball, at: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor, step_size: float, steps: int
+) -> Tensor | None:
+    """The loop of PGD, from any start: step along the sign of the gradient, project onto the ball, again and again.
+
+    Nothing is drawn, rounded or chosen here, and no loss is taken of the result.
+
+    Args:
+        ball: what the points must stay in.
+        at: points → loss [B] and gradient [B, C, H, W] there; the gradient is overwritten.
+        points: where to start, inside the ball, in its units; moved in place.
+        step_size: α, in the ball's units.
+        steps: number of gradient steps.
+
+    Returns:
+        The loss at the start, [B]; None without steps.
+    """
+    start_loss = None
+    for _ in range(steps):
+        loss, gradient = at(points)
+        start_loss = loss if start_loss is None else start_loss
+        ball.clamp_(points.add_(gradient.sign_(), alpha=step_size))
+    return start_loss

@@ -28,7 +28,7 @@ def run_attack(
 ) -> Attacked:
     """Attack a batch `restarts` times from new starts and keep, for every sample, the strongest result.
 
-    Other arguments, results and errors are those of `adversarial.attack`; `start_loss` is the first start's.
+    Other arguments, results and errors are those of `datamerge.attacks.attack`; `start_loss` is the first start's.
     """
 
     def once() -> Attacked:

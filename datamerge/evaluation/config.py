@@ -107,7 +107,7 @@ class EvaluateConfig(ImagesConfig):
         step_size: Fraction = self.step_size or max(LEVEL, self.epsilon / 4)
         if self.step_size is None and self.grid:
             step_size = math.floor(step_size / LEVEL) * LEVEL
-        return {str(self.epsilon): PGD(self.epsilon, step_size, self.steps, on_grid=self.grid)}
+        return {str(self.epsilon): PGD(self.epsilon, step_size, self.steps, grid=self.grid)}
 
 
 class RadiiConfig(ImagesConfig):
@@ -139,8 +139,7 @@ class RadiiConfig(ImagesConfig):
     def attacks(self) -> dict[str, APGD]:
         """The attack of every radius, smallest first; keyed by the radius as the user wrote it."""
         return {
-            str(radius): APGD(radius, self.steps, on_grid=False, norm=self.norm)
-            for radius in sorted(set(self.epsilons))
+            str(radius): APGD(radius, self.steps, grid=False, norm=self.norm) for radius in sorted(set(self.epsilons))
         }
 
 

@@ -38,12 +38,10 @@ def find_factory(spec: str) -> Callable[[], Any]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise NoFactory(
-                f"expected a module {module_name}, found no {error.name} among what is installed or in {folder}"
-            ) from None
-        raise NoFactory(f"expected a module {module_name}, its import fails with: {error}") from None
+            raise NoFactory(f"found no module {error.name}, neither installed nor in {folder}") from None
+        raise NoFactory(f"the module {module_name} cannot be imported: {error}") from None
     factory = getattr(module, function_name, None)
     if not callable(factory):
         where = getattr(module, "__file__", None) or module_name
-        raise NoFactory(f"expected a function {function_name}, found none in {where}")
+        raise NoFactory(f"found no function {function_name} in {where}")
     return factory  # type: ignore[no-any-return]

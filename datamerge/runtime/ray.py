@@ -109,20 +109,26 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
     Ray puts the driver's working directory and script folder in front of its workers' search path, and whatever a
     worker is sent by name it imports from there: a user's own `trainer/` instead of ours. This function is sent as
     code, because it is nested, and its arguments as bytes. It moves the two folders to the end, where they serve
-    `python:` specs, before it imports anything.
+    `python:` specs, before it imports anything. Where there is the driver's working directory, it enters it: relative
+    paths mean the same on both sides.
     """
     from ray import cloudpickle
 
     module, name = target.split(":")
     packed = cloudpickle.dumps(args)
     ours = str(Path(__file__).parents[2])
-    users = {str(Path.cwd()), str(Path(sys.argv[0]).resolve().parent)} - {ours}
+    here = str(Path.cwd())
+    users = {here, str(Path(sys.argv[0]).resolve().parent)} - {ours}
 
     def call() -> Any:
+        import contextlib
         import importlib
+        import os
         import pickle
         import sys
 
+        with contextlib.suppress(OSError):
+            os.chdir(here)
         first = [folder for folder in sys.path if folder not in users]
         last = [folder for folder in sys.path if folder in users]
         # Where the driver found us, for machines on which we are not installed.
@@ -134,10 +140,10 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
 
 
 def end_process(code: int) -> NoReturn:
-    """As `sys.exit` in a process that used Ray, but without the destructors of native libraries.
+    """Exit a process that used Ray: as `sys.exit`, but without the destructors of native libraries.
 
-    Threads of Ray's live on after `ray.shutdown()` and use what the destructors take away, so that a process with all
-    of its work done can still end with a segmentation fault (Ray 2.60).
+    Ray's threads outlive `ray.shutdown()` and use what the destructors free, so that a process whose work is done
+    could still end with a segmentation fault (Ray 2.60).
     """
     # Private, and without a public way: a registered handler that ends the process comes before all that were
     # registered earlier, and those would never run.
@@ -146,7 +152,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """The last thing that `end_process` does: flush, and be gone."""
+    """Flush the standard streams and exit at once; the last step of `end_process`."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

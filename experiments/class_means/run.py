@@ -29,7 +29,7 @@ from datamerge.sources import decode, native_shape, open_source
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
 from trainer import TrainConfig, train
-from trainer.config import Arm
+from trainer.arms import ArmName
 
 mpl.use("Agg")  # no display needed
 
@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 MLPS = {"mnist": "mlp:1x28x28-512-512-10", "cifar10": "mlp:3x32x32-512-512-10"}
 PAPER = {"mnist": {"merged": 65.18, "random image": 50.70}, "cifar10": {"merged": 16.27, "random image": 12.60}}
 # Name in the results → (artifact, arm of `datamerge train`).
-ARMS: dict[str, tuple[str, Arm]] = {
+ARMS: dict[str, tuple[str, ArmName]] = {
     "merged": ("means", "avg"),
     "mean only": ("means", "mean-only"),
     "random image": ("random", "mean-only"),

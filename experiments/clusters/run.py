@@ -27,7 +27,7 @@ from experiments.class_means.run import initial_weights, trained_accuracy
 from experiments.facts import array_bytes
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
-from trainer.config import Arm
+from trainer.arms import ArmName
 
 mpl.use("Agg")  # no display needed
 
@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = tomllib.loads((HERE / "settings.toml").read_text())
 # Name in the results → (what the groups are, arm of `datamerge train`, stored arrays that it reads).
-ARMS: dict[str, tuple[str, Arm, tuple[str, ...]]] = {
+ARMS: dict[str, tuple[str, ArmName, tuple[str, ...]]] = {
     "cluster means, corrected": ("means", "avg", ("sum", "scatter")),
     "cluster means": ("means", "mean-only", ("sum",)),
     "medoids": ("medoids", "mean-only", ("sum",)),

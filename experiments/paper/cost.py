@@ -25,8 +25,8 @@ from datamerge.evaluation.llava import captions, vqa
 from datamerge.evaluation.llava.attack import MOST_REFERENCES, plan_passes
 from datamerge.evaluation.llava.evaluate import FLOAT32, ROOM
 from experiments.paper.pipeline import Experiment
-from experiments.paper.settings import BASELINE
 from merge_service.estimate import count_passes, group_flops
+from storage_schemas.schema.run import BASELINE
 
 Arithmetic = Literal["half", "float32"]
 

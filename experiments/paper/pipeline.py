@@ -37,10 +37,11 @@ from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.tables import RESULTS, write_reports
 from datamerge.runtime import load_settings
 from datamerge.sources import Source, open_source
-from experiments.paper.settings import BASELINE, COLUMNS, MEMBERS, Data, Study
+from experiments.paper.settings import COLUMNS, MEMBERS, Data, Study
 from merge_service import MergeConfig, merge
 from storage_schemas import ConfigError, DatamergeError, Location, open_artifact
 from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.schema.run import BASELINE
 from trainer import TrainConfig, train
 
 DRAWN = "images.json"

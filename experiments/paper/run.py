@@ -72,6 +72,11 @@ def main(
 
 def _refuse_what_is_missing(experiment: Experiment) -> None:
     """Say it all, and exit with 2."""
+    if shutil.which("java") is None:
+        click.echo(
+            "warning: found no Java, without which CIDEr is not comparable to published numbers; install a runtime",
+            err=True,
+        )
     found = experiment.problems()
     for message in found:
         click.echo(f"missing: {message}", err=True)

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from datamerge.runtime import Settings, load_settings
 from storage_schemas.schema.factors import FactorKind
 
-BASELINE = "w/o AT"
 MEMBERS = "members"
 COLUMNS = ("COCO clean", "COCO adv.", "VQAv2 clean", "VQAv2 adv.")
 

@@ -10,21 +10,17 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from storage_schemas.artifact import Artifact
+from storage_schemas.display import Pixels, heat, rgb
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.record import Record
-
-Pixels = npt.NDArray[np.uint8]
 
 ROWS = 8
 SHOWN_MEMBERS = 4
 TILE = 112
 GAP, HEADER = 4, 16
-# Black-red-yellow-white, readable in grey and by colour-blind eyes.
-_HEAT = np.array([[0, 0, 0], [150, 0, 0], [255, 120, 0], [255, 230, 80], [255, 255, 255]], np.float64)
 
 
 def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = ()) -> bytes:
@@ -83,17 +79,3 @@ def _tiles(record: Record) -> list[tuple[str, Pixels]]:
         tiles.append((f"mean - {'member 0' if members is not None else 'clean'}", rgb(amplified)))
     tiles.append(("variance", heat(record.variance.mean(axis=0))))
     return tiles
-
-
-def rgb(pixels: Pixels) -> Pixels:
-    """uint8 [C, H, W] → [H, W, 3]."""
-    if pixels.shape[0] not in (1, 3):
-        pixels = pixels[:1]
-    return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
-
-
-def heat(values: npt.NDArray[np.floating]) -> Pixels:
-    """Values [H, W] on a heat scale from 0 to their maximum."""
-    scaled = values / max(float(values.max()), 1e-12) * (len(_HEAT) - 1)
-    channels = [np.interp(scaled, np.arange(len(_HEAT)), _HEAT[:, c]) for c in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)

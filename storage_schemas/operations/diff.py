@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas.artifact import Artifact
+from storage_schemas.display import one_line
 from storage_schemas.operations.shards import Advance
 from storage_schemas.schema.manifest import MOMENTS
 from storage_schemas.schema.moments import LEVELS
@@ -60,6 +61,12 @@ class Difference:
     @property
     def equal(self) -> bool:
         return not (self.only_in_a or self.only_in_b or self.different or self.head)
+
+    def __repr__(self) -> str:
+        groups = f"{len(self.different)} of {self.compared} groups differ"
+        others = f"{len(self.only_in_a)} only in A", f"{len(self.only_in_b)} only in B"
+        heads = ("heads differ",) if self.head else ()
+        return one_line(self, "", "equal" if self.equal else "not equal", groups, *others, *heads)
 
     def as_json(self) -> dict[str, Any]:
         return {"equal": self.equal, **asdict(self)}

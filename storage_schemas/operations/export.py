@@ -10,7 +10,7 @@ from PIL import Image
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
-from storage_schemas.card.contact_sheet import heat, rgb
+from storage_schemas.display import heat, rgb
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.record import Array, Record
 

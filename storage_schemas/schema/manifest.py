@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
 
 SCHEMA_VERSION: Final = 1
@@ -284,6 +285,18 @@ class Manifest(Sealed):
     def _origins_are_described(cls, provenance: dict[str, JsonValue]) -> dict[str, JsonValue]:
         Origins.model_validate(provenance)
         return provenance
+
+    @property
+    def outline(self) -> tuple[str, ...]:
+        """What a line about the artifact says: how much is committed, and in what form."""
+        layout = self.layout
+        size = f"{self.groups} groups", f"{len(self.shards)} of {layout.shards} shards"
+        return *size, f"pixels {list(layout.pixels)}", f"{layout.encoding} in {layout.format}"
+
+    def __repr__(self) -> str:
+        return one_line(self, "", *self.outline)
+
+    __str__ = __repr__
 
     @property
     def groups(self) -> int:

@@ -19,6 +19,8 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.display import mean_and_variance, one_line, table
+from storage_schemas.errors import shortened
 from storage_schemas.schema.factors import decode_factors
 from storage_schemas.schema.manifest import MOMENT_ARRAYS, ArraySpec, EncodingName, Layout
 from storage_schemas.schema.moments import LEVELS, ExactMoments, scatter_dtype, sum_dtype
@@ -97,6 +99,19 @@ class Record:
         """Factors F of the covariance, Σ_j F_j F_jᵀ ≈ C, float32 [k, C, H, W], if the artifact keeps them."""
         stored = self.arrays.get("factors")
         return None if stored is None else decode_factors(stored)
+
+    def __repr__(self) -> str:
+        label = () if self.label is None else (f"label {self.label}",)
+        arrays = (f"{name} {list(array.shape)}" for name, array in self.arrays.items())
+        return one_line(self, self.key, f"{self.count} members", *label, *arrays)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: facts, and the mean beside the variance as heat."""
+        arrays = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in self.arrays.items())
+        facts = {"members": self.count, "label": self.label, "samples": shortened(self.samples), **self.info}
+        has_moments = self.arrays.keys() >= set(MOMENT_ARRAYS[self.encoding])
+        picture = mean_and_variance(self.mean, self.variance) if has_moments else b""
+        return table(self.key, {**facts, "arrays": arrays}, picture)
 
     def clipped_variances(self) -> int:
         """How many values of `variance` were raised to 0."""

@@ -58,14 +58,14 @@ def test_checkpoints_of_the_paper() -> None:
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_bounds_grid_and_progress(epsilon: Fraction, steps: int, start: bool, on_grid: bool, seed: int) -> None:
+def test_bounds_grid_and_progress(epsilon: Fraction, steps: int, start: bool, grid: bool, seed: int) -> None:
     clean = _images(seed)
-    result = _run(clean, APGD(epsilon, steps, start, on_grid), seed)
+    result = _run(clean, APGD(epsilon, steps, start, grid), seed)
     assert (result.loss >= result.start_loss).all()
     torch.testing.assert_close(
         result.loss, squared_error(MODEL(result.pixels), torch.zeros(3, 5)), rtol=1e-5, atol=1e-6
     )
-    if on_grid:
+    if grid:
         levels = (result.pixels.double() * 255).round()
         assert torch.equal(result.pixels, (levels / 255).float())
         assert (levels - (clean.double() * 255).round()).abs().max() <= int(epsilon * 255)
@@ -112,7 +112,7 @@ def test_agrees_with_an_independent_reference() -> None:
     model = load_encoder("mlp:2x3x4-32-16-5").double()
     clean = _images(5, 6).double()
     target = torch.zeros(6, 5, dtype=torch.float64)
-    settings_ = APGD(EIGHT, 30, random_start=False, on_grid=False)
+    settings_ = APGD(EIGHT, 30, random_start=False, grid=False)
     found = apgd(model, clean, target, squared_error, settings_, sample_generators(0, "k", 6))
     for index in range(6):
         expected = _reference(model, clean[index], target[index], 8 / 255, 30)
@@ -132,8 +132,8 @@ def test_a_linear_classifier_is_attacked_to_its_optimum() -> None:
 def test_it_is_no_weaker_than_pgd_at_equal_cost() -> None:
     clean, target = _images(9, 64), torch.zeros(64, 5)
     generators = sample_generators(0, "k", 64)
-    strong = apgd(MODEL, clean, target, squared_error, APGD(EIGHT, 20, on_grid=False), generators)
-    pgd = PGD(EIGHT, Fraction(1, 255), 20, on_grid=False)
+    strong = apgd(MODEL, clean, target, squared_error, APGD(EIGHT, 20, grid=False), generators)
+    pgd = PGD(EIGHT, Fraction(1, 255), 20, grid=False)
     plain = attack(MODEL, clean, target, squared_error, pgd, sample_generators(0, "k", 64))
     assert strong.loss.mean() >= 0.999 * plain.loss.mean()
 
@@ -186,10 +186,10 @@ def test_low_precision_keeps_a_float32_perturbation() -> None:
 
 @pytest.mark.parametrize("make", [lambda r: APGD(TWO, 3, start_radius=r), lambda r: PGD(TWO, TWO, 3, start_radius=r)])
 def test_the_start_stays_inside_the_ball(make: object) -> None:
-    with pytest.raises(ConfigError, match="at most epsilon"):
-        make(EIGHT)  # type: ignore[operator]
-    with pytest.raises(ConfigError, match="start_radius"):
-        make(Fraction(1, 1000))  # type: ignore[operator]
+    for radius in (EIGHT, Fraction(1, 1000)):
+        with pytest.raises(ConfigError) as error:
+            make(radius)  # type: ignore[operator]
+        assert error.value.field == "start_radius"
 
 
 def test_a_narrow_start_is_narrow_and_no_start_is_the_image() -> None:

@@ -20,11 +20,11 @@ MODEL = load_encoder("mlp:2x3x4-8-5")
 SHAPE = (2, 3, 4)
 
 
-def _images(seed: int, on_grid: bool, count: int = 3) -> Tensor:
+def _images(seed: int, grid: bool, count: int = 3) -> Tensor:
     """Random images in which about half of the pixels are black or white, where the range binds."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(0, 4, (count, *SHAPE))
-    values = rng.integers(0, 256, (count, *SHAPE)) / 255 if on_grid else rng.random((count, *SHAPE))
+    values = rng.integers(0, 256, (count, *SHAPE)) / 255 if grid else rng.random((count, *SHAPE))
     return torch.from_numpy(np.where(kind == 0, 0.0, np.where(kind == 1, 1.0, values)).astype(np.float32))
 
 
@@ -48,7 +48,7 @@ STEP_SIZES = st.one_of(LENGTHS, st.sampled_from([Fraction(5, 510), Fraction(1, 1
 def test_on_the_grid_every_bound_is_an_exact_integer(
     epsilon: Fraction, step_size: Fraction, steps: int, random_start: bool, seed: int
 ) -> None:
-    clean = _images(seed, on_grid=True)
+    clean = _images(seed, grid=True)
     pixels, start_loss, loss = _run(clean, PGD(epsilon, step_size, steps, random_start), seed)
     levels = (pixels.double() * 255).round()
     # Exactly the float32 number that stands for the level: nothing is lost when members are stored as uint8.
@@ -72,36 +72,36 @@ def test_off_the_grid_bounds_hold_to_the_last_bit(
     epsilon: Fraction, step_size: Fraction, steps: int, random_start: bool, seed: int
 ) -> None:
     """In float64 arithmetic on the float32 results, as a checker would compute it; no slack."""
-    clean = _images(seed, on_grid=False)
-    pixels, start_loss, loss = _run(clean, PGD(epsilon, step_size, steps, random_start, on_grid=False), seed)
+    clean = _images(seed, grid=False)
+    pixels, start_loss, loss = _run(clean, PGD(epsilon, step_size, steps, random_start, grid=False), seed)
     assert (pixels.double() - clean.double()).abs().max() <= float(epsilon)
     assert pixels.min() >= 0.0
     assert pixels.max() <= 1.0
     assert (loss >= start_loss).all()
 
 
-@pytest.mark.parametrize("on_grid", [True, False])
-def test_the_ball_is_used_up_to_its_boundary(on_grid: bool) -> None:
+@pytest.mark.parametrize("grid", [True, False])
+def test_the_ball_is_used_up_to_its_boundary(grid: bool) -> None:
     """The bounds are not merely safe: large steps end on them, minus the last float32 number off the grid."""
-    clean = _images(3, on_grid) * 0.5 + (64 / 255 if on_grid else 0.25)
-    clean = (clean * 255).round() / 255 if on_grid else clean
+    clean = _images(3, grid) * 0.5 + (64 / 255 if grid else 0.25)
+    clean = (clean * 255).round() / 255 if grid else clean
     epsilon = Fraction(8, 255)
-    pixels, _, _ = _run(clean, PGD(epsilon, Fraction(1), 5, on_grid=on_grid), 0)
+    pixels, _, _ = _run(clean, PGD(epsilon, Fraction(1), 5, grid=grid), 0)
     distance = (pixels.double() - clean.double()).abs()
     torch.testing.assert_close(distance, torch.full_like(distance, float(epsilon)), rtol=0, atol=1e-7)
 
 
 def test_zero_steps_without_a_random_start_change_nothing() -> None:
-    clean = _images(0, on_grid=True)
+    clean = _images(0, grid=True)
     pixels, start_loss, loss = _run(clean, PGD(Fraction(2, 255), Fraction(1, 255), 0, random_start=False), 0)
     assert torch.equal(pixels, clean)
     assert torch.equal(start_loss, loss)
 
 
 def test_an_empty_ball_changes_nothing() -> None:
-    for on_grid in (True, False):
-        clean = _images(1, on_grid)
-        pixels, _, _ = _run(clean, PGD(Fraction(0), Fraction(1, 255), 3, on_grid=on_grid), 0)
+    for grid in (True, False):
+        clean = _images(1, grid)
+        pixels, _, _ = _run(clean, PGD(Fraction(0), Fraction(1, 255), 3, grid=grid), 0)
         assert torch.equal(pixels, clean)
 
 
@@ -112,13 +112,14 @@ def test_random_starts_cover_the_ball_evenly() -> None:
     counts = [int((levels == level).sum()) for level in (-2, -1, 0, 1, 2)]
     assert sum(counts) == clean.numel()
     assert min(counts) > 0.9 * clean.numel() / 5
-    offsets = _run(clean, PGD(Fraction(2, 255), Fraction(1, 255), 0, on_grid=False), 0)[0] - clean
+    offsets = _run(clean, PGD(Fraction(2, 255), Fraction(1, 255), 0, grid=False), 0)[0] - clean
     quartiles = torch.quantile(offsets.flatten() * 255, torch.tensor([0.25, 0.5, 0.75]))
     torch.testing.assert_close(quartiles, torch.tensor([-1.0, 0.0, 1.0]), rtol=0, atol=0.12)
 
 
 @pytest.mark.parametrize("epsilon", [Fraction(1, 256), Fraction(1, 10**9)])
 def test_a_ball_without_grid_points_is_refused(epsilon: Fraction) -> None:
-    with pytest.raises(ConfigError, match="--no-grid"):
+    with pytest.raises(ConfigError, match="`grid=False`") as error:
         PGD(epsilon, Fraction(1, 255), 1)
-    PGD(epsilon, Fraction(1, 255), 1, on_grid=False)
+    assert error.value.field == "epsilon"
+    PGD(epsilon, Fraction(1, 255), 1, grid=False)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from datamerge.attacks import (
     PGD,
     Attacked,
+    Ball,
     NonFiniteGradient,
+    ascend,
     attack,
     cross_entropy,
     sample_generators,
@@ -40,15 +42,15 @@ def _attack(model: nn.Module, clean: Tensor, target: Tensor, pgd: PGD, key: str 
     return attack(model, clean, target, squared_error, pgd, sample_generators(7, key, len(clean)))
 
 
-@pytest.mark.parametrize("on_grid", [True, False])
-def test_a_linear_classifier_is_attacked_to_its_closed_form_optimum(on_grid: bool) -> None:
+@pytest.mark.parametrize("grid", [True, False])
+def test_a_linear_classifier_is_attacked_to_its_closed_form_optimum(grid: bool) -> None:
     """Two classes, logits Wx: the cross entropy of class 0 grows with (w1 − w0)·x, so x ± ε, clipped, is optimal."""
     torch.manual_seed(0)
     linear = nn.Linear(20, 2)
     model = nn.Sequential(nn.Flatten(), linear)
     clean = _images(6)
     labels = torch.zeros(6, dtype=torch.long)
-    pgd = PGD(Fraction(4, 255), ONE, 10, on_grid=on_grid)
+    pgd = PGD(Fraction(4, 255), ONE, 10, grid=grid)
     result = attack(model, clean, labels, cross_entropy, pgd, sample_generators(0, "k", 6))
     direction = (linear.weight[1] - linear.weight[0]).detach().sign().view(SHAPE)
     best = (clean.double() + 4 / 255 * direction.double()).clamp(0, 1)
@@ -74,14 +76,14 @@ def _naive(model: nn.Module, clean: Tensor, start: Tensor, target: Tensor, epsil
     return torch.stack(adversarial)
 
 
-@pytest.mark.parametrize("on_grid", [True, False])
-def test_agrees_with_an_independent_reference(on_grid: bool) -> None:
+@pytest.mark.parametrize("grid", [True, False])
+def test_agrees_with_an_independent_reference(grid: bool) -> None:
     model = _net(16, 16, 6)
     reference = _net(16, 16, 6, dtype=torch.float64)
     clean = _images(8)
     target = model(clean).detach()
-    start = _attack(model, clean, target, PGD(TWO, ONE, 0, on_grid=on_grid)).pixels
-    found = _attack(model, clean, target, PGD(TWO, ONE, 10, on_grid=on_grid))
+    start = _attack(model, clean, target, PGD(TWO, ONE, 0, grid=grid)).pixels
+    found = _attack(model, clean, target, PGD(TWO, ONE, 10, grid=grid))
     assert not torch.equal(found.pixels, start)
     expected = _naive(reference, clean.double(), start.double(), target.double(), 2 / 255, 1 / 255)
     assert (found.loss > found.start_loss).all()  # else the start was kept and this compares nothing
@@ -91,6 +93,29 @@ def test_agrees_with_an_independent_reference(on_grid: bool) -> None:
     torch.testing.assert_close(
         found.loss.double(), (reference(expected) - target.double()).square().sum(1), rtol=1e-3, atol=0
     )
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_a_finished_attack_goes_on_from_where_it_ended(grid: bool) -> None:
+    """Three steps, then two more from the result, are an attack of five; nothing is drawn or looked at in between."""
+    model, clean = _net(16, 6), _images(5)
+    target, passes = torch.zeros(5, 6), []
+    short, whole = (_attack(model, clean, target, PGD(TWO, ONE, steps, grid=grid)) for steps in (3, 5))
+    ball = Ball.around(clean, TWO, grid)
+
+    def at(points: Tensor) -> tuple[Tensor, Tensor]:
+        passes.append(1)
+        pixels = (points / ball.scale).requires_grad_()
+        loss = squared_error(model(pixels), target)
+        return loss.detach(), torch.autograd.grad(loss.sum(), pixels)[0]
+
+    points = (short.pixels * ball.scale).round() if grid else short.pixels.clone()
+    start_loss = ascend(ball, at, points, float(ONE) * ball.scale, 2)
+    assert start_loss is not None
+    torch.testing.assert_close(start_loss, short.loss)
+    torch.testing.assert_close(points / ball.scale, whole.pixels, rtol=0, atol=1e-7)
+    assert len(passes) == 2
+    assert ascend(ball, at, points, 1.0, 0) is None
 
 
 def test_the_start_is_kept_where_steps_make_it_worse() -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import datamerge as dm
+from tests.support.command import run_command
+
 COMMANDS = (
     "merge",
     "train",
@@ -25,17 +28,13 @@ COMMANDS = (
 )
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "datamerge", *arguments], capture_output=True, text=True)
-
-
 def test_help_lists_every_command() -> None:
-    done = _run("--help")
+    done = run_command("--help")
     assert done.returncode == 0
     for command in COMMANDS:
         assert f"\n  {command} " in done.stdout
     assert done.stderr == ""
-    assert _run("-h").stdout == done.stdout
+    assert run_command("-h").stdout == done.stdout
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -63,23 +62,21 @@ def test_inspect_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_version() -> None:
-    from importlib.metadata import version
-
-    done = _run("--version")
+    done = run_command("--version")
     assert done.returncode == 0
-    assert done.stdout.strip() == f"datamerge, version {version('datamerge')}"
+    assert done.stdout.strip() == f"datamerge, version {dm.__version__}"
 
 
 @pytest.mark.parametrize("arguments", [("mrege",), ("--surprise",), ("inspect",), ("inspect", "a", "--surprise")])
 def test_a_malformed_command_line_exits_with_2(arguments: tuple[str, ...]) -> None:
-    done = _run(*arguments)
+    done = run_command(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "Error: " in done.stderr
 
 
 def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
-    assert "Did you mean 'merge'?" in _run("mrege").stderr
+    assert "Did you mean 'merge'?" in run_command("mrege").stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -104,7 +101,8 @@ def test_completion_knows_the_commands_and_imports_none(shell: str) -> None:
 
 
 def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
-    usual, verbose = _run("inspect", str(tmp_path)), _run("--verbose", "inspect", str(tmp_path))
+    usual = run_command("inspect", tmp_path)
+    verbose = run_command("--verbose", "inspect", tmp_path, DATAMERGE_VERBOSE="")
     assert usual.returncode == verbose.returncode == 2
     assert "Traceback" not in usual.stderr
     assert "Traceback" in verbose.stderr
@@ -112,7 +110,7 @@ def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
 
 
 def test_no_command_shows_help() -> None:
-    done = _run()
+    done = run_command()
     assert done.returncode == 2
     assert "merge" in done.stdout + done.stderr
 
@@ -125,7 +123,7 @@ def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str,
         place.mkdir()
     if kind == "file":
         place.write_text("text")
-    done = _run(command, "nosuch://x" if kind == "unknown protocol" else str(place))
+    done = run_command(command, "nosuch://x" if kind == "unknown protocol" else str(place))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -135,7 +133,7 @@ def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str,
 
 def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
-    done = _run("inspect", str(tmp_path))
+    done = run_command("inspect", str(tmp_path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "schema_version 99" in done.stderr
@@ -143,7 +141,7 @@ def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) 
 
 def test_an_error_is_one_line_whatever_names_are_in_it(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('"a\\nb\\u001b[31m" = 1\n')
-    done = _run("train", "artifact", "run", "--config", str(tmp_path / "settings.toml"))
+    done = run_command("train", "artifact", "run", "--config", str(tmp_path / "settings.toml"))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "\x1b" not in done.stderr

@@ -59,9 +59,9 @@ RESULTS = (
     "ArmResult",
     "Attacked",
     "Difference",
-    "Evaluation",
     "MergeResult",
     "Report",
+    "Results",
     "RunSummary",
 )
 ERRORS = (
@@ -70,6 +70,7 @@ ERRORS = (
     "DatamergeError",
     "NonFiniteGradient",
     "NotAnArtifact",
+    "NotFiniteRun",
     "SchemaError",
     "SourceError",
     "Stopped",

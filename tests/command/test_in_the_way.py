@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import datamerge as dm
 from datamerge.packages import OURS
 from tests.support.paths import GOLDEN, ROOT
 
@@ -136,3 +138,13 @@ def test_a_distribution_installed_over_ours_is_named(tmp_path: Path) -> None:
     assert str(packages / "trainer" / "__init__.py") in line
     assert "'coqui_trainer'" in line
     assert "--force-reinstall" in line
+
+
+@pytest.mark.xdist_group("ray")
+def test_ray_workers_take_ours_and_the_users_encoder(crowded: Path) -> None:
+    """Ray itself puts the working directory first on its workers' path."""
+    np.savez(crowded / "x.npz", images=np.random.default_rng(0).integers(0, 256, (4, 2, 2, 3), np.uint8))
+    settings = ["--encoder", "python:own_model:encoder", "--members", "2", "--device", "cpu", "--max-workers", "1"]
+    done = _run([*COMMANDS["module"], "merge", "x.npz", "art", *settings], crowded)
+    assert done.returncode == 0, done.stderr
+    assert len(dm.open_artifact(crowded / "art")) == 4

@@ -12,6 +12,9 @@ import pytest
 
 from tests.support.paths import GOLDEN, ROOT
 
+# One environment for all of them, which takes a while.
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ARTIFACT = GOLDEN / "v1" / "webdataset-uint8_moments-full"
 OFFLINE = ("NewConnectionError", "NameResolutionError", "Connection refused")
 

@@ -16,9 +16,9 @@ import click
 import pytest
 import yaml
 
-from datamerge.cli import cli
+from tests.support.pages import resolve
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 IMAGES = sorted(DOCKER.glob("*.Dockerfile"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -37,10 +37,6 @@ def arguments_of(image: Path, word: str) -> list[str]:
     return [rest for found, rest in instructions(image) if found == word]
 
 
-def named(path: Path) -> str:
-    return path.name
-
-
 def allowed() -> set[str]:
     """What .dockerignore lets through: it shuts everything out, and names exceptions."""
     lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
@@ -50,17 +46,8 @@ def allowed() -> set[str]:
 
 def parse(arguments: list[str]) -> None:
     """As click would, without running anything; raises UsageError."""
-    command: click.Command = cli
-    while isinstance(command, click.Group):
-        found = command.get_command(click.Context(command), arguments[0])
-        # `evaluate RUN` is short for `evaluate both RUN`.
-        command = found or (command.commands["both"] if command is not cli else _unknown(arguments[0]))
-        arguments = arguments[1:] if found else arguments
-    command.make_context(command.name, list(arguments))
-
-
-def _unknown(name: str) -> click.Command:
-    raise click.UsageError(f"no such command: {name}")
+    command, rest = resolve(arguments)
+    command.make_context(command.name, rest)
 
 
 def words(command: str | list[str]) -> list[str]:
@@ -80,7 +67,7 @@ def ours() -> Iterator[tuple[str, dict[str, Any]]]:
     return ((name, service) for name, service in SERVICES.items() if service["image"].startswith("datamerge-"))
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=named)
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
 def test_copies_what_exists_and_reaches_the_build(image: Path) -> None:
     for rest in arguments_of(image, "COPY"):
         for source in rest.split()[:-1]:
@@ -95,21 +82,21 @@ def test_the_build_gets_all_of_the_package_and_only_that() -> None:
     assert all((ROOT / path).exists() for path in allowed())
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=named)
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
 def test_runs_as_a_numbered_user(image: Path) -> None:
     last = [rest for word, rest in instructions(image) if word == "USER"][-1]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last)
     assert f"--uid {last.partition(':')[0]}" in " ".join(arguments_of(image, "RUN"))
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=named)
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
 def test_checks_its_health_and_calls_datamerge(image: Path) -> None:
     (health,) = arguments_of(image, "HEALTHCHECK")
     assert json.loads(health.partition("CMD ")[2])
     assert [json.loads(text) for text in arguments_of(image, "ENTRYPOINT")] == [["datamerge"]]
 
 
-@pytest.mark.parametrize("image", IMAGES, ids=named)
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
 def test_dependencies_are_cached_apart_from_the_code(image: Path) -> None:
     lines = [f"{word} {rest}" for word, rest in instructions(image)]
     order = ["COPY constraints.txt", "TORCH_INDEX}", "COPY pyproject.toml", "--requirement", "target=/source"]
@@ -166,6 +153,8 @@ def test_services_run_what_exists() -> None:
     for _, service in ours():
         program, *rest = entry(service)
         seen.add(program)
+        if program == "ray" and "--" in rest:
+            program, *rest = rest[rest.index("--") + 1 :]
         if program == "datamerge":
             parse(rest)
         elif program == "python":
@@ -190,6 +179,8 @@ def test_services_wait_for_services_and_share_volumes() -> None:
 
 def test_the_demo_goes_from_one_service_to_the_next() -> None:
     digits, merge, train, evaluate = (entry(SERVICES[name]) for name in ("digits", "merge", "trainer", "evaluate"))
+    submit, merge = merge[: merge.index("--")], merge[merge.index("--") + 1 :]
+    assert submit == ["ray", "job", "submit", "--address", "http://head:8265"]
     source, artifact = merge[2:4]
     assert source == f"{digits[2]}/train"
     assert artifact == train[2]
@@ -199,7 +190,7 @@ def test_the_demo_goes_from_one_service_to_the_next() -> None:
     assert len(encoders) == 1
     head = SERVICES["head"]["command"].split()
     assert f"head:{head[head.index('--port') + 1]}" in SERVICES["worker"]["command"].split()
-    assert merge[-2:] == ["--submit", "http://head:8265"]
+    assert merge[-2:] == ["--ray-address", "auto"]
 
 
 def test_ray_nodes_that_give_up_on_a_busy_machine_are_started_again() -> None:

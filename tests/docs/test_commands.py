@@ -18,7 +18,7 @@ from tests.support.pages import PAGES, blocks, command_lines, name, resolve, spa
 def every_command(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
-        context = click.Context(command)
+        context = click.Context(command, **cli.context_settings)
         for sub in command.list_commands(context):
             found = command.get_command(context, sub)
             assert found is not None
@@ -30,7 +30,7 @@ def check(arguments: list[str]) -> None:
     assert unknown_flags(arguments) == []
     command, rest = resolve(arguments)
     if "…" not in " ".join(rest):
-        command.make_context(command.name, rest)
+        command.make_context(command.name, rest, **cli.context_settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -71,7 +71,12 @@ def test_examples_of_help_parse() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["datamerge mrege a b", "datamerge merge a b --memebrs 3", "datamerge train a", "datamerge train a b --arm avgs"],
+    [
+        "datamerge mrege a b",
+        "datamerge merge a b --memebrs 3",
+        "datamerge train a b c",
+        "datamerge train a b --arm avgs",
+    ],
 )
 def test_a_wrong_line_is_found(line: str) -> None:
     (arguments,) = command_lines(line)

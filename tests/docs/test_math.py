@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from trainer import CrossEntropy, exact
+from tests.support.exact import exact
+from trainer import CrossEntropy
 
 
 def test_sketches_have_the_covariance_as_expectation_and_the_stated_spread() -> None:

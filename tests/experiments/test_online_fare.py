@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from datamerge.encoders import load_encoder
 from experiments import online_fare
-from trainer.data.stream import Batch
+from trainer.data.batches import ImageBatch
 
 SPEC = "mlp:3x8x8-16-6"
-FLAGS = "--steps 6 --batch-size 4 --lr 0.01 --warmup 1 --attack-steps 3 --set log_every=1 --set threads=1"
+FLAGS = "--steps 6 --batch-size 4 --lr 0.01 --warmup 1 --attack-steps 3 --log-every 1 --threads 1"
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def _run(photos: Path, run: Path) -> Any:
 def test_members_are_fresh_attacks_inside_the_ball(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches: list[Batch] = []
+    batches: list[ImageBatch] = []
     original = online_fare.OnlineFeed.__call__
 
-    def feed(self: Any, *arguments: Any) -> Iterator[Batch]:
+    def feed(self: Any, *arguments: Any) -> Iterator[ImageBatch]:
         for batch in original(self, *arguments):
             batches.append(batch)
             yield batch
@@ -52,9 +52,10 @@ def test_members_are_fresh_attacks_inside_the_ball(
     encoder = load_encoder(SPEC)
     seen: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
-        assert batch.members is not None
-        for key, member, target in zip(batch.keys, batch.members, batch.target, strict=True):
+        for key, image, target in zip(batch.keys, batch.images, batch.target, strict=True):
             clean = torch.from_numpy(np.array(Image.open(photos / key))).permute(2, 0, 1)
+            member = (image * 255).round()
+            assert torch.equal(member / 255, image)
             assert (member.int() - clean.int()).abs().max() <= 2
             torch.testing.assert_close(encoder(clean[None].float() / 255)[0].detach(), target)
             seen.setdefault(key, []).append(member)
@@ -71,8 +72,8 @@ def test_an_interrupted_run_continues_to_the_same_bits(
     assert _run(photos, tmp_path / "whole").exit_code == 0
     original = online_fare.OnlineFeed.__call__
 
-    def feed(self: Any, layout: Any, start: int, stop: int) -> Iterator[Batch]:
-        for number, batch in enumerate(original(self, layout, start, stop)):
+    def feed(self: Any, partition: Any, start: int, stop: int) -> Iterator[ImageBatch]:
+        for number, batch in enumerate(original(self, partition, start, stop)):
             if number == 2:
                 signal.raise_signal(signal.SIGTERM)
             yield batch

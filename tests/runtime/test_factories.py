@@ -48,12 +48,12 @@ def test_specs_of_earlier_releases_find_what_has_moved(folder: Path) -> None:
         (":loads", "python:MODULE:FACTORY"),
         (".json:loads", "python:MODULE:FACTORY"),
         ("json:loads:more", "python:MODULE:FACTORY"),
-        ("no_such_package.part:x", "found no no_such_package among"),
-        ("json.no_such_part:x", r"found no json\.no_such_part among"),
-        ("json:nobody", r"found none in .*json/__init__\.py"),
-        ("json:__name__", r"found none in .*json/__init__\.py"),
-        ("needs_a_package:make", "its import fails with: No module named 'no_such_package'"),
-        ("needs_a_name:make", "its import fails with: cannot import name"),
+        ("no_such_package.part:x", "found no module no_such_package, "),
+        ("json.no_such_part:x", r"found no module json\.no_such_part, "),
+        ("json:nobody", r"found no function .* in .*json/__init__\.py"),
+        ("json:__name__", r"found no function .* in .*json/__init__\.py"),
+        ("needs_a_package:make", "cannot be imported: No module named 'no_such_package'"),
+        ("needs_a_name:make", "cannot be imported: cannot import name"),
     ],
 )
 def test_a_spec_that_leads_nowhere_says_why(folder: Path, spec: str, words: str) -> None:

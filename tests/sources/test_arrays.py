@@ -150,8 +150,8 @@ def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("python:my_data:Nothing", r"function Nothing, found none in .*test_arrays\.py"),
-        ("python:no_such_module:x", "found no no_such_module among"),
+        ("python:my_data:Nothing", r"found no function Nothing in .*test_arrays\.py"),
+        ("python:no_such_module:x", "found no module no_such_module, "),
         ("python:my_data", "expected python:MODULE:FACTORY"),
         ("python:my_data:int", "found int without"),
     ],

@@ -157,7 +157,6 @@ def _environment(faults: Path, store: S3Server) -> dict[str, str]:
         "AWS_MAX_ATTEMPTS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(FAULTS)]),
         "DATAMERGE_FAULTS": str(faults),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
 
 

@@ -71,20 +71,23 @@ def resolve(arguments: Sequence[str]) -> tuple[click.Command, list[str]]:
     command: click.Command = cli
     rest = list(arguments)
     while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-        context = click.Context(command)
+        context = click.Context(command, **cli.context_settings)
         found = command.get_command(context, rest[0])
         if found is None and command is cli:
             raise click.UsageError(f"no such command: {rest[0]}")
-        # `evaluate RUN` is short for `evaluate both RUN`.
-        command = found or command.commands["both"]
+        # `evaluate RUN` is short for `evaluate pgd RUN`.
+        command = found or command.commands["pgd"]
         rest = rest[1:] if found else rest
     return command, rest
 
 
 def unknown_flags(arguments: Sequence[str]) -> list[str]:
     """Flags that the command does not have."""
+    from datamerge.cli import cli
+
     command, rest = resolve(arguments)
-    known = {flag for parameter in command.get_params(click.Context(command)) for flag in _flags(parameter)}
+    context = click.Context(command, **cli.context_settings)  # -h is an option in every command
+    known = {flag for parameter in command.get_params(context) for flag in _flags(parameter)}
     return [word for word in rest if word.startswith("-") and word.partition("=")[0] not in known]
 
 

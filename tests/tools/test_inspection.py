@@ -17,6 +17,7 @@ from storage_schemas import open_artifact
 from storage_schemas.card.contact_sheet import GAP, HEADER, TILE
 from storage_schemas.card.summary import summarise
 from tests.support.artifacts import build_layout, write
+from tests.support.command import run_command
 
 
 def test_inspect_prints_a_table_or_json(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_verify_shows_progress_unless_told_to_be_quiet(tmp_path: Path) -> None:
     verify = ["verify", str(tmp_path / "a")]
     assert "verify" in _on_terminal(*verify)
     assert _on_terminal("--quiet", *verify) == ""
-    logged = subprocess.run([sys.executable, "-m", "datamerge", *verify], capture_output=True, text=True)
+    logged = run_command(*verify)
     assert "verify: 3/3 shards" in logged.stderr
     assert "sound" in logged.stdout
 

@@ -238,7 +238,7 @@ FACTORS: list[dict[str, Any]] = [
     {"estimator": "sampled", "deviation": 0.4, "refine_steps": 3, "accumulate": 2},
 ]
 OTHERS: list[dict[str, Any]] = [
-    *({"arm": "avg", "estimator": name, "samples": 2} for name in ("gauss_newton", "sampled", "antithetic", "jvp")),
+    *({"arm": "avg", "estimator": name, "samples": 2} for name in ("gauss_newton", "sampled", "antithetic")),
     *({"arm": arm, "refine_steps": 2} for arm in ("ind", "random-member", "mean-only")),
 ]
 

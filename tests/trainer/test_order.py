@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import Layout, Order, epoch_order, stream_seeds
+from trainer.data.order import Order, Partition, epoch_order, stream_seeds
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(any)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -63,9 +63,9 @@ def test_ranks_together_do_every_group_exactly_once(
         shares = [
             share
             for rank in range(world)
-            for share in Order(sizes, batch, seed).shares(step, Layout(rank, world, accumulate))
+            for share in Order(sizes, batch, seed).shares(step, Partition(rank, world, accumulate))
         ]
-        # In rank order the shares are the batch itself: the same groups at the same positions in every layout.
+        # In rank order the shares are the batch itself: the same groups at the same positions in every partition.
         assert [index for share in shares for index in share.indices] == order.batch(step).tolist()
         assert [share.first + i for share in shares for i in range(len(share.indices))] == list(
             range(order.batch_size_of(step))
@@ -80,7 +80,7 @@ def test_another_world_size_continues_the_same_order(
     sizes: list[int], seed: int, batch: int, world: int, accumulate: int, step: int
 ) -> None:
     order = Order(sizes, batch, seed)
-    parts = [order.batches(0, step, Layout(rank, world, accumulate)) for rank in range(world)]
+    parts = [order.batches(0, step, Partition(rank, world, accumulate)) for rank in range(world)]
     before = sorted(index for part in parts for indices in part for index in indices)
     after = [index for indices in order.batches(step, order.steps_per_epoch * 2) for index in indices]
     if step <= order.steps_per_epoch * 2:

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from storage_schemas import UserError
+from tests.support.bench import Bench
+from tests.support.paths import ROOT
 from trainer import TrainConfig, train
 from trainer.cli import train as command
 
@@ -45,20 +47,14 @@ class Mortal(nn.Module):
 
 
 @pytest.fixture
-def _cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _cluster(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     (tmp_path / "mortal_networks.py").write_text(MORTAL.format(marker=str(tmp_path / "died")))
     monkeypatch.syspath_prepend(str(tmp_path))
     import ray
 
-    paths = f"{tmp_path}:{Path(__file__).parents[2]}"
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        logging_level=40,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}},
-    )
+    # Workers find the encoder's module there.
+    variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    ray.init(address=bench.address, logging_level=40, log_to_driver=False, runtime_env={"env_vars": variables})
     yield
     ray.shutdown()
 
@@ -79,7 +75,7 @@ def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) 
 def test_a_worker_that_dies_costs_the_steps_since_the_checkpoint(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(encoder=None)
     spec = "python:mortal_networks:Mortal"
-    flags = "--steps 9 --batch-size 4 --lr 0.01 --set log_every=1 --set threads=1 --checkpoint-every 2 --device cpu"
+    flags = "--steps 9 --batch-size 4 --lr 0.01 --log-every 1 --threads 1 --checkpoint-every 2 --device cpu"
     run = [artifact, str(tmp_path / "ray"), "--encoder", spec, *flags.split(), "--ray-workers", "2"]
     result = CliRunner().invoke(command, run)
     assert result.exit_code == 0, (result.output, result.exception)

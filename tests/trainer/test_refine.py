@@ -19,7 +19,7 @@ from storage_schemas import ConfigError, open_artifact
 from trainer import Stopped, TrainConfig, train
 from trainer.losses import SquaredError
 from trainer.run.refine import Refinement, refine
-from trainer.run.requirements import refinement
+from trainer.run.requirements import check
 
 MakeArtifact = Callable[..., str]
 ENCODER = "mlp:1x4x4-8-6"
@@ -36,7 +36,7 @@ def _images(count: int) -> torch.Tensor:
 def test_it_is_pgd_from_a_given_start(steps: int) -> None:
     encoder, clean = load_encoder(ENCODER).eval(), _images(7)
     target = torch.zeros(7, 6)
-    settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, on_grid=False)
+    settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, grid=False)
     generators = [np.random.default_rng(0)] * 7
     expected = attack(encoder, clean, target, squared_error, settings, generators)
     found = refine(encoder, clean, clean, target, SquaredError(), Refinement(steps, 3 / 255, EPSILON))
@@ -113,13 +113,13 @@ def test_the_batch_may_be_cut_and_the_run_continued(
 def test_the_length_of_a_step(make_artifact: MakeArtifact, settings: dict[str, Any], expected: float) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
     config = _config(artifact, Path("run"), arm="ind", refine_steps=2, **settings)
-    found = refinement(config, open_artifact(artifact).manifest)
+    found = check(config, open_artifact(artifact).manifest).refinement
     assert found is not None
     assert found == pytest.approx((2, expected, EPSILON))
 
 
 def test_an_artifact_without_clean_images_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"found no clean images in .* merge again with --keep-clean"):
+    with pytest.raises(ConfigError, match=r"found no clean images in .*`keep_clean=True`"):
         train(_config(make_artifact(attack=ATTACK), tmp_path / "run", arm="random-member"))
     with pytest.raises(ConfigError, match="found no attack in"):
         train(_config(make_artifact(name="other", clean=True), tmp_path / "run", arm="random-member"))
@@ -130,16 +130,12 @@ def test_an_artifact_without_clean_images_is_refused(make_artifact: MakeArtifact
     [{"arm": "avg"}, {"arm": "factors", "estimator": "antithetic"}, {"arm": "factors", "samples": 2}],
 )
 def test_only_single_images_are_refined(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="refine_steps: refines"):
+    with pytest.raises(ConfigError) as error:
         _config("artifact", Path("run"), **settings)
+    assert error.value.field == "refine_steps"
 
 
 def test_a_step_size_without_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match="set refine_steps"):
+    with pytest.raises(ConfigError, match="set `refine_steps`") as error:
         _config("artifact", Path("run"), arm="ind", refine_steps=0, refine_step_size="1/255")
-
-
-def test_held_out_groups_need_no_clean_images(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    artifact = make_artifact(attack=ATTACK, clean=True)
-    other = make_artifact(name="other", attack=ATTACK)
-    assert train(_config(artifact, tmp_path / "run", arm="mean-only", eval_artifact=other, eval_every=1)).steps
+    assert error.value.field == "refine_step_size"

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trainer.data.stream
 import trainer.run.job
+from storage_schemas import ConfigError
+from storage_schemas.schema.pixel_length import PixelLength
 from tests.support.recorder import SPEC, recording
 from trainer import Stopped, TrainConfig, train
 from trainer.run.checkpoint import RunFolder
@@ -118,7 +121,7 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
     _fed(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
     before = _best(config)
     _fed(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
-    assert "eval_artifact is another than before" in capsys.readouterr().err
+    assert "the best state is sought anew" in capsys.readouterr().err
     found, losses = _best(config), _evaluated(config)
     assert before["step"] <= 4 < found["step"]
     assert found["best"] == min(loss for step, loss in losses.items() if step > 4)
@@ -126,11 +129,11 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
     # A sitting without held-out groups keeps what is known of those before, one with them goes on.
     _fed(config, _stop, 0)
     train(config.model_copy(update={"eval_artifact": hard}))
-    assert "eval_artifact is another" not in capsys.readouterr().err
+    assert "sought anew" not in capsys.readouterr().err
     assert _best(config)["best"] == min(loss for step, loss in _evaluated(config).items() if step > 4)
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{"arm": "avg"}, {"arm": "ind", "refine_steps": 1}], ids=str)
 def test_what_float32_means_in_every_pass(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], precision: str
@@ -146,4 +149,41 @@ def test_what_float32_means_in_every_pass(
         assert {found.backward for found in notes} == {False, True}
         assert all(found.deterministic and found.products == "highest" for found in notes)
         assert {found.tf32 for found in notes} == {precision == "tf32"}
-        assert (torch.bfloat16 in {found.dtype for found in notes}) == (precision == "bf16")
+        assert (torch.bfloat16 in {found.dtype for found in notes}) == (precision == "bfloat16")
+
+
+def test_a_run_of_an_earlier_release_goes_on(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Its folder has the spellings of that release, in identity.json and in its checkpoints."""
+    artifact = make_artifact(clean=True, attack={"epsilon": "8/255", "step_size": "1/255", "steps": 10})
+    settings: dict[str, Any] = {"arm": "ind", "refine_steps": 1, "epsilon": "8/255", "refine_step_size": "0.25"}
+    settings |= {"precision": "bfloat16"}
+    train(_config(artifact, tmp_path / "whole", **settings))
+    config = _config(artifact, tmp_path / "stopped", **settings)
+    _fed(config, _stop, 4)
+    earlier = {"precision": "bf16", "epsilon": "8 / 255", "refine_step_size": "0.25"}
+    (checkpoint,) = (tmp_path / "stopped/checkpoints").iterdir()
+    state = torch.load(checkpoint, weights_only=True)
+    identity = {**json.loads((tmp_path / "stopped/identity.json").read_text()), **earlier}
+    torch.save({**state, "identity": identity}, checkpoint)
+    (tmp_path / "stopped/identity.json").write_text(json.dumps(identity))
+    with pytest.raises(ConfigError, match=r"\(refine_step_size: '1/4' there, '1/8' now\)"):
+        train(config.model_copy(update={"refine_step_size": PixelLength("1/8")}))
+    for name in ("stopped", "whole"):
+        train(config.model_copy(update={"run": str(tmp_path / name)}))
+    whole, stopped = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("settings", "again"), [({"arm": "ind"}, False), ({"arm": "avg"}, True)], ids=str)
+def test_a_best_that_was_measured_otherwise_is_none(
+    make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], again: bool
+) -> None:
+    """Earlier releases measured some arms by another loss than the trained one, and noted the hash alone."""
+    artifact = make_artifact()
+    config = _config(artifact, tmp_path / "run", eval_artifact=artifact, eval_every=1, **settings)
+    _fed(config, _stop, 4)
+    checkpoint = tmp_path / "run/checkpoints/step-000005.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save({**state, "best": 1e-9, "best_of": state["best_of"].split(",")[0]}, checkpoint)
+    train(config)
+    assert (_best(config)["step"] > 5) == again

@@ -5,7 +5,7 @@ A reader therefore touches a few shards at a time, whatever the size of the arti
 format nor the number of loader workers enters, and a run continues at any step without stored reader state.
 
 A step's batch is cut into one share per process and micro-batch, of sizes that differ by at most one. The
-batch is the same in every layout; only its cut differs.
+batch is the same in every partition; only its cut differs.
 
 Policy for what does not divide: nothing is dropped and nothing is repeated. The last batch of an epoch is
 short, the loss of every step is the mean over the groups that are in it, and a share may be empty; a process
@@ -45,7 +45,7 @@ def stream_seeds(seed: int, purpose: int, index: int, count: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Partition:
     """How a batch is cut: over `world` processes, each in `accumulate` micro-batches; this process is `rank`."""
 
     rank: int = 0
@@ -66,7 +66,7 @@ class Share:
     indices: list[int]
 
 
-WHOLE = Layout()
+WHOLE = Partition()
 
 
 def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: int = WINDOW) -> IntArray:
@@ -117,18 +117,18 @@ class Order:
             self._cached = epoch, epoch_order(self._shard_sizes, self.seed, epoch)
         return self._cached[1][position * self._batch_size : (position + 1) * self._batch_size]
 
-    def shares(self, step: int, layout: Layout = WHOLE) -> list[Share]:
+    def shares(self, step: int, partition: Partition = WHOLE) -> list[Share]:
         """What one process does in one step: its micro-batches, in order, without the empty ones."""
         batch = self.batch(step)
-        pieces = layout.world * layout.accumulate
-        mine = range(layout.rank * layout.accumulate, (layout.rank + 1) * layout.accumulate)
+        pieces = partition.world * partition.accumulate
+        mine = range(partition.rank * partition.accumulate, (partition.rank + 1) * partition.accumulate)
         cuts = [piece * len(batch) // pieces for piece in range(pieces + 1)]
         return [Share(cuts[i], batch[cuts[i] : cuts[i + 1]].tolist()) for i in mine if cuts[i] < cuts[i + 1]]
 
-    def batches(self, start: int, stop: int, layout: Layout = WHOLE) -> Iterator[list[int]]:
+    def batches(self, start: int, stop: int, partition: Partition = WHOLE) -> Iterator[list[int]]:
         """Indices of all micro-batches of this process in the steps [start, stop)."""
         for step in range(start, stop):
-            for share in self.shares(step, layout):
+            for share in self.shares(step, partition):
                 yield share.indices
 
     def batch_size_of(self, step: int) -> int:

@@ -6,31 +6,25 @@ Nothing here may mix the rows of a batch: gradients are taken of the sum over ro
 gradient only if row b of the outputs depends on row b of the inputs alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from trainer.estimators.along_factors import ALONG_FACTORS, along_factors, deviation_along
 from trainer.estimators.base import Estimator, GroupLoss, Model, check_batch_norm
-from trainer.estimators.exact import exact
 from trainer.estimators.gauss_newton import gauss_newton
 from trainer.estimators.individual import individual_loss
-from trainer.estimators.jvp import jvp
 from trainer.estimators.mean_only import mean_only
 from trainer.estimators.sampled import antithetic, sampled
 
-# Those that take `samples`; `exact` and `mean_only` draw nothing.
-RANDOM: Mapping[str, Callable[..., GroupLoss]] = {
+# From mean and variance; each takes `samples`.
+AROUND_MEAN: dict[str, Callable[..., GroupLoss]] = {
     "gauss_newton": gauss_newton,
     "sampled": sampled,
     "antithetic": antithetic,
-    "jvp": jvp,
 }
-# One backward pass and no derivative in between: what torch.compile can take.
-COMPILABLE = ("sampled", "antithetic", "mean_only")
 
 __all__ = [
     "ALONG_FACTORS",
-    "COMPILABLE",
-    "RANDOM",
+    "AROUND_MEAN",
     "Estimator",
     "GroupLoss",
     "Model",
@@ -38,10 +32,8 @@ __all__ = [
     "antithetic",
     "check_batch_norm",
     "deviation_along",
-    "exact",
     "gauss_newton",
     "individual_loss",
-    "jvp",
     "mean_only",
     "sampled",
 ]

@@ -19,6 +19,9 @@ Model = Callable[[Tensor], Tensor]
 """[0, 1] pixels [B, C, H, W] → outputs [B, K]; row b of the outputs depends on row b of the pixels alone."""
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 class GroupLoss(NamedTuple):
     """What an estimator returns.
 
@@ -83,7 +86,7 @@ def check_batch_norm(model: nn.Module) -> None:
     no group at all.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, BATCH_NORMS) and module.training:
             raise ConfigError(
                 f"{name or type(module).__name__}: expected BatchNorm in eval mode, found it in training mode, "
                 "where it mixes the groups of a batch and each group's input gradient is wrong; call .eval() on it"

@@ -18,14 +18,12 @@ def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target
 
     Args:
         model: pixels → outputs.
-        members: 0 … 255 [M, C, H, W], the members of one group after those of the other; uint8, or float32 where
-            they left the 8-bit grid.
+        members: [M, C, H, W] in [0, 1], the members of one group after those of the other.
         counts: members of each group; their sum is M.
         target: one per group, embeddings [B, K] or class indices [B].
         loss: the loss at one image.
     """
-    # Pixels are float32 multiples of 1/255, as in every other arm, whatever the parameters' dtype.
-    outputs = evaluate(model, members.to(torch.float32) / 255.0)
+    outputs = evaluate(model, members)
     repeated = target.repeat_interleave(torch.tensor(counts, device=target.device), dim=0)
     values = loss.value(outputs, repeated)
     mean = torch.stack([group.mean() for group in values.split(list(counts))])

@@ -15,47 +15,59 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import click
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from datamerge.encoders import Encoder, at_home, load_encoder, parse_spec, weights_sha256
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
-from datamerge.runtime import local_path
+from datamerge.runtime import Settings, load_settings, local_path
+from datamerge.runtime.options import Option, options
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.run import WEIGHTS, RunSummary, read_summary
 from trainer.export.hf_clip import clip_config, clip_state_dict
-from trainer.run.checkpoint import BEST, RunFolder, RunSummary, read_state
+from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf"]
 # An exported network must give the embeddings of the one it was made from.
 TOLERANCE = 1e-5
 
 
+class ExportConfig(Settings):
+    """Settings of `datamerge export-encoder`."""
+
+    run: Annotated[str, Option(argument=True)] = Field(description="Folder of a finished training run.", min_length=1)
+    to: Target = Field(description="Library that is to load the encoder.")
+    output: Annotated[str, Option(alias="-o", metavar="OUT")] = Field(
+        description="New folder for the files.", min_length=1
+    )
+    best: bool = Field(
+        default=False, description="Take the state with the lowest held-out loss instead of the last one."
+    )
+
+
 @click.command("export-encoder")
-@click.argument("run")
-@click.option(
-    "--to", "target", type=click.Choice(get_args(Target)), required=True, help="Library that is to load it."
-)
-@click.option("-o", "--output", metavar="OUT", required=True, help="New folder for the files.")
-@click.option("--best", is_flag=True, help="The state with the lowest held-out loss instead of the last one.")
-def export_encoder(run: str, target: Target, output: str, best: bool) -> None:
+@options(ExportConfig)
+def export_encoder(**flags: Any) -> None:
     """Write the encoder of the finished training RUN for open_clip or Hugging Face transformers.
 
     \b
     datamerge export-encoder runs/avg --to open_clip -o exported/avg
     datamerge export-encoder runs/avg --to hf -o exported/avg-hf
     """
-    click.echo(export(run, target, output, best=best))
+    config = load_settings(ExportConfig, None, flags)
+    click.echo(export(config.run, config.to, config.output, best=config.best))
 
 
-def export(run: str, target: Target, output: str, *, best: bool = False) -> Path:
+def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     """Export the encoder of a run; see the module's docstring.
 
     Args:
         run: folder of a finished run.
-        target: which library's files.
+        to: which library's files.
         output: a folder that does not exist yet; it appears whole or not at all.
         best: take the checkpoint with the lowest held-out loss.
 
@@ -68,37 +80,31 @@ def export(run: str, target: Target, output: str, *, best: bool = False) -> Path
     """
     out = local_path(output, "the exported encoder")
     if out.exists():
-        raise ConfigError(f"{output}: expected a new folder, found one that exists; choose another -o")
-    folder = RunFolder(run)
-    summary = folder.summary() if folder.path.is_dir() else None
-    if summary is None:
-        raise ConfigError(
-            f"{run}: expected a finished training run, found none; run `datamerge train` to its end first"
-        )
+        raise ConfigError(f"output: expected a new folder, found {output}, which exists; choose another `output`")
+    folder = local_path(run, "the run")
+    summary = read_summary(folder)
     encoder = _encoder(folder, summary, best)
-    write: Callable[[Encoder, Path], str] = _write_open_clip if target == "open_clip" else _write_hf
+    write: Callable[[Encoder, Path], str] = _write_open_clip if to == "open_clip" else _write_hf
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
         usage = write(encoder, files)
-        (files / "README.md").write_text(_model_card(summary, encoder, target, usage, best), "utf-8")
+        (files / "README.md").write_text(_model_card(summary, encoder, to, usage, best), "utf-8")
         shutil.move(files, out)
     return out
 
 
-def _encoder(folder: RunFolder, summary: RunSummary, best: bool) -> Encoder:
+def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
     """The trained encoder, with the normalisation it was trained with."""
-    encoder = load_encoder(at_home(summary.encoder, folder.path))
+    encoder = load_encoder(at_home(summary.encoder, folder))
     if not best:
         if encoder.sha256 != summary.encoder_sha256:
-            raise DatamergeError(
-                f"{folder.path}: the encoder's weights are not those of run.json; the run is damaged"
-            )
+            raise DatamergeError(f"{folder}: the encoder's weights are not those of run.json; the run is damaged")
         return encoder
-    path = folder.path / "checkpoints" / BEST
+    path = folder / "checkpoints" / BEST
     if not path.exists():
-        raise ConfigError(f"{folder.path}: found no {BEST}; a run keeps it when it is given --eval-artifact")
+        raise ConfigError(f"best: expected {path}, found none; a run keeps it when it is given `eval_artifact`")
     state = read_state(path, torch.device("cpu"))
     average = state["average"]
     weights = state["model"] if average is None else _without_prefix(average, "module.")
@@ -113,7 +119,9 @@ def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _write_open_clip(encoder: Encoder, files: Path) -> str:
     spec = parse_spec(encoder.spec)
     if spec.kind != "open_clip":
-        raise ConfigError(f"encoder {encoder.spec!r}: --to open_clip expects an open_clip encoder, found {spec.kind}")
+        raise ConfigError(
+            f"to: open_clip expects an open_clip encoder, found {encoder.spec!r}; use the run's {WEIGHTS} itself"
+        )
     # The file that RobustVLM reads: a plain state_dict, not safetensors.
     torch.save(
         {name: tensor.contiguous() for name, tensor in encoder.model.state_dict().items()}, files / "visual.pt"
@@ -128,7 +136,7 @@ def _write_open_clip(encoder: Encoder, files: Path) -> str:
 def _write_hf(encoder: Encoder, files: Path) -> str:
     config = clip_config(encoder)
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("--to hf needs the package 'transformers': pip install 'datamerge[export]'")
+        raise ConfigError("to: hf needs the package 'transformers': pip install 'datamerge[export]'")
     # transformers imports torchvision wherever that is installed.
     make_torchvision_importable()
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection

@@ -100,6 +100,6 @@ def _layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def _refusal(encoder: Encoder, reason: str) -> ConfigError:
     return ConfigError(
-        f"encoder {encoder.spec!r}: --to hf expects CLIP's own vision transformer, and {reason}; "
-        "use --to open_clip, or the run's encoder.safetensors"
+        f"to: hf expects CLIP's own vision transformer, found encoder {encoder.spec!r}: {reason}; "
+        'use `to="open_clip"`, or the run\'s encoder.safetensors'
     )

@@ -12,20 +12,21 @@ not-finite-step-….pt  the batch at which a loss or gradient was not finite
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datamerge.runtime import local_path
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.access.atomic import atomic_file
+from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.provenance import changes
+from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
 
-SUMMARY, WEIGHTS, IDENTITY, LOG = "run.json", "encoder.safetensors", "identity.json", "log.jsonl"
+IDENTITY, LOG = "identity.json", "log.jsonl"
 BEST = "best.pt"
 # Entries of the identity that are no settings.
 _CHANGED_THINGS = {
@@ -35,40 +36,6 @@ _CHANGED_THINGS = {
 }
 
 
-class RunSummary(BaseModel):
-    """What `run.json` says of a finished run.
-
-    Attributes:
-        encoder: spec of the trained encoder, with the absolute path of its weights.
-        encoder_sha256: hash of the trained weights.
-        original: spec of the encoder the run started from.
-        original_sha256: hash of its weights.
-        arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
-        artifact: where the groups came from.
-        plan_sha256: identity of that artifact.
-        steps: optimiser steps.
-        groups: groups consumed, repetitions counted.
-        seconds: wall time of all sittings, without loading the encoder.
-        bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
-        config: all settings, defaults resolved.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    encoder: str
-    encoder_sha256: str
-    original: str
-    original_sha256: str
-    arm: str
-    artifact: str
-    plan_sha256: str
-    steps: int
-    groups: int
-    seconds: float
-    bytes: int
-    config: dict[str, Any]
-
-
 class RunFolder:
     """One run on the local disk."""
 
@@ -76,12 +43,12 @@ class RunFolder:
         self.path = local_path(path, "the run")
         self._location = Location(self.path)
         if self.path.is_file():
-            raise ConfigError(f"{path}: expected a folder for the run, found a file; choose another RUN")
-        strangers = self.path.is_dir() and not (self.path / IDENTITY).exists() and sorted(self.path.iterdir())
-        if strangers:
+            raise ConfigError(f"{path}: expected a folder for the run, found a file; choose another `run`")
+        foreign_files = self.path.is_dir() and not (self.path / IDENTITY).exists() and sorted(self.path.iterdir())
+        if foreign_files:
             raise ConfigError(
-                f"{path}: expected a new folder or a run, found {strangers[0].name!r} and no {IDENTITY}; "
-                "choose another RUN"
+                f"{path}: expected a new folder or a run, found {foreign_files[0].name!r} and no {IDENTITY}; "
+                "choose another `run`"
             )
 
     def claim(self, identity: Mapping[str, Any]) -> None:
@@ -93,7 +60,7 @@ class RunFolder:
         if not (self.path / IDENTITY).exists():
             self._write_json(IDENTITY, identity)
             return
-        found = self._read_json(IDENTITY)
+        found = _in_present_words(self._read_json(IDENTITY))
         different = changes(found, identity)
         if not different:
             return
@@ -101,7 +68,7 @@ class RunFolder:
         what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
         problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
         raise ConfigError(
-            f"{self.path} {problem} ({'; '.join(different)}); choose another RUN, "
+            f"{self.path} {problem} ({'; '.join(different)}); choose another `run`, "
             f"or use the same {what or 'settings'} to continue it"
         )
 
@@ -109,11 +76,7 @@ class RunFolder:
         """The summary of a finished run; None while it is not finished."""
         if not (self.path / SUMMARY).exists() or not (self.path / WEIGHTS).exists():
             return None
-        try:
-            return RunSummary.model_validate(self._read_json(SUMMARY))
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
-            raise DatamergeError(f"{self.path / SUMMARY}: not the summary of a run: {problems}") from None
+        return read_summary(self.path)
 
     def publish(self, summary: RunSummary) -> None:
         """Mark the run as finished."""
@@ -135,21 +98,9 @@ class RunFolder:
         return self._write_state(BEST, state)
 
     def _write_state(self, file_name: str, state: Mapping[str, Any]) -> Path:
-        folder = self.path / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / file_name
-        descriptor, name = tempfile.mkstemp(prefix=".step-", suffix=".tmp", dir=folder)
-        temporary = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                torch.save(dict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        path = self.path / "checkpoints" / file_name
+        with atomic_file(path) as stream:
+            torch.save(dict(state), stream)
         return path
 
     def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -160,8 +111,10 @@ class RunFolder:
             DatamergeError: it is damaged.
         """
         state = read_state(path, device)
-        if state["identity"] != dict(identity):
-            raise ConfigError(f"{path}: a checkpoint of a run with other settings; remove it, or choose another RUN")
+        if _in_present_words(state["identity"]) != dict(identity):
+            raise ConfigError(
+                f"{path}: a checkpoint of a run with other settings; remove it, or choose another `run`"
+            )
         return state
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -171,10 +124,22 @@ class RunFolder:
         try:
             content = read_json((self.path / name).read_bytes())
         except ValueError as error:
-            raise DatamergeError(f"{self.path / name}: not valid JSON ({error}); choose another RUN") from None
+            raise DatamergeError(f"{self.path / name}: not valid JSON ({error}); choose another `run`") from None
         if not isinstance(content, dict):
             raise DatamergeError(f"{self.path / name}: expected a JSON object, found {type(content).__name__}")
         return content
+
+
+def _in_present_words(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that an earlier release may have written, spelt as this one does."""
+    spelt = dict(identity)
+    if spelt.get("precision") == "bf16":
+        spelt["precision"] = "bfloat16"
+    for name in ("epsilon", "refine_step_size"):
+        if isinstance(spelt.get(name), str):
+            with suppress(ValueError):  # what is no length is another setting than any of ours
+                spelt[name] = str(PixelLength(spelt[name]))
+    return spelt
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from datamerge.attacks import Precision
 from datamerge.encoders import Encoder, Head
 from storage_schemas import ConfigError
-from trainer.config import Precision
+from trainer.estimators.base import BATCH_NORMS
 
 
 class Forward(nn.Module):
@@ -24,7 +25,7 @@ class Forward(nn.Module):
     Args:
         encoder: trained.
         head: frozen classifier behind it, if any; runs in float32.
-        precision: bf16 runs the encoder under autocast.
+        precision: bfloat16 runs the encoder under autocast.
         compiled: run the encoder through torch.compile.
     """
 
@@ -34,14 +35,14 @@ class Forward(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self._bf16 = precision == "bf16"
+        self._bfloat16 = precision == "bfloat16"
         # A function and not a module of ours: state_dict() keeps the encoder's own names.
         self._run = torch.compile(encoder.forward) if compiled else encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bf16):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16):
             embeddings = self._run(pixels)
-        embeddings = embeddings.float() if self._bf16 else embeddings
+        embeddings = embeddings.float() if self._bfloat16 else embeddings
         return cast(Tensor, embeddings if self.head is None else self.head(embeddings))
 
 
@@ -54,7 +55,7 @@ def train_mode(encoder: nn.Module) -> None:
     """
     encoder.train()
     for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.eval()
 
 

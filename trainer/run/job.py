@@ -22,24 +22,18 @@ from datamerge.encoders import (
     pick_device,
     weights_sha256,
 )
-from storage_schemas import Artifact, Cache, ConfigError, Manifest, open_artifact
-from trainer.config import TrainConfig
-from trainer.data.order import Layout, Order
-from trainer.data.stream import Batch, Collate, stream
+from datamerge.runtime.messages import warn
+from storage_schemas import Artifact, Cache, ConfigError, open_artifact
+from trainer.arms import ARMS
+from trainer.config import LossName, TrainConfig
+from trainer.data.batches import Batch
+from trainer.data.order import Order, Partition
+from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
-from trainer.run.messages import warn
 from trainer.run.refine import Refinement
-from trainer.run.requirements import (
-    check_epsilon,
-    check_groups,
-    check_recorded,
-    loss_name,
-    refinement,
-    starting_encoder,
-    stored_members,
-)
+from trainer.run.requirements import Checked, check, check_groups, check_held_out, check_recorded
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
 _FREE = {
@@ -63,8 +57,8 @@ _FREE = {
 ARTIFACT_HEAD = "artifact"
 
 
-Feed = Callable[[Layout, int, int], Iterator[Batch]]
-"""(layout, first step, step after the last) → the micro-batches of those steps, as `Order.shares` lists them."""
+Feed = Callable[[Partition, int, int], Iterator[Batch]]
+"""(partition, first step, step after the last) → the micro-batches of those steps, as `Order.shares` lists them."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +85,12 @@ class HeldOut:
     Attributes:
         order: of them.
         feed: reads them.
-        sha256: identity of their artifact.
+        measure: what a loss on them is; losses of equal measures compare.
     """
 
     order: Order
     feed: Feed
-    sha256: str
+    measure: str
 
 
 @dataclass(frozen=True)
@@ -149,37 +143,39 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     own = own or Processes()
     device = choose_device(config.device, own)
     artifact = _open(config, config.artifact)
-    loss = loss_name(config, artifact.manifest)
-    members = stored_members(config, artifact.manifest)
-    check_epsilon(config, artifact.manifest)
-    refined = refinement(config, artifact.manifest)
-    spec = starting_encoder(config, artifact.manifest)
+    found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
-    encoder = load_encoder(spec, str(device))
+    encoder = load_encoder(found.encoder, str(device))
     check_recorded(config, artifact.manifest, encoder)
-    head = _head(config, artifact, loss)
+    head = _head(config, artifact) if found.labels else None
     classes = None
-    if loss == "cross_entropy":
+    if found.labels:
         if head is not None:
             head.check_width(encoder.embedding_dim, "head")
         classes = encoder.embedding_dim if head is None else len(head.weight)
     collate = Collate(
-        arm=config.arm, labels=loss == "cross_entropy", members=members, classes=classes, clean=refined is not None
+        arm=config.arm,
+        labels=found.labels,
+        members=found.members,
+        classes=classes,
+        clean=found.refinement is not None,
     )
     check_groups(artifact, encoder, collate)
-    warn_of_start(encoder)
-    resolved = _resolved(config, artifact, loss, encoder, head, steps).model_copy(update={"device": str(device)})
     pin = device.type == "cuda"
+    held_out = _held_out(config, found, encoder, collate, pin)
+    warn_of_start(encoder)
+    resolved = _resolved(config, artifact, found.loss, encoder, head, steps)
+    resolved = resolved.model_copy(update={"device": str(device)})
     return Job(
         config=resolved,
         encoder=encoder,
         model=ready(encoder, head, config, device),
-        loss=SquaredError(config.loss_scale) if loss == "squared_error" else CrossEntropy(),
+        loss=CrossEntropy() if found.labels else SquaredError(config.loss_scale),
         order=order,
         feed=_feed(artifact, order, collate, config.data_workers, pin),
-        held_out=_held_out(config, encoder, collate, pin),
-        origin=_origin(resolved, artifact, collate),
+        held_out=held_out,
+        origin=_origin(resolved, artifact, collate, found.title),
         device=device,
         identity={
             **free_of_place(resolved),
@@ -187,7 +183,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
             "encoder_sha256": encoder.sha256,
             "head_sha256": None if head is None else weights_sha256(head),
         },
-        refinement=refined,
+        refinement=found.refinement,
     )
 
 
@@ -220,13 +216,13 @@ def length(config: TrainConfig, order: Order, own: Processes) -> int:
     if config.warmup_steps >= steps:
         raise ConfigError(
             f"warmup_steps: expected fewer than the run's {steps} steps, found {config.warmup_steps}; "
-            f"add --warmup {steps // 10}"
+            f"try `warmup_steps={steps // 10}`"
         )
     pieces = own.world * config.accumulate
     if config.batch_size < pieces:
         raise ConfigError(
             f"batch_size: expected at least {pieces} groups, one for each of {own.world} processes x "
-            f"{config.accumulate} micro-batches, found {config.batch_size}; add --batch-size {pieces}"
+            f"{config.accumulate} micro-batches, found {config.batch_size}; use `batch_size={pieces}`"
         )
     return steps
 
@@ -238,52 +234,41 @@ def _order(artifact: Artifact, config: TrainConfig) -> Order:
 
 
 def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
-    def feed(layout: Layout, start: int, stop: int) -> Iterator[Batch]:
-        return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, layout=layout)
+    def feed(partition: Partition, start: int, stop: int) -> Iterator[Batch]:
+        return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
 
     return feed
 
 
-def _held_out(config: TrainConfig, encoder: Encoder, collate: Collate, pin: bool) -> HeldOut | None:
+def _held_out(config: TrainConfig, found: Checked, encoder: Encoder, collate: Collate, pin: bool) -> HeldOut | None:
     """The held-out artifact, checked as the one that is trained on."""
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
     artifact = _open(config, config.eval_artifact)
-    loss_name(
-        other.model_copy(update={"loss": "cross_entropy" if collate.labels else "squared_error"}), artifact.manifest
-    )
-    collate = dataclasses.replace(collate, members=stored_members(other, artifact.manifest), clean=False)
+    collate = dataclasses.replace(collate, members=check_held_out(other, found, artifact.manifest))
     check_groups(artifact, encoder, collate)
     order = _order(artifact, other)
     feed = _feed(artifact, order, collate, config.data_workers, pin)
-    return HeldOut(order, feed, artifact.manifest.plan_sha256)
+    measure = artifact.manifest.plan_sha256
+    if ARMS[config.arm].estimators or config.refine_steps:
+        # Version 1.0 measured these arms by another loss than the one that is trained on, and wrote the hash alone.
+        measure += ", trained loss"
+    return HeldOut(order, feed, measure)
 
 
-def _origin(config: TrainConfig, artifact: Artifact, collate: Collate) -> Origin:
+def _origin(config: TrainConfig, artifact: Artifact, collate: Collate, title: str) -> Origin:
     wanted = collate.arrays()
     return Origin(
         url=config.artifact,
         sha256=artifact.manifest.plan_sha256,
-        arm=_arm_name(config, artifact.manifest, collate),
+        arm=title,
         bytes_per_group=sum(spec.nbytes for spec in artifact.manifest.layout.arrays if spec.name in wanted),
     )
 
 
-def _arm_name(config: TrainConfig, manifest: Manifest, collate: Collate) -> str:
-    """The arm as the paper writes it: AT-N-Avg, AT-N-Ind; AT-N-Mean without the correction, AT-N-Random for one
-    member a step of N."""
-    grouping = manifest.provenance.get("grouping")
-    size = grouping.get("members") if isinstance(grouping, dict) else None
-    count = collate.members or size
-    kind = {"avg": "Avg", "ind": "Ind", "factors": "Factors", "mean-only": "Mean", "random-member": "Random"}[
-        config.arm
-    ]
-    return f"AT-{count}-{kind}" if count else f"AT-{kind}"
-
-
 def _resolved(
-    config: TrainConfig, artifact: Artifact, loss: str, encoder: Encoder, head: Head | None, steps: int
+    config: TrainConfig, artifact: Artifact, loss: LossName, encoder: Encoder, head: Head | None, steps: int
 ) -> TrainConfig:
     """The settings with what the defaults turned out to mean."""
     return config.model_copy(
@@ -314,13 +299,11 @@ def choose_device(name: str, own: Processes) -> torch.device:
     return pick_device(name)
 
 
-def _head(config: TrainConfig, artifact: Artifact, loss: str) -> Head | None:
+def _head(config: TrainConfig, artifact: Artifact) -> Head | None:
     """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
-    if loss != "cross_entropy":
-        return None
     stored = artifact.head()
     if config.head is not None and config.head != ARTIFACT_HEAD:
         return load_head(config.head, stored[1] if stored else ())
     if stored is None and config.head is not None:
-        raise ConfigError(f"head: found none in {config.artifact}; give a file or spec with --head")
+        raise ConfigError(f"head: found none in {config.artifact}; name a file or spec in `head`")
     return None if stored is None else head_from_arrays(*stored)

@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from storage_schemas import Location
+from trainer.errors import Stopped
 from trainer.run.checkpoint import LOG
-from trainer.run.signals import Stopped
 from trainer.run.wandb_log import WandbLog
 
 

@@ -18,15 +18,17 @@ import torch
 from datamerge.attacks import arithmetic
 from datamerge.encoders import Encoder, save_encoder, weights_sha256, with_checkpoint
 from datamerge.runtime import Progress
+from datamerge.runtime.messages import say, warn
+from datamerge.runtime.signals import StopSignals
 from storage_schemas import DatamergeError, UserError
+from storage_schemas.schema.run import WEIGHTS, RunSummary
 from trainer.config import TrainConfig
-from trainer.data.stream import Batch
-from trainer.run.checkpoint import WEIGHTS, RunFolder, RunSummary, step_of
+from trainer.data.batches import Batch
+from trainer.errors import NotFiniteRun, Stopped
+from trainer.run.checkpoint import RunFolder, step_of
 from trainer.run.distributed import Processes, processes
 from trainer.run.job import Job, make_job
 from trainer.run.logs import RunLog
-from trainer.run.messages import say, warn
-from trainer.run.signals import NotFiniteRun, Stopped, StopSignals
 from trainer.run.update import NotFinite, Optimisation, Outcome
 from trainer.run.validation import held_out_loss
 from trainer.run.wandb_log import check_installed
@@ -70,7 +72,7 @@ class _Run:
         self.job, self.folder, self.own = job, folder, own
         self.training = Optimisation(job, own)
         self.step, self.seconds, self.best = 0, 0.0, math.inf
-        self.best_of = None if job.held_out is None else job.held_out.sha256
+        self.best_of = None if job.held_out is None else job.held_out.measure
         self._continue()
 
     @property
@@ -83,7 +85,7 @@ class _Run:
         """Train to the end, publish the encoder and the summary."""
         job, config = self.job, self.job.config
         started = time.monotonic() - self.seconds
-        batches = job.feed(self.training.layout, self.step, job.steps)
+        batches = job.feed(self.training.partition, self.step, job.steps)
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
             log = self.own.first_alone(
@@ -124,10 +126,10 @@ class _Run:
         newest = self.folder.checkpoints()[-1:]
         state = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
         dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
-        torch.save({"step": self.step + 1, "batches": [batch._asdict() for batch in error.batches]}, dump)
+        torch.save({"step": self.step + 1, "batches": [batch.content() for batch in error.batches]}, dump)
         return (
             f"step {self.step + 1}: {error}; no update was made, {state}, the batch is in {dump}; "
-            "try a lower --lr, a --clip or a longer --warmup in a new RUN"
+            "try a lower `learning_rate`, a `gradient_clip` or more `warmup_steps` in a new `run`"
         )
 
     def _evaluate(self, log: RunLog | None) -> dict[str, float]:
@@ -136,7 +138,7 @@ class _Run:
         if job.held_out is None or (self.step % job.config.eval_every and self.step != job.steps):
             return {}
         started = time.monotonic()
-        loss = held_out_loss(job, job.held_out, self.published, self.training.layout, self.own)
+        loss = held_out_loss(job, job.held_out, self.published, self.training.partition, self.own)
         if loss < self.best:
             self.best = loss
             self.own.first_alone(lambda: self.folder.save_best(self._state()))
@@ -173,8 +175,8 @@ class _Run:
         newest = self.own.gather(max(self.folder.checkpoints(), key=step_of, default=None))
         if len(set(newest)) > 1:
             raise DatamergeError(
-                f"{self.folder.path}: expected all processes to see the same checkpoints, found {newest}; put RUN on "
-                "a file system that all machines share"
+                f"{self.folder.path}: expected all processes to see the same checkpoints, found {newest}; put "
+                "`run` on a file system that all machines share"
             )
         path = newest[0]
         if path is None:
@@ -189,7 +191,10 @@ class _Run:
             # Without held-out groups now, for a sitting that has those of before again.
             self.best, self.best_of = state["best"], state.get("best_of")
         elif state["best"] < math.inf:
-            say("eval_artifact is another than before, whose losses say nothing about these: the best is sought anew")
+            say(
+                "the held-out loss is measured otherwise than before (eval_artifact is another, or datamerge is "
+                "newer): the best state is sought anew"
+            )
         if state["torch"] != str(torch.__version__):
             warn(
                 f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "

@@ -12,19 +12,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datamerge.runtime.ray import check_cluster_address, ray_environment
-
-os.environ.update(ray_environment())
-
-import ray
-import ray.train
-from ray.train.torch import TorchTrainer
-
-from storage_schemas import ConfigError, DatamergeError, UserError
+from datamerge.runtime.ray import call_in_worker, connected
+from storage_schemas import DatamergeError, UserError
+from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
-from trainer.run.checkpoint import RunFolder, RunSummary
+from trainer.errors import NotFiniteRun
+from trainer.run.checkpoint import RunFolder
 from trainer.run.loop import train
-from trainer.run.signals import NotFiniteRun
 
 MAX_FAILURES = 3
 
@@ -43,24 +37,20 @@ def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) 
     config = config.model_copy(
         update={name: _absolute(getattr(config, name)) for name in ("artifact", "run", "eval_artifact")}
     )
-    ours = not ray.is_initialized()
-    if ours:
-        _start(address, workers)
-    try:
-        # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
-        with tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
-            return _fit(config, workers, storage)
-    finally:
-        if ours:
-            ray.shutdown()
+    # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
+    with connected(address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
+        return _fit(config, workers, storage)
 
 
 def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"settings": config.model_dump(), "outcome": str(outcome)},
+        call_in_worker("trainer.run.ray_launch:work", config.model_dump(), outcome),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES)
@@ -82,34 +72,23 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
-            f"{config.run}: the Ray workers ended and left no summary here; put RUN on a file system that this "
+            f"{config.run}: the Ray workers ended and left no summary here; put `run` on a file system that this "
             "machine and all workers share"
         )
     return summary
 
 
-def _work(options: dict[str, Any]) -> None:
+def work(settings: dict[str, Any], outcome: Path) -> None:
     """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
+    from ray.train import get_context
+
     try:
-        train(TrainConfig(**options["settings"]))
+        train(TrainConfig(**settings))
     except (UserError, NotFiniteRun) as error:
         # All workers come here together, see `Processes.together`.
-        if ray.train.get_context().get_world_rank() == 0:
-            Path(options["outcome"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(options["outcome"]).write_text(f"{error.exit_code} {error}", "utf-8")
-
-
-def _start(address: str | None, workers: int) -> None:
-    quiet: dict[str, Any] = {"logging_level": "ERROR"}
-    if address is None:
-        cpus = max(os.cpu_count() or 1, workers + 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        return
-    check_cluster_address(address)
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"--ray-address {address!r}: expected a Ray cluster, found none ({error})") from None
+        if get_context().get_world_rank() == 0:
+            outcome.parent.mkdir(parents=True, exist_ok=True)
+            outcome.write_text(f"{error.exit_code} {error}", "utf-8")
 
 
 def _absolute(url: str | None) -> str | None:

@@ -4,7 +4,7 @@
 
 Stored members were made for the encoder that training started from. A step of PGD that starts at one of them costs a
 forward pass and an input-only backward pass; PGD from a random start, as in online FARE, needs many of them to get as
-far. Needs the clean images in the artifact (`datamerge merge --keep-clean`).
+far. Needs the clean images in the artifact (`keep_clean` of a merge).
 
 Shapes: B images, C H W pixels, K outputs.
 """
@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from datamerge.attacks import Ball, ascend
 from trainer.estimators.base import Model, evaluate
 from trainer.losses import Loss
 
 
 class Refinement(NamedTuple):
-    """How far stored attacks are carried on.
+    """Settings of further PGD steps on stored attacks.
 
     Attributes:
         steps: gradient steps.
@@ -37,7 +38,8 @@ class Refinement(NamedTuple):
 def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Loss, how: Refinement) -> Tensor:
     """The points after `how.steps` steps of PGD, float32 [B, C, H, W]; parameters get no gradient.
 
-    Cost: `how.steps` forward and input-only backward passes, 2/3 of a plain step each.
+    An attack from a given start, off the 8-bit grid, of which no final loss is taken. Cost: `how.steps` forward and
+    input-only backward passes, 2/3 of a plain step each.
 
     Args:
         model: pixels → outputs.
@@ -47,11 +49,16 @@ def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Lo
         loss: to be increased.
         how: settings.
     """
-    low, high = (clean - how.epsilon).clamp_(min=0), (clean + how.epsilon).clamp_(max=1)
-    points = torch.clamp(points, low, high)
-    for _ in range(how.steps):
-        points.requires_grad_(True)
-        # Only the pixels are asked for, so no kernel computes gradients of weights.
-        (gradient,) = torch.autograd.grad(loss.value(evaluate(model, points), target).sum(), points)
-        points = torch.clamp(points.detach().add_(gradient.sign_(), alpha=how.step_size), low, high)
-    return points
+
+    def at(points: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = points.detach().requires_grad_()
+        losses = loss.value(evaluate(model, pixels), target)
+        # Only the pixels are asked for, so no kernel computes gradients of weights, and none need be frozen.
+        (gradient,) = torch.autograd.grad(losses.sum(), pixels)
+        return losses.detach(), gradient
+
+    lower, upper = (clean - how.epsilon).clamp_(min=0), (clean + how.epsilon).clamp_(max=1)
+    ball = Ball(lower, upper, clean, scale=1.0, grid=False)
+    refined = torch.clamp(points, lower, upper)
+    ascend(ball, at, refined, how.step_size, how.steps)
+    return refined

@@ -2,46 +2,97 @@
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, parse_spec
+from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.schema.pixel_length import PixelLength
-from trainer.config import TrainConfig
+from trainer.arms import ARMS
+from trainer.config import LossName, TrainConfig
 from trainer.data.stream import Collate, check_label
-from trainer.run.messages import warn
 from trainer.run.refine import Refinement
 
 # Shards whose labels are checked before anything starts; those of the others are checked as they are read.
 EAGER_SHARDS = 64
 
 
-def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
-    """What the artifact says of the encoder its targets come from."""
-    encoder = manifest.provenance.get("encoder")
-    return encoder if isinstance(encoder, dict) else {}
+@dataclass(frozen=True)
+class Checked:
+    """What an artifact and the settings come to.
+
+    Attributes:
+        loss: squared_error or cross_entropy.
+        members: stored members to read of each group; 0 for arms that read none.
+        encoder: spec of the encoder to start from.
+        refinement: how stored images are brought up to date, if they are.
+        title: the arm in the words of the paper.
+    """
+
+    loss: LossName
+    members: int
+    encoder: str
+    refinement: Refinement | None
+    title: str
+
+    @property
+    def labels(self) -> bool:
+        """Whether targets are labels, not embeddings."""
+        return self.loss == "cross_entropy"
 
 
-def starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
-    """Spec of the encoder to start from: the one asked for, or the one that the artifact's targets come from.
+def check(config: TrainConfig, manifest: Manifest) -> Checked:
+    """Check the settings against what the manifest says, before anything large is read.
 
     Raises:
-        ConfigError: the artifact names none, or one that would run code of its choice.
+        ConfigError: they do not go together.
     """
-    spec = config.encoder or recorded_encoder(manifest).get("spec")
-    if not isinstance(spec, str):
-        raise ConfigError(f"{config.artifact} names no encoder; add --encoder SPEC")
-    if config.encoder is not None:
-        return spec
-    # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
-    if spec.startswith("python:"):
-        raise _not_believed(config, spec, "an encoder that needs no code of its own", spec)
-    checkpoint = parse_spec(spec).checkpoint
-    if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
-        raise _not_believed(config, spec, "weights in a .safetensors file", checkpoint)
-    return spec
+    loss = _loss(config, manifest)
+    members = _stored_members(config, manifest)
+    _check_epsilon(config, manifest)
+    refinement = _refinement(config, manifest)
+    return Checked(
+        loss=loss,
+        members=members,
+        encoder=_starting_encoder(config, manifest),
+        refinement=refinement,
+        title=ARMS[config.arm].name(members or _group_size(manifest)),
+    )
+
+
+def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> int:
+    """Check a held-out artifact, `config.artifact`, against what the run trains with.
+
+    Returns:
+        Stored members to read of each group.
+
+    Raises:
+        ConfigError: it lacks what the loss that is trained on takes.
+    """
+    _loss(config.model_copy(update={"loss": found.loss}), manifest)
+    if found.refinement is not None and manifest.layout.array("clean") is None:
+        raise ConfigError(
+            f"eval_artifact: the loss that is trained on refines images, which needs the clean ones; found none in "
+            f"{config.artifact}; merge it again with `keep_clean=True`, or drop `eval_artifact` or `refine_steps`"
+        )
+    return _stored_members(config, manifest)
+
+
+def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
+    """Check that an artifact's groups go through an encoder.
+
+    Raises:
+        ConfigError: pixels, targets or labels do not fit it.
+    """
+    _check_pixels(encoder, artifact.location.url, artifact.manifest)
+    if not collate.labels:
+        _check_targets(encoder, artifact.location.url, artifact.manifest)
+        return
+    for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
+        for entry in artifact.commit(position).records:
+            check_label(entry.key, entry.label, collate.classes)
 
 
 def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:
@@ -52,62 +103,100 @@ def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) ->
     """
     spec = encoder.spec
     named = config.encoder is None and parse_spec(spec).checkpoint is not None
-    if named and encoder.sha256 != recorded_encoder(manifest).get("sha256"):
-        raise _not_believed(config, spec, "the weights that its targets come from", f"others in {spec}")
+    if named and encoder.sha256 != _recorded_encoder(manifest).get("sha256"):
+        raise _unverified(config, "the weights that its targets come from", f"others in {spec}")
 
 
-def _not_believed(config: TrainConfig, spec: str, expected: str, found: str) -> ConfigError:
-    advice = f"if that is yours, add --encoder {shlex.quote(spec)}"
-    return ConfigError(f"{config.artifact}: expected {expected}, found {found}; {advice}")
+def _recorded_encoder(manifest: Manifest) -> dict[str, Any]:
+    """What the artifact says of the encoder its targets come from."""
+    encoder = manifest.provenance.get("encoder")
+    return encoder if isinstance(encoder, dict) else {}
 
 
-def loss_name(config: TrainConfig, manifest: Manifest) -> str:
+def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
+    """Spec of the encoder to start from: the one asked for, or the one that the artifact's targets come from.
+
+    Raises:
+        ConfigError: the artifact names none, or one that would run code of its choice.
+    """
+    spec = config.encoder or _recorded_encoder(manifest).get("spec")
+    if not isinstance(spec, str):
+        raise ConfigError(f"{config.artifact} names no encoder; set `encoder`")
+    if config.encoder is not None:
+        return spec
+    # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
+    if spec.startswith("python:"):
+        raise _unverified(config, "an encoder that needs no code of its own", spec)
+    checkpoint = parse_spec(spec).checkpoint
+    if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
+        raise _unverified(config, "weights in a .safetensors file", checkpoint)
+    return spec
+
+
+def _unverified(config: TrainConfig, expected: str, found: str) -> ConfigError:
+    # The spec is not part of the advice: nobody should paste what a stranger's artifact says into a shell.
+    return ConfigError(
+        f"{config.artifact}: expected {expected}, found {found}; if that is yours, set `encoder` to it"
+    )
+
+
+def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
     """The loss that "auto" means, or the one that was asked for if the artifact has what it takes."""
     has_targets = manifest.layout.array("target") is not None
-    name = config.loss if config.loss != "auto" else ("squared_error" if has_targets else "cross_entropy")
+    automatic: LossName = "squared_error" if has_targets else "cross_entropy"
+    name = automatic if config.loss == "auto" else config.loss
     if name == "squared_error" and not has_targets:
         raise ConfigError(
             f"loss: squared_error expects stored target embeddings, found none in {config.artifact}; "
-            "use --loss cross_entropy for an artifact with labels"
+            'use `loss="cross_entropy"` for an artifact with labels'
         )
     if name == "squared_error" and config.head is not None:
-        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop --head")
+        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop `head`")
     if name == "cross_entropy" and config.loss_scale != 1.0:
         raise ConfigError(
-            f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; drop it"
+            f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; "
+            "drop `loss_scale`"
         )
     return name
 
 
-def stored_members(config: TrainConfig, manifest: Manifest) -> int:
-    """Stored members to read of each group."""
-    if config.arm == "factors" and manifest.layout.array("factors") is None:
+def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
+    """Stored members to read of each group, once the artifact is seen to have all that the arm reads."""
+    arm = ARMS[config.arm]
+    if "factors" in arm.arrays and manifest.layout.array("factors") is None:
         raise ConfigError(
-            f"arm: factors expects stored factors, found none in {config.artifact}; merge again with --factors 1, or "
-            "use --arm avg"
+            f"arm: {config.arm} expects stored factors, found none in {config.artifact}; merge again with "
+            '`factors=1`, or use `arm="avg"`'
         )
-    if config.arm not in ("ind", "random-member"):
+    if not arm.takes_members:
         return 0
     stored = manifest.layout.array("members")
     if stored is None:
         raise ConfigError(
             f"arm: {config.arm} expects stored members, found none in {config.artifact}; merge again with "
-            "--keep-members, or use --arm avg"
+            '`keep_members=True`, or use `arm="avg"`'
         )
     if config.members is not None and config.members > stored.shape[0]:
         raise ConfigError(
-            f"members: expected at most the {stored.shape[0]} stored in {config.artifact}, found {config.members}"
+            f"members: expected at most the {stored.shape[0]} stored in {config.artifact}, found {config.members}; "
+            "take fewer `members`"
         )
     return config.members or stored.shape[0]
 
 
-def check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
+def _group_size(manifest: Manifest) -> int | None:
+    grouping = manifest.provenance.get("grouping")
+    size = grouping.get("members") if isinstance(grouping, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
     """Whether the members were made within the radius that the settings expect, if they expect one."""
     found = _attacked_within(manifest)
     if config.epsilon is not None and (found is None or PixelLength(found) != config.epsilon):
         raise ConfigError(
             f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
-            f"{config.artifact}; choose another artifact or preset"
+            f"{config.artifact}; choose another `artifact` or `epsilon`"
         )
 
 
@@ -117,7 +206,7 @@ def _attacked_within(manifest: Manifest) -> Any:
     return attack.get("epsilon") if isinstance(attack, dict) else None
 
 
-def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
+def _refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
     """How stored images are refined, if they are.
 
     Raises:
@@ -130,24 +219,13 @@ def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
         raise ConfigError(
             f"refine_steps: expected an artifact of attacks that keeps the clean images, found "
             f"{'no clean images' if found is not None else 'no attack'} in {config.artifact}; merge again with "
-            "--keep-clean, or drop refine_steps"
+            "`keep_clean=True`, or drop `refine_steps`"
         )
     epsilon = float(PixelLength(found))
     asked = config.refine_step_size
     # Twice the radius in all was best in experiments/cifar10: it reaches the other side of the ball.
     size = 2 * epsilon / config.refine_steps if asked is None else float(asked)
     return Refinement(config.refine_steps, size, epsilon)
-
-
-def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
-    """Whether these groups go through that encoder."""
-    _check_pixels(encoder, artifact.location.url, artifact.manifest)
-    if not collate.labels:
-        _check_targets(encoder, artifact.location.url, artifact.manifest)
-        return
-    for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
-        for entry in artifact.commit(position).records:
-            check_label(entry.key, entry.label, collate.classes)
 
 
 def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
@@ -157,7 +235,7 @@ def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
     if moments.shape != tuple(encoder.input_shape):
         raise ConfigError(
             f"encoder {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
-            f"{where}; choose another --encoder, or merge at its size"
+            f"{where}; choose another `encoder`, or merge at its size"
         )
 
 
@@ -165,15 +243,12 @@ def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
     target = manifest.layout.array("target")
     if target is not None and target.shape != (encoder.embedding_dim,):
         raise ConfigError(
-            f"encoder {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found "
-            f"targets of shape "
-            f"{target.shape} in {where}; choose the --encoder that made them"
+            f"encoder {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found targets of shape "
+            f"{target.shape} in {where}; choose the `encoder` that made them"
         )
-    recorded = recorded_encoder(manifest).get("sha256")
+    recorded = _recorded_encoder(manifest).get("sha256")
     if recorded is not None and recorded != encoder.sha256:
         warn(
-            f"the targets of {where} come from another encoder "
-            f"({recorded_encoder(manifest).get('spec')}, sha256 "
-            f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 "
-            f"{encoder.sha256[:12]})"
+            f"the targets of {where} come from another encoder ({_recorded_encoder(manifest).get('spec')}, sha256 "
+            f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 {encoder.sha256[:12]})"
         )

@@ -10,33 +10,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from datamerge.runtime.memory import is_out_of_memory
+from datamerge.runtime.memory import out_of_memory_advice
 from storage_schemas import DatamergeError
+from trainer.arms import ARMS
 from trainer.config import TrainConfig
+from trainer.data.batches import Batch
 from trainer.data.noise import Draws
-from trainer.data.order import ESTIMATOR, LAYERS, Layout, Share, stream_seeds
-from trainer.data.stream import Batch
-from trainer.estimators import (
-    RANDOM,
-    GroupLoss,
-    along_factors,
-    deviation_along,
-    exact,
-    individual_loss,
-    mean_only,
-)
+from trainer.data.order import ESTIMATOR, LAYERS, Partition, Share, stream_seeds
+from trainer.estimators import GroupLoss
 from trainer.run.distributed import Processes
 from trainer.run.job import Job
-from trainer.run.refine import Refinement, refine
+from trainer.run.objective import group_losses
 
 
 class NotFinite(DatamergeError):  # noqa: N818 - says what was found
@@ -90,7 +81,7 @@ class Optimisation:
         self.average: AveragedModel | None = None
         if config.ema is not None:
             self.average = AveragedModel(self.job.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-        self.layout = Layout(self.own.rank, self.own.world, config.accumulate)
+        self.partition = Partition(self.own.rank, self.own.world, config.accumulate)
 
     def step(self, step: int, batches: Iterator[Batch], stopping: Callable[[], int]) -> Outcome:
         """Do step `step`, counted from 0.
@@ -111,11 +102,11 @@ class Optimisation:
         self.optimizer.zero_grad(set_to_none=True)
         size = job.order.batch_size_of(step)
         seen, results, waited = [], [], 0.0
-        for share in job.order.shares(step, self.layout):
+        for share in job.order.shares(step, self.partition):
             started = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - started
-            with _out_of_memory(job.config, len(batch.keys)):
+            with out_of_memory_advice(lambda: _out_of_memory(job.config, len(batch.keys))):  # noqa: B023 - at once
                 losses = self._backward(step, share, batch, size)
             seen.append(batch)
             results.append(losses)
@@ -145,7 +136,8 @@ class Optimisation:
         with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
             torch.manual_seed(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1])
             seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
-            losses = group_losses(job, batch.to(job.device), Draws(seeds))
+            batch = batch.to(job.device)
+            losses = group_losses(job.model, batch, Draws(seeds), job.loss, job.config, job.refinement)
         (losses.loss.sum() / size).backward()
         correction = losses.correction
         return GroupLoss(losses.loss.detach(), None if correction is None else correction.detach())
@@ -191,51 +183,6 @@ class Optimisation:
         raise NotFinite(what, value, [key for key, _ in everywhere], seen)
 
 
-def group_losses(job: Job, batch: Batch, draws: Draws) -> GroupLoss:
-    """Losses of a batch in the arm of the run; [B] each."""
-    config = job.config
-    if job.refinement is not None:
-        batch = _refined(job, batch, draws, job.refinement)
-    if batch.members is not None:
-        return individual_loss(job.model, batch.members, batch.counts, batch.target, job.loss)
-    if batch.mean is None:
-        raise ValueError("a batch holds members or a mean")
-    if batch.factors is not None:
-        return along_factors(
-            job.model,
-            batch.mean,
-            batch.factors,
-            batch.target,
-            job.loss,
-            draws,
-            estimator=config.estimator,
-            samples=config.samples,
-            deviation=config.deviation,
-        )
-    if config.arm == "mean-only" or batch.variance is None:
-        return mean_only(job.model, batch.mean, None, batch.target, job.loss)
-    estimate = exact if config.estimator == "exact" else partial(RANDOM[config.estimator], samples=config.samples)
-    return estimate(job.model, batch.mean, batch.variance, batch.target, job.loss, draws)
-
-
-def _refined(job: Job, batch: Batch, draws: Draws, how: Refinement) -> Batch:
-    """The batch with its members, or else one image a group, brought up to date."""
-    if batch.clean is None:
-        raise ValueError("refinement needs the clean images")
-    clean = batch.clean.float() / 255
-    if batch.members is not None:
-        repeats = torch.tensor(batch.counts, device=clean.device)
-        centres, targets = clean.repeat_interleave(repeats, dim=0), batch.target.repeat_interleave(repeats, dim=0)
-        found = refine(job.model, batch.members.float() / 255, centres, targets, job.loss, how)
-        return batch._replace(members=255 * found)
-    if batch.mean is None:
-        raise ValueError("a batch holds members or a mean")
-    start = batch.mean
-    if batch.factors is not None:
-        start = start + deviation_along(batch.factors, draws, job.config.deviation)
-    return batch._replace(mean=refine(job.model, start, clean, batch.target, job.loss, how), factors=None)
-
-
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Rate of a step counted from 0: linear warm-up to the peak, then a cosine that ends at 0."""
     if step < config.warmup_steps:
@@ -244,22 +191,13 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-@contextmanager
-def _out_of_memory(config: TrainConfig, groups: int) -> Iterator[None]:
-    """Says which knob."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        knobs = [f"--accumulate {2 * config.accumulate} (same result)"] if groups > 1 else []
-        if config.arm == "ind":
-            knobs.append("fewer --members")
-        elif config.arm == "avg" and config.estimator != "sampled":
-            knobs.append("--estimator sampled, which needs no double backward")
-        if config.precision != "bf16":
-            knobs.append("--precision bf16")
-        raise DatamergeError(
-            f"out of memory with {groups} groups at a time (batch_size {config.batch_size}, accumulate "
-            f"{config.accumulate}, arm {config.arm}); try " + ", or ".join(knobs or ["a smaller encoder"])
-        ) from error
+def _out_of_memory(config: TrainConfig, groups: int) -> str:
+    """What to change, in the order in which it helps."""
+    advice = [f"`accumulate={2 * config.accumulate}` (same result)"] if groups > 1 else []
+    advice += ARMS[config.arm].memory_advice(config.estimator)
+    if config.precision != "bfloat16":
+        advice.append('`precision="bfloat16"`')
+    return (
+        f"out of memory with {groups} groups at a time (batch_size {config.batch_size}, accumulate "
+        f"{config.accumulate}, arm {config.arm}); try " + ", or ".join(advice or ["a smaller `encoder`"])
+    )

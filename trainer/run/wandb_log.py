@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError, DatamergeError
 from trainer.run.checkpoint import LOG
-from trainer.run.messages import warn
 
 RUN_ID = "wandb-id.txt"
 
@@ -31,7 +31,7 @@ def check_installed(project: str | None) -> None:
     # W&B leaves a folder of its name wherever it ran, which Python takes for a package without code.
     if found is None or found.origin is None:
         raise ConfigError(
-            "wandb_project: needs the package 'wandb': pip install 'datamerge[wandb]', or drop wandb_project"
+            "wandb_project: needs the package 'wandb': pip install 'datamerge[wandb]', or drop `wandb_project`"
         )
 
 
@@ -65,8 +65,8 @@ class WandbLog:
             )
         except wandb.errors.Error as error:
             raise DatamergeError(
-                f"wandb_project {project!r}: W&B did not start ({str(error).splitlines()[0]}); run `wandb login`, "
-                "or set WANDB_MODE=offline"
+                f"wandb_project: expected W&B to start for {project!r}, found {str(error).splitlines()[0]}; run "
+                "`wandb login`, or set WANDB_MODE=offline"
             ) from None
         # The axis is our own step: W&B's refuses the steps that are repeated after a crash.
         self._run.define_metric("*", step_metric="step")

@@ -78,7 +78,7 @@ class LlavaSettings(Settings):
             self.epsilon,
             self.steps,
             random_start=False,
-            on_grid=False,
+            grid=False,
             initial_step=Fraction(1),
         )
 

@@ -1,0 +1,255 @@
+"""The arms: what each reads of a group, trains on and costs. An entry of `ARMS` is all that there is to an arm.
+
+Shapes: B groups, M images of all groups of a batch, C H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
+
+from trainer.data.batches import (
+    Batch,
+    FactorBatch,
+    ImageBatch,
+    MomentBatch,
+    Read,
+    drawn_member,
+    factors,
+    first_members,
+    means,
+    moments,
+)
+from trainer.data.noise import Draws
+from trainer.estimators import (
+    AROUND_MEAN,
+    GroupLoss,
+    Model,
+    along_factors,
+    deviation_along,
+    individual_loss,
+    mean_only,
+)
+from trainer.losses import Loss
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+ArmName = Literal["avg", "factors", "ind", "mean-only", "random-member"]
+EstimatorName = Literal["gauss_newton", "sampled", "antithetic"]
+B = TypeVar("B", bound=Batch)
+B_in = TypeVar("B_in", bound=Batch, contravariant=True)
+
+
+class ArmLoss(Protocol[B_in]):
+    """The loss of each group of a batch."""
+
+    def __call__(self, model: Model, batch: B_in, loss: Loss, draws: Draws, config: TrainConfig, /) -> GroupLoss: ...
+
+
+class ArmImages(Protocol[B_in]):
+    """The images that a step trains on."""
+
+    def __call__(self, batch: B_in, draws: Draws, config: TrainConfig, /) -> ImageBatch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """An estimator in an arm.
+
+    Attributes:
+        plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
+        twice: it differentiates twice, which compiled graphs cannot.
+        one_image: with one sample it is the loss at one image a group, which can be refined.
+        held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
+        out_of_memory: advice.
+    """
+
+    plain_steps: Callable[[int], int]
+    twice: bool = False
+    one_image: bool = False
+    held_out: EstimatorName
+    out_of_memory: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm(Generic[B]):
+    """What there is to know of an arm.
+
+    Attributes:
+        title: in the words of the paper, AT-N-Avg.
+        about: for the help.
+        arrays: stored arrays that it reads, in either encoding, beside the target.
+        batch: records → batch.
+        loss: the loss that is trained on, and measured on held-out groups.
+        estimators: that it has, the default first; it alone takes `samples`. Empty where nothing is estimated.
+        images: the single images that a step trains on, which can be refined; None if there are none.
+        every_member: a step takes all stored members of a group, each at a plain step's cost.
+        deviates: it takes `deviation`.
+        out_of_memory: advice.
+    """
+
+    title: str
+    about: str
+    arrays: frozenset[str]
+    batch: Callable[[Read], B]
+    loss: ArmLoss[B]
+    estimators: Mapping[str, Estimate] = field(default_factory=dict)
+    images: ArmImages[B] | None = None
+    every_member: bool = False
+    deviates: bool = False
+    out_of_memory: str = ""
+
+    @property
+    def takes_members(self) -> bool:
+        """Whether it reads stored members, and so takes the setting `members`."""
+        return "members" in self.arrays
+
+    def name(self, members: int | None) -> str:
+        """The arm as the paper writes it, for groups of so many members (None if they differ)."""
+        return f"AT-{members}-{self.title}" if members else f"AT-{self.title}"
+
+    def refines(self, estimator: str, samples: int) -> bool:
+        """Whether a step trains on images of which each can take steps of an attack first."""
+        if self.images is None:
+            return False
+        return not self.estimators or (self.estimators[estimator].one_image and samples == 1)
+
+    def memory_advice(self, estimator: str) -> list[str]:
+        """What lowers the memory of a step, as parts of a sentence."""
+        found = [self.out_of_memory]
+        if self.estimators:
+            found.append(self.estimators[estimator].out_of_memory)
+        return [advice for advice in found if advice]
+
+    def forward_passes(
+        self, estimator: str | None = None, *, samples: int = 1, members: int = 1, refine_steps: int = 0
+    ) -> float:
+        """Cost of a step for each group, by counting passes: a backward pass is two forward passes, and one to the
+        pixels alone is one.
+
+        Args:
+            estimator: the arm's default if not given.
+            samples: drawn by it.
+            members: of each group.
+            refine_steps: steps of PGD before.
+        """
+        images = members if self.every_member else 1
+        plain_steps = images
+        if self.estimators:
+            plain_steps = self.estimators[estimator or next(iter(self.estimators))].plain_steps(samples)
+        return 3.0 * plain_steps + 2.0 * refine_steps * images
+
+
+def _around_mean(model: Model, batch: MomentBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    estimate = AROUND_MEAN[config.estimator]
+    return estimate(model, batch.mean, batch.variance, batch.target, loss, draws, samples=config.samples)
+
+
+def _along_factors(model: Model, batch: FactorBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    return along_factors(
+        model,
+        batch.mean,
+        batch.factors,
+        batch.target,
+        loss,
+        draws,
+        estimator=config.estimator,
+        samples=config.samples,
+        deviation=config.deviation,
+    )
+
+
+def _at_mean(model: Model, batch: ImageBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    return mean_only(model, batch.images, None, batch.target, loss)
+
+
+def at_images(model: Model, batch: ImageBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    """The mean loss of each group's images."""
+    return individual_loss(model, batch.images, batch.counts, batch.target, loss)
+
+
+def _the_images(batch: ImageBatch, draws: Draws, config: TrainConfig) -> ImageBatch:
+    return batch
+
+
+def _point_along_factors(batch: FactorBatch, draws: Draws, config: TrainConfig) -> ImageBatch:
+    point = batch.mean + deviation_along(batch.factors, draws, config.deviation)
+    return ImageBatch(
+        keys=batch.keys, target=batch.target, clean=batch.clean, images=point, counts=[1] * len(batch.keys)
+    )
+
+
+_PLAIN = '`estimator="sampled"`, '
+ARMS: dict[ArmName, Arm[Any]] = {
+    "avg": Arm(
+        title="Avg",
+        about="merged groups with the curvature correction",
+        arrays=frozenset({"sum", "scatter", "mean", "mean_square"}),
+        batch=moments,
+        loss=_around_mean,
+        estimators={
+            "gauss_newton": Estimate(
+                plain_steps=lambda samples: 1 + samples,
+                twice=True,
+                held_out="gauss_newton",
+                out_of_memory=f"{_PLAIN}which needs no double backward",
+            ),
+            "sampled": Estimate(plain_steps=lambda samples: samples, held_out="antithetic"),
+            "antithetic": Estimate(
+                plain_steps=lambda samples: 2 * samples,
+                held_out="antithetic",
+                out_of_memory=f"{_PLAIN}which takes half the images",
+            ),
+        },
+    ),
+    "factors": Arm(
+        title="Factors",
+        about="merged groups with a random point along the stored factors of their covariance",
+        arrays=frozenset({"sum", "mean", "factors"}),
+        batch=factors,
+        loss=_along_factors,
+        estimators={
+            "sampled": Estimate(plain_steps=lambda samples: samples, one_image=True, held_out="antithetic"),
+            "antithetic": Estimate(
+                plain_steps=lambda samples: 2 * samples,
+                held_out="antithetic",
+                out_of_memory=f"{_PLAIN}which takes half the images",
+            ),
+            "gauss_newton": Estimate(
+                plain_steps=lambda samples: 1 + samples,
+                held_out="gauss_newton",
+                out_of_memory=f"{_PLAIN}which takes fewer images",
+            ),
+        },
+        images=_point_along_factors,
+        deviates=True,
+    ),
+    "ind": Arm(
+        title="Ind",
+        about="their stored members one by one",
+        arrays=frozenset({"members"}),
+        batch=first_members,
+        loss=at_images,
+        images=_the_images,
+        every_member=True,
+        out_of_memory="fewer `members`",
+    ),
+    "mean-only": Arm(
+        title="Mean",
+        about="merged groups without the correction",
+        arrays=frozenset({"sum", "mean"}),
+        batch=means,
+        loss=_at_mean,
+        images=_the_images,
+    ),
+    "random-member": Arm(
+        title="Random",
+        about="one stored member a step, drawn anew",
+        arrays=frozenset({"members"}),
+        batch=drawn_member,
+        loss=at_images,
+        images=_the_images,
+    ),
+}

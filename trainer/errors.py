@@ -1,0 +1,21 @@
+"""How a run ends early."""
+
+from __future__ import annotations
+
+from storage_schemas import DatamergeError
+
+
+class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, not an error
+    """A signal ended the run early; its state is saved.
+
+    Attributes:
+        signal: the signal's number.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class NotFiniteRun(DatamergeError):  # noqa: N818 - says what was found
+    """A loss or gradient was not finite; the run would come to it again."""

@@ -1,0 +1,50 @@
+"""The loss of a batch in the arm of a run, from stored images or from refined ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trainer.arms import ARMS, at_images
+from trainer.config import TrainConfig
+from trainer.data.batches import Batch
+from trainer.data.noise import Draws
+from trainer.estimators import GroupLoss, Model
+from trainer.losses import Loss
+from trainer.run.refine import Refinement, refine
+
+
+def group_losses(
+    model: Model, batch: Batch, draws: Draws, loss: Loss, config: TrainConfig, refinement: Refinement | None
+) -> GroupLoss:
+    """Losses of a batch, [B] each.
+
+    Args:
+        model: pixels → outputs.
+        batch: of the kind that the arm takes; with clean images if it is to be refined.
+        draws: random numbers, one stream per group.
+        loss: the loss at one image.
+        config: arm, estimator, samples and deviation.
+        refinement: how the images that are trained on are brought up to date first, if they are.
+    """
+    arm = ARMS[config.arm]
+    if refinement is None:
+        return arm.loss(model, batch, loss, draws, config)
+    if arm.images is None or batch.clean is None:
+        raise ValueError(f"arm {config.arm}: expected images to refine, and the clean images they stay close to")
+    chosen = arm.images(batch, draws, config)
+    clean, target = chosen.per_image(batch.clean), chosen.per_image(batch.target)
+    refined = refine(model, chosen.images, clean, target, loss, refinement)
+    return at_images(model, replace(chosen, images=refined), loss, draws, config)
+
+
+def held_out_settings(config: TrainConfig) -> TrainConfig:
+    """The settings that `group_losses` measures held-out groups with.
+
+    They give the loss that is trained on: the same arm, deviation and refinement, and an estimator of the same mean.
+    A mirrored pair takes the place of a single random deviation, whose first-order noise would hide the difference
+    between two states of the encoder.
+    """
+    arm = ARMS[config.arm]
+    if not arm.estimators or config.refine_steps:
+        return config
+    return config.model_copy(update={"estimator": arm.estimators[config.estimator].held_out})
