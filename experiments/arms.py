@@ -65,7 +65,7 @@ class Prepared:
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
     """Run what is missing of the arms in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)
-    experiment = Experiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    experiment = ArmsExperiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
     experiment.artifacts()
     names = [name for name in (BASELINE, *experiment.settings["arms"]) if not only or name in only]
     for seed in (int(text) for text in seeds.split(",") if text):
@@ -82,7 +82,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
     report(facts, settings)
 
 
-class Experiment:
+class ArmsExperiment:
     """One settings file at work in one folder."""
 
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:

@@ -98,8 +98,8 @@ def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> N
     "--allow-different",
     "allowed",
     multiple=True,
-    metavar="NAME",
-    help="Combine although the provenances differ here, e.g. attack.epsilon; may be repeated.",
+    metavar="NAME[,…]",
+    help="Combine although the provenances differ here, e.g. attack.epsilon.",
 )
 @JSON
 def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], as_json: bool) -> None:
@@ -145,7 +145,7 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
         raise
     except DatamergeError as error:
         # As with diff(1): 1 says that they differ, and nothing else.
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(redact(str(error)))}", err=True)
         raise click.exceptions.Exit(2) from None
     click.echo(json.dumps(found.as_json()) if as_json else "\n".join(map(printable, _lines(found, first, second))))
     if not found.equal:
