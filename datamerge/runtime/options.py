@@ -63,11 +63,11 @@ def as_flags(message: str, *, in_front: bool = True) -> str:
     """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
 
     Settings are the fields of all models imported so far, and anything in backquotes that has a value. In front they
-        are without backquotes: `epsilon: expected …; steps: expected …`.
+    are without backquotes: `epsilon: expected …; steps: expected …`.
 
-        Args:
-            message: of an error.
-            in_front: whether what is in front may be a setting; other errors begin with a place, which may be called so.
+    Args:
+        message: of an error.
+        in_front: whether the message may begin with a setting; many begin with a place, which may be called like one.
     """
     known = _known()
     if in_front and message.partition(":")[0] in known:
