@@ -266,7 +266,7 @@ class ArmsExperiment:
     def _forward_passes(self, arm: dict[str, Any]) -> float | None:
         """Cost of a run, attacks made for it alone included, in forward passes for each group and step.
 
-        A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
+        A step of an attack is 2 (PAPER §4).
         """
         # An online arm may have an attack of its own.
         attacked = self.settings["merge"] | (arm if arm.get("online") else {})
@@ -281,8 +281,9 @@ class ArmsExperiment:
             return None
         return ARMS[arm["arm"]].forward_passes(
             arm.get("estimator"),
+            samples=arm.get("samples", 1),
             members=int(arm.get("members") or members),
-            refine_steps=int(arm.get("refine_steps", 0)),
+            refine_steps=arm.get("refine_steps", 0),
         )
 
 
