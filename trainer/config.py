@@ -148,7 +148,7 @@ class TrainConfig(Settings):
         default=2, ge=1, description="Newest checkpoints that are kept; older ones are removed."
     )
     data_workers: int = Field(
-        default=0, ge=0, description="Processes that read ahead (0 reads in the training process)."
+        default=0, ge=0, description="Processes that read ahead; 0 reads ahead in a thread of the training process."
     )
     cache: Annotated[str | None, Option(metavar="DIR", unset="none")] = Field(
         default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."

@@ -67,7 +67,7 @@ def as_flags(message: str, *, in_front: bool = True) -> str:
 
     Args:
         message: of an error.
-        in_front: whether what is in front may be a setting; else it is a folder of that name.
+        in_front: whether the message may begin with a setting; many begin with a place, which may be called like one.
     """
     known = _known()
     if in_front and message.partition(":")[0] in known:
