@@ -181,7 +181,7 @@ def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
         ("images/c.png", 2, "y"),
     ]
     assert [s.label for s in open_source(tmp_path, label_column="author").samples] == [0, None, 1]
-    with pytest.raises(SourceError, match=r"expected a column 'site', found \['file', 'label', 'author'\]"):
+    with pytest.raises(SourceError, match=r"'site', found \['file', 'label', 'author'\]"):
         open_source(tmp_path, group_column="site")
     (tmp_path / "labels.csv").write_text("file,label\nmissing.png,1\n")
     with pytest.raises(SourceError, match=r"names 'missing\.png', which is not below the folder"):
