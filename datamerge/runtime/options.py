@@ -53,11 +53,12 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
     and sizes are left to the model, whose refusals name the setting.
     """
 
+    fields = {name: field for name, field in model.model_fields.items() if name not in leave_out}
+    _spellings.update({name: _spelling(name, field) for name, field in fields.items()})
+
     def decorate(function: F) -> F:
-        for name, field in reversed(model.model_fields.items()):
-            if name not in leave_out:
-                _spellings[name] = _spelling(name, field)
-                function = (_argument if _option(field).argument else _flag)(name, field)(function)
+        for name, field in reversed(fields.items()):
+            function = (_argument if _option(field).argument else _flag)(name, field)(function)
         return function
 
     return decorate
