@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -90,11 +90,11 @@ class Plan:
 
 def jobs(scale: int) -> list[Job]:
     """Three that differ in groups alone, then others; the last has the paper's members and steps."""
-    return [*(Job(count * scale, 2, 3) for count in (16, 32, 64)), Job(16 * scale, 8, 3), Job(16 * scale, 10, 10)]
+    return [*(Job(count * scale, 2, 3) for count in (32, 64, 128)), Job(32 * scale, 8, 3), Job(16 * scale, 10, 10)]
 
 
 def measure(encoder: str, job: Job, photos: Path, folder: Path, device: str, batch_size: int) -> Outcome:
-    """Plan a merge of that size, then run it on one worker."""
+    """Plan a merge of that size, or of all photos where they are fewer, then run it on one worker."""
     settings: dict[str, object] = {"encoder": encoder, "members": job.members, "steps": job.steps}
     settings |= {"groups_per_shard": job.groups // job.shards, "limit": job.groups, "max_workers": 1}
     prepared = make_prepared(photos, folder, settings | {"device": device, "batch_size": batch_size})
@@ -102,7 +102,8 @@ def measure(encoder: str, job: Job, photos: Path, folder: Path, device: str, bat
     seconds, _ = run_on_ray(prepared, 1)
     artifact = Path(prepared.config.artifact)
     volume = sum(path.stat().st_size for path in artifact.rglob("*") if path.is_file())
-    return Outcome(job, planned, seconds, float(volume))
+    layout = prepared.plan.layout
+    return Outcome(replace(job, groups=layout.groups, shards=layout.shards), planned, seconds, float(volume))
 
 
 def measure_all(encoder: str, photos: Path | None, device: str, scale: int, batch_size: int) -> list[Outcome]:
@@ -216,7 +217,7 @@ def run(
 @click.option("--encoder", default="timm:test_resnet", show_default=True, help="That is measured.")
 @click.option("--photos", type=click.Path(exists=True, path_type=Path), help="Folder; smooth noise by default.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--scale", default=1, show_default=True, help="Multiplies the groups that are measured; 16 on a GPU.")
+@click.option("--scale", default=1, show_default=True, help="Multiplies the groups that are measured; 8 on a GPU.")
 @click.option("--deadline-hours", default=24.0, show_default=True)
 @click.option("--price", type=float, help="Of a device like this one for an hour; assumed if not given.")
 def main(

@@ -65,7 +65,7 @@ GPU = Sizes(
     batch=64,
     photos=32,
     groups_per_shard=64,
-    scale=16,
+    scale=8,
 )
 TINY = Sizes(
     encoder="mlp:3x32x32-16-8",

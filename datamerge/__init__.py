@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from storage_schemas.schema.pixel_length import PixelLength
     from storage_schemas.schema.run import RunSummary
     from storage_schemas.verify import Report
-    from trainer import Stopped, TrainConfig, train
+    from trainer import NotFiniteRun, Stopped, TrainConfig, train
     from trainer.export.command import export as export_encoder
 
     __version__: str
@@ -83,6 +83,7 @@ __all__ = [
     "MergeResult",
     "NonFiniteGradient",
     "NotAnArtifact",
+    "NotFiniteRun",
     "PixelLength",
     "Record",
     "Reject",
@@ -148,7 +149,7 @@ _ROOMS = {
     "storage_schemas.schema.pixel_length": "PixelLength",
     "storage_schemas.schema.run": "RunSummary",
     "storage_schemas.verify": "Report",
-    "trainer": "Stopped TrainConfig train",
+    "trainer": "NotFiniteRun Stopped TrainConfig train",
     "trainer.export.command": "export_encoder=export",
 }
 # Room → the extra that installs what it imports.

@@ -66,6 +66,8 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
+        # So that `-h` is known also where somebody else calls the command.
+        command.context_settings = {**self.context_settings, **command.context_settings}
         return command
 
     def resolve_command(
@@ -96,7 +98,12 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it, and exit."
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")
@@ -156,12 +163,13 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from datamerge.runtime.options import as_flags
     from storage_schemas.access.redaction import redact
-    from storage_schemas.errors import DatamergeError, printable
+    from storage_schemas.errors import ConfigError, DatamergeError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        click.echo(f"error: {printable(redact(as_flags(str(error))))}", err=True)
+        message = as_flags(str(error), in_front=isinstance(error, ConfigError))
+        click.echo(f"error: {printable(redact(message))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""

@@ -35,6 +35,7 @@ from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.remerge import Remerge, remerge
 from storage_schemas.schema.run import BASELINE, SUMMARY
 from trainer import RunSummary, TrainConfig, train
+from trainer.arms import ARMS
 
 PUBLISHER = 1000  # seed of the run whose rounds are published
 
@@ -65,7 +66,7 @@ class Prepared:
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
     """Run what is missing of the arms in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)
-    experiment = Experiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    experiment = ArmsExperiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
     experiment.artifacts()
     names = [name for name in (BASELINE, *experiment.settings["arms"]) if not only or name in only]
     for seed in (int(text) for text in seeds.split(",") if text):
@@ -82,7 +83,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
     report(facts, settings)
 
 
-class Experiment:
+class ArmsExperiment:
     """One settings file at work in one folder."""
 
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
@@ -257,12 +258,7 @@ class Experiment:
             return None if first is None else arm["rounds"] * array_bytes(str(first), {"members"})
         if "artifact" not in arm:
             return None
-        arrays = {
-            "avg": {"sum", "scatter"},
-            "factors": {"sum", "factors"},
-            "mean-only": {"sum"},
-        }.get(arm["arm"], {"members"})
-        arrays = arrays | ({"clean"} if arm.get("refine_steps") else set())
+        arrays = ARMS[arm["arm"]].arrays | ({"clean"} if arm.get("refine_steps") else set())
         stored = array_bytes(self.artifact(arm["artifact"]), arrays)
         taken = arm.get("members")
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
@@ -270,7 +266,7 @@ class Experiment:
     def _forward_passes(self, arm: dict[str, Any]) -> float | None:
         """Cost of a run, attacks made for it alone included, in forward passes for each group and step.
 
-        A plain step is 3 (forward, and a backward of twice its cost), a step of an attack 2 (PAPER §4).
+        A step of an attack is 2 (PAPER §4).
         """
         # An online arm may have an attack of its own.
         attacked = self.settings["merge"] | (arm if arm.get("online") else {})
@@ -283,13 +279,12 @@ class Experiment:
             return 3 + int(arm["rounds"]) * attack * limit / seen
         if "arm" not in arm:
             return None
-        if arm.get("refine_steps"):
-            return 3 + 2.0 * int(arm["refine_steps"])
-        if arm["arm"] == "ind":
-            return 3.0 * int(arm.get("members") or members)
-        passes = {"avg": {"sampled": 3.0}, "factors": {"antithetic": 6.0, "gauss_newton": 6.0}}
-        usual = {"avg": 6.0, "factors": 3.0}.get(arm["arm"], 3.0)
-        return passes.get(arm["arm"], {}).get(arm.get("estimator", ""), usual)
+        return ARMS[arm["arm"]].forward_passes(
+            arm.get("estimator"),
+            samples=arm.get("samples", 1),
+            members=int(arm.get("members") or members),
+            refine_steps=arm.get("refine_steps", 0),
+        )
 
 
 def _figures(found: ArmResult) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from datamerge.encoders import load_encoder, load_head
 from datamerge.evaluation.runs import read_run
 from datamerge.sources import decode, open_source
-from experiments.arms import Experiment
+from experiments.arms import ArmsExperiment
 from storage_schemas.schema.run import BASELINE
 
 
@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Attack the trained encoders of SETTINGS with torchattacks."""
     torch.set_num_threads(1)
-    experiment = Experiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    experiment = ArmsExperiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
     target = settings.with_name(f"third-party-{settings.stem}.json")
     radius = float(Fraction(epsilon or experiment.settings["evaluate"]["epsilon"]))
     attack = {"torchattacks": version("torchattacks"), "epsilon": radius, "steps": steps}

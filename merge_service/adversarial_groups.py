@@ -33,11 +33,11 @@ Batch = Sequence[tuple[Group, Pixels]]
 
 
 class Attacker:
-    """Turns clean images into records.
+    """Makes records of clean images.
 
     Args:
         encoder: the attacked one, on its device.
-        target_encoder: where targets come from; the same object unless told otherwise.
+        target_encoder: gives the embeddings that become targets; `encoder` itself unless the settings name another.
         head: class head, for objectives on labels.
     """
 

@@ -31,7 +31,7 @@ def cluster_class(
 ) -> list[int]:
     """The cluster, 0 to `clusters` − 1, of every sample of a class.
 
-    Samples that cannot be read are put into cluster 0: whoever merges it rejects them, with the reason.
+    Samples that cannot be read are put into cluster 0: the merge rejects them with the reason.
 
     Args:
         seed: words of the seed sequence for the start.

@@ -10,7 +10,7 @@ from datamerge.encoders import Encoder, at_home, load_encoder
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import SUMMARY, read_summary
 
-# What a training run says of itself that makes a round traceable: the artifact it trained on, and from where.
+# Fields of a run's summary that make a round traceable: the artifact it trained on, and the encoder it began with.
 LINKS = ("arm", "steps", "plan_sha256", "encoder_sha256", "original_sha256")
 
 

@@ -1,4 +1,4 @@
-"""What a failure of a worker means: for one shard, or for the whole job."""
+"""What a failure means: for a moment, for one shard, or for the whole job."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from storage_schemas import DatamergeError, UserError
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 _CLOSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
+# Waiting changes nothing about them: wrong values, missing files, errors raised on purpose.
+_LASTING = (ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, DatamergeError)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether reading the same sample may succeed a little later: every object store has exceptions of its own."""
+    return not isinstance(error, _LASTING) and not is_hopeless(error)
 
 
 def is_hopeless(error: BaseException) -> bool:
@@ -29,7 +36,7 @@ def explain(error: BaseException, where: str) -> DatamergeError:
 
 
 def cause_of_death(error: BaseException) -> str:
-    """What Ray knows of a worker's end, without the paragraphs around it."""
+    """The line of Ray's long message that says why a worker died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
     return (known or lines or ["unknown"])[-1][:300]

@@ -54,7 +54,7 @@ class MergeResult:
     attack_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """A merge that has been planned and not begun.
 
@@ -75,7 +75,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
     """List the source, load the encoder once to learn its shape and hash, plan.
 
     Args:
-        planning_only: do not look for clusters; deal the samples out evenly in their place.
+        planning_only: do not run k-means; assign the samples to clusters in turn instead.
 
     Raises:
         UserError: anything that would make the merge fail later and can be known now.
@@ -109,7 +109,15 @@ def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
         )
     if head is not None:
         files[HEAD] = head.to_bytes()
-    return Prepared(config, source, plan, encoder, target_encoder, head, files)
+    return Prepared(
+        config=config,
+        source=source,
+        plan=plan,
+        encoder=encoder,
+        target_encoder=target_encoder,
+        head=head,
+        files=files,
+    )
 
 
 def merge(config: MergeConfig) -> MergeResult:
@@ -299,14 +307,14 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
         first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
         return first if first == last else f"{first} … {last}"
 
-    told = [
+    reasons = [
         f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
         for one in sorted(aside, key=lambda one: one.shard)[:5]
     ]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
-        f"{'; '.join(told)}{more}. Remove the cause and run the same command again"
+        f"{'; '.join(reasons)}{more}. Remove the cause and run the same command again"
     )
 
 

@@ -44,9 +44,16 @@ class ShardTask:
     items: Items = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that is known before the first shard."""
+    """What a merge will write, known before the first shard.
+
+    Attributes:
+        groups: in the order that defines shards.
+        order: key of a sample → its place in the source; empty for adversarial groups.
+        shape: (C, H, W) of the pixels.
+        in_parts: whether a shard's samples may be added up on several workers.
+    """
 
     groups: Sequence[Group]
     order: Mapping[str, int]
@@ -128,7 +135,7 @@ def make_plan(
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
     in_parts = config.grouping != "adversarial"
     order = {sample.key: index for index, sample in enumerate(source.samples)} if in_parts else {}
-    return Plan(groups, order, layout, provenance, shape, in_parts)
+    return Plan(groups=groups, order=order, layout=layout, provenance=provenance, shape=shape, in_parts=in_parts)
 
 
 def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None) -> None:

@@ -51,14 +51,14 @@ def on_ray(config: MergeConfig) -> AbstractContextManager[None]:
 
 
 def device(config: MergeConfig, local: str) -> str:
-    """Where the workers' encoders run: on the cluster's GPUs if it has any, unless told otherwise."""
+    """Where the workers' encoders run: a cluster's GPUs if it has any and `device` is auto; else `local`."""
     if config.ray_address is None or config.device != "auto":
         return local
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
 class RayWorker(ShardWorker):
-    """A worker that knows its node, and keeps large results out of the driver."""
+    """A worker that reports its node, and keeps large results away from the driver."""
 
     def begin(self) -> str:
         """Prepare; returns the node's id."""
@@ -143,7 +143,7 @@ class _Pool:
             )
 
     def started(self, worker: _Worker) -> None:
-        """Take note that a worker is ready; raises what its start raised."""
+        """Record that a worker is ready; raises the error of its start."""
         worker.node, worker.starting = ray.get(worker.starting), None
         self._failed_starts = 0
 
@@ -173,7 +173,7 @@ class _Pool:
 
 
 class _Stage:
-    """Work on a pool: what to hand out comes from a queue, what comes back goes to `_received`."""
+    """Work on a pool: pieces come from a queue, and results go to `_received`."""
 
     def __init__(self, setup: WorkerSetup, queue: WorkQueue, pieces: int) -> None:
         self._pool, self._queue, self._left = _Pool(setup), queue, pieces
@@ -186,11 +186,11 @@ class _Stage:
         raise NotImplementedError
 
     def _received(self, piece: Piece, result: Any) -> Iterator[Any]:
-        """What the stage yields for a finished piece."""
+        """Results to yield for a finished piece."""
         raise NotImplementedError
 
     def _dropped(self, shard: int) -> None:
-        """A shard needs no more work: takes its pieces off `_left`."""
+        """Count a shard that needs no more work off `_left`, with all its pieces."""
         self._left -= 1
 
     def run(self) -> Iterator[Any]:
@@ -256,7 +256,7 @@ class _Stage:
         """A worker has started."""
 
     def _lost_parts(self, piece: Piece) -> None:
-        """What a piece builds on died with a node."""
+        """Redo the parts that a piece needs: they were lost with a node."""
         self._queue.add(piece)
 
     def _failed(self, pieces: Sequence[Piece], reason: str) -> Iterator[SetAside]:
@@ -267,12 +267,12 @@ class _Stage:
         if len(self._failing) >= (MOST_FAILING_LATER if self._succeeded else MOST_FAILING):
             raise DatamergeError(
                 f"{len(self._failing)} shards failed one after the other, the last: {reason}; finished shards are "
-                "kept, mend that and run the same command again"
+                "kept, remove the cause and run the same command again"
             )
 
 
 class _Shards(_Stage):
-    """Whole shards, and shards whose parts are added up on several workers."""
+    """The stage of shards: done whole, or in parts that are added up on several workers."""
 
     def __init__(self, plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> None:
         counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
@@ -332,7 +332,7 @@ class _Shards(_Stage):
 
 
 class _Clusters(_Stage):
-    """The clusters of classes; a class takes the place of a shard."""
+    """The stage of k-means; a class takes the place of a shard."""
 
     def __init__(
         self, setup: WorkerSetup, classes: Mapping[int, Sequence[Sample]], counts: Mapping[int, int]

@@ -1,26 +1,22 @@
-"""Samples to pixels, several at a time; what is wrong with a sample becomes a reject, not an error."""
+"""Samples to pixels, several at a time. A sample that cannot be used becomes a reject, not an error."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
-from merge_service.failures import is_hopeless
-from storage_schemas import DatamergeError
+from merge_service.failures import may_pass
+from storage_schemas.access.retries import retry
 
 Pixels = npt.NDArray[np.uint8]
 
-T = TypeVar("T")
-
-# Waits between the tries of a source's read; `Location` has its own for requests.
+# Seconds between the tries of a source's read; `Location` has its own for requests.
 WAITS = (0.25, 1.0, 5.0, 20.0)
 
 # A remote store answers in tens of milliseconds, whatever the number of requests.
@@ -49,7 +45,7 @@ class PixelReader:
         """Pixels uint8 [C, H, W] of every sample, or the reason why there are none.
 
         Raises:
-            ConnectionError, TimeoutError: a store stays away; that is nobody's fault and must not reject samples.
+            ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
         """
         with self._lock:
             if self._pool is None:
@@ -64,7 +60,7 @@ class PixelReader:
 
     def _raw(self, sample: Sample) -> RawImage | BadImage:
         try:
-            return retrying(lambda: self._read(sample))
+            return retry(lambda: self._read(sample), transient=may_pass, delays=WAITS)
         except (ConnectionError, TimeoutError):
             raise
         except OSError as error:
@@ -83,21 +79,3 @@ class PixelReader:
             return decode(raw, self._shape, resize=self._resize)
         except BadImage as error:
             return str(error)
-
-
-def retrying(action: Callable[[], T]) -> T:
-    """Carry out an idempotent action, again after a wait where a store fails for a moment.
-
-    Raises:
-        The last failure; at once what waiting cannot mend: full disks, wrong values, missing files.
-    """
-    for wait in WAITS:
-        try:
-            return action()
-        except (ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, DatamergeError):
-            raise
-        except Exception as error:  # every object store has its own exceptions
-            if is_hopeless(error):
-                raise
-        time.sleep(wait)
-    return action()

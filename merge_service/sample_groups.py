@@ -32,7 +32,7 @@ READ_AT_ONCE = 256
 
 @dataclass
 class PartialGroup:
-    """What some of a group's samples add up to.
+    """Sums over some of a group's samples.
 
     Attributes:
         count, sum, sum_of_squares: as in ExactMoments; int64 [C, H, W].
@@ -63,7 +63,7 @@ class PartialGroup:
         self.embedding = embedding if self.embedding is None else self.embedding + embedding
 
     def combine(self, other: PartialGroup) -> None:
-        """Add what another part found."""
+        """Add the sums of another part."""
         if other.sum is None or other.sum_of_squares is None:
             return
         self.sum = other.sum if self.sum is None else self.sum + other.sum
@@ -78,7 +78,7 @@ class PartialGroup:
 
 @dataclass
 class Partial:
-    """What some of a shard's samples add up to: groups by their index, and (group, position) → reject."""
+    """Sums over some of a shard's samples: groups by their index, and rejects by (group, position)."""
 
     groups: dict[int, PartialGroup] = field(default_factory=dict)
     rejects: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Which piece of work comes next, and what is done with one whose worker died: a state machine without Ray.
+"""Which piece of work comes next, and what happens to one whose worker died: a state machine without Ray.
 
 A worker holds several pieces at a time, so its death has several suspects. A suspect is tried again alone on a
 worker, where its next failure is its own; after `tries` failures its shard is set aside and the rest goes on.
@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A shard that could not be done, and the last reason."""
+    """A shard that was given up, after how many tries, and the last reason."""
 
     shard: int
     tries: int

@@ -187,7 +187,7 @@ class ShardWorker:
 
 
 def _drained(records: list[Record]) -> Iterator[Record]:
-    """The records in their order, each let go of when the next is asked for."""
+    """The records in their order; each is released when the next one is taken."""
     records.reverse()
     while records:
         yield records.pop()

@@ -14,7 +14,7 @@ from datamerge.evaluation.encoders_under_test import load_subjects, numerics
 from datamerge.evaluation.measures import CLEAN_LOSS, embedding_losses
 from datamerge.evaluation.results import mean_score
 from datamerge.evaluation.runs import read_run
-from datamerge.evaluation.study import Row, open_sample, run_study
+from datamerge.evaluation.study import StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 
 PART = "embedding"
@@ -34,7 +34,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> Results:
     source = open_sample(config)
     subjects = load_subjects(runs, device, config.original)
     rows = [
-        Row(
+        StudyRow(
             subject,
             {"original_sha256": subject.original.sha256},
             partial(

@@ -28,7 +28,7 @@ from datamerge.evaluation.measures import (
 )
 from datamerge.evaluation.results import ArmResult, mean_score, rate_score
 from datamerge.evaluation.runs import read_run
-from datamerge.evaluation.study import Measurements, Row, open_sample, run_study
+from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime.messages import say, warn
 from datamerge.sources import Sample, Source
@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     subjects = load_subjects(runs, device, config.original)
     classifiers = _classifiers(config, subjects, source)
     rows = [
-        Row(
+        StudyRow(
             subject,
             {
                 "original_sha256": subject.original.sha256,

@@ -32,7 +32,7 @@ DECISIVE |= {"epsilons", "norm", "epsilon", "step_size", "grid"}
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One encoder in a study.
 
     Attributes:
@@ -103,7 +103,7 @@ def open_sample(config: ImagesConfig) -> Source:
 
 
 def run_study(
-    config: ImagesConfig, part: str, rows: Sequence[Row], source: Source, **shared: Any
+    config: ImagesConfig, part: str, rows: Sequence[StudyRow], source: Source, **shared: Any
 ) -> list[Measurements]:
     """Measure what is not yet stored; one result per row.
 
@@ -145,7 +145,7 @@ def run_study(
     return studied
 
 
-def _claim(config: ImagesConfig, part: str, row: Row, shared: Mapping[str, Any]) -> ArmFolder | None:
+def _claim(config: ImagesConfig, part: str, row: StudyRow, shared: Mapping[str, Any]) -> ArmFolder | None:
     """The row's part of the output folder, if there is one."""
     if config.output is None:
         return None
@@ -156,7 +156,7 @@ def _claim(config: ImagesConfig, part: str, row: Row, shared: Mapping[str, Any])
     return folder
 
 
-def _measure_batch(config: ImagesConfig, row: Row, batch: ImageBatch, pixels: Tensor) -> dict[str, Any]:
+def _measure_batch(config: ImagesConfig, row: StudyRow, batch: ImageBatch, pixels: Tensor) -> dict[str, Any]:
     started = time.monotonic()
     columns: Measured = {}
 

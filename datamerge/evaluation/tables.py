@@ -26,6 +26,7 @@ from storage_schemas import DatamergeError, Location
 PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
 MISSING = "–"
+NAMES = 2  # columns that say what a row is
 # A pipe or file has no edge to wrap at.
 NO_TERMINAL_WIDTH = 200
 NOTE = (
@@ -104,16 +105,14 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def _print(rows: Sequence[Row], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = _columns(rows)
-    for name in ("arm", "run"):
-        table.add_column(name, overflow="fold")
-    for name in _header(rows, columns)[2:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*_cells(row, columns, _trained(rows)))
+    header, *lines = _grid(rows)
+    for position, name in enumerate(header):
+        table.add_column(name, overflow="fold", justify="left" if position < NAMES else "right")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
-    for line in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
-        console.print(line, markup=False, highlight=False)
+    for text in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
+        console.print(text, markup=False, highlight=False)
 
 
 def to_json(results: Sequence[ArmResult]) -> str:
@@ -124,10 +123,9 @@ def to_json(results: Sequence[ArmResult]) -> str:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table as GitHub's Markdown."""
-    columns = _columns(rows)
-    header = _header(rows, columns)
-    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
-    lines += [f"| {' | '.join(_cells(row, columns, _trained(rows), interval=True))} |" for row in rows]
+    header, *cells = _grid(rows, interval=True)
+    rule = ["---" if position < NAMES else "---:" for position in range(len(header))]
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in cells)]
     lines += ["", " ".join((NOTE, *_notes(rows))), *(f"\n**Warning:** {text}" for text in _warnings(rows))]
     return "\n".join(lines) + "\n"
 
@@ -165,46 +163,34 @@ small {{ color: #666; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
 
 
 def _html_table(rows: Sequence[Row], interval: bool = False) -> str:
-    columns = _columns(rows)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in _header(rows, columns))
-    body = "\n".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, columns, _trained(rows), interval))
-        + "</tr>"
-        for row in rows
-    )
+    header, *lines = _grid(rows, interval)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _grid(rows: Sequence[Row], interval: bool = False) -> list[list[str]]:
+    """The header and a line per row, as text; what trainings cost only where there was one."""
     names = (score.name for part in PARTS for row in rows if part in row for score in row[part].scores)
-    return list(dict.fromkeys(names))
+    columns = list(dict.fromkeys(names))
+    trained = any(result.training is not None for row in rows for result in row.values())
+    header = ["arm", "run", *columns, "images", "time", *(["training time", "training read"] if trained else [])]
+    return [header, *(_cells(row, columns, interval)[: len(header)] for row in rows)]
 
 
-def _trained(rows: Sequence[Row]) -> bool:
-    """Whether any encoder comes from a training, whose cost is shown."""
-    return any(result.training is not None for row in rows for result in row.values())
-
-
-def _header(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    cost = ["training time", "training read"] if _trained(rows) else []
-    return ["arm", "run", *columns, "images", "time", *cost]
-
-
-def _cells(row: Row, columns: Sequence[str], trained: bool, interval: bool = False) -> list[str]:
+def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
     first = next(iter(row.values()))
     scores = {score.name: score for result in row.values() for score in result.scores}
-    cells = [
+    cost = first.training
+    return [
         first.arm,
         _short_name(first.run),
         *(_format(scores[name], interval) if name in scores else MISSING for name in columns),
         "/".join(str(count) for count in dict.fromkeys(result.images for result in row.values())),
         _seconds(sum(result.seconds for result in row.values())),
+        MISSING if cost is None else _seconds(cost.seconds),
+        MISSING if cost is None else _bytes(cost.bytes),
     ]
-    if trained:
-        cost = first.training
-        cells += [MISSING, MISSING] if cost is None else [_seconds(cost.seconds), _bytes(cost.bytes)]
-    return cells
 
 
 def _short_name(run: str) -> str:
@@ -228,8 +214,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _bytes(count: int) -> str:
-    size, units = float(count), iter(("B", "kB", "MB", "GB"))
-    for unit in units:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000

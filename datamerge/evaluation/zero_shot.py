@@ -24,7 +24,7 @@ from datamerge.evaluation.measures import TOP_1, TOP_5, Classifier, LabelledBatc
 from datamerge.evaluation.results import ArmResult, rate_score
 from datamerge.evaluation.runs import read_run
 from datamerge.evaluation.store import write_result
-from datamerge.evaluation.study import Measurements, Row, open_sample, run_study
+from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime import read_lines
 from datamerge.runtime.messages import warn
@@ -62,7 +62,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
         head = _head(config, spec, subject, templates, cache)
         (classifier,) = classify([subject.encoder], [head], source, spec)
         identity = {"masking": config.check_masking, "head": head_sha256(head)}
-        rows.append(Row(subject, identity, _measure(config, subject, classifier, first)))
+        rows.append(StudyRow(subject, identity, _measure(config, subject, classifier, first)))
     with numerics(config.threads, device):
         studied = run_study(config, PART, rows, source, attack=config.attack)
     return Results(_result(config, spec, one, source) for spec, one in zip(specs, studied, strict=True))

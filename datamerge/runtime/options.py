@@ -59,13 +59,20 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
     return decorate
 
 
-def as_flags(message: str) -> str:
+def as_flags(message: str, *, in_front: bool = True) -> str:
     """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
 
-    Settings are the fields of all models imported so far, and anything in backquotes that has a value.
+    Settings are the fields of all models imported so far, and anything in backquotes that has a value. In front they
+    are without backquotes: `epsilon: expected …; steps: expected …`.
+
+    Args:
+        message: of an error.
+        in_front: whether the message may begin with a setting; many begin with a place, which may be called like one.
     """
     known = _known()
-    return _IN_FRONT.sub(lambda found: found[1] + known.get(found[2], found[2]), _in_backquotes(message))
+    if in_front and message.partition(":")[0] in known:
+        message = _IN_FRONT.sub(lambda found: found[1] + known.get(found[2], found[2]), message)
+    return _in_backquotes(message)
 
 
 def _in_backquotes(text: str) -> str:

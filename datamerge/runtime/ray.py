@@ -140,10 +140,10 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
 
 
 def end_process(code: int) -> NoReturn:
-    """As `sys.exit` in a process that used Ray, but without the destructors of native libraries.
+    """Exit a process that used Ray: as `sys.exit`, but without the destructors of native libraries.
 
-    Threads of Ray's live on after `ray.shutdown()` and use what the destructors take away, so that a process with all
-    of its work done can still end with a segmentation fault (Ray 2.60).
+    Ray's threads outlive `ray.shutdown()` and use what the destructors free, so that a process whose work is done
+    could still end with a segmentation fault (Ray 2.60).
     """
     # Private, and without a public way: a registered handler that ends the process comes before all that were
     # registered earlier, and those would never run.
@@ -152,7 +152,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """The last thing that `end_process` does: flush, and be gone."""
+    """Flush the standard streams and exit at once; the last step of `end_process`."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

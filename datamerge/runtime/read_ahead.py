@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items in the same order; one of them is always being made ahead of its use.
+    """The same items in the same order; while one is used, a thread makes the next.
 
     One thread makes them all: readers keep open files and caches that are not meant for several. Decoding,
     decompression and hashes release the GIL.

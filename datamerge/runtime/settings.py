@@ -84,7 +84,7 @@ def _refusal(problems: list[tuple[str, str]]) -> ConfigError:
 
 def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
     """The setting and what is wrong with it."""
-    # Of an item in a list too, the list is the setting.
+    # The setting is the whole list, also where one item is wrong.
     name = str(problem["loc"][0])[:SHOWN_LETTERS] if problem["loc"] else ""
     message = problem["msg"].removeprefix("Value error, ")
     spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""

@@ -62,13 +62,13 @@ def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> N
 
 @click.command()
 @click.argument("artifact")
-@click.option("--fix", "mend", is_flag=True, help="Take back the commits of damaged shards.")
+@click.option("--fix", "repair", is_flag=True, help="Take back the commits of damaged shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def verify(artifact: str, mend: bool, as_json: bool) -> None:
+def verify(artifact: str, repair: bool, as_json: bool) -> None:
     """Compare every file of ARTIFACT with what was committed.
 
     Exit code 0: sound; 1: damaged, also where --fix took the damage back; 2: not an artifact. --fix removes the
-    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and mends
+    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and repairs
     other damaged files.
 
     \b
@@ -85,17 +85,17 @@ def verify(artifact: str, mend: bool, as_json: bool) -> None:
             progress.advance(1)
 
         report = verify_artifact(location, on_shard)
-    if mend:
+    if repair:
         fix(location, report)
     if as_json:
         click.echo(json.dumps({"sound": not report.problems, **asdict(report)}))
     else:
-        _show_report(report, mend)
+        _show_report(report, repair)
     if report.problems:
         raise click.exceptions.Exit(1)
 
 
-def _show_report(report: Report, mended: bool) -> None:
+def _show_report(report: Report, repaired: bool) -> None:
     shown: Counter[str] = Counter()
     for problem in report.problems:
         shown[problem.file] += 1
@@ -110,7 +110,7 @@ def _show_report(report: Report, mended: bool) -> None:
         click.echo(f"{report.url}: sound{state}; {checked}")
         return
     advice = "run with --fix, then the same merge command again"
-    if mended:
+    if repaired:
         advice = f"removed {', '.join(report.removed) or 'nothing'}; run the same merge command again"
     click.echo(f"{report.url}: {len(shown)} files are not as committed; {checked} were checked; {advice}")
 

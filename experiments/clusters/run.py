@@ -27,6 +27,7 @@ from experiments.class_means.run import initial_weights, trained_accuracy
 from experiments.facts import array_bytes
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
+from trainer.arms import ARMS as TRAINED
 from trainer.arms import ArmName
 
 mpl.use("Agg")  # no display needed
@@ -35,12 +36,12 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = tomllib.loads((HERE / "settings.toml").read_text())
-# Name in the results → (what the groups are, arm of `datamerge train`, stored arrays that it reads).
-ARMS: dict[str, tuple[str, ArmName, tuple[str, ...]]] = {
-    "cluster means, corrected": ("means", "avg", ("sum", "scatter")),
-    "cluster means": ("means", "mean-only", ("sum",)),
-    "medoids": ("medoids", "mean-only", ("sum",)),
-    "random images": ("random", "mean-only", ("sum",)),
+# Name in the results → (what the groups are, arm of `datamerge train`).
+ARMS: dict[str, tuple[str, ArmName]] = {
+    "cluster means, corrected": ("means", "avg"),
+    "cluster means": ("means", "mean-only"),
+    "medoids": ("medoids", "mean-only"),
+    "random images": ("random", "mean-only"),
 }
 
 
@@ -101,7 +102,7 @@ class Study:
             "mean": round(statistics.fmean(values), 2),
             "sd": round(statistics.stdev(values), 2) if len(values) > 1 else None,
             "values": values,
-            "stored_bytes": array_bytes(self._artifact(arm, k, 0), ARMS[arm][2]),
+            "stored_bytes": array_bytes(self._artifact(arm, k, 0), TRAINED[ARMS[arm][1]].arrays),
         }
 
     def _accuracy(self, arm: str, k: int, seed: int) -> float:

@@ -2,7 +2,8 @@
 
     time      FLOPs / (peak × utilisation)
     FLOPs     of a pass, which torch counts on the networks themselves, × passes: those of an attack are counted in
-              merge_service/estimate.py, those of LLaVA's in datamerge/evaluation/llava/attack.py
+              merge_service/estimate.py, of a training step in trainer/arms.py, of an evaluation in
+              datamerge/evaluation/llava/attack.py
 
 It is an upper bound in one respect: attacks on LLaVA leave images alone whose score has fallen far enough, and here
 none do. It is a lower bound in another: what a GPU does besides matrix products is left to `utilisation`. Answers,
@@ -27,11 +28,10 @@ from datamerge.evaluation.llava.evaluate import FLOAT32, ROOM
 from experiments.paper.pipeline import Experiment
 from merge_service.estimate import count_passes, group_flops
 from storage_schemas.schema.run import BASELINE
+from trainer.arms import ARMS
 
 Arithmetic = Literal["half", "float32"]
 
-# Plain steps of the paper's estimator, one input gradient that is differentiated again: trainer/README.md.
-GAUSS_NEWTON = 2.3
 # ILSVRC2012_img_train.tar, 147,897,477,120 bytes, over its 1,281,167 images.
 IMAGE_BYTES = 115_440
 # Compressed bytes a value of Σx and scatter together (uint8_moments), measured on photos at N = 10, ε = 2/255.
@@ -98,10 +98,14 @@ def estimate(experiment: Experiment, gpu: Gpu) -> list[Stage]:
     for name, wanted in study.remerge.items():
         stages.append(Stage(f"remerge {name}", study.groups, stored(0, wanted.factors or 0)))
     for name, arm in study.arms.items():
-        images = (arm.members or study.size(arm.artifact)) if arm.arm == "ind" else 1
-        plain_steps = GAUSS_NEWTON if arm.arm == "avg" else float(images)
-        # A plain step is forward, and backward at twice its cost.
-        hours = gpu.hours(3 * plain_steps * study.groups * passes.forward, "float32")
+        training = experiment.train_config(name)
+        each = ARMS[training.arm].forward_passes(
+            training.estimator,
+            samples=training.samples,
+            members=training.members or study.size(arm.artifact),
+            refine_steps=training.refine_steps,
+        )
+        hours = gpu.hours(study.groups * each * passes.forward, "float32")
         # The trained encoder, and one checkpoint of weights and AdamW's two moments.
         disk = 4.0 * FLOAT32 * sum(parameter.numel() for parameter in encoder.parameters())
         stages.append(Stage(f"train {name}", study.groups, disk, hours))

@@ -61,12 +61,19 @@ class Experiment:
     data: Data
     work: Path
 
+    def check_settings(self) -> None:
+        """Raise ConfigError if a command would refuse its settings."""
+        self.merge_config()
+        for name in self.study.arms:
+            self.train_config(name)
+        self.captions_config(BASELINE)
+        self.vqa_config(BASELINE)
+
     def problems(self) -> list[str]:
-        """What a stage would refuse, the last of them after hours of work; one line for each."""
+        """What a stage would miss, the last of them after hours of work; one line for each."""
         sample = (int(self.study.evaluate["sample"]), int(self.study.evaluate.get("sample_seed", 42)))
         data = self.data
         checks: list[Callable[[], object]] = [
-            self._check_settings,
             lambda: parse_spec(data.encoder),
             self._source,
             lambda: read_captions(data.coco_captions, data.coco_images, "test", *sample),
@@ -80,13 +87,6 @@ class Experiment:
             except DatamergeError as error:
                 found.append(str(error))
         return found
-
-    def _check_settings(self) -> None:
-        self.merge_config()
-        for name in self.study.arms:
-            self.train_config(name)
-        self.captions_config(BASELINE)
-        self.vqa_config(BASELINE)
 
     def check_memory(self) -> None:
         """Raise ConfigError if the evaluation, which comes last, cannot run on this machine."""

@@ -50,6 +50,7 @@ def main(
     try:
         study = read_study(settings)
         experiment = Experiment(study, study.data.below(data), work.expanduser().absolute())
+        experiment.check_settings()
         if dry_run:
             _print_estimate(experiment, estimate(experiment, gpu), gpu_price)
         _refuse_what_is_missing(experiment)

@@ -65,7 +65,8 @@ class Difference:
     def __repr__(self) -> str:
         groups = f"{len(self.different)} of {self.compared} groups differ"
         others = f"{len(self.only_in_a)} only in A", f"{len(self.only_in_b)} only in B"
-        return one_line(self, "", "equal" if self.equal else "not equal", groups, *others)
+        heads = ("heads differ",) if self.head else ()
+        return one_line(self, "", "equal" if self.equal else "not equal", groups, *others, *heads)
 
     def as_json(self) -> dict[str, Any]:
         return {"equal": self.equal, **asdict(self)}

@@ -40,4 +40,4 @@ def test_findings_judge_the_median_error() -> None:
     assert found.bars[0].rounds == pytest.approx([0.2, 0.3, 0.2, 0.1, 0.0])
     assert [bar.verdict for bar in found.bars] == ["not met", "met"]
     assert found.tables[1].rows == [["ImageNet", "here", "100", "5", "20.0", "1.00", "250"]]
-    assert found.curves[0].lines["measured"] == [(16, 10), (32, 10), (64, 10)]
+    assert found.curves[0].lines["measured"] == [(32, 10), (64, 10), (128, 10)]

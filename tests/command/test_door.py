@@ -70,6 +70,7 @@ ERRORS = (
     "DatamergeError",
     "NonFiniteGradient",
     "NotAnArtifact",
+    "NotFiniteRun",
     "SchemaError",
     "SourceError",
     "Stopped",

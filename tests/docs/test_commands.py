@@ -71,7 +71,12 @@ def test_examples_of_help_parse() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["datamerge mrege a b", "datamerge merge a b --memebrs 3", "datamerge train a", "datamerge train a b --arm avgs"],
+    [
+        "datamerge mrege a b",
+        "datamerge merge a b --memebrs 3",
+        "datamerge train a b c",
+        "datamerge train a b --arm avgs",
+    ],
 )
 def test_a_wrong_line_is_found(line: str) -> None:
     (arguments,) = command_lines(line)

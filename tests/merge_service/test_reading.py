@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from PIL import Image
 
 from datamerge.sources import BadImage, RawImage, Sample
 from merge_service import reading
-from merge_service.failures import explain, is_hopeless
-from merge_service.reading import PixelReader, retrying
+from merge_service.failures import explain, is_hopeless, may_pass
+from merge_service.reading import PixelReader
 from storage_schemas import ConfigError, DatamergeError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
@@ -93,25 +93,22 @@ def test_without_resizing_other_sizes_are_rejected() -> None:
     assert not isinstance(_read(Store([small]))[0], str)
 
 
-def _failing(error: Exception, times: int) -> Callable[[], int]:
-    left = [error] * times
-
-    def action() -> int:
-        if left:
-            raise left.pop()
-        return 7
-
-    return action
-
-
-def test_retrying() -> None:
-    assert retrying(_failing(OSError("503"), 2)) == 7
-    assert retrying(_failing(RuntimeError("botocore"), 2)) == 7  # object stores have exceptions of their own
-    with pytest.raises(OSError, match="503"):
-        retrying(_failing(OSError("503"), 3))
-    for error in (ValueError("x"), OSError(errno.ENOSPC, "full"), ConfigError("x"), FileNotFoundError(2, "x")):
-        with pytest.raises(type(error)):
-            retrying(_failing(error, 1))
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError("503"), True),
+        (RuntimeError("botocore"), True),  # object stores have exceptions of their own
+        (TimeoutError("slow"), True),
+        (ValueError("x"), False),
+        (KeyError("x"), False),
+        (OSError(errno.ENOSPC, "full"), False),
+        (PermissionError(errno.EACCES, "no"), False),
+        (FileNotFoundError(2, "x"), False),
+        (ConfigError("x"), False),
+    ],
+)
+def test_what_waiting_may_mend(error: Exception, passes: bool) -> None:
+    assert may_pass(error) is passes
 
 
 @pytest.mark.parametrize(

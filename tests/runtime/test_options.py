@@ -160,7 +160,7 @@ def test_the_help_of_every_flag() -> None:
     [
         ("minutes: expected 1", "--minutes: expected 1"),
         ("slow_start: expected 1; dough: expected 2", "--slow-start: expected 1; DOUGH: expected 2"),
-        ("cook: slow_start: 1", "cook: slow_start: 1"),
+        ("cook: slow_start: 1; minutes: 2", "cook: slow_start: 1; minutes: 2"),
         ("more minutes: none", "more minutes: none"),
         ("drop `slow_start`, or", "drop --slow-start, or"),
         ("`slow_start=True` or `slow_start=False`", "--slow-start or --no-slow-start"),

@@ -252,14 +252,14 @@ def test_a_chunk_that_claims_gigabytes(artifact: Path) -> None:
     index = struct.pack("<QQ", 0, len(chunk)) * rows
     name = "groups.zarr/sum/c/0/0/0/0"
     replace_file(artifact, name, chunk + index + struct.pack("<I", google_crc32c.value(index)))
-    with pytest.raises(CorruptShard, match=r"expected 24 bytes of \d+ compressed, the header says 1887436800 of"):
+    with pytest.raises(CorruptShard, match=r"24 bytes .* 1887436800"):
         _ = open_artifact(artifact)[0]
 
 
 @pytest.mark.parametrize("names", ["5", "{", "[" * 100_000, '{"a": 1}'])
 def test_class_names_that_are_none(artifact: Path, names: str) -> None:
     data = save({"weight": np.zeros((1, 2), np.float32)}, {"names": names})
-    with pytest.raises(SchemaError, match="expected a JSON list of class names"):
+    with pytest.raises(SchemaError, match="class names"):
         parse_head(data, "head")
 
 
@@ -268,7 +268,7 @@ def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
     (artifact / "commits").symlink_to(tmp_path / "outside")
     (tmp_path / "outside" / "00000.json").write_bytes(b"{}")
     location = Location(artifact)
-    with pytest.raises(UserError, match="expected a file in this folder"):
+    with pytest.raises(UserError, match="this folder"):
         fix(location, verify(location))
     assert (tmp_path / "outside" / "00000.json").exists()
 

@@ -1,17 +1,22 @@
-"""A program that runs writers in processes of their own: one that is killed at every write call, or two at once.
+"""A program that runs writers in processes of their own: many that are killed while they write, or two at once.
 
-    python writers.py kill JOB.pickle FOLDER    FOLDER/N is what a writer leaves that is killed at its Nth call
-    python writers.py race JOB.pickle FOLDER    FOLDER/N is written by two processes at the same time
+    python writers.py kill JOB.pickle FOLDER    the Nth killed writer leaves FOLDER/N, one that ends FOLDER/whole
+    python writers.py race JOB.pickle FOLDER    two processes write FOLDER/N at the same time
 
-The job is a pickled (layout, shards, provenance). The last line of output is a number of calls, or of rounds.
+The job is a pickled (layout, shards, provenance). The last line of output is a number of writers, or of rounds.
+
+A writer of the first shard is killed at every call that changes the file system. Before and after, where more files
+come into being in the same way, at the last call of each kind: in what step of the merge, what call, to what file.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -21,50 +26,67 @@ from typing import Any
 from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artifact
 
 ROUNDS = 12
+FIRST_SHARD = "shard 0"
 Job = tuple[Layout, list[list[Record]], dict[str, Any]]
+Site = tuple[str, str, str]
+"""A step of the merge, a call, and the file it is for, without its numbers."""
 
 
-def merge(folder: Path, job: Job) -> None:
+def merge(folder: Path, job: Job, on_step: Callable[[str], None] = lambda step: None) -> None:
     """What a merge does: claim, commit the missing shards, finish."""
     layout, shards, provenance = job
     writer = ArtifactWriter(Location(folder), layout, provenance)
+    on_step("begin")
     writer.begin({"head.safetensors": b"head"})
     for shard in sorted(set(range(layout.shards)) - writer.committed()):
+        on_step("another shard" if shard else FIRST_SHARD)
         writer.commit(shard, shards[shard], [])
+    on_step("finish")
     writer.finish()
+    on_step("card")
     writer.finish({"README.md": b"card"})
 
 
 class KilledAt:
-    """Ends this process without a farewell before its Nth call that changes the file system."""
+    """Ends this process without a farewell before its Nth call that changes the file system.
 
-    def __init__(self, fatal: int) -> None:
-        self._left = fatal
+    Attributes:
+        step: what the merge is doing; told by the merge.
+        sites: of the calls so far.
+    """
 
-    def point(self) -> None:
-        if self._left == 0:
+    def __init__(self, fatal: int | None) -> None:
+        self.step = ""
+        self.sites: list[Site] = []
+        self._fatal, self._file = fatal, ""
+
+    def point(self, call: str) -> None:
+        if len(self.sites) == self._fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._left -= 1
+        if call == "fsync" and self.sites and self.sites[-1][1] == "os.rename":
+            call = "fsync of the folder"
+        self.sites.append((self.step, call, self._file))
 
     def install(self) -> None:
         """Audit events cover creating, renaming and removing; bytes and syncs have none and are wrapped."""
         sys.addaudithook(self._audit)
-        fsync, fdopen = os.fsync, os.fdopen
-
-        def counted_fsync(descriptor: int) -> None:
-            self.point()
-            fsync(descriptor)
+        fdopen = os.fdopen
 
         def counted_fdopen(descriptor: int, mode: str) -> io.BufferedWriter:
-            return HalfWay(fdopen(descriptor, mode), self.point)  # type: ignore[return-value, arg-type]
+            return HalfWay(fdopen(descriptor, mode), lambda: self.point("write"))  # type: ignore[return-value, arg-type]
 
-        os.fsync = counted_fsync  # type: ignore[assignment]
+        os.fsync = lambda fd: self.point("fsync")
         os.fdopen = counted_fdopen  # type: ignore[assignment]
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if writing or event in ("os.mkdir", "os.chmod", "os.rename", "os.remove"):
-            self.point()
+            if isinstance(arguments[0], int):  # an open file, which has the name it was given before
+                event = "fdopen"
+            else:
+                name = re.sub(r"^\.(.+)\.[^.]+\.tmp$", r"\1", Path(arguments[0]).name)
+                self._file = "folder" if event == "os.mkdir" else re.sub(r"\d+", "#", name)
+            self.point(event)
 
 
 class HalfWay:
@@ -89,18 +111,27 @@ class HalfWay:
         return getattr(self._stream, name)
 
 
-def kill_everywhere(folder: Path, job: Job) -> int:
-    fatal = 0
-    while True:
-        child = os.fork()
-        if child == 0:
-            KilledAt(fatal).install()
-            merge(folder / str(fatal), job)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            return fatal if os.WEXITSTATUS(status) == 0 else -1
-        fatal += 1
+def kill(folder: Path, job: Job) -> int:
+    if _writer(folder / "whole", job, None):
+        return -1
+    sites: list[Site] = [tuple(site) for site in json.loads((folder / "sites.json").read_text())]
+    last = {site: call for call, site in enumerate(sites)}
+    calls = sorted({*last.values(), *(call for call, site in enumerate(sites) if site[0] == FIRST_SHARD)})
+    killed = [_writer(folder / str(number), job, call) for number, call in enumerate(calls)]
+    return len(calls) if set(killed) == {-signal.SIGKILL} else -1
+
+
+def _writer(folder: Path, job: Job, fatal: int | None) -> int:
+    """Run a writer in a process of its own; return its exit code. One that ends lists its calls in `sites.json`."""
+    child = os.fork()
+    if child == 0:
+        killed = KilledAt(fatal)
+        killed.install()
+        merge(folder, job, lambda step: setattr(killed, "step", step))
+        (folder.parent / "sites.json").write_text(json.dumps(killed.sites))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def race(folder: Path, job: Job) -> int:
@@ -137,5 +168,6 @@ def _watch(folder: Path, job: Job, barrier: Any) -> None:
 
 if __name__ == "__main__":
     kind, job_file, target = sys.argv[1:]
+    os.fsync = lambda fd: None  # what a killed process has written stays; only a power cut would take it
     loaded: Job = pickle.loads(Path(job_file).read_bytes())  # noqa: S301 - our own bytes
-    sys.stdout.write(f"{(kill_everywhere if kind == 'kill' else race)(Path(target), loaded)}\n")
+    sys.stdout.write(f"{(kill if kind == 'kill' else race)(Path(target), loaded)}\n")

@@ -83,8 +83,8 @@ def test_combine_and_diff(tmp_path: Path) -> None:
     assert (facts["equal"], facts["only_in_b"], len(facts["different"])) == (False, ["e"], 3)
 
 
-def test_combine_refuses_and_is_told_otherwise(tmp_path: Path) -> None:
-    other = {**PROVENANCE, "attack": {"kind": "pgd", "epsilon": "4/255"}}
+def test_combine_refuses_and_says_how_to_combine_all_the_same(tmp_path: Path) -> None:
+    other = {**PROVENANCE, "attack": {"kind": "apgd", "epsilon": "4/255"}}
     a, b, union = make(tmp_path / "a"), make(tmp_path / "b", seed=1, provenance=other), str(tmp_path / "u")
     refused = run_command("combine", a, b, union)
     assert refused.returncode == 2
@@ -92,7 +92,8 @@ def test_combine_refuses_and_is_told_otherwise(tmp_path: Path) -> None:
     assert len(refused.stderr.splitlines()) == 1
     assert "'2/255'" in refused.stderr
     assert not Path(union).exists()
-    assert run_command("combine", a, b, union, "--allow-different", "attack.epsilon").returncode == 0
+    advice = refused.stderr[refused.stderr.index("--allow-different") :].split()
+    assert run_command("combine", a, b, union, *advice).returncode == 0
 
 
 def test_export(tmp_path: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage_schemas import ConfigError, open_artifact
+from tests.support.ranks import launch
 from trainer import TrainConfig, train
 from trainer.data.order import Order
 from trainer.run.distributed import processes
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
-
-# Runs every configuration it is given, one after the other, and prints the records it is handed; where there is
-# `trouble`, process `who` sends itself that signal when it is handed micro-batch `at` of the sitting.
-SCRIPT = """
-import json, os, signal, sys
-import torch.distributed, trainer.run.job, trainer.data.stream
-from trainer import Stopped, TrainConfig, train
-from storage_schemas import DatamergeError
-torch.distributed.init_process_group("gloo")
-original = trainer.data.stream.stream
-for entry in json.loads(sys.argv[1]):
-    trouble = entry.pop("trouble", None)
-    def stream(*arguments, **options):
-        for number, batch in enumerate(original(*arguments, **options)):
-            print("RECORDS", json.dumps(batch.keys), file=sys.stderr)
-            if trouble and number == trouble["at"] and int(os.environ["RANK"]) == trouble["who"]:
-                os.kill(os.getpid(), trouble["signal"])
-            yield batch
-    trainer.run.job.stream = stream
-    try:
-        train(TrainConfig(**entry))
-    except Stopped as stopped:
-        print("STOPPED", stopped, file=sys.stderr)
-    except DatamergeError as error:
-        print("ERROR", error, file=sys.stderr)
-# Else threads of gloo may be alive when the interpreter ends, which C++ answers with an abort.
-torch.distributed.destroy_process_group()
-"""
-
-
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _launch(world: int, entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each rank."""
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port()), "WORLD_SIZE": str(world)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(entries)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outcomes = [process.communicate(timeout=300)[1] for process in ranks]
-    return [(process.returncode, text) for process, text in zip(ranks, outcomes, strict=True)]
 
 
 def _entry(artifact: str, run: Path, **settings: Any) -> dict[str, Any]:
@@ -121,7 +70,7 @@ def test_every_layout_has_the_same_curve(make_artifact: MakeArtifact, tmp_path: 
     for world, cuts in ((2, [(1, name) for name in LAYOUTS] + [(2, "avg")]), (3, [(1, name) for name in LAYOUTS])):
         runs = {(k, name): tmp_path / f"{world}x{k}-{name}" for k, name in cuts}
         entries = [_entry(artifact, run, accumulate=k, **LAYOUTS[name]) for (k, name), run in runs.items()]
-        outcomes = _launch(world, entries)
+        outcomes = launch(world, entries, tmp_path)
         assert [code for code, _ in outcomes] == [0] * world, outcomes
         for (_, name), run in runs.items():
             _assert_close(tmp_path / f"1-{name}", run)
@@ -137,7 +86,7 @@ def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: 
     entry = _entry(artifact, tmp_path / "moved", batch_size=6)
     seen: list[list[str]] = []
     for world, who, count in ((1, 0, 2), (2, 1, 3), (3, 2, 2)):
-        outcomes = _launch(world, [{**entry, "trouble": {"at": count - 1, "who": who, "signal": 15}}])
+        outcomes = launch(world, [{**entry, "trouble": {"at": count - 1, "who": who, "signal": 15}}], tmp_path)
         for code, text in outcomes:
             assert code == 0, text
             assert f"STOPPED stopped after step {len(seen) + count} of {STEPS}, saved" in text
@@ -154,7 +103,7 @@ def test_a_killed_process_ends_the_run_which_then_continues(make_artifact: MakeA
     artifact = make_artifact()
     _train(_entry(artifact, tmp_path / "whole"))
     entry = _entry(artifact, tmp_path / "killed", checkpoint_every=2)
-    first, second = _launch(2, [{**entry, "trouble": {"at": 5, "who": 1, "signal": 9}}])
+    first, second = launch(2, [{**entry, "trouble": {"at": 5, "who": 1, "signal": 9}}], tmp_path)
     assert second[0] == -signal.SIGKILL
     assert re.search(r"ERROR lost contact with the other processes of this run .*newest checkpoint", first[1])
     _train(entry)
@@ -166,7 +115,7 @@ def test_what_fails_in_one_process_fails_in_all(make_artifact: MakeArtifact, tmp
         _entry(make_artifact(huge="k6"), tmp_path / "run"),
         _entry(make_artifact(name="other"), tmp_path / "few", batch_size=1),
     ]
-    for _, text in _launch(2, entries):
+    for _, text in launch(2, entries, tmp_path):
         assert re.search(r"ERROR step \d: the loss is inf at record k6; no update was made", text)
         assert "ERROR batch_size: expected at least 2 groups, one for each of 2 processes" in text
 
