@@ -98,7 +98,12 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it, and exit."
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_show_version,
+    help="Show the version and exit.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
 @click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")

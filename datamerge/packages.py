@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import os
 from importlib.machinery import ModuleSpec
-from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,12 @@ def _check_not_overwritten() -> None:
 
 def _owner(package: str, file: Path) -> str | None:
     """Another distribution than ours that installed this file of a package."""
+    from importlib.metadata import distribution, packages_distributions  # takes longer than all of `--help`
+
     for owner in packages_distributions().get(package, ()):
+        if owner in (None, "datamerge"):  # None: half of it is gone
+            continue
         found = Path(str(distribution(owner).locate_file(f"{package}/{file.name}")))
-        if owner != "datamerge" and found.resolve() == file.resolve():
+        if found.resolve() == file.resolve():
             return owner
     return None

@@ -52,6 +52,7 @@ class SquaredError:
         scale: 1.0 for the loss of PAPER eq. 11 (and FARE), 0.5 for that of Appendix A.
 
     Examples:
+        >>> import torch
         >>> SquaredError().value(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
         tensor([25.])
     """

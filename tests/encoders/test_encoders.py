@@ -147,10 +147,10 @@ def test_missing_and_misshaped_tensors_are_counted(tmp_path: Path) -> None:
     state = load_encoder(SPEC).model.state_dict()
     path = tmp_path / "w.safetensors"
     save_file({name: value for name, value in state.items() if not name.startswith("3")}, path)
-    with pytest.raises(ConfigError, match=r"has no '3\.bias' \(2 tensors missing, 0 of another shape\)"):
+    with pytest.raises(ConfigError, match=r"'3\.bias' \(2 .* missing, 0 "):
         load_encoder(f"{SPEC}@{path}")
     save_file({**state, "3.weight": torch.zeros(7, 16)}, path)
-    with pytest.raises(ConfigError, match=r"another shape for '3\.weight' \(0 tensors missing, 1 of another"):
+    with pytest.raises(ConfigError, match=r"'3\.weight' \(0 .* missing, 1 "):
         load_encoder(f"{SPEC}@{path}")
     save_encoder(load_encoder("mlp:3x4x5-7-6"), path)
     with pytest.raises(ConfigError, match=r"mlp:3x4x5-16-6.*3 of another shape") as caught:

@@ -72,7 +72,7 @@ def test_half_precision_files_are_read_as_float32(tmp_path: Path) -> None:
 def test_width_is_checked() -> None:
     head = Head(_random(3, 6))
     head.check_width(6, "here")
-    with pytest.raises(ConfigError, match=r"here: expected a head for embeddings of width 7, found weight \[3, 6\]"):
+    with pytest.raises(ConfigError, match=r"here: .* 7, .*\[3, 6\]"):
         head.check_width(7, "here")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,20 +73,20 @@ def test_heads_of_unknown_networks(spec: str) -> None:
         load_head(spec)
 
 
-def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(tmp_path: Path) -> None:
     """A shrunken CLIP under a name of its own, so that the test is light."""
     from datamerge.encoders.torchvision_ops import make_torchvision_importable
 
     make_torchvision_importable()
     import open_clip
-    from open_clip import factory
 
     config = {
         "embed_dim": 24,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
     }
-    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny-test", config)
+    (tmp_path / "tiny-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-test.json")
     encoder = load_encoder("open_clip:tiny-test")
     assert (encoder.input_shape, encoder.embedding_dim, encoder.random_weights) == ((3, 32, 32), 24, True)
     assert encoder.sha256 == load_encoder("open_clip:tiny-test").sha256

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, open_source
-from storage_schemas import SourceError
+from storage_schemas import Location, SourceError
 
 
 def _pixels(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -74,13 +74,13 @@ def test_any_file_system(tars: Path) -> None:
 def test_a_range_is_all_that_is_read(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(tars)
     read: list[tuple[str, int, int]] = []
-    original = type(source.reader._folder).read  # type: ignore[attr-defined]
+    original = Location.read
 
     def counted(self: Any, name: str, start: int, end: int) -> bytes:
         read.append((name, start, end))
         return bytes(original(self, name, start, end))
 
-    monkeypatch.setattr(type(source.reader._folder), "read", counted)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Location, "read", counted)
     data = source.reader.read(source.samples[6])
     assert [(name, end - start) for name, start, end in read] == [("train-01.tar", len(data))]  # type: ignore[arg-type]
 
