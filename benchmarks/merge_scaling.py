@@ -143,7 +143,8 @@ def _workers_peak() -> float:
             facts = dict(line.split(":", 1) for line in status.read_text().splitlines())
         except OSError:  # it has just ended
             continue
-        if facts["Name"].strip().startswith("ray::_RayWorker"):
+        # A process that has ended and not been waited for has no memory.
+        if facts["Name"].strip().startswith("ray::_RayWorker") and "VmHWM" in facts:
             peaks.append(int(facts["VmHWM"].split()[0]) / 1024)
     return max(peaks)
 

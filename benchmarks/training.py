@@ -96,7 +96,13 @@ def _heading(**options: Any) -> None:
 
 @main.command()
 @_options
-@click.option("--block", default=4, show_default=True, help="Steps of a block; the first is not counted.")
+@click.option(
+    "--block",
+    default=4,
+    show_default=True,
+    type=click.IntRange(3),
+    help="Steps of a block; the first is not counted.",
+)
 @click.option("--data-workers", default=0, show_default=True)
 @click.option("--log-every", default=10, show_default=True)
 def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: int, **options: Any) -> None:

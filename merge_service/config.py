@@ -23,7 +23,7 @@ DEFAULT_MEMBERS = 10
 class MergeConfig(Settings):
     """Settings of `datamerge merge`; a TOML file holds them under the same names."""
 
-    renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"', "on_grid": "`grid`"}
+    renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"', "on_grid": "grid"}
 
     source: Annotated[str, Option(argument=True)] = Field(
         description="Images: a folder, Parquet file, tar, .npz or IDX file, a pattern of tars, or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,15 +51,6 @@ class ImagesConfig(Settings):
     output: Annotated[str | None, Option(alias="-o", metavar="FOLDER", unset="nothing is stored")] = Field(
         None, min_length=1, description="Folder of the results; the same one again continues."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, values: Any) -> Any:
-        if isinstance(values, dict) and not values.get("runs"):
-            raise ValueError("runs: expected runs' folders or encoder specs, found none; name at least one")
-        if isinstance(values, dict) and not values.get("data"):
-            raise ValueError("data: expected a folder or Parquet file of raw images, found none; name one")
-        return values
 
 
 class EvaluateConfig(ImagesConfig):
@@ -114,6 +105,7 @@ class RadiiConfig(ImagesConfig):
     """What `datamerge evaluate zero-shot` and `embedding` share: APGD at several radii."""
 
     epsilons: list[Radius] = Field(
+        [Radius("2/255"), Radius("4/255")],
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
@@ -169,11 +161,6 @@ class ZeroShotConfig(RadiiConfig):
 class EmbeddingConfig(RadiiConfig):
     """Settings of `datamerge evaluate embedding`."""
 
-    epsilons: list[Radius] = Field(
-        [Radius("2/255"), Radius("4/255")],
-        min_length=1,
-        description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
-    )
     original: Annotated[str | None, Option(metavar="SPEC", unset="what each run started from")] = Field(
         None, description="Frozen encoder that losses are measured against."
     )

@@ -45,9 +45,7 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
 
     def load(spec: str) -> Encoder:
         if spec not in loaded:
-            loaded[spec] = load_encoder(spec, str(device))
-            if loaded[spec].random_weights:
-                warn(f"encoder {spec} has random weights; nobody has trained it")
+            loaded[spec] = load_trained(spec, device)
         return loaded[spec]
 
     subjects = [Subject(run, load(run.encoder), load(original or run.original)) for run in runs]
@@ -65,24 +63,28 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
                 f"{subject.encoder.embedding_dim} from {subject.encoder.spec!r} and "
                 f"{subject.original.embedding_dim} from the original {subject.original.spec!r}"
             )
-        _check_hashes(subject, replaced=original is not None)
+        if subject.run.summary is not None:
+            check_weights(subject.run, subject.encoder, subject.run.summary.encoder_sha256)
+            if original is None:
+                check_weights(subject.run, subject.original, subject.run.summary.original_sha256)
     return subjects
 
 
-def _check_hashes(subject: Subject, replaced: bool) -> None:
-    """Weights that changed since the training are another encoder under the same name."""
-    summary = subject.run.summary
-    if summary is None:
-        return
-    pairs = [(subject.encoder, summary.encoder_sha256)]
-    if not replaced:
-        pairs.append((subject.original, summary.original_sha256))
-    for encoder, recorded in pairs:
-        if encoder.sha256 != recorded:
-            warn(
-                f"run {subject.run.name!r}: the weights of {encoder.spec} are not those the training saw (sha256 "
-                f"{encoder.sha256[:12]} now, {recorded[:12]} then)"
-            )
+def load_trained(spec: str, device: torch.device) -> Encoder:
+    """An encoder; warns if nobody has trained it."""
+    encoder = load_encoder(spec, str(device))
+    if encoder.random_weights:
+        warn(f"encoder {spec} has random weights; nobody has trained it")
+    return encoder
+
+
+def check_weights(run: Run, encoder: Encoder, recorded: str) -> None:
+    """Warn of weights that changed since the training: they are another encoder under the same name."""
+    if encoder.sha256 != recorded:
+        warn(
+            f"run {run.name!r}: the weights of {encoder.spec} are not those the training saw (sha256 "
+            f"{encoder.sha256[:12]} now, {recorded[:12]} then)"
+        )
 
 
 @contextmanager

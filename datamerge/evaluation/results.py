@@ -126,8 +126,8 @@ def rate_score(name: str, hits: Sequence[bool]) -> Score:
     low, high = wilson_interval(sum(hits), len(hits))
     return Score(
         name=name,
-        value=100 * (rate or 0.0),
-        error=None if error is None else 100 * error,
+        value=100 * rate,
+        error=100 * error,
         low=100 * low,
         high=100 * high,
         count=len(hits),

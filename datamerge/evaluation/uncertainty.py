@@ -25,10 +25,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
 
 
-def rate_and_error(hits: Sequence[bool]) -> tuple[float | None, float | None]:
-    """Fraction p of hits and its binomial standard error √(p(1 − p)/n); None for no trials."""
-    if not hits:
-        return None, None
+def rate_and_error(hits: Sequence[bool]) -> tuple[float, float]:
+    """Fraction p of hits and its binomial standard error √(p(1 − p)/n)."""
     rate = sum(hits) / len(hits)
     return rate, math.sqrt(rate * (1 - rate) / len(hits))
 

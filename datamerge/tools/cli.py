@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import click
 from rich.filesize import decimal as human_bytes
 
-from datamerge.runtime import Progress
-from storage_schemas import Artifact, DatamergeError, Location, Manifest, UserError, open_artifact, shortened
+from datamerge import artifacts as library
+from storage_schemas import Artifact, DatamergeError, UserError, open_artifact, shortened
 from storage_schemas.access.redaction import redact
 from storage_schemas.errors import printable
-from storage_schemas.operations.combine import plan_combination
-from storage_schemas.operations.convert import convert as convert_artifact
 from storage_schemas.operations.diff import Difference
-from storage_schemas.operations.diff import diff as diff_artifacts
 from storage_schemas.operations.export import Kind
-from storage_schemas.operations.export import export as export_groups
-from storage_schemas.operations.remerge import Remerge, remerge
+from storage_schemas.operations.remerge import Remerge
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
 
@@ -43,17 +40,9 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
     datamerge convert adv-2-255 adv-2-255-tar --format webdataset
     datamerge convert adv-2-255 s3://bucket/adv-2-255
     """
-    artifact = open_artifact(source)
-    layout = artifact.manifest.layout
-    manifest = _write(
-        target,
-        "convert",
-        layout.groups,
-        lambda location, advance: convert_artifact(
-            artifact, location, format or layout.format, encoding or layout.encoding, advance
-        ),
-    )
-    _show_written(target, manifest, as_json)
+    with _writing(target):
+        written = library.convert(source, target, format=format, encoding=encoding)
+    _show_written(target, written, as_json)
 
 
 @click.command("remerge")
@@ -80,15 +69,9 @@ def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> N
     datamerge remerge adv-n10 adv-n5 --members 5
     datamerge remerge adv-n10 adv-sketch --factors 1 --drop-members
     """
-    artifact = open_artifact(source)
-    groups = artifact.manifest.layout.groups
-    manifest = _write(
-        target,
-        "remerge",
-        groups,
-        lambda location, advance: remerge(artifact, location, Remerge(**wanted), advance),
-    )
-    _show_written(target, manifest, as_json)
+    with _writing(target):
+        written = library.remerge(source, target, Remerge(**wanted))
+    _show_written(target, written, as_json)
 
 
 @click.command()
@@ -114,11 +97,10 @@ def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], a
     datamerge combine round-1 round-2 rounds-1-2
     datamerge combine part-a part-b part-c whole
     """
-    plan = plan_combination(
-        [open_artifact(url) for url in artifacts], [path for text in allowed for path in text.split(",")]
-    )
-    manifest = _write(output, "combine", plan.layout.groups, plan.write)
-    _show_written(output, manifest, as_json)
+    names = [name.strip() for text in allowed for name in text.split(",")]
+    with _writing(output):
+        written = library.combine(artifacts, output, allow_different=names)
+    _show_written(output, written, as_json)
 
 
 @click.command()
@@ -139,8 +121,7 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
     """
     try:
         first, second = open_artifact(a), open_artifact(b)
-        with Progress("diff", len(first), "groups") as progress:
-            found = diff_artifacts(first, second, tolerance, progress.advance)
+        found = library.diff(first, second, tolerance=tolerance)
     except UserError:
         raise
     except DatamergeError as error:
@@ -170,19 +151,17 @@ def export(artifact: str, keys: tuple[str, ...], output: str, kind: Kind, as_jso
     datamerge export adv-2-255 n01440764_10026 -o groups
     datamerge export adv-2-255 n01440764_10026 n01440764_10027 -o groups --to png
     """
-    names = export_groups(open_artifact(artifact), list(keys), Location(output), kind)
+    names = library.export(artifact, keys, output, kind=kind)
     shown = redact(output)
     click.echo(json.dumps({"output": shown, "files": names}) if as_json else f"{shown}: {len(names)} files")
 
 
-def _write(
-    output: str, verb: str, groups: int, work: Callable[[Location, Callable[[int], None]], Manifest]
-) -> Manifest:
-    """Run work that writes an artifact, with a progress bar, and say how to go on after Ctrl-C."""
+@contextmanager
+def _writing(output: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C, and refuse an output that is a file."""
     shown = redact(output)
     try:
-        with Progress(verb, groups, "groups") as progress:
-            return work(Location(output), progress.advance)
+        yield
     except KeyboardInterrupt:
         click.echo(
             f"interrupted: finished shards are kept in {shown}; run the same command again to continue", err=True
@@ -192,8 +171,8 @@ def _write(
         raise UserError(f"{shown}: expected a folder or a free name, found a file") from None
 
 
-def _show_written(output: str, manifest: Manifest, as_json: bool) -> None:
-    layout = manifest.layout
+def _show_written(output: str, written: Artifact, as_json: bool) -> None:
+    manifest, layout = written.manifest, written.manifest.layout
     facts = {
         "artifact": redact(output),
         "groups": manifest.groups,

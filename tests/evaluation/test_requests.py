@@ -156,8 +156,8 @@ def test_random_weights_are_announced(photos: Path, capsys: pytest.CaptureFixtur
         ({"device": "warp"}, "device", "'warp'"),
         ({"batchsize": 3}, "batchsize", "batch_size"),
         ({"on_grid": True}, "on_grid", "grid"),
-        ({"data": ""}, "data", "found none"),
-        ({"runs": []}, "runs", "found none"),
+        ({"data": ""}, "data", "found ''"),
+        ({"runs": []}, "runs", r"found \[\]"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, object], field: str, advice: str, photos: Path) -> None:

@@ -241,7 +241,7 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
         ({"head": None}, "head", "text tower"),
         ({"head": "open_clip:ViT-B-32"}, "class_names", "open_clip:ViT-B-32"),
         ({"steps": 0}, "steps", "found 0"),
-        ({"data": ""}, "data", "found none"),
+        ({"data": ""}, "data", "found ''"),
     ],
 )
 def test_requests_that_are_refused(

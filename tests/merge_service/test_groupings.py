@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from datamerge.encoders import load_encoder
+from datamerge.runtime.options import as_flags
 from datamerge.sources import open_source
 from merge_service import MergeConfig, merge, planning
+from merge_service.cli import merge as command
 from merge_service.clustering import cluster_class, from_bytes
 from merge_service.merge import prepare, worker_setup
 from merge_service.reading import PixelReader
@@ -347,3 +349,8 @@ def test_settings_that_do_not_go_together(digits: Path, tmp_path: Path, settings
     assert str(caught.value).startswith(f"{field}: ")
     assert "\n" not in str(caught.value)
     assert "--" not in str(caught.value)
+    shown = as_flags(str(caught.value))
+    assert shown.startswith(f"--{field.replace('_', '-')}: ") or field not in MergeConfig.model_fields
+    assert "`" not in shown
+    spellings = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+    assert set(re.findall(r"--[a-z-]+", shown)) <= spellings

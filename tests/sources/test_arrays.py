@@ -55,7 +55,11 @@ def test_idx(tmp_path: Path, images_gz: bool, labels_gz: bool | None) -> None:
     assert source.samples[2].key == "train-images-idx3-ubyte-00000002"
 
 
-@pytest.mark.parametrize("data", [b"", b"text text text", _idx(GREY)[:-1], gzip.compress(_idx(GREY))[:-20]])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"text text text", _idx(GREY)[:-1], gzip.compress(_idx(GREY))[:-20]],
+    ids=["nothing", "text", "cut short", "gzip cut short"],
+)
 def test_broken_idx(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(data)
     with pytest.raises(SourceError, match=r"expected an IDX file|broken gzip") as caught:

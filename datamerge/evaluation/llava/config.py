@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from datamerge.attacks import APGD
 from datamerge.evaluation.config import OUTPUT
@@ -58,20 +58,6 @@ class LlavaSettings(Settings):
         OUTPUT, min_length=1, description="Folder of the results; the same one again continues."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, values: object) -> object:
-        needed = {
-            "runs": "runs' folders, encoder specs, hf:PATH or own",
-            "data": "a JSON file of captions or questions",
-            "images": "the folder of the images",
-        }
-        if isinstance(values, dict):
-            for name, text in needed.items():
-                if not values.get(name):
-                    raise ValueError(f"{name}: expected {text}, found none")
-        return values
-
     def attack_settings(self) -> APGD:
         """FARE's APGD: from the image itself, the first step ε long, floats."""
         return APGD(
@@ -92,12 +78,6 @@ class CaptionsConfig(LlavaSettings):
 class VqaConfig(LlavaSettings):
     """Settings of `datamerge evaluate vqa`."""
 
-    annotations: Annotated[str | None, Option(metavar="FILE.json")] = Field(
-        None, description="VQAv2 annotations: people's answers. Required."
+    annotations: Annotated[str, Option(metavar="FILE.json")] = Field(
+        min_length=1, description="VQAv2 annotations: people's answers. Required."
     )
-
-    @model_validator(mode="after")
-    def _answers(self) -> VqaConfig:
-        if not self.annotations:
-            raise ValueError("annotations: expected a JSON file of the answers, found none")
-        return self

@@ -22,8 +22,8 @@ import transformers
 from torch import Tensor, nn
 
 from datamerge.encoders import load_encoder, weights_sha256
+from datamerge.evaluation.encoders_under_test import check_weights, load_trained
 from datamerge.evaluation.runs import Run, read_run
-from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import BASELINE
 
@@ -141,11 +141,9 @@ def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
 
 
 def _open_clip(run: Run, layer: int, size: int) -> Tower:
-    encoder = load_encoder(run.encoder)
-    if encoder.random_weights:
-        warn(f"encoder {encoder.spec} has random weights; nobody has trained it")
-    if run.summary is not None and encoder.sha256 != run.summary.encoder_sha256:
-        warn(f"run {run.name!r}: the weights of {encoder.spec} are not those the training saw")
+    encoder = load_trained(run.encoder, torch.device("cpu"))
+    if run.summary is not None:
+        check_weights(run, encoder, run.summary.encoder_sha256)
     visual: Any = encoder.model
     if not hasattr(visual, "forward_intermediates") or not hasattr(getattr(visual, "transformer", None), "resblocks"):
         raise ConfigError(

@@ -29,7 +29,7 @@ def evaluate_vqa(config: VqaConfig) -> Results:
         SourceError: a file or image that is missing or of another kind.
         DatamergeError: a pass that fails.
     """
-    asked = read_questions(config.data, str(config.annotations), config.images, config.sample, config.sample_seed)
+    asked = read_questions(config.data, config.annotations, config.images, config.sample, config.sample_seed)
     answers = {question.key: question.answers for question in asked}
 
     def score(predictions: Mapping[str, str]) -> dict[str, float]:
