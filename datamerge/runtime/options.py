@@ -25,6 +25,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 _IN_FRONT = re.compile(r"(^|; )([a-z][a-z0-9_]*)(?=: )")
 
+# Settings of the commands made so far → how the command line spells them. Other models have their own names.
+_spellings: dict[str, str] = {}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -53,6 +56,7 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
     def decorate(function: F) -> F:
         for name, field in reversed(model.model_fields.items()):
             if name not in leave_out:
+                _spellings[name] = _spelling(name, field)
                 function = (_argument if _option(field).argument else _flag)(name, field)(function)
         return function
 
@@ -62,41 +66,30 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
 def as_flags(message: str, *, in_front: bool = True) -> str:
     """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
 
-    Settings are the fields of all models imported so far, and anything in backquotes that has a value. In front they
+    Settings are those of the commands imported so far, and anything in backquotes that has a value. In front they
     are without backquotes: `epsilon: expected …; steps: expected …`.
 
     Args:
         message: of an error.
         in_front: whether the message may begin with a setting; many begin with a place, which may be called like one.
     """
-    known = _known()
-    if in_front and message.partition(":")[0] in known:
-        message = _IN_FRONT.sub(lambda found: found[1] + known.get(found[2], found[2]), message)
+    if in_front and message.partition(":")[0] in _spellings:
+        message = _IN_FRONT.sub(lambda found: found[1] + _spellings.get(found[2], found[2]), message)
     return _in_backquotes(message)
 
 
 def _in_backquotes(text: str) -> str:
-    known = _known()
-
     def spelt(found: re.Match[str]) -> str:
         name, value = found[1], found[2]
         if value is None:
-            return known.get(name, found[0])
+            return _spellings.get(name, found[0])
         if value == "False":
             return f"--no-{_dashed(name)}"
         # As Python writes True, strings and lists of strings.
         value = re.sub("^True$|[\"'\\[\\]]", "", value).replace(", ", ",")
-        return f"{known.get(name, f'--{_dashed(name)}')} {value}".rstrip()
+        return f"{_spellings.get(name, f'--{_dashed(name)}')} {value}".rstrip()
 
     return _SETTING.sub(spelt, text)
-
-
-def _known(model: type[Settings] = Settings) -> dict[str, str]:
-    """The fields of all models that derive from this one, as the command line spells them."""
-    known = {name: _spelling(name, field) for name, field in model.model_fields.items()}
-    for child in model.__subclasses__():
-        known |= _known(child)
-    return known
 
 
 def _spelling(name: str, field: FieldInfo) -> str:
