@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         SourceError,
         UnknownVersion,
         UserError,
+        encode_exact,
         open_artifact,
     )
     from storage_schemas.operations.diff import Difference
@@ -106,6 +107,7 @@ __all__ = [
     "convert",
     "cross_entropy",
     "diff",
+    "encode_exact",
     "evaluate",
     "evaluate_captions",
     "evaluate_embedding",
@@ -143,7 +145,7 @@ _ROOMS = {
     "merge_service": "MergeConfig MergeResult merge",
     "storage_schemas": "ArraySpec Artifact ArtifactWriter Cache Commit ConfigError CorruptShard DatamergeError "
     "ExactMoments Layout Location Manifest NotAnArtifact Record Reject SchemaError SourceError UnknownVersion "
-    "UserError open_artifact",
+    "UserError encode_exact open_artifact",
     "storage_schemas.operations.diff": "Difference",
     "storage_schemas.operations.remerge": "Remerge",
     "storage_schemas.schema.pixel_length": "PixelLength",

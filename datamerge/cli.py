@@ -163,12 +163,13 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from datamerge.runtime.options import as_flags
     from storage_schemas.access.redaction import redact
-    from storage_schemas.errors import ConfigError, DatamergeError, printable
+    from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, SchemaError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        message = as_flags(str(error), in_front=isinstance(error, ConfigError))
+        begins_with_place = isinstance(error, NotAnArtifact | SchemaError | CorruptShard)
+        message = as_flags(str(error), in_front=not begins_with_place)
         click.echo(f"error: {printable(redact(message))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):

@@ -182,6 +182,11 @@ def _point_along_factors(batch: FactorBatch, draws: Draws, config: TrainConfig) 
 
 
 _PLAIN = '`estimator="sampled"`, '
+_PAIR = Estimate(
+    plain_steps=lambda samples: 2 * samples,
+    held_out="antithetic",
+    out_of_memory=f"{_PLAIN}which takes half the images",
+)
 ARMS: dict[ArmName, Arm[Any]] = {
     "avg": Arm(
         title="Avg",
@@ -197,11 +202,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
                 out_of_memory=f"{_PLAIN}which needs no double backward",
             ),
             "sampled": Estimate(plain_steps=lambda samples: samples, held_out="antithetic"),
-            "antithetic": Estimate(
-                plain_steps=lambda samples: 2 * samples,
-                held_out="antithetic",
-                out_of_memory=f"{_PLAIN}which takes half the images",
-            ),
+            "antithetic": _PAIR,
         },
     ),
     "factors": Arm(
@@ -212,11 +213,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
         loss=_along_factors,
         estimators={
             "sampled": Estimate(plain_steps=lambda samples: samples, one_image=True, held_out="antithetic"),
-            "antithetic": Estimate(
-                plain_steps=lambda samples: 2 * samples,
-                held_out="antithetic",
-                out_of_memory=f"{_PLAIN}which takes half the images",
-            ),
+            "antithetic": _PAIR,
             "gauss_newton": Estimate(
                 plain_steps=lambda samples: 1 + samples,
                 held_out="gauss_newton",

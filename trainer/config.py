@@ -195,10 +195,10 @@ class TrainConfig(Settings):
         """Refuse what the arm cannot be combined with."""
         if self.members is not None and not arm.takes_members:
             able = _arms(lambda other: other.takes_members)
-            raise ValueError(f"members: only {able} take stored members, found arm {self.arm}; drop `members`")
+            raise ValueError(f"members: only {able} takes stored members, found arm {self.arm}; drop `members`")
         if self.samples != 1 and not arm.estimators:
             able = _arms(lambda other: bool(other.estimators))
-            raise ValueError(f"samples: only {able} draw them, found arm {self.arm}; drop `samples`")
+            raise ValueError(f"samples: only {able} draws them, found arm {self.arm}; drop `samples`")
         if arm.estimators and self.estimator not in arm.estimators:
             raise ValueError(
                 f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "
@@ -212,7 +212,7 @@ class TrainConfig(Settings):
             able = _arms(lambda other: other.images is not None)
             raise ValueError(
                 f"refine_steps: refines one image a group or its members, found arm {self.arm}{estimate}; use {able} "
-                "with their default estimator and samples, or drop `refine_steps`"
+                "with the default `estimator` and `samples`, or drop `refine_steps`"
             )
         if self.compile and arm.estimators and arm.estimators[self.estimator].twice:
             raise ValueError(
@@ -223,8 +223,7 @@ class TrainConfig(Settings):
 
 def _arms(able: Callable[[Arm[Any]], bool]) -> str:
     """The arms of a kind, for a message."""
-    names = [name for name, arm in ARMS.items() if able(arm)]
-    return f"the arm{'s' * (len(names) > 1)} {' and '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}"
+    return "arm " + " or ".join(name for name, arm in ARMS.items() if able(arm))
 
 
 def preset_names() -> list[str]:

@@ -57,7 +57,8 @@ def _join(address: str, init: dict[str, Any]) -> None:
         ray.init(address=address, logging_level=logging.ERROR, **init)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"ray_address: expected a Ray cluster at {address!r}, found none ({first_line(error)})"
+            f"ray_address: expected a Ray cluster at {address!r}, found none ({first_line(error)}); leave it out to "
+            "start Ray here"
         ) from None
 
 
@@ -87,7 +88,7 @@ def check_cluster_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"ray_address: expected a Ray cluster at {address!r}, found nothing that takes connections there "
-            f"({error})"
+            f"({error}); leave it out to start Ray here"
         ) from None
 
 

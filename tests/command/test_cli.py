@@ -131,6 +131,18 @@ def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str,
     assert done.stdout == ""
 
 
+def test_a_folder_called_like_a_setting_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RUN: expected an artifact` would blame the other argument."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    done = run_command("train", "run", "new", "--steps", "1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: run: ")
+    wrong = run_command("train", "art", "run", "--steps", "0")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: --steps: ")
+
+
 def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
     done = run_command("inspect", str(tmp_path))

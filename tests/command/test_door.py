@@ -23,6 +23,7 @@ FUNCTIONS = (
     "convert",
     "cross_entropy",
     "diff",
+    "encode_exact",
     "evaluate",
     "evaluate_captions",
     "evaluate_embedding",

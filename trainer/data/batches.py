@@ -144,7 +144,7 @@ def drawn_member(read: Read) -> ImageBatch:
 
 def pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
     """Stored 8-bit images as float32 in [0, 1]."""
-    return torch.from_numpy(images).float() / LEVELS
+    return torch.from_numpy(images).float().div_(LEVELS)
 
 
 def stack(arrays: list[np.ndarray[Any, np.dtype[np.float32]]]) -> Tensor:
