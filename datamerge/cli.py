@@ -127,14 +127,15 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
 
 def run() -> NoReturn:
-    """Entry point: `main`, and an end of the process that Ray cannot disturb."""
+    """Entry point: `main`, and an end of the process that the threads of others cannot disturb."""
     try:
         main()
     except SystemExit as end:
-        if "ray" not in sys.modules:
+        # Who used Ray, or was one of several processes that train together, has them.
+        if "ray" not in sys.modules and os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         code = end.code
-    from datamerge.runtime.ray import end_process
+    from datamerge.runtime.process_end import end_process
 
     end_process(code if isinstance(code, int) else 0)
 
@@ -163,13 +164,12 @@ def _report(error: Exception) -> int:
     """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
     from datamerge.runtime.options import as_flags
     from storage_schemas.access.redaction import redact
-    from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, SchemaError, printable
+    from storage_schemas.errors import DatamergeError, printable
 
     if os.environ.get("DATAMERGE_VERBOSE", "0") not in ("", "0"):
         traceback.print_exception(error)
     if isinstance(error, DatamergeError):
-        begins_with_place = isinstance(error, NotAnArtifact | SchemaError | CorruptShard)
-        message = as_flags(str(error), in_front=not begins_with_place)
+        message = as_flags(str(error), in_front=error.field is not None)
         click.echo(f"error: {printable(redact(message))}", err=True)
         return error.exit_code
     if isinstance(error, OSError):

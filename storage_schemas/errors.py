@@ -28,7 +28,7 @@ class DatamergeError(Exception):
     Messages name settings as Python does, in backquotes: `` `keep_clean=True` ``. The command line shows flags.
 
     Attributes:
-        field: the setting that is wrong, which is in front of the message (`epsilon: expected …`); None for others.
+        field: the setting that is wrong; None where it is no single one.
         exit_code: of a process that ends with this error.
     """
 
@@ -36,8 +36,7 @@ class DatamergeError(Exception):
 
     def __init__(self, message: str, *, about: str | None = None) -> None:
         super().__init__(message)
-        found = re.match(r"([a-z][a-z0-9_]*): ", message)
-        self.field = about or (found[1] if found else None)
+        self.field = about
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (type(self), self.args, self.__dict__)
@@ -50,7 +49,14 @@ class UserError(DatamergeError):
 
 
 class ConfigError(UserError):
-    """A setting is unknown, malformed, or does not go with another one."""
+    """A setting is unknown, malformed, or does not go with another one.
+
+    A message about one setting begins with it, `epsilon: expected …`, and so gives `field`.
+    """
+
+    def __init__(self, message: str, *, about: str | None = None) -> None:
+        found = re.match(r"([a-z][a-z0-9_]*): ", message)
+        super().__init__(message, about=about or (found[1] if found else None))
 
 
 class SourceError(UserError):

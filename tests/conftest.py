@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from datamerge.runtime.ray import leave, ray_environment
+from datamerge.runtime.process_end import leave
+from datamerge.runtime.ray import ray_environment
 
 if TYPE_CHECKING:
     from tests.support.bench import Bench

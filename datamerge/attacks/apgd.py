@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamerge.attacks.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen
+from datamerge.attacks.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen, parse_lengths
 from datamerge.attacks.euclidean import EuclideanBall, Norm
 from datamerge.attacks.objectives import Objective
 from storage_schemas import ConfigError
@@ -47,6 +47,7 @@ class APGD:
     initial_step: Fraction = Fraction(2)
 
     def __post_init__(self) -> None:
+        parse_lengths(self, "epsilon", "start_radius", "initial_step")
         check_ball(self.epsilon, self.grid, self.start_radius)
         if self.norm == "l2" and self.grid:
             raise ConfigError("norm: expected results off the 8-bit grid with l2, found grid on; use `grid=False`")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from datamerge.attacks.arithmetic import arithmetic
 from datamerge.attacks.objectives import Objective
-from storage_schemas import ConfigError, DatamergeError
+from storage_schemas import LEVELS, ConfigError, DatamergeError, Radius
 from storage_schemas.schema.seeds import group_seed
 
-LEVELS = 255
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
@@ -52,6 +51,10 @@ class Attacked:
     pixels: Tensor
     start_loss: Tensor
     loss: Tensor
+
+    def __repr__(self) -> str:
+        loss = f"{float(self.start_loss.mean()):.4g} → {float(self.loss.mean()):.4g}" if len(self.loss) else "none"
+        return f"<Attacked {len(self.pixels)} images, {list(self.pixels.shape[1:])}: mean objective {loss}>"
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,22 @@ class Ball:
         worse = loss < start_loss
         chosen = torch.where(worse.view(-1, 1, 1, 1), start, points)
         return Attacked(chosen.div_(self.scale), start_loss, torch.maximum(loss, start_loss))
+
+
+def parse_lengths(settings: Any, *names: str) -> None:
+    """Make the lengths of a frozen dataclass exact: text such as `2/255` and floats become `Radius`es.
+
+    Raises:
+        ConfigError: no length.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is None or isinstance(value, Fraction):
+            continue
+        try:
+            object.__setattr__(settings, name, Radius(value))
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def check_ball(epsilon: Fraction, grid: bool, start_radius: Fraction | None) -> None:

@@ -20,13 +20,14 @@ from fractions import Fraction
 import numpy as np
 from torch import Tensor, nn
 
-from datamerge.attacks.ball import LEVELS, Attacked, Ball, Gradients, Precision, check_ball, frozen
+from datamerge.attacks.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen, parse_lengths
 from datamerge.attacks.objectives import Objective
+from storage_schemas import LEVELS
 
 
 @dataclass(frozen=True, slots=True)
 class PGD:
-    """Settings of the attack; lengths are exact fractions of the pixel range.
+    """Settings of the attack; lengths are exact fractions of the pixel range, and may be given as `2/255`.
 
     Attributes:
         epsilon: radius of the ℓ∞ ball.
@@ -45,6 +46,7 @@ class PGD:
     start_radius: Fraction | None = None
 
     def __post_init__(self) -> None:
+        parse_lengths(self, "epsilon", "step_size", "start_radius")
         check_ball(self.epsilon, self.grid, self.start_radius)
 
 

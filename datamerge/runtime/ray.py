@@ -1,8 +1,7 @@
-"""Ray as a guest in a process of ours: joined or started, kept out of the search path, and left behind at the end."""
+"""Ray as a guest in a process of ours: joined or started, and kept out of the search path."""
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, DatamergeError
@@ -138,25 +137,3 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
         return getattr(importlib.import_module(module), name)(*arguments)
 
     return call
-
-
-def end_process(code: int) -> NoReturn:
-    """Exit a process that used Ray: as `sys.exit`, but without the destructors of native libraries.
-
-    Ray's threads outlive `ray.shutdown()` and use what the destructors free, so that a process whose work is done
-    could still end with a segmentation fault (Ray 2.60).
-    """
-    # Private, and without a public way: a registered handler that ends the process comes before all that were
-    # registered earlier, and those would never run.
-    atexit._run_exitfuncs()
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """Flush the standard streams and exit at once; the last step of `end_process`."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            code = code or 1
-    os._exit(code)

@@ -10,25 +10,32 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
 from storage_schemas.errors import shortened
+from storage_schemas.schema.moments import LEVELS
 
+# How far, in grey levels, the decimals of n/255 may be from it.
+_ROUNDING = Fraction(1, 10**6)
+_DIGITS = 20
 # So few digits that no number is too large to work out. ASCII: \d also means the digits of other scripts.
-_NUMBER = r"(?:\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE][+-]?\d{1,2})?"
+_NUMBER = rf"(?:\d{{1,{_DIGITS}}}(?:\.\d{{0,40}})?|\.\d{{1,40}})(?:[eE][+-]?\d{{1,2}})?"
 _LENGTH = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?", re.ASCII)
 
 
 class PixelLength(Fraction):
     """An exact length in units of the pixel range [0, 1]: a `fractions.Fraction` that remembers its spelling.
 
-    Takes `2/255`, `1.5/255`, `0.5`, `1e-3`, with or without spaces, and numbers. `float()` gives its value; `str()`
-    a fraction as it was written, without spaces, and a decimal as a fraction (`0.5` → `1/2`), so that equal spellings
-    give equal artifacts.
+    Takes `2/255`, `1.5/255`, `0.5`, `1e-3`, with or without spaces around the slash, and numbers. `float()` gives its
+    value; `str()` a fraction as it was written, without spaces, and a decimal as a fraction (`0.5` → `1/2`), so that
+    equal spellings give equal artifacts. Decimals of n/255, such as Python's `2 / 255`, are n/255: as they stand they
+    may lie below it, and an attack on 8-bit pixels would lose a whole level.
 
     Examples:
         >>> PixelLength("2 / 255"), float(PixelLength("1.0")), str(PixelLength("0.5"))
         (PixelLength('2/255'), 1.0, '1/2')
+        >>> PixelLength(8 / 255)
+        PixelLength('8/255')
 
     Raises:
-        ValueError: not such a number; negative; above 1.
+        ValueError: not such a number; negative; above 1; of more than 20 digits.
     """
 
     __slots__ = ("_text",)
@@ -44,17 +51,37 @@ class PixelLength(Fraction):
             raise ValueError(f"expected a fraction of the pixel range [0, 1] such as 2/255, found {shortened(value)}")
         length = Fraction(found[1]) / denominator
         if cls.largest is not None and length > cls.largest:
-            hint = f"; did you mean {text}/255?" if text.isdigit() and length <= 255 else ""
+            hint = f"; did you mean {text}/255?" if text.isdigit() and length <= LEVELS else ""
             raise ValueError(f"expected at most 1, the whole pixel range, found {shortened(value)}{hint}")
+        if not found[2]:
+            text, length = cls._decimal(text, length, isinstance(value, float))
+        if max(length.numerator, length.denominator) >= 10**_DIGITS:
+            raise ValueError(f"expected at most {_DIGITS} digits, found {shortened(value)}; write it as a fraction")
         self = super().__new__(cls, length)
-        self._text = text if found[2] or cls.keeps_decimals else str(length)
+        self._text = text
         return self
+
+    @classmethod
+    def _decimal(cls, text: str, length: Fraction, computed: bool) -> tuple[str, Fraction]:
+        """Spelling and value of a decimal. The last digits of one that was `computed` say nothing."""
+        level = round(length * LEVELS)
+        if level and 0 < abs(length * LEVELS - level) < _ROUNDING:
+            return f"{level}/{LEVELS}", Fraction(level, LEVELS)
+        value = length.limit_denominator(10 ** (_DIGITS - 1)) or length if computed else length
+        return (text if cls.keeps_decimals and value == length else str(value)), value
 
     def __str__(self) -> str:
         return self._text
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._text!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+    # What Fraction compares with floats and decimals through.
+    from_float = Fraction.from_float  # type: ignore[assignment]
+    from_decimal = Fraction.from_decimal  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._text,)

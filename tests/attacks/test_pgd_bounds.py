@@ -123,3 +123,12 @@ def test_a_ball_without_grid_points_is_refused(epsilon: Fraction) -> None:
         PGD(epsilon, Fraction(1, 255), 1)
     assert error.value.field == "epsilon"
     PGD(epsilon, Fraction(1, 255), 1, grid=False)
+
+
+def test_lengths_may_be_text_or_floats() -> None:
+    exact = PGD(Fraction(2, 255), Fraction(1, 255), 10)
+    assert PGD("2/255", 1 / 255, 10) == exact  # type: ignore[arg-type]  # as in a notebook
+    for lengths in ({"epsilon": "two", "step_size": "1/255"}, {"epsilon": "2/255", "step_size": [1]}):
+        with pytest.raises(ConfigError) as caught:
+            PGD(**lengths, steps=1)
+        assert caught.value.field in lengths

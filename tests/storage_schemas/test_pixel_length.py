@@ -7,6 +7,8 @@ import pickle
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from storage_schemas.schema.pixel_length import PixelLength, Radius
@@ -80,3 +82,33 @@ def test_radii_may_exceed_the_range_and_stay_radii() -> None:
     assert pickle.loads(pickle.dumps(radius)) == Radius(3)  # noqa: S301
     with pytest.raises(ValueError, match="at most 1"):
         PixelLength(radius)
+
+
+def test_decimals_of_a_level_are_that_level() -> None:
+    """Python's 2/255 lies below 2/255: rounded down to whole levels, as it stands, it would be 1/255."""
+    for level in range(256):
+        for value in (level / 255, repr(level / 255), f"{level / 255:.10f}", f"{level / 255:.12e}"):
+            assert PixelLength(value) * 255 == level
+    assert (str(PixelLength(8 / 255)), str(Radius(8 / 255)), str(PixelLength("0.2"))) == ("8/255", "8/255", "1/5")
+    assert PixelLength("0.0078") * 255 == Fraction("1.989")  # so few digits are somebody's own choice
+
+
+@given(st.floats(1e-18, 1), st.sampled_from([PixelLength, Radius]))
+def test_what_is_computed_survives_its_spelling(value: float, kind: type[PixelLength]) -> None:
+    length = kind(value)
+    assert float(length) == pytest.approx(value, abs=1e-8)
+    assert kind(str(length)) == length == pickle.loads(pickle.dumps(length))  # noqa: S301
+
+
+@pytest.mark.parametrize("value", ["1e-25", 1e-25, "0." + "1" * 30, "1/" + "9" * 21])
+def test_more_digits_than_others_would_read_are_refused(value: object) -> None:
+    with pytest.raises(ValueError, match=r"2/255|20 digits"):
+        PixelLength(value)
+
+
+def test_it_is_a_number() -> None:
+    length = PixelLength("1/2")
+    assert length == 0.5
+    assert length < 0.75
+    assert max(length, 0.25) is length
+    assert (f"{length}", f"{length:.2f}", type(length * 2)) == ("1/2", "0.50", Fraction)

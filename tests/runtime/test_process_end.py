@@ -1,4 +1,4 @@
-"""The end of a process that used Ray."""
+"""The end of a process in which Ray or a process group has threads."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ datamerge.cli.run()
 def _run(code: str, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_native_destructors_do_not_run_in_one_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _run(DESTRUCTOR + COMMAND, "--version").returncode == 0
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["inspect", "/missing"], 2), (["merg"], 2)])
