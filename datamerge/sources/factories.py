@@ -53,6 +53,7 @@ def open_factory(url: str, limit: int | None) -> Source:
     (stem,) = make_keys([url.rpartition(":")[2]])
     samples = [Sample(f"{stem}-{index:08d}", f"{url}#{index}", labels[index]) for index in range(count)]
     # A data set has no files: a fixed choice of its images stands for their content.
+    # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
     chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})
     listing = {f"image {index}": [1, _hash(dataset, index)] for index in chosen}
     identity = fingerprint([len(dataset), labels, listing])

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from storage_schemas.artifact import Artifact
 from storage_schemas.display import Pixels, heat, rgb
 from storage_schemas.errors import ConfigError
+from storage_schemas.schema.arguments import check_count, check_list
 from storage_schemas.schema.record import Record
 
 ROWS = 8
@@ -27,8 +28,10 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
     """A PNG of `groups` groups spread evenly over the artifact, or of the groups with the given keys.
 
     Raises:
-        ConfigError: an unknown key, or an empty artifact.
+        ConfigError: an unknown key, no group to draw, or an empty artifact.
     """
+    check_count("groups", groups)
+    check_list("keys", keys)
     if len(artifact) == 0:
         raise ConfigError(f"{artifact.location.url}: expected at least one group to draw, found none")
     try:
@@ -36,6 +39,7 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
     except KeyError as error:
         raise ConfigError(str(error.args[0])) from None
     if not indices:
+        # Rounded, not cut off as where a source chooses what it hashes: both choices are in what has been written.
         indices = sorted(set(np.linspace(0, len(artifact) - 1, min(groups, len(artifact))).round().astype(int)))
     rows = [_row(artifact[int(index)]) for index in indices]
     columns = [name for name, _ in rows[0][1]]

@@ -31,6 +31,7 @@ from storage_schemas.operations.compatibility import (
 )
 from storage_schemas.operations.shards import Advance, head_file, write_shards
 from storage_schemas.operations.union import KEPT, unite
+from storage_schemas.schema.arguments import check_list
 from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.manifest import COMBINED, HEAD, MOMENTS, ArraySpec, Layout, Manifest, RecordEntry, Reject
 from storage_schemas.schema.moments import LEVELS
@@ -115,6 +116,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     Raises:
         UserError: inputs that do not go together, with every difference.
     """
+    check_list("allow_different", allow_different)
     if len(inputs) < 2:
         raise ConfigError(f"artifacts: expected two or more, found {len(inputs)}")
     urls = [artifact.location.url for artifact in inputs]

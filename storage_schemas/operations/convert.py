@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.exact import exact_moments, pixel_spread
 from storage_schemas.schema.manifest import MOMENTS, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.schema.moments import LEVELS
@@ -28,9 +29,12 @@ def convert(
     written.
 
     Raises:
+        ConfigError: an unknown format or encoding.
         UserError: values of a float32 artifact that are not moments of 8-bit pixels (see `exact_moments`), or a
             target that holds something else.
     """
+    check_choice("format", format, Format)
+    check_choice("encoding", encoding, EncodingName)
     layout = _layout(source, format, encoding)
     where = source.location.url
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from storage_schemas.artifact import Artifact
 from storage_schemas.display import one_line
 from storage_schemas.operations.shards import Advance
+from storage_schemas.schema.arguments import check_not_negative
 from storage_schemas.schema.manifest import MOMENTS
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.provenance import differences, leaves
@@ -81,7 +82,11 @@ def diff(a: Artifact, b: Artifact, tolerance: float = 0.0, advance: Advance = la
         a, b: any format, encoding and order of groups.
         tolerance: largest absolute difference that counts as none.
         advance: told about progress in groups of A.
+
+    Raises:
+        ConfigError: a tolerance below 0.
     """
+    check_not_negative("tolerance", tolerance)
     places = {
         entry.key: (position, offset)
         for position in range(len(b.shard_sizes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,18 +13,21 @@ from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.display import heat, rgb
 from storage_schemas.errors import ConfigError
+from storage_schemas.schema.arguments import check_choice, check_list
 from storage_schemas.schema.record import Array, Record
 
 Kind = Literal["npz", "png"]
 
 
-def export(artifact: Artifact, keys: list[str], target: Location, kind: Kind) -> list[str]:
+def export(artifact: Artifact, keys: Sequence[str], target: Location, kind: Kind) -> list[str]:
     """Write groups to a folder and return the names of the files.
 
     Raises:
-        ConfigError: a key that the artifact does not have, or a file that exists with other contents; nothing
-            was written then.
+        ConfigError: a key that the artifact does not have, another kind, or a file that exists with other contents;
+            nothing was written then.
     """
+    check_list("keys", keys)
+    check_choice("kind", kind, Kind)
     try:
         records = [artifact[artifact.index_of(key)] for key in dict.fromkeys(keys)]
     except KeyError as error:

@@ -17,6 +17,7 @@ from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError
 from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.schema.arguments import check_choice, check_count
 from storage_schemas.schema.exact import exact_arrays, pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
@@ -34,12 +35,21 @@ class Remerge:
         factors: number k of factors; none if None.
         factor_kind: see `storage_schemas.schema.factors`.
         keep_members: whether they are stored again.
+
+    Raises:
+        ConfigError: a number below 1, or an unknown kind.
     """
 
     members: int | None = None
     factors: int | None = None
     factor_kind: FactorKind = "sketch"
     keep_members: bool = True
+
+    def __post_init__(self) -> None:
+        for name, count in (("members", self.members), ("factors", self.factors)):
+            if count is not None:
+                check_count(name, count)
+        check_choice("factor_kind", self.factor_kind, FactorKind)
 
 
 def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advance = lambda _: None) -> Manifest:
