@@ -30,6 +30,7 @@ from storage_schemas import (
     SourceError,
 )
 from storage_schemas.card.finish import finish
+from storage_schemas.display import one_line
 from storage_schemas.schema.manifest import HEAD, MANIFEST, parse
 
 MIN_REJECTED = 10
@@ -52,6 +53,12 @@ class MergeResult:
     rejects: tuple[Reject, ...]
     seconds: float
     attack_seconds: float
+
+    def __repr__(self) -> str:
+        groups = (
+            f"{self.manifest.groups} groups in {len(self.manifest.shards)} shards, {self.merged_shards} of them new"
+        )
+        return one_line(self, "", groups, f"{len(self.rejects)} rejects", f"{self.seconds:.1f} s")
 
 
 @dataclass(frozen=True, kw_only=True)

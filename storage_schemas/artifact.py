@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
+import operator
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,7 +20,8 @@ from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.access.ranges import damage
 from storage_schemas.display import one_line, table
-from storage_schemas.errors import ConfigError, CorruptShard, DatamergeError, NotAnArtifact, SchemaError
+from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, SchemaError, shortened
+from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.manifest import (
     HEAD,
     MANIFEST,
@@ -64,8 +66,7 @@ def open_artifact(
         SchemaError: a manifest that does not follow the format.
         CorruptShard: a manifest that is not as it was written.
     """
-    if verify not in get_args(Verify):
-        raise ConfigError(f"verify: expected one of {', '.join(get_args(Verify))}, found {verify!r}")
+    check_choice("verify", verify, Verify)
     location = url if isinstance(url, Location) else Location(url)
     if cache is not None:
         location = CachedLocation.of(location, cache)
@@ -106,10 +107,14 @@ class Artifact:
 
         Raises:
             IndexError, KeyError: no such record.
+            TypeError: neither an index nor a key, such as a slice.
             CorruptShard: its bytes are not the committed ones.
         """
         if isinstance(index, str):
             return self.read(*self._find(index))
+        if not isinstance(index, SupportsIndex):
+            raise TypeError(f"{self.location.url}: expected an index or a key, found {shortened(index)}")
+        index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
         index %= len(self)

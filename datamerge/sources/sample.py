@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from datamerge.sources.unpack import gunzip
-from storage_schemas import CorruptShard, Location, SourceError, read_json
+from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
 from storage_schemas.access.devices import refuse_devices
+from storage_schemas.display import one_line
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
@@ -102,6 +103,10 @@ class Source:
     reader: Reader
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     location: Location | None = None
+
+    def __repr__(self) -> str:
+        classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
+        return one_line(self, redact(self.url), self.kind, f"{len(self.samples)} samples", *classes)
 
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""

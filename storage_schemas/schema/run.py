@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from storage_schemas.display import one_line
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.plain_json import read_json
 
@@ -48,6 +49,12 @@ class RunSummary(BaseModel):
     seconds: float
     bytes: int
     config: dict[str, Any]
+
+    def __repr__(self) -> str:
+        facts = f"{self.steps} steps", f"{self.groups} groups of {self.artifact}", f"{self.seconds:.0f} s"
+        return one_line(self, self.arm, *facts)
+
+    __str__ = __repr__
 
 
 def read_summary(folder: Path) -> RunSummary:
