@@ -11,6 +11,7 @@ import click
 from datamerge.demo import digits
 from datamerge.demo.report import write_report
 from datamerge.evaluation.tables import RESULTS, read_results
+from storage_schemas import UserError
 
 EPSILON, STEP_SIZE = "26/255", "5/255"
 MEMBERS, STEPS, BATCH, LEARNING_RATE, SEED = 5, 400, 32, "1e-4", 0
@@ -34,6 +35,8 @@ def demo(folder: str) -> None:
     """
     started = time.monotonic()
     root = Path(folder)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{folder}: expected a new folder or an earlier demo's, found a file; choose another name")
     weights, head = root / "encoder.safetensors", root / "head.safetensors"
     if not head.exists():
         click.echo(f"writing 5,000 digits to {root / 'digits'} and training an encoder on 4,000 of them")

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib as mpl
+from matplotlib.figure import Figure
 
-mpl.use("Agg")  # no display needed
-
-from matplotlib import pyplot as plt
-from PIL import Image
-
+from datamerge.artifacts import preview
 from datamerge.evaluation import ArmResult
-from storage_schemas import open_artifact
-from storage_schemas.card.contact_sheet import contact_sheet
 
 
 def write_report(root: Path, artifact: str, runs: Sequence[str], arms: Sequence[ArmResult]) -> Path:
     """Draw `report.png` in the demo's folder from what the commands wrote."""
-    figure = plt.figure(figsize=(12, 10), layout="constrained")
+    # Not by pyplot, which may want a display, and is the user's.
+    figure = Figure(figsize=(12, 10), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[3, 2])
     sheet = figure.add_subplot(grid[0, :])
-    sheet.imshow(Image.open(io.BytesIO(contact_sheet(open_artifact(artifact), groups=4))))
+    sheet.imshow(preview(artifact, groups=4))
     sheet.set_title("groups: clean, members, mean, mean − first member, variance")
     sheet.axis("off")
     curves = figure.add_subplot(grid[1, 0])
@@ -46,5 +40,4 @@ def write_report(root: Path, artifact: str, runs: Sequence[str], arms: Sequence[
     bars.legend(loc="upper center", ncols=2)
     path = root / "report.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
