@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datamerge.evaluation.llava.captions import evaluate_captions
     from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
     from datamerge.evaluation.llava.vqa import evaluate_vqa
+    from datamerge.evaluation.parts import evaluate_all
     from datamerge.evaluation.zero_shot import evaluate_zero_shot
     from datamerge.sources import Source, open_source
     from merge_service import MergeConfig, MergeResult, merge
@@ -109,6 +110,7 @@ __all__ = [
     "diff",
     "encode_exact",
     "evaluate",
+    "evaluate_all",
     "evaluate_captions",
     "evaluate_embedding",
     "evaluate_vqa",
@@ -140,6 +142,7 @@ _ROOMS = {
     "datamerge.evaluation.llava.captions": "evaluate_captions",
     "datamerge.evaluation.llava.config": "CaptionsConfig VqaConfig",
     "datamerge.evaluation.llava.vqa": "evaluate_vqa",
+    "datamerge.evaluation.parts": "evaluate_all",
     "datamerge.evaluation.zero_shot": "evaluate_zero_shot",
     "datamerge.sources": "Source open_source",
     "merge_service": "MergeConfig MergeResult merge",

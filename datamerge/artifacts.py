@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from PIL import Image
@@ -24,6 +25,7 @@ from storage_schemas.operations.export import Kind
 from storage_schemas.operations.export import export as write_groups
 from storage_schemas.operations.remerge import Remerge
 from storage_schemas.operations.remerge import remerge as write_remerged
+from storage_schemas.schema.arguments import check_list
 from storage_schemas.schema.manifest import EncodingName, Format
 from storage_schemas.verify import Report
 from storage_schemas.verify import fix as take_back
@@ -49,7 +51,15 @@ def verify(artifact: Place | Artifact, *, fix: bool = False) -> Report:
         The problems that were found, also those that `fix` took back.
     """
     location = artifact.location if isinstance(artifact, Artifact) else _location(artifact)
-    report = check_files(location)
+    with ExitStack() as shown:
+        progress: Progress | None = None
+
+        def on_shard(done: int, total: int) -> None:
+            nonlocal progress
+            progress = progress or shown.enter_context(Progress("verify", total, "shards"))
+            progress.advance(1)
+
+        report = check_files(location, on_shard)
     if fix:
         take_back(location, report)
     return report
@@ -62,6 +72,9 @@ def preview(artifact: Place | Artifact, *, groups: int = 8, keys: Sequence[str] 
         artifact: its place, or the artifact itself; finished or not.
         groups: how many to draw.
         keys: the groups to draw, in place of some from all over the artifact.
+
+    Raises:
+        ConfigError: an unknown key, no group to draw, or an empty artifact.
     """
     return Image.open(io.BytesIO(contact_sheet(_opened(artifact, partial=True), groups, keys)))
 
@@ -72,11 +85,11 @@ def convert(
     """Write an artifact in another format or encoding; None stands for the source's own.
 
     Raises:
-        UserError: the target holds something else, or the encoding cannot hold these groups.
+        UserError: an unknown format or encoding, one that cannot hold these groups, or a target with something else.
     """
     artifact = _opened(source)
     layout = artifact.manifest.layout
-    wanted = format or layout.format, encoding or layout.encoding
+    wanted = layout.format if format is None else format, layout.encoding if encoding is None else encoding
     return _write(
         "convert", target, layout.groups, lambda place, advance: write_converted(artifact, place, *wanted, advance)
     )
@@ -106,12 +119,17 @@ def combine(artifacts: Sequence[Place | Artifact], target: Place, *, allow_diffe
     Raises:
         UserError: artifacts that do not go together, with every difference.
     """
+    check_list("artifacts", artifacts)
     plan = plan_combination([_opened(artifact) for artifact in artifacts], allow_different)
     return _write("combine", target, plan.layout.groups, plan.write)
 
 
 def diff(a: Place | Artifact, b: Place | Artifact, *, tolerance: float = 0.0) -> Difference:
-    """Compare two artifacts group by group; `tolerance` is the largest difference that counts as none."""
+    """Compare two artifacts group by group; `tolerance` is the largest difference that counts as none.
+
+    Raises:
+        ConfigError: a tolerance below 0.
+    """
     first, second = _opened(a), _opened(b)
     with Progress("diff", len(first), "groups") as progress:
         return compare(first, second, tolerance, progress.advance)
@@ -124,9 +142,9 @@ def export(artifact: Place | Artifact, keys: Sequence[str], folder: Place, *, ki
         The names of the files in the folder.
 
     Raises:
-        ConfigError: an unknown key, or a file with other contents; nothing was written then.
+        ConfigError: an unknown key or kind, or a file with other contents; nothing was written then.
     """
-    return write_groups(_opened(artifact), list(keys), _location(folder), kind)
+    return write_groups(_opened(artifact), keys, _location(folder), kind)
 
 
 def _opened(artifact: Place | Artifact, partial: bool = False) -> Artifact:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import click
+from pydantic import Field
 from rich.filesize import decimal as human_bytes
 
 from datamerge import artifacts as library
-from storage_schemas import Artifact, DatamergeError, UserError, open_artifact, shortened
-from storage_schemas.access.redaction import redact
-from storage_schemas.errors import printable
+from datamerge.runtime import Settings, load_settings
+from datamerge.runtime.options import Option, options
+from storage_schemas import Artifact, DatamergeError, open_artifact, printable, redact, shortened
 from storage_schemas.operations.diff import Difference
 from storage_schemas.operations.export import Kind
 from storage_schemas.operations.remerge import Remerge
@@ -45,21 +46,29 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
     _show_written(target, written, as_json)
 
 
+class RemergeSettings(Settings):
+    """`Remerge` as options; it checks the values itself."""
+
+    members: Annotated[int | None, Option(metavar="N", unset="all")] = Field(
+        Remerge.members, description="How many members of each group to take, the first ones."
+    )
+    factors: Annotated[int | None, Option(metavar="K", unset="none")] = Field(
+        Remerge.factors, description="Factors of each group's covariance to store."
+    )
+    factor_kind: FactorKind = Field(
+        Remerge.factor_kind, description="Random, or principal directions (also where K >= N - 1)."
+    )
+    keep_members: Annotated[bool, Option(alias=" /--drop-members")] = Field(
+        Remerge.keep_members, description="Store the members again."
+    )
+
+
 @click.command("remerge")
 @click.argument("source")
 @click.argument("target")
-@click.option("--members", type=click.IntRange(min=1), help="The first N members of each group; all by default.")
-@click.option("--factors", type=click.IntRange(min=1), help="Factors K of each group's covariance to store.")
-@click.option(
-    "--factor-kind",
-    type=click.Choice(get_args(FactorKind)),
-    default="sketch",
-    show_default=True,
-    help="Random, or principal directions (also where K >= N - 1).",
-)
-@click.option("--keep-members/--drop-members", default=True, show_default=True, help="Store the members again.")
+@options(RemergeSettings)
 @JSON
-def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> None:
+def remerge_members(source: str, target: str, as_json: bool, **flags: Any) -> None:
     """Merge the stored members of SOURCE again, without attacking anything: fewer of them, or with other factors.
 
     Each result is what `datamerge merge` with these settings would have written. SOURCE has to hold its members
@@ -70,7 +79,8 @@ def remerge_members(source: str, target: str, as_json: bool, **wanted: Any) -> N
     datamerge remerge adv-n10 adv-sketch --factors 1 --drop-members
     """
     with _writing(target):
-        written = library.remerge(source, target, Remerge(**wanted))
+        wanted = load_settings(RemergeSettings, None, flags)
+        written = library.remerge(source, target, Remerge(**wanted.model_dump()))
     _show_written(target, written, as_json)
 
 
@@ -122,12 +132,9 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
     try:
         first, second = open_artifact(a), open_artifact(b)
         found = library.diff(first, second, tolerance=tolerance)
-    except UserError:
-        raise
     except DatamergeError as error:
-        # As with diff(1): 1 says that they differ, and nothing else.
-        click.echo(f"error: {printable(redact(str(error)))}", err=True)
-        raise click.exceptions.Exit(2) from None
+        error.exit_code = 2  # as with diff(1): 1 says that they differ, and nothing else
+        raise
     click.echo(json.dumps(found.as_json()) if as_json else "\n".join(map(printable, _lines(found, first, second))))
     if not found.equal:
         raise click.exceptions.Exit(1)
@@ -158,17 +165,15 @@ def export(artifact: str, keys: tuple[str, ...], output: str, kind: Kind, as_jso
 
 @contextmanager
 def _writing(output: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C, and refuse an output that is a file."""
-    shown = redact(output)
+    """Say how to go on after Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         click.echo(
-            f"interrupted: finished shards are kept in {shown}; run the same command again to continue", err=True
+            f"interrupted: finished shards are kept in {redact(output)}; run the same command again to continue",
+            err=True,
         )
         raise click.exceptions.Exit(130) from None
-    except FileExistsError:
-        raise UserError(f"{shown}: expected a folder or a free name, found a file") from None
 
 
 def _show_written(output: str, written: Artifact, as_json: bool) -> None:

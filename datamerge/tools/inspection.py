@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -14,13 +14,9 @@ from rich.filesize import decimal as human_bytes
 from rich.table import Table
 from rich.text import Text
 
-from datamerge.runtime import Progress
-from storage_schemas import Location, open_artifact
-from storage_schemas.card.contact_sheet import contact_sheet
-from storage_schemas.card.summary import summarise
-from storage_schemas.errors import printable
-from storage_schemas.verify import Report, fix
-from storage_schemas.verify import verify as verify_artifact
+from datamerge import artifacts as library
+from storage_schemas import Location, UserError, printable
+from storage_schemas.verify import Report
 
 SHOWN_PROBLEMS = 8  # of one file
 
@@ -35,7 +31,7 @@ def inspect(artifact: str, as_json: bool) -> None:
     datamerge inspect adv-2-255
     datamerge inspect s3://bucket/adv-2-255 --json | jq .provenance.encoder
     """
-    facts = summarise(open_artifact(artifact, partial=True))
+    facts = library.inspect(artifact)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -54,10 +50,14 @@ def inspect(artifact: str, as_json: bool) -> None:
 @click.option("--key", "keys", multiple=True, help="Draw the group with this key; may be repeated.")
 def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> None:
     """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
-    data = contact_sheet(open_artifact(artifact, partial=True), groups, keys)
+    buffer = io.BytesIO()
+    library.preview(artifact, groups=groups, keys=keys).save(buffer, "PNG")
     folder, name = Location(output).split()
-    folder.write(name, data)
-    click.echo(f"{output}: {human_bytes(len(data))}")
+    try:
+        folder.write(name, buffer.getvalue())
+    except IsADirectoryError:
+        raise UserError(f"{output}: expected a file to write, found a folder; name a file in it") from None
+    click.echo(f"{output}: {human_bytes(len(buffer.getvalue()))}")
 
 
 @click.command()
@@ -75,18 +75,7 @@ def verify(artifact: str, repair: bool, as_json: bool) -> None:
     datamerge verify adv-2-255
     datamerge verify adv-2-255 --fix; datamerge merge photos/ adv-2-255 …
     """
-    location = Location(artifact)
-    with ExitStack() as shown:
-        progress: Progress | None = None
-
-        def on_shard(done: int, total: int) -> None:
-            nonlocal progress
-            progress = progress or shown.enter_context(Progress("verify", total, "shards"))
-            progress.advance(1)
-
-        report = verify_artifact(location, on_shard)
-    if repair:
-        fix(location, report)
+    report = library.verify(artifact, fix=repair)
     if as_json:
         click.echo(json.dumps({"sound": not report.problems, **asdict(report)}))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A stream to write; its bytes are on the disk under `path` once the block ends without an error, not before.
 
     The parent folder is made. After an error nothing is left behind, and an older file stays as it was.
+
+    Raises:
+        IsADirectoryError: a folder is there.
     """
+    if path.is_dir():  # the rename would fail too, and name the temporary file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tests.support.combining import ROUND, attacked, make
 from tests.support.paths import GOLDEN
 
 FULL = GOLDEN / "v1" / "zarr-uint8_moments-full"
+KEY = "cat-0"
 
 
 @pytest.mark.parametrize("given", [str(FULL), FULL, dm.Location(FULL), dm.open_artifact(FULL)], ids=type)
@@ -82,3 +84,59 @@ def test_export_writes_files_and_names_them(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *pictures])
     with pytest.raises(dm.ConfigError):
         dm.export(FULL, ["nobody"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("call", "field", "found"),
+    [
+        (
+            lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")),
+            "factor_kind",
+            "sketch or principal.*'foo'",
+        ),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=0)), "members", "at least 1, found 0"),
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(factors=0)), "factors", "at least 1, found 0"),
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=True)), "members", "found True"),
+        (lambda out: dm.convert(FULL, out, format="tar"), "format", "zarr or webdataset, found 'tar'"),  # type: ignore[arg-type]
+        (lambda out: dm.convert(FULL, out, format=""), "format", "found ''"),  # type: ignore[arg-type]
+        (lambda out: dm.convert(FULL, out, encoding="x"), "encoding", "float32 or uint8_moments, found 'x'"),  # type: ignore[arg-type]
+        (lambda out: dm.export(FULL, [KEY], out, kind="jpg"), "kind", "npz or png, found 'jpg'"),  # type: ignore[arg-type]
+        (lambda out: dm.export(FULL, KEY, out), "keys", f"a list, found '{KEY}'"),
+        (lambda out: dm.diff(FULL, FULL, tolerance=-1), "tolerance", "at least 0, found -1"),
+        (lambda out: dm.diff(FULL, FULL, tolerance=float("nan")), "tolerance", "found nan"),
+        (lambda out: dm.preview(FULL, groups=0), "groups", "at least 1, found 0"),
+        (lambda out: dm.preview(FULL, keys=KEY), "keys", "a list"),
+        (lambda out: dm.combine("adv", out), "artifacts", "a list, found 'adv'"),
+        (lambda out: dm.combine(dm.open_artifact(FULL), out), "artifacts", "a list, found <Artifact"),  # type: ignore[arg-type]
+        (lambda out: dm.combine([FULL, FULL], out, allow_different="seed"), "allow_different", "a list"),
+        (lambda out: dm.open_artifact(FULL, verify="all"), "verify", "off, record or shard, found 'all'"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_choices_are_refused_before_anything_is_written(
+    call: Callable[[Path], object], field: str, found: str, tmp_path: Path
+) -> None:
+    with pytest.raises(dm.ConfigError, match=f"^{field}: expected .*{found}") as caught:
+        call(tmp_path / "out")
+    assert caught.value.field == field
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_has_no_slices() -> None:
+    with pytest.raises(TypeError, match="expected an index or a key, found slice"):
+        dm.open_artifact(FULL)[:2]  # type: ignore[index]
+
+
+def test_sources_and_results_fit_on_a_line_of_a_console(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((600, 2, 2), np.uint8), labels=np.arange(600))
+    manifest = dm.open_artifact(FULL).manifest
+    summary = dict.fromkeys(("encoder", "encoder_sha256", "original", "original_sha256", "plan_sha256"), "x" * 64)
+    counts = {"steps": 400, "groups": 12800, "seconds": 31.4, "bytes": 1}
+    found = {
+        "600 samples": dm.open_source(tmp_path / "x.npz"),
+        "4 groups in 2 shards, 1 of them new": dm.MergeResult(manifest, 1, (), 1.5, 1.0),
+        "AT-5-Avg: 400 steps": dm.RunSummary(**summary, **counts, arm="AT-5-Avg", artifact="a", config=summary),
+    }
+    for fact, thing in found.items():
+        assert fact in repr(thing)
+        assert repr(thing) == str(thing)
+        assert len(repr(thing)) < 120 + len(str(tmp_path))

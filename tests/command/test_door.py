@@ -25,6 +25,7 @@ FUNCTIONS = (
     "diff",
     "encode_exact",
     "evaluate",
+    "evaluate_all",
     "evaluate_captions",
     "evaluate_embedding",
     "evaluate_vqa",

@@ -75,6 +75,14 @@ def test_local_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Mon
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        Location(tmp_path).write("f", b"new")
+    assert caught.value.filename == str(tmp_path / "f")
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
 def test_local_files_are_readable_by_others(tmp_path: Path) -> None:
     """A published artifact is read by other accounts; temporary files are private by default."""
     Location(tmp_path).write("f", b"x")

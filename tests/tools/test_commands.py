@@ -185,7 +185,7 @@ def test_remerge_takes_the_first_members_and_refuses_what_is_not_there(tmp_path:
         assert record.arrays["factors"].shape == (1, *SHAPE)
     for arguments, message in (
         ([source, target, "--members", "2"], "already holds an artifact made from other settings"),
-        ([source, str(tmp_path / "c"), "--members", "5"], "expected at most the 4 that"),
+        ([source, str(tmp_path / "c"), "--members", "5"], "error: --members: expected at most the 4 that"),
         ([target, str(tmp_path / "c")], "expected stored members, found none"),
     ):
         wrong = run_command("remerge", *arguments)
