@@ -15,6 +15,7 @@ from datamerge.sources.images import BadImage, decode, native_shape
 from datamerge.sources.sample import LISTING, Columns, RawImage, Reader, Sample, Source, check_listed
 from datamerge.sources.tars import is_tar_url, open_tar_url, open_tars
 from storage_schemas import Location, SourceError, redact
+from storage_schemas.schema.arguments import check_count
 
 __all__ = [
     "LISTING",
@@ -47,8 +48,11 @@ def open_source(
         group_column: column, array or tar member whose values name groups.
 
     Raises:
+        ConfigError: a limit below 1.
         SourceError: nothing there, or nothing of these kinds.
     """
+    if limit is not None:
+        check_count("limit", limit)
     text = os.fspath(url)
     columns = Columns(image_column, label_column, group_column)
     if text.startswith(PREFIX):

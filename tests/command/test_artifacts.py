@@ -89,11 +89,7 @@ def test_export_writes_files_and_names_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "field", "found"),
     [
-        (
-            lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")),
-            "factor_kind",
-            "sketch or principal.*'foo'",
-        ),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")), "factor_kind", "or principal.*'foo'"),  # type: ignore[arg-type]
         (lambda out: dm.remerge(FULL, out, dm.Remerge(members=0)), "members", "at least 1, found 0"),
         (lambda out: dm.remerge(FULL, out, dm.Remerge(factors=0)), "factors", "at least 1, found 0"),
         (lambda out: dm.remerge(FULL, out, dm.Remerge(members=True)), "members", "found True"),
@@ -109,6 +105,7 @@ def test_export_writes_files_and_names_them(tmp_path: Path) -> None:
         (lambda out: dm.combine("adv", out), "artifacts", "a list, found 'adv'"),
         (lambda out: dm.combine(dm.open_artifact(FULL), out), "artifacts", "a list, found <Artifact"),  # type: ignore[arg-type]
         (lambda out: dm.combine([FULL, FULL], out, allow_different="seed"), "allow_different", "a list"),
+        (lambda out: dm.open_source(FULL, limit=-1), "limit", "at least 1, found -1"),
         (lambda out: dm.open_artifact(FULL, verify="all"), "verify", "off, record or shard, found 'all'"),  # type: ignore[arg-type]
     ],
 )
