@@ -15,7 +15,7 @@ import numpy as np
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
-from storage_schemas.errors import ConfigError
+from storage_schemas.errors import ConfigError, shortened
 from storage_schemas.operations.shards import Advance, head_file, write_shards
 from storage_schemas.schema.arguments import check_choice, check_count
 from storage_schemas.schema.exact import exact_arrays, pixel_spread
@@ -37,7 +37,7 @@ class Remerge:
         keep_members: whether they are stored again.
 
     Raises:
-        ConfigError: a number below 1, or an unknown kind.
+        ConfigError: a number below 1, an unknown kind, or `keep_members` that is neither True nor False.
     """
 
     members: int | None = None
@@ -50,6 +50,8 @@ class Remerge:
             if count is not None:
                 check_count(name, count)
         check_choice("factor_kind", self.factor_kind, FactorKind)
+        if not isinstance(self.keep_members, bool):
+            raise ConfigError(f"keep_members: expected True or False, found {shortened(self.keep_members)}")
 
 
 def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advance = lambda _: None) -> Manifest:

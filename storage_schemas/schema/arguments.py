@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, get_args
 
 from storage_schemas.errors import ConfigError, shortened
@@ -18,7 +18,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 def check_count(name: str, value: Any) -> None:
     """Raise ConfigError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}: expected a whole number of at least 1, found {shortened(value)}")
 
 

@@ -92,6 +92,8 @@ def test_export_writes_files_and_names_them(tmp_path: Path) -> None:
         (lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")), "factor_kind", "or principal.*'foo'"),  # type: ignore[arg-type]
         (lambda out: dm.remerge(FULL, out, dm.Remerge(members=0)), "members", "at least 1, found 0"),
         (lambda out: dm.remerge(FULL, out, dm.Remerge(factors=0)), "factors", "at least 1, found 0"),
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=np.int64(2))), "members", "at least 1, found"),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(keep_members="no")), "keep_members", "found 'no'"),  # type: ignore[arg-type]
         (lambda out: dm.remerge(FULL, out, dm.Remerge(members=True)), "members", "found True"),
         (lambda out: dm.convert(FULL, out, format="tar"), "format", "zarr or webdataset, found 'tar'"),  # type: ignore[arg-type]
         (lambda out: dm.convert(FULL, out, format=""), "format", "found ''"),  # type: ignore[arg-type]
