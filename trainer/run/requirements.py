@@ -121,7 +121,7 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
     """
     spec = config.encoder or _recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
-        raise ConfigError(f"encoder: {config.artifact} names none; set `encoder`")
+        raise ConfigError(f"encoder: expected the name of one in {config.artifact}, found none; set `encoder`")
     if config.encoder is not None:
         return spec
     # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
