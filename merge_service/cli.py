@@ -14,8 +14,9 @@ from datamerge.runtime import load_settings
 from datamerge.runtime.options import options
 from datamerge.runtime.signals import Terminated
 from merge_service.config import MergeConfig
-from merge_service.merge import MergeResult, Prepared, prepare, run
-from storage_schemas import UserError
+from merge_service.merge import MergeResult, Prepared, prepare
+from merge_service.merge import merge as run_merge
+from storage_schemas import ConfigError, UserError
 
 
 @click.command()
@@ -42,14 +43,16 @@ def merge(
     datamerge merge 'shards/{000..099}.tar' clusters --grouping cluster --clusters 20
     """
     if price_per_hour is not None and not dry_run:
-        raise click.UsageError("--price-per-hour: expected --dry-run beside it, found none; add --dry-run")
+        raise ConfigError(
+            f"`price_per_hour={price_per_hour:g}`: only a dry run shows a cost, found none; add `dry_run=True`",
+            about="price_per_hour",
+        )
     config = load_settings(MergeConfig, config_file, flags)
-    prepared = prepare(config, planning_only=dry_run)
     if dry_run:
-        _show_plan(prepared, price_per_hour, as_json)
+        _show_plan(prepare(config, planning_only=True), price_per_hour, as_json)
         return
     try:
-        result = run(prepared)
+        result = run_merge(config)
     except KeyboardInterrupt as stop:
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         click.echo(
@@ -57,7 +60,9 @@ def merge(
         )
         raise click.exceptions.Exit(code) from None
     except FileExistsError as error:
-        raise UserError(f"{config.artifact}: expected a folder or a free name, found a file ({error})") from None
+        raise UserError(
+            f"artifact: expected a folder or a free name at {config.artifact}, found a file ({error})"
+        ) from None
     _show_result(config, result, as_json)
 
 

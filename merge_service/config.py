@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from datamerge.attacks import APGD, PGD, ObjectiveName
+from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
+from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit
 from datamerge.runtime.options import Option
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
@@ -23,7 +24,8 @@ DEFAULT_MEMBERS = 10
 class MergeConfig(Settings):
     """Settings of `datamerge merge`; a TOML file holds them under the same names."""
 
-    renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"', "on_grid": "grid"}
+    # What training called it; settings are copied from there.
+    renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"'}
 
     source: Annotated[str, Option(argument=True)] = Field(
         description="Images: a folder, Parquet file, tar, .npz or IDX file, a pattern of tars, or "
@@ -84,9 +86,7 @@ class MergeConfig(Settings):
         None, description="Text file with one class name a line, for a zero-shot `head`."
     )
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32", description="Arithmetic of the attack's forward passes."
-    )
+    precision: Precision = Field("float32", description="Arithmetic of the attack's forward passes.")
     compile: bool = Field(False, description="Run encoders through torch.compile.")
     batch_size: PositiveInt = Field(
         64, description="Images in one forward pass of the attack, members counted one by one; at least one group."
@@ -111,17 +111,15 @@ class MergeConfig(Settings):
         None, description="Pixels of the members where no encoder says."
     )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
-    image_column: str | None = Field(None, description="Column or array of the source with the images.")
-    label_column: str | None = Field(None, description="Column, array or tar member with the labels.")
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
     seed: int = Field(0, ge=0, description="Seed of all random choices.")
     license: Annotated[str | None, Option(metavar="ID", unset="other")] = Field(
         None,
         pattern=r"^[A-Za-z0-9.+\-]+$",
         description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0.",
     )
-    limit: Annotated[PositiveInt | None, Option(unset="all")] = Field(
-        None, description="Use the first so many samples."
-    )
+    limit: Limit = None
     # What follows changes how fast the work is done, never what is written.
     max_workers: Annotated[PositiveInt | None, Option(unset="as many as fit")] = Field(
         None, description="Ray workers at most."
@@ -133,7 +131,7 @@ class MergeConfig(Settings):
         None, gt=0, description="GPUs that a worker takes; 0.5 lets two share one."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where encoders run; auto takes GPUs if there are any."
+        "auto", description="Where encoders run; auto takes GPUs if there are any. Ray deals out which ones."
     )
     ray_address: Annotated[str | None, Option(metavar="ADDRESS", unset="Ray starts on this machine")] = Field(
         None, description="Ray cluster to use: auto or HOST:PORT."
@@ -196,6 +194,13 @@ class MergeConfig(Settings):
 
     def _pixel_problems(self) -> list[str]:
         problems = []
+        if self.attack == "pgd" and self.steps and not self.step_size:
+            problems.append("step_size: expected more than 0, found 0; give steps a length, or use `steps=0`")
+        if self.start_radius is not None and self.start_radius > self.epsilon:
+            problems.append(
+                f"start_radius: expected at most epsilon, {self.epsilon}, found {self.start_radius}; lower "
+                "`start_radius`"
+            )
         if not self.random_start and self.start_radius is not None:
             problems.append("start_radius: there is no random start to give a radius; drop `start_radius`")
         if not self.random_start and self.restarts > 1:

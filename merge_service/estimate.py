@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from datamerge.runtime.threads import torch_threads
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
 from merge_service.planning import ShardTask
@@ -100,18 +101,14 @@ def estimate(prepared: Prepared) -> Estimate:
     """
     config, plan = prepared.config, prepared.plan
     device = local_device(config)
-    with tempfile.TemporaryDirectory(prefix="datamerge-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(prefix="datamerge-dry-run-") as folder, torch_threads(config.threads):
         writer = ArtifactWriter(Location(folder), plan.layout, plan.provenance)
         started = time.perf_counter()
         worker = ShardWorker(worker_setup(prepared, writer, device))
         worker.prepare()
         start = START_SECONDS + time.perf_counter() - started
-        threads = torch.get_num_threads()
-        try:
-            measure = _measure_groups if config.grouping == "adversarial" else _measure_samples
-            measured = measure(prepared, worker, writer)
-        finally:
-            torch.set_num_threads(threads)
+        measure = _measure_groups if config.grouping == "adversarial" else _measure_samples
+        measured = measure(prepared, worker, writer)
     workers = min(config.max_workers or _fitting(config, device), plan.layout.shards)
     total = measured.units_in_all * measured.seconds / measured.units
     per_unit = _flops_per_unit(prepared, worker.model)
@@ -197,7 +194,7 @@ def _check_usable(groups: int, prepared: Prepared) -> None:
     if not groups:
         raise DatamergeError(
             f"{prepared.source.url}: none of the first groups can be used, so nothing can be measured; merge a few "
-            "with --limit to see the reasons"
+            "with a `limit` to see the reasons"
         )
 
 
@@ -216,18 +213,17 @@ def _matrix_product_rate(config: MergeConfig, device: str) -> float:
     size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    before, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    torch.set_num_threads(config.threads)
     try:
         times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            matrix @ matrix
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
+        with torch_threads(config.threads):
+            for _ in range(repeats):
+                started = time.perf_counter()
+                matrix @ matrix
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - started)
     finally:
         torch.set_float32_matmul_precision(before)
-        torch.set_num_threads(threads)
     return 2 * size**3 / min(times)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from datamerge.encoders import Head, load_head, pick_device
+from datamerge.encoders import Head, load_head, pick_device, refusals_about
 from datamerge.runtime import Progress, read_lines
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
@@ -78,11 +79,12 @@ class Prepared:
     files: Mapping[str, bytes]
 
 
-def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
+def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack | None = None) -> Prepared:
     """List the source, load the encoder once to learn its shape and hash, plan.
 
     Args:
         planning_only: do not run k-means; assign the samples to clusters in turn instead.
+        ray: keeps Ray, where clusters had to be found, for what comes after.
 
     Raises:
         UserError: anything that would make the merge fail later and can be known now.
@@ -96,7 +98,8 @@ def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
     )
     check_source(config.artifact, source)
     encoder = resolve(config.encoder) if config.encoder and config.needs_encoder else None
-    target_encoder = resolve(config.target_encoder) if config.target_encoder else None
+    with refusals_about("target_encoder"):
+        target_encoder = resolve(config.target_encoder) if config.target_encoder else None
     _check_pair(encoder, target_encoder)
     head = _load_head(config, encoder)
     files = {LISTING: source.listing_bytes()}
@@ -107,7 +110,8 @@ def prepare(config: MergeConfig, *, planning_only: bool = False) -> Prepared:
         if planning_only:
             clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
         else:
-            clusters, files[clustering.FILE] = _clusters(config, source, encoder, counts)
+            with ExitStack() as own:
+                clusters, files[clustering.FILE] = _clusters(config, source, encoder, counts, ray or own)
     plan = make_plan(config, source, encoder, target_encoder, head, clusters)
     if encoder is not None and encoder.encoder.random_weights:
         warn(
@@ -134,7 +138,8 @@ def merge(config: MergeConfig) -> MergeResult:
         UserError: see `prepare`; or the location holds something else.
         DatamergeError: too many samples had to be rejected, none could be used, or shards had to be set aside.
     """
-    return run(prepare(config))
+    with ExitStack() as ray:
+        return run(prepare(config, ray=ray))
 
 
 def run(prepared: Prepared) -> MergeResult:
@@ -259,7 +264,7 @@ def check_source(artifact: str, source: Source) -> None:
 
 
 def _clusters(
-    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, counts: Mapping[int, int]
+    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, counts: Mapping[int, int], ray: ExitStack
 ) -> tuple[dict[int, list[int]], bytes]:
     """Clusters of every class and the file that keeps them; from the artifact, if an earlier run has found them."""
     shape = encoder.encoder.input_shape if encoder else pixels_shape(config, source)
@@ -275,11 +280,9 @@ def _clusters(
             return known, data
     here, classes = local_device(config), by_class(source)
     found: dict[int, list[int]] = {}
-    with (
-        ray_stage.on_ray(config),
-        sigterm_raises(),
-        Progress("cluster", len(source.samples), "samples") as progress,
-    ):
+    ray.enter_context(ray_stage.on_ray(config))
+    ray.enter_context(sigterm_raises())
+    with Progress("cluster", len(source.samples), "samples") as progress:
         setup = WorkerSetup(
             config=config,
             reader=source.reader,
@@ -351,8 +354,8 @@ def _load_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | N
     if config.head is None:
         return None
     expected = "a text file with one class name a line"
-    names = [] if config.class_names is None else read_lines(config.class_names, expected)
+    names = [] if config.class_names is None else read_lines(config.class_names, "class_names", expected)
     head = load_head(config.head, names)
     if encoder is not None:
-        head.check_width(encoder.encoder.embedding_dim, f"head {config.head!r}")
+        head.check_width(encoder.encoder.embedding_dim, repr(config.head))
     return head

@@ -18,14 +18,10 @@ from trainer.run.loop import train as run_training
 @options(TrainConfig)
 @click.option("--preset", type=click.Choice(preset_names()), help="Settings that ship with datamerge.")
 @click.option("--config", "file", metavar="FILE.toml", help="Settings from a file; flags override them.")
-@click.option("--ray-workers", type=int, help="Train on this many Ray workers; restarts them when one dies.")
-@click.option("--ray-address", metavar="ADDRESS", help="Ray cluster to use. [starts Ray here]")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary, RUN/run.json, instead of the encoder.")
 def train(
     preset: str | None,
     file: str | None,
-    ray_workers: int | None,
-    ray_address: str | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -49,13 +45,7 @@ def train(
     elif flags.get("steps") is not None:
         values.pop("epochs", None)
     try:
-        config = load_settings(TrainConfig, file, flags, values)
-        if ray_workers is None and ray_address is None:
-            summary = run_training(config)
-        else:
-            from trainer.run.ray_launch import train_on_ray  # takes a second, and needs the extra `ray`
-
-            summary = train_on_ray(config, ray_workers or 1, ray_address)
+        summary = run_training(load_settings(TrainConfig, file, flags, values))
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell

@@ -11,6 +11,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 
 from datamerge.attacks import Precision
 from datamerge.runtime import Settings
+from datamerge.runtime.fields import Device, Seed, Threads
 from datamerge.runtime.options import Option
 from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength
@@ -25,6 +26,7 @@ class TrainConfig(Settings):
     renamed: ClassVar[Mapping[str, str]] = {
         "precision=bf16": 'precision = "bfloat16"',
         "estimator=jvp": 'estimator = "gauss_newton"',
+        "estimator=exact": 'estimator = "antithetic"',
     }
 
     artifact: Annotated[str, Option(argument=True)] = Field(
@@ -70,7 +72,7 @@ class TrainConfig(Settings):
         ge=0,
         le=100,
         description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
-        "they bring stored attacks up to date. Needs an artifact merged with keep_clean.",
+        "they bring stored attacks up to date. Needs an artifact merged with `keep_clean=True`.",
     )
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
@@ -81,9 +83,11 @@ class TrainConfig(Settings):
     head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
         default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."
     )
-    steps: int | None = Field(default=None, ge=1, description="Length of the run in optimiser steps; or set epochs.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Length of the run in optimiser steps; or set `epochs`."
+    )
     epochs: int | None = Field(
-        default=None, ge=1, description="Length of the run in passes over the artifact; or set steps."
+        default=None, ge=1, description="Length of the run in passes over the artifact; or set `steps`."
     )
     batch_size: int = Field(
         default=1, ge=1, description="Groups (not images) per optimiser step, over all processes and micro-batches."
@@ -135,14 +139,12 @@ class TrainConfig(Settings):
         description="Held-out artifact: the loss that is trained on, refined images and all, is measured on it, "
         "logged, and picks the checkpoint that is kept as best.",
     )
-    eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on eval_artifact.")
+    eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on `eval_artifact`.")
     epsilon: PixelLength | None = Field(
         default=None, description="Refuse an artifact whose members were attacked within another radius than this."
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of the order of groups and of all random draws.")
-    device: str = Field(
-        default="auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one."
-    )
+    seed: Seed = 0
+    device: Device = "auto"
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Newest checkpoints that are kept; older ones are removed."
@@ -158,8 +160,12 @@ class TrainConfig(Settings):
         ge=1,
         description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
     )
-    threads: Annotated[int | None, Option(unset="torch's choice")] = Field(
-        default=None, ge=1, description="CPU threads of torch."
+    threads: Threads = None
+    ray_workers: Annotated[int | None, Option(unset="no Ray, or 1 if there is a `ray_address`")] = Field(
+        default=None, ge=1, description="Train on this many Ray workers; all are started again when one dies."
+    )
+    ray_address: Annotated[str | None, Option(metavar="ADDRESS", unset="Ray starts on this machine")] = Field(
+        default=None, description="Ray cluster of the `ray_workers`: auto or HOST:PORT."
     )
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
     wandb_project: Annotated[str | None, Option(metavar="NAME", unset="none")] = Field(
@@ -187,6 +193,8 @@ class TrainConfig(Settings):
             found = "none" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs}"
             raise ValueError(f"steps: expected either this or epochs, found {found}; set `steps` or `epochs`")
         self._check_arm(ARMS[self.arm])
+        if self.refine_step_size is not None and not self.refine_step_size:
+            raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
         if self.refine_step_size is not None and not self.refine_steps:
             raise ValueError("refine_step_size: expected refine_steps of 1 or more, found 0; set `refine_steps`")
         return self
@@ -199,6 +207,9 @@ class TrainConfig(Settings):
         if self.samples != 1 and not arm.estimators:
             able = _arms(lambda other: bool(other.estimators))
             raise ValueError(f"samples: only {able} draws them, found arm {self.arm}; drop `samples`")
+        if not arm.estimators and "estimator" in self.model_fields_set:
+            able = _arms(lambda other: bool(other.estimators))
+            raise ValueError(f"estimator: only {able} has one, found arm {self.arm}; drop `estimator`")
         if arm.estimators and self.estimator not in arm.estimators:
             raise ValueError(
                 f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "

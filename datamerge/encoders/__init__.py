@@ -3,7 +3,7 @@
 from datamerge.encoders.device import pick_device
 from datamerge.encoders.encoder import Encoder, load_encoder, save_encoder, weights_sha256
 from datamerge.encoders.heads import Head, head_from_arrays, load_head
-from datamerge.encoders.specs import at_home, parse_spec, with_checkpoint
+from datamerge.encoders.specs import at_home, parse_spec, refusals_about, with_checkpoint
 
 __all__ = [
     "Encoder",
@@ -14,6 +14,7 @@ __all__ = [
     "load_head",
     "parse_spec",
     "pick_device",
+    "refusals_about",
     "save_encoder",
     "weights_sha256",
     "with_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
 
@@ -20,6 +21,6 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         # torch goes on to list every device that it could have been built for.
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ConfigError(f'device: {name!r} cannot be used here ({reason}); try `device="cpu"`') from None
+        reason = first_line(error).partition(". ")[0]
+        raise ConfigError(f'device: {name!r} cannot be used here ({reason}); use `device="cpu"`') from None
     return device

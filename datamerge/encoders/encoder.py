@@ -81,12 +81,12 @@ class Encoder(nn.Module):
                 output = self(torch.full((1, *self.input_shape), 0.5))
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ConfigError(
-                    f"encoder {self.spec!r}: expected a network on pixels {self.input_shape}, it fails with: "
+                    f"encoder: expected a network on pixels {self.input_shape}, {self.spec!r} fails with: "
                     f"{first_line(error)}"
                 ) from error
         if not isinstance(output, Tensor) or output.ndim != 2:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ConfigError(f"encoder {self.spec!r}: expected embeddings [1, K], found {found}")
+            raise ConfigError(f"encoder: expected embeddings [1, K] of {self.spec!r}, found {found}")
         return int(output.shape[1])
 
 
@@ -213,14 +213,14 @@ def _mlp(spec: EncoderSpec) -> Built:
     match = re.fullmatch(r"(N)x(N)x(N)((?:-N){1,999})".replace("N", "[1-9][0-9]{0,9}"), text)
     if not match:
         raise ConfigError(
-            f"encoder {shortened(f'mlp:{text}')}: expected mlp:CxHxW-HIDDEN-…-OUT, e.g. mlp:1x28x28-512-10"
+            f"encoder: expected mlp:CxHxW-HIDDEN-…-OUT, e.g. mlp:1x28x28-512-10, found {shortened(f'mlp:{text}')}"
         )
     shape = (int(match[1]), int(match[2]), int(match[3]))
     widths = [math.prod(shape), *(int(width) for width in match[4][1:].split("-"))]
     weights = sum((before + 1) * after for before, after in pairwise(widths))
     if weights > MAX_WEIGHTS:
         raise ConfigError(
-            f"encoder {shortened(f'mlp:{text}')}: expected at most {MAX_WEIGHTS} weights, found {weights}; "
+            f"encoder: expected at most {MAX_WEIGHTS} weights, found {weights} in {shortened(f'mlp:{text}')}; "
             "choose smaller layers"
         )
     layers: list[nn.Module] = [nn.Flatten()]
@@ -233,13 +233,13 @@ def _python(spec: EncoderSpec) -> Built:
     try:
         factory = find_factory(spec.model)
     except NoFactory as error:
-        raise ConfigError(f"encoder '{spec}': {error}") from None
+        raise ConfigError(f"encoder: {error} ('{spec}')") from None
     model = factory()
     shape = getattr(model, "input_shape", None)
     if not isinstance(model, nn.Module) or shape is None or len(shape) != 3:
         raise ConfigError(
-            f"encoder '{spec}': expected a torch.nn.Module on [0, 1] pixels with an attribute input_shape = "
-            f"(C, H, W), found {type(model).__name__} with input_shape {shape}"
+            f"encoder: expected a torch.nn.Module on [0, 1] pixels with an attribute input_shape = (C, H, W) from "
+            f"'{spec}', found {type(model).__name__} with input_shape {shape}"
         )
     return model, (int(shape[0]), int(shape[1]), int(shape[2])), [0.0], [1.0]
 
@@ -258,7 +258,7 @@ def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
         if spec.pretrained is None:
             raise
         raise ConfigError(
-            f"encoder '{spec}': expected to fetch the weights {spec.pretrained!r}, found no way to "
+            f"encoder: expected to fetch the weights {spec.pretrained!r} of '{spec}', found no way to "
             f"({type(error).__name__}); download them on a connected machine and pass "
             f"{spec.kind}:{spec.model}@FILE"
         ) from error
@@ -278,14 +278,15 @@ def _load_checkpoint(model: nn.Module, spec: EncoderSpec) -> None:
     if missing or wrong:
         problem = f"has no {missing[0]!r}" if missing else f"has another shape for {sorted(wrong)[0]!r}"
         raise ConfigError(
-            f"{path}: expected weights of {spec.kind}:{spec.model}, the file {problem} "
+            f"encoder: expected weights of {spec.kind}:{spec.model}, {path} {problem} "
             f"({len(missing)} tensors missing, {len(wrong)} of another shape)"
         )
     try:
         model.load_state_dict({name: state[name] for name in own})
     except RuntimeError:
         raise ConfigError(
-            f"{path}: expected plain tensors, found some that cannot be copied (sparse, quantised or without data)"
+            f"encoder: expected plain tensors in {path}, found some that cannot be copied (sparse, quantised or "
+            "without data)"
         ) from None
 
 
@@ -300,9 +301,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path}: not a weights file: {first_line(error)}") from None
+        raise ConfigError(f"encoder: {path} is no weights file: {first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and friends
-        raise ConfigError(f"{path}: expected plain tensors, found other objects: {type(error).__name__}") from None
+        raise ConfigError(
+            f"encoder: expected plain tensors in {path}, found other objects: {type(error).__name__}"
+        ) from None
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -310,11 +313,11 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         found = "other names or values in it" if isinstance(state, dict) else type(state).__name__
-        raise ConfigError(f"{path}: expected a state_dict, found {found}")
+        raise ConfigError(f"encoder: expected a state_dict in {path}, found {found}")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(known)} known ones"
-    return f"unknown {what} {name!r}{hint}"
+    return f"encoder: unknown {what} {name!r}{hint}"

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from datamerge.encoders.encoder import downloading, known_open_clip, read_state_dict, seeded, timm_name
-from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec
+from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.artifact import parse_head
@@ -59,12 +59,12 @@ class Head(nn.Module):
             embeddings = nn.functional.normalize(embeddings, dim=-1) * self.scale
         return nn.functional.linear(embeddings, self.weight, self.bias)
 
-    def check_width(self, embedding_dim: int, where: str) -> None:
-        """Raise ConfigError unless the head takes embeddings of this width."""
+    def check_width(self, embedding_dim: int, what: str = "the head") -> None:
+        """Raise ConfigError, with what the head is called, unless it takes embeddings of this width."""
         if self.weight.shape[1] != embedding_dim:
             raise ConfigError(
-                f"{where}: expected a head for embeddings of width {embedding_dim}, found weight "
-                f"{list(self.weight.shape)}"
+                f"head: expected one for embeddings of width {embedding_dim}, found weight "
+                f"{list(self.weight.shape)} in {what}"
             )
 
     def to_bytes(self) -> bytes:
@@ -94,17 +94,24 @@ def load_head(spec: str, class_names: Sequence[str] = (), templates: Sequence[st
     if spec.partition(":")[0] not in KINDS:
         path = Path(spec).expanduser()
         if not path.is_file():
-            raise ConfigError(f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec, found none")
+            raise ConfigError(
+                f"head: expected a .safetensors file or a timm:/open_clip: spec, found no file {spec!r}"
+            )
         arrays, names = parse_head(path.read_bytes(), spec)
         return head_from_arrays(arrays, names)
+    with refusals_about("head"):
+        return _head_of_network(spec, class_names, templates)
+
+
+def _head_of_network(spec: str, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     parsed = parse_spec(spec)
     if parsed.kind == "timm":
         return _timm_classifier(parsed)
     if parsed.kind == "open_clip":
         if not class_names:
-            raise ConfigError(f"head {spec!r}: a zero-shot head needs `class_names`, in the order of the labels")
+            raise ConfigError(f"head: the zero-shot head {spec!r} needs `class_names`, in the order of the labels")
         return _zero_shot(parsed, class_names, templates)
-    raise ConfigError(f"head {spec!r}: expected a .safetensors file or a timm:/open_clip: spec")
+    raise ConfigError(f"head: expected a .safetensors file or a timm:/open_clip: spec, found {spec!r}")
 
 
 def _timm_classifier(spec: EncoderSpec) -> Head:
@@ -116,12 +123,12 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
         model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained)))
     layer = model.get_classifier()
     if not isinstance(layer, nn.Linear):
-        raise ConfigError(f"head '{spec}': expected a linear classifier, found {type(layer).__name__}")
+        raise ConfigError(f"head: expected a linear classifier of '{spec}', found {type(layer).__name__}")
     if spec.checkpoint:
         prefix = next(name for name, module in model.named_modules() if module is layer)
         state = read_state_dict(Path(spec.checkpoint))
         if f"{prefix}.weight" not in state:
-            raise ConfigError(f"head '{spec}': the file has no {prefix}.weight")
+            raise ConfigError(f"head: {spec.checkpoint} has no {prefix}.weight")
         return Head(state[f"{prefix}.weight"].float(), state.get(f"{prefix}.bias"))
     return Head(layer.weight, layer.bias)
 

@@ -12,6 +12,8 @@ Any spec without PRETRAINED or CHECKPOINT has random weights, the same on every 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,21 +46,36 @@ def parse_spec(text: str) -> EncoderSpec:
     """
     kind, _, rest = text.partition(":")
     if kind not in KINDS or not rest:
-        raise ConfigError(f"encoder {text!r}: expected one of {EXAMPLES}")
+        raise ConfigError(f"encoder: expected one of {EXAMPLES}, found {text!r}")
     model, at, checkpoint = rest.partition("@")
     pretrained = None
     if kind in ("open_clip", "timm"):
         model, _, tag = model.partition("/")
         pretrained = tag if tag not in ("", "random") else None
     if at and not Path(checkpoint).expanduser().is_file():
-        raise ConfigError(f"encoder {text!r}: expected a weights file at {checkpoint!r}, found none")
+        raise ConfigError(f"encoder: expected a weights file at {checkpoint!r} for {text!r}, found none")
     if at and pretrained:
-        raise ConfigError(f"encoder {text!r}: give either /{pretrained} or @{checkpoint}, not both")
+        raise ConfigError(f"encoder: give either /{pretrained} or @{checkpoint}, not both, found {text!r}")
     if not model:
-        raise ConfigError(f"encoder {text!r}: the model's name is missing; expected e.g. {EXAMPLES}")
+        raise ConfigError(f"encoder: the model's name is missing in {text!r}; expected e.g. {EXAMPLES}")
     # Absolute, because specs are recorded in manifests and runs and read back from other folders.
     absolute = str(Path(checkpoint).expanduser().absolute()) if at else None
     return EncoderSpec(kind, model, pretrained, absolute)
+
+
+@contextmanager
+def refusals_about(setting: str) -> Iterator[None]:
+    """Name this setting instead of `encoder` where the spec of another one is refused inside.
+
+    Raises:
+        ConfigError: as the block, with the setting in front.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if error.field != "encoder":
+            raise
+        raise ConfigError(f"{setting}: {str(error).removeprefix('encoder: ')}") from error
 
 
 def with_checkpoint(spec: str, path: str) -> str:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, Norm
 from datamerge.runtime import Settings
+from datamerge.runtime.fields import Device, ImageColumn, LabelColumn, Limit, Output, SampleSeed, Seed, Threads
 from datamerge.runtime.options import Option
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.pixel_length import PixelLength, Radius
@@ -27,27 +28,19 @@ class ImagesConfig(Settings):
     data: Annotated[str, Option(metavar="SOURCE")] = Field(
         min_length=1, description="Raw images: a folder, a Parquet file or a URL. Required."
     )
-    limit: Annotated[int | None, Option(unset="all")] = Field(
-        None, ge=1, description="Use the first so many samples."
-    )
+    limit: Limit = None
     sample: Annotated[int | None, Option(unset="all")] = Field(
         None, ge=1, description="Draw so many samples at random, the same for every run."
     )
-    sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
+    sample_seed: SampleSeed = 42
     steps: int = Field(100, ge=1, description="Gradient steps of each attack.")
     restarts: int = Field(1, ge=1, description="Random starts of each attack; the strongest result counts.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the attack's random starts.")
+    seed: Seed = Field(0, description="Seed of the attack's random starts.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
-    image_column: Annotated[str | None, Option(metavar="NAME", unset="the only one")] = Field(
-        None, description="Column of images."
-    )
-    label_column: Annotated[str | None, Option(metavar="NAME", unset="label, labels or fine_label")] = Field(
-        None, description="Column of labels."
-    )
-    device: str = Field("auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")
-    threads: Annotated[int | None, Option(unset="torch's choice")] = Field(
-        None, ge=1, description="CPU threads of torch."
-    )
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
+    device: Device = "auto"
+    threads: Threads = None
     output: Annotated[str | None, Option(alias="-o", metavar="FOLDER", unset="nothing is stored")] = Field(
         None, min_length=1, description="Folder of the results; the same one again continues."
     )
@@ -110,9 +103,7 @@ class RadiiConfig(ImagesConfig):
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
     norm: Norm = Field("linf", description="Norm of the ball.")
-    output: Annotated[str, Option(alias="-o", metavar="FOLDER")] = Field(
-        OUTPUT, min_length=1, description="Folder of the results; the same one again continues."
-    )
+    output: Output = OUTPUT
 
     @model_validator(mode="after")
     def _radii(self) -> RadiiConfig:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from datamerge.attacks import arithmetic
-from datamerge.encoders import Encoder, load_encoder
+from datamerge.encoders import Encoder, load_encoder, refusals_about
 from datamerge.evaluation.runs import Run
 from datamerge.runtime.messages import warn
+from datamerge.runtime.threads import torch_threads
 from storage_schemas import ConfigError
 
 
@@ -43,12 +44,20 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
     """
     loaded: dict[str, Encoder] = {}
 
-    def load(spec: str) -> Encoder:
+    def load(spec: str, setting: str) -> Encoder:
         if spec not in loaded:
-            loaded[spec] = load_trained(spec, device)
+            with refusals_about(setting):
+                loaded[spec] = load_trained(spec, device)
         return loaded[spec]
 
-    subjects = [Subject(run, load(run.encoder), load(original or run.original)) for run in runs]
+    subjects = [
+        Subject(
+            run,
+            load(run.encoder, "runs"),
+            load(run.original, "runs") if original is None else load(original, "original"),
+        )
+        for run in runs
+    ]
     shape = subjects[0].encoder.input_shape
     for subject in subjects:
         for encoder in (subject.encoder, subject.original):
@@ -95,11 +104,5 @@ def numerics(threads: int | None, device: torch.device) -> Iterator[None]:
         threads: of the CPU; as many as torch has now if None.
         device: where the encoders are.
     """
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        with arithmetic(device):
-            yield
-    finally:
-        torch.set_num_threads(before)
+    with torch_threads(threads), arithmetic(device):
+        yield

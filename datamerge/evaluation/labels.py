@@ -49,7 +49,7 @@ def make_heads(
         head.names = names or head.names
         heads = [head] * len(encoders)
     for head, encoder in zip(heads, encoders, strict=True):
-        head.check_width(encoder.embedding_dim, f"head {spec!r} for encoder {encoder.spec!r}")
+        head.check_width(encoder.embedding_dim, f"{spec!r} for the encoder {encoder.spec!r}")
         if names and len(names) != len(head.weight):
             raise ConfigError(
                 f"class_names: expected the names of the head's {len(head.weight)} classes, found {len(names)} in "
@@ -124,7 +124,11 @@ def read_names(file: str | None) -> list[str]:
     """
     if file is None:
         return []
-    return imagenet_names() if file == IMAGENET else read_lines(file, "a text file with one class name a line")
+    return (
+        imagenet_names()
+        if file == IMAGENET
+        else read_lines(file, "class_names", "a text file with one class name a line")
+    )
 
 
 def imagenet_names() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamerge.encoders import at_home, parse_spec
+from datamerge.encoders import at_home, parse_spec, refusals_about
 from datamerge.encoders.specs import KINDS
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import BASELINE, RunSummary, read_summary
@@ -46,5 +46,6 @@ def read_run(text: str) -> Run:
             f"runs: expected the folder of a training run or an encoder spec such as timm:resnet18, found {text!r}, "
             f"{'a file' if folder.exists() else 'no such folder'}"
         )
-    parse_spec(text)
+    with refusals_about("runs"):
+        parse_spec(text)
     return Run(name=text, encoder=text, original=text)

@@ -37,7 +37,7 @@ class ArmFolder:
     def __init__(self, output: str, part: str, run: str, arm: str) -> None:
         readable = re.sub(r"[^A-Za-z0-9_\-]+", "_", arm).strip("_") or "arm"
         name = f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
-        self.path = local_path(output, "the results") / part / name
+        self.path = local_path(output, "output") / part / name
         self._location = Location(self.path)
 
     def claim(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ def check_output(output: str) -> None:
     Raises:
         ConfigError: a URL, the name of a JSON file, a file is in the way, or a folder where nothing can be written.
     """
-    target = local_path(output, "the results")
+    target = local_path(output, "output")
     if target.suffix == ".json":
         raise ConfigError(f"output: expected the name of a folder, found {output!r}; results.json is written into it")
     existing = next(path for path in (target, *target.parents) if path.exists())
@@ -137,6 +137,6 @@ def _read_stored(file: Path) -> dict[str, Any]:
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if different := changes(found, wanted):
         raise ConfigError(
-            f"{folder} holds results of other settings ({'; '.join(different)}); choose another `output`, or use "
-            "the same settings to continue"
+            f"output: {folder} holds results of other settings ({'; '.join(different)}); choose another `output`, "
+            "or use the same settings to continue"
         )

@@ -81,10 +81,12 @@ def read_templates(text: str) -> list[str]:
         import open_clip
 
         return [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
-    templates = read_lines(text, "openai, simple or a text file with one prompt a line")
+    templates = read_lines(text, "templates", "openai, simple or a text file with one prompt a line")
     wrong = [line for line in templates if line.count("{}") != 1]
     if wrong:
-        raise ConfigError(f"{text}: expected one prompt a line with {{}} for the name, found {shortened(wrong[0])}")
+        raise ConfigError(
+            f"templates: expected one prompt a line with {{}} for the name in {text}, found {shortened(wrong[0])}"
+        )
     return templates
 
 
@@ -118,7 +120,7 @@ def _head(
         else:
             (cache[key],) = make_heads(spec, config.class_names, [subject.encoder], templates)
             write_result(location, name, cache[key].to_bytes())
-    cache[key].check_width(subject.encoder.embedding_dim, f"head {spec!r} for encoder {subject.encoder.spec!r}")
+    cache[key].check_width(subject.encoder.embedding_dim, f"{spec!r} for the encoder {subject.encoder.spec!r}")
     return cache[key]
 
 

@@ -7,26 +7,27 @@ from pathlib import Path
 from storage_schemas import ConfigError
 
 
-def local_path(text: str, what: str) -> Path:
+def local_path(text: str, setting: str) -> Path:
     """A folder of this machine, absolute.
 
     Args:
-        what: is to be written there, for the message.
+        setting: that names it, for the message.
 
     Raises:
         ConfigError: a URL.
     """
     if "://" in text:
         raise ConfigError(
-            f"{text}: expected a folder of this machine for {what}, found a URL; copy it there afterwards"
+            f"{setting}: expected a folder of this machine, found the URL {text}; copy it there afterwards"
         )
     return Path(text).expanduser().absolute()
 
 
-def read_lines(file: str, expected: str) -> list[str]:
+def read_lines(file: str, setting: str, expected: str) -> list[str]:
     """Lines of a text file without the blank ones and the spaces around them.
 
     Args:
+        setting: that names the file, for the message.
         expected: what the file should be, for the message.
 
     Raises:
@@ -36,8 +37,8 @@ def read_lines(file: str, expected: str) -> list[str]:
         lines = Path(file).expanduser().read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"{file}: expected {expected}, found {reason}") from None
+        raise ConfigError(f"{setting}: expected {expected} at {file}, found {reason}") from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
-        raise ConfigError(f"{file}: expected {expected}, found an empty file")
+        raise ConfigError(f"{setting}: expected {expected} at {file}, found an empty one")
     return found

@@ -176,7 +176,7 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path, how: str) -> No
         torch.save(state, file)
     else:
         file.write_bytes(pickle.dumps(state))
-    with pytest.raises(ConfigError, match=r"w\.pt: expected plain tensors"):
+    with pytest.raises(ConfigError, match=r"expected plain tensors in .*w\.pt"):
         load_encoder(f"{SPEC}@{file}")
     assert not trap.exists()
 
@@ -187,6 +187,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, name: str, data: bytes) -> N
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ConfigError, match=name) as caught:
         load_encoder(f"{SPEC}@{tmp_path / name}")
+    assert caught.value.field == "encoder"
     assert "\n" not in str(caught.value)
 
 
@@ -200,7 +201,7 @@ def test_files_that_hold_something_else(tmp_path: Path, saved: Any) -> None:
 def test_tensors_that_cannot_be_copied(tmp_path: Path) -> None:
     state = load_encoder(SPEC).model.state_dict()
     torch.save({**state, "3.bias": torch.empty(6, device="meta")}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"w\.pt: expected plain tensors"):
+    with pytest.raises(ConfigError, match=r"expected plain tensors in .*w\.pt"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
@@ -232,11 +233,11 @@ def test_mlps_that_would_fill_the_memory(model: str) -> None:
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda x: x, r"expected embeddings \[1, K\], found \(1, 3, 4, 5\)"),
+        (lambda x: x, r"expected embeddings \[1, K\] .*, found \(1, 3, 4, 5\)"),
         (lambda x: [x], "expected embeddings .* found list"),
-        (lambda x: x @ torch.zeros(9, 9), "it fails with"),
-        (lambda x: (_ for _ in ()).throw(ValueError()), "it fails with"),
-        (lambda x: (_ for _ in ()).throw(RuntimeError("two\nlines")), "it fails with: two"),
+        (lambda x: x @ torch.zeros(9, 9), " fails with"),
+        (lambda x: (_ for _ in ()).throw(ValueError()), " fails with"),
+        (lambda x: (_ for _ in ()).throw(RuntimeError("two\nlines")), " fails with: two"),
     ],
 )
 def test_networks_that_give_no_embeddings(output: Any, message: str) -> None:

@@ -39,7 +39,7 @@ def test_the_classifier_of_a_timm_network(tmp_path: Path) -> None:
     head = load_head(TIMM)
     assert torch.equal(head.weight, load_head(TIMM).weight)
     assert head.scale is None
-    head.check_width(load_encoder(TIMM).embedding_dim, "here")
+    head.check_width(load_encoder(TIMM).embedding_dim)
     state = {f"fc.{name}": torch.full_like(getattr(head, name), 0.5) for name in ("weight", "bias")}
     torch.save(state, tmp_path / "w.pt")
     loaded = load_head(f"{TIMM}@{tmp_path / 'w.pt'}")
@@ -64,13 +64,15 @@ def test_the_classifier_of_a_timm_network(tmp_path: Path) -> None:
 def test_unknown_models_and_tags_come_with_suggestions(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load_encoder(spec)
+    assert caught.value.field == "encoder"
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", ["timm:test_resnett", "timm:test_resnet/r999_in1k"])
 def test_heads_of_unknown_networks(spec: str) -> None:
-    with pytest.raises(ConfigError, match="test_resnet"):
+    with pytest.raises(ConfigError, match="test_resnet") as caught:
         load_head(spec)
+    assert caught.value.field == "head"
 
 
 def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(tmp_path: Path) -> None:

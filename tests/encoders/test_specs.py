@@ -80,6 +80,7 @@ def test_with_checkpoint_replaces_whatever_weights_there_were(spec: str, expecte
 def test_bad_specs(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_spec(text)
+    assert caught.value.field == "encoder"
     assert repr(text) in str(caught.value)
     assert "\n" not in str(caught.value)
 

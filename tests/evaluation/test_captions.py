@@ -260,10 +260,8 @@ def test_images_of_a_batch_go_their_own_ways(
 def vqa_files(tmp_path_factory: pytest.TempPathFactory, captioned: list[Captioned]) -> tuple[str, str]:
     """Questions in VQAv2's format; people answer with the beginnings of captions, which the model knows."""
     folder = tmp_path_factory.mktemp("vqa")
-    questions = [
-        {"image_id": int(image.key), "question": "What is it?", "question_id": 10 * int(image.key)}
-        for image in captioned
-    ]
+    keys = [int(image.key) for image in captioned]
+    questions = [{"image_id": key, "question": "What is it?", "question_id": 10 * key} for key in keys]
     people = ["yes"] * 4 + ["no"] * 3 + ["two", "a cat", "red"]
     annotations = [
         {

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from datamerge.runtime import load_settings
 from merge_service import MergeConfig
 from merge_service.cli import merge as command
+from storage_schemas import ConfigError
 
 ENCODER = "mlp:3x8x8-8-4"
 SETTINGS: list[dict[str, Any]] = [
@@ -49,8 +50,9 @@ def test_every_setting_has_a_flag_and_a_help() -> None:
 
 def test_a_price_needs_a_plan() -> None:
     done = CliRunner().invoke(command, ["x", "a", "--grouping", "label", "--price-per-hour", "3"])
-    assert done.exit_code == 2
-    assert "--dry-run" in done.stderr
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.field == "price_per_hour"
+    assert "`dry_run=True`" in str(done.exception)
 
 
 @pytest.mark.parametrize("grouping", ["adversarial", "label", "cluster"])

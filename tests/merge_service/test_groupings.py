@@ -8,11 +8,13 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -210,9 +212,16 @@ def test_parts_on_a_cluster_give_the_bytes_of_one_piece(
     assert len(whole) == 3
 
 
-def test_clusters_separate_what_is_apart(bench: Bench, digits: Path, tmp_path: Path) -> None:
-    """Two kinds in every class become two groups; the assignment is kept, and a resumed merge uses it."""
+def test_clusters_separate_what_is_apart(
+    bench: Bench, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kinds in every class become two groups; the assignment is kept, and a resumed merge uses it.
+
+    Clusters and shards share one connection to Ray, and a finished artifact needs none.
+    """
     bench.switch()
+    init = Mock(wraps=ray.init)
+    monkeypatch.setattr("ray.init", init)
     config = _config(digits, tmp_path / "a", grouping="cluster", clusters=2, ray_address=bench.address)
     merge(config)
     artifact = open_artifact(tmp_path / "a")
@@ -229,6 +238,7 @@ def test_clusters_separate_what_is_apart(bench: Bench, digits: Path, tmp_path: P
     }
     assert merge(config).merged_shards == 0
     assert tree(tmp_path / "a") == before
+    assert init.call_count == 1
 
 
 @pytest.mark.parametrize("space", ["pixels", "embedding"])
@@ -326,6 +336,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"grouping": "adversarial", "encoder": ENCODER, "shape": "3x4x4"}, "shape"),
     ({"target_encoder": ENCODER, "targets": "both", "encoder": ENCODER}, "target_encoder"),
     ({"random_start": False, "start_radius": "1/255"}, "start_radius"),
+    ({"start_radius": "3/255"}, "start_radius"),
+    ({"step_size": "0"}, "step_size"),
     ({"random_start": False, "restarts": 2}, "restarts"),
     ({"grid": False, "encoding": "uint8_moments"}, "encoding"),
     ({"grid": False, "keep_members": True, "members": 2}, "keep_members"),

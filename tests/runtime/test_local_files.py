@@ -13,22 +13,23 @@ from storage_schemas import ConfigError
 def test_lines_without_blanks_and_spaces(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_bytes("a cat\r\n\n  a dög \n".encode())
-    assert read_lines(str(file), "names") == ["a cat", "a dög"]
+    assert read_lines(str(file), "class_names", "names") == ["a cat", "a dög"]
 
 
 def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "names.txt").write_text("a cat")
-    assert read_lines("~/names.txt", "names") == ["a cat"]
+    assert read_lines("~/names.txt", "class_names", "names") == ["a cat"]
 
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [(b"\xff\xfe", "bytes that are not UTF-8"), (b" \n", "an empty file"), (None, "No such file")],
+    [(b"\xff\xfe", "bytes that are not UTF-8"), (b" \n", "an empty one"), (None, "No such file")],
 )
 def test_what_is_no_list_is_refused(tmp_path: Path, content: bytes | None, found: str) -> None:
     file = tmp_path / "names.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"names.txt: expected one name a line, found {found}"):
-        read_lines(str(file), "one name a line")
+    with pytest.raises(ConfigError, match=f"names.txt, found {found}") as caught:
+        read_lines(str(file), "class_names", "one name a line")
+    assert caught.value.field == "class_names"

@@ -13,8 +13,7 @@ from datamerge.runtime.ray import call_in_worker, check_cluster_address, connect
 from merge_service import MergeConfig
 from merge_service.ray_stage import on_ray
 from storage_schemas import ConfigError
-from trainer import TrainConfig
-from trainer.run.ray_launch import train_on_ray
+from trainer import TrainConfig, train
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypa
 
     calls: dict[str, Callable[[], object]] = {
         "merge": merge,
-        "train": lambda: train_on_ray(TrainConfig(artifact="a", run="r", steps=1), 1, address),
+        "train": lambda: train(TrainConfig(artifact="a", run="r", steps=1, ray_address=address)),
     }
     with pytest.raises(ConfigError) as caught:
         calls[command]()

@@ -38,11 +38,11 @@ LABELS = {"targets": False, "labels": True}
 @pytest.mark.parametrize(
     ("artifact", "settings", "field", "found"),
     [
-        ({"encoder": None}, {}, None, "names no encoder; set `encoder`"),
-        ({"encoder": "python:os:abort", "sha256": "0" * 64}, {}, None, "found python:os:abort"),
-        ({}, {"encoder": "mlp:1x5x5-8-6"}, None, "(1, 5, 5), found (1, 4, 4)"),
-        ({}, {"encoder": "mlp:1x4x4-8-7"}, None, "width 7, found targets of shape (6,)"),
-        ({}, {"encoder": "mpl:1x4x4-8-6"}, None, "encoder 'mpl:1x4x4-8-6': expected"),
+        ({"encoder": None}, {}, "encoder", "set `encoder`"),
+        ({"encoder": "python:os:abort", "sha256": "0" * 64}, {}, "encoder", "found python:os:abort"),
+        ({}, {"encoder": "mlp:1x5x5-8-6"}, "encoder", "(1, 5, 5), found (1, 4, 4)"),
+        ({}, {"encoder": "mlp:1x4x4-8-7"}, "encoder", "width 7, found targets of shape (6,)"),
+        ({}, {"encoder": "mpl:1x4x4-8-6"}, "encoder", "found 'mpl:1x4x4-8-6'"),
         ({"members": False}, {"arm": "ind"}, "arm", "`keep_members=True`"),
         ({}, {"arm": "factors"}, "arm", "`factors=1`"),
         ({}, {"arm": "ind", "members": 4}, "members", "at most the 3 stored"),
@@ -51,7 +51,7 @@ LABELS = {"targets": False, "labels": True}
         (LABELS, {"encoder": "mlp:1x4x4-8-5"}, "loss", "found label 5 at record k5"),
         (LABELS, {"loss_scale": 0.5}, "loss_scale", "found 0.5"),
         (LABELS, {"head": "artifact"}, "head", "found none in"),
-        (LABELS, {"head": "nowhere.safetensors"}, None, "head 'nowhere.safetensors': expected"),
+        (LABELS, {"head": "nowhere.safetensors"}, "head", "'nowhere.safetensors'"),
         ({}, {"head": "artifact"}, "head", "drop `head`"),
         ({}, {"warmup_steps": 5}, "warmup_steps", "5 steps, found 5"),
         ({}, {"device": "warp"}, "device", "'warp'"),
@@ -63,7 +63,7 @@ def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
     tmp_path: Path,
     artifact: dict[str, Any],
     settings: dict[str, Any],
-    field: str | None,
+    field: str,
     found: str,
 ) -> None:
     config = TrainConfig(artifact=make_artifact(**artifact), run=str(tmp_path / "run"), steps=5, **settings)
@@ -85,7 +85,7 @@ def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtif
     torch.save(load_encoder(spec).model.state_dict(), other)
     pickled = make_artifact(name="pickled", encoder=f"mlp:1x4x4-8-6@{other}")
     for number, (artifact, message) in enumerate(
-        [(forged, "found others in .*mine.safetensors"), (pickled, "expected weights in a .safetensors file")]
+        [(forged, "found others in .*mine.safetensors"), (pickled, "expected weights in a .safetensors file in ")]
     ):
         with pytest.raises(ConfigError, match=f"{message}.*; if that is yours, set `encoder`"):
             train(TrainConfig(artifact=artifact, run=str(tmp_path / f"refused-{number}"), steps=1))
@@ -95,7 +95,7 @@ def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtif
 
 def test_a_head_of_another_width_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(**LABELS, head=Head(torch.eye(9)).to_bytes())
-    with pytest.raises(ConfigError, match="head for embeddings of width 6"):
+    with pytest.raises(ConfigError, match=r"^head: .*embeddings of width 6"):
         train(TrainConfig(artifact=artifact, run=str(tmp_path / "run"), steps=5))
 
 
@@ -104,9 +104,9 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter1.tex").write_text("!")
-    with pytest.raises(ConfigError, match=r"expected a new folder or a run, found 'chapter1\.tex'"):
+    with pytest.raises(ConfigError, match=r"^run: expected a new folder or a run, found 'chapter1\.tex'"):
         train(TrainConfig(artifact=artifact, run=str(folder), steps=5))
-    with pytest.raises(ConfigError, match="found a file"):
+    with pytest.raises(ConfigError, match=r"^run: .*found a file"):
         train(TrainConfig(artifact=artifact, run=str(folder / "chapter1.tex"), steps=5))
     with pytest.raises(NotAnArtifact):
         train(TrainConfig(artifact=str(folder), run=str(tmp_path / "run"), steps=5))
@@ -123,7 +123,11 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"epochs": 3}, "steps", "steps = 5 and epochs = 3"),
         ({"members": 2}, "members", "arm ind or random-member"),
         ({"samples": 3, "arm": "mean-only"}, "samples", "arm avg or factors"),
-        ({"estimator": "exact"}, "estimator", "exact"),
+        ({"estimator": "exact"}, "estimator", 'estimator = "antithetic"'),
+        ({"estimator": "antithetic", "arm": "mean-only"}, "estimator", "arm avg or factors"),
+        ({"estimator": "gauss_newton", "arm": "ind"}, "estimator", "arm avg or factors"),
+        ({"refine_steps": 1, "refine_step_size": "0", "arm": "ind"}, "refine_step_size", "found 0"),
+        ({"ray_workers": 0}, "ray_workers", "0"),
         ({"deviation": 1.5}, "deviation", "arm factors has one, found arm avg"),
         ({"compile": True}, "compile", "gauss_newton"),
         ({"batchsize": 3}, "batchsize", "did you mean batch_size"),
@@ -255,8 +259,9 @@ def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path
 
 def test_a_run_is_a_folder_of_this_machine() -> None:
     """Not one that is called s3: and gone with the container."""
-    with pytest.raises(ConfigError, match="expected a folder of this machine for the run, found a URL"):
+    with pytest.raises(ConfigError, match="found the URL s3://bucket/runs/a") as error:
         RunFolder("s3://bucket/runs/a")
+    assert error.value.field == "run"
 
 
 def test_flags_name_the_arms_and_count_groups() -> None:

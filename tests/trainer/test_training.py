@@ -328,3 +328,9 @@ def test_another_folder_or_other_settings_are_refused(make_artifact: MakeArtifac
         train(_config(artifact, tmp_path / "run", learning_rate=0.1, seed=1))
     with pytest.raises(ConfigError, match="plan_sha256"):
         train(_config(make_artifact(name="other", members=False), tmp_path / "run"))
+
+
+def test_torch_threads_are_given_back(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    train(_config(make_artifact(), tmp_path / "run", steps=1, threads=before + 1))
+    assert torch.get_num_threads() == before

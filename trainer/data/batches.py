@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from storage_schemas import Record
+from storage_schemas.schema.moments import LEVELS
 
 T = TypeVar("T")
-LEVELS = 255
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from datamerge.encoders import Encoder, at_home, load_encoder, parse_spec, weights_sha256
+from datamerge.encoders import Encoder, at_home, load_encoder, parse_spec, refusals_about, weights_sha256
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime import Settings, load_settings, local_path
 from datamerge.runtime.options import Option, options
@@ -78,10 +78,10 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
         ConfigError: an unfinished run, an encoder that the target has no form for, or an existing folder.
         DatamergeError: the exported network would not give the same embeddings.
     """
-    out = local_path(output, "the exported encoder")
+    out = local_path(output, "output")
     if out.exists():
         raise ConfigError(f"output: expected a new folder, found {output}, which exists; choose another `output`")
-    folder = local_path(run, "the run")
+    folder = local_path(run, "run")
     summary = read_summary(folder)
     encoder = _encoder(folder, summary, best)
     write: Callable[[Encoder, Path], str] = _write_open_clip if to == "open_clip" else _write_hf
@@ -97,7 +97,8 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
 
 def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
     """The trained encoder, with the normalisation it was trained with."""
-    encoder = load_encoder(at_home(summary.encoder, folder))
+    with refusals_about("run"):
+        encoder = load_encoder(at_home(summary.encoder, folder))
     if not best:
         if encoder.sha256 != summary.encoder_sha256:
             raise DatamergeError(f"{folder}: the encoder's weights are not those of run.json; the run is damaged")

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 
 from datamerge.runtime import local_path
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
 from storage_schemas.access.atomic import atomic_file
 from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.provenance import changes
 from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
+from trainer.arms import ARMS
+from trainer.config import TrainConfig
 
 IDENTITY, LOG = "identity.json", "log.jsonl"
 BEST = "best.pt"
@@ -40,14 +43,14 @@ class RunFolder:
     """One run on the local disk."""
 
     def __init__(self, path: str) -> None:
-        self.path = local_path(path, "the run")
+        self.path = local_path(path, "run")
         self._location = Location(self.path)
         if self.path.is_file():
-            raise ConfigError(f"{path}: expected a folder for the run, found a file; choose another `run`")
+            raise ConfigError(f"run: expected a folder, found a file at {path}; choose another `run`")
         foreign_files = self.path.is_dir() and not (self.path / IDENTITY).exists() and sorted(self.path.iterdir())
         if foreign_files:
             raise ConfigError(
-                f"{path}: expected a new folder or a run, found {foreign_files[0].name!r} and no {IDENTITY}; "
+                f"run: expected a new folder or a run, found {foreign_files[0].name!r} and no {IDENTITY} in {path}; "
                 "choose another `run`"
             )
 
@@ -68,7 +71,7 @@ class RunFolder:
         what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
         problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
         raise ConfigError(
-            f"{self.path} {problem} ({'; '.join(different)}); choose another `run`, "
+            f"run: {self.path} {problem} ({'; '.join(different)}); choose another `run`, "
             f"or use the same {what or 'settings'} to continue it"
         )
 
@@ -113,7 +116,8 @@ class RunFolder:
         state = read_state(path, device)
         if _in_present_words(state["identity"]) != dict(identity):
             raise ConfigError(
-                f"{path}: a checkpoint of a run with other settings; remove it, or choose another `run`"
+                f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
+                "another `run`"
             )
         return state
 
@@ -139,6 +143,10 @@ def _in_present_words(identity: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(spelt.get(name), str):
             with suppress(ValueError):  # what is no length is another setting than any of ours
                 spelt[name] = str(PixelLength(spelt[name]))
+    arm = next((arm for name, arm in ARMS.items() if name == spelt.get("arm")), None)
+    if arm is not None and not arm.estimators:
+        # Any was taken, and did nothing.
+        spelt["estimator"] = TrainConfig.model_fields["estimator"].default
     return spelt
 
 
@@ -152,7 +160,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         missing = {"identity", "model", "average", "optimizer", "step"} - state.keys()
     except Exception as error:  # zipfile, pickle and torch each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
     else:
         reason = f"it has no {', '.join(sorted(missing))}" if missing else ""
     if reason:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, DatamergeError
 
 T = TypeVar("T")
@@ -154,8 +155,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
         raise DatamergeError(
-            f"lost contact with the other processes of this run ({reason[:160]}); their output says why; "
+            f"lost contact with the other processes of this run ({first_line(error)[:160]}); their output says why; "
             "the same command continues from the newest checkpoint"
         ) from error

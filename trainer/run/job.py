@@ -51,6 +51,8 @@ _FREE = {
     "cache",
     "cache_bytes",
     "threads",
+    "ray_workers",
+    "ray_address",
     "log_every",
     "wandb_project",
 }
@@ -152,7 +154,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     classes = None
     if found.labels:
         if head is not None:
-            head.check_width(encoder.embedding_dim, "head")
+            head.check_width(encoder.embedding_dim)
         classes = encoder.embedding_dim if head is None else len(head.weight)
     collate = Collate(
         arm=config.arm,
@@ -229,7 +231,7 @@ def length(config: TrainConfig, order: Order, own: Processes) -> int:
 
 def _order(artifact: Artifact, config: TrainConfig) -> Order:
     if not len(artifact):
-        raise ConfigError(f"{artifact.location.url}: expected groups to train on, found none")
+        raise ConfigError(f"artifact: expected groups to train on, found none in {artifact.location.url}")
     return Order(artifact.shard_sizes, config.batch_size, config.seed)
 
 
@@ -252,7 +254,7 @@ def _held_out(config: TrainConfig, found: Checked, encoder: Encoder, collate: Co
     feed = _feed(artifact, order, collate, config.data_workers, pin)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
-        # Version 1.0 measured these arms by another loss than the one that is trained on, and wrote the hash alone.
+        # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.
         measure += ", trained loss"
     return HeldOut(order, feed, measure)
 

@@ -20,6 +20,7 @@ from datamerge.encoders import Encoder, save_encoder, weights_sha256, with_check
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import say, warn
 from datamerge.runtime.signals import StopSignals
+from datamerge.runtime.threads import torch_threads
 from storage_schemas import DatamergeError, UserError
 from storage_schemas.schema.run import WEIGHTS, RunSummary
 from trainer.config import TrainConfig
@@ -35,7 +36,7 @@ from trainer.run.wandb_log import check_installed
 
 
 def train(config: TrainConfig) -> RunSummary:
-    """Run, continue or recognise as finished the training that the settings describe.
+    """Run, continue or recognise as finished the training that the settings describe, here or on Ray workers.
 
     Every process that torchrun started calls this; they do it together.
 
@@ -46,9 +47,16 @@ def train(config: TrainConfig) -> RunSummary:
         CorruptShard: stored bytes that differ from what was committed.
         Stopped: SIGINT or SIGTERM arrived; call again to continue.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    with processes(config.device) as own:
+    if config.ray_workers is None and config.ray_address is None:
+        return train_here(config)
+    from trainer.run.ray_launch import train_on_ray  # takes a second, and needs the extra `ray`
+
+    return train_on_ray(config)
+
+
+def train_here(config: TrainConfig) -> RunSummary:
+    """As `train`, in this process and those that it was started with."""
+    with torch_threads(config.threads), processes(config.device) as own:
         folder = own.together(lambda: RunFolder(config.run))
         settings = config.model_copy(update={"run": str(folder.path)})
         return run_job(own.together(lambda: make_job(settings, own)), folder, own)

@@ -1,6 +1,6 @@
-"""The trainer's one file that knows Ray: `datamerge train` on the workers of a cluster, restarted when one dies.
+"""The trainer's one file that knows Ray: training on the workers of a cluster, restarted when one dies.
 
-Ray Train joins its workers in a process group; each then runs `trainer.train` as a process of torchrun would.
+Ray Train joins its workers in a process group; each then runs `train_here` as a process of torchrun would.
 When one dies all are started again, and the run continues from its newest checkpoint, so RUN and the artifact
 must be where every worker can read them.
 """
@@ -8,9 +8,9 @@ must be where every worker can read them.
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from datamerge.runtime.ray import call_in_worker, connected
 from storage_schemas import DatamergeError, UserError
@@ -18,18 +18,15 @@ from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.errors import NotFiniteRun
 from trainer.run.checkpoint import RunFolder
-from trainer.run.loop import train
+from trainer.run.loop import train_here
 
 MAX_FAILURES = 3
 
 
-def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) -> RunSummary:
-    """As `trainer.train`, on the workers of a Ray cluster.
+def train_on_ray(config: TrainConfig) -> RunSummary:
+    """Train on `config.ray_workers` workers of the cluster at `config.ray_address`, or of Ray started here.
 
-    Args:
-        config: settings.
-        workers: processes; each takes a GPU unless the device is cpu or the cluster has too few.
-        address: of a cluster; without one Ray starts on this machine and ends with the run.
+    Each worker takes a GPU unless the device is cpu or the cluster has too few.
 
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
@@ -38,7 +35,8 @@ def train_on_ray(config: TrainConfig, workers: int, address: str | None = None) 
         update={name: _absolute(getattr(config, name)) for name in ("artifact", "run", "eval_artifact")}
     )
     # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
-    with connected(address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
+    workers = config.ray_workers or 1
+    with connected(config.ray_address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
         return _fit(config, workers, storage)
 
 
@@ -50,7 +48,7 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
-        call_in_worker("trainer.run.ray_launch:work", config.model_dump(), outcome),
+        call_in_worker("trainer.run.ray_launch:work", config, outcome),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES)
@@ -66,9 +64,9 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
             "the same command continues from the newest checkpoint"
         ) from error
     if outcome.exists():
-        code, _, message = outcome.read_text("utf-8").partition(" ")
+        refusal: DatamergeError = pickle.loads(outcome.read_bytes())  # noqa: S301 - what our own workers wrote, see `work`
         outcome.unlink()
-        raise (UserError if int(code) == UserError.exit_code else DatamergeError)(message)
+        raise refusal
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
@@ -78,17 +76,17 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     return summary
 
 
-def work(settings: dict[str, Any], outcome: Path) -> None:
+def work(config: TrainConfig, outcome: Path) -> None:
     """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
     from ray.train import get_context
 
     try:
-        train(TrainConfig(**settings))
+        train_here(config)
     except (UserError, NotFiniteRun) as error:
         # All workers come here together, see `Processes.together`.
         if get_context().get_world_rank() == 0:
             outcome.parent.mkdir(parents=True, exist_ok=True)
-            outcome.write_text(f"{error.exit_code} {error}", "utf-8")
+            outcome.write_bytes(pickle.dumps(error))
 
 
 def _absolute(url: str | None) -> str | None:

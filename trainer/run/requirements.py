@@ -121,7 +121,7 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
     """
     spec = config.encoder or _recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
-        raise ConfigError(f"{config.artifact} names no encoder; set `encoder`")
+        raise ConfigError(f"encoder: expected the name of one in {config.artifact}, found none; set `encoder`")
     if config.encoder is not None:
         return spec
     # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
@@ -136,7 +136,7 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
 def _unverified(config: TrainConfig, expected: str, found: str) -> ConfigError:
     # The spec is not part of the advice: nobody should paste what a stranger's artifact says into a shell.
     return ConfigError(
-        f"{config.artifact}: expected {expected}, found {found}; if that is yours, set `encoder` to it"
+        f"encoder: expected {expected} in {config.artifact}, found {found}; if that is yours, set `encoder` to it"
     )
 
 
@@ -234,7 +234,7 @@ def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
         raise DatamergeError(f"{where}: its manifest lists neither sum nor mean; the artifact is not usable")
     if moments.shape != tuple(encoder.input_shape):
         raise ConfigError(
-            f"encoder {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
+            f"encoder: {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
             f"{where}; choose another `encoder`, or merge at its size"
         )
 
@@ -243,7 +243,7 @@ def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
     target = manifest.layout.array("target")
     if target is not None and target.shape != (encoder.embedding_dim,):
         raise ConfigError(
-            f"encoder {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found targets of shape "
+            f"encoder: {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found targets of shape "
             f"{target.shape} in {where}; choose the `encoder` that made them"
         )
     recorded = _recorded_encoder(manifest).get("sha256")

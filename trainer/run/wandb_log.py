@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datamerge.runtime.messages import warn
+from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError, DatamergeError
 from trainer.run.checkpoint import LOG
 
@@ -65,7 +65,7 @@ class WandbLog:
             )
         except wandb.errors.Error as error:
             raise DatamergeError(
-                f"wandb_project: expected W&B to start for {project!r}, found {str(error).splitlines()[0]}; run "
+                f"wandb_project: expected W&B to start for {project!r}, found {first_line(error)}; run "
                 "`wandb login`, or set WANDB_MODE=offline"
             ) from None
         # The axis is our own step: W&B's refuses the steps that are repeated after a crash.

@@ -10,6 +10,7 @@ from pydantic import Field
 from datamerge.attacks import APGD
 from datamerge.evaluation.config import OUTPUT
 from datamerge.runtime import Settings
+from datamerge.runtime.fields import Device, Output, SampleSeed, Threads
 from datamerge.runtime.options import Option
 from storage_schemas.schema.pixel_length import PixelLength
 
@@ -43,20 +44,16 @@ class LlavaSettings(Settings):
     )
     steps: int = Field(100, ge=1, description="APGD steps of each pass.")
     sample: int = Field(100, ge=1, description="Images or questions drawn at random; all if there are fewer.")
-    sample_seed: int = Field(42, ge=0, lt=2**32, description="Seed of that draw.")
+    sample_seed: SampleSeed = 42
     batch_size: int = Field(1, ge=1, description="Images at once; results do not depend on it.")
     half: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, Option(unset="float16 on a GPU, float32 elsewhere")
     ] = Field(None, description="Arithmetic of all passes but the last.")
     save_images: bool = Field(False, description="Keep every adversarial image, as an 8-bit PNG.")
     pictures: int = Field(8, ge=0, description="Images shown in the report.")
-    device: str = Field("auto", description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")
-    threads: Annotated[int | None, Option(unset="torch's choice")] = Field(
-        None, ge=1, description="CPU threads of torch."
-    )
-    output: Annotated[str, Option(alias="-o", metavar="FOLDER")] = Field(
-        OUTPUT, min_length=1, description="Folder of the results; the same one again continues."
-    )
+    device: Device = "auto"
+    threads: Threads = None
+    output: Output = OUTPUT
 
     def attack_settings(self) -> APGD:
         """FARE's APGD: from the image itself, the first step ε long, floats."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.llava.vision_towers import Tower, load_tower
 from datamerge.evaluation.runs import Run
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
 Arithmetic = Literal["float16", "bfloat16", "float32"]
@@ -211,10 +212,9 @@ def count_parameters(path: str) -> int:
 
 def unreadable(path: str, error: Exception) -> ConfigError:
     """What to say of a model that cannot be loaded."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
-        f"llava: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found {path!r}: {reason}; "
-        "download it on a connected machine and give its folder"
+        "llava: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found "
+        f"{path!r}: {first_line(error)}; download it on a connected machine and give its folder"
     )
 
 

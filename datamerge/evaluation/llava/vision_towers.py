@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from datamerge.encoders import load_encoder, weights_sha256
 from datamerge.evaluation.encoders_under_test import check_weights, load_trained
 from datamerge.evaluation.runs import Run, read_run
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import BASELINE
 
@@ -172,7 +173,7 @@ def _clip_vision(run: Run) -> Any:
         return transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"runs: expected a CLIP vision model of Hugging Face at {name!r}, found {str(error).splitlines()[0]}"
+            f"runs: expected a CLIP vision model of Hugging Face at {name!r}, found {first_line(error)}"
         ) from None
 
 

@@ -1,0 +1,30 @@
+"""Settings that several commands share: type, limits and help in one place; each model adds its default."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from datamerge.runtime.options import Option
+
+Device = Annotated[str, Field(description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")]
+Threads = Annotated[int | None, Option(unset="torch's choice"), Field(ge=1, description="CPU threads of torch.")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of all random choices.")]
+Limit = Annotated[int | None, Option(unset="all"), Field(ge=1, description="Use the first so many samples.")]
+SampleSeed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of the draw of `sample`.")]
+ImageColumn = Annotated[
+    str | None,
+    Option(metavar="NAME", unset="the only one"),
+    Field(description="Column or array of the source with the images."),
+]
+LabelColumn = Annotated[
+    str | None,
+    Option(metavar="NAME", unset="label, labels or fine_label"),
+    Field(description="Column, array or tar member with the labels."),
+]
+Output = Annotated[
+    str,
+    Option(alias="-o", metavar="FOLDER"),
+    Field(min_length=1, description="Folder of the results; the same one again continues."),
+]
