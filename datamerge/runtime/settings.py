@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -17,6 +19,8 @@ from storage_schemas.errors import SHOWN_LETTERS
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values are not coerced silently, instances are immutable.
+
+    Paths, tuples and integers of NumPy are taken for the text, list or integer that a TOML file would hold.
 
     Raises:
         ConfigError: any value is wrong; every problem is named, with the closest known key for a misspelt one.
@@ -30,6 +34,7 @@ class Settings(BaseModel):
     if not TYPE_CHECKING:  # type checkers make a signature from the fields
 
         def __init__(self, **values: Any) -> None:
+            values = {name: _as_in_toml(value) for name, value in values.items()}
             # What is written in hexadecimal may have thousands of digits, which no later message could show.
             problems = [
                 (name, f"expected a number of at most 64 bits, found {shortened(value)}")
@@ -77,6 +82,14 @@ def read_toml(file: str) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
+def _as_in_toml(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_as_in_toml(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return int(value) if isinstance(value, Integral) and not isinstance(value, (bool, int)) else value
+
+
 def _refusal(problems: list[tuple[str, str]]) -> ConfigError:
     text = "; ".join(f"{name}: {message}" if name else message for name, message in problems)
     return ConfigError(text, about=problems[0][0] or None)
@@ -86,7 +99,7 @@ def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
     """The setting and what is wrong with it."""
     # The setting is the whole list, also where one item is wrong.
     name = str(problem["loc"][0])[:SHOWN_LETTERS] if problem["loc"] else ""
-    message = problem["msg"].removeprefix("Value error, ")
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""
     if problem["type"] == "extra_forbidden":
         if name in model.renamed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import Field, model_validator
 
@@ -141,3 +142,15 @@ def test_decimals_are_kept_as_fractions(typed: str, kept: str) -> None:
     """One spelling for all who read it later, such as `remerge` and `combine`."""
     assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == PixelLength(kept)
     assert pixel_spread({"attack": {"epsilon": kept}}) >= 2
+
+
+def test_paths_tuples_and_integers_of_numpy_are_what_a_file_would_hold(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"members": np.int64(3), "encoder": tmp_path}
+    settings = Attack(**values)
+    assert (settings.members, settings.encoder) == (3, str(tmp_path))
+    assert type(settings.members) is int
+    refused: list[dict[str, Any]] = [{"members": True}, {"members": 2.0}, {"members": 1, "encoder": 3}]
+    for wrong in refused:
+        with pytest.raises(ConfigError) as caught:
+            Attack(**wrong)
+        assert caught.value.field == list(wrong)[-1]

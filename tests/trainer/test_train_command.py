@@ -221,7 +221,7 @@ def test_a_wrong_request_is_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _datamerge(monkeypatch, "artifact", str(tmp_path / "run"), "--steps", "3", "--lr", "-1") == 2
-    assert capsys.readouterr().err == "error: --learning-rate: Input should be greater than 0, found -1.0\n"
+    assert capsys.readouterr().err == "error: --learning-rate: expected greater than 0, found -1.0\n"
 
 
 def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path) -> None:
