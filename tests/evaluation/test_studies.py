@@ -223,9 +223,9 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
     assert len(read_templates("simple")) == 7
     assert read_templates("openai") == []
     (tmp_path / "t.txt").write_text("a photo\n")
-    with pytest.raises(ConfigError, match=r"t\.txt: .*'a photo'"):
+    with pytest.raises(ConfigError, match=r"^templates: .*t\.txt, found 'a photo'"):
         read_templates(str(tmp_path / "t.txt"))
-    with pytest.raises(ConfigError, match=r"none\.txt: "):
+    with pytest.raises(ConfigError, match=r"^templates: .*none\.txt, found "):
         read_templates(str(tmp_path / "none.txt"))
 
 

@@ -100,7 +100,7 @@ def check_rows_apart(encoder: Encoder, device: torch.device) -> None:
     # Kernels may sum in another order, but not for equal shapes; a little room costs nothing.
     if difference > 1e-4 * (1e-6 + float(outputs[0].abs().max())):
         raise ConfigError(
-            f"encoder: expected each image's embedding to depend on that image alone, found one "
+            f"encoder: expected each image's embedding to depend on that image alone, found one of {encoder.spec!r} "
             f"that moves by {difference:.3g} with the other images of the batch; normalise per image (LayerNorm, "
             "GroupNorm)"
         )

@@ -229,9 +229,9 @@ def length(config: TrainConfig, order: Order, own: Processes) -> int:
     return steps
 
 
-def _order(artifact: Artifact, config: TrainConfig) -> Order:
+def _order(artifact: Artifact, config: TrainConfig, setting: str = "artifact") -> Order:
     if not len(artifact):
-        raise ConfigError(f"artifact: expected groups to train on, found none in {artifact.location.url}")
+        raise ConfigError(f"{setting}: expected groups to train on, found none in {artifact.location.url}")
     return Order(artifact.shard_sizes, config.batch_size, config.seed)
 
 
@@ -250,7 +250,7 @@ def _held_out(config: TrainConfig, found: Checked, encoder: Encoder, collate: Co
     artifact = _open(config, config.eval_artifact)
     collate = dataclasses.replace(collate, members=check_held_out(other, found, artifact.manifest))
     check_groups(artifact, encoder, collate)
-    order = _order(artifact, other)
+    order = _order(artifact, other, "eval_artifact")
     feed = _feed(artifact, order, collate, config.data_workers, pin)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
