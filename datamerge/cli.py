@@ -66,8 +66,6 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
-        # So that `-h` is known also where somebody else calls the command.
-        command.context_settings = {**self.context_settings, **command.context_settings}
         return command
 
     def resolve_command(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal as human_bytes
 
 from datamerge.runtime import load_settings
-from datamerge.runtime.options import options
+from datamerge.runtime.options import HELP_FLAGS, options
 from datamerge.runtime.signals import Terminated
 from merge_service.config import MergeConfig
 from merge_service.merge import MergeResult, Prepared, prepare
@@ -19,7 +19,7 @@ from merge_service.merge import merge as run_merge
 from storage_schemas import ConfigError, UserError
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @options(MergeConfig)
 @click.option("--config", "config_file", metavar="FILE.toml", help="Settings by their long names; flags win.")
 @click.option("--dry-run", is_flag=True, help="Measure a small piece, show what the whole would take, and stop.")

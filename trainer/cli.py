@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from datamerge.runtime import load_settings
-from datamerge.runtime.options import options
+from datamerge.runtime.options import HELP_FLAGS, options
 from trainer.config import TrainConfig, preset_names, read_preset
 from trainer.errors import Stopped
 from trainer.run.loop import train as run_training
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @options(TrainConfig)
 @click.option("--preset", type=click.Choice(preset_names()), help="Settings that ship with datamerge.")
 @click.option("--config", "file", metavar="FILE.toml", help="Settings from a file; flags override them.")

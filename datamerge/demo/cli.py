@@ -11,6 +11,7 @@ import click
 from datamerge.demo import digits
 from datamerge.demo.report import write_report
 from datamerge.evaluation.tables import RESULTS, read_results
+from datamerge.runtime.options import HELP_FLAGS
 from storage_schemas import UserError
 
 EPSILON, STEP_SIZE = "26/255", "5/255"
@@ -24,7 +25,7 @@ ARMS = {
 }
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("folder", default="demo-output")
 def demo(folder: str) -> None:
     """Merge, train, evaluate and report on 5,000 real MNIST digits; everything goes to FOLDER.

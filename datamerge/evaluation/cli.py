@@ -10,7 +10,7 @@ from datamerge.evaluation.parts import PARTS, evaluate_all
 from datamerge.evaluation.store import check_output
 from datamerge.evaluation.tables import print_rows, table_rows, to_json, write_reports
 from datamerge.runtime import load_settings
-from datamerge.runtime.options import options
+from datamerge.runtime.options import HELP_FLAGS, options
 
 HELP = {
     "pgd": """Loss and accuracy at once, clean and under PGD. The word `pgd` may be left out.
@@ -46,7 +46,7 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=DefaultGroup, context_settings=HELP_FLAGS)
 def evaluate() -> None:
     """Measure encoders on raw images, clean and under attack.
 

@@ -21,6 +21,8 @@ from datamerge.runtime.settings import Settings
 from storage_schemas.schema.pixel_length import PixelLength
 
 F = TypeVar("F", bound=Callable[..., Any])
+HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
+"""`context_settings` of every command, so that its help is the same whoever calls it first."""
 # In backquotes, as errors write them: a setting, with or without a value.
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 _IN_FRONT = re.compile(r"(^|; )([a-z][a-z0-9_]*)(?=: )")

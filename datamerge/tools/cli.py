@@ -13,7 +13,7 @@ from rich.filesize import decimal as human_bytes
 
 from datamerge import artifacts as library
 from datamerge.runtime import Settings, load_settings
-from datamerge.runtime.options import Option, options
+from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import Artifact, DatamergeError, open_artifact, printable, redact, shortened
 from storage_schemas.operations.diff import Difference
 from storage_schemas.operations.export import Kind
@@ -25,7 +25,7 @@ SHOWN = 20
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("source")
 @click.argument("target")
 @click.option("--format", type=click.Choice(get_args(Format)), help="Physical form; SOURCE's by default.")
@@ -63,7 +63,7 @@ class RemergeSettings(Settings):
     )
 
 
-@click.command("remerge")
+@click.command("remerge", context_settings=HELP_FLAGS)
 @click.argument("source")
 @click.argument("target")
 @options(RemergeSettings)
@@ -84,7 +84,7 @@ def remerge_members(source: str, target: str, as_json: bool, **flags: Any) -> No
     _show_written(target, written, as_json)
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("artifacts", nargs=-1, required=True)
 @click.argument("output")
 @click.option(
@@ -113,7 +113,7 @@ def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], a
     _show_written(output, written, as_json)
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -140,7 +140,7 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.argument("keys", nargs=-1, required=True)
 @click.option("-o", "--output", default=".", show_default=True, help="Folder for the files; path or URL.")

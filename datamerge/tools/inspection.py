@@ -15,13 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from datamerge import artifacts as library
+from datamerge.runtime.options import HELP_FLAGS
 from storage_schemas import Location, UserError, printable
 from storage_schemas.verify import Report
 
 SHOWN_PROBLEMS = 8  # of one file
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(artifact: str, as_json: bool) -> None:
@@ -43,7 +44,7 @@ def inspect(artifact: str, as_json: bool) -> None:
     Console(highlight=False).print(table)
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.option("-o", "--output", default="preview.png", show_default=True, help="PNG file to write.")
 @click.option("--groups", default=8, show_default=True, type=click.IntRange(1, 64), help="Groups to draw.")
@@ -60,7 +61,7 @@ def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> N
     click.echo(f"{output}: {human_bytes(len(buffer.getvalue()))}")
 
 
-@click.command()
+@click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.option("--fix", "repair", is_flag=True, help="Take back the commits of damaged shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")

@@ -25,7 +25,7 @@ from torch import Tensor
 from datamerge.encoders import Encoder, at_home, load_encoder, parse_spec, refusals_about, weights_sha256
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime import Settings, load_settings, local_path
-from datamerge.runtime.options import Option, options
+from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.run import WEIGHTS, RunSummary, read_summary
 from trainer.export.hf_clip import clip_config, clip_state_dict
@@ -49,7 +49,7 @@ class ExportConfig(Settings):
     )
 
 
-@click.command("export-encoder")
+@click.command("export-encoder", context_settings=HELP_FLAGS)
 @options(ExportConfig)
 def export_encoder(**flags: Any) -> None:
     """Write the encoder of the finished training RUN for open_clip or Hugging Face transformers.
