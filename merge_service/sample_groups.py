@@ -175,7 +175,7 @@ def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.f
 
     def advice() -> str:
         return (
-            f"batch_size: out of memory with the embeddings of {min(batch_size, len(images))} images at a time on "
+            f"out of memory with the embeddings of {min(batch_size, len(images))} images at a time on "
             f"{device}; try a smaller `batch_size`"
         )
 

@@ -176,7 +176,7 @@ class ShardWorker:
     def _advice(self) -> str:
         config = self._config
         return (
-            f"batch_size: out of memory with {config.batch_size} images in a batch and {config.group_size} members a "
+            f"out of memory with {config.batch_size} images in a batch and {config.group_size} members a "
             f"group at {config.precision}; try a smaller `batch_size` (at least one group goes through at once), "
             'fewer `members`, or `precision="bfloat16"`'
         )

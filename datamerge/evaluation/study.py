@@ -163,7 +163,7 @@ def _measure_batch(config: ImagesConfig, row: StudyRow, batch: ImageBatch, pixel
     def advice() -> str:
         another = "" if config.output is None else " and another `output`"
         return (
-            f"batch_size: {config.batch_size} images with gradients do not fit the memory of {pixels.device}; try "
+            f"{config.batch_size} images with gradients do not fit the memory of {pixels.device}; try "
             f"`batch_size={max(1, config.batch_size // 4)}`{another}"
         )
 

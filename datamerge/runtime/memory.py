@@ -24,7 +24,7 @@ def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a DatamergeError that names the settings to lower.
 
     Args:
-        advice: makes the message; called only after such an error.
+        advice: makes the message, in front of which stands `batch_size`; called only after such an error.
 
     Raises:
         DatamergeError: the block ran out of memory.
@@ -34,4 +34,4 @@ def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise DatamergeError(advice()) from error
+        raise DatamergeError(f"batch_size: {advice()}", about="batch_size") from error

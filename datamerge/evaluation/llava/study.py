@@ -149,7 +149,7 @@ class ArmStudy:
         started = time.monotonic()
         with out_of_memory_advice(
             lambda: (
-                f"batch_size: pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not "
+                f"pass {step.name} of {cases[0].item.image.name}: the model and its gradients do not "
                 f"fit the memory of {self._device} with {len(cases)} images at once; lower `batch_size`, or use a "
                 "larger GPU"
             )
