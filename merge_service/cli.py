@@ -16,7 +16,7 @@ from datamerge.runtime.signals import Terminated
 from merge_service.config import MergeConfig
 from merge_service.merge import MergeResult, Prepared, prepare
 from merge_service.merge import merge as run_merge
-from storage_schemas import ConfigError, UserError
+from storage_schemas import ConfigError
 
 
 @click.command(context_settings=HELP_FLAGS)
@@ -59,10 +59,6 @@ def merge(
             f"{what}: finished shards are kept in {config.artifact}; run the same command again to continue", err=True
         )
         raise click.exceptions.Exit(code) from None
-    except FileExistsError as error:
-        raise UserError(
-            f"artifact: expected a folder or a free name at {config.artifact}, found a file ({error})"
-        ) from None
     _show_result(config, result, as_json)
 
 
