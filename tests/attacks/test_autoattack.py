@@ -27,6 +27,7 @@ from datamerge.attacks import (
 from datamerge.attacks.euclidean import EuclideanBall
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 
 RADII: dict[Norm, Fraction] = {"linf": Fraction(16, 255), "l2": Fraction(3, 2)}
 
@@ -213,7 +214,7 @@ def test_masked_gradients_are_noticed(network: nn.Module, digits: tuple[Tensor, 
 
     assert warnings(network) == []
     (message,) = warnings(Masked(network))
-    assert "robust to epsilon 0.5 (linf), which no classifier can be" in message
+    assert "epsilon 0.5 (linf)" in message
 
 
 def test_an_attack_that_has_not_converged_is_noticed(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
@@ -222,12 +223,12 @@ def test_an_attack_that_has_not_converged_is_noticed(network: nn.Module, digits:
     found = auto_attack(network, pixels, labels, attack, generators(60), targeted=False)
     stronger = APGD(Fraction(24, 255), 10, grid=False)
     messages = check_masking(network, pixels, labels, stronger, found.robust, [str(i) for i in range(60)], 0)
-    assert "has not converged" in messages[0]
+    assert "40 steps" in messages[0]
+    assert ", 10 steps" in messages[0]
 
 
 def test_the_grid_is_for_the_maximum_norm() -> None:
-    with pytest.raises(ConfigError, match="`grid=False`") as error:
+    with refused(ConfigError, "norm", "l2", "grid=False"):
         APGD(Fraction(1), 5, norm="l2")
-    assert error.value.field == "norm"
-    with pytest.raises(ValueError, match="every iterate"):
+    with pytest.raises(ValueError, match="iterate"):
         auto_attack(nn.Identity(), torch.zeros(1, 1, 1, 1), torch.zeros(1).long(), APGD(Fraction(1, 255), 1), [])

@@ -22,7 +22,7 @@ from datamerge.attacks import (
     squared_error,
 )
 from datamerge.encoders import load_encoder
-from storage_schemas import DatamergeError
+from tests.support.refusals import refused
 
 SHAPE = (1, 4, 5)
 ONE, TWO = Fraction(1, 255), Fraction(2, 255)
@@ -239,18 +239,17 @@ def test_the_sample_with_a_bad_number_is_named(value: float, first: int) -> None
     clean = torch.full((4, *SHAPE), 128 / 255)
     clean[1, 0, 0, 0] = clean[3, 0, 0, 0] = 1.0
     arguments = (Poisoned(value, first), clean, torch.zeros(4, 6), squared_error, PGD(TWO, ONE, 3))
-    with pytest.raises(NonFiniteGradient) as caught:
+    with refused(NonFiniteGradient, None, f"step {first} ", "bee, dog") as caught:
         attack(*arguments, sample_generators(0, "k", 4), ["ant", "bee", "cat", "dog"])
+    assert isinstance(caught.value, NonFiniteGradient)
     assert caught.value.indices == [1, 3]
-    assert "bee, dog" in str(caught.value)
-    assert f"step {first} " in str(caught.value)
-    assert isinstance(caught.value, DatamergeError)
 
 
 def test_unnamed_samples_are_called_by_position() -> None:
     clean = torch.ones((8, *SHAPE))
-    with pytest.raises(NonFiniteGradient, match=r"sample 0, sample 1.* and 3 more") as caught:
+    with refused(NonFiniteGradient, None, "step 0 ", "sample 0, sample 1", " 3 ") as caught:
         _attack(Poisoned(float("nan"), 0), clean, torch.zeros(8, 6), PGD(TWO, ONE, 1))
+    assert isinstance(caught.value, NonFiniteGradient)
     assert caught.value.indices == list(range(8))
 
 

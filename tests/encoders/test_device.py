@@ -7,6 +7,7 @@ import torch
 
 from datamerge.encoders import pick_device
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -18,8 +19,6 @@ def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch, there
 
 @pytest.mark.parametrize("name", ["", "warp", "cuda:-1", "meta", "mps:0:0"])
 def test_what_cannot_hold_numbers_here_is_refused_in_one_short_line(name: str) -> None:
-    with pytest.raises(ConfigError, match='`device="cpu"`') as error:
+    with refused(ConfigError, "device", repr(name), '"cpu"') as error:
         pick_device(name)
-    assert error.value.field == "device"
     assert len(str(error.value)) < 300
-    assert "\n" not in str(error.value)

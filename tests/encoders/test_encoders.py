@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from datamerge.demo.digits import digit_encoder
 from datamerge.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 
 SPEC = "mlp:3x4x5-16-6"
 
@@ -120,7 +121,7 @@ def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="Errno 28"):
         save_encoder(load_encoder(SPEC), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
     assert path.read_bytes() == b"old"
@@ -147,15 +148,14 @@ def test_missing_and_misshaped_tensors_are_counted(tmp_path: Path) -> None:
     state = load_encoder(SPEC).model.state_dict()
     path = tmp_path / "w.safetensors"
     save_file({name: value for name, value in state.items() if not name.startswith("3")}, path)
-    with pytest.raises(ConfigError, match=r"'3\.bias' \(2 .* missing, 0 "):
+    with refused(ConfigError, "encoder", SPEC, path, "'3.bias' (2 ", ", 0 "):
         load_encoder(f"{SPEC}@{path}")
     save_file({**state, "3.weight": torch.zeros(7, 16)}, path)
-    with pytest.raises(ConfigError, match=r"'3\.weight' \(0 .* missing, 1 "):
+    with refused(ConfigError, "encoder", SPEC, path, "'3.weight' (0 ", ", 1 "):
         load_encoder(f"{SPEC}@{path}")
     save_encoder(load_encoder("mlp:3x4x5-7-6"), path)
-    with pytest.raises(ConfigError, match=r"mlp:3x4x5-16-6.*3 of another shape") as caught:
+    with refused(ConfigError, "encoder", SPEC, path, "'1.bias' (0 ", ", 3 "):
         load_encoder(f"{SPEC}@{path}")
-    assert "\n" not in str(caught.value)
 
 
 class Exploit:
@@ -176,7 +176,7 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path, how: str) -> No
         torch.save(state, file)
     else:
         file.write_bytes(pickle.dumps(state))
-    with pytest.raises(ConfigError, match=r"expected plain tensors in .*w\.pt"):
+    with refused(ConfigError, "encoder", file, "tensors"):
         load_encoder(f"{SPEC}@{file}")
     assert not trap.exists()
 
@@ -185,23 +185,21 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path, how: str) -> No
 @pytest.mark.parametrize("data", [b"", b"text, not weights", random.Random(0).randbytes(500), b"PK\x03\x04zip?"])
 def test_files_that_hold_no_weights(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=name) as caught:
+    with refused(ConfigError, "encoder", tmp_path / name):
         load_encoder(f"{SPEC}@{tmp_path / name}")
-    assert caught.value.field == "encoder"
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("saved", [[1, 2], {"a": 1}, {0: torch.zeros(3)}, torch.zeros(3)])
 def test_files_that_hold_something_else(tmp_path: Path, saved: Any) -> None:
     torch.save(saved, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match="expected a state_dict"):
+    with refused(ConfigError, "encoder", "state_dict", tmp_path / "w.pt"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
 def test_tensors_that_cannot_be_copied(tmp_path: Path) -> None:
     state = load_encoder(SPEC).model.state_dict()
     torch.save({**state, "3.bias": torch.empty(6, device="meta")}, tmp_path / "w.pt")
-    with pytest.raises(ConfigError, match=r"expected plain tensors in .*w\.pt"):
+    with refused(ConfigError, "encoder", tmp_path / "w.pt", "copied"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
@@ -220,34 +218,40 @@ def test_normalisation_inside_is_normalisation_outside() -> None:
     ["1x4x4", "4x4-2", "1x4x4-", "1x4x4-0", "0x4x4-2", "1x4x4-2-a", "1x4x4_2", "00x4x4-2", "1x4x4-" + "9" * 5000],
 )
 def test_malformed_mlps(model: str) -> None:
-    with pytest.raises(ConfigError, match="expected mlp:CxHxW"):
-        load_encoder(f"mlp:{model}")
-
-
-@pytest.mark.parametrize("model", ["3x30000x30000-100000", "9999999999x9999999999x9999999999-1", "1x1x1-65536-65536"])
-def test_mlps_that_would_fill_the_memory(model: str) -> None:
-    with pytest.raises(ConfigError, match="expected at most 2147483648 weights, found"):
+    with refused(ConfigError, "encoder", "mlp:CxHxW", f"'mlp:{model[:20]}"):
         load_encoder(f"mlp:{model}")
 
 
 @pytest.mark.parametrize(
-    ("output", "message"),
+    ("model", "weights"),
     [
-        (lambda x: x, r"expected embeddings \[1, K\] .*, found \(1, 3, 4, 5\)"),
-        (lambda x: [x], "expected embeddings .* found list"),
-        (lambda x: x @ torch.zeros(9, 9), " fails with"),
-        (lambda x: (_ for _ in ()).throw(ValueError()), " fails with"),
-        (lambda x: (_ for _ in ()).throw(RuntimeError("two\nlines")), " fails with: two"),
+        ("3x30000x30000-100000", 2_700_000_000 * 100_000 + 100_000),
+        ("9999999999x9999999999x9999999999-1", 9999999999**3 + 1),
+        ("1x1x1-65536-65536", 65536 * (1 + 1 + 65536 + 1)),
     ],
 )
-def test_networks_that_give_no_embeddings(output: Any, message: str) -> None:
+def test_mlps_that_would_fill_the_memory(model: str, weights: int) -> None:
+    with refused(ConfigError, "encoder", 2**31, weights, f"'mlp:{model}'"):
+        load_encoder(f"mlp:{model}")
+
+
+@pytest.mark.parametrize(
+    ("output", "facts"),
+    [
+        (lambda x: x, ["[1, K]", "(1, 3, 4, 5)"]),
+        (lambda x: [x], ["[1, K]", "list"]),
+        (lambda x: x @ torch.zeros(9, 9), ["(3, 4, 5)", "12x5 and 9x9"]),
+        (lambda x: (_ for _ in ()).throw(ValueError()), ["(3, 4, 5)", "ValueError"]),
+        (lambda x: (_ for _ in ()).throw(RuntimeError("two\nlines")), ["(3, 4, 5)", ": two"]),
+    ],
+)
+def test_networks_that_give_no_embeddings(output: Any, facts: list[str]) -> None:
     class Odd(nn.Module):
         def forward(self, pixels: Tensor) -> Any:
             return output(pixels)
 
-    with pytest.raises(ConfigError, match=message) as caught:
+    with refused(ConfigError, "encoder", "'python:odd:net'", *facts):
         Encoder(Odd(), "python:odd:net", (3, 4, 5), [0.0], [1.0], random_weights=False)
-    assert "\n" not in str(caught.value)
 
 
 FACTORIES = """
@@ -292,18 +296,18 @@ def test_your_own_factory(factories: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "facts"),
     [
-        ("temporary_factories", "expected python:MODULE:FACTORY"),
-        ("temporary_factories:", "expected python:MODULE:FACTORY"),
-        ("temporary_factories:nobody", "nobody"),
-        ("no_such_module_at_all:x", "no_such_module_at_all"),
-        ("temporary_factories:shapeless", "input_shape None"),
-        ("temporary_factories:flat", r"input_shape \(60,\)"),
-        ("temporary_factories:no_module", "builtin_function_or_method"),
+        ("temporary_factories", ["python:MODULE:FACTORY"]),
+        ("temporary_factories:", ["python:MODULE:FACTORY"]),
+        ("temporary_factories:nobody", ["nobody", "temporary_factories.py"]),
+        ("no_such_module_at_all:x", ["no_such_module_at_all", "test_factories_that_do_not_do"]),
+        ("temporary_factories:shapeless", ["Flatten", "input_shape None"]),
+        ("temporary_factories:flat", ["Sequential", "input_shape (60,)"]),
+        ("temporary_factories:no_module", ["builtin_function_or_method"]),
     ],
 )
 @pytest.mark.usefixtures("factories")
-def test_factories_that_do_not_do(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_factories_that_do_not_do(name: str, facts: list[str]) -> None:
+    with refused(ConfigError, "encoder", f"'python:{name}'", *facts):
         load_encoder(f"python:{name}")

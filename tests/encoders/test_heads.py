@@ -13,6 +13,7 @@ from torch import Tensor
 from datamerge.encoders import Head, head_from_arrays, load_head
 from storage_schemas import ConfigError, SchemaError
 from storage_schemas.artifact import parse_head
+from tests.support.refusals import refused
 
 
 def _random(*shape: int) -> Tensor:
@@ -72,24 +73,29 @@ def test_half_precision_files_are_read_as_float32(tmp_path: Path) -> None:
 def test_width_is_checked() -> None:
     head = Head(_random(3, 6))
     head.check_width(6)
-    with pytest.raises(ConfigError, match=r" 7, .*\[3, 6\] in here") as caught:
+    with refused(ConfigError, "head", " 7,", "[3, 6]", "here"):
         head.check_width(7, "here")
-    assert caught.value.field == "head"
 
 
 @pytest.mark.parametrize("spec", ["nowhere.safetensors", "mlp:1x4x4-2", "python:a:b"])
 def test_specs_without_a_head(spec: str) -> None:
-    with pytest.raises(ConfigError, match=spec) as caught:
+    with refused(ConfigError, "head", f"'{spec}'", ".safetensors"):
         load_head(spec)
-    assert caught.value.field == "head"
 
 
-@pytest.mark.parametrize("data", [b"", b"text", save({"weight": torch.zeros(3)}), save({"w": torch.zeros(3, 6)})])
-def test_files_that_are_no_head(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "fact"),
+    [
+        (b"", " safetensors "),
+        (b"text", " safetensors "),
+        (save({"weight": torch.zeros(3)}), "{'weight': [3]}"),
+        (save({"w": torch.zeros(3, 6)}), "{'w': [3, 6]}"),
+    ],
+)
+def test_files_that_are_no_head(tmp_path: Path, data: bytes, fact: str) -> None:
     (tmp_path / "h.safetensors").write_bytes(data)
-    with pytest.raises(SchemaError, match=r"h\.safetensors: expected") as caught:
+    with refused(SchemaError, None, tmp_path / "h.safetensors", fact):
         load_head(str(tmp_path / "h.safetensors"))
-    assert "\n" not in str(caught.value)
 
 
 def test_arrays_are_copied() -> None:

@@ -15,6 +15,7 @@ from datamerge.evaluation.llava.images import read_image, round_inside
 from datamerge.evaluation.sampling import draw
 from storage_schemas import SourceError
 from storage_schemas.schema.pixel_length import PixelLength
+from tests.support.refusals import refused
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_karpathys_split(images: Path, tmp_path: Path) -> None:
     assert [image.key for image in found] == ["8", "7"]
     assert found[1].image == images / "val2014" / "COCO_val2014_000000000007.jpg"
     assert found[0].captions[4] == "caption 4 of 8"
-    with pytest.raises(SourceError, match="'dev', found test, train, val"):
+    with refused(SourceError, None, file, "'dev'", "test, train, val"):
         read_captions(file, str(images), "dev", 100, 42)
 
 
@@ -80,55 +81,60 @@ def test_vqa_files(images: Path, tmp_path: Path) -> None:
     assert [(item.key, item.question) for item in found] == [("80", "8?"), ("70", "7?"), ("90", "9?")]
     assert found[2].image == images / "000000000009.jpg"
     assert found[0].answers[:2] == ["a0", "a1"]
-    with pytest.raises(SourceError, match=r"a2\.json: expected answers to the questions .* none for question 90"):
+    with refused(SourceError, None, tmp_path / "a2.json", q, " 90"):
         read_questions(q, write(tmp_path / "a2.json", {"annotations": answers[:2]}), str(images), 100, 42)
-    with pytest.raises(SourceError, match=r"expected a list 'annotations', found the keys .*questions.*another file"):
+    with refused(SourceError, None, q, "'annotations'", "['data_subtype', 'questions']"):
         read_questions(q, q, str(images), 100, 42)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "facts"),
     [
-        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, "'caption'"),
-        ({"questions": []}, r"expected a list 'images', found the keys \['questions'\]; is it another file"),
-        ([], "expected a JSON object of captions, found a list"),
-        ({"images": [], "annotations": []}, "expected images with captions, found none"),
-        ({"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]}, "gone"),
-        ({"images": [{"id": [1]}], "annotations": []}, r"a number or a name as 'id', found \[1\]"),
-        ({"images": [], "annotations": [{"image_id": {}, "caption": "x"}]}, "a number or a name as 'image_id'"),
-        (karpathy(filename="a.jpg", cocoid="../../a"), r"as 'cocoid', found '\.\./\.\./a'"),
-        (karpathy(filename="c.json", filepath=".."), r"expected images inside .*, found '\.\./c\.json'"),
-        (karpathy(filename="/etc/passwd"), "expected images inside .*, found '/etc/passwd'"),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}, ["'caption'"]),
+        ({"questions": []}, ["'images'", "['questions']"]),
+        ([], ["JSON", "list"]),
+        ({"images": [], "annotations": []}, ["c.json", "none"]),
+        (
+            {"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": [{"image_id": 1, "caption": "x"}]},
+            ["c.json", " 1 ", "'gone.jpg'"],
+        ),
+        ({"images": [{"id": [1]}], "annotations": []}, ["'id'", "[1]"]),
+        ({"images": [], "annotations": [{"image_id": {}, "caption": "x"}]}, ["'image_id'", "{}"]),
+        (karpathy(filename="a.jpg", cocoid="../../a"), ["'cocoid'", "'../../a'"]),
+        (karpathy(filename="c.json", filepath=".."), ["/images", "'../c.json'"]),
+        (karpathy(filename="/etc/passwd"), ["/images", "'/etc/passwd'"]),
     ],
 )
-def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, message: str) -> None:
-    with pytest.raises(SourceError, match=message):
+def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, facts: list[str]) -> None:
+    with refused(SourceError, None, *facts):
         read_captions(write(tmp_path / "c.json", content), str(images), "test", 10, 42)
 
 
 @pytest.mark.parametrize(
-    ("image", "question", "message"),
+    ("image", "question", "facts"),
     [
-        ("x", 1, "a number as 'image_id', found 'x'"),
-        (float("inf"), 1, "a number as 'image_id', found inf"),
-        ([1], 1, "a number or a name as 'image_id'"),
-        (1, [1], "a number or a name as 'question_id'"),
+        ("x", 1, ["'image_id'", "'x'"]),
+        (float("inf"), 1, ["'image_id'", " inf"]),
+        ([1], 1, ["'image_id'", "[1]"]),
+        (1, [1], ["'question_id'", "[1]"]),
     ],
 )
-def test_questions_that_are_refused(images: Path, tmp_path: Path, image: Any, question: Any, message: str) -> None:
+def test_questions_that_are_refused(
+    images: Path, tmp_path: Path, image: Any, question: Any, facts: list[str]
+) -> None:
     answers = {"annotations": [{"question_id": question, "answers": [{"answer": "a"}]}]}
     file = write(
         tmp_path / "q.json",
         {"questions": [{"image_id": image, "question": "?", "question_id": question}], **answers},
     )
-    with pytest.raises(SourceError, match=message):
+    with refused(SourceError, None, "q.json", *facts):
         read_questions(file, file, str(images), 10, 42)
 
 
-@pytest.mark.parametrize(("text", "found"), [("{", "Expecting"), ("[" * 100_000, "nested too deeply")])
+@pytest.mark.parametrize(("text", "found"), [("{", "Expecting"), ("[" * 100_000, "nested")])
 def test_a_file_that_is_no_json(images: Path, tmp_path: Path, text: str, found: str) -> None:
     (tmp_path / "c.json").write_text(text)
-    with pytest.raises(SourceError, match=f"c.json: .*found {found}"):
+    with refused(SourceError, None, tmp_path / "c.json", found):
         read_captions(str(tmp_path / "c.json"), str(images), "test", 10, 42)
 
 
@@ -146,7 +152,7 @@ def test_images_are_padded_with_the_mean_colour(tmp_path: Path) -> None:
 
 def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     Image.new("L", (1, 20_000)).save(tmp_path / "a.png")
-    with pytest.raises(SourceError, match=r"a\.png: expected an image: 1x20000 pixels: too narrow to pad"):
+    with refused(SourceError, None, tmp_path / "a.png", "1x20000"):
         read_image(tmp_path / "a.png", 4, "pad", [0, 0, 0])
 
 

@@ -15,6 +15,7 @@ from datamerge.evaluation.llava.coco import Captioned
 from datamerge.evaluation.llava.model import IGNORED, SYSTEM, Llava
 from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, read_tower_run
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 
 CPU = torch.device("cpu")
 QUESTION, ANSWER = "What is it?", "A man, on a surfboard"
@@ -220,15 +221,15 @@ def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) 
 
 
 def test_encoders_that_do_not_fit(llava_path: str, make_clip: Callable[..., str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"width 32.*found width 64"):
+    with refused(ConfigError, "runs", "width 32", "width 64"):
         Llava(llava_path, read_tower_run(make_clip(width=64)), 0, CPU, "float32")
-    with pytest.raises(ConfigError, match=r"image_size: .*32.*found 224"):
+    with refused(ConfigError, "image_size", 32, 224):
         Llava(llava_path, read_tower_run(make_clip()), 224, CPU, "float32")
-    with pytest.raises(ConfigError, match=r"image_size: .*8 pixels, found 30"):
+    with refused(ConfigError, "image_size", " 8 ", 30):
         Llava(llava_path, read_tower_run(OWN), 30, CPU, "float32")
-    with pytest.raises(ConfigError, match=r"runs: .*found 'mlp:3x4x4-2'"):
+    with refused(ConfigError, "runs", "'mlp:3x4x4-2'"):
         read_tower_run("mlp:3x4x4-2")
-    with pytest.raises(ConfigError, match=f"llava: .*{tmp_path}"):
+    with refused(ConfigError, "llava", tmp_path):
         Llava(str(tmp_path), read_tower_run(OWN), 0, CPU, "float32")
-    with pytest.raises(ConfigError, match=f"runs: .*{tmp_path}"):
+    with refused(ConfigError, "runs", tmp_path):
         Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")

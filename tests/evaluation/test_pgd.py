@@ -18,6 +18,7 @@ from datamerge.evaluation.batches import read_batches
 from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
 from datamerge.sources import Sample, Source
 from storage_schemas import ConfigError, DatamergeError
+from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeRun = Callable[..., str]
@@ -165,7 +166,7 @@ def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
 
 
 def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
-    with pytest.raises(DatamergeError, match=r"dark/far\.png, dark/near\.png"):
+    with refused(DatamergeError, None, "dark/far.png, dark/near.png"):
         measure(make_encoder([[float("nan")] * 4]), data=photos)
 
 
@@ -189,9 +190,9 @@ def test_an_output_folder_is_gone_on_with(two_class: str, photos: Path, tmp_path
     again = measure(two_class, **settings)  # type: ignore[arg-type]
     assert again[0].scores == whole[0].scores
     assert items[0].stat().st_mtime_ns == kept
-    with pytest.raises(ConfigError, match=r"\(epsilon: '2/255' there, '4/255' now\)"):
+    with refused(ConfigError, "output", "(epsilon: '2/255' ", ", '4/255' "):
         measure(two_class, epsilon="4/255", **settings)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"\(head: "):
+    with refused(ConfigError, "output", "(head: "):
         measure(two_class, **{**settings, "head": None})  # type: ignore[arg-type]
 
 
@@ -234,7 +235,7 @@ def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, fail
     monkeypatch.setattr("storage_schemas.access.retries.FIRST_DELAY", 0.0)
     source = Source("s3://b", "image_folder", [Sample("a", "a.png", None)], [], "", _Flaky(failures))
     if lost:
-        with pytest.raises(DatamergeError, match=r"a\.png: reset; run the same command again"):
+        with refused(DatamergeError, None, "a.png: reset"):
             list(read_batches(source, (1, 2, 2), 1))
     else:
         (batch,) = read_batches(source, (1, 2, 2), 1)

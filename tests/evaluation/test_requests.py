@@ -18,6 +18,7 @@ from datamerge.evaluation import ArmResult, EvaluateConfig, Results, evaluate
 from datamerge.evaluation.cli import evaluate as command
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, SourceError
+from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeRun = Callable[..., str]
@@ -40,28 +41,27 @@ def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys:
     ]
     assert again.rejected == baseline.rejected
     errors = capsys.readouterr().err
-    assert errors.count("1 of 5 images could not be used, e.g. dark/broken.png: not an image") == 1
+    assert errors.count("1 of 5 images") == errors.count("dark/broken.png: ") == 1
 
 
 def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"none that can be used of 1; the first one: a\.png"):
+    with refused(SourceError, None, folder, " 1", "a.png"):
         measure(two_class, data=folder)
 
 
 def test_unknown_run(two_class: str, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere") as refusal:
+    with refused(ConfigError, "runs", tmp_path / "nowhere"):
         measure(str(tmp_path / "nowhere"), data=photos)
-    assert refusal.value.field == "runs"
-    with pytest.raises(ConfigError, match=r"run\.json"):
+    with refused(ConfigError, None, photos, "run.json"):
         measure(two_class, str(photos), data=photos)
 
 
 @pytest.mark.parametrize("key", ["encoder", "original", "arm", "artifact", "seconds", "steps", "bytes", "config"])
 def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"run\.json: .*{key}: "):
+    with refused(ConfigError, None, "run.json: ", f" {key}: "):
         measure(make_run(two_class, two_class, changes={key: None}), data=photos)
 
 
@@ -69,7 +69,7 @@ def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun,
 def test_run_json_that_is_damaged(photos: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"run\.json: "):
+    with refused(ConfigError, None, tmp_path / "run" / "run.json"):
         measure(str(tmp_path / "run"), data=photos)
 
 
@@ -84,47 +84,47 @@ def test_weights_that_changed_since_the_training(
     two_class: str, photos: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure(make_run(two_class, two_class, changes={"encoder_sha256": "0" * 64}), data=photos)
-    assert "are not those the training saw" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "my-run'" in errors
+    assert f"{'0' * 12} then" in errors
 
 
 def test_runs_of_different_shapes(two_class: str, photos: Path, make_run: MakeRun) -> None:
-    with pytest.raises(ConfigError, match=r"\(1, 2, 2\).*\(1, 3, 3\)") as refusal:
+    with refused(ConfigError, "runs", "(1, 2, 2)", "(1, 3, 3)"):
         measure(two_class, "mlp:1x3x3-2", data=photos)
-    assert refusal.value.field == "runs"
-    with pytest.raises(ConfigError, match=r" 2 .* 3 ") as refusal:
+    with refused(ConfigError, "runs", " 2 ", " 3 "):
         measure(make_run(two_class, "mlp:1x2x2-3"), data=photos)
-    assert refusal.value.field == "runs"
 
 
 def test_head_of_another_width(two_class: str, photos: Path, make_head: MakeHead) -> None:
-    with pytest.raises(ConfigError, match="width 2"):
+    with refused(ConfigError, "head", "width 2"):
         measure(two_class, data=photos, head=make_head([[1.0, 0.0, 0.0]]))
 
 
 def test_label_outside_the_head(two_class: str, photos: Path, make_head: MakeHead) -> None:
-    with pytest.raises(ConfigError, match=r"label 1 \(light\)") as refusal:
+    with refused(ConfigError, "head", " 1 (light)"):
         measure(two_class, data=photos, head=make_head([[1.0, 0.0]]))
-    assert refusal.value.field == "head"
 
 
 def test_class_names_that_do_not_fit(two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("dark\n\nlight\nmoon\n")
-    with pytest.raises(ConfigError, match="2 classes, found 3") as refusal:
+    with refused(ConfigError, "class_names", " 2 ", " 3"):
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(names))
-    assert refusal.value.field == "class_names"
-    with pytest.raises(ConfigError) as refusal:
+    with refused(ConfigError, "class_names", "head", " none"):
         measure(two_class, data=photos, class_names=str(names))
-    assert refusal.value.field == "class_names"
-    with pytest.raises(ConfigError, match="No such file"):
+    with refused(ConfigError, "class_names", tmp_path / "none.txt"):
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(tmp_path / "none.txt"))
 
 
 def test_fewer_classes_than_the_head_has(
     two_class: str, photos: Path, make_head: MakeHead, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure(two_class, data=photos, head=make_head([*IDENTITY, [-1.0, -1.0]]))
-    assert "taken as positions in the head" in capsys.readouterr().err
+    head = make_head([*IDENTITY, [-1.0, -1.0]])
+    measure(two_class, data=photos, head=head)
+    errors = capsys.readouterr().err
+    assert f"{photos} has 2 classes" in errors
+    assert f"'{head}' has 3" in errors
 
 
 def test_labels_without_head_and_head_without_labels(
@@ -137,38 +137,39 @@ def test_labels_without_head_and_head_without_labels(
     Image.new("L", (2, 2), 100).save(tmp_path / "flat" / "a.png")
     (result,) = measure(two_class, data=tmp_path / "flat", head=make_head(IDENTITY))
     assert [(score.name, score.error) for score in result.scores] == [("loss clean", None), ("loss adv.", None)]
-    assert "has no labels" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert str(tmp_path / "flat") in errors
+    assert "labels" in errors
 
 
 def test_random_weights_are_announced(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure("mlp:1x2x2-2", data=photos)
-    assert capsys.readouterr().err.count("encoder mlp:1x2x2-2 has random weights") == 1
+    assert capsys.readouterr().err.count("encoder mlp:1x2x2-2 ") == 1
 
 
 @pytest.mark.parametrize(
-    ("settings", "field", "advice"),
+    ("settings", "field", "fact"),
     [
         ({"epsilon": "2"}, "epsilon", "2/255"),
-        ({"step_size": "0"}, "step_size", "found 0"),
-        ({"steps": 0}, "steps", "found 0"),
-        ({"limit": 0}, "limit", "found 0"),
-        ({"sample": 5}, "sample", "found 5"),
+        ({"step_size": "0"}, "step_size", " 0"),
+        ({"steps": 0}, "steps", " 0"),
+        ({"limit": 0}, "limit", " 0"),
+        ({"sample": 5}, "sample", " 5"),
         ({"device": "warp"}, "device", "'warp'"),
         ({"batchsize": 3}, "batchsize", "batch_size"),
         ({"on_grid": True}, "on_grid", "grid"),
-        ({"data": ""}, "data", "found ''"),
-        ({"runs": []}, "runs", r"found \[\]"),
+        ({"data": ""}, "data", "''"),
+        ({"runs": []}, "runs", "[]"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, object], field: str, advice: str, photos: Path) -> None:
+def test_settings_that_are_refused(settings: dict[str, object], field: str, fact: str, photos: Path) -> None:
     flags = {"runs": ["mlp:1x2x2-2"], "data": str(photos), **settings}
-    with pytest.raises(ConfigError, match=advice) as refusal:
+    with refused(ConfigError, field, fact):
         evaluate(load_settings(EvaluateConfig, None, flags))
-    assert refusal.value.field == field
 
 
 def test_a_ball_without_another_grid_point(photos: Path) -> None:
-    with pytest.raises(ConfigError, match="1/510"):
+    with refused(ConfigError, "epsilon", "1/510"):
         measure("mlp:1x2x2-2", data=photos, epsilon="1/510", grid=True)
 
 
@@ -268,7 +269,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", full)
             assert run_command(*flags) == 1
-        assert re.search(r"error: \S+identity\.json: .*No space", capsys.readouterr().err)
+        assert re.search(r"error: \S+identity\.json: ", capsys.readouterr().err)
         assert run_command(*flags) == 0
 
 

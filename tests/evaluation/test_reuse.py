@@ -27,6 +27,7 @@ from datamerge.evaluation.tables import write_reports
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 from tests.support.llava import make_llava
+from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeRun = Callable[..., str]
@@ -81,7 +82,7 @@ def test_finished_captions_of_other_weights_are_refused(
     # Trained again into the same folder.
     scale(clip, path, 2)
     for name in (run, f"{clip}@{path}"):
-        with pytest.raises(ConfigError, match=r"\(encoder_sha256: .*`output`"):
+        with refused(ConfigError, "output", "(encoder_sha256: "):
             caption(name)
 
 
@@ -105,7 +106,7 @@ def test_finished_captions_of_another_hugging_face_tower_are_refused(
     for parameter in tower.parameters():
         parameter.data *= 2
     tower.save_pretrained(tmp_path / "tower")
-    with pytest.raises(ConfigError, match=r"\(encoder_sha256: "):
+    with refused(ConfigError, "output", "(encoder_sha256: "):
         caption(f"hf:{tmp_path / 'tower'}")
 
 
@@ -117,7 +118,7 @@ def test_an_arm_of_other_weights_is_refused_before_another_is_asked(
     caption(f"{clip}@{path}")
     scale(clip, path, 2)
     monkeypatch.setattr(ArmStudy, "measure", lambda *_: pytest.fail("hours of attacks before the refusal"))
-    with pytest.raises(ConfigError, match="encoder_sha256"):
+    with refused(ConfigError, "output", "(encoder_sha256: "):
         caption("own", f"{clip}@{path}")
 
 
@@ -126,14 +127,14 @@ def test_finished_captions_of_other_data_are_refused(caption: Callable[..., None
     caption("own")
     before = (tmp_path / "captions.json").read_text()
     (tmp_path / "captions.json").write_text(before.replace("a cat", "a dog"))
-    with pytest.raises(ConfigError, match=r"\(content_sha256: "):
+    with refused(ConfigError, "output", "(content_sha256: "):
         caption("own")
     (tmp_path / "captions.json").write_text(before)
     caption("own")
     image = tmp_path / "000000000001.jpg"
     data = image.read_bytes()
     image.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-    with pytest.raises(ConfigError, match=r"\(content_sha256: "):
+    with refused(ConfigError, "output", "(content_sha256: "):
         caption("own")
 
 
@@ -146,7 +147,7 @@ def test_scores_of_another_tokeniser_are_refused(
     monkeypatch.setattr(Llava, "generate", lambda _, pixels, *__: ["a cat"] * len(pixels))
     if shutil.which("java") is None:
         pytest.skip("no Java here to score with")
-    with pytest.raises(ConfigError, match=r"\(scorer: .*not comparable"):
+    with refused(ConfigError, "output", "(scorer: ", "PTBTokenizer"):
         caption("own")
 
 
@@ -162,7 +163,7 @@ def test_other_answers_with_the_same_most_frequent_ones_are_refused(settings: di
 
     ask(["cat"] * 8 + ["dog"] * 2)
     ask(["cat"] * 8 + ["dog"] * 2)
-    with pytest.raises(ConfigError, match=r"\(content_sha256: "):
+    with refused(ConfigError, "output", "(content_sha256: "):
         ask(["cat"] * 7 + ["dog"] * 3)
 
 
@@ -170,7 +171,7 @@ def test_arms_of_llava_with_other_settings_do_not_share_a_table(
     caption: Callable[..., None], make_clip: Callable[..., str]
 ) -> None:
     caption("own")
-    with pytest.raises(ConfigError, match=r"\(fit: .*`output`"):
+    with refused(ConfigError, "output", "(fit: 'pad' ", ", 'crop' "):
         caption(make_clip(), fit="crop")
     caption(make_clip(), batch_size=2, pictures=3)
 
@@ -183,18 +184,18 @@ def embed(run: str, data: Path, output: Path, **flags: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"steps": 3}, "steps: 2 there, 3 now"),
-        ({"norm": "l2"}, "norm"),
-        ({"limit": 2}, "limit"),
-        ({"seed": 1}, "seed"),
+        ({"steps": 3}, ["(steps: 2 ", ", 3 "]),
+        ({"norm": "l2"}, ["(norm: ", "l2"]),
+        ({"limit": 2}, ["(limit: ", ", 2 "]),
+        ({"seed": 1}, ["(seed: ", ", 1 "]),
     ],
 )
 def test_arms_of_other_settings_do_not_share_a_table(
-    make_encoder: MakeEncoder, photos: Path, tmp_path: Path, flags: dict[str, Any], named: str
+    make_encoder: MakeEncoder, photos: Path, tmp_path: Path, flags: dict[str, Any], named: list[str]
 ) -> None:
     first, second = make_encoder([[1.0] * 4]), make_encoder([[2.0] * 4])
     embed(first, photos, tmp_path / "out")
-    with pytest.raises(ConfigError, match=rf"\({named}.*`output`"):
+    with refused(ConfigError, "output", *named):
         embed(second, photos, tmp_path / "out", **flags)
     embed(second, photos, tmp_path / "out", batch_size=3)
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
@@ -212,7 +213,7 @@ def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run:
 
 def test_settings_without_results_bind_nobody(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
     first, second = make_encoder([[float("nan")] * 4]), make_encoder([[2.0] * 4])
-    with pytest.raises(DatamergeError, match="not finite"):
+    with refused(DatamergeError, None, "dark/far.png, dark/near.png"):
         embed(first, photos, tmp_path / "out", steps=1000)
     embed(second, photos, tmp_path / "out")
     scale(second.partition("@")[0], Path(first.partition("@")[2]), 1)
@@ -254,7 +255,7 @@ def test_a_case_of_another_kind_is_named(caption: Callable[..., None], tmp_path:
     caption("own")
     (item,) = tmp_path.rglob("items/*.json")
     item.write_text("{}")
-    with pytest.raises(DatamergeError, match=r"items/1\.json: .*remove it"):
+    with refused(DatamergeError, None, f"{item}: "):
         caption("own")
 
 
@@ -262,5 +263,5 @@ def test_a_package_that_is_missing_is_named(settings: dict[str, Any], monkeypatc
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     for name in ("captions", "cider"):
         monkeypatch.delitem(sys.modules, f"datamerge.evaluation.llava.{name}")
-    with pytest.raises(ConfigError, match=r"pycocoevalcap\.cider.*datamerge\[eval\]"):
+    with refused(ConfigError, None, "pycocoevalcap.cider", "datamerge[eval]"):
         PARTS["captions"].evaluate(load_settings(CaptionsConfig, None, {**settings, "runs": ["own"]}))

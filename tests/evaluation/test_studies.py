@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from datamerge.evaluation.tables import write_reports
 from datamerge.evaluation.zero_shot import evaluate_zero_shot, read_templates
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
+from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeHead = Callable[..., str]
@@ -140,7 +140,7 @@ def test_a_random_subset_is_the_seeds(make_encoder: MakeEncoder, textures: Path,
     np.random.seed(42)
     expected = [f"{index}.png" for index in np.random.choice(7, 4, replace=False)]
     assert [sample.name for sample in source.samples] == expected
-    with pytest.raises(ConfigError, match=r"at most the 7 samples .* found 8"):
+    with refused(ConfigError, "sample", " 7 ", 8):
         open_sample(load_settings(EmbeddingConfig, None, {**values, "sample": 8}))
 
 
@@ -165,7 +165,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     parts = embedding(spec, textures, tmp_path / "parts", batch_size=2)
     assert batches == 12, "two of four batches were left"
     assert parts.scores == whole.scores
-    with pytest.raises(ConfigError, match=r"other settings \(steps: 10 there, 11 now\)"):
+    with refused(ConfigError, "output", "(steps: 10 ", ", 11 "):
         embedding(spec, textures, tmp_path / "parts", batch_size=2, steps=11)
 
 
@@ -223,43 +223,40 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
     assert len(read_templates("simple")) == 7
     assert read_templates("openai") == []
     (tmp_path / "t.txt").write_text("a photo\n")
-    with pytest.raises(ConfigError, match=r"^templates: .*t\.txt, found 'a photo'"):
+    with refused(ConfigError, "templates", tmp_path / "t.txt", "'a photo'"):
         read_templates(str(tmp_path / "t.txt"))
-    with pytest.raises(ConfigError, match=r"^templates: .*none\.txt, found "):
+    with refused(ConfigError, "templates", tmp_path / "none.txt"):
         read_templates(str(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize(
-    ("flags", "field", "found"),
+    ("flags", "field", "fact"),
     [
         ({"epsilons": ["2"]}, "epsilons", "2/255"),
-        ({"epsilons": ["0"]}, "epsilons", "found 0"),
-        ({"epsilons": ["x"]}, "epsilons", "found 'x'"),
-        ({"epsilons": ["2/0"]}, "epsilons", "found '2/0'"),
-        ({"epsilons": ["2 5/255"]}, "epsilons", "found '2 5/255'"),
-        ({"epsilons": ["1" * 400], "norm": "l2"}, "epsilons", "found '1111.*1…"),
-        ({"head": None}, "head", "text tower"),
+        ({"epsilons": ["0"]}, "epsilons", " 0"),
+        ({"epsilons": ["x"]}, "epsilons", "'x'"),
+        ({"epsilons": ["2/0"]}, "epsilons", "'2/0'"),
+        ({"epsilons": ["2 5/255"]}, "epsilons", "'2 5/255'"),
+        ({"epsilons": ["1" * 400], "norm": "l2"}, "epsilons", "1111…"),
+        ({"head": None}, "head", "open_clip"),
         ({"head": "open_clip:ViT-B-32"}, "class_names", "open_clip:ViT-B-32"),
-        ({"steps": 0}, "steps", "found 0"),
-        ({"data": ""}, "data", "found ''"),
+        ({"steps": 0}, "steps", " 0"),
+        ({"data": ""}, "data", "''"),
     ],
 )
 def test_requests_that_are_refused(
-    two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], field: str, found: str
+    two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], field: str, fact: str
 ) -> None:
     values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
-    with pytest.raises(ConfigError, match=found) as refusal:
+    with refused(ConfigError, field, fact):
         evaluate_zero_shot(load_settings(ZeroShotConfig, None, {"runs": [two_class], **values}))
-    assert refusal.value.field is not None
-    assert refusal.value.field.startswith(field), "of a list, the item too"
     assert not (tmp_path / "out").exists()
 
 
 def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
     shutil.move(photos / "dark" / "near.png", photos / "near.png")
-    with pytest.raises(ConfigError, match="labels") as refusal:
+    with refused(ConfigError, "data", "labels"):
         measure(two_class, photos, tmp_path / "out", head="outputs")
-    assert refusal.value.field == "data"
 
 
 def test_commands_share_one_report(
@@ -302,7 +299,9 @@ def test_all_checks_every_part_first(
     config.write_text('[embedding]\nsteps = 2\n[zero-shot]\nhead = "outputs"\nstep = 2\n')
     arguments = ["all", two_class, "--config", str(config), "--data", str(photos), "-o", str(tmp_path / "out")]
     assert run_command(*arguments) == 2
-    assert re.search(r"\[zero-shot\]: step: .*steps", capsys.readouterr().err)
+    errors = capsys.readouterr().err
+    assert "[zero-shot]: step: " in errors
+    assert "steps" in errors
     assert not (tmp_path / "out").exists()
     config.write_text("steps = 2\n[embedding]\n")
     assert run_command(*arguments) == 0
@@ -316,8 +315,8 @@ def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path)
     (item,) = (tmp_path / "out").rglob("items/*.json")
     for text in ("{", "[" * 100_000):
         item.write_text(text)
-        with pytest.raises(DatamergeError, match=r"000000\.json: .*remove it"):
+        with refused(DatamergeError, None, f"{item}: "):
             embedding(two_class, photos, tmp_path / "out")
     (tmp_path / "out" / "embedding" / "results.json").write_text("[" * 100_000)
-    with pytest.raises(DatamergeError, match=r"results\.json: .*remove it"):
+    with refused(DatamergeError, None, f"{tmp_path / 'out' / 'embedding' / 'results.json'}: "):
         write_reports(str(tmp_path / "out"), "embedding", [])
