@@ -99,7 +99,7 @@ def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
     """The setting and what is wrong with it."""
     # The setting is the whole list, also where one item is wrong.
     name = str(problem["loc"][0])[:SHOWN_LETTERS] if problem["loc"] else ""
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = re.sub("^[A-Z][a-z]+ should (be|have) ", "expected ", problem["msg"].removeprefix("Value error, "))
     spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""
     if problem["type"] == "extra_forbidden":
         if name in model.renamed:

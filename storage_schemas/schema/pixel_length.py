@@ -52,7 +52,8 @@ class PixelLength(Fraction):
         length = Fraction(found[1]) / denominator
         if cls.largest is not None and length > cls.largest:
             hint = f"; did you mean {text}/255?" if text.isdigit() and length <= LEVELS else ""
-            raise ValueError(f"expected at most 1, the whole pixel range, found {shortened(value)}{hint}")
+            found_text = shortened(text if isinstance(value, Fraction) else value)
+            raise ValueError(f"expected at most 1, the whole pixel range, found {found_text}{hint}")
         if not found[2]:
             text, length = cls._decimal(text, length, isinstance(value, float))
         if max(length.numerator, length.denominator) >= 10**_DIGITS:
