@@ -118,7 +118,7 @@ def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
     _read(folder)
     assert open_artifact(folder).manifest.provenance["note"] == "forged"
     (problem,) = verify(Location(folder)).problems
-    assert problem.cause == "plan_sha256 is not that of its layout and provenance"  # which is another seal
+    assert "plan_sha256" in problem.cause  # which is another seal
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -102,7 +102,7 @@ def test_what_is_computed_survives_its_spelling(value: float, kind: type[PixelLe
 
 @pytest.mark.parametrize("value", ["1e-25", 1e-25, "0." + "1" * 30, "1/" + "9" * 21])
 def test_more_digits_than_others_would_read_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"2/255|20 digits"):
+    with pytest.raises(ValueError, match=r"2/255,|20 "):
         PixelLength(value)
 
 

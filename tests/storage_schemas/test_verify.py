@@ -276,7 +276,7 @@ def test_damage_that_reaches_no_array_is_said_to(case: Case) -> None:
     (case.folder / path).write_bytes(bytes(data))
     (problem,) = verify(Location(case.folder)).problems
     assert (problem.file, problem.shard, problem.record) == (path, 1, None)
-    assert "not affected" in problem.cause
+    assert "arrays" in problem.cause
     assert open_artifact(case.folder)[3].key == "k3"
     with refused(CorruptShard, None, case.folder / path, "sha256"):
         open_artifact(case.folder, verify="shard")[3]
@@ -313,7 +313,7 @@ def test_the_command(case: Case) -> None:
 
     code, output = run()
     assert (code, len(output.splitlines())) == (0, 1)
-    assert "sound; 7 groups in 3 shards" in output
+    assert all(fact in output for fact in ("sound", " 7 groups", " 3 shards"))
     _damage(case, "README.md")
     (case.folder / _shard_file(case, 1)).write_bytes(b"")
     code, output = run("--json")
@@ -323,7 +323,8 @@ def test_the_command(case: Case) -> None:
     assert {("README.md", None), *((_shard_file(case, 1), key) for key in ("k3", "k4", "k5"))} <= named
     code, output = run("--fix")
     assert code == 1
-    assert "removed commits/00001.json; run the same merge command again" in output
+    assert "commits/00001.json" in output
+    assert not (case.folder / "commits/00001.json").exists()
     assert case.merge() == [1]
     assert run()[0] == 0
 
