@@ -275,7 +275,7 @@ def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
 def test_a_device_is_not_read(artifact: Path) -> None:
     (artifact / "manifest.json").unlink()
     (artifact / "manifest.json").symlink_to("/dev/zero")
-    with refused(CorruptShard, None, artifact / "manifest.json", "device"):
+    with refused(CorruptShard, None, artifact / "manifest.json", " device"):
         _read(artifact)
 
 
