@@ -32,6 +32,7 @@ from tests.support.combining import (
     combine,
     make,
 )
+from tests.support.refusals import refused
 
 
 def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
     assert combine(tmp_path / "ab", a, b)[0].count == 8
     c = make(tmp_path / "c", attacked(["k1"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
-    with pytest.raises(UserError, match=r"encoder\.sha256: 'e0' in .*/a, 'e1' in .*/c"):
+    with refused(UserError, None, "encoder.sha256: 'e0'", "'e1'", tmp_path / "a", tmp_path / "c"):
         plan_combination([a, c])
 
 
@@ -74,30 +75,27 @@ def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
     c = make(tmp_path / "c", attacked(["k0", "k1"], 2), changes={"seed": 1}, overrides=_other_target(1e-2))
     union = combine(tmp_path / "ab", a, b)
     np.testing.assert_array_equal(union[0].target, a[0].target)
-    with pytest.raises(UserError, match="group k0: its targets"):
+    with refused(UserError, None, "k0: ", tmp_path / "a", tmp_path / "c", " 0.0696 "):
         plan_combination([a, c], ["encoder"])
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "values"),
     [
-        (
-            {"attack.epsilon": "4/255"},
-            r"attack\.epsilon: '2/255' in .*, '4/255' in .*`allow_different=\[\"attack\.epsilon\"\]`",
-        ),
-        ({"source.fingerprint": "f01"}, r"source\.fingerprint: 'f00' in .*, 'f01' in "),
-        ({"preprocessing.resize": "none"}, r"preprocessing\.resize: missing in .*, 'none' in "),
-        ({"license": "mit"}, r"license: missing in .*, 'mit' in "),
-        ({"source.class_names": ["cat"]}, r"source\.class_names"),
+        ({"attack.epsilon": "4/255"}, ("'2/255'", "'4/255'")),
+        ({"source.fingerprint": "f01"}, ("'f00'", "'f01'")),
+        ({"preprocessing.resize": "none"}, ("missing", "'none'")),
+        ({"license": "mit"}, ("missing", "'mit'")),
+        ({"source.class_names": ["cat"]}, ("[]", "['cat']")),
     ],
 )
-def test_what_does_not_go_together_is_shown(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+def test_what_does_not_go_together_is_shown(tmp_path: Path, changes: dict[str, Any], values: tuple[str, str]) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, **changes})
-    with pytest.raises(UserError, match=named) as caught:
-        plan_combination([a, b])
-    assert "\n" not in str(caught.value)
     name = next(iter(changes))
+    places = tmp_path / "a", tmp_path / "b"
+    with refused(UserError, None, f"{name}: ", *values, *places, f'`allow_different=["{name}"]`'):
+        plan_combination([a, b])
     union = combine(tmp_path / "ab", a, b, allow=[name])
     check(union[0], np.concatenate([a[0].members, b[0].members]))
     if name.startswith("attack"):
@@ -110,24 +108,23 @@ def test_every_difference_is_shown_at_once(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     changes = {"seed": 1, "attack.epsilon": "4/255", "attack.steps": 3, "preprocessing.crop": "x"}
     b = make(tmp_path / "b", attacked(["k0"], 2), changes=changes)
-    with pytest.raises(UserError) as caught:
+    with refused(UserError, None, *(f"{name}: " for name in changes if name != "seed")):
         plan_combination([a, b])
-    assert all(name in str(caught.value) for name in changes if name != "seed")
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "facts"),
     [
-        (lambda record: {"label": 7}, "group k0.*labels, 0 and 7"),
-        (lambda record: {"arrays": {**record.arrays, "clean": clean_of("k8")}}, "group k0.*clean images"),
+        (lambda record: {"label": 7}, (" 0 ", " 7")),
+        (lambda record: {"arrays": {**record.arrays, "clean": clean_of("k8")}}, (" clean ",)),
     ],
 )
 def test_groups_about_different_things_are_refused(
-    tmp_path: Path, change: Callable[[Record], dict[str, Any]], named: str
+    tmp_path: Path, change: Callable[[Record], dict[str, Any]], facts: tuple[str, ...]
 ) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, overrides=change)
-    with pytest.raises(UserError, match=named):
+    with refused(UserError, None, "k0: ", tmp_path / "a", tmp_path / "b", *facts):
         plan_combination([a, b])
 
 
@@ -144,14 +141,14 @@ def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None
         ),
         "seed without effect": lambda: make(tmp_path / "b", attacked(["k0"], 1), changes={"seed": 1, **fixed}),
     }[other]()
-    with pytest.raises(UserError, match="twice"):
+    with refused(UserError, None, tmp_path / "a", "`seed`"):
         plan_combination([a, b])
 
 
 def test_arrays_that_not_all_have(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, extras=("target", "clean"))
-    with pytest.raises(UserError, match=r"arrays\.members: 'uint8' in .*, missing in "):
+    with refused(UserError, None, "arrays.members: ", "'uint8'", "missing", tmp_path / "a", tmp_path / "b"):
         plan_combination([a, b])
     record = combine(tmp_path / "ab", a, b, allow=["arrays.members"])[0]
     assert record.members is None
@@ -173,14 +170,12 @@ def test_factors_of_parts_are_none_of_their_union(tmp_path: Path) -> None:
 def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, encoding="float32")
-    with pytest.raises(UserError, match="datamerge convert"):
+    with refused(UserError, None, "uint8_moments", "float32", "`datamerge convert`"):
         plan_combination([a, b])
-    with pytest.raises(ConfigError, match="found 1") as caught:
+    with refused(ConfigError, "artifacts", " 1"):
         plan_combination([a])
-    assert caught.value.field == "artifacts"
-    with pytest.raises(ConfigError, match=r"attack.*found atack") as caught:
+    with refused(ConfigError, "allow_different", "attack.epsilon", "preprocessing", "atack"):
         plan_combination([a, a], ["atack"])
-    assert caught.value.field == "allow_different"
 
 
 def test_heads_have_to_be_equal(tmp_path: Path) -> None:
@@ -191,7 +186,7 @@ def test_heads_have_to_be_equal(tmp_path: Path) -> None:
     head = combine(tmp_path / "ab", a, b).head()
     assert head is not None
     assert (head[0]["weight"] == 0).all()
-    with pytest.raises(UserError, match=r"head\.sha256"):
+    with refused(UserError, None, "head.sha256: ", tmp_path / "a", tmp_path / "c"):
         plan_combination([a, c])
 
 
@@ -221,7 +216,7 @@ def test_groups_that_belie_their_provenance_are_an_error(tmp_path: Path) -> None
         writer.commit(0, [Record("k0", 4, "uint8_moments", {n: v.astype("u2") for n, v in a[0].arrays.items()})], [])
         writer.finish()
         inputs.append(open_artifact(tmp_path / f"narrow{seed}"))
-    with pytest.raises(DatamergeError, match=r"group k0: scatter.*attack\.epsilon"):
+    with refused(DatamergeError, None, "k0: ", "scatter", 280000, "attack.epsilon"):
         combine(tmp_path / "ab", *inputs)
 
 

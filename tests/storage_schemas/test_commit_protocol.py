@@ -14,6 +14,7 @@ import pytest
 
 from storage_schemas import ArtifactWriter, Layout, Location, NotAnArtifact, Record, open_artifact
 from storage_schemas.schema.provenance import plan_sha256
+from tests.support.refusals import refused
 
 Shards = Callable[..., list[list[Record]]]
 Same = Callable[[Record, Record], None]
@@ -125,7 +126,7 @@ def test_no_sidecar_no_shard(
     writer = ArtifactWriter(Location(tmp_path), layout, provenance)
     assert writer.committed() == {0, 2}
     assert not writer.finish().complete
-    with pytest.raises(NotAnArtifact, match="2 of 3 shards"):
+    with refused(NotAnArtifact, None, tmp_path, "2 of 3"):
         open_artifact(tmp_path)
     artifact = open_artifact(tmp_path, partial=True)
     assert len(artifact) == 4
@@ -178,7 +179,7 @@ def test_a_folder_with_other_things_is_refused(
     tmp_path: Path, make_layout: Callable[..., Layout], provenance: dict[str, Any], format_name: str
 ) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(NotAnArtifact, match=r"thesis\.tex"):
+    with refused(NotAnArtifact, None, tmp_path, "'thesis.tex'"):
         ArtifactWriter(Location(tmp_path), make_layout(format_name), provenance).begin({})
     assert _tree(tmp_path) == {"thesis.tex": b"precious"}
 
@@ -189,17 +190,17 @@ def test_somebody_elses_file_under_our_name_is_not_overwritten(
 ) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(NotAnArtifact, match=name.partition("/")[0]):
+    with refused(NotAnArtifact, None, tmp_path, f"'{name}'"):
         ArtifactWriter(Location(tmp_path), make_layout("zarr"), provenance).begin({"head.safetensors": b"head"})
     assert _tree(tmp_path) == {name: b"precious"}
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "facts"),
     [
-        ({"seed": 8}, "seed: 7 there, 8 now"),
-        ({"attack": {"epsilon": "2/255"}}, "attack.epsilon: None there, '2/255' now"),
-        ({"source": {"url": "photos/", "fingerprint": "bad"}}, "source.fingerprint: 'f00' there, 'bad' now"),
+        ({"seed": 8}, ("seed: ", " 7 ", " 8 ")),
+        ({"attack": {"epsilon": "2/255"}}, ("attack.epsilon: ", " None ", "'2/255'")),
+        ({"source": {"url": "photos/", "fingerprint": "bad"}}, ("source.fingerprint: ", "'f00'", "'bad'")),
     ],
 )
 def test_an_artifact_of_another_plan_is_refused_with_the_difference(
@@ -207,17 +208,15 @@ def test_an_artifact_of_another_plan_is_refused_with_the_difference(
     make_layout: Callable[..., Layout],
     provenance: dict[str, Any],
     change: dict[str, Any],
-    named: str,
+    facts: tuple[str, ...],
 ) -> None:
     ArtifactWriter(Location(tmp_path), make_layout(), provenance).begin({})
     before = _tree(tmp_path)
-    with pytest.raises(NotAnArtifact) as caught:
+    with refused(NotAnArtifact, None, tmp_path, *facts):
         ArtifactWriter(Location(tmp_path), make_layout(), {**provenance, **change}).begin({})
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(NotAnArtifact, match=r"layout\.format: 'zarr' there, 'webdataset' now"):
+    with refused(NotAnArtifact, None, "layout.format: ", "'zarr'", "'webdataset'"):
         ArtifactWriter(Location(tmp_path), make_layout("webdataset"), provenance).begin({})
-    with pytest.raises(NotAnArtifact, match=r"layout\.groups: 7 there, 8 now"):
+    with refused(NotAnArtifact, None, "layout.groups: ", " 7 ", " 8 "):
         ArtifactWriter(Location(tmp_path), make_layout(groups=8), provenance).begin({})
     assert _tree(tmp_path) == before
 

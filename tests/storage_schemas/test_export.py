@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from storage_schemas import ConfigError, Layout, Location, Record, open_artifact
 from storage_schemas.operations.export import export
+from tests.support.refusals import refused
 
 Write = Callable[..., list[Record]]
 
@@ -57,7 +57,7 @@ def test_a_key_that_is_not_there_stops_all(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "a", make_layout("zarr"))
-    with pytest.raises(ConfigError, match="k77"):
+    with refused(ConfigError, None, tmp_path / "a", "'k77'"):
         export(open_artifact(tmp_path / "a"), ["k0", "k77"], Location(tmp_path / "out"), "npz")
     assert not (tmp_path / "out").exists()
 
@@ -70,7 +70,7 @@ def test_other_files_are_not_overwritten(
     export(artifact, ["k0"], out, "npz")
     export(artifact, ["k0"], out, "npz")  # the same bytes: nothing to refuse
     out.write("k1.npz", b"precious")
-    with pytest.raises(ConfigError, match=r"k1\.npz"):
+    with refused(ConfigError, None, "/k1.npz: "):
         export(artifact, ["k2", "k1"], out, "npz")
     assert out.names() == ["k0.npz", "k1.npz"]
     assert out.read("k1.npz") == b"precious"

@@ -44,6 +44,7 @@ from storage_schemas.schema.provenance import plan_sha256
 from storage_schemas.verify import fix, verify
 from tests.support.forging import forge, replace_file
 from tests.support.paths import GOLDEN
+from tests.support.refusals import refused
 
 KINDS = ("webdataset-uint8_moments-full", "zarr-float32-full")
 NUMBERS = (-1, 0, 1, 7, 2**31, 2**63, 2**70, 1e308, -0.5)
@@ -117,7 +118,7 @@ def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
     _read(folder)
     assert open_artifact(folder).manifest.provenance["note"] == "forged"
     (problem,) = verify(Location(folder)).problems
-    assert problem.cause == "plan_sha256 is not that of its layout and provenance"  # which is another seal
+    assert "plan_sha256" in problem.cause  # which is another seal
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -203,11 +204,6 @@ def test_tar_members_are_never_written_anywhere(tmp_path: Path, name: str) -> No
     assert not Path("/tmp/datamerge-escaped").exists()
 
 
-def _refused(folder: Path, reason: str) -> None:
-    with pytest.raises(DatamergeError, match=reason):
-        _read(folder)
-
-
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / "v1" / "zarr-uint8_moments-full", tmp_path / "artifact"))
@@ -215,18 +211,21 @@ def artifact(tmp_path: Path) -> Path:
 
 def test_counts_beyond_64_bits(artifact: Path) -> None:
     forge(artifact, lambda manifest: manifest["shards"][0].update(groups=10**30))
-    _refused(artifact, "groups: Input should be less than")
+    with refused(SchemaError, None, "shards.0.groups: ", 2**53 - 1):
+        _read(artifact)
 
 
 def test_more_groups_than_rows(artifact: Path) -> None:
     forge(artifact, lambda commit: commit.update(records=commit["records"] * 3), "commits/00000.json")
     forge(artifact, lambda manifest: manifest["shards"][0].update(groups=3 * manifest["shards"][0]["groups"]))
-    _refused(artifact, "groups in each")
+    with refused(SchemaError, None, "shards: ", " 3 groups"):
+        _read(artifact)
 
 
 def test_a_shard_listed_twice(artifact: Path) -> None:
     forge(artifact, lambda manifest: manifest.update(shards=manifest["shards"] * 2))
-    _refused(artifact, "expected ascending numbers")
+    with refused(SchemaError, None, "shards: ", "ascending", " 2"):
+        _read(artifact)
 
 
 def test_planned_groups_without_end_are_no_work(artifact: Path) -> None:
@@ -252,14 +251,14 @@ def test_a_chunk_that_claims_gigabytes(artifact: Path) -> None:
     index = struct.pack("<QQ", 0, len(chunk)) * rows
     name = "groups.zarr/sum/c/0/0/0/0"
     replace_file(artifact, name, chunk + index + struct.pack("<I", google_crc32c.value(index)))
-    with pytest.raises(CorruptShard, match=r"24 bytes .* 1887436800"):
+    with refused(CorruptShard, None, name, "24 bytes", 1800 * 2**20):
         _ = open_artifact(artifact)[0]
 
 
 @pytest.mark.parametrize("names", ["5", "{", "[" * 100_000, '{"a": 1}'])
 def test_class_names_that_are_none(artifact: Path, names: str) -> None:
     data = save({"weight": np.zeros((1, 2), np.float32)}, {"names": names})
-    with pytest.raises(SchemaError, match="class names"):
+    with refused(SchemaError, None, "head: ", "JSON", "class names"):
         parse_head(data, "head")
 
 
@@ -268,7 +267,7 @@ def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
     (artifact / "commits").symlink_to(tmp_path / "outside")
     (tmp_path / "outside" / "00000.json").write_bytes(b"{}")
     location = Location(artifact)
-    with pytest.raises(UserError, match="this folder"):
+    with refused(UserError, None, artifact / "commits" / "00000.json", tmp_path / "outside"):
         fix(location, verify(location))
     assert (tmp_path / "outside" / "00000.json").exists()
 
@@ -276,7 +275,8 @@ def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
 def test_a_device_is_not_read(artifact: Path) -> None:
     (artifact / "manifest.json").unlink()
     (artifact / "manifest.json").symlink_to("/dev/zero")
-    _refused(artifact, "found a device")
+    with refused(CorruptShard, None, artifact / "manifest.json", " device"):
+        _read(artifact)
 
 
 @pytest.mark.parametrize("url", ["https://me:p@ss@host/a", "pipe:curl https://me:p%2Fss@host/a", "s3://k:s@@h/b"])
@@ -289,24 +289,24 @@ ORIGIN = {"plan_sha256": UNSEALED, "groups": 1, "provenance": {}}
 
 
 @pytest.mark.parametrize(
-    ("provenance", "reason"),
+    ("provenance", "kind", "facts"),
     [
-        ({"combined": "x"}, "provenance.combined: Input should be a valid array"),
-        ({"combined": [1]}, "provenance.combined.0: Input should be an object"),
-        ({"combined": []}, "provenance.combined: .*at least 1 item"),
-        ({"combined": [{**ORIGIN, "provenance": 3}]}, "combined.0.provenance: Input should be an object"),
-        ({"combined": [{**ORIGIN, "groups": -1}]}, "combined.0.groups: .*greater than or equal to 0"),
-        ({"a": 1, "a.b": 2}, "a.b: expected nothing below a, which has a value"),
-        ({"attack": {"epsilon": "1/0"}}, "attack.epsilon: .*found '1/0'"),
-        ({"attack": {"epsilon": "1e999999999"}}, "attack.epsilon: .*found '1e999999999'"),
+        ({"combined": "x"}, SchemaError, ("provenance.combined: ", "array")),
+        ({"combined": [1]}, SchemaError, ("provenance.combined.0: ", "object")),
+        ({"combined": []}, SchemaError, ("provenance.combined: ", "at least 1")),
+        ({"combined": [{**ORIGIN, "provenance": 3}]}, SchemaError, ("provenance.combined.0.provenance: ", "object")),
+        ({"combined": [{**ORIGIN, "groups": -1}]}, SchemaError, ("provenance.combined.0.groups: ", " 0")),
+        ({"a": 1, "a.b": 2}, UserError, ("provenance: a.b: ", " a, ")),
+        ({"attack": {"epsilon": "1/0"}}, SchemaError, ("attack.epsilon: ", "'1/0'")),
+        ({"attack": {"epsilon": "1e999999999"}}, SchemaError, ("attack.epsilon: ", "'1e999999999'")),
     ],
 )
 def test_a_provenance_that_cannot_be_combined(
-    artifact: Path, tmp_path: Path, provenance: dict[str, Any], reason: str
+    artifact: Path, tmp_path: Path, provenance: dict[str, Any], kind: type[DatamergeError], facts: tuple[str, ...]
 ) -> None:
     forge(artifact, lambda manifest: manifest.update(provenance=provenance))
     other = Path(shutil.copytree(artifact, tmp_path / "other"))
-    with pytest.raises(DatamergeError, match=reason):
+    with refused(kind, None, *facts):
         plan_combination([open_artifact(artifact), open_artifact(other)])
 
 

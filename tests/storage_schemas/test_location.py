@@ -16,6 +16,7 @@ import pytest
 
 from storage_schemas import Location, UserError
 from storage_schemas.access.retries import is_transient, retry
+from tests.support.refusals import refused
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -99,9 +100,8 @@ def test_relative_paths_and_trailing_slashes(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "no-driver://x"])
 def test_an_unknown_protocol_is_the_users_error(url: str) -> None:
-    with pytest.raises(UserError, match=url.partition(":")[0]) as caught:
+    with refused(UserError, None, f"{url}: "):
         Location(url)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

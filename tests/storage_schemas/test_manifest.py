@@ -13,6 +13,7 @@ import pytest
 
 from storage_schemas import Commit, CorruptShard, Layout, Manifest, Record, SchemaError, UnknownVersion, open_artifact
 from storage_schemas.schema.manifest import UNSEALED, dump, parse
+from tests.support.refusals import refused
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -75,12 +76,8 @@ def test_documents_round_trip(tmp_path: Path, manifest: dict[str, Any]) -> None:
 def test_every_deviation_is_refused_with_its_path(manifest: dict[str, Any], edit: Edit, path: str) -> None:
     parse(Manifest, _sealed(manifest), "here")
     edit(manifest)
-    with pytest.raises(SchemaError) as caught:
+    with refused(SchemaError, None, "here/manifest.json: 1 ", f" {path}: "):
         parse(Manifest, _sealed(manifest), "here/manifest.json")
-    message = str(caught.value)
-    assert message.startswith("here/manifest.json: 1 problem(s)")
-    assert f" {path}: " in message
-    assert "\n" not in message
 
 
 def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
@@ -88,10 +85,9 @@ def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
     manifest["shards"][1]["groups"] = None
     manifest["writer"] = 3
     del manifest["provenance"]
-    with pytest.raises(SchemaError, match="4 problem") as caught:
+    paths = ("layout.groups", "shards.1.groups", "writer", "provenance")
+    with refused(SchemaError, None, "m: 4 ", *(f" {path}: " for path in paths)):
         parse(Manifest, _sealed(manifest), "m")
-    for path in ("layout.groups", "shards.1.groups", "writer", "provenance"):
-        assert f" {path}: " in str(caught.value)
 
 
 @pytest.mark.parametrize("found", [2, 0, 99])
@@ -99,25 +95,26 @@ def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, A
     """A newer release will also have keys that this one does not know: they are not the news."""
     manifest.update(schema_version=found, writer="datamerge 7.1", new_in_version_2=True)
     (tmp_path / "a" / "manifest.json").write_bytes(_sealed(manifest))
-    with pytest.raises(UnknownVersion, match=rf"schema_version {found} .*reads 1.*install datamerge 7\.1") as caught:
+    with refused(UnknownVersion, None, tmp_path / "a", f"schema_version {found} ", " 1)", "datamerge 7.1") as caught:
         open_artifact(tmp_path / "a")
     assert "new_in_version_2" not in str(caught.value)
     del manifest["writer"]
-    with pytest.raises(UnknownVersion, match=r"install a newer datamerge"):
+    with refused(UnknownVersion, None, "m: ", f"schema_version {found} ", " 1)") as caught:
         parse(Manifest, _sealed(manifest), "m")
+    assert "7.1" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 1', b'"text"'])
 def test_what_is_no_document_is_a_schema_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
-    with pytest.raises(SchemaError, match=r"manifest\.json"):
+    with refused(SchemaError, None, tmp_path / "manifest.json"):
         open_artifact(tmp_path)
 
 
 @pytest.mark.parametrize("edit", [lambda m: m.pop("schema_version"), lambda m: m.update(schema_version="1")])
 def test_a_version_that_is_no_number(manifest: dict[str, Any], edit: Edit) -> None:
     edit(manifest)
-    with pytest.raises(SchemaError, match="schema_version: "):
+    with refused(SchemaError, None, "m: ", " schema_version: "):
         parse(Manifest, _sealed(manifest), "m")
 
 
@@ -125,7 +122,7 @@ def test_a_version_that_is_no_number(manifest: dict[str, Any], edit: Edit) -> No
 def test_keys_that_tar_or_zarr_would_mangle_are_refused(tmp_path: Path, manifest: dict[str, Any], key: str) -> None:
     commit = json.loads((tmp_path / "a" / "commits" / "00000.json").read_text())
     commit["records"][0]["key"] = key
-    with pytest.raises(SchemaError, match=r"records\.0\.key: "):
+    with refused(SchemaError, None, "c: ", " records.0.key: "):
         parse(Commit, _sealed(commit), "c")
 
 
@@ -153,7 +150,7 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, manifest: dict[str, Any],
 
 def test_a_version_that_damage_made_is_damage(tmp_path: Path, manifest: dict[str, Any]) -> None:
     data = (tmp_path / "a" / "manifest.json").read_bytes().replace(b'"schema_version": 1', b'"schema_version": 3')
-    with pytest.raises(CorruptShard, match="damaged"):
+    with refused(CorruptShard, None, "m: ", "sha256"):
         parse(Manifest, data, "m")
 
 

@@ -96,16 +96,16 @@ def test_members_may_be_a_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "message"),
+    ("samples", "fact"),
     [
-        ([], "at least one"),
+        ([], "none"),
         ([np.zeros((2, 2), np.float32)], "float32"),
         ([np.zeros((2, 2), np.int64)], "int64"),
         ([np.zeros((2, 2), np.uint8), np.zeros((1, 2), np.uint8)], r"\(2, 2\).*\(1, 2\)"),
     ],
 )
-def test_refuses_what_it_cannot_sum_exactly(samples: list[Pixels], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_refuses_what_it_cannot_sum_exactly(samples: list[Pixels], fact: str) -> None:
+    with pytest.raises(ValueError, match=fact):
         ExactMoments.of(samples)
 
 

@@ -44,43 +44,43 @@ def test_what_counts_as_a_fraction(text: object, kept: str, value: Fraction) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "fact"),
     [
-        ("2", "did you mean 2/255"),
-        ("8", "did you mean 8/255"),
+        ("2", r"2/255\?"),
+        ("8", r"8/255\?"),
         ("3/2", "at most 1"),
         ("256/255", "at most 1"),
-        ("0/0", "such as 2/255"),
-        ("1/0", "such as 2/255"),
-        ("1/00", "such as 2/255"),
-        ("-1/255", "such as 2/255"),
-        ("-0.1", "such as 2/255"),
-        ("", "such as 2/255"),
-        ("nan", "such as 2/255"),
-        ("inf", "such as 2/255"),
-        ("2/255/3", "such as 2/255"),
-        ("two", "such as 2/255"),
-        ("2/", "such as 2/255"),
+        ("0/0", "2/255,"),
+        ("1/0", "2/255,"),
+        ("1/00", "2/255,"),
+        ("-1/255", "2/255,"),
+        ("-0.1", "2/255,"),
+        ("", "2/255,"),
+        ("nan", "2/255,"),
+        ("inf", "2/255,"),
+        ("2/255/3", "2/255,"),
+        ("two", "2/255,"),
+        ("2/", "2/255,"),
         ("1.5", "at most 1"),
-        (True, "such as 2/255"),
-        ("1e999999999", "such as 2/255"),
+        (True, "2/255,"),
+        ("1e999999999", "2/255,"),
     ],
 )
-def test_what_does_not(text: object, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_what_does_not(text: object, fact: str) -> None:
+    with pytest.raises(ValidationError, match=fact):
         ADAPTER.validate_python(text)
 
 
 def test_a_hint_is_given_for_whole_numbers_only() -> None:
     with pytest.raises(ValidationError) as caught:
         ADAPTER.validate_python("-1/255")
-    assert "did you mean" not in str(caught.value)
+    assert "255?" not in str(caught.value)
 
 
 def test_radii_may_exceed_the_range_and_stay_radii() -> None:
     radius = TypeAdapter(Radius).validate_python("3")
     assert pickle.loads(pickle.dumps(radius)) == Radius(3)  # noqa: S301
-    with pytest.raises(ValueError, match="at most 1"):
+    with pytest.raises(ValueError, match="3/255"):
         PixelLength(radius)
 
 
@@ -102,7 +102,7 @@ def test_what_is_computed_survives_its_spelling(value: float, kind: type[PixelLe
 
 @pytest.mark.parametrize("value", ["1e-25", 1e-25, "0." + "1" * 30, "1/" + "9" * 21])
 def test_more_digits_than_others_would_read_are_refused(value: object) -> None:
-    with pytest.raises(ValueError, match=r"2/255|20 digits"):
+    with pytest.raises(ValueError, match=r"2/255,|20 "):
         PixelLength(value)
 
 

@@ -13,6 +13,7 @@ from storage_schemas.operations.remerge import Remerge, remerge
 from storage_schemas.schema.factors import decode_factors, factors
 from storage_schemas.schema.seeds import group_seed
 from tests.support.forging import forge
+from tests.support.refusals import refused
 
 Write = Callable[..., list[Record]]
 FORMS = [(format, encoding) for format in ("zarr", "webdataset") for encoding in ("uint8_moments", "float32")]
@@ -70,11 +71,11 @@ def test_factors_are_those_of_the_key_and_seed(
 
 
 @pytest.mark.parametrize(
-    ("extras", "wanted", "field", "numbers"),
+    ("extras", "wanted", "field", "facts"),
     [
-        (("target",), Remerge(), None, "`keep_members=True`"),
-        (("members",), Remerge(members=5), "members", "at most the 4 .*, found 5"),
-        (("members",), Remerge(members=2, factors=2), "factors", "2 members span 1 .*, found 2"),
+        (("target",), Remerge(), None, ("`keep_members=True`",)),
+        (("members",), Remerge(members=5), "members", (" 4 ", " 5")),
+        (("members",), Remerge(members=2, factors=2), "factors", ("2 members", " 1 ", " 2")),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -84,12 +85,11 @@ def test_what_cannot_be_is_refused(
     extras: tuple[str, ...],
     wanted: Remerge,
     field: str | None,
-    numbers: str,
+    facts: tuple[str, ...],
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(extras=extras), (), {})
-    with pytest.raises(ConfigError, match=numbers) as caught:
+    with refused(ConfigError, field, *facts):
         remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
-    assert caught.value.field == field
     assert not (tmp_path / "b").exists()
 
 
@@ -100,6 +100,6 @@ def test_groups_that_are_no_attacks_are_not_cut(
     """Their samples, their target and their number would be others."""
     write_artifact(tmp_path / "a", make_layout())
     forge(tmp_path / "a", lambda manifest: manifest["provenance"].update(grouping={"kind": "label", "members": 4}))
-    with pytest.raises(ConfigError, match="attacks, found label groups"):
+    with refused(ConfigError, None, tmp_path / "a", "label", "`members`", "`factors`"):
         remerge(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), wanted)
     assert not (tmp_path / "b").exists()

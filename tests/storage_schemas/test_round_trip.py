@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save
 
 from storage_schemas import Artifact, CorruptShard, Layout, NotAnArtifact, Record, SchemaError, open_artifact
+from tests.support.refusals import refused
 
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]
@@ -50,9 +51,9 @@ def test_indices_and_keys_that_are_not_there(
         with pytest.raises(IndexError, match="of 7"):
             artifact[index]
     for key in ("k99", "k00", "a", "z", ""):
-        with pytest.raises(KeyError, match=f"key '{key}'"):
+        with pytest.raises(KeyError, match=f"'{key}'"):
             artifact.index_of(key)
-        with pytest.raises(KeyError, match=f"key '{key}'"):
+        with pytest.raises(KeyError, match=f"'{key}'"):
             artifact[key]
 
 
@@ -210,7 +211,7 @@ def test_a_file_that_is_no_head_is_named(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, data: bytes
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(), (), {"head.safetensors": data})
-    with pytest.raises(SchemaError, match=r"head\.safetensors"):
+    with refused(SchemaError, None, tmp_path / "a" / "head.safetensors"):
         open_artifact(tmp_path / "a").head()
 
 
@@ -221,5 +222,5 @@ def test_places_without_an_artifact(tmp_path: Path, kind: str) -> None:
         place.mkdir()
     if kind == "a file":
         place.write_text("hello")
-    with pytest.raises(NotAnArtifact, match=r"manifest\.json"):
+    with refused(NotAnArtifact, None, place, "manifest.json"):
         open_artifact(place)

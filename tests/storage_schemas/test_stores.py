@@ -38,6 +38,7 @@ from storage_schemas.schema.manifest import Format
 from storage_schemas.schema.moments import LEVELS, scatter_dtype, sum_dtype
 from storage_schemas.schema.record import encode_exact
 from storage_schemas.stores import STORES
+from tests.support.refusals import refused
 
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]
@@ -155,9 +156,8 @@ class StoreBehaviour(ABC):
         for mode in ("off", "record", "shard"):
             for found, expected in zip(open_artifact(tmp_path / "a", verify=mode), records, strict=True):
                 same_record(found, expected)
-        with pytest.raises(ConfigError, match="found True") as caught:
+        with refused(ConfigError, "verify", "off", "record", "shard", "True"):
             open_artifact(tmp_path / "a", verify=True)  # type: ignore[arg-type]
-        assert caught.value.field == "verify"
 
     def test_shard_mode_reads_each_file_once(
         self, tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
@@ -170,7 +170,7 @@ class StoreBehaviour(ABC):
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert artifact[1].key == "k1"
-        with pytest.raises(CorruptShard, match=str(path.name)):
+        with refused(CorruptShard, None, path, "sha256"):
             open_artifact(tmp_path / "a", verify="shard")[1]
 
     def test_many_shards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,12 @@ from storage_schemas import (
     Location,
     NotAnArtifact,
     Record,
+    SchemaError,
     UnknownVersion,
     open_artifact,
 )
 from storage_schemas.verify import Report, fix, verify
+from tests.support.refusals import refused
 
 Same = Callable[[Record, Record], None]
 Shards = Callable[..., list[list[Record]]]
@@ -215,7 +217,7 @@ def test_fix_takes_back_exactly_the_bad_shards_and_the_merge_writes_them_again(c
     assert set(report.removed) == (set() if kind == "missing sidecar" else sidecars)
     assert set(before) - set(after) == set(report.removed)
     assert {path for path in after if after[path] != before[path]} == {"manifest.json"}
-    with pytest.raises(NotAnArtifact, match="1 of 3 shards"):
+    with refused(NotAnArtifact, None, case.folder, "1 of 3"):
         open_artifact(case.folder)
     assert [record.key for record in open_artifact(case.folder, partial=True)] == ["k3", "k4", "k5"]
     again = verify(Location(case.folder))
@@ -274,9 +276,9 @@ def test_damage_that_reaches_no_array_is_said_to(case: Case) -> None:
     (case.folder / path).write_bytes(bytes(data))
     (problem,) = verify(Location(case.folder)).problems
     assert (problem.file, problem.shard, problem.record) == (path, 1, None)
-    assert "not affected" in problem.cause
+    assert "arrays" in problem.cause
     assert open_artifact(case.folder)[3].key == "k3"
-    with pytest.raises(CorruptShard, match=path):
+    with refused(CorruptShard, None, case.folder / path, "sha256"):
         open_artifact(case.folder, verify="shard")[3]
     assert open_artifact(case.folder, verify="shard")[0].key == "k0"
 
@@ -296,10 +298,10 @@ def test_an_unfinished_artifact_is_sound(case: Case) -> None:
 def test_a_damaged_sidecar_is_never_taken_into_the_manifest(case: Case) -> None:
     """A merge that is run again over damage must not make it official."""
     _damage(case, "commits/00001.json")
-    with pytest.raises(DatamergeError, match=r"00001\.json"):
+    with refused(SchemaError, None, case.folder / "commits/00001.json"):
         case.merge()
     (case.folder / "commits/00001.json").write_bytes(case.files["commits/00002.json"])
-    with pytest.raises(CorruptShard, match=r"00001\.json.*`fix=True`"):
+    with refused(CorruptShard, None, case.folder / "commits/00001.json", "shard 1", "shard 2", "`fix=True`"):
         case.merge()
     assert (case.folder / "manifest.json").read_bytes() == case.files["manifest.json"]
 
@@ -311,7 +313,7 @@ def test_the_command(case: Case) -> None:
 
     code, output = run()
     assert (code, len(output.splitlines())) == (0, 1)
-    assert "sound; 7 groups in 3 shards" in output
+    assert all(fact in output for fact in ("sound", " 7 groups", " 3 shards"))
     _damage(case, "README.md")
     (case.folder / _shard_file(case, 1)).write_bytes(b"")
     code, output = run("--json")
@@ -321,7 +323,8 @@ def test_the_command(case: Case) -> None:
     assert {("README.md", None), *((_shard_file(case, 1), key) for key in ("k3", "k4", "k5"))} <= named
     code, output = run("--fix")
     assert code == 1
-    assert "removed commits/00001.json; run the same merge command again" in output
+    assert "commits/00001.json" in output
+    assert not (case.folder / "commits/00001.json").exists()
     assert case.merge() == [1]
     assert run()[0] == 0
 
@@ -353,10 +356,10 @@ def test_artifacts_in_object_stores(case: Case) -> None:
 
 
 def test_places_without_an_artifact(tmp_path: Path) -> None:
-    with pytest.raises(NotAnArtifact, match=r"manifest\.json"):
+    with refused(NotAnArtifact, None, tmp_path, "manifest.json"):
         verify(Location(tmp_path))
     (tmp_path / "manifest.json").write_text('{"schema_version": 2, "writer": "datamerge 3.0"}')
-    with pytest.raises(UnknownVersion, match=r"datamerge 3\.0"):
+    with refused(UnknownVersion, None, "schema_version 2", "datamerge 3.0"):
         verify(Location(tmp_path))
 
 

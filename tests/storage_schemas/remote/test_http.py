@@ -21,6 +21,7 @@ from storage_schemas import (
 )
 from storage_schemas.access.redaction import redact
 from storage_schemas.access.retries import ATTEMPTS, LONGEST_DELAY
+from tests.support.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -65,9 +66,9 @@ def test_a_signed_url_signs_every_request_and_is_never_shown(
     messages.append(str(corrupt.value))
     web.fault = lambda method, path: 403
     for url in (f"http://user:passw0rd@{host}/a?sig=s3cret&v=1", f"http://user:passw0rd@{host}/a"):
-        with pytest.raises(UserError) as refused:
+        with pytest.raises(UserError) as denied:
             open_artifact(url)
-        messages.append(str(refused.value))
+        messages.append(str(denied.value))
     web.fault = lambda method, path: 418
     with pytest.raises(DatamergeError) as failed:
         open_artifact(f"http://user:passw0rd@{host}/a?sig=s3cret&v=1")
@@ -106,9 +107,8 @@ def test_refusals_are_not_retried(web: Any, quick: list[float], status: int, err
 
 
 def test_a_server_that_is_gone_is_one_line(web: Any, quick: list[float]) -> None:
-    with pytest.raises(DatamergeError, match=r"127\.0\.0\.1:9") as caught:
+    with refused(DatamergeError, None, "http://127.0.0.1:9/a/manifest.json"):
         open_artifact("http://127.0.0.1:9/a")
-    assert "\n" not in str(caught.value)
     assert len(quick) == ATTEMPTS - 1
 
 
@@ -130,7 +130,7 @@ def test_a_truncated_file_is_corruption(
 def test_nothing_is_written_over_http(
     web: Any, make_layout: Callable[..., Layout], provenance: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError, match="only be read"):
+    with refused(UserError, None, f"{web.url}/b", "http(s)"):
         ArtifactWriter(Location(f"{web.url}/b"), make_layout(), provenance).begin({})
     assert not any(method in ("PUT", "POST") for method, _, _ in web.requests)
 
