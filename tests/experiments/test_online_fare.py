@@ -82,7 +82,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(
         patch.setattr(online_fare.OnlineFeed, "__call__", feed)
         stopped = _run(photos, tmp_path / "stopped")
     assert stopped.exit_code == 0
-    assert "stopped after step 3 of 6" in stopped.stderr
+    assert "step 3 of 6" in stopped.stderr
     assert _run(photos, tmp_path / "stopped").exit_code == 0
     whole = load_file(tmp_path / "whole/encoder.safetensors")
     for name, tensor in load_file(tmp_path / "stopped/encoder.safetensors").items():
@@ -93,7 +93,7 @@ def test_a_bad_image_and_a_bad_setting_are_one_line(photos: Path, tmp_path: Path
     (photos / "3.png").write_bytes(b"not an image")
     result = _run(photos, tmp_path / "run")
     assert result.exit_code == 1
-    assert "error: 3.png: expected an image" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: 3.png: ")
     wrong = CliRunner().invoke(
         online_fare.main, [str(photos), str(tmp_path / "b"), "--encoder", "mpl:1", "--steps", "3000"]
     )

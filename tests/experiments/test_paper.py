@@ -96,25 +96,26 @@ def test_everything_missing_is_said_at_once(small: Path, tmp_path: Path) -> None
         strict=True,
     ):
         assert path in line
-    assert "5 problems; nothing was started" in result.stderr
-    assert "5,000 steps at batch 1 need 5,000 groups" in result.stdout
-    assert "cost at 2 a GPU hour: " in result.stdout
+    assert "5 problems" in result.stderr
+    assert "5,000 steps" in result.stdout
+    assert "5,000 groups" in result.stdout
+    assert "at 2 a GPU hour: " in result.stdout
     assert not (tmp_path / "work").exists()
     assert invoke(*arguments).exit_code == 2
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "message"),
+    ("right", "wrong", "facts"),
     [
-        ("warmup_steps", "warm_up", "warm_up: unknown setting; did you mean warmup_steps?"),
-        ('"sketch", arm', '"sktch", arm', "arms.AT-10-Factors.artifact: expected one of members, n2, n5, sketch"),
+        ("warmup_steps", "warm_up", ["warm_up: ", "warmup_steps"]),
+        ('"sketch", arm', '"sktch", arm', ["arms.AT-10-Factors.artifact: ", "members, n2, n5, sketch"]),
     ],
 )
-def test_wrong_settings_are_refused_first(small: Path, right: str, wrong: str, message: str) -> None:
+def test_wrong_settings_are_refused_first(small: Path, right: str, wrong: str, facts: list[str]) -> None:
     small.write_text(small.read_text().replace(right, wrong))
     result = invoke(small, "--data", small.parent, "--work", small.parent / "work", "--dry-run")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr
+    assert [fact for fact in facts if fact not in result.stderr] == []
 
 
 @pytest.mark.usefixtures("empty_cache")
@@ -230,7 +231,7 @@ def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     other.write_text(tiny.read_text().replace("steps = 3", "steps = 2"))
     result = invoke(other, "--data", tiny.parent, "--work", work)
     assert result.exit_code == 2
-    assert "choose another --work" in result.stderr
+    assert "--work" in result.stderr
 
 
 def _is_result(path: Path) -> bool:

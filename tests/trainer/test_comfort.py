@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,10 +25,12 @@ from datamerge.encoders import load_encoder
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError, open_artifact
 from storage_schemas.schema.pixel_length import PixelLength
+from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.cli import train as command
 from trainer.config import read_preset
 from trainer.data.order import MEMBER, Order, stream_seeds
+from trainer.errors import NotFiniteRun
 from trainer.run.checkpoint import RunFolder
 from trainer.run.forward import check_rows_apart
 
@@ -75,9 +78,8 @@ def test_pairs_have_the_papers_settings_but_for_the_arm() -> None:
 
 def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(attack={"epsilon": "4/255"})
-    with pytest.raises(ConfigError, match=r"2/255, found 4/255") as error:
+    with refused(ConfigError, "epsilon", "2/255", "4/255", artifact):
         train(_config(artifact, tmp_path / "run", epsilon="2/255"))
-    assert error.value.field == "epsilon"
     train(_config(artifact, tmp_path / "run", epsilon="4/255"))
 
 
@@ -107,18 +109,16 @@ def test_any_setting_has_a_flag(make_artifact: MakeArtifact, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("settings", "field", "hint"),
+    ("settings", "field", "facts"),
     [
-        ({"smaples": 3}, "smaples", "did you mean samples"),
-        ({"precision": "bf16"}, "precision", 'precision = "bfloat16"'),
-        ({"estimator": "jvp"}, "estimator", 'estimator = "gauss_newton"'),
+        ({"smaples": 3}, "smaples", ["samples"]),
+        ({"precision": "bf16"}, "precision", ["bf16", 'precision = "bfloat16"']),
+        ({"estimator": "jvp"}, "estimator", ["jvp", 'estimator = "gauss_newton"']),
     ],
 )
-def test_misspelt_and_earlier_names_get_a_hint(settings: dict[str, Any], field: str, hint: str) -> None:
-    with pytest.raises(ConfigError) as error:
+def test_misspelt_and_earlier_names_get_a_hint(settings: dict[str, Any], field: str, facts: list[str]) -> None:
+    with refused(ConfigError, field, *facts):
         load_settings(TrainConfig, None, {"artifact": "a", "run": "r", "steps": 1, **settings})
-    assert error.value.field == field
-    assert hint in str(error.value)
 
 
 def test_frozen_layers_keep_their_values(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_frozen_layers_keep_their_values(make_artifact: MakeArtifact, tmp_path: 
 
 def test_a_pattern_that_matches_nothing_or_all_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
-    with pytest.raises(ConfigError, match=r"freeze: '1\.wieght' matches no parameter .* is '1\.weight'"):
+    with refused(ConfigError, "freeze", "'1.wieght'", "'1.weight'"):
         train(_config(artifact, tmp_path / "run", freeze=["1.wieght"]))
-    with pytest.raises(ConfigError, match=r"freeze: \* match all parameters"):
+    with refused(ConfigError, "freeze", "*", "all"):
         train(_config(artifact, tmp_path / "run", freeze=["*"]))
 
 
@@ -243,14 +243,14 @@ def test_the_held_out_loss_is_logged_and_its_best_state_kept(
 
 def test_a_held_out_artifact_is_checked_like_the_other(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     other = make_artifact(name="other", width=7)
-    with pytest.raises(ConfigError, match=r"embeddings of width 6, found targets of shape \(7,\) in .*other"):
+    with refused(ConfigError, "encoder", "width 6", "(7,)", other):
         train(_config(make_artifact(), tmp_path / "run", eval_artifact=other))
 
 
 def test_the_batch_at_a_loss_that_is_not_finite_is_written(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    with pytest.raises(DatamergeError, match=r"the batch is in (\S+\.pt);") as error:
+    with refused(NotFiniteRun, None, "k6") as error:
         train(_config(make_artifact(huge="k6"), tmp_path / "run", accumulate=2))
-    path = str(error.value).partition("the batch is in ")[2].partition(";")[0]
+    (path,) = re.findall(r"/[^\s;]+/not-finite-[^\s;]+\.pt", str(error.value))
     batches = torch.load(path, weights_only=True)["batches"]
     assert "k6" in [key for batch in batches for key in batch["keys"]]
     assert sum(len(batch["keys"]) for batch in batches) in (2, 4)
@@ -265,9 +265,7 @@ def test_out_of_memory_names_the_knobs(
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(trainer.run.update, "group_losses", exhausted)
-    with pytest.raises(
-        DatamergeError, match=r"out of memory with 4 groups at a time .*`accumulate=2`.*sampled.*bfloat16"
-    ):
+    with refused(DatamergeError, "batch_size", "4 groups", "`accumulate=2`", "sampled", "bfloat16"):
         train(_config(make_artifact(), tmp_path / "run"))
 
 
@@ -289,7 +287,7 @@ def test_an_encoder_that_mixes_its_batch_is_refused(tmp_path: Path, monkeypatch:
     module = types.ModuleType("mixing_networks")
     module.__dict__["centred"] = _Centred
     monkeypatch.setitem(sys.modules, "mixing_networks", module)
-    with pytest.raises(ConfigError, match=r"depend on that image alone, found one of .* that moves by .*LayerNorm"):
+    with refused(ConfigError, "encoder", "python:mixing_networks:centred", "LayerNorm"):
         check_rows_apart(load_encoder("python:mixing_networks:centred"), torch.device("cpu"))
 
 
@@ -306,13 +304,15 @@ def test_a_changed_artifact_or_torch_is_said(
         patch.setattr(RunFolder, "publish", die)
         with pytest.raises(MemoryError):
             train(config)
-    with pytest.raises(ConfigError, match=r"was started from an artifact, which changed since \(plan_sha256: "):
+    with refused(ConfigError, "run", tmp_path / "run", "artifact", "plan_sha256"):
         train(config.model_copy(update={"artifact": make_artifact(name="other", members=False)}))
     newest = tmp_path / "run/checkpoints/step-000006.pt"
     state = torch.load(newest, weights_only=True)
     torch.save({**state, "torch": "1.0.0"}, newest)
     train(config)
-    assert f"was written with torch 1.0.0, this is {torch.__version__}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "torch 1.0.0" in said
+    assert torch.__version__ in said
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -336,7 +336,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeAr
             sitting.send_signal(number)
             _, errors = sitting.communicate(timeout=60)
         assert sitting.returncode == (0 if number == signal.SIGTERM else -number), errors
-    assert "run the same command again to continue" in errors
+    assert f"step {reached()} of {steps}" in errors
+    assert str(run / f"checkpoints/step-{reached():06d}.pt") in errors
     assert before < reached() < steps
     summary = train(TrainConfig(artifact=artifact, run=str(run), steps=steps, **flags))
     train(TrainConfig(artifact=artifact, run=str(tmp_path / "whole"), steps=steps, **flags))

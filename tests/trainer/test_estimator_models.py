@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 from trainer import (
     CrossEntropy,
     Draws,
@@ -72,7 +73,7 @@ def test_rows_of_a_batch_do_not_mix(loss: Loss, name: str) -> None:
 def test_batch_norm_in_training_mode_is_refused(name: str) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(D, K), nn.BatchNorm1d(K)).double()
     arguments = (_random(2, *SHAPE), _random(2, *SHAPE, seed=1), _random(2, K), SquaredError(), _draws())
-    with pytest.raises(ConfigError, match=r"^2: expected BatchNorm in eval mode.*mixes the groups"):
+    with refused(ConfigError, None, "2: ", "BatchNorm", "eval"):
         ESTIMATES[name](network, *arguments)
     ESTIMATES[name](network.eval(), *arguments)
 
@@ -80,7 +81,7 @@ def test_batch_norm_in_training_mode_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["gauss_newton", "sampled", "antithetic"])
 def test_half_precision_moments_are_refused(name: str) -> None:
     mean, variance = _random(2, *SHAPE).float(), _random(2, *SHAPE, seed=1).bfloat16()
-    with pytest.raises(ConfigError, match="variance: expected float32 or float64, found bfloat16"):
+    with refused(ConfigError, "variance", "float32", "float64", "bfloat16"):
         ESTIMATES[name](_network().float(), mean, variance, _random(2, K), SquaredError(), _draws())
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from storage_schemas import ConfigError, open_artifact
 from tests.support.ranks import launch
+from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.data.order import Order
 from trainer.run.distributed import processes
@@ -89,7 +90,7 @@ def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: 
         outcomes = launch(world, [{**entry, "trouble": {"at": count - 1, "who": who, "signal": 15}}], tmp_path)
         for code, text in outcomes:
             assert code == 0, text
-            assert f"STOPPED stopped after step {len(seen) + count} of {STEPS}, saved" in text
+            assert re.search(rf"STOPPED .*step {len(seen) + count} of {STEPS}", text)
         handed = [[json.loads(keys) for keys in re.findall("RECORDS (.*)", text)] for _, text in outcomes]
         seen += [[key for share in shares for key in share] for shares in zip(*handed, strict=True)]
     stored = open_artifact(artifact)
@@ -116,8 +117,8 @@ def test_what_fails_in_one_process_fails_in_all(make_artifact: MakeArtifact, tmp
         _entry(make_artifact(name="other"), tmp_path / "few", batch_size=1),
     ]
     for _, text in launch(2, entries, tmp_path):
-        assert re.search(r"ERROR step \d: the loss is inf at record k6; no update was made", text)
-        assert "ERROR batch_size: expected at least 2 groups, one for each of 2 processes" in text
+        assert re.search(r"ERROR step \d: .*loss.* inf .*k6;", text)
+        assert re.search(r"ERROR batch_size: .*2 groups.*2 processes.*`batch_size=2`", text)
 
 
 def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
 def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2: expected RANK and LOCAL_RANK"), processes("cpu"):
+    with refused(ConfigError, None, "WORLD_SIZE", "2", "RANK", "LOCAL_RANK"), processes("cpu"):
         pass
 
 
@@ -155,8 +156,8 @@ def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with processes("auto"):
         assert calls == [("set_device", 1), ("nccl", torch.device("cuda", 1))]
-    with pytest.raises(ConfigError, match="expected auto or cuda for several, found cuda:0"), processes("cuda:0"):
+    with refused(ConfigError, "device", "auto", "cuda:0"), processes("cuda:0"):
         pass
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="expected a GPU for each process, found 2"), processes("cuda"):
+    with refused(ConfigError, "device", "GPU", "2"), processes("cuda"):
         pass

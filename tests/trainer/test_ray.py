@@ -66,7 +66,7 @@ def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) 
     result = CliRunner().invoke(command, run)
     assert isinstance(result.exception, ConfigError)
     assert result.exception.field == "batch_size"
-    assert "at least 2 groups" in str(result.exception)
+    assert "`batch_size=2`" in str(result.exception)
     assert not (tmp_path / "run").exists()
 
 

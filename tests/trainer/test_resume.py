@@ -20,6 +20,7 @@ import trainer.run.job
 from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength
 from tests.support.recorder import SPEC, recording
+from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import Processes
@@ -167,7 +168,7 @@ def test_a_run_of_an_earlier_release_goes_on(make_artifact: MakeArtifact, tmp_pa
     identity = {**json.loads((tmp_path / "stopped/identity.json").read_text()), **earlier}
     torch.save({**state, "identity": identity}, checkpoint)
     (tmp_path / "stopped/identity.json").write_text(json.dumps(identity))
-    with pytest.raises(ConfigError, match=r"\(refine_step_size: '1/4' there, '1/8' now\)"):
+    with refused(ConfigError, "run", config.run, "(refine_step_size: '1/4' there, '1/8' now)"):
         train(config.model_copy(update={"refine_step_size": PixelLength("1/8")}))
     for name in ("stopped", "whole"):
         train(config.model_copy(update={"run": str(tmp_path / name)}))

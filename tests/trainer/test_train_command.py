@@ -24,6 +24,7 @@ import trainer.run.job
 from datamerge.encoders import Head, load_encoder, save_encoder
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, NotAnArtifact
+from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.arms import ARMS
 from trainer.cli import train as command
@@ -36,26 +37,26 @@ LABELS = {"targets": False, "labels": True}
 
 
 @pytest.mark.parametrize(
-    ("artifact", "settings", "field", "found"),
+    ("artifact", "settings", "field", "facts"),
     [
-        ({"encoder": None}, {}, "encoder", "set `encoder`"),
-        ({"encoder": "python:os:abort", "sha256": "0" * 64}, {}, "encoder", "found python:os:abort"),
-        ({}, {"encoder": "mlp:1x5x5-8-6"}, "encoder", "(1, 5, 5), found (1, 4, 4)"),
-        ({}, {"encoder": "mlp:1x4x4-8-7"}, "encoder", "width 7, found targets of shape (6,)"),
-        ({}, {"encoder": "mpl:1x4x4-8-6"}, "encoder", "found 'mpl:1x4x4-8-6'"),
-        ({"members": False}, {"arm": "ind"}, "arm", "`keep_members=True`"),
-        ({}, {"arm": "factors"}, "arm", "`factors=1`"),
-        ({}, {"arm": "ind", "members": 4}, "members", "at most the 3 stored"),
-        (LABELS, {"loss": "squared_error"}, "loss", '`loss="cross_entropy"`'),
-        ({}, {"loss": "cross_entropy"}, "loss", "found none for record k0"),
-        (LABELS, {"encoder": "mlp:1x4x4-8-5"}, "loss", "found label 5 at record k5"),
-        (LABELS, {"loss_scale": 0.5}, "loss_scale", "found 0.5"),
-        (LABELS, {"head": "artifact"}, "head", "found none in"),
-        (LABELS, {"head": "nowhere.safetensors"}, "head", "'nowhere.safetensors'"),
-        ({}, {"head": "artifact"}, "head", "drop `head`"),
-        ({}, {"warmup_steps": 5}, "warmup_steps", "5 steps, found 5"),
-        ({}, {"device": "warp"}, "device", "'warp'"),
-        ({}, {"device": "meta:0:0"}, "device", "'meta:0:0'"),
+        ({"encoder": None}, {}, "encoder", ["artifact", "none", "`encoder`"]),
+        ({"encoder": "python:os:abort", "sha256": "0" * 64}, {}, "encoder", ["python:os:abort", "`encoder`"]),
+        ({}, {"encoder": "mlp:1x5x5-8-6"}, "encoder", ["(1, 5, 5)", "(1, 4, 4)"]),
+        ({}, {"encoder": "mlp:1x4x4-8-7"}, "encoder", ["width 7", "(6,)"]),
+        ({}, {"encoder": "mpl:1x4x4-8-6"}, "encoder", ["'mpl:1x4x4-8-6'"]),
+        ({"members": False}, {"arm": "ind"}, "arm", ["ind", "`keep_members=True`"]),
+        ({}, {"arm": "factors"}, "arm", ["factors", "`factors=1`"]),
+        ({}, {"arm": "ind", "members": 4}, "members", ["3 stored", "found 4"]),
+        (LABELS, {"loss": "squared_error"}, "loss", ["squared_error", '`loss="cross_entropy"`']),
+        ({}, {"loss": "cross_entropy"}, "loss", ["k0", '`loss="squared_error"`']),
+        (LABELS, {"encoder": "mlp:1x4x4-8-5"}, "loss", ["label 5", "k5", "`head`", "`encoder`"]),
+        (LABELS, {"loss_scale": 0.5}, "loss_scale", ["0.5", "cross_entropy"]),
+        (LABELS, {"head": "artifact"}, "head", ["none", "`head`"]),
+        (LABELS, {"head": "nowhere.safetensors"}, "head", ["'nowhere.safetensors'"]),
+        ({}, {"head": "artifact"}, "head", ["squared_error", "`head`"]),
+        ({}, {"warmup_steps": 5}, "warmup_steps", ["5 steps", "`warmup_steps=0`"]),
+        ({}, {"device": "warp"}, "device", ["'warp'"]),
+        ({}, {"device": "meta:0:0"}, "device", ["'meta:0:0'"]),
     ],
 )
 def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
@@ -64,14 +65,11 @@ def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
     artifact: dict[str, Any],
     settings: dict[str, Any],
     field: str,
-    found: str,
+    facts: list[str],
 ) -> None:
     config = TrainConfig(artifact=make_artifact(**artifact), run=str(tmp_path / "run"), steps=5, **settings)
-    with pytest.raises(ConfigError) as error:
+    with refused(ConfigError, field, *facts) as error:
         train(config)
-    assert error.value.field == field
-    assert found in str(error.value)
-    assert "\n" not in str(error.value)
     assert field == "device" or "--" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -84,10 +82,8 @@ def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtif
     honest, forged = make_artifact(name="honest", encoder=spec), make_artifact(encoder=spec, sha256="0" * 64)
     torch.save(load_encoder(spec).model.state_dict(), other)
     pickled = make_artifact(name="pickled", encoder=f"mlp:1x4x4-8-6@{other}")
-    for number, (artifact, message) in enumerate(
-        [(forged, "found others in .*mine.safetensors"), (pickled, "expected weights in a .safetensors file in ")]
-    ):
-        with pytest.raises(ConfigError, match=f"{message}.*; if that is yours, set `encoder`"):
+    for number, (artifact, facts) in enumerate([(forged, ["others", mine]), (pickled, [".safetensors", other])]):
+        with refused(ConfigError, "encoder", artifact, "`encoder`", *facts):
             train(TrainConfig(artifact=artifact, run=str(tmp_path / f"refused-{number}"), steps=1))
     train(TrainConfig(artifact=honest, run=str(tmp_path / "run"), steps=1))
     train(TrainConfig(artifact=forged, run=str(tmp_path / "asked-for"), steps=1, encoder=spec))
@@ -95,7 +91,7 @@ def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtif
 
 def test_a_head_of_another_width_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(**LABELS, head=Head(torch.eye(9)).to_bytes())
-    with pytest.raises(ConfigError, match=r"^head: .*embeddings of width 6"):
+    with refused(ConfigError, "head", "width 6", "[9, 9]"):
         train(TrainConfig(artifact=artifact, run=str(tmp_path / "run"), steps=5))
 
 
@@ -104,42 +100,40 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "chapter1.tex").write_text("!")
-    with pytest.raises(ConfigError, match=r"^run: expected a new folder or a run, found 'chapter1\.tex'"):
+    with refused(ConfigError, "run", "'chapter1.tex'", folder, "identity.json"):
         train(TrainConfig(artifact=artifact, run=str(folder), steps=5))
-    with pytest.raises(ConfigError, match=r"^run: .*found a file"):
+    with refused(ConfigError, "run", "file", folder / "chapter1.tex"):
         train(TrainConfig(artifact=artifact, run=str(folder / "chapter1.tex"), steps=5))
-    with pytest.raises(NotAnArtifact):
+    with refused(NotAnArtifact, None, folder):
         train(TrainConfig(artifact=str(folder), run=str(tmp_path / "run"), steps=5))
 
 
 @pytest.mark.parametrize(
-    ("settings", "field", "found"),
+    ("settings", "field", "facts"),
     [
-        ({"learning_rate": -1.0}, "learning_rate", "-1.0"),
-        ({"learning_rate": float("nan")}, "learning_rate", "nan"),
-        ({"loss_scale": 2.0}, "loss_scale", "eq. 11"),
-        ({"batch_size": 0}, "batch_size", "0"),
-        ({"steps": None}, "steps", "found none"),
-        ({"epochs": 3}, "steps", "steps = 5 and epochs = 3"),
-        ({"members": 2}, "members", "arm ind or random-member"),
-        ({"samples": 3, "arm": "mean-only"}, "samples", "arm avg or factors"),
-        ({"estimator": "exact"}, "estimator", 'estimator = "antithetic"'),
-        ({"estimator": "antithetic", "arm": "mean-only"}, "estimator", "arm avg or factors"),
-        ({"estimator": "gauss_newton", "arm": "ind"}, "estimator", "arm avg or factors"),
-        ({"refine_steps": 1, "refine_step_size": "0", "arm": "ind"}, "refine_step_size", "found 0"),
-        ({"ray_workers": 0}, "ray_workers", "0"),
-        ({"deviation": 1.5}, "deviation", "arm factors has one, found arm avg"),
-        ({"compile": True}, "compile", "gauss_newton"),
-        ({"batchsize": 3}, "batchsize", "did you mean batch_size"),
-        ({"arm": "average"}, "arm", "average"),
-        ({"arm": ["avg"]}, "arm", "avg"),
+        ({"learning_rate": -1.0}, "learning_rate", ["-1.0"]),
+        ({"learning_rate": float("nan")}, "learning_rate", ["nan"]),
+        ({"loss_scale": 2.0}, "loss_scale", ["1.0", "0.5", "2.0"]),
+        ({"batch_size": 0}, "batch_size", ["0"]),
+        ({"steps": None}, "steps", ["epochs", "none"]),
+        ({"epochs": 3}, "steps", ["steps = 5", "epochs = 3"]),
+        ({"members": 2}, "members", ["ind", "random-member", "avg"]),
+        ({"samples": 3, "arm": "mean-only"}, "samples", ["avg", "factors", "mean-only"]),
+        ({"estimator": "exact"}, "estimator", ["exact", 'estimator = "antithetic"']),
+        ({"estimator": "antithetic", "arm": "mean-only"}, "estimator", ["avg", "factors", "mean-only"]),
+        ({"estimator": "gauss_newton", "arm": "ind"}, "estimator", ["avg", "factors", "ind"]),
+        ({"refine_steps": 1, "refine_step_size": "0", "arm": "ind"}, "refine_step_size", ["0", "`refine_step_size`"]),
+        ({"ray_workers": 0}, "ray_workers", ["0"]),
+        ({"deviation": 1.5}, "deviation", ["factors", "avg"]),
+        ({"compile": True}, "compile", ["gauss_newton"]),
+        ({"batchsize": 3}, "batchsize", ["batch_size"]),
+        ({"arm": "average"}, "arm", ["average"]),
+        ({"arm": ["avg"]}, "arm", ["avg"]),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], field: str, found: str) -> None:
-    with pytest.raises(ConfigError) as error:
+def test_bad_settings_are_named(settings: dict[str, Any], field: str, facts: list[str]) -> None:
+    with refused(ConfigError, field, *facts):
         load_settings(TrainConfig, None, {}, {"artifact": "a", "run": "r", "steps": 5, **settings})
-    assert error.value.field == field
-    assert found in str(error.value)
 
 
 def test_settings_are_immutable() -> None:
@@ -154,7 +148,7 @@ def test_the_paper_preset_is_the_papers_table() -> None:
     assert (config.learning_rate, config.weight_decay, config.batch_size) == (1e-5, 1e-4, 1)
     assert (config.steps, config.warmup_steps) == (5000, 350)
     assert (config.arm, config.loss, config.loss_scale) == ("avg", "squared_error", 1.0)
-    with pytest.raises(ConfigError, match="factors, fare2, fare4, pair, paper, refined, tecoa, found 'papre'"):
+    with refused(ConfigError, "preset", "factors, fare2, fare4, pair, paper, refined, tecoa", "'papre'"):
         read_preset("papre")
 
 
@@ -181,8 +175,9 @@ def test_doubtful_starts_are_warned_of(make_artifact: MakeArtifact, tmp_path: Pa
     arguments = [make_artifact(sha256="0" * 64), str(tmp_path / "run"), "--steps", "1"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0
-    assert "WARNING: encoder mlp:1x4x4-8-6 starts from random weights" in result.stderr
-    assert "come from another encoder (mlp:1x4x4-8-6, sha256 000000000000)" in result.stderr
+    warnings = [line for line in result.stderr.splitlines() if "WARNING" in line]
+    assert any("mlp:1x4x4-8-6" in line and "random" in line for line in warnings)
+    assert any("mlp:1x4x4-8-6" in line and "000000000000" in line for line in warnings)
 
 
 def _datamerge(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -213,7 +208,8 @@ def test_signals_have_their_exit_codes(
     assert _datamerge(monkeypatch, make_artifact(), str(tmp_path / "run"), "--steps", "5") == code
     last = capsys.readouterr().err.splitlines()[-1]
     checkpoint = tmp_path / "run/checkpoints/step-000001.pt"
-    assert last == f"stopped after step 1 of 5, saved {checkpoint}; run the same command again to continue"
+    assert "step 1 of 5" in last
+    assert str(checkpoint) in last
     assert checkpoint.exists()
 
 
@@ -221,7 +217,9 @@ def test_a_wrong_request_is_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _datamerge(monkeypatch, "artifact", str(tmp_path / "run"), "--steps", "3", "--lr", "-1") == 2
-    assert capsys.readouterr().err == "error: --learning-rate: expected greater than 0, found -1.0\n"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --learning-rate: ")
+    assert "-1.0" in line
 
 
 def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -252,16 +250,15 @@ def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "run the same command again to continue" in errors
     assert "Traceback" not in errors
-    assert len(list((run / "checkpoints").iterdir())) == 1
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert str(checkpoint) in errors
 
 
 def test_a_run_is_a_folder_of_this_machine() -> None:
     """Not one that is called s3: and gone with the container."""
-    with pytest.raises(ConfigError, match="found the URL s3://bucket/runs/a") as error:
+    with refused(ConfigError, "run", "s3://bucket/runs/a"):
         RunFolder("s3://bucket/runs/a")
-    assert error.value.field == "run"
 
 
 def test_flags_name_the_arms_and_count_groups() -> None:

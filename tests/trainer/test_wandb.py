@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.run.checkpoint import RunFolder
 
@@ -34,7 +35,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
     without = [path for path in sys.path if not (Path(path) / "wandb").is_dir()]
     monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), *without])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(ConfigError, match=r"wandb_project: needs .* pip install 'datamerge\[wandb\]'"):
+    with refused(ConfigError, "wandb_project", "pip install 'datamerge[wandb]'"):
         train(_config(artifact, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -80,7 +81,7 @@ def test_the_run_goes_on_without_it(
 
     monkeypatch.setattr(wandb.Run, "log", lost)
     train(_config(make_artifact(), tmp_path / "run"))
-    assert capsys.readouterr().err.count("W&B failed (Connection lost); the run goes on without it") == 1
+    assert capsys.readouterr().err.count("Connection lost") == 1
     assert (tmp_path / "run/run.json").exists()
 
 
