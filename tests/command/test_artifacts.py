@@ -12,6 +12,7 @@ import pytest
 import datamerge as dm
 from tests.support.combining import ROUND, attacked, make
 from tests.support.paths import GOLDEN
+from tests.support.refusals import refused
 
 FULL = GOLDEN / "v1" / "zarr-uint8_moments-full"
 KEY = "cat-0"
@@ -44,7 +45,7 @@ def test_verify_takes_damaged_shards_back_if_asked_to(tmp_path: Path) -> None:
     (tmp_path / "a" / shard).write_bytes(b"damage")
     assert dm.verify(tmp_path / "a").problems
     assert dm.verify(tmp_path / "a", fix=True).removed
-    with pytest.raises(dm.NotAnArtifact):
+    with refused(dm.NotAnArtifact, None, tmp_path / "a", "1 of 2"):
         dm.open_artifact(tmp_path / "a")
     assert len(dm.open_artifact(tmp_path / "a", partial=True)) < len(dm.open_artifact(FULL))
 
@@ -60,14 +61,14 @@ def test_remerge_merges_fewer_members(tmp_path: Path) -> None:
     pairs = dm.remerge(FULL, tmp_path / "pairs", dm.Remerge(members=2, keep_members=False))
     assert max(record.count for record in pairs) == 2
     assert pairs[0].members is None
-    with pytest.raises(dm.ConfigError):
+    with refused(dm.ConfigError, None, tmp_path / "pairs", "`keep_members=True`"):
         dm.remerge(pairs, tmp_path / "again", dm.Remerge(members=1))
 
 
 def test_combine_refuses_the_same_samples_twice_and_unites_others(tmp_path: Path) -> None:
-    with pytest.raises(dm.UserError):
+    with refused(dm.UserError, None, KEY, f"{KEY}/0.png", FULL):
         dm.combine([FULL, FULL], tmp_path / "twice")
-    with pytest.raises(dm.ConfigError):
+    with refused(dm.ConfigError, "artifacts", 1):
         dm.combine([FULL], tmp_path / "one")
     assert not list(tmp_path.iterdir())
     rounds = [make(tmp_path / str(seed), attacked(["g1"], seed), {**ROUND, "seed": seed}) for seed in (1, 2)]
@@ -82,46 +83,45 @@ def test_export_writes_files_and_names_them(tmp_path: Path) -> None:
         np.testing.assert_array_equal(arrays["mean"], record.mean)
     pictures = dm.export(FULL, [record.key], tmp_path, kind="png")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, *pictures])
-    with pytest.raises(dm.ConfigError):
+    with refused(dm.ConfigError, None, FULL, "'nobody'"):
         dm.export(FULL, ["nobody"], tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("call", "field", "found"),
+    ("call", "field", "facts"),
     [
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")), "factor_kind", "or principal.*'foo'"),  # type: ignore[arg-type]
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=0)), "members", "at least 1, found 0"),
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(factors=0)), "factors", "at least 1, found 0"),
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=np.int64(2))), "members", "at least 1, found"),  # type: ignore[arg-type]
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(keep_members="no")), "keep_members", "found 'no'"),  # type: ignore[arg-type]
-        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=True)), "members", "found True"),
-        (lambda out: dm.convert(FULL, out, format="tar"), "format", "zarr or webdataset, found 'tar'"),  # type: ignore[arg-type]
-        (lambda out: dm.convert(FULL, out, format=""), "format", "found ''"),  # type: ignore[arg-type]
-        (lambda out: dm.convert(FULL, out, encoding="x"), "encoding", "float32 or uint8_moments, found 'x'"),  # type: ignore[arg-type]
-        (lambda out: dm.export(FULL, [KEY], out, kind="jpg"), "kind", "npz or png, found 'jpg'"),  # type: ignore[arg-type]
-        (lambda out: dm.export(FULL, KEY, out), "keys", f"a list, found '{KEY}'"),
-        (lambda out: dm.diff(FULL, FULL, tolerance=-1), "tolerance", "at least 0, found -1"),
-        (lambda out: dm.diff(FULL, FULL, tolerance=float("nan")), "tolerance", "found nan"),
-        (lambda out: dm.preview(FULL, groups=0), "groups", "at least 1, found 0"),
-        (lambda out: dm.preview(FULL, keys=KEY), "keys", "a list"),
-        (lambda out: dm.combine("adv", out), "artifacts", "a list, found 'adv'"),
-        (lambda out: dm.combine(dm.open_artifact(FULL), out), "artifacts", "a list, found <Artifact"),  # type: ignore[arg-type]
-        (lambda out: dm.combine([FULL, FULL], out, allow_different="seed"), "allow_different", "a list"),
-        (lambda out: dm.open_source(FULL, limit=-1), "limit", "at least 1, found -1"),
-        (lambda out: dm.open_artifact(FULL, verify="all"), "verify", "off, record or shard, found 'all'"),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(factor_kind="foo")), "factor_kind", ["principal", "'foo'"]),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=0)), "members", [" 1,", " 0"]),
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(factors=0)), "factors", [" 1,", " 0"]),
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=np.int64(2))), "members", [" 1,", "np.int64(2)"]),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(keep_members="no")), "keep_members", ["True", "False", "'no'"]),  # type: ignore[arg-type]
+        (lambda out: dm.remerge(FULL, out, dm.Remerge(members=True)), "members", [" 1,", " True"]),
+        (lambda out: dm.convert(FULL, out, format="tar"), "format", ["zarr", "webdataset", "'tar'"]),  # type: ignore[arg-type]
+        (lambda out: dm.convert(FULL, out, format=""), "format", ["zarr", "webdataset", "''"]),  # type: ignore[arg-type]
+        (lambda out: dm.convert(FULL, out, encoding="x"), "encoding", ["float32", "uint8_moments", "'x'"]),  # type: ignore[arg-type]
+        (lambda out: dm.export(FULL, [KEY], out, kind="jpg"), "kind", ["npz", "png", "'jpg'"]),  # type: ignore[arg-type]
+        (lambda out: dm.export(FULL, KEY, out), "keys", [" list", f"'{KEY}'"]),
+        (lambda out: dm.diff(FULL, FULL, tolerance=-1), "tolerance", [" 0,", "-1"]),
+        (lambda out: dm.diff(FULL, FULL, tolerance=float("nan")), "tolerance", [" 0,", "nan"]),
+        (lambda out: dm.preview(FULL, groups=0), "groups", [" 1,", " 0"]),
+        (lambda out: dm.preview(FULL, keys=KEY), "keys", [" list", f"'{KEY}'"]),
+        (lambda out: dm.combine("adv", out), "artifacts", [" list", "'adv'"]),
+        (lambda out: dm.combine(dm.open_artifact(FULL), out), "artifacts", [" list", "<Artifact"]),  # type: ignore[arg-type]
+        (lambda out: dm.combine([FULL, FULL], out, allow_different="seed"), "allow_different", [" list", "'seed'"]),
+        (lambda out: dm.open_source(FULL, limit=-1), "limit", [" 1,", "-1"]),
+        (lambda out: dm.open_artifact(FULL, verify="all"), "verify", ["off", "record", "shard", "'all'"]),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_choices_are_refused_before_anything_is_written(
-    call: Callable[[Path], object], field: str, found: str, tmp_path: Path
+    call: Callable[[Path], object], field: str, facts: list[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(dm.ConfigError, match=f"^{field}: expected .*{found}") as caught:
+    with refused(dm.ConfigError, field, *facts):
         call(tmp_path / "out")
-    assert caught.value.field == field
     assert not list(tmp_path.iterdir())
 
 
 def test_an_artifact_has_no_slices() -> None:
-    with pytest.raises(TypeError, match="expected an index or a key, found slice"):
+    with pytest.raises(TypeError, match="slice"):
         dm.open_artifact(FULL)[:2]  # type: ignore[index]
 
 

@@ -108,7 +108,7 @@ def test_in_python_the_users_folder_is_named_and_reading_works(crowded: Path) ->
         shutil.rmtree(crowded / name)
     line = _python("dm.open_artifact\ndm.train", crowded)
     assert str(crowded / "trainer" / "__init__.py") in line
-    assert "rename it" in line
+    assert "pip" not in line
 
 
 def _distribution(folder: Path, name: str) -> None:

@@ -39,6 +39,7 @@ from storage_schemas import (
     open_artifact,
 )
 from tests.support.bench import Bench, tree
+from tests.support.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
@@ -127,7 +128,7 @@ def test_groups_from_a_column(digits: Path, tmp_path: Path) -> None:
             expected = encoder(torch.from_numpy(IMAGES[indices][:, None]).float() / 255).double().mean(0)
         assert record.target is not None
         np.testing.assert_allclose(record.target, expected, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"'site 0'.*'site'"):
+    with refused(ConfigError, "group_column", "'site 0'", "'site'"):
         prepare(_config(digits, tmp_path / "b", **settings))
     same = prepare(_config(digits, tmp_path / "b", grouping="column", group_column="single"))
     assert [group.label for group in same.plan.groups] == [0, 1, 2]
@@ -274,12 +275,11 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None
     prepare(config)
     (folder / "b" / "3.png").rename(folder / "b" / "4.png")
     Image.fromarray(np.full((4, 4), 99, np.uint8)).save(folder / "a" / "1.png")
-    with pytest.raises(SourceError, match=r"b/3\.png is gone; b/4\.png is new; a/1\.png has other content") as caught:
+    with refused(SourceError, None, folder, tmp_path / "x", "b/3.png", "b/4.png", "a/1.png"):
         prepare(config)
-    assert "\n" not in str(caught.value)
     (folder / "b" / "4.png").rename(folder / "b" / "3.png")
     Image.fromarray(np.full((4, 4), 10, np.uint8)).save(folder / "a" / "1.png")
-    with pytest.raises(NotAnArtifact, match="seed: 0 there, 1 now"):
+    with refused(NotAnArtifact, None, tmp_path / "x", "seed: 0 ", " 1 "):
         _merge_here(config.model_copy(update={"seed": 1}))
 
 
@@ -287,7 +287,7 @@ def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:
     bench.switch()
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=[0, 0])
     config = _config(tmp_path / "x.npz", tmp_path / "a", shape="1x6x5", resize=False, ray_address=bench.address)
-    with pytest.raises(DatamergeError, match="at least one usable group"):
+    with refused(DatamergeError, None, f"`datamerge inspect {tmp_path / 'a'}`"):
         merge(config)
 
 
@@ -355,11 +355,9 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "field"), BAD_SETTINGS, ids=str)
 def test_settings_that_do_not_go_together(digits: Path, tmp_path: Path, settings: dict[str, Any], field: str) -> None:
     """By field, in one line, with advice that names settings as Python does."""
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, field) as caught:
         _config(digits, tmp_path / "a", **settings)
-    assert caught.value.field == field
     assert str(caught.value).startswith(f"{field}: ")
-    assert "\n" not in str(caught.value)
     assert "--" not in str(caught.value)
     shown = as_flags(str(caught.value))
     assert shown.startswith(f"--{field.replace('_', '-')}: ") or field not in MergeConfig.model_fields

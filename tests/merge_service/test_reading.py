@@ -89,7 +89,8 @@ def test_a_store_that_stays_away_rejects_nothing(error: Exception) -> None:
 
 def test_without_resizing_other_sizes_are_rejected() -> None:
     small = Image.fromarray(PIXELS[:, :4])
-    assert _read(Store([small]), resize=False) == ["expected 5x4 pixels, found 4x4"]
+    (reason,) = _read(Store([small]), resize=False)
+    assert {"5x4", "4x4"} <= set(str(reason).split())
     assert not isinstance(_read(Store([small]))[0], str)
 
 
@@ -112,19 +113,19 @@ def test_what_waiting_may_mend(error: Exception, passes: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "hopeless", "message"),
+    ("error", "hopeless", "fact"),
     [
-        (OSError(errno.ENOSPC, "No space left"), True, "out: cannot write: the disk is full"),
-        (OSError(errno.EDQUOT, "quota"), True, "the quota is used up"),
-        (OSError(errno.EROFS, "ro"), True, "the file system is read-only"),
+        (OSError(errno.ENOSPC, "No space left"), True, "disk"),
+        (OSError(errno.EDQUOT, "quota"), True, "quota"),
+        (OSError(errno.EROFS, "ro"), True, "read-only"),
         (ConfigError("other weights"), True, "other weights"),
-        (OSError("503 slow down"), False, "out: 503 slow down"),
+        (OSError("503 slow down"), False, "503 slow down"),
         (ValueError("x"), False, "x"),
     ],
 )
-def test_what_stops_the_whole_job(error: Exception, hopeless: bool, message: str) -> None:
+def test_what_stops_the_whole_job(error: Exception, hopeless: bool, fact: str) -> None:
     assert is_hopeless(error) is hopeless
     told = explain(error, "out")
     assert isinstance(told, DatamergeError)
-    assert message in str(told)
+    assert fact in str(told)
     assert "\n" not in str(told)

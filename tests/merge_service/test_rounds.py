@@ -20,6 +20,7 @@ from merge_service.worker import ShardWorker
 from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact
 from storage_schemas.operations.diff import diff
 from storage_schemas.operations.remerge import Remerge, remerge
+from tests.support.refusals import refused
 
 ORIGINAL = "mlp:1x6x5-8-4"
 
@@ -103,26 +104,21 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
     assert resolve(str(moved)).encoder.sha256 == facts["encoder_sha256"]
     facts["encoder_sha256"] = "0" * 64
     (moved / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "encoder", moved / "run.json", "0" * 12):
         resolve(str(moved))
-    assert caught.value.field == "encoder"
-    assert "000000000000…" in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", "[" * 100_000])
 def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, None, tmp_path, "run.json"):
         resolve(str(tmp_path))
-    assert "run.json" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "target_encoder", (1, 6, 5), 4, 5):
         _merge(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
-    assert caught.value.field == "target_encoder"
 
 
 @pytest.mark.parametrize("kind", ["sketch", "principal"])

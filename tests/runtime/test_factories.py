@@ -40,24 +40,25 @@ def test_specs_of_earlier_releases_find_what_has_moved(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "facts"),
     [
-        ("", "python:MODULE:FACTORY"),
-        ("json", "python:MODULE:FACTORY"),
-        ("json:", "python:MODULE:FACTORY"),
-        (":loads", "python:MODULE:FACTORY"),
-        (".json:loads", "python:MODULE:FACTORY"),
-        ("json:loads:more", "python:MODULE:FACTORY"),
-        ("no_such_package.part:x", "found no module no_such_package, "),
-        ("json.no_such_part:x", r"found no module json\.no_such_part, "),
-        ("json:nobody", r"found no function .* in .*json/__init__\.py"),
-        ("json:__name__", r"found no function .* in .*json/__init__\.py"),
-        ("needs_a_package:make", "cannot be imported: No module named 'no_such_package'"),
-        ("needs_a_name:make", "cannot be imported: cannot import name"),
+        ("", ["python:MODULE:FACTORY"]),
+        ("json", ["python:MODULE:FACTORY"]),
+        ("json:", ["python:MODULE:FACTORY"]),
+        (":loads", ["python:MODULE:FACTORY"]),
+        (".json:loads", ["python:MODULE:FACTORY"]),
+        ("json:loads:more", ["python:MODULE:FACTORY"]),
+        ("no_such_package.part:x", [" no_such_package,", "{folder}"]),
+        ("json.no_such_part:x", [" json.no_such_part,", "{folder}"]),
+        ("json:nobody", [" nobody ", "json/__init__.py"]),
+        ("json:__name__", [" __name__ ", "json/__init__.py"]),
+        ("needs_a_package:make", ["needs_a_package ", "'no_such_package'"]),
+        ("needs_a_name:make", ["needs_a_name ", "'nothing'"]),
     ],
 )
-def test_a_spec_that_leads_nowhere_says_why(folder: Path, spec: str, words: str) -> None:
+def test_a_spec_that_leads_nowhere_says_why(folder: Path, spec: str, facts: list[str]) -> None:
     (folder / "needs_a_package.py").write_text("import no_such_package\n")
     (folder / "needs_a_name.py").write_text("from json import nothing\n")
-    with pytest.raises(NoFactory, match=words):
+    with pytest.raises(NoFactory) as caught:
         find_factory(spec)
+    assert [fact for fact in facts if fact.format(folder=folder) not in str(caught.value)] == []

@@ -8,6 +8,7 @@ import pytest
 
 from datamerge.runtime import read_lines
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 
 
 def test_lines_without_blanks_and_spaces(tmp_path: Path) -> None:
@@ -24,12 +25,11 @@ def test_a_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("content", "found"),
-    [(b"\xff\xfe", "bytes that are not UTF-8"), (b" \n", "an empty one"), (None, "No such file")],
+    [(b"\xff\xfe", "UTF-8"), (b" \n", "empty"), (None, "No such file")],
 )
 def test_what_is_no_list_is_refused(tmp_path: Path, content: bytes | None, found: str) -> None:
     file = tmp_path / "names.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"names.txt, found {found}") as caught:
+    with refused(ConfigError, "class_names", file, found):
         read_lines(str(file), "class_names", "one name a line")
-    assert caught.value.field == "class_names"

@@ -13,6 +13,7 @@ from datamerge.runtime import Settings, load_settings
 from datamerge.runtime.options import Option, as_flags, options
 from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength, Radius
+from tests.support.refusals import refused
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -181,24 +182,20 @@ def test_messages_name_flags(message: str, expected: str) -> None:
     [({"oven": 3}, "oven", "`heat`"), ({"heat": "warm"}, "heat", 'heat = "low"'), ({"heats": 1}, "heats", "heat?")],
 )
 def test_earlier_spellings_are_met_with_the_new_one(values: dict[str, Any], field: str, hint: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, field, hint):
         Bake(dough="rye", **values)
-    assert caught.value.field == field
-    assert hint in str(caught.value)
 
 
 def test_every_way_to_construct_raises_an_error_of_ours() -> None:
     """The command line knows no other; pydantic's would show its address and several lines."""
-    with pytest.raises(ConfigError) as by_name:
+    with refused(ConfigError, "dough", 3) as by_name:
         Bake(dough=3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError) as by_mapping:
+    with refused(ConfigError, "dough", 3) as by_mapping:
         Bake.model_validate({"dough": 3})
-    assert by_name.value.field == by_mapping.value.field == "dough"
     assert str(by_name.value) == str(by_mapping.value)
 
 
 def test_several_problems_are_told_at_once_and_the_first_is_the_field() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "minutes", 0, "'wide'", "'far'") as caught:
         Bake(dough="rye", minutes=0, radii=["wide", "far"])  # type: ignore[list-item]
-    assert caught.value.field == "minutes"
     assert as_flags(str(caught.value)).count("--radii: ") == 2

@@ -13,6 +13,7 @@ from datamerge.runtime.ray import call_in_worker, check_cluster_address, connect
 from merge_service import MergeConfig
 from merge_service.ray_stage import on_ray
 from storage_schemas import ConfigError
+from tests.support.refusals import refused
 from trainer import TrainConfig, train
 
 
@@ -26,16 +27,14 @@ def port() -> Iterator[int]:
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
 def test_nothing_listens(port: int, form: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_cluster_address(form.format(f"127.0.0.1:{port}"))
-    assert caught.value.field == "ray_address"
-    assert str(port) in str(caught.value)
+    address = form.format(f"127.0.0.1:{port}")
+    with refused(ConfigError, "ray_address", repr(address)):
+        check_cluster_address(address)
 
 
 def test_a_name_that_nobody_has() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "ray_address", "'no-such-host.invalid:6379'"):
         check_cluster_address("no-such-host.invalid:6379")
-    assert caught.value.field == "ray_address"
 
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
@@ -63,9 +62,8 @@ def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypa
         "merge": merge,
         "train": lambda: train(TrainConfig(artifact="a", run="r", steps=1, ray_address=address)),
     }
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, "ray_address", repr(address)):
         calls[command]()
-    assert caught.value.field == "ray_address"
 
 
 def test_a_connection_of_the_caller_is_used_and_kept(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

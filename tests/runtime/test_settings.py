@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from datamerge.runtime import Settings, load_settings
 from storage_schemas import ConfigError
 from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.pixel_length import PixelLength
+from tests.support.refusals import refused
 
 
 class Attack(Settings):
@@ -58,31 +61,27 @@ def test_inputs_are_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "hint"),
-    [("epsilom", "did you mean epsilon?"), ("learning-rate", "did you mean learning_rate?"), ("zzz", None)],
+    [("epsilom", " epsilon?"), ("learning-rate", " learning_rate?"), ("zzz", None)],
 )
 def test_a_misspelt_key_is_met_with_the_closest(tmp_path: Path, key: str, hint: str | None) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, key, hint or "", tmp_path / "settings.toml") as caught:
         load_settings(Attack, _toml(tmp_path, f'members = 1\n{key} = "x"\n'), {})
-    assert f"{key}: unknown setting" in str(caught.value)
-    assert ("did you mean" in str(caught.value)) == (hint is not None)
-    assert (hint or "") in str(caught.value)
+    assert ("?" in str(caught.value)) == (hint is not None)
 
 
 def test_every_problem_is_listed_in_one_line(tmp_path: Path) -> None:
     file = _toml(tmp_path, 'epsilon = "2"\nsteps = -1\nencodr = "x"\nlearning_rate = "fast"\n')
-    with pytest.raises(ConfigError) as caught:
+    facts = (" 2/255?", "steps: ", -1, "encodr: ", " encoder?", "members: ", "learning_rate: ", "'fast'", file)
+    with refused(ConfigError, "epsilon", *facts):
         load_settings(Attack, file, {})
-    message = str(caught.value)
-    for part in ("did you mean 2/255?", "steps: ", "-1", "did you mean encoder?", "members: ", "'fast'", file):
-        assert part in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     "values", [{"steps": "10"}, {"steps": 1.5}, {"steps": True}, {"members": "3"}, {"encoder": 3}]
 )
 def test_nothing_is_coerced(values: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(values))):
+    ((field, value),) = values.items()
+    with refused(ConfigError, field, repr(value)):
         load_settings(Attack, None, {"members": 1, **values})
 
 
@@ -94,17 +93,17 @@ def test_rules_over_several_fields_speak_plainly() -> None:
 
 @pytest.mark.parametrize("text", ["steps = ", "[a\n", "steps = 1\nsteps = 2", "\x00", "a = 'b"])
 def test_bad_toml_is_named(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"settings\.toml: not valid TOML"):
+    with refused(ConfigError, None, f"{tmp_path / 'settings.toml'}: ", " TOML: "):
         load_settings(Attack, _toml(tmp_path, text), {})
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"encoder = '\xe9'")
-    with pytest.raises(ConfigError, match=r"latin\.toml: not valid TOML"):
+    with refused(ConfigError, None, tmp_path / "latin.toml", " TOML: ", "0xe9"):
         load_settings(Attack, str(tmp_path / "latin.toml"), {})
-    with pytest.raises(ConfigError, match=r"missing\.toml: expected a TOML file, found No such file"):
+    with refused(ConfigError, None, tmp_path / "missing.toml", os.strerror(errno.ENOENT)):
         load_settings(Attack, str(tmp_path / "missing.toml"), {})
-    with pytest.raises(ConfigError, match="expected a TOML file"):
+    with refused(ConfigError, None, tmp_path, os.strerror(errno.EISDIR)):
         load_settings(Attack, str(tmp_path), {})
 
 
@@ -115,18 +114,20 @@ def test_settings_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "field", "facts"),
     [
-        ("steps=" + "[" * 5000, "not valid TOML"),
-        ("steps=" + "9" * 5000, "not valid TOML"),
-        ('epsilon="1e-999999999"', "expected a fraction"),
-        ('epsilon="1/\u0660"', "expected a fraction"),
-        ("steps=0x" + "F" * 5000, "steps: expected a number of at most 64 bits, found one too long to show"),
-        ("encoder=[0x" + "F" * 5000 + "]", "encoder: .* found one too long to show"),
+        ("steps=" + "[" * 5000, None, ["settings.toml: ", " TOML: "]),
+        ("steps=" + "9" * 5000, None, ["settings.toml: ", " TOML: "]),
+        ('epsilon="1e-999999999"', "epsilon", ["'1e-999999999'"]),
+        ('epsilon="1/\u0660"', "epsilon", ["'1/\u0660'"]),
+        ("steps=0x" + "F" * 5000, "steps", [" 64 ", "(int)"]),
+        ("encoder=[0x" + "F" * 5000 + "]", "encoder", ["(list)"]),
     ],
 )
-def test_settings_that_would_exhaust_the_parser(tmp_path: Path, text: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
+def test_settings_that_would_exhaust_the_parser(
+    tmp_path: Path, text: str, field: str | None, facts: list[str]
+) -> None:
+    with refused(ConfigError, field, *facts):
         load_settings(Attack, _toml(tmp_path, text), {"members": 1})
 
 
@@ -149,8 +150,7 @@ def test_paths_tuples_and_integers_of_numpy_are_what_a_file_would_hold(tmp_path:
     settings = Attack(**values)
     assert (settings.members, settings.encoder) == (3, str(tmp_path))
     assert type(settings.members) is int
-    refused: list[dict[str, Any]] = [{"members": True}, {"members": 2.0}, {"members": 1, "encoder": 3}]
-    for wrong in refused:
-        with pytest.raises(ConfigError) as caught:
-            Attack(**wrong)
-        assert caught.value.field == list(wrong)[-1]
+    wrong: list[dict[str, Any]] = [{"members": True}, {"members": 2.0}, {"members": 1, "encoder": 3}]
+    for values in wrong:
+        with refused(ConfigError, list(values)[-1], list(values.values())[-1]):
+            Attack(**values)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
-import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, native_shape, open_source
 from storage_schemas import SourceError
+from tests.support.refusals import refused
 
 RNG = np.random.default_rng(3)
 GREY = RNG.integers(0, 256, (6, 5, 4)).astype(np.uint8)
@@ -56,15 +56,19 @@ def test_idx(tmp_path: Path, images_gz: bool, labels_gz: bool | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"text text text", _idx(GREY)[:-1], gzip.compress(_idx(GREY))[:-20]],
+    ("data", "facts"),
+    [
+        (b"", (" IDX ", 0)),
+        (b"text text text", (" IDX ", 14)),
+        (_idx(GREY)[:-1], (" IDX ", len(_idx(GREY)) - 1)),
+        (gzip.compress(_idx(GREY))[:-20], ("gzip:",)),
+    ],
     ids=["nothing", "text", "cut short", "gzip cut short"],
 )
-def test_broken_idx(tmp_path: Path, data: bytes) -> None:
+def test_broken_idx(tmp_path: Path, data: bytes, facts: tuple[object, ...]) -> None:
     (tmp_path / "x-idx3-ubyte").write_bytes(data)
-    with pytest.raises(SourceError, match=r"expected an IDX file|broken gzip") as caught:
+    with refused(SourceError, None, tmp_path / "x-idx3-ubyte", *facts):
         open_source(tmp_path / "x-idx3-ubyte")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("images", [GREY, COLOUR, COLOUR[..., :1]], ids=["grey", "colour", "one channel"])
@@ -82,22 +86,22 @@ def test_npz_with_channels_first_and_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "options", "message"),
+    ("arrays", "options", "facts"),
     [
-        ({"images": GREY.astype(float)}, {}, "uint8 images"),
-        ({"a": GREY, "b": GREY}, {}, "name it with `image_column`"),
-        ({"images": COLOUR[..., :2]}, {}, "1 or 3 channels"),
-        ({"images": GREY, "labels": LABELS[:3]}, {}, "'labels' with 6 values, found labels [3]"),
-        ({"images": GREY}, {"label_column": "y"}, "'y' with 6 values, found ['images']"),
-        ({"images": GREY, "labels": LABELS + 0.5}, {}, "whole numbers"),
-        ({"images": np.array([{}], object)}, {}, "plain arrays"),
+        ({"images": GREY.astype(float)}, {}, ("float64 [6, 5, 4]", "`image_column`")),
+        ({"a": GREY, "b": GREY}, {}, ("'a'", "'b'", "`image_column`")),
+        ({"images": COLOUR[..., :2]}, {}, ("images", [6, 5, 4, 2])),
+        ({"images": GREY, "labels": LABELS[:3]}, {}, ("'labels'", 6, [3])),
+        ({"images": GREY}, {"label_column": "y"}, ("'y'", 6, ["images"])),
+        ({"images": GREY, "labels": LABELS + 0.5}, {}, ("'labels'", "float64")),
+        ({"images": np.array([{}], object)}, {}, (" .npz ", "allow_pickle")),
     ],
 )
 def test_arrays_that_do_not_go_together(
-    tmp_path: Path, arrays: dict[str, Any], options: dict[str, str], message: str
+    tmp_path: Path, arrays: dict[str, Any], options: dict[str, str], facts: tuple[object, ...]
 ) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(SourceError, match=re.escape(message)):
+    with refused(SourceError, None, tmp_path / "x.npz", *facts):
         open_source(tmp_path / "x.npz", **options)  # type: ignore[arg-type]
 
 
@@ -147,22 +151,24 @@ def test_factories() -> None:
 
 def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:
     source = open_source("python:my_data:Floats")
-    with pytest.raises(BadImage, match=r"found ndarray float64 \[5, 4, 3\]; leave out ToTensor"):
+    with pytest.raises(BadImage, match=r"float64 \[5, 4, 3\].*ToTensor"):
         source.reader.read(source.samples[0])
 
 
 @pytest.mark.parametrize(
-    ("url", "message"),
+    ("url", "facts"),
     [
-        ("python:my_data:Nothing", r"found no function Nothing in .*test_arrays\.py"),
-        ("python:no_such_module:x", "found no module no_such_module, "),
-        ("python:my_data", "expected python:MODULE:FACTORY"),
-        ("python:my_data:int", "found int without"),
+        ("python:my_data:Nothing", (" Nothing ", __file__)),
+        ("python:no_such_module:x", (" no_such_module", Path.cwd())),
+        ("python:my_data", ("python:MODULE:FACTORY",)),
+        ("python:my_data:int", (" int ", "len()")),
     ],
 )
-def test_factories_that_make_no_data_set(url: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factories_that_make_no_data_set(
+    url: str, facts: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(globals(), "int", int)
-    with pytest.raises(SourceError, match=message):
+    with refused(SourceError, None, url, *facts):
         open_source(url)
 
 
@@ -181,11 +187,11 @@ def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
         ("images/c.png", 2, "y"),
     ]
     assert [s.label for s in open_source(tmp_path, label_column="author").samples] == [0, None, 1]
-    with pytest.raises(SourceError, match=r"'site', found \['file', 'label', 'author'\]"):
+    with refused(SourceError, None, tmp_path / "labels.csv", "'site'", ["file", "label", "author"]):
         open_source(tmp_path, group_column="site")
     (tmp_path / "labels.csv").write_text("file,label\nmissing.png,1\n")
-    with pytest.raises(SourceError, match=r"names 'missing\.png', which is not below the folder"):
+    with refused(SourceError, None, tmp_path / "labels.csv", "'missing.png'"):
         open_source(tmp_path)
     (tmp_path / "labels.csv").write_text("name,label\na.png,1\n")
-    with pytest.raises(SourceError, match="expected a column 'file'"):
+    with refused(SourceError, None, tmp_path / "labels.csv", "'file'", ["name", "label"]):
         open_source(tmp_path)

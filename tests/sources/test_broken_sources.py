@@ -20,6 +20,7 @@ from PIL import Image, features
 
 from datamerge.sources import BadImage, decode, open_source
 from storage_schemas import SourceError
+from tests.support.refusals import refused
 
 
 def _png() -> bytes:
@@ -59,13 +60,24 @@ BAD_TARS = {
     "nested": _extension(b"6 a=b\n") * 1500 + _image(b"a.png"),
 }
 
+# What the message shows of those; of the others it shows what tarfile says.
+SHOWN: dict[str, tuple[object, ...]] = {
+    "negative": ("'b.txt'", -512),
+    "before the file": ("'b.png'",),
+    "endless": ("'b.txt'", 2**62),
+    "negative image": ("'a.png'", -9),
+    "image of gigabytes": ("'a.png'", 6 * 10**9),
+    "sparse": ("'b.png'", "--sparse"),
+}
+
 
 @pytest.mark.parametrize("kind", BAD_TARS)
 def test_a_tar_whose_headers_lie(tmp_path: Path, kind: str) -> None:
     """With a negative size the list would go round for ever."""
     (tmp_path / "x.tar").write_bytes(BAD_TARS[kind] + bytes(1024))
-    with pytest.raises(SourceError, match=r"x\.tar: expected an uncompressed tar: \S"):
+    with refused(SourceError, None, tmp_path / "x.tar", " tar: ", *SHOWN.get(kind, ())) as caught:
         open_source(str(tmp_path / "x.tar"))
+    assert not str(caught.value).endswith(": ")
 
 
 def test_a_sparse_member_that_is_no_image_does_no_harm(tmp_path: Path) -> None:
@@ -99,9 +111,7 @@ def test_a_name_of_a_file_that_is_no_text(tmp_path: Path, ending: str) -> None:
     name = os.fsdecode(b"\xff") + f".{ending}"
     (tmp_path / name).write_bytes(_image(b"a.png"))
     where = tmp_path / name if ending == "npz" else tmp_path
-    with pytest.raises(
-        SourceError, match=rf"{tmp_path}: expected file names in UTF-8, found '\\udcff\.{ending}'; re"
-    ):
+    with refused(SourceError, None, tmp_path, "UTF-8", rf"'\udcff.{ending}'"):
         open_source(str(where), label_column="l")
 
 
@@ -123,7 +133,7 @@ def test_a_pipe_is_no_source(tmp_path: Path, name: str) -> None:
     """Opening one waits for somebody who writes to it."""
     os.mkfifo(tmp_path / name)
     for where in (tmp_path, tmp_path / name):
-        with pytest.raises(SourceError):
+        with refused(SourceError, None, tmp_path):
             open_source(str(where))
 
 
@@ -153,7 +163,8 @@ def test_a_parquet_file_with_wrong_bytes(tmp_path: Path, position: int) -> None:
 def test_a_parquet_file_that_claims_more_rows_than_it_has_bytes(tmp_path: Path) -> None:
     table = pa.table({"image": pa.nulls(10**6, pa.binary())})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"\d+ bytes that claim 1000000 rows"):
+    size = (tmp_path / "x.parquet").stat().st_size
+    with refused(SourceError, None, tmp_path / "x.parquet", size, 10**6):
         open_source(str(tmp_path / "x.parquet"))
 
 
@@ -169,13 +180,13 @@ def test_a_parquet_file_whose_row_groups_have_other_rows(tmp_path: Path) -> None
                 open_source(str(tmp_path / "x.parquet"))
             except SourceError as error:
                 messages.append(str(error).rpartition(": ")[2])
-    assert "50 rows in row groups of 2" in messages
+    assert any({"50", "2"} <= set(message.split()) for message in messages)
 
 
 def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array([_png()]), pa.array([1]), pa.array([2])], ["image", "label", "label"])
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"x\.parquet: expected a Parquet file"):
+    with refused(SourceError, None, tmp_path / "x.parquet", " Parquet "):
         open_source(str(tmp_path / "x.parquet"))
 
 
@@ -192,7 +203,7 @@ def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
 def test_an_npz_with_a_header_that_is_no_literal(tmp_path: Path, header: bytes) -> None:
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
-    with pytest.raises(SourceError, match=r"expected an \.npz archive"):
+    with refused(SourceError, None, tmp_path / "x.npz", " .npz "):
         open_source(str(tmp_path / "x.npz"))
 
 
@@ -208,7 +219,7 @@ def test_members_of_an_npz_that_are_no_arrays_are_left_out(tmp_path: Path) -> No
 def test_members_of_an_npz_unpack_to_gigabytes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "x.npz", *[np.zeros((9, 100, 100), np.uint8)] * 5)
     monkeypatch.setattr("datamerge.sources.unpack.MAX_UNPACKED", 10**5)
-    with pytest.raises(SourceError, match="decompression bomb"):
+    with refused(SourceError, None, tmp_path / "x.npz", 5 * (128 + 9 * 100 * 100)):
         open_source(str(tmp_path / "x.npz"))
 
 
@@ -216,14 +227,14 @@ def test_broken_deflate_within_a_sound_gzip_header(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(bytes(range(256)) * 20))
     data[12:40] = b"\xff" * 28
     (tmp_path / "x-images-idx3-ubyte.gz").write_bytes(data)
-    with pytest.raises(SourceError, match="broken gzip"):
+    with refused(SourceError, None, tmp_path / "x-images-idx3-ubyte.gz", "gzip:"):
         open_source(str(tmp_path / "x-images-idx3-ubyte.gz"))
 
 
 def test_an_earlier_listing_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(_png())
     bomb = gzip.compress(bytes(300 * 2**20), compresslevel=1)
-    with pytest.raises(SourceError, match="decompression bomb"):
+    with refused(SourceError, None, "source.json.gz", len(bomb)):
         open_source(str(tmp_path)).changes(bomb)
 
 
@@ -280,5 +291,5 @@ def test_a_name_with_a_space_gives_keys_that_are_allowed(tmp_path: Path) -> None
 def test_a_tar_that_ends_within_a_label(tmp_path: Path) -> None:
     body = _header(b"a.cls", b"%011o" % 5000) + b"1" * 100
     (tmp_path / "x.tar").write_bytes(body)
-    with pytest.raises(SourceError, match="expected an uncompressed tar"):
+    with refused(SourceError, None, tmp_path / "x.tar", " tar: "):
         open_source(f"{tmp_path}/x.tar")

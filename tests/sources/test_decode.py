@@ -110,12 +110,12 @@ def test_any_target_shape_is_filled_without_distortion(height: int, width: int) 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not an image"),
-        (b"just some text in a file called photo.jpg", "not an image"),
-        (b"\x89PNG\r\n\x1a\n", "not an image|broken image"),
+        (b"", r"\b0\b"),
+        (b"just some text in a file called photo.jpg", r"\b41\b"),
+        (b"\x89PNG\r\n\x1a\n", r"\b8\b|broken"),
         (_encode(_noise(64, 64), "JPEG")[:-800], "truncated"),
-        (_encode(_noise(64, 64), "PNG")[:-3000], "broken image"),
-        (b"GIF89a" + bytes(20), "not an image|broken image"),
+        (_encode(_noise(64, 64), "PNG")[:-3000], "broken"),
+        (b"GIF89a" + bytes(20), r"\b26\b|broken"),
     ],
     ids=["empty", "text", "signature only", "cut JPEG", "cut PNG", "hollow GIF"],
 )
@@ -133,7 +133,7 @@ def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, factor
     data = _encode(_noise(30, 30))
     decode(data, (3, 8, 8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(900 / factor))
-    with pytest.raises(BadImage, match="decompression bomb"):
+    with pytest.raises(BadImage, match="bomb"):
         decode(data, (3, 8, 8))
 
 

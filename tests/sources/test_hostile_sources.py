@@ -15,6 +15,7 @@ from PIL import Image
 
 from datamerge.sources import BadImage, native_shape, open_source
 from storage_schemas import SourceError
+from tests.support.refusals import refused
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:
@@ -40,8 +41,9 @@ def _tar(path: Path, members: dict[str, bytes]) -> str:
 
 def test_postscript_is_no_image() -> None:
     """Pillow would start Ghostscript."""
-    with pytest.raises(BadImage, match="not an image"):
-        native_shape(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n" + b"0" * 200)
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n" + b"0" * 200
+    with pytest.raises(BadImage, match=str(len(data))):
+        native_shape(data)
 
 
 def test_an_archive_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
@@ -52,21 +54,21 @@ def test_an_archive_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
         f.write(_npy_header((300, 1024, 1024)))
         for _ in range(300):
             f.write(bytes(2**20))
-    with pytest.raises(SourceError, match="decompression bomb"):
+    with refused(SourceError, None, tmp_path / "x.npz", len(_npy_header((300, 1024, 1024))) + 300 * 2**20):
         open_source(str(tmp_path / "x.npz"))
 
 
 def test_an_archive_that_declares_terabytes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("images.npy", _npy_header((10**9, 100, 100)))
-    with pytest.raises(SourceError, match=r"expected an \.npz archive"):
+    with refused(SourceError, None, tmp_path / "x.npz", " .npz "):
         open_source(str(tmp_path / "x.npz"))
 
 
 def test_an_array_under_the_name_of_an_archive(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, np.zeros((2, 4, 4), np.uint8))
-    with pytest.raises(SourceError, match=r"expected an \.npz archive"):
+    with refused(SourceError, None, tmp_path / "x.npz", " .npz "):
         open_source(str(tmp_path / "x.npz"))
 
 
@@ -75,19 +77,19 @@ def test_a_gzip_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
         file.write(b"\0\0\x08\x03" + struct.pack(">III", 300, 1024, 1024))
         for _ in range(300):
             file.write(bytes(2**20))
-    with pytest.raises(SourceError, match="decompression bomb"):
+    with refused(SourceError, None, tmp_path / "x-images-idx3-ubyte.gz", 2**28 + 1):
         open_source(str(tmp_path / "x-images-idx3-ubyte.gz"))
 
 
 def test_negative_sizes(tmp_path: Path) -> None:
     (tmp_path / "x-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03" + struct.pack(">iii", -1, -1, 4) + b"1234")
-    with pytest.raises(SourceError, match="expected an IDX file"):
+    with refused(SourceError, None, tmp_path / "x-images-idx3-ubyte", " IDX ", 20):
         open_source(str(tmp_path / "x-images-idx3-ubyte"))
 
 
 @pytest.mark.parametrize("text", [b'{"l":' + b"[" * 100_000, b"9" * 5000])
 def test_json_beside_an_image_that_is_none(tmp_path: Path, text: bytes) -> None:
-    with pytest.raises(SourceError, match="expected a member or JSON field 'l'"):
+    with refused(SourceError, None, "t.tar#a", "'l'"):
         open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.json": text}), label_column="l")
 
 
@@ -106,12 +108,12 @@ def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "t.tar").write_bytes(bytes(header) + b"1" * 512 + bytes(1024))
-    with pytest.raises(SourceError, match=r"'a\.cls' is sparse; make the tar without --sparse"):
+    with refused(SourceError, None, tmp_path / "t.tar", "'a.cls'", "--sparse"):
         open_source(str(tmp_path / "t.tar"))
 
 
 @pytest.mark.parametrize("earlier", [b"[" * 50_000, b"[1]", b'{"x.png": 5}', b"{"])
 def test_an_earlier_listing_that_is_none(tmp_path: Path, earlier: bytes) -> None:
     source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png()}))
-    with pytest.raises(SourceError, match="expected the listing"):
+    with refused(SourceError, None, "source.json.gz"):
         source.changes(gzip.compress(earlier))

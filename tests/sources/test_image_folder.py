@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from datamerge.sources import open_source
 from datamerge.sources.sample import make_keys
 from storage_schemas import SourceError
+from tests.support.refusals import refused
 
 KEY = re.compile(r"[A-Za-z0-9_\-]+")
 
@@ -70,7 +71,7 @@ def test_the_reader_gives_the_files_bytes(tmp_path: Path) -> None:
         assert reader.read(sample) == (tmp_path / sample.name).read_bytes()
         assert KEY.fullmatch(sample.key)
     (tmp_path / source.samples[0].name).unlink()
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(FileNotFoundError):
         reader.read(source.samples[0])
 
 
@@ -148,9 +149,8 @@ def test_places_without_images(tmp_path: Path, kind: str) -> None:
     if kind == "image file":
         place = tmp_path / "x.png"
         place.write_bytes(b"png")
-    with pytest.raises(SourceError, match=re.escape(str(place))) as caught:
+    with refused(SourceError, None, place):
         open_source(place)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from datamerge.sources import BadImage, open_source
 from datamerge.sources.parquet import ParquetReader
 from storage_schemas import SourceError
+from tests.support.refusals import refused
 
 
 def _bytes(number: int) -> bytes:
@@ -101,7 +101,7 @@ def test_text_labels_are_numbered_alphabetically_over_all_files(tmp_path: Path, 
 def test_columns_can_be_chosen(tmp_path: Path) -> None:
     table = pa.table({"image": [b"i"], "mask": [b"m"], "label": [1], "style": [2]})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"found \['image', 'mask'\].*`image_column`"):
+    with refused(SourceError, None, ["image", "mask"], "`image_column`"):
         open_source(tmp_path)
     source = open_source(tmp_path, image_column="mask", label_column="style")
     assert source.reader.read(source.samples[0]) == b"m"
@@ -109,45 +109,47 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"image_column": "picture"}, "the image column 'picture', found ['image']"),
-        ({"image_column": "label"}, "the image column 'label', found ['image']"),
-        ({"label_column": "class"}, "a label column 'class', found ['image', 'label']"),
+        ({"image_column": "picture"}, ("'picture'", ["image"])),
+        ({"image_column": "label"}, ("'label'", ["image"])),
+        ({"label_column": "class"}, ("'class'", ["image", "label"])),
     ],
 )
-def test_missing_columns_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_missing_columns_are_named(tmp_path: Path, options: dict[str, Any], facts: tuple[object, ...]) -> None:
     _hugging_face(tmp_path / "x.parquet", range(2))
-    with pytest.raises(SourceError, match=re.escape(message)) as caught:
+    with refused(SourceError, None, tmp_path / "x.parquet", *facts):
         open_source(tmp_path, **options)
-    assert str(tmp_path / "x.parquet") in str(caught.value)
 
 
 def test_no_image_column_at_all(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://x"], "label": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"one image column, found \['url', 'label'\]"):
+    with refused(SourceError, None, tmp_path / "x.parquet", ["url", "label"]):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("labels", [[[1, 2], [3]], [0.5, 1.0], [{"x": 1}, {"x": 2}]], ids=["list", "float", "struct"])
-def test_labels_that_are_no_class_index_are_refused_when_asked_for(tmp_path: Path, labels: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([[1, 2], [3]], "list"), ([0.5, 1.0], "double"), ([{"x": 1}, {"x": 2}], "struct")]
+)
+def test_labels_that_are_no_class_index_are_refused_when_asked_for(
+    tmp_path: Path, labels: list[Any], kind: str
+) -> None:
     """Cutting 0.5 down to class 0 would be silent; a list has no int()."""
     pq.write_table(pa.table({"image": [b"x", b"y"], "label": pa.array(labels)}), tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match="label"):
+    with refused(SourceError, None, tmp_path / "x.parquet", "'label'", kind):
         open_source(tmp_path, label_column="label")
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1 not really", b"text"])
 def test_a_file_that_is_not_parquet(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.parquet").write_bytes(data)
-    with pytest.raises(SourceError, match=r"x\.parquet: expected a Parquet file") as caught:
+    with refused(SourceError, None, tmp_path / "x.parquet", " Parquet "):
         open_source(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 def test_empty_tables(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "x.parquet", range(0))
-    with pytest.raises(SourceError):
+    with refused(SourceError, None, tmp_path / "x.parquet", ["image", "label"]):
         open_source(tmp_path)
 
 
@@ -158,9 +160,9 @@ def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": image}), tmp_path / "x.parquet")
     source = open_source(tmp_path)
     assert source.reader.read(source.samples[0]) == b"ok"
-    for sample in source.samples[1:]:
-        with pytest.raises(BadImage, match=r"of x\.parquet: the image column holds no bytes"):
-            source.reader.read(sample)
+    for row in (1, 2):
+        with pytest.raises(BadImage, match=rf"row {row} of x\.parquet"):
+            source.reader.read(source.samples[row])
 
 
 def test_a_row_beyond_the_end(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError
 from storage_schemas.access import location
 from storage_schemas.access.retries import ATTEMPTS
+from tests.support.refusals import refused
 from tests.support.servers import WebHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -165,48 +166,45 @@ def test_a_store_that_stays_away_is_one_line(files: Any, quick: list[float], nam
             lambda: source.reader.read(source.samples[-1]),
             lambda: open_source(f"{files.url}/{name}?q=SECRET"),
         ):
-            with pytest.raises(kind, match=str(status)) as caught:
+            with refused(kind, None, status) as caught:
                 action()
             messages.append(str(caught.value))
     assert len(quick) >= ATTEMPTS - 1
     for message in messages:
         assert message.startswith(files.url)
         assert "SECRET" not in message
-        assert "\n" not in message
 
 
 def test_a_file_that_is_missing(files: Any) -> None:
-    for name in ("no.tar", "all.tar{,.tar}", "no-*.tar", "no.parquet"):
-        with pytest.raises(SourceError, match=r"expected .* found nothing there") as caught:
+    names = {"no.tar": "no.tar", "all.tar{,.tar}": "all.tar.tar", "no-*.tar": "no-*.tar", "no.parquet": "no.parquet"}
+    for name, shown in names.items():
+        with refused(SourceError, None, f"{files.url}/{shown}: ") as caught:
             open_source(f"{files.url}/{name}{SIGNATURE}")
         assert "SECRET" not in str(caught.value)
 
 
 def test_a_server_that_is_gone_is_not_a_missing_file(quick: list[float]) -> None:
     for name in ("x.tar", "x.parquet", "x-*.tar"):
-        with pytest.raises(DatamergeError, match=r"127\.0\.0\.1:9.* Cannot connect"):
+        with refused(DatamergeError, None, "http://127.0.0.1:9", "ClientConnectorError"):
             open_source(f"http://127.0.0.1:9/{name}")
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x-{0..3}.tar", "*.tar", "x.parquet", "x.npz", "images"])
-@pytest.mark.parametrize(
-    ("scheme", "message"), [("foo", "not a path or URL that fsspec knows"), ("gs", r"pip install 'datamerge\[gcs\]'")]
-)
-def test_a_scheme_without_a_driver(scheme: str, message: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "fact"), [("foo", "fsspec"), ("gs", "pip install 'datamerge[gcs]'")])
+def test_a_scheme_without_a_driver(scheme: str, fact: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(UserError, None, f"{scheme}://", fact) as caught:
         open_source(f"{scheme}://user:SECRET@bucket/{name}")
     assert "SECRET" not in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_tars_of_several_buckets() -> None:
-    with pytest.raises(SourceError, match="expected tars of one host or bucket"):
+    with refused(SourceError, None, "s3://{a,b}/x.tar"):
         open_source("s3://{a,b}/x.tar")
 
 
 def test_a_web_folder(files: Any) -> None:
-    with pytest.raises(SourceError, match="web servers list no folders"):
+    with refused(SourceError, None, files.url, ".parquet", ".tar", ".npz", "IDX"):
         open_source(f"{files.url}/{SIGNATURE}")
 
 
@@ -218,7 +216,7 @@ def test_a_server_without_ranges_sends_small_files_only(
     files.ranges = False
     _check(open_source(f"{files.url}/{name}"))
     monkeypatch.setattr(location, "BLOCK", 1000)
-    with pytest.raises(UserError, match=r"byte ranges.*copy the file"):
+    with refused(UserError, None, f"{files.url}/{name}", "ranges"):
         _check(open_source(f"{files.url}/{name}"))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, open_source
 from storage_schemas import Location, SourceError
+from tests.support.refusals import refused
 
 
 def _pixels(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -93,7 +94,7 @@ def test_labels_and_groups_from_json_and_members(tmp_path: Path) -> None:
     source = open_source(tmp_path, label_column="label", group_column="site")
     assert [(s.label, s.group) for s in source.samples] == [(0, "s0"), (1, "s0"), (0, "s1"), (1, "s1")]
     assert [s.group for s in open_source(tmp_path, group_column="camera").samples] == ["c0", "c1", "c0", "c1"]
-    with pytest.raises(SourceError, match="JSON field 'colour' with the label"):
+    with refused(SourceError, None, "x.tar#000", "'colour'"):
         open_source(tmp_path, label_column="colour")
 
 
@@ -108,30 +109,29 @@ def test_text_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "facts"),
     [
-        ("none-{0..1}.tar", "found nothing there"),
-        ("no-*.tar", "found nothing there"),
-        ("bad.tar", "uncompressed tar"),
+        ("none-{0..1}.tar", ["none-0.tar"]),
+        ("no-*.tar", ["no-*.tar"]),
+        ("bad.tar", ["bad.tar", " tar: ", "header"]),
     ],
 )
-def test_what_is_no_tar(tmp_path: Path, name: str, message: str) -> None:
+def test_what_is_no_tar(tmp_path: Path, name: str, facts: list[str]) -> None:
     (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
-    with pytest.raises(SourceError, match=message) as caught:
+    with refused(SourceError, None, tmp_path, *facts):
         open_source(f"{tmp_path}/{name}")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_tar_without_images(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    with pytest.raises(SourceError, match="found none in them"):
+    with refused(SourceError, None, "tars", ".jpg .jpeg .png .webp"):
         open_source(tmp_path)
 
 
 def test_a_command_is_refused_and_its_secret_not_shown(tmp_path: Path) -> None:
     """Earlier releases ran it."""
-    with pytest.raises(SourceError, match="path or URL") as caught:
+    with refused(SourceError, None, "pipe:") as caught:
         open_source(f"pipe:touch {tmp_path}/trace; curl https://me:hunter2@host/x.tar?sig=SECRET")
     assert not list(tmp_path.iterdir())
     assert "SECRET" not in str(caught.value)
@@ -143,7 +143,7 @@ def test_a_tar_that_was_cut_since(tars: Path) -> None:
     source = open_source(tars)
     path = tars / "train-02.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises((BadImage, OSError), match="cut short"):
+    with pytest.raises((BadImage, OSError), match=r"train-02\.tar.* 0\b"):
         source.reader.read(source.samples[-1])
 
 

@@ -110,11 +110,11 @@ def test_export(tmp_path: Path) -> None:
     [
         (("convert", "{a}", "{none}/x/y", "--format", "hdf5"), 2, "hdf5"),
         (("convert", "{none}", "{new}"), 2, "manifest.json"),
-        (("convert", "{a}", "{file}"), 2, "found 'file'"),
+        (("convert", "{a}", "{file}"), 2, "'file'"),
         (("convert", "{a}", "{full}"), 2, "thesis.tex"),
         (("convert", "{a}", "nosuch://x"), 2, "nosuch"),
-        (("combine", "{a}", "{new}"), 2, "two or more"),
-        (("combine", "{a}", "{a}", "{new}"), 2, "twice"),
+        (("combine", "{a}", "{new}"), 2, "error: artifacts: "),
+        (("combine", "{a}", "{a}", "{new}"), 2, "`seed`"),
         (("combine", "{a}"), 2, "OUTPUT"),
         (("diff", "{a}", "{none}"), 2, "manifest.json"),
         (("diff", "{a}", "{a}", "--tolerance", "-1"), 2, "tolerance"),
@@ -152,7 +152,6 @@ def test_interrupted_and_run_again(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert "run the same command again" in said
     assert "Traceback" not in said
     assert 3 <= len(list((b / "commits").glob("0*.json"))) < len(keys)
     assert subprocess.run(command, capture_output=True).returncode == 0
@@ -183,11 +182,11 @@ def test_remerge_takes_the_first_members_and_refuses_what_is_not_there(tmp_path:
     for record, group in zip(open_artifact(target), members, strict=True):
         np.testing.assert_array_equal(record.arrays["sum"], group[:3].sum(axis=0, dtype=int))
         assert record.arrays["factors"].shape == (1, *SHAPE)
-    for arguments, message in (
-        ([source, target, "--members", "2"], "already holds an artifact made from other settings"),
-        ([source, str(tmp_path / "c"), "--members", "5"], "error: --members: expected at most the 4 that"),
-        ([target, str(tmp_path / "c")], "expected stored members, found none"),
+    for arguments, facts in (
+        ([source, target, "--members", "2"], [f"error: {target} ", " there, "]),
+        ([source, str(tmp_path / "c"), "--members", "5"], ["error: --members: ", " 4 ", " 5"]),
+        ([target, str(tmp_path / "c")], [f"error: {target}: ", "--keep-members"]),
     ):
         wrong = run_command("remerge", *arguments)
         assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
-        assert message in wrong.stderr
+        assert [fact for fact in facts if fact not in wrong.stderr] == []
