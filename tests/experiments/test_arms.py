@@ -93,4 +93,5 @@ def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     settings.write_text(SETTINGS.replace("learning_rate = 1e-3", "learning_rate = 2e-3"))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
-    assert "found those of another run" in result.output
+    for fact in (work, '"learning_rate": 0.001', '"learning_rate": 0.002', "--work"):
+        assert str(fact) in result.output

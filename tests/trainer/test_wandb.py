@@ -81,7 +81,7 @@ def test_the_run_goes_on_without_it(
 
     monkeypatch.setattr(wandb.Run, "log", lost)
     train(_config(make_artifact(), tmp_path / "run"))
-    assert capsys.readouterr().err.count("Connection lost") == 1
+    assert capsys.readouterr().err.count("W&B failed (Connection lost)") == 1
     assert (tmp_path / "run/run.json").exists()
 
 
