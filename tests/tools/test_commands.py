@@ -114,7 +114,7 @@ def test_export(tmp_path: Path) -> None:
         (("convert", "{a}", "{full}"), 2, "thesis.tex"),
         (("convert", "{a}", "nosuch://x"), 2, "nosuch"),
         (("combine", "{a}", "{new}"), 2, "error: artifacts: "),
-        (("combine", "{a}", "{a}", "{new}"), 2, "`seed`"),
+        (("combine", "{a}", "{a}", "{new}"), 2, "seed"),
         (("combine", "{a}"), 2, "OUTPUT"),
         (("diff", "{a}", "{none}"), 2, "manifest.json"),
         (("diff", "{a}", "{a}", "--tolerance", "-1"), 2, "tolerance"),
