@@ -191,7 +191,9 @@ class TrainConfig(Settings):
     def _consistent(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
             found = "none" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs}"
-            raise ValueError(f"steps: expected either this or epochs, found {found}; set `steps` or `epochs`")
+            raise ValueError(
+                f"steps: expected a length in either steps or epochs, found {found}; set `steps` or `epochs`"
+            )
         self._check_arm(ARMS[self.arm])
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
