@@ -1,9 +1,10 @@
 """Encoders that take [0, 1] pixels, by spec, and class heads behind them."""
 
+from datamerge.encoders.checkpoints import save_encoder, weights_sha256
 from datamerge.encoders.device import pick_device
-from datamerge.encoders.encoder import Encoder, load_encoder, save_encoder, weights_sha256
+from datamerge.encoders.encoder import Encoder, load_encoder
 from datamerge.encoders.heads import Head, head_from_arrays, load_head
-from datamerge.encoders.specs import at_home, parse_spec, refusals_about, with_checkpoint
+from datamerge.encoders.specs import at_home, parse_spec, refusals_about, with_checkpoint, with_image_size
 
 __all__ = [
     "Encoder",
@@ -18,4 +19,5 @@ __all__ = [
     "save_encoder",
     "weights_sha256",
     "with_checkpoint",
+    "with_image_size",
 ]

@@ -18,8 +18,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from datamerge.encoders.encoder import downloading, known_open_clip, read_state_dict, seeded, timm_name
+from datamerge.encoders.building import downloading, seeded
+from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.open_clip_models import known_open_clip
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
+from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.artifact import parse_head

@@ -1,66 +1,143 @@
 """Encoder specs: one string that says which network and which weights.
 
-    open_clip:MODEL/PRETRAINED     open_clip:ViT-L-14/openai       weights open_clip knows by that tag
-    open_clip:MODEL@CHECKPOINT     open_clip:ViT-B-32@tuned.safetensors
-    timm:MODEL/PRETRAINED          timm:resnet50/a1_in1k           weights timm knows by that tag
-    timm:MODEL@CHECKPOINT
+    open_clip:MODEL/TAG            open_clip:ViT-L-14/openai       weights open_clip knows by that tag
+    open_clip:hf-hub:ORG/NAME      open_clip:hf-hub:chs20/fare2-clip
+    open_clip:local-dir:FOLDER     a folder with open_clip_config.json and weights
+    timm:MODEL/TAG                 timm:resnet50/a1_in1k           weights timm knows by that tag
+    timm:hf-hub:ORG/NAME           (also timm:local-dir:FOLDER)
+    hf:FOLDER, hf:ORG/NAME         vision model of Hugging Face transformers, in a folder or on the hub
     mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
     python:MODULE:FACTORY          python:my_models:encoder        your own function that returns a module
 
-Any spec without PRETRAINED or CHECKPOINT has random weights, the same on every machine.
+Behind any of them `@FILE` takes the weights from a file: `open_clip:ViT-L-14/openai@tuned.pt` is that network, with
+the preprocessing and the text tower of that tag. `@REVISION` is a revision of the hub, for hf: and timm:hf-hub:.
+`,image_size=336` in front of `@` sets the input's side in pixels.
+
+A spec that names no weights has random ones, the same on every machine.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage_schemas import ConfigError
 
-KINDS = ("open_clip", "timm", "mlp", "python")
-EXAMPLES = "open_clip:ViT-B-32/openai, timm:resnet50@weights.pt, mlp:1x28x28-512-10 or python:module:factory"
+KINDS = ("open_clip", "timm", "hf", "mlp", "python")
+EXAMPLES = (
+    "open_clip:ViT-B-32/openai, timm:resnet50@weights.pt, hf:openai/clip-vit-base-patch32, mlp:1x28x28-512-10 or "
+    "python:module:factory"
+)
+HUB, LOCAL = "hf-hub:", "local-dir:"
+# A file of weights is told from a revision of a hub by these.
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".index.json")
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderSpec:
-    """A parsed spec; `pretrained` and `checkpoint` exclude each other."""
+    """A parsed spec.
+
+    Attributes:
+        kind: one of `KINDS`.
+        model: architecture, or where a whole model is: `hf-hub:ORG/NAME`, `local-dir:/FOLDER`, for hf a folder or
+            ORG/NAME.
+        pretrained: the library's tag of the weights, whose preprocessing and text tower belong to it too.
+        revision: of the hub.
+        image_size: side of the input in pixels; the model's own if None.
+        checkpoint: absolute path of a file of weights that replace those of the tag.
+    """
 
     kind: str
     model: str
-    pretrained: str | None
-    checkpoint: str | None
+    pretrained: str | None = None
+    revision: str | None = None
+    image_size: int | None = None
+    checkpoint: str | None = None
 
     def __str__(self) -> str:
         tag = f"/{self.pretrained}" if self.pretrained else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        size = f",image_size={self.image_size}" if self.image_size else ""
         checkpoint = f"@{self.checkpoint}" if self.checkpoint else ""
-        return f"{self.kind}:{self.model}{tag}{checkpoint}"
+        return f"{self.kind}:{self.model}{tag}{revision}{size}{checkpoint}"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model's name alone says which weights: a hub's, a folder's, or a function's."""
+        return self.kind in ("hf", "python") or self.model.startswith((HUB, LOCAL))
+
+    @property
+    def named(self) -> str:
+        """Kind and model: the network without its weights."""
+        return f"{self.kind}:{self.model}"
 
 
 def parse_spec(text: str) -> EncoderSpec:
     """Parse an encoder spec.
 
     Raises:
-        ConfigError: not of one of the forms above, or a checkpoint that does not exist.
+        ConfigError: not of one of the forms above, or a file that does not exist.
     """
+    spec = _split(text)
+    if spec.checkpoint is not None and not Path(spec.checkpoint).is_file():
+        raise ConfigError(f"encoder: expected a weights file at {spec.checkpoint!r} for {text!r}, found none")
+    return spec
+
+
+def _split(text: str) -> EncoderSpec:
+    """As `parse_spec`, for specs whose file may have been moved."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS or not rest:
         raise ConfigError(f"encoder: expected one of {EXAMPLES}, found {text!r}")
-    model, at, checkpoint = rest.partition("@")
-    pretrained = None
-    if kind in ("open_clip", "timm"):
-        model, _, tag = model.partition("/")
-        pretrained = tag if tag not in ("", "random") else None
-    if at and not Path(checkpoint).expanduser().is_file():
-        raise ConfigError(f"encoder: expected a weights file at {checkpoint!r} for {text!r}, found none")
-    if at and pretrained:
-        raise ConfigError(f"encoder: give either /{pretrained} or @{checkpoint}, not both, found {text!r}")
-    if not model:
-        raise ConfigError(f"encoder: the model's name is missing in {text!r}; expected e.g. {EXAMPLES}")
+    name, file = _split_file(kind, rest)
     # Absolute, because specs are recorded in manifests and runs and read back from other folders.
-    absolute = str(Path(checkpoint).expanduser().absolute()) if at else None
-    return EncoderSpec(kind, model, pretrained, absolute)
+    checkpoint = None if file is None else str(Path(file).expanduser().absolute())
+    name, image_size = _split_size(name)
+    if kind == "hf" or name.startswith((HUB, LOCAL)):
+        model, revision = _split_revision(name)
+        spec = EncoderSpec(kind, model, None, revision, image_size, checkpoint)
+    elif kind in ("open_clip", "timm"):
+        model, _, tag = name.partition("/")
+        spec = EncoderSpec(kind, model, tag if tag not in ("", "random") else None, None, image_size, checkpoint)
+    else:
+        spec = EncoderSpec(kind, name, None, None, image_size, checkpoint)
+    if not spec.model or spec.model in (HUB, LOCAL):
+        raise ConfigError(f"encoder: the model's name is missing in {text!r}; expected e.g. {EXAMPLES}")
+    return spec
+
+
+def _split_file(kind: str, rest: str) -> tuple[str, str | None]:
+    """What stands before `@FILE`, and FILE. Folders and revisions may hold an @ of their own."""
+    if kind != "hf" and not rest.startswith((HUB, LOCAL)):
+        name, at, file = rest.partition("@")
+        return name, file if at else None
+    if Path(_split_size(rest)[0].removeprefix(LOCAL)).expanduser().is_dir():
+        return rest, None
+    cuts = [(rest[: at.start()], rest[at.end() :]) for at in re.finditer("@", rest)]
+    files = [(name, file) for name, file in cuts if file.endswith(SUFFIXES)]
+    there = [(name, file) for name, file in cuts if Path(file).expanduser().is_file()]
+    # Recorded paths are absolute; a file that is gone is still told from the name before it.
+    recorded = [(name, file) for name, file in files if file.startswith("/")]
+    return next(iter(there or recorded or files[::-1]), (rest, None))
+
+
+def _split_size(name: str) -> tuple[str, int | None]:
+    found = re.fullmatch(r"(.*),image_size=([1-9][0-9]{0,4})", name, re.DOTALL)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    """A folder as an absolute path; or a name on a hub, and its revision."""
+    schema = next((schema for schema in (HUB, LOCAL) if name.startswith(schema)), "")
+    place = name.removeprefix(schema)
+    folder = Path(place).expanduser()
+    if schema == LOCAL or (not schema and (folder.is_dir() or place.startswith(("/", ".", "~")))):
+        return f"{schema}{folder.absolute()}" if place else name, None
+    place, _, revision = place.partition("@")
+    return f"{schema}{place}", revision or None
 
 
 @contextmanager
@@ -79,12 +156,13 @@ def refusals_about(setting: str) -> Iterator[None]:
 
 
 def with_checkpoint(spec: str, path: str) -> str:
-    """The same network with its weights from `path`."""
-    kind, _, rest = spec.partition(":")
-    model = rest.partition("@")[0]
-    if kind in ("open_clip", "timm"):
-        model = model.partition("/")[0]
-    return f"{kind}:{model}@{path}"
+    """The same network, tag and input size with its weights from `path`."""
+    return str(replace(_split(spec), checkpoint=path))
+
+
+def with_image_size(spec: str, image_size: int | None) -> str:
+    """The same network with an input of so many pixels a side; as it is for None."""
+    return spec if image_size is None else str(replace(parse_spec(spec), image_size=image_size))
 
 
 def at_home(spec: str, folder: Path) -> str:
@@ -92,6 +170,6 @@ def at_home(spec: str, folder: Path) -> str:
 
     Runs get moved and copied, and the path to where one was may lead to another by now.
     """
-    _, at, checkpoint = spec.partition("@")
-    own = folder / Path(checkpoint).name
-    return with_checkpoint(spec, str(own.absolute())) if at and own.is_file() else spec
+    checkpoint = _split(spec).checkpoint
+    own = folder / Path(checkpoint).name if checkpoint else None
+    return with_checkpoint(spec, str(own.absolute())) if own is not None and own.is_file() else spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from datamerge.demo.digits import digit_encoder
 from datamerge.encoders import Encoder, load_encoder, save_encoder, weights_sha256
 from storage_schemas import ConfigError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 SPEC = "mlp:3x4x5-16-6"
@@ -99,7 +101,8 @@ def test_convolutions_run_channels_last_and_nobody_else_can_tell(tmp_path: Path)
     assert loaded.model.get_parameter("2.weight").is_contiguous(memory_format=torch.channels_last)
     assert weights_sha256(plain) == loaded.sha256
     save_encoder(loaded, tmp_path / "w.safetensors")
-    save_file({name: tensor.clone() for name, tensor in plain.state_dict().items()}, tmp_path / "plain.safetensors")
+    metadata = {"preprocessing": json.dumps(loaded.preprocessing.record())}
+    save_file(dict(plain.state_dict()), tmp_path / "plain.safetensors", metadata)
     assert (tmp_path / "w.safetensors").read_bytes() == (tmp_path / "plain.safetensors").read_bytes()
     pixels = torch.rand((3, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(loaded(pixels), plain.eval()(pixels), atol=1e-5, rtol=1e-5)
@@ -206,7 +209,7 @@ def test_tensors_that_cannot_be_copied(tmp_path: Path) -> None:
 def test_normalisation_inside_is_normalisation_outside() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(60, 4))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    encoder = Encoder(network, "x", (3, 4, 5), mean, std, random_weights=True)
+    encoder = Encoder(network, "x", Preprocessing(shape=(3, 4, 5), mean=mean, std=std), random_weights=True)
     outside = torch.stack([(_pixels()[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     torch.testing.assert_close(encoder(_pixels()), network(outside), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(encoder(_pixels()), network(_pixels()))
@@ -251,7 +254,7 @@ def test_networks_that_give_no_embeddings(output: Any, facts: list[str]) -> None
             return output(pixels)
 
     with refused(ConfigError, "encoder", "'python:odd:net'", *facts):
-        Encoder(Odd(), "python:odd:net", (3, 4, 5), [0.0], [1.0], random_weights=False)
+        Encoder(Odd(), "python:odd:net", Preprocessing(shape=(3, 4, 5)), random_weights=False)
 
 
 FACTORIES = """

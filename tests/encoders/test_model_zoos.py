@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datamerge.encoders import load_encoder, load_head, parse_spec, save_encoder
-from datamerge.encoders.encoder import known_open_clip
+from datamerge.encoders.open_clip_models import known_open_clip
 from storage_schemas import ConfigError
 from tests.support.refusals import refused
 

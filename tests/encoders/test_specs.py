@@ -53,13 +53,13 @@ def test_checkpoints(tmp_path: Path, head: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32@w.pt"),
-        ("timm:resnet50/a1_in1k", "timm:resnet50@w.pt"),
+        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32/openai@w.pt"),
+        ("timm:resnet50/a1_in1k,image_size=96", "timm:resnet50/a1_in1k,image_size=96@w.pt"),
         ("timm:resnet50@old/path.pt", "timm:resnet50@w.pt"),
         ("mlp:1x4x4-2", "mlp:1x4x4-2@w.pt"),
     ],
 )
-def test_with_checkpoint_replaces_whatever_weights_there_were(spec: str, expected: str) -> None:
+def test_with_checkpoint_replaces_the_file_and_keeps_the_tag(spec: str, expected: str) -> None:
     assert with_checkpoint(spec, "w.pt") == expected
 
 
@@ -73,9 +73,9 @@ def test_with_checkpoint_replaces_whatever_weights_there_were(spec: str, expecte
         ("timm:", "python:module:factory,"),
         ("timm:/a1", "name"),
         ("OPEN_CLIP:ViT-B-32", "python:module:factory,"),
-        ("timm:resnet50@", " '' "),
-        ("timm:resnet50@nowhere.pt", " 'nowhere.pt' "),
-        ("mlp:1x4x4-2@.", " '.' "),
+        ("timm:resnet50@", f" '{Path.cwd()}' "),
+        ("timm:resnet50@nowhere.pt", f" '{Path.cwd()}/nowhere.pt' "),
+        ("mlp:1x4x4-2@.", f" '{Path.cwd()}' "),
     ],
 )
 def test_bad_specs(text: str, fact: str) -> None:
@@ -83,11 +83,37 @@ def test_bad_specs(text: str, fact: str) -> None:
         parse_spec(text)
 
 
-def test_a_tag_and_a_file_exclude_each_other(tmp_path: Path) -> None:
+def test_a_tag_stays_beside_a_file(tmp_path: Path) -> None:
+    """The tag says which preprocessing and which text tower belong to the weights of the file."""
     path = tmp_path / "w.pt"
     path.touch()
-    with refused(ConfigError, "encoder", "/a1_in1k ", f"@{path}, "):
-        parse_spec(f"timm:resnet50/a1_in1k@{path}")
+    spec = parse_spec(f"timm:resnet50/a1_in1k@{path}")
+    assert (spec.pretrained, spec.checkpoint) == ("a1_in1k", str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "revision", "image_size", "checkpoint"),
+    [
+        ("open_clip:hf-hub:org/name", "hf-hub:org/name", None, None, None),
+        ("open_clip:hf-hub:org/name@/w.pt", "hf-hub:org/name", None, None, "/w.pt"),
+        ("open_clip:local-dir:/a@b/c,image_size=64", "local-dir:/a@b/c", None, 64, None),
+        ("timm:hf-hub:org/name@main", "hf-hub:org/name", "main", None, None),
+        ("hf:org/name", "org/name", None, None, None),
+        ("hf:org/name@v1,image_size=336@/a@b/w.safetensors", "org/name", "v1", 336, "/a@b/w.safetensors"),
+        ("hf:/folder@x/y", "/folder@x/y", None, None, None),
+        ("open_clip:ViT-L-14/openai,image_size=336@/a,b@c/w.pt", "ViT-L-14", None, 336, "/a,b@c/w.pt"),
+    ],
+)
+def test_names_of_hubs_and_folders(
+    text: str, model: str, revision: str | None, image_size: int | None, checkpoint: str | None
+) -> None:
+    """An @ may begin a revision or a file, or belong to a path; what is recorded reads back when the file is gone."""
+    moved = with_checkpoint(text, "/new/w.pt")
+    assert moved == (text.removesuffix(f"@{checkpoint}") if checkpoint else text) + "@/new/w.pt"
+    if checkpoint is None:
+        spec = parse_spec(text)
+        assert (spec.model, spec.revision, spec.image_size, spec.checkpoint) == (model, revision, image_size, None)
+        assert str(spec) == text
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

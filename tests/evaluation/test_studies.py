@@ -197,7 +197,7 @@ def test_text_features_are_made_once(
     import open_clip
 
     name = make_clip().removeprefix("open_clip:")
-    from datamerge.encoders.encoder import seeded
+    from datamerge.encoders.building import seeded
 
     with seeded():
         model = open_clip.create_model(name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from datamerge.encoders import Encoder, load_encoder, save_encoder
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 from trainer import RunSummary, TrainConfig, train
 from trainer.export.command import Target, export, export_encoder
@@ -164,7 +165,7 @@ def test_the_published_shapes_map(model: str) -> None:
     tower = config["vision_cfg"]
     small = {"vision_cfg": {**tower, "layers": 1}, "text_cfg": {**config["text_cfg"], "layers": 1, "vocab_size": 16}}
     visual = open_clip.CLIP(config["embed_dim"], **small, quick_gelu=config.get("quick_gelu", False)).visual
-    encoder = Encoder(visual, f"open_clip:{model}", (3, 224, 224), [0.5] * 3, [0.5] * 3, True)
+    encoder = Encoder(visual, f"open_clip:{model}", Preprocessing(shape=(3, 224, 224), mean=(0.5,), std=(0.5,)), True)
     found = clip_config(encoder)
     assert found["patch_size"] == tower["patch_size"]
     assert found["hidden_act"] == ("quick_gelu" if "quickgelu" in model else "gelu")

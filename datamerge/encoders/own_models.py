@@ -1,0 +1,58 @@
+"""Networks of our own spelling, mlp:CxHxW-…-OUT, and of the user's own code, python:MODULE:FACTORY."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+
+from torch import nn
+
+from datamerge.encoders.building import Built
+from datamerge.encoders.specs import EncoderSpec
+from datamerge.runtime.factories import NoFactory, find_factory
+from storage_schemas import ConfigError, shortened
+from storage_schemas.schema.preprocessing import Preprocessing
+
+# Largest mlp, 8 GB: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+MAX_WEIGHTS = 2**31
+
+
+def build_mlp(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
+    """A ReLU network on flattened pixels."""
+    text = spec.model
+    match = re.fullmatch(r"(N)x(N)x(N)((?:-N){1,999})".replace("N", "[1-9][0-9]{0,9}"), text)
+    if not match:
+        raise ConfigError(
+            f"encoder: expected mlp:CxHxW-HIDDEN-…-OUT, e.g. mlp:1x28x28-512-10, found {shortened(f'mlp:{text}')}"
+        )
+    shape = (int(match[1]), int(match[2]), int(match[3]))
+    widths = [math.prod(shape), *(int(width) for width in match[4][1:].split("-"))]
+    weights = sum((before + 1) * after for before, after in pairwise(widths))
+    if weights > MAX_WEIGHTS:
+        raise ConfigError(
+            f"encoder: expected at most {MAX_WEIGHTS} weights, found {weights} in {shortened(f'mlp:{text}')}; "
+            "choose smaller layers"
+        )
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    own = Preprocessing(shape=shape, mean=(0.5,), std=(0.5,))
+    return Built(nn.Sequential(*layers[:-1]), recorded or own, spec)
+
+
+def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
+    """What a function of the user's returns."""
+    try:
+        factory = find_factory(spec.model)
+    except NoFactory as error:
+        raise ConfigError(f"encoder: {error} ('{spec}')") from None
+    model = factory()
+    shape = getattr(model, "input_shape", None)
+    if not isinstance(model, nn.Module) or shape is None or len(shape) != 3:
+        raise ConfigError(
+            f"encoder: expected a torch.nn.Module on [0, 1] pixels with an attribute input_shape = (C, H, W) from "
+            f"'{spec}', found {type(model).__name__} with input_shape {shape}"
+        )
+    own = Preprocessing(shape=(int(shape[0]), int(shape[1]), int(shape[2])), mean=(0.0,), std=(1.0,))
+    return Built(model, recorded or own, spec)
