@@ -21,12 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys, to_indices
+from datamerge.sources.labels import Labels, NoClass, choose_column, label_columns, read_labels, wanted_column
+from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
 from datamerge.sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
 IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
+NAME_ARRAYS = ("class_names", "classes", "label_names", "names")
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
 _BROKEN_NPZ = (
@@ -93,8 +95,8 @@ def open_arrays(location: Location, file: str, columns: Columns) -> Source:
         data = location.read(beside)
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
-    label_name = columns.label or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
-    labels, names = to_indices(_values(arrays, label_name, len(images), where))
+    label_name = _label_array(arrays, column, columns, len(images), where)
+    (labels, names), unlabelled = _labels(arrays, label_name, columns, len(images), where)
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     samples = [
@@ -102,7 +104,7 @@ def open_arrays(location: Location, file: str, columns: Columns) -> Source:
         for index, group in enumerate(groups)
     ]
     identity = fingerprint([column, label_name, columns.group, listing])
-    return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing)
+    return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing, None, unlabelled)
 
 
 def _facts(data: bytes) -> list[Any]:
