@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamerge.encoders import Encoder, at_home, load_encoder
+from datamerge.encoders import Encoder, at_home, load_encoder, with_image_size
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import SUMMARY, read_summary
 
@@ -34,13 +34,25 @@ class ResolvedEncoder:
         return facts
 
 
-def resolve(text: str) -> ResolvedEncoder:
+def resolve(text: str, image_size: int | None = None) -> ResolvedEncoder:
     """Load the encoder that a spec or the folder of a training run names.
 
+    Args:
+        text: the spec or the folder.
+        image_size: side of the input in pixels, instead of its own.
+
     Raises:
-        ConfigError: neither a spec nor the folder of a finished run, or weights that are not those of the run.
+        ConfigError: neither a spec nor the folder of a finished run, weights that are not those of the run, or a run
+            at another size than its own.
     """
     spec, run = encoder_spec(text)
+    resized = with_image_size(spec, image_size)
+    if run is not None and resized != spec:
+        raise ConfigError(
+            f"image_size: expected the size that {text} was trained at, found {image_size}; name its encoder by its "
+            "spec to run it at another"
+        )
+    spec = resized
     encoder = load_encoder(spec)
     if run is not None and run["encoder_sha256"] != encoder.sha256:
         raise ConfigError(
