@@ -16,10 +16,11 @@ from torch import Tensor
 
 from datamerge.attacks import check_masking
 from datamerge.encoders import Head, head_from_arrays, parse_spec, pick_device
+from datamerge.encoders.classes import read_names
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.config import ZeroShotConfig
 from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
-from datamerge.evaluation.labels import classify, head_sha256, make_heads, read_names
+from datamerge.evaluation.labels import classify, head_sha256, make_heads
 from datamerge.evaluation.measures import TOP_1, TOP_5, Classifier, LabelledBatch, Measured, classifications
 from datamerge.evaluation.results import ArmResult, rate_score
 from datamerge.evaluation.runs import read_run

@@ -105,10 +105,10 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
         return ([None] * len(names), []), why
     try:
         labels, classes = read_labels(
-            table.values(column, names), f"{table.where}, {column}", row=lambda index: table.line(names[index])
+            table.values(column, names), f"{table.where}, {column!r}", row=lambda index: table.line(names[index])
         )
     except NoClass as error:
-        raise SourceError(f"{table.where}, {column}: expected whole numbers or names, found {error}") from None
+        raise SourceError(f"{table.where}, {column!r}: expected whole numbers or names, found {error}") from None
     warn_of_twins(classes, table.where)
     return (labels, classes), ""
 

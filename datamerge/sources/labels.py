@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from datamerge.runtime.class_names import plain_name
 from datamerge.runtime.messages import say, warn
 from storage_schemas import SourceError, shortened
 
@@ -104,7 +105,9 @@ def read_labels(
         _check_range(numbers, first, where, row)
         indices = {key: value for key, value in numbers.items() if value >= 0}
         if names and max(indices.values(), default=0) >= len(names):
-            warn(f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names; they are left out")
+            warn(
+                f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names; they are left out"
+            )
             names = []
     labels = [indices.get(key) for key in keys]
     _say_missing(keys, labels, where, first, row)
@@ -123,8 +126,8 @@ def _meant(
                 meanings[key] = key if folders else key.strip() or None
         except NotWhole as error:
             raise SourceError(
-                f"{where}: expected whole numbers or names as labels, found {error} ({row(position)}); correct it, or "
-                f"use `label_column={NONE!r}`"
+                f"{where}: expected whole numbers or names as labels, found {error} ({row(position)}); correct it, "
+                f"or use `label_column={NONE!r}`"
             ) from None
         except NoClass as error:
             raise NoClass(f"{error} ({row(position)})") from None
@@ -136,7 +139,11 @@ def _meant(
 
 
 def _all_names(
-    numbers: Mapping[Any, int], texts: Mapping[Any, str], first: Mapping[Any, int], where: str, row: Callable[[int], str]
+    numbers: Mapping[Any, int],
+    texts: Mapping[Any, str],
+    first: Mapping[Any, int],
+    where: str,
+    row: Callable[[int], str],
 ) -> dict[Any, str]:
     """Numbers as names, too, where most are names: letters and digits, say.
 
@@ -193,7 +200,7 @@ def _of_several(values: Sequence[Any]) -> Meaning:
     if len(values) < 2:
         return meaning(values[0]) if values else None
     if not all(isinstance(value, Real) and value in (0, 1) for value in values) or sum(values) > 1:
-        raise NoClass(f"{len(values)} values, {shortened(str(list(values)))}")
+        raise NoClass(f"{len(values)} values, {shortened(list(values))}")
     return OneHot(len(values), next((index for index, value in enumerate(values) if value), None))
 
 
@@ -246,11 +253,6 @@ def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Seq
     if any(plain_name(text) not in index for text in texts.values()):
         return numbers, texts
     return {**numbers, **{key: index[plain_name(text)] for key, text in texts.items()}}, {}
-
-
-def plain_name(name: str) -> str:
-    """A class name without what people and file systems change: Unicode's form, case, `_` and spaces."""
-    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
 
 
 def _alphabetical(texts: Mapping[Any, str]) -> tuple[dict[Any, int], list[str]]:

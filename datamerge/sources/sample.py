@@ -114,6 +114,13 @@ class Source:
         """The first `limit` samples."""
         return self if limit is None else replace(self, samples=self.samples[:limit])
 
+    def relabelled(self, rows: Mapping[int, int], names: Sequence[str]) -> Source:
+        """The same samples with other numbers for their labels, whose names are `names`."""
+        samples = [
+            sample if sample.label is None else replace(sample, label=rows[sample.label]) for sample in self.samples
+        ]
+        return replace(self, samples=samples, class_names=names)
+
     def listing_bytes(self) -> bytes:
         """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
         return gzip.compress(json.dumps(dict(self.listing), sort_keys=True).encode(), mtime=0)
