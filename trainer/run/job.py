@@ -183,6 +183,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
             **free_of_place(resolved),
             "plan_sha256": artifact.manifest.plan_sha256,
             "encoder_sha256": encoder.sha256,
+            "preprocessing": encoder.preprocessing.record(),
             "head_sha256": None if head is None else weights_sha256(head),
         },
         refinement=found.refinement,
@@ -278,6 +279,7 @@ def _resolved(
             "artifact": artifact.location.root if artifact.location.is_local else artifact.location.url,
             "loss": loss,
             "encoder": encoder.spec,
+            "image_size": None,  # stands in the spec
             "head": None if head is None else config.head or ARTIFACT_HEAD,
             "steps": steps,
             "epochs": None,
