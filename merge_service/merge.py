@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from datamerge.encoders import Head, load_head, pick_device, refusals_about
+from datamerge.encoders.runs import ResolvedEncoder, resolve
 from datamerge.runtime import Progress, read_lines
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
@@ -15,7 +16,6 @@ from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.encoder_spec import ResolvedEncoder, resolve
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_shape
