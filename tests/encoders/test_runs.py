@@ -60,10 +60,10 @@ def _change(folder: Path, **values: object) -> None:
 
 
 def test_a_moved_run_is_loaded_from_where_it_is(trained: Path, tmp_path: Path) -> None:
-    moved = shutil.move(trained, tmp_path / "elsewhere")
+    moved = trained.rename(tmp_path / "elsewhere")
     found = resolve(str(moved))
     assert found.encoder.spec == f"{MLP}@{moved}/encoder.safetensors"
-    assert found.encoder.preprocessing == read_summary(Path(moved)).preprocessing
+    assert found.encoder.preprocessing == read_summary(moved).preprocessing
     assert found.run is not None
     assert found.run["url"] == str(moved)
 
@@ -110,7 +110,7 @@ def test_an_older_run_gets_the_tag_back(tmp_path: Path, capsys: pytest.CaptureFi
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{tmp_path}/{number}/encoder.safetensors" in line
         assert TAG in line
-    moved = shutil.move(tmp_path / "2", tmp_path / "elsewhere")
+    moved = (tmp_path / "2").rename(tmp_path / "elsewhere")
     (moved / "encoder.safetensors").touch()
     assert encoder_spec(str(moved))[0] == f"{TAG}@{moved}/encoder.safetensors"
 
