@@ -77,8 +77,9 @@ class TrainConfig(Settings):
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
     )
-    encoder: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's")] = Field(
-        default=None, description="Encoder to start from, such as timm:resnet18."
+    encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
+        default=None,
+        description="Encoder to start from, such as timm:resnet18, or the folder of a finished training run.",
     )
     image_size: Annotated[int | None, Option(unset="the model's own")] = Field(
         default=None, ge=1, description="Side of the input of `encoder` in pixels."

@@ -128,6 +128,11 @@ class Preprocessing(BaseModel):
         return cls.read(record, where)
 
     @property
+    def geometry(self) -> Preprocessing:
+        """The same without the normalisation: what the 8-bit pixels depend on."""
+        return self.model_copy(update={"mean": None, "std": None})
+
+    @property
     def is_complete(self) -> bool:
         """Whether it says how pixels are normalised, too."""
         return self.mean is not None and self.std is not None
