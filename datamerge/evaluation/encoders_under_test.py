@@ -45,7 +45,11 @@ def load_subjects(
     Raises:
         ConfigError: encoders that take other pixels, or have other embeddings than their reference.
     """
-    runs = [_sized(run, image_size) for run in runs]
+    with refusals_about("runs"):
+        runs = [_sized(run, image_size) for run in runs]
+    if original is not None:
+        with refusals_about("original"):
+            original = with_image_size(original, image_size)
     loaded: dict[str, Encoder] = {}
 
     def load(spec: str, setting: str) -> Encoder:
@@ -58,9 +62,7 @@ def load_subjects(
         Subject(
             run,
             load(run.encoder, "runs"),
-            load(run.original, "runs")
-            if original is None
-            else load(with_image_size(original, image_size), "original"),
+            load(run.original, "runs") if original is None else load(original, "original"),
         )
         for run in runs
     ]
