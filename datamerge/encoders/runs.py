@@ -14,7 +14,7 @@ from typing import Any
 
 from datamerge.encoders.checkpoints import recorded_preprocessing
 from datamerge.encoders.encoder import Encoder, load_encoder
-from datamerge.encoders.specs import at_home, split_spec
+from datamerge.encoders.specs import at_home, split_spec, with_image_size
 from datamerge.runtime.messages import say
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
@@ -43,14 +43,26 @@ class ResolvedEncoder:
         return facts
 
 
-def resolve(text: str, device: str = "cpu") -> ResolvedEncoder:
+def resolve(text: str, image_size: int | None = None, device: str = "cpu") -> ResolvedEncoder:
     """Load the encoder that a spec or the folder of a training run names.
 
+    Args:
+        text: the spec or the folder.
+        image_size: side of the input in pixels, instead of its own.
+        device: that it is put on.
+
     Raises:
-        ConfigError: neither a spec nor the folder of a finished run, or weights that are not those of the run.
+        ConfigError: neither a spec nor the folder of a finished run, weights that are not those of the run, or a run
+            at another size than its own.
     """
     spec, run = encoder_spec(text)
-    encoder = load_encoder(spec, device)
+    resized = with_image_size(spec, image_size)
+    if run is not None and resized != spec:
+        raise ConfigError(
+            f"image_size: expected the size that {text} was trained at, found {image_size}; name its encoder by its "
+            "spec to run it at another"
+        )
+    encoder = load_encoder(resized, device)
     if run is not None and run["encoder_sha256"] != encoder.sha256:
         raise ConfigError(
             f"encoder: expected the weights that {text}/{SUMMARY} names, sha256 {run['encoder_sha256'][:12]}…, "

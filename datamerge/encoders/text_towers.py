@@ -1,7 +1,7 @@
 """Text towers of open_clip's models and of CLIP and SigLIP in Hugging Face transformers, without the image towers.
 
-Which one belongs to a spec: that of its file of weights, if that holds one; else that of its tag, folder or repository,
-since image towers are tuned towards a text tower that stays as it is.
+Which one belongs to a spec: that of its file of weights, if that holds one; else that of its tag, folder or
+repository, since image towers are tuned towards a text tower that stays as it is.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
 from datamerge.encoders.checkpoints import read_checkpoint
-from datamerge.encoders.open_clip_models import known_open_clip
-from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.open_clip_models import known_open_clip, of_hub
+from datamerge.encoders.specs import HUB, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
-# First letters of a text tower's names in a file, with and without a module of its own, MobileCLIP's and transformers'.
+# How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
 # Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
 OTHER_PARTS = ("visual", "text_decoder")
@@ -90,7 +90,8 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
             options = {"pretrained": spec.pretrained, "require_pretrained": True}
         else:
             options = {}
-        return open_clip.create_model(spec.model, **options)
+        of_revision = spec.model.startswith(HUB) and (spec.revision or texts is not None)
+        return open_clip.create_model(of_hub(spec) if of_revision else spec.model, **options)
 
     with seeded():
         if "hf_model_name" in configuration["text_cfg"]:

@@ -2,9 +2,9 @@
 
 CACHE/heads/KEY.safetensors      weight [classes, K], scale [1], and for SigLIP bias [classes]
 
-CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes into
-a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and prompts. The
-files may be removed at any time.
+CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes
+into a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and
+prompts. The files may be removed at any time.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
     facts = [
         weights_sha256(tower.model),
         tower.configuration,
-        hashlib.sha256(ids.to(torch.int64).numpy()).hexdigest(),
+        hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest(),
         list(class_names),
         list(prompts),
         version("open_clip_torch"),
@@ -114,7 +114,7 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file whole or not at all; a folder where nothing can be written keeps nothing."""
     try:
-        if not file.exists():
+        if _read(file) is None:
             with atomic_file(file) as stream:
                 stream.write(save(tensors))
     except OSError:
