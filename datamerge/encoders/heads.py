@@ -5,11 +5,11 @@
     open_clip:…, hf:…   zero-shot: embeddings of class names by the text tower of that network
     RUN                 the folder of a training run: the head of the network that it started from
 
-Behind a network, `@FILE` takes classifier or text tower from that file where it holds them; else they are those of the
-network's tag, folder or repository.
+Behind a network, `@FILE` takes classifier or text tower from that file where it holds them; else they are those of
+the network's tag, folder or repository.
 
-A head with `scale` is CLIP's: embeddings are normalised to length 1 and the logits multiplied by scale. SigLIP's has a
-bias as well.
+A head with `scale` is CLIP's: embeddings are normalised to length 1 and the logits multiplied by scale. SigLIP's has
+a bias as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
 from datamerge.encoders.checkpoints import read_checkpoint
-from datamerge.encoders.runs import encoder_spec, text_tower
+from datamerge.encoders.runs import encoder_spec, started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
@@ -118,14 +118,26 @@ def load_head(
         ConfigError: no such file, model or run, or class names missing.
         SchemaError: a file that holds no head.
     """
+    with refusals_about("head"):
+        spec = head_spec(spec)
+        if spec.partition(":")[0] in KINDS:
+            return _head_of_network(spec, class_names, templates, device, shelf)
     path = Path(spec).expanduser()
-    if spec.partition(":")[0] in KINDS or path.is_dir():
-        with refusals_about("head"):
-            return _head_of_network(text_tower(encoder_spec(spec)[0]), class_names, templates, device, shelf)
     if not path.is_file():
         raise ConfigError(f"head: expected {FORMS}, found no file {spec!r}")
     arrays, names = parse_head(path.read_bytes(), spec)
     return head_from_arrays(arrays, names)
+
+
+def head_spec(text: str) -> str:
+    """The network whose head belongs to an encoder, for the folder of a run and for the encoder of one; else `text`.
+
+    Raises:
+        ConfigError: an encoder spec that cannot be, or a folder without a finished run.
+    """
+    if text.partition(":")[0] not in KINDS and not Path(text).expanduser().is_dir():
+        return text
+    return started_from(encoder_spec(text)[0])
 
 
 def _head_of_network(
@@ -160,8 +172,8 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
         return Head(state[f"{prefix}.weight"].float(), state.get(f"{prefix}.bias"))
     if not _has_weights(spec):
         raise ConfigError(
-            f"head: expected {prefix}.weight in {spec.checkpoint}, found none; name the weights that it was tuned from "
-            f"by {spec.named}/TAG"
+            f"head: expected {prefix}.weight in {spec.checkpoint}, found none; name the weights that it was tuned "
+            f"from by {spec.named}/TAG"
         )
     return _timm_classifier(replace(spec, checkpoint=None))
 
