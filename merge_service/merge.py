@@ -353,7 +353,7 @@ def _resolved(
     """The encoder that a setting names, if it names one."""
     named: str | None = getattr(config, setting)
     with refusals_about(setting):
-        return resolve(named, config.image_size) if named is not None else None
+        return resolve(named, image_size=config.image_size) if named is not None else None
 
 
 def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
-from datamerge.encoders.checkpoints import read_checkpoint
+from datamerge.encoders.checkpoints import read_state_dict
 from datamerge.encoders.runs import encoder_spec, started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
@@ -158,7 +158,7 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     import timm
 
     name = timm_name(spec)
-    state = dict(read_checkpoint(spec.checkpoint).tensors) if spec.checkpoint else {}
+    state = dict(read_state_dict(Path(spec.checkpoint))) if spec.checkpoint else {}
     with seeded():
         # Only its names are of use where a file has the classifier.
         model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=_has_weights(spec) and not state))

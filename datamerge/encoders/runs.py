@@ -43,13 +43,13 @@ class ResolvedEncoder:
         return facts
 
 
-def resolve(text: str, image_size: int | None = None, device: str = "cpu") -> ResolvedEncoder:
+def resolve(text: str, device: str = "cpu", image_size: int | None = None) -> ResolvedEncoder:
     """Load the encoder that a spec or the folder of a training run names.
 
     Args:
         text: the spec or the folder.
+        device: where to.
         image_size: side of the input in pixels, instead of its own.
-        device: that it is put on.
 
     Raises:
         ConfigError: neither a spec nor the folder of a finished run, weights that are not those of the run, or a run

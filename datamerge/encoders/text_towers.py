@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
-from datamerge.encoders.checkpoints import read_checkpoint
+from datamerge.encoders.checkpoints import read_state_dict
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
@@ -25,6 +25,7 @@ from storage_schemas import ConfigError
 
 # How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
+BIG_VISION = ".npz"
 # Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
 OTHER_PARTS = ("visual", "text_decoder")
 # In place of an image tower that nobody asks for.
@@ -76,7 +77,9 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
 
     spec = known_open_clip(spec)
     texts = _texts_of_file(spec)
-    if spec.checkpoint and texts is None and not (spec.pretrained or spec.whole):
+    # Whole models of JAX, which open_clip alone can read.
+    archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
+    if spec.checkpoint and texts is None and not (archive or spec.pretrained or spec.whole):
         raise ConfigError(
             f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
             f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
@@ -86,8 +89,8 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
     def create() -> Any:
         if texts is not None:
             options: dict[str, Any] = {"load_weights": False, "pretrained_text": False, "vision_cfg": NO_IMAGES}
-        elif spec.whole or spec.pretrained:
-            options = {"pretrained": spec.pretrained, "require_pretrained": True}
+        elif archive or spec.whole or spec.pretrained:
+            options = {"pretrained": archive or spec.pretrained, "require_pretrained": True}
         else:
             options = {}
         of_revision = spec.model.startswith(HUB) and (spec.revision or texts is not None)
@@ -110,9 +113,9 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
 
 def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:
     """Tensors of the file of a spec, if a text tower is among them."""
-    if spec.checkpoint is None:
+    if spec.checkpoint is None or spec.checkpoint.endswith(BIG_VISION):
         return None
-    tensors = read_checkpoint(spec.checkpoint).tensors
+    tensors = read_state_dict(Path(spec.checkpoint))
     return dict(tensors) if any(name.startswith(TEXTS) for name in tensors) else None
 
 
