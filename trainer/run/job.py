@@ -148,7 +148,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
-    encoder = resolve(found.encoder, str(device), config.image_size).encoder
+    encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact) if found.labels else None
     classes = None
