@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from datamerge.encoders import Encoder, at_home, load_encoder, refusals_about
+from datamerge.encoders import Encoder, load_encoder, refusals_about
+from datamerge.encoders.runs import spec_of_run, text_tower
 from datamerge.runtime import Settings, load_settings, local_path
 from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import ConfigError, DatamergeError
@@ -93,7 +94,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
-        usage = WRITERS[to](encoder, summary.original, files)
+        usage = WRITERS[to](encoder, text_tower(encoder.spec), files)
         (files / "README.md").write_text(model_card(summary, encoder, to, usage, best), "utf-8")
         shutil.move(files, out)
     return out
@@ -102,7 +103,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
 def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
     """The trained encoder, with the normalisation it was trained with."""
     with refusals_about("run"):
-        encoder = load_encoder(at_home(summary.encoder, folder))
+        encoder = load_encoder(spec_of_run(summary, folder))
     if not best:
         if encoder.sha256 != summary.encoder_sha256:
             raise DatamergeError(f"{folder}: the encoder's weights are not those of run.json; the run is damaged")
