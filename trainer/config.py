@@ -77,8 +77,9 @@ class TrainConfig(Settings):
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
     )
-    encoder: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's")] = Field(
-        default=None, description="Encoder to start from, such as timm:resnet18."
+    encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
+        default=None,
+        description="Encoder to start from, such as timm:resnet18, or the folder of a finished training run.",
     )
     head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
         default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."

@@ -49,14 +49,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ConfigError: not such a file.
     """
     file = Path(path)
-    return Checkpoint(file, read_state_dict(file), _recorded(file))
+    return Checkpoint(file, read_state_dict(file), recorded_preprocessing(file))
 
 
-def _recorded(path: Path) -> Preprocessing | None:
+def recorded_preprocessing(path: Path) -> Preprocessing | None:
+    """What a file of weights records of its network's pixels, if anything.
+
+    Raises:
+        ConfigError: no such record, or no file of weights.
+    """
     if path.suffix != ".safetensors":
         return None
-    with safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(PREPROCESSING)
+    try:
+        with safe_open(path, "pt") as opened:
+            text = (opened.metadata() or {}).get(PREPROCESSING)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"encoder: {path} is no weights file: {first_line(error)}") from None
     return None if text is None else Preprocessing.read(json.loads(text), f"encoder: {path}")
 
 

@@ -18,6 +18,7 @@ from datamerge.runtime.read_ahead import read_ahead
 from datamerge.sources import BadImage, Sample, Source, decode
 from storage_schemas import DatamergeError, SourceError
 from storage_schemas.access.retries import is_transient, retry
+from storage_schemas.schema.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,23 @@ class ImageBatch:
         return len(self.samples) + len(self.rejected)
 
 
-def read_batches(source: Source, shape: tuple[int, int, int], size: int) -> Iterator[ImageBatch]:
+def read_batches(source: Source, preprocessing: Preprocessing, size: int) -> Iterator[ImageBatch]:
     """All samples in the source's order, `size` listed samples at a time."""
     parts = (source.samples[first : first + size] for first in range(0, len(source.samples), size))
-    return read_ahead(_read(source, samples, shape) for samples in parts)
+    return read_ahead(_read(source, samples, preprocessing) for samples in parts)
 
 
-def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]) -> ImageBatch:
+def _read(source: Source, samples: Sequence[Sample], preprocessing: Preprocessing) -> ImageBatch:
     usable, images, rejected = [], [], []
     for sample in samples:
         try:
-            images.append(decode(retry(partial(source.reader.read, sample)), shape))
+            images.append(decode(retry(partial(source.reader.read, sample)), preprocessing))
             usable.append(sample)
         except (BadImage, OSError) as error:
             if is_transient(error):  # the image is not to blame, and later encoders would see others
                 raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
             rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
-    pixels = np.stack(images) if images else np.empty((0, *shape), np.uint8)
+    pixels = np.stack(images) if images else np.empty((0, *preprocessing.shape), np.uint8)
     return ImageBatch(usable, pixels, rejected)
 
 

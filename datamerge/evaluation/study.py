@@ -129,7 +129,7 @@ def run_study(
     total = len(source.samples) * len(rows)
     done = len(rows) * min(first * config.batch_size, len(source.samples))
     with Progress(part, total, "images", done=done) as progress:
-        for index, batch in enumerate(read_batches(remaining, encoder.input_shape, config.batch_size), start=first):
+        for index, batch in enumerate(read_batches(remaining, encoder.preprocessing, config.batch_size), start=first):
             pixels = torch.from_numpy(batch.pixels).to(encoder.mean.device).float() / LEVELS
             for row, folder, column in zip(rows, folders, stored, strict=True):
                 if column[index] is None:

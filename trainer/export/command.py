@@ -22,7 +22,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from datamerge.encoders import Encoder, at_home, load_encoder, parse_spec, refusals_about, weights_sha256
+from datamerge.encoders import Encoder, load_encoder, parse_spec, refusals_about, weights_sha256
+from datamerge.encoders.runs import spec_of_run
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime import Settings, load_settings, local_path
 from datamerge.runtime.options import HELP_FLAGS, Option, options
@@ -98,7 +99,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
 def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
     """The trained encoder, with the normalisation it was trained with."""
     with refusals_about("run"):
-        encoder = load_encoder(at_home(summary.encoder, folder))
+        encoder = load_encoder(spec_of_run(summary, folder))
     if not best:
         if encoder.sha256 != summary.encoder_sha256:
             raise DatamergeError(f"{folder}: the encoder's weights are not those of run.json; the run is damaged")

@@ -17,11 +17,11 @@ from datamerge.encoders import (
     Encoder,
     Head,
     head_from_arrays,
-    load_encoder,
     load_head,
     pick_device,
     weights_sha256,
 )
+from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, Cache, ConfigError, open_artifact
 from trainer.arms import ARMS
@@ -150,7 +150,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
-    encoder = load_encoder(found.encoder, str(device))
+    encoder = resolve(found.encoder, str(device)).encoder
     check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact) if found.labels else None
     classes = None

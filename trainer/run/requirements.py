@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, parse_spec
+from datamerge.encoders.runs import with_tag_of_run
 from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.schema.pixel_length import PixelLength
@@ -26,7 +27,7 @@ class Checked:
     Attributes:
         loss: squared_error or cross_entropy.
         members: stored members to read of each group; 0 for arms that read none.
-        encoder: spec of the encoder to start from.
+        encoder: spec of the encoder to start from, or the folder of a run.
         refinement: how stored images are brought up to date, if they are.
         title: the arm in the words of the paper.
     """
@@ -114,7 +115,7 @@ def _recorded_encoder(manifest: Manifest) -> dict[str, Any]:
 
 
 def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
-    """Spec of the encoder to start from: the one asked for, or the one that the artifact's targets come from.
+    """The encoder to start from: the one asked for, or the one that the artifact's targets come from.
 
     Raises:
         ConfigError: the artifact names none, or one that would run code of its choice.
@@ -130,7 +131,7 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
     checkpoint = parse_spec(spec).checkpoint
     if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
         raise _unverified(config, "weights in a .safetensors file", checkpoint)
-    return spec
+    return with_tag_of_run(spec)
 
 
 def _unverified(config: TrainConfig, expected: str, found: str) -> ConfigError:

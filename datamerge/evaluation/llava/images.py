@@ -21,6 +21,7 @@ from datamerge.sources import BadImage, decode, native_shape
 from datamerge.sources.images import MAX_RESIZED_PIXELS
 from storage_schemas import SourceError
 from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.preprocessing import Preprocessing
 
 Fit = Literal["pad", "crop"]
 # Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
@@ -42,12 +43,12 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
     try:
         data = path.read_bytes()
         if fit == "crop":
-            return decode(data, (3, size, size))
+            return decode(data, Preprocessing(shape=(3, size, size)))
         _, height, width = native_shape(data)
         side = max(height, width)
         if side * side > MAX_SQUARE_PIXELS:
             raise BadImage(f"{width}x{height} pixels: too narrow to pad to a square")
-        image = decode(data, (3, height, width))
+        image = decode(data, Preprocessing(shape=(3, height, width), resize="none"))
     except (BadImage, OSError) as error:
         raise SourceError(f"{path}: expected an image: {error}") from None
     square = np.empty((3, side, side), np.uint8)
