@@ -10,6 +10,7 @@ from typing import Literal
 
 from datamerge.encoders import Head, load_head, pick_device, refusals_about
 from datamerge.encoders.classes import Classes, match_classes, read_names
+from datamerge.encoders.runs import ResolvedEncoder, resolve
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
@@ -17,7 +18,6 @@ from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.encoder_spec import ResolvedEncoder, resolve
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_of
@@ -355,7 +355,7 @@ def _resolved(
     """The encoder that a setting names, if it names one."""
     named: str | None = getattr(config, setting)
     with refusals_about(setting):
-        return resolve(named, config.image_size) if named is not None else None
+        return resolve(named, image_size=config.image_size) if named is not None else None
 
 
 def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
+from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from merge_service.config import MergeConfig
-from merge_service.encoder_spec import ResolvedEncoder
 from merge_service.grouping import Group, assignment_sha256, make_groups
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError

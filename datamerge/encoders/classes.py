@@ -8,7 +8,7 @@ ImageNet's synsets, through their names     n01440764 = tench = tench, Tinca tin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -106,8 +106,8 @@ def _by_position(labels: Collection[int], classes: Classes, head: Classes, setti
     if classes.names and len(classes.names) != head.count:
         warn(
             f"{classes.where} has {len(classes.names)} classes and {head.where} has {head.count}: labels are taken "
-            "as positions in the head, which is wrong if the source has only some of its classes; a file of the head's "
-            "class names matches them by name"
+            "as positions in the head, which is wrong if the source has only some of its classes; a file of the "
+            "head's class names matches them by name"
         )
     elif classes.named or head.named:
         nameless = head.where if classes.named else classes.where
@@ -116,7 +116,7 @@ def _by_position(labels: Collection[int], classes: Classes, head: Classes, setti
 
 
 def _by_name(labels: Collection[int], classes: Classes, head: Classes, setting: str, remedy: str) -> Match:
-    ways = [list, lambda names: [plain_name(name) for name in names]]
+    ways: list[Callable[[Sequence[str]], Sequence[str]]] = [list, lambda names: [plain_name(name) for name in names]]
     if any(map(_SYNSET.fullmatch, [*classes.names, *head.names])):
         ways.append(canonical_names)
     rows: dict[int, int] = {}
@@ -163,7 +163,7 @@ def canonical_names(names: Sequence[str]) -> list[str]:
 def imagenet_synsets() -> Sequence[str]:
     """The 1,000 synsets of ImageNet-1k in label order, as timm ships them."""
     make_torchvision_importable()
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     return tuple(ImageNetInfo().label_names())
 
@@ -171,7 +171,7 @@ def imagenet_synsets() -> Sequence[str]:
 @cache
 def _synset_of_name() -> Mapping[str, str]:
     """Synset by name, where one alone has the name."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     synsets = imagenet_synsets()
     places: dict[str, set[str]] = {}
