@@ -121,9 +121,9 @@ def _meant(
     meanings: dict[Any, Meaning] = {}
     for key, position in first.items():
         try:
-            meanings[key] = number_in(key, folders) if isinstance(key, str) else meaning(key)
-            if meanings[key] is None and isinstance(key, str):
-                meanings[key] = key if folders else key.strip() or None
+            found = key if folders else meaning(key)
+            number = number_in(found, folders) if isinstance(found, str) else None
+            meanings[key] = found if number is None else number
         except NotWhole as error:
             raise SourceError(
                 f"{where}: expected whole numbers or names as labels, found {error} ({row(position)}); correct it, "

@@ -82,8 +82,8 @@ class TableLabels:
         names = class_names(schema, self._column)
         if names and self._names and names != self._names:
             raise SourceError(
-                f"{where}: expected the classes of the files before it in {self._column!r}, {shown(self._names)}, "
-                f"found {shown(names)}; read them apart, or make their order the same"
+                f"{where}: expected the classes of the files before it in {self._column!r}, "
+                f"{shown(map(repr, self._names))}, found {shown(map(repr, names))}; give them one order"
             )
         self._names = self._names or names
         try:

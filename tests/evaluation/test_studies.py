@@ -258,7 +258,9 @@ def test_requests_that_are_refused(
 
 
 def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
-    shutil.move(photos / "dark" / "near.png", photos / "near.png")
+    for name in ("dark", "light"):
+        for place, file in enumerate((photos / name).iterdir()):
+            shutil.move(file, photos / f"{name}-{place}.png")
     with refused(ConfigError, "data", "labels"):
         measure(two_class, photos, tmp_path / "out", head="outputs")
 

@@ -100,7 +100,7 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
 
 
 def label_names(artifact: Artifact) -> list[str]:
-    """What an artifact's labels are called: as the rows of its head, or as the classes of its source; may be empty."""
+    """What an artifact calls its labels: as the rows of its head, or as the classes of its source; may be empty."""
     head = artifact.head()
     if head is not None and head[1]:
         return head[1]
