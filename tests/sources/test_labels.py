@@ -96,12 +96,12 @@ def _python(place: Path, labels: Any) -> str:
 
 
 Write = Callable[[Path, Any], Path | str]
-TEXT = {"csv": _csv, "tar": _tar, "parquet": _parquet, "npz": _npz, "python": _python}
+TEXT: dict[str, Write] = {"csv": _csv, "tar": _tar, "parquet": _parquet, "npz": _npz, "python": _python}
 TYPED = ("parquet", "npz", "python")
 NUMBERS = [8, 10, 9, 8, 0, 100]
 ONE_HOT = np.eye(4, dtype=int)[[3, 0, 2, 3]]
 
-SAME: list[tuple[str, Write, Any, list[int | None]]] = [
+SAME: list[tuple[str, Write, Any, Sequence[int | None]]] = [
     # NumPy's text and bytes, ints, booleans, floats; the same for tables, tars and lists of items
     *((f"text in {name}", write, [str(label) for label in NUMBERS], NUMBERS) for name, write in TEXT.items()),
     *((f"padded text in {name}", write, [f"{n:04d}" for n in NUMBERS], NUMBERS) for name, write in TEXT.items()),
@@ -151,7 +151,7 @@ def test_labels_mean_the_same_in_every_form(
     assert [sample.label for sample in open_source(write(tmp_path / "x", labels)).samples] == expected
 
 
-@pytest.mark.parametrize("write", {**TEXT, "folder": _folders}.values(), ids={**TEXT, "folder": _folders})
+@pytest.mark.parametrize("write", [*TEXT.values(), _folders], ids=[*TEXT, "folders"])
 def test_names_are_numbered_alphabetically(tmp_path: Path, write: Write) -> None:
     source = open_source(write(tmp_path / "x", ["dog", "cat", "eel", "cat"]))
     assert list(source.class_names) == ["cat", "dog", "eel"]
@@ -213,7 +213,8 @@ def test_names_of_label_columns(tmp_path: Path, name: str, capsys: pytest.Captur
     if "/" not in name:
         folder = _images(tmp_path / "folder", 3)
         (folder / "labels.csv").write_text(f"id,{name},file,size\n1,4,00.png,9\n2,2,01.png,9\n3,0,02.png,9\n")
-        np.savez(tmp_path / "x.npz", images=np.zeros((3, 4, 4), np.uint8), **{name: np.array([4, 2, 0])})
+        arrays: dict[str, Any] = {"images": np.zeros((3, 4, 4), np.uint8), name: np.array([4, 2, 0])}
+        np.savez(tmp_path / "x.npz", **arrays)
         sources += [folder, tmp_path / "x.npz"]
     for source in sources:
         assert [sample.label for sample in open_source(source).samples] == [4, 2, 0], source
