@@ -131,10 +131,11 @@ def _by_name(labels: Collection[int], classes: Classes, head: Classes, setting: 
     if missing:
         several = [name for name in missing if list(head.names).count(name) > 1]
         more = f" ({several[0]!r} is the name of several)" if several else ""
+        left = [name for row, name in enumerate(head.names) if row not in rows.values()]
         raise ConfigError(
             f"{setting}: expected one class of {head.where} for each of the {len(set(labels))} classes of "
-            f"{classes.where}, found none for {len(missing)}: {_shown(missing)}{more}; the {head.count} there are "
-            f"{_shown(head.names)}; {remedy}"
+            f"{classes.where}, found none for {len(missing)}: {_shown(missing)}{more}; of its {head.count}, "
+            f"{_shown(left) or 'none'} are left; {remedy}"
         )
     if any(label != rows[label] for label in labels):
         say(f"the {len(set(labels))} classes of {classes.where} are matched with {head.where} by name")

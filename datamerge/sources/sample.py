@@ -110,6 +110,11 @@ class Source:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
         return one_line(self, redact(self.url), self.kind, f"{len(self.samples)} samples", *classes)
 
+    @property
+    def why(self) -> str:
+        """Why no sample has a label, in brackets, for messages of what needs labels; mostly empty."""
+        return f" ({self.unlabelled})" if self.unlabelled else ""
+
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""
         return self if limit is None else replace(self, samples=self.samples[:limit])
