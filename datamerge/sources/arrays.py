@@ -98,7 +98,10 @@ def open_arrays(location: Location, file: str, columns: Columns) -> Source:
     try:
         labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}")
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or text in {label_name!r}, found {error}") from None
+        raise SourceError(
+            f"{where}: expected whole numbers or text in {label_name!r}, found {error}; name another array, or use "
+            f"`label_column={NONE!r}`"
+        ) from None
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     samples = [

@@ -16,7 +16,7 @@ from typing import Any
 
 import braceexpand
 
-from datamerge.runtime.messages import first_line
+from datamerge.runtime.messages import first_line, warn
 from datamerge.sources.image_folder import EXTENSIONS
 from datamerge.sources.images import BadImage
 from datamerge.sources.labels import NONE, Labels, NoClass, choose_column, label_columns, read_labels, warn_of_twins
@@ -146,7 +146,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    labels, names = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
         Sample(
@@ -159,7 +159,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     ]
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
-    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location)
+    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -215,37 +215,42 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _labels(samples: Sequence[tuple[str, _Parts]], column: str | None, url: str) -> Labels:
-    """Labels from a member or a JSON field of each sample.
+def _labels(samples: Sequence[tuple[str, _Parts]], wanted: str | None, url: str) -> tuple[Labels, str]:
+    """Labels from a member or a JSON field of each sample, and why there are none.
 
     Raises:
-        SourceError: no sample has such a member or field, or what it says is no label.
+        SourceError: no sample has the member or field that the user named, or what it says is no label.
     """
-    if column == NONE:
-        return [None] * len(samples), []
-    name = column or _label_name([parts for _, parts in samples], url)
-    raw = [_value(parts, name) for _, parts in samples]
-    if column is not None and all(value is None for value in raw):
+    none: list[int | None] = [None] * len(samples)
+    column, why = (wanted, "") if wanted is not None else _label_column([parts for _, parts in samples], url)
+    if column is None or column == NONE:
+        return (none, []), why
+    raw = [_value(parts, column) for _, parts in samples]
+    if wanted is not None and all(value is None for value in raw):
         raise SourceError(
-            f"{samples[0][0]}: expected a member or JSON field {column!r} with the label, found none in "
+            f"{samples[0][0]}: expected a member or JSON field {wanted!r} with the label, found none in "
             f"{len(samples)} samples"
         )
-    where = f"{url}, {name}"
+    where = f"{url}, {column!r}"
     try:
         labels, names = read_labels(raw, where, row=lambda index: samples[index][0])
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        if wanted is not None:
+            raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        why = f"{column!r} holds no labels of one class: {error}"
+        warn(f"{url}: no labels are read: {why}")
+        return (none, []), why
     warn_of_twins(names, where)
-    return labels, names
+    return (labels, names), ""
 
 
-def _label_name(samples: Sequence[_Parts], url: str) -> str:
-    """The extension of the members with labels, `cls` by default; or the JSON field with them."""
+def _label_column(samples: Sequence[_Parts], url: str) -> tuple[str | None, str]:
+    """The extension of the members with labels, `cls` by default, or the JSON field; and why there is none."""
     if any(LABEL_EXTENSION in parts.texts for parts in samples):
-        return LABEL_EXTENSION
+        return LABEL_EXTENSION, ""
     members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
     fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
-    return choose_column([*members, *fields], url)[0] or LABEL_EXTENSION
+    return choose_column([*members, *fields], url)
 
 
 def _fields(parts: _Parts) -> list[str]:
