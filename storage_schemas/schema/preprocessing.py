@@ -182,7 +182,7 @@ class Preprocessing(BaseModel):
             to = str(height) if height == width and self.resize != "squash" else _text(self.scale)
             facts = [f"{_SIDES[self.resize]}{to}", self.interpolation]
             if self.resize == "longest":
-                facts.append(f"the rest filled with {_text(self.fill)}")
+                facts.append(f"the rest filled with ({', '.join(map(str, self.fill))})")
             elif self.resize == "shortest" or self.scale != self.size:
                 facts.append("centre cropped")
         facts += ["transparent pixels on white"] if self.alpha == "white" else []
