@@ -138,6 +138,11 @@ class TrainConfig(Settings):
     compile: bool = Field(
         default=False, description="torch.compile the encoder; for estimators without a double backward."
     )
+    grad_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, slower "
+        "steps, the same result; for estimators without a double backward.",
+    )
     eval_artifact: Annotated[str | None, Option(metavar="ARTIFACT")] = Field(
         default=None,
         description="Held-out artifact: the loss that is trained on, refined images and all, is measured on it, "
@@ -236,10 +241,21 @@ class TrainConfig(Settings):
                 f"refine_steps: refines one image a group or its members, found arm {self.arm}{estimate}; use {able} "
                 "with the default `estimator` and `samples`, or drop `refine_steps`"
             )
-        if self.compile and arm.estimators and arm.estimators[self.estimator].twice:
+        if arm.estimators and arm.estimators[self.estimator].twice:
+            self._check_single_backward()
+
+    def _check_single_backward(self) -> None:
+        """Refuse what needs an estimator that differentiates once."""
+        once = 'use `estimator="sampled"` or `estimator="antithetic"`, or drop'
+        if self.compile:
             raise ValueError(
                 f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "
-                'use `estimator="sampled"` or `estimator="antithetic"`, or drop `compile`'
+                f"{once} `compile`"
+            )
+        if self.grad_checkpointing:
+            raise ValueError(
+                f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the activations "
+                f"that are computed again; {once} `grad_checkpointing`"
             )
 
 
