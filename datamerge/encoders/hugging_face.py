@@ -70,11 +70,11 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
         raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
-    own = recorded or downloading(spec, lambda: _preprocessing(spec))
+    own = recorded or downloading(spec, lambda: read_processor(spec))
     native, size = _native(tower), wanted_size(spec, recorded)
     notes: list[str] = []
     if size is not None and size != native:
-        downloading(spec, lambda: _resize(tower, size))
+        downloading(spec, lambda: resize_tower(tower, size))
         notes = resampled(spec, native, size, "transformers")
     return Built(tower, adapted(own, own, size), spec, notes)
 
@@ -126,7 +126,7 @@ def _class(name: str) -> Any:
     return getattr(transformers, name)
 
 
-def _preprocessing(spec: EncoderSpec) -> Preprocessing:
+def read_processor(spec: EncoderSpec) -> Preprocessing:
     """The record of what the model's image processor does.
 
     Raises:
@@ -194,7 +194,7 @@ def _native(tower: HuggingFaceTower) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
-def _resize(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
+def resize_tower(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
     """Fit position embeddings to images of (H, W), as the model's own `interpolate_pos_encoding=True` does.
 
     DINOv2 does so at every call.

@@ -79,17 +79,17 @@ def _create(spec: EncoderSpec, size: tuple[int, int] | None, tag: Mapping[str, A
     if size is not None:
         options["force_image_size"] = size[0] if size[0] == size[1] else size
     if spec.checkpoint:
-        place = _of_hub(spec) if spec.model.startswith(HUB) else spec.model
+        place = of_hub(spec) if spec.model.startswith(HUB) else spec.model
         return open_clip.create_model(place, load_weights=False, text_cfg=NO_TEXT, **options)
     if spec.whole:
-        place = _of_hub(spec) if spec.revision else spec.model
+        place = of_hub(spec) if spec.revision else spec.model
         return open_clip.create_model(place, require_pretrained=True, **options)
     if not spec.pretrained and "hf_model_name" in open_clip.get_model_config(spec.model)["text_cfg"]:
         options["text_cfg"] = NO_TEXT
     return open_clip.create_model(spec.model, pretrained=spec.pretrained, **options)
 
 
-def _of_hub(spec: EncoderSpec) -> str:
+def of_hub(spec: EncoderSpec) -> str:
     """A model of the hub as a folder: at its revision, which open_clip cannot name; without weights for a file."""
     from open_clip import factory
 
