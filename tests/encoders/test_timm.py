@@ -110,7 +110,8 @@ def test_another_size_resamples_positions_as_timm_does(
     download["file"] = _written(name, tmp_path / "tag.pt")
     encoder = load_encoder(f"timm:{spec},image_size=112")
     (line,) = capsys.readouterr().err.splitlines()
-    native = timm.create_model(name).pretrained_cfg["input_size"][1]
+    tag: Any = timm.get_pretrained_cfg(name)
+    native = tag.input_size[1]
     assert all(fact in line for fact in (spec.split("/")[0], "112x112", f"{native}x{native}", "timm"))
     assert (embedded(encoder) - by_timm(name, img_size=112)).abs().max() < 1e-6
     save_encoder(encoder, tmp_path / "e.safetensors")
