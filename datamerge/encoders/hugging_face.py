@@ -62,7 +62,7 @@ class HuggingFaceTower(nn.Module):
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     """A vision model of transformers, with what its own image processor says of its preprocessing."""
     if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[hf]'")
+        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[export]'")
     make_torchvision_importable()
     import transformers
 

@@ -25,7 +25,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "vit_base_mci": {"depth": 1},
     "vit": {"depth": 1, "embed_dim": 32, "num_heads": 2},
     "eva": {"depth": 1, "embed_dim": 32, "num_heads": 2},
-    "resnet50": {"layers": (1, 1, 1, 1)},
+    "resnet50": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)},
     "convnext": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "fastvit_mci3": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
     "fastvit_mci4": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
