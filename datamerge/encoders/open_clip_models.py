@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamerge.encoders.building import Built, adapted, differing, downloading, resampling, unknown, wanted_size
+from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
 from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -27,12 +27,13 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     size = wanted_size(spec, recorded)
     tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
     visual = downloading(spec, lambda: _create(spec, size, tag)).visual
+    # CoCa's captions want the patches beside the embedding.
+    visual.output_tokens = False
     own = _read(visual.preprocess_cfg, spec)
-    notes = []
-    if size is not None and not spec.checkpoint and (spec.whole or spec.pretrained):
+    notes: list[str] = []
+    if size is not None and not spec.checkpoint and _has_positions(visual):
         native = _pair(open_clip.get_model_config(spec.model)["vision_cfg"]["image_size"])
-        if native != size and _has_positions(visual):
-            notes.append(resampling(spec, native, size, "open_clip"))
+        notes = resampled(spec, native, size, "open_clip")
     return Built(visual, adapted(recorded, own, size), spec, notes, doubts if recorded is None else [])
 
 

@@ -50,7 +50,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
         raise ConfigError(
             f"data: expected images with labels, found none at {config.data}; one folder a class gives them"
         )
-    subjects = load_subjects(runs, device)
+    subjects = load_subjects(runs, device, image_size=config.image_size)
     specs = [_head_spec(config, subject) for subject in subjects]
     cache: dict[str, Head] = {}
     first = {sample.key for sample in source.samples[: config.batch_size]} if config.check_masking else set()
