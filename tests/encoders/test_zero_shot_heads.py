@@ -96,18 +96,17 @@ def _expected(model: Any, tokenizer: Any, encoder: Encoder) -> Tensor:
     """open_clip's own logits: its features, its scale and its bias."""
     with torch.no_grad():
         images = model.encode_image((PIXELS - encoder.mean) / encoder.std, normalize=True)
-        classes = [
-            model.encode_text(tokenizer([p.format(n) for p in PROMPTS]), normalize=True).mean(0) for n in NAMES
-        ]
-        rows = torch.nn.functional.normalize(torch.stack(classes), dim=1)
-        bias = getattr(model, "logit_bias", None)
-        return model.logit_scale.exp() * images @ rows.T + (0 if bias is None else bias)
+        texts = [tokenizer([prompt.format(name) for prompt in PROMPTS]) for name in NAMES]
+        means = torch.stack([model.encode_text(text, normalize=True).mean(0) for text in texts])
+        logits: Tensor = model.logit_scale.exp() * images @ torch.nn.functional.normalize(means, dim=1).T
+        bias: Tensor | None = getattr(model, "logit_bias", None)
+        return logits if bias is None else logits + bias
 
 
-def _logits(encoder: str, head: str | None = None) -> tuple[Encoder, Head, Tensor]:
-    encoder_, head_ = load_encoder(encoder), load_head(head or encoder, NAMES, PROMPTS)
+def _logits(spec: str) -> tuple[Encoder, Head, Tensor]:
+    encoder, head = load_encoder(spec), load_head(spec, NAMES, PROMPTS)
     with torch.no_grad():
-        return encoder_, head_, head_(encoder_(PIXELS))
+        return encoder, head, head(encoder(PIXELS))
 
 
 @pytest.mark.parametrize("form", ["tag", "file", "wrapped file", "tag and image tower", "local-dir", "random"])
