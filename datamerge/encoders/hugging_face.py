@@ -61,14 +61,7 @@ class HuggingFaceTower(nn.Module):
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     """A vision model of transformers, with what its own image processor says of its preprocessing."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[export]'")
-    make_torchvision_importable()
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
-        raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
+    transformers_for(spec)
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
     own = recorded or downloading(spec, lambda: read_processor(spec))
     native, size = _native(tower), wanted_size(spec, recorded)
@@ -77,6 +70,23 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
         downloading(spec, lambda: resize_tower(tower, size))
         notes = resampled(spec, native, size, "transformers")
     return Built(tower, adapted(own, own, size), spec, notes)
+
+
+def transformers_for(spec: EncoderSpec) -> Any:
+    """The library, ready to read the folder or repository of a spec.
+
+    Raises:
+        ConfigError: it is not installed, or the folder holds no model.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[hf]'")
+    make_torchvision_importable()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
+        raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
+    return transformers
 
 
 def _model(spec: EncoderSpec) -> Any:
