@@ -119,8 +119,8 @@ def _check_left(network: Network, path: Path, reading: Reading, spec: EncoderSpe
     inside = [name for name in left if _inside(network, name)]
     if inside:
         raise ConfigError(
-            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} without a place in it, "
-            f"first {inside[0]!r}; without them it would compute something else, name the network that was trained"
+            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
+            f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
         )
     if left:
         say(f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}")
