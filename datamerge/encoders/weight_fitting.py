@@ -121,6 +121,7 @@ def _check_left(network: Network, path: Path, reading: Reading, spec: EncoderSpe
         raise ConfigError(
             f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
             f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
+            f"{_would_fit(network, [reading])}"
         )
     if left:
         say(f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}")
