@@ -149,8 +149,8 @@ def _classifier(network: Network, name: str) -> bool:
 
 def _inside(network: Network, name: str) -> bool:
     """Whether a name is below a module of the network's, or one more of numbered layers."""
-    first, dot, _ = name.partition(".")
-    children = dict(network.part.named_children()) | dict(network.model.named_children())
+    first, dot, _ = name.removeprefix(network.path).partition(".")
+    children = dict(network.part.named_children())
     numbered = bool(children) and all(child.isdigit() for child in children)
     return bool(dot) and (first in children or (numbered and first.isdigit()))
 

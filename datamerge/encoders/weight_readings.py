@@ -7,6 +7,7 @@ original names of DeiT, DINOv2, ConvNeXt, …), open_clip's for MobileCLIP, tran
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import re
 import sys
@@ -201,27 +202,35 @@ def _open_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Readin
 
 def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
     """Through the loader of transformers, which knows how names changed from version to version."""
-    from transformers.utils import logging
+    for prefix in dict.fromkeys([_prefixes(network, state, network.path)[0], *_common_prefix(state), ""]):
+        below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        try:
+            loaded, without = _loaded_by_transformers(network.part, below)
+        except _NOT_ITS_OWN:
+            continue
+        named = {name: tensor for name, tensor in loaded.items() if name not in without}
+        # What is of another shape only: its name is the file's.
+        named |= {name: below[full] for full in below for name in without if f".{full}".endswith(f".{name}")}
+        named = {network.path + name: tensor for name, tensor in named.items()}
+        # A projection beside the part.
+        named |= {name: below[name] for name in network.own if not name.startswith(network.path) and name in below}
+        how = f" below `{prefix}`" if prefix else ""
+        yield network.reading(f"the names of other versions of transformers{how}", named)
 
-    part: Any = network.part
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+
+def _loaded_by_transformers(part: Any, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], set[str]]:
+    """The weights of another network of the part's class, and names of those that it did not get from the state."""
+    from transformers.utils import logging as their_logging
+
+    level = their_logging.get_verbosity()
+    their_logging.set_verbosity(logging.CRITICAL)
     try:
         loaded, found = type(part).from_pretrained(
             None, config=part.config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except _NOT_ITS_OWN:
-        return
     finally:
-        logging.set_verbosity(level)
-    resized = {name for name, *_ in found["mismatched_keys"]}
-    named = {name: one for name, one in loaded.state_dict().items() if name not in found["missing_keys"] | resized}
-    # Their names are the file's.
-    named |= {name: state[full] for full in state for name in resized if full == name or full.endswith(f".{name}")}
-    beside = {full: tensor for full, tensor in state.items() if not full.startswith(clip_names.VISION)}
-    outside = {name: beside[name] for name in network.own if not name.startswith(network.path) and name in beside}
-    named = {network.path + name: tensor for name, tensor in named.items()} | outside
-    yield network.reading("the names of other versions of transformers", named)
+        their_logging.set_verbosity(level)
+    return loaded.state_dict(), {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
 
 
 def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
@@ -354,7 +363,8 @@ def _hugging_face_positions(part: nn.Module, name: str, old: Tensor) -> tuple[Te
     values = old.float().reshape(-1, old.shape[-1])
     table = nn.Embedding.from_pretrained(values) if name.endswith(".weight") else nn.Parameter(values[None])
     setattr(embeddings, attribute, table)
-    size, patch = _both(embeddings.config.image_size), _both(embeddings.config.patch_size)
+    config: Any = part.config
+    size, patch = _both(config.image_size), _both(config.patch_size)
     grid = size[0] // patch[0], size[1] // patch[1]
     with torch.no_grad():
         result = embeddings.interpolate_pos_encoding(torch.zeros(1, new.shape[-2], old.shape[-1]), *size)

@@ -286,11 +286,11 @@ def test_towers_of_timm_in_open_clip(tmp_path: Path, name: str) -> None:
             assert torch.equal(_embeds(encoder, _pixels(160)), clip.visual(_pixels(160)))
 
 
-def _big_vision(trunk: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _big_vision(trunk: Any) -> dict[str, Any]:
     """The image tower of a SigLIP in the names of Google's big_vision, the inverse of open_clip's converter."""
     state = {name: tensor.numpy() for name, tensor in trunk.state_dict().items()}
     heads, width = trunk.blocks[0].attn.num_heads, trunk.embed_dim
-    result = {"embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)}
+    result: dict[str, Any] = {"embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)}
     result |= {"embedding/bias": state["patch_embed.proj.bias"], "pos_embedding": state["pos_embed"]}
     result |= {"MAPHead_0/probe": state["attn_pool.latent"], "cls": state["cls_token"]}
 

@@ -98,8 +98,6 @@ def _report(model: str, way: Way, seconds: float, load: float) -> None:
     where = Circumstances.here("cpu")
     columns = ("stage", "s", "all processes, MB", "largest process, MB")
     title = f"{model}, {PHOTOS} photos"
-    text = render(
-        f"full size, {model}", Findings(tables=[Table(title, columns, way.rows)]), where, "make slow", seconds, load
-    )
+    text = render(f"full size, {model}", Findings(tables=[Table(title, columns, way.rows)]), where, "make slow", seconds, load)
     folder = Path(os.environ["DATAMERGE_REPORTS"])
     (folder / f"full-size-{model}_{where.slug}_{where.day}.md".lower()).write_text(text, "utf-8")
