@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamerge.encoders import Encoder, load_encoder
+from datamerge.encoders import Encoder, load_encoder, save_encoder
 from datamerge.encoders.checkpoints import load_into, read_checkpoint
 from datamerge.encoders.specs import parse_spec
 from storage_schemas import ConfigError
@@ -132,6 +132,35 @@ def test_weights_in_networks_of_hugging_face(
             torch.testing.assert_close(found, visual(pixels), atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(output[0], theirs.double()(pixels)[0])
+
+
+TOWERS = {
+    "CLIPVisionModelWithProjection": ("CLIPVisionConfig", "CLIPImageProcessor"),
+    "CLIPVisionModel": ("CLIPVisionConfig", "CLIPImageProcessor"),
+    "SiglipVisionModel": ("SiglipVisionConfig", "SiglipImageProcessor"),
+    "Dinov2WithRegistersModel": ("Dinov2WithRegistersConfig", "BitImageProcessor"),
+    "ViTModel": ("ViTConfig", "ViTImageProcessor"),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_files_for_hugging_face_specs(tmp_path: Path, kind: str) -> None:
+    """As saved, as in memory (other names since transformers 5), behind a prefix, and our own."""
+    import transformers
+
+    config, processor = (getattr(transformers, name) for name in TOWERS[kind])
+    model = scrambled(getattr(transformers, kind)(config(**_vision_config())))
+    model.save_pretrained(tmp_path)
+    squash = kind in ("SiglipVisionModel", "ViTModel")
+    size: dict[str, Any] = {"size": {"height": 32, "width": 32}}
+    processor(**(size if squash else {"size": {"shortest_edge": 32}, "crop_size": 32})).save_pretrained(tmp_path)
+    theirs = load_encoder(f"hf:{tmp_path}")
+    saved = load_file(tmp_path / "model.safetensors")
+    save_encoder(theirs, tmp_path / "own.safetensors")
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "memory.pt")
+    torch.save({f"module.model.{name}": tensor for name, tensor in saved.items()}, tmp_path / "prefix.pt")
+    for file in ("model.safetensors", "own.safetensors", "memory.pt", "prefix.pt"):
+        assert load_encoder(f"hf:{tmp_path}@{tmp_path / file}").sha256 == theirs.sha256, file
 
 
 def test_another_grid_as_open_clip_resamples_it(
