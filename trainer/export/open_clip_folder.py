@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from datamerge.encoders import Encoder, parse_spec
-from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.specs import EncoderSpec, split_spec
 from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
@@ -97,13 +97,13 @@ def _write_whole(
     """The configuration, and the CLIP around the tower if its text tower is there; returns whether it is."""
     import open_clip
 
-    other = parse_spec(text_tower)
+    other = split_spec(text_tower)
     # Of two names the encoder's is the resolved one: with the activation of its weights.
     name = other.model if other.whole else spec.model
     config = open_clip.get_model_config(name)
     config["vision_cfg"]["image_size"] = preprocess["size"]
     (files / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
-    model, reason = _around(encoder, name, other)
+    model, reason = _around(encoder, name, other, preprocess["size"])
     if model is None:
         warn(
             f"to: {WHOLE} is not written, because there is no text tower for {encoder.spec!r} ({reason}); {TOWER} "
@@ -122,7 +122,9 @@ def _write_whole(
     return True
 
 
-def _around(encoder: Encoder, name: str, text_tower: EncoderSpec) -> tuple[nn.Module | None, str]:
+def _around(
+    encoder: Encoder, name: str, text_tower: EncoderSpec, size: int | list[int]
+) -> tuple[nn.Module | None, str]:
     """The CLIP with the encoder as its image tower, or why there is none."""
     import open_clip
 
@@ -131,9 +133,7 @@ def _around(encoder: Encoder, name: str, text_tower: EncoderSpec) -> tuple[nn.Mo
     reason = "neither tag nor whole checkpoint of what it was trained from is known"
     for source in [None] if text_tower.whole else dict.fromkeys(filter(None, weights)):
         try:
-            model: Any = open_clip.create_model(
-                name, source, force_image_size=encoder.preprocessing.size, require_pretrained=True
-            )
+            model: Any = open_clip.create_model(name, source, force_image_size=size, require_pretrained=True)
             model.visual.load_state_dict(encoder.model.state_dict())
         except Exception as error:  # of the hub, of files of weights, of other architectures
             reason = first_line(error)
