@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datamerge.encoders.building import Built, adapted, downloading, resampling, wanted_size
+from datamerge.encoders.building import Built, adapted, downloading, resampled, wanted_size
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -72,10 +72,10 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
     own = recorded or downloading(spec, lambda: read_processor(spec))
     native, size = _native(tower), wanted_size(spec, recorded)
-    notes = []
+    notes: list[str] = []
     if size is not None and size != native:
         downloading(spec, lambda: resize_tower(tower, size))
-        notes = [resampling(spec, native, size, "transformers")] if not spec.checkpoint else []
+        notes = resampled(spec, native, size, "transformers")
     return Built(tower, adapted(own, own, size), spec, notes)
 
 
@@ -99,23 +99,31 @@ def _model(spec: EncoderSpec) -> Any:
     if config.model_type == "clip_vision_model" and config.architectures == ["CLIPVisionModel"]:
         name = "CLIPVisionModel"
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    kind = getattr(transformers, name)
     if spec.checkpoint:
-        return kind._from_config(config, **options)
-    model, found = kind.from_pretrained(spec.model, config=config, output_loading_info=True, **options, **where)
+        return _class(name)._from_config(config, **options)
+    model, found = _class(name).from_pretrained(
+        spec.model, config=config, output_loading_info=True, **options, **where
+    )
     missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
     if missing == [PROJECTION] and not config.architectures:
         # Nothing but the weights says which of CLIP's two vision models was saved.
-        kind = transformers.CLIPVisionModel
-        model, found = kind.from_pretrained(spec.model, config=config, output_loading_info=True, **where)
+        model, found = _class("CLIPVisionModel").from_pretrained(
+            spec.model, config=config, output_loading_info=True, **where
+        )
         missing = sorted(found["missing_keys"])
     if missing or mismatched:
         raise ConfigError(
-            f"encoder: expected weights of {kind.__name__} at '{spec}', found "
+            f"encoder: expected weights of {name} at '{spec}', found "
             f"{f'no {missing[0]!r}' if missing else f'another shape of {mismatched[0]}'} "
             f"({len(missing)} tensors missing, {len(mismatched)} of another shape)"
         )
     return model
+
+
+def _class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
 
 
 def read_processor(spec: EncoderSpec) -> Preprocessing:
@@ -203,7 +211,7 @@ def resize_tower(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
     tower.config.image_size = size[0] if size[0] == size[1] else list(size)
     if tower.config.model_type == "vit":
         embeddings.position_embeddings = nn.Parameter(positions)
-        embeddings.patch_embeddings.image_size = size
+        embeddings.image_size = embeddings.patch_embeddings.image_size = size
         return
     count = positions.shape[1]
     embeddings.position_embedding = nn.Embedding.from_pretrained(positions[0], freeze=False)
