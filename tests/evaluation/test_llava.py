@@ -311,7 +311,13 @@ def test_networks_whose_tokens_are_not_clips_are_named(llava_path: str, tmp_path
     import open_clip
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=32))
     registers = transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)

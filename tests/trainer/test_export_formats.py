@@ -12,18 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, save_encoder
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
-from trainer.export.command import export
-from trainer.export.hugging_face_folder import as_transformers_does
+from trainer.export.command import Target, export
+from trainer.export.hugging_face_folder import in_transformers, write_hugging_face
 from trainer.export.open_clip_folder import write_open_clip
+from trainer.export.timm_folder import write_timm
 
 MakeArtifact = Callable[..., str]
 TAG = "test"
@@ -128,7 +130,8 @@ def _photos() -> list[Image.Image]:
 def _embed(encoder: Encoder, photos: list[Image.Image]) -> Tensor:
     pixels = np.stack([decode(photo, encoder.preprocessing) for photo in photos])
     with torch.no_grad():
-        return encoder(torch.from_numpy(pixels).float() / 255)
+        embeddings: Tensor = encoder(torch.from_numpy(pixels).float() / 255)
+    return embeddings
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -220,13 +223,161 @@ def test_a_run_computes_the_same_wherever_it_goes(
             export(str(moved), "hf", str(tmp_path / "hf"))
         return
     export(str(moved), "hf", str(tmp_path / "hf"))
+    named = load_encoder(f"open_clip:{name}/{TAG}@{tmp_path / 'hf/model.safetensors'}")
+    assert (named.sha256, named.preprocessing) == (summary.encoder_sha256, encoder.preprocessing)
     again = load_encoder(f"hf:{tmp_path / 'hf'}")
-    assert again.preprocessing == as_transformers_does(encoder.preprocessing)
+    assert again.preprocessing == in_transformers(encoder)
     # Where transformers cuts the same square, it computes the same.
     same = [photo for photo in photos if _agree(photo, encoder.preprocessing, again.preprocessing)]
     assert len(same) >= 2
     torch.testing.assert_close(_embed(again, same), _embed(encoder, same), rtol=1e-4, atol=1e-5)
     _run_card(tmp_path / "hf", same[0], monkeypatch, _embed(encoder, same[:1]), 0.05)
+
+
+HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
+    "CLIPVisionModelWithProjection": ("CLIPImageProcessor", {"image_mean": [0.5, 0.4, 0.3]}),
+    "CLIPVisionModel": ("CLIPImageProcessor", {"size": {"shortest_edge": 40}}),
+    "SiglipVisionModel": ("SiglipImageProcessor", {"size": {"height": 32, "width": 32}, "resample": 2}),
+    "Dinov2WithRegistersModel": ("BitImageProcessor", {"size": {"shortest_edge": 37}}),
+    "ViTModel": ("ViTImageProcessor", {"size": {"height": 32, "width": 32}}),
+}
+
+
+def _save_hugging_face(name: str, folder: Path) -> str:
+    """Spec of a small vision model of transformers with its image processor."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options = {"image_size": 32, "patch_size": 8, **({"projection_dim": 24} if "Projection" in name else {})}
+    configuration = getattr(transformers, name).config_class(**sizes, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        getattr(transformers, name)(configuration).save_pretrained(folder)
+    processor, changes = HUGGING_FACE[name]
+    cut = {"height": 32, "width": 32}
+    getattr(transformers, processor)(**{"crop_size": cut, **changes}).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str) -> None:
+    import transformers
+
+    spec = _save_hugging_face(name, tmp_path / "start")
+    encoder = _tuned(spec, tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    usage = write_hugging_face(encoder, spec, out)
+    assert f"import AutoImageProcessor, {name}" in usage
+    again = load_encoder(f"hf:{out}")
+    assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
+    # By transformers' own resampling with Pillow, which is ours.
+    processor: Any = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
+    photos = _photos()
+    pixels = processor(photos, return_tensors="pt").pixel_values
+    ours = torch.stack([torch.from_numpy(decode(photo, encoder.preprocessing)) for photo in photos]).float() / 255
+    torch.testing.assert_close(pixels, (ours - encoder.mean) / encoder.std, rtol=0, atol=1e-5)
+    model: Any = getattr(transformers, name).from_pretrained(out).eval()
+    with torch.no_grad():
+        output = model(pixel_values=pixels)
+    found = {"CLIPVisionModelWithProjection": "image_embeds", "ViTModel": None}.get(name, "pooler_output")
+    embeddings = output.last_hidden_state[:, 0] if found is None else output[found]
+    torch.testing.assert_close(embeddings, _embed(encoder, photos), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "options"), [("test_vit", {"tag": "r160_in1k"}), ("test_resnet", {"size": 96})])
+def test_a_model_of_timm_is_given_back(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, options: dict[str, Any]
+) -> None:
+    import timm
+
+    save_file(timm.create_model(model, num_classes=0).state_dict(), tmp_path / "start.safetensors")
+    size = f",image_size={options['size']}" if "size" in options else ""
+    tag = f"/{options['tag']}" if "tag" in options else ""
+    start = load_encoder(f"timm:{model}{tag}{size}@{tmp_path / 'start.safetensors'}")
+    artifact = make_artifact(name="artifact", shape=start.input_shape, width=start.embedding_dim, encoder=start.spec)
+    run, out, photos = tmp_path / "run", tmp_path / "out", _photos()
+    summary = train(TrainConfig(artifact=artifact, run=str(run), steps=1, batch_size=5, learning_rate=1e-3))
+    export(str(run), "timm", str(out))
+    encoder, again = load_encoder(summary.encoder), load_encoder(f"timm:local-dir:{out}")
+    assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
+    torch.testing.assert_close(_embed(again, photos), _embed(encoder, photos))
+    _run_card(out, photos[0], monkeypatch, _embed(encoder, photos[:1]))
+    others: tuple[Target, ...] = ("open_clip", "hf")
+    for target in others:
+        with refused(ConfigError, "to", target, f"timm:{model}", '`to="timm"`'):
+            export(str(run), target, str(tmp_path / "no"))
+
+
+def _odd(encoder: Encoder, **changes: Any) -> Encoder:
+    """The encoder with another preprocessing."""
+    other = Preprocessing.model_validate({**encoder.preprocessing.model_dump(), **changes})
+    return Encoder(encoder.model, encoder.spec, other, False)
+
+
+def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(f"open_clip:zoo-laion/{TAG}")
+    nowhere = tmp_path / "nowhere"
+    for changes, fact in (
+        ({"scale": (40, 40)}, "scale 40x40"),
+        ({"offset": "down"}, "offset"),
+        ({"interpolation": "lanczos"}, "lanczos"),
+        ({"resize": "none"}, "none"),
+    ):
+        with refused(ConfigError, "to", "open_clip", fact, "encoder.safetensors"):
+            write_open_clip(_odd(encoder, **changes), encoder.spec, nowhere)
+    for changes, fact in (
+        ({"resize": "longest"}, "longest"),
+        ({"scale": (30, 30)}, "30 x 30"),
+        ({"scale": (40, 60)}, "40 x 60"),
+        ({"rounding": "nearest"}, "nearest"),
+    ):
+        with refused(ConfigError, "to", "hf", fact, "encoder.safetensors"):
+            write_hugging_face(_odd(encoder, **changes), encoder.spec, nowhere)
+    timm = load_encoder("timm:test_resnet")
+    with refused(ConfigError, "to", "timm", "images of this size"):
+        write_timm(_odd(timm, resize="none"), timm.spec, nowhere)
+    assert not nowhere.exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fact"),
+    [
+        ("mean", [0.48, 0.46, 0.41], "grey levels"),
+        ("interpolation", "bilinear", "grey levels"),
+        ("resize_mode", "squash", "grey levels"),
+    ],
+)
+def test_a_library_that_sees_other_pixels_is_noticed(
+    tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, fact: str
+) -> None:
+    """Such as one that reads a field of the configuration otherwise."""
+    import open_clip
+
+    create = open_clip.create_model_and_transforms
+    names = {"mean": "image_mean", "interpolation": "image_interpolation", "resize_mode": "image_resize_mode"}
+    monkeypatch.setattr(
+        open_clip, "create_model_and_transforms", lambda name, **rest: create(name, **rest, **{names[field]: value})
+    )
+    encoder = _tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
+    (tmp_path / "out").mkdir()
+    with refused(DatamergeError, None, fact):
+        write_open_clip(encoder, f"open_clip:zoo-laion/{TAG}", tmp_path / "out")
+
+
+def test_weights_that_changed_on_the_way_are_noticed(
+    tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(tensors: dict[str, Tensor], path: Path) -> None:
+        save_file(
+            {name: tensor + 1e-3 if name == "visual.proj" else tensor for name, tensor in tensors.items()}, path
+        )
+
+    monkeypatch.setattr("trainer.export.open_clip_folder.save_file", damaged)
+    encoder = _tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
+    (tmp_path / "out").mkdir()
+    with refused(DatamergeError, None, "visual.pt"):
+        write_open_clip(encoder, f"open_clip:zoo-laion/{TAG}", tmp_path / "out")
 
 
 def _agree(photo: Image.Image, one: Preprocessing, other: Preprocessing) -> bool:

@@ -30,17 +30,18 @@ from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
+from trainer.export.kinds import check_kind
 from trainer.export.same_function import PILLOW, check_same, check_weights
 
 TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.safetensors"
 
 
-def write_open_clip(encoder: Encoder, text_tower: str, files: Path) -> str:
+def write_open_clip(encoder: Encoder, origin: str, files: Path) -> str:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        text_tower: spec of the network whose text tower belongs to it.
+        origin: spec of what it started from, whose text tower belongs to it.
         files: an empty folder.
 
     Returns:
@@ -50,18 +51,15 @@ def write_open_clip(encoder: Encoder, text_tower: str, files: Path) -> str:
         ConfigError: no encoder of open_clip, or one whose preprocessing or size open_clip has no words for.
         DatamergeError: the files do not compute the same.
     """
+    check_kind(encoder, "open_clip", "open_clip")
     spec = parse_spec(encoder.spec)
-    if spec.kind != "open_clip":
-        raise ConfigError(
-            f"to: open_clip expects an open_clip encoder, found {encoder.spec!r}; use the run's {WEIGHTS} itself"
-        )
     make_torchvision_importable()
     config = {"model_cfg": _configuration(spec), "preprocess_cfg": preprocess_config(encoder)}
     config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"]
     (files / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     # The file that RobustVLM reads: a plain state_dict, not safetensors.
     torch.save({name: value.contiguous() for name, value in encoder.model.state_dict().items()}, files / TOWER)
-    whole = _write_whole(encoder, split_spec(text_tower), files)
+    whole = _write_whole(encoder, split_spec(origin), files)
     with _no_log():
         _check(encoder, files, whole)
     return USAGE if whole else TOWER_USAGE
@@ -86,7 +84,7 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
     if problems:
         raise ConfigError(
             f"to: open_clip has no words for the preprocessing of {encoder.spec!r} ({problems[0]}); use the run's "
-            f"{WEIGHTS} itself"
+            f"{WEIGHTS}, which datamerge reads"
         )
     return {
         "size": height if height == width else [height, width],
@@ -151,7 +149,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(
             f"to: open_clip cannot build {encoder.spec!r} from its configuration ({first_line(error)}); use the "
-            f"run's {WEIGHTS} itself"
+            f"run's {WEIGHTS}, which datamerge reads"
         ) from None
     model.eval()
     check_weights(model.visual, torch.load(files / TOWER, weights_only=True), TOWER)
