@@ -81,6 +81,9 @@ class TrainConfig(Settings):
         default=None,
         description="Encoder to start from, such as timm:resnet18, or the folder of a finished training run.",
     )
+    image_size: Annotated[int | None, Option(unset="the model's own")] = Field(
+        default=None, ge=1, description="Side of the input of `encoder` in pixels."
+    )
     head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
         default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."
     )
@@ -201,6 +204,11 @@ class TrainConfig(Settings):
                 f"steps: expected a length in either steps or epochs, found {found}; set `steps` or `epochs`"
             )
         self._check_arm(ARMS[self.arm])
+        if self.image_size is not None and self.encoder is None:
+            raise ValueError(
+                "image_size: the artifact's encoder has the size of its pixels; set `encoder` too, or drop "
+                "`image_size`"
+            )
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
         if self.refine_step_size is not None and not self.refine_steps:

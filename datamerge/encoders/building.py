@@ -72,12 +72,14 @@ def adapted(recorded: Preprocessing | None, own: Preprocessing, size: tuple[int,
     )
 
 
-def resampling(spec: EncoderSpec, before: tuple[int, int], after: tuple[int, int], library: str) -> str:
-    """The line about position embeddings that were brought to another grid."""
-    return (
+def resampled(spec: EncoderSpec, before: tuple[int, int], after: tuple[int, int], library: str) -> list[str]:
+    """The line about position embeddings that were brought to another grid; none for those of no weights yet."""
+    if before == after or spec.checkpoint or not (spec.whole or spec.pretrained):
+        return []
+    return [
         f"encoder: {spec.named} runs on {after[0]}x{after[1]} pixels: its position embeddings, made for "
         f"{before[0]}x{before[1]}, were resampled as {library} does"
-    )
+    ]
 
 
 def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> Any:
@@ -104,7 +106,7 @@ def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> Any:
 def _refusal(spec: EncoderSpec, error: Exception) -> ConfigError:
     named = str(replace(spec, checkpoint=None))
     chain = list(_chain(error))
-    fetching = next((cause for cause in reversed(chain) if _from_a_client(cause)), None)
+    fetching = next((cause for cause in chain if _from_a_client(cause)), None)
     if fetching is not None:
         return ConfigError(
             f"encoder: expected to fetch {_wanted(spec)} of {named!r}, found no way to "

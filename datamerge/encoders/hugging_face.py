@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datamerge.encoders.building import Built, adapted, downloading, resampling, wanted_size
+from datamerge.encoders.building import Built, adapted, downloading, resampled, wanted_size
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -70,12 +70,12 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
         raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
-    own = recorded or downloading(spec, lambda: _preprocessing(spec))
+    own = recorded or downloading(spec, lambda: read_processor(spec))
     native, size = _native(tower), wanted_size(spec, recorded)
-    notes = []
+    notes: list[str] = []
     if size is not None and size != native:
-        downloading(spec, lambda: _resize(tower, size))
-        notes = [resampling(spec, native, size, "transformers")] if not spec.checkpoint else []
+        downloading(spec, lambda: resize_tower(tower, size))
+        notes = resampled(spec, native, size, "transformers")
     return Built(tower, adapted(own, own, size), spec, notes)
 
 
@@ -99,26 +99,34 @@ def _model(spec: EncoderSpec) -> Any:
     if config.model_type == "clip_vision_model" and config.architectures == ["CLIPVisionModel"]:
         name = "CLIPVisionModel"
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-    kind = getattr(transformers, name)
     if spec.checkpoint:
-        return kind._from_config(config, **options)
-    model, found = kind.from_pretrained(spec.model, config=config, output_loading_info=True, **options, **where)
+        return _class(name)._from_config(config, **options)
+    model, found = _class(name).from_pretrained(
+        spec.model, config=config, output_loading_info=True, **options, **where
+    )
     missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
     if missing == [PROJECTION] and not config.architectures:
         # Nothing but the weights says which of CLIP's two vision models was saved.
-        kind = transformers.CLIPVisionModel
-        model, found = kind.from_pretrained(spec.model, config=config, output_loading_info=True, **where)
+        model, found = _class("CLIPVisionModel").from_pretrained(
+            spec.model, config=config, output_loading_info=True, **where
+        )
         missing = sorted(found["missing_keys"])
     if missing or mismatched:
         raise ConfigError(
-            f"encoder: expected weights of {kind.__name__} at '{spec}', found "
+            f"encoder: expected weights of {name} at '{spec}', found "
             f"{f'no {missing[0]!r}' if missing else f'another shape of {mismatched[0]}'} "
             f"({len(missing)} tensors missing, {len(mismatched)} of another shape)"
         )
     return model
 
 
-def _preprocessing(spec: EncoderSpec) -> Preprocessing:
+def _class(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def read_processor(spec: EncoderSpec) -> Preprocessing:
     """The record of what the model's image processor does.
 
     Raises:
@@ -186,7 +194,7 @@ def _native(tower: HuggingFaceTower) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
-def _resize(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
+def resize_tower(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
     """Fit position embeddings to images of (H, W), as the model's own `interpolate_pos_encoding=True` does.
 
     DINOv2 does so at every call.
@@ -203,7 +211,7 @@ def _resize(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
     tower.config.image_size = size[0] if size[0] == size[1] else list(size)
     if tower.config.model_type == "vit":
         embeddings.position_embeddings = nn.Parameter(positions)
-        embeddings.patch_embeddings.image_size = size
+        embeddings.image_size = embeddings.patch_embeddings.image_size = size
         return
     count = positions.shape[1]
     embeddings.position_embedding = nn.Embedding.from_pretrained(positions[0], freeze=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamerge.encoders.building import Built, adapted, differing, downloading, resampling, unknown, wanted_size
+from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
 from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -28,11 +28,10 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
     visual = downloading(spec, lambda: _create(spec, size, tag)).visual
     own = _read(visual.preprocess_cfg, spec)
-    notes = []
-    if size is not None and not spec.checkpoint and (spec.whole or spec.pretrained):
+    notes: list[str] = []
+    if size is not None and not spec.checkpoint and _has_positions(visual):
         native = _pair(open_clip.get_model_config(spec.model)["vision_cfg"]["image_size"])
-        if native != size and _has_positions(visual):
-            notes.append(resampling(spec, native, size, "open_clip"))
+        notes = resampled(spec, native, size, "open_clip")
     return Built(visual, adapted(recorded, own, size), spec, notes, doubts if recorded is None else [])
 
 
@@ -78,17 +77,17 @@ def _create(spec: EncoderSpec, size: tuple[int, int] | None, tag: Mapping[str, A
     if size is not None:
         options["force_image_size"] = size[0] if size[0] == size[1] else size
     if spec.checkpoint:
-        place = _of_hub(spec) if spec.model.startswith(HUB) else spec.model
+        place = of_hub(spec) if spec.model.startswith(HUB) else spec.model
         return open_clip.create_model(place, load_weights=False, text_cfg=NO_TEXT, **options)
     if spec.whole:
-        place = _of_hub(spec) if spec.revision else spec.model
+        place = of_hub(spec) if spec.revision else spec.model
         return open_clip.create_model(place, require_pretrained=True, **options)
     if not spec.pretrained and "hf_model_name" in open_clip.get_model_config(spec.model)["text_cfg"]:
         options["text_cfg"] = NO_TEXT
     return open_clip.create_model(spec.model, pretrained=spec.pretrained, **options)
 
 
-def _of_hub(spec: EncoderSpec) -> str:
+def of_hub(spec: EncoderSpec) -> str:
     """A model of the hub as a folder: at its revision, which open_clip cannot name; without weights for a file."""
     from open_clip import factory
 

@@ -120,8 +120,8 @@ def with_tag_of_run(text: str) -> str:
     return text
 
 
-def text_tower(text: str) -> str:
-    """Spec of the network whose text tower belongs to an encoder: what the first of the runs behind it started from.
+def started_from(text: str) -> str:
+    """What the first of the runs behind an encoder started from, whose text tower or classifier belongs to it.
 
     Args:
         text: spec of the encoder.

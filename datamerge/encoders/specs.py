@@ -5,13 +5,13 @@
     open_clip:local-dir:FOLDER     a folder with open_clip_config.json and weights
     timm:MODEL/TAG                 timm:resnet50/a1_in1k           weights timm knows by that tag
     timm:hf-hub:ORG/NAME           (also timm:local-dir:FOLDER)
-    hf:FOLDER, hf:ORG/NAME         vision model of Hugging Face transformers, in a folder or on the hub
+    hf:FOLDER, hf:ORG/NAME         hf:openai/clip-vit-base-patch32 a vision model of Hugging Face transformers
     mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
     python:MODULE:FACTORY          python:my_models:encoder        your own function that returns a module
 
 Behind any of them `@FILE` takes the weights from a file: `open_clip:ViT-L-14/openai@tuned.pt` is that network, with
-the preprocessing and the text tower of that tag. `@REVISION` is a revision of the hub, for hf: and timm:hf-hub:.
-`,image_size=336` in front of `@` sets the input's side in pixels.
+the preprocessing and the text tower of that tag. `@REVISION` behind a name on the hub is a revision of it.
+`,image_size=336` in front of `@FILE` sets the input's side in pixels.
 
 A spec that names no weights has random ones, the same on every machine.
 """

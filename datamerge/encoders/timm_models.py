@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from datamerge.encoders.building import Built, adapted, differing, downloading, resampling, unknown, wanted_size
+from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
@@ -25,7 +25,7 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     model = downloading(spec, lambda: _create(name, spec))
     config = resolve_model_data_config(model)
     native, size = tuple(config["input_size"][1:]), wanted_size(spec, recorded)
-    notes = []
+    notes: list[str] = []
     if size is not None and size != native:
         resizable = hasattr(model, "set_input_size")
         if not resizable and model.pretrained_cfg.get("fixed_input_size"):
@@ -35,7 +35,7 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
             )
         if resizable:
             downloading(spec, lambda: model.set_input_size(img_size=size))
-            notes = [resampling(spec, native, size, "timm")] if not spec.checkpoint else []
+            notes = resampled(spec, native, size, "timm")
         config = resolve_model_data_config(model, {"input_size": (config["input_size"][0], *size)})
     own = _read(config, spec)
     return Built(model, adapted(recorded, own, size), spec, notes, [] if recorded else _doubts(spec, own))

@@ -115,6 +115,28 @@ class Preprocessing(BaseModel):
                 f"{where}: expected a preprocessing, found a problem in {name}: {first['msg']}"
             ) from None
 
+    @classmethod
+    def of_artifact(cls, provenance: Mapping[str, Any], where: str) -> Self | None:
+        """What the provenance of an artifact says; None where it does not, or only in part after a combination.
+
+        Raises:
+            ConfigError: something that this release cannot read.
+        """
+        record = provenance.get("preprocessing")
+        if not isinstance(record, Mapping) or not {"shape", "resize"} <= record.keys():
+            return None
+        return cls.read(record, where)
+
+    @property
+    def geometry(self) -> Preprocessing:
+        """The same without the normalisation: what the 8-bit pixels depend on."""
+        return self.model_copy(update={"mean": None, "std": None})
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it says how pixels are normalised, too."""
+        return self.mean is not None and self.std is not None
+
     def differences(self, other: Preprocessing, *, normalised: bool = True) -> list[str]:
         """What differs between two, a phrase each: `resize shortest here, squash there`; empty if they agree.
 
@@ -152,16 +174,20 @@ class Preprocessing(BaseModel):
         ]
 
     def __str__(self) -> str:
-        """In one line: `3x224x224: shorter side to 256, bicubic, centre cropped; mean (0.485, 0.456, 0.406), …`."""
-        size = _text(self.shape)
+        """In one line: `3x224x224: shorter side to 256, bicubic, centre cropped, mean (0.485, 0.456, 0.406), …`."""
         if self.resize == "none":
-            geometry = "images of this size as they are"
+            facts = ["images of this size as they are"]
         else:
-            geometry = f"{_SIDES[self.resize]}{_text(self.scale)}, {self.interpolation}"
-            geometry += ", centre padded" if self.resize == "longest" else ""
-            geometry += ", centre cropped" if self.resize == "shortest" else ""
-        normalisation = [f"{name} {_text(value)}" for name in ("mean", "std") if (value := getattr(self, name))]
-        return f"{size}: {'; '.join([geometry, *([', '.join(normalisation)] if normalisation else [])])}"
+            height, width = self.scale
+            to = str(height) if height == width and self.resize != "squash" else _text(self.scale)
+            facts = [f"{_SIDES[self.resize]}{to}", self.interpolation]
+            if self.resize == "longest":
+                facts.append(f"the rest filled with {_text(self.fill)}")
+            elif self.resize == "shortest" or self.scale != self.size:
+                facts.append("centre cropped")
+        facts += ["transparent pixels on white"] if self.alpha == "white" else []
+        facts += [f"{name} {_text(value)}" for name in ("mean", "std") if (value := getattr(self, name))]
+        return f"{_text(self.shape)}: {', '.join(facts)}"
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -177,4 +203,6 @@ def _text(value: Any) -> str:
         return value
     if all(isinstance(one, int) for one in value):
         return "x".join(map(str, value))
+    if len(set(value)) == 1:
+        return f"{value[0]:g}"
     return f"({', '.join(f'{one:g}' for one in value)})"

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from datamerge.encoders import load_encoder, save_encoder, with_checkpoint
-from datamerge.encoders.runs import encoder_spec, resolve, text_tower, with_tag_of_run
+from datamerge.encoders.runs import encoder_spec, resolve, started_from, with_tag_of_run
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import RunSummary, read_summary
@@ -95,7 +95,7 @@ def test_a_run_keeps_the_tag_that_it_started_from(tmp_path: Path) -> None:
     second = write_run(tmp_path / "2", first, sha256="b", started="a")
     assert second == f"{TAG}@{tmp_path}/2/encoder.safetensors"
     assert with_tag_of_run(second) == second
-    assert text_tower(second) == text_tower(first) == TAG
+    assert started_from(second) == started_from(first) == TAG
 
 
 def test_an_older_run_gets_the_tag_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_an_older_run_gets_the_tag_back(tmp_path: Path, capsys: pytest.CaptureFi
     for number, spec in enumerate((first, second), 1):
         expected = f"{TAG}@{tmp_path}/{number}/encoder.safetensors"
         assert with_tag_of_run(spec) == encoder_spec(str(tmp_path / str(number)))[0] == expected
-        assert text_tower(spec) == text_tower(expected) == TAG
+        assert started_from(spec) == started_from(expected) == TAG
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{tmp_path}/{number}/encoder.safetensors" in line
         assert TAG in line
@@ -120,15 +120,15 @@ def test_a_newer_run_of_an_older_one(tmp_path: Path) -> None:
     first = write_run(tmp_path / "1", TAG, sha256="a", older=True)
     second = write_run(tmp_path / "2", with_tag_of_run(first), sha256="b", started="a")
     assert second == f"{TAG}@{tmp_path}/2/encoder.safetensors"
-    assert text_tower(second) == TAG
+    assert started_from(second) == TAG
 
 
-def test_a_run_of_a_file_belongs_to_the_text_tower_of_the_file(tmp_path: Path) -> None:
+def test_a_run_of_a_file_belongs_to_the_started_from_of_the_file(tmp_path: Path) -> None:
     full = f"{BARE}@{tmp_path}/epoch_3.pt"
     first = write_run(tmp_path / "1", full, sha256="a")
     second = write_run(tmp_path / "2", first, sha256="b", started="a")
-    assert text_tower(second) == full
-    assert text_tower(full) == full
+    assert started_from(second) == full
+    assert started_from(full) == full
 
 
 def test_a_chain_is_not_followed_into_another_run(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_chain_is_not_followed_into_another_run(tmp_path: Path) -> None:
     first = write_run(tmp_path / "1", TAG, sha256="another", older=True)
     second = write_run(tmp_path / "2", first, started="a", older=True)
     assert with_tag_of_run(second) == second
-    assert text_tower(second) == first
+    assert started_from(second) == first
 
 
 @pytest.mark.parametrize("damage", ["gone", "torn", "circle"])
@@ -154,4 +154,4 @@ def test_a_chain_ends_where_nothing_can_be_read(tmp_path: Path, damage: str) -> 
 
 @pytest.mark.parametrize("spec", ["mlp:1x4x4-6", "timm:resnet18", f"{BARE}@/nowhere/encoder.safetensors", TAG])
 def test_other_specs_are_left_alone(spec: str) -> None:
-    assert with_tag_of_run(spec) == text_tower(spec) == spec
+    assert with_tag_of_run(spec) == started_from(spec) == spec

@@ -299,7 +299,7 @@ def test_a_gradient_that_is_not_finite_stops(
     encoders: list[Encoder] = []
 
     def load(spec: str, device: str) -> ResolvedEncoder:
-        found = resolve(spec, device)
+        found = resolve(spec, device=device)
         encoders.append(found.encoder)
         return found
 

@@ -150,7 +150,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
-    encoder = resolve(found.encoder, str(device)).encoder
+    encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact) if found.labels else None
     classes = None
@@ -185,6 +185,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
             **free_of_place(resolved),
             "plan_sha256": artifact.manifest.plan_sha256,
             "encoder_sha256": encoder.sha256,
+            "preprocessing": encoder.preprocessing.record(),
             "head_sha256": None if head is None else weights_sha256(head),
         },
         refinement=found.refinement,
@@ -286,6 +287,7 @@ def _resolved(
             "artifact": artifact.location.root if artifact.location.is_local else artifact.location.url,
             "loss": loss,
             "encoder": encoder.spec,
+            "image_size": None,  # stands in the spec
             "head": None if head is None else config.head or ARTIFACT_HEAD,
             "steps": steps,
             "epochs": None,
