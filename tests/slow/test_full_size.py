@@ -136,11 +136,11 @@ def test_merge_train_evaluate_export_and_reload(tmp_path: Path, photos: Path, mo
     for arm, flags in ARMS.items():
         stages(f"train, {arm}", "train", artifact, runs[arm], *settings, *flags)
 
-    data = ["--data", photos, "--limit", "2", "--steps", "1"]
+    data: list[str | Path] = ["--data", photos, "--limit", "2", "--steps", "1"]
     losses = _clean_losses(json.loads(stages("evaluate", "evaluate", *runs.values(), *data, "--json")))
     names = tmp_path / "names.txt"
     names.write_text("even\nodd\n")
-    zero_shot = ["--class-names", names, "--templates", "simple", "--attack", "apgd", "--epsilons", "2/255"]
+    zero_shot: list[str | Path] = ["--class-names", names, "--templates", "simple", "--attack", "apgd", "--epsilons", "2/255"]
     stages(
         "evaluate zero-shot", "evaluate", "zero-shot", runs["factors"], *data, *zero_shot, "--no-check-masking",
         "-o", tmp_path / "results",
