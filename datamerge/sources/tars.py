@@ -19,7 +19,7 @@ import braceexpand
 from datamerge.runtime.messages import first_line, warn
 from datamerge.sources.image_folder import EXTENSIONS
 from datamerge.sources.images import BadImage
-from datamerge.sources.labels import NONE, Labels, NoClass, choose_column, label_columns, read_labels, warn_of_twins
+from datamerge.sources.labels import LABEL_NAMES, NONE, Labels, NoClass, choose_column, read_labels, warn_of_twins
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -146,7 +146,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns, url)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
         Sample(
@@ -197,7 +197,7 @@ def _note_member(
     parts = found.setdefault(key, _Parts())
     extension = extension.lower()
     is_image = f".{extension}".endswith(EXTENSIONS)
-    is_label = any(label_columns([extension])) if columns.label is None else extension == columns.label
+    is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
         return
     if info.issparse():
@@ -215,14 +215,17 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _labels(samples: Sequence[tuple[str, _Parts]], wanted: str | None, url: str) -> tuple[Labels, str]:
+def _labels(samples: Sequence[tuple[str, _Parts]], columns: Columns, url: str) -> tuple[Labels, str]:
     """Labels from a member or a JSON field of each sample, and why there are none.
 
     Raises:
         SourceError: no sample has the member or field that the user named, or what it says is no label.
     """
     none: list[int | None] = [None] * len(samples)
-    column, why = (wanted, "") if wanted is not None else _label_column([parts for _, parts in samples], url)
+    wanted, why = columns.label, ""
+    column = wanted
+    if wanted is None:
+        column, why = _label_column([parts for _, parts in samples], columns.group, url)
     if column is None or column == NONE:
         return (none, []), why
     raw = [_value(parts, column) for _, parts in samples]
@@ -244,13 +247,13 @@ def _labels(samples: Sequence[tuple[str, _Parts]], wanted: str | None, url: str)
     return (labels, names), ""
 
 
-def _label_column(samples: Sequence[_Parts], url: str) -> tuple[str | None, str]:
+def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tuple[str | None, str]:
     """The extension of the members with labels, `cls` by default, or the JSON field; and why there is none."""
     if any(LABEL_EXTENSION in parts.texts for parts in samples):
         return LABEL_EXTENSION, ""
     members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
     fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
-    return choose_column([*members, *fields], url)
+    return choose_column([name for name in (*members, *fields) if name != group], url)
 
 
 def _fields(parts: _Parts) -> list[str]:
