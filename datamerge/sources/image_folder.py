@@ -24,7 +24,6 @@ from datamerge.sources.sample import (
 )
 from storage_schemas import Location, SourceError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TABLE = "labels.csv"
 FILE_COLUMNS = ("file", "filename", "file_name")
 LABEL_COLUMN = "label"
@@ -46,8 +45,21 @@ class FolderReader:
         return self.location.read(sample.name)
 
 
-def open_image_folder(location: Location, files: Sequence[tuple[str, int]], columns: Columns) -> Source:
+def open_image_folder(
+    location: Location,
+    files: Sequence[tuple[str, int]],
+    columns: Columns,
+    skipped: int | None = None,
+    known: Sequence[str] = (),
+) -> Source:
     """List the images among the files of a folder.
+
+    Args:
+        location: the folder.
+        files: the images.
+        columns: of labels.csv.
+        skipped: level of the folders that are splits, not classes.
+        known: other files that labels.csv may name.
 
     Raises:
         SourceError: a labels.csv that does not go with the images.
@@ -55,7 +67,7 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
     names = [name for name, _ in files]
     groups: list[str | None] = [None] * len(names)
     if location.exists(TABLE):
-        rows = _read_table(location, names)
+        rows = _read_table(location, [*names, *known])
         labels, class_names = _column_labels(rows, names, columns.label, f"{location.url}/{TABLE}")
         if columns.group is not None:
             groups = _column(rows, names, columns.group, f"{location.url}/{TABLE}")
@@ -65,7 +77,7 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
             "file,label,…)"
         )
     else:
-        labels, class_names = _folder_labels(names)
+        labels, class_names = _folder_labels([_without_level(name, skipped) for name in names])
     samples = [
         Sample(key, name, label, group)
         for key, name, label, group in zip(make_keys(names), names, labels, groups, strict=True)
@@ -74,6 +86,14 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
     identity = fingerprint([listing, labels, groups])
     reader = FolderReader(location)
     return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location)
+
+
+def _without_level(path: str, level: int | None) -> str:
+    """A path without its folder at a level."""
+    if level is None:
+        return path
+    parts = path.split("/")
+    return "/".join([*parts[:level], *parts[level + 1 :]])
 
 
 def _folder_labels(names: Sequence[str]) -> tuple[list[int | None], list[str]]:

@@ -93,6 +93,8 @@ class Source:
         reader: reads the samples.
         listing: by file, what identifies its content: [bytes, hash or None, …].
         location: the folder of the listed files, if they are files.
+        split: what was chosen where there are splits.
+        left_out: how many files of its folder are not read, by reason.
     """
 
     url: str
@@ -103,6 +105,8 @@ class Source:
     reader: Reader
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     location: Location | None = None
+    split: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
