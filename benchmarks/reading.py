@@ -38,6 +38,7 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.schema.manifest import Manifest, ShardEntry, dump
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.record import encode_exact
 
 SHAPE, MEMBERS = (3, 224, 224), 10
@@ -87,7 +88,7 @@ def _images(photos: str | None, count: int) -> Iterator[npt.NDArray[np.uint8]]:
         return
     source = open_source(photos, limit=count)
     for sample in source.samples:
-        yield decode(source.reader.read(sample), SHAPE)
+        yield decode(source.reader.read(sample), Preprocessing(shape=SHAPE))
 
 
 def write(folder: Path, format: str, photos: str | None, records: int, shards: int) -> Artifact:

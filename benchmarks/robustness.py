@@ -50,7 +50,7 @@ def strength(
     model = nn.Sequential(network, load_head(head)).eval().requires_grad_(False)
     listed = open_source(data, limit=images)
     names = [sample.name for sample in listed.samples]
-    decoded = [decode(listed.reader.read(sample), network.input_shape) for sample in listed.samples]
+    decoded = [decode(listed.reader.read(sample), network.preprocessing) for sample in listed.samples]
     pixels = torch.from_numpy(np.stack(decoded))
     labels = torch.tensor([sample.label for sample in listed.samples])
     click.echo(f"{encoder}, {len(names)} images, {norm}, {steps} steps, one start")

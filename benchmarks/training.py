@@ -126,7 +126,7 @@ def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: 
 def run_blocks(kind: str, encoder: str, members: int, rounds: int, block: int, **settings: Any) -> _Blocks:
     """A run of the trainer on an artifact of the format `kind`; `settings` are the trainer's. It holds the times."""
     with tempfile.TemporaryDirectory() as name:
-        artifact = _artifact(Path(name, "artifact"), encoder, kind, 4 * settings["batch_size"], members)
+        artifact = make_artifact(Path(name, "artifact"), encoder, kind, 4 * settings["batch_size"], members)
         job = make_job(
             TrainConfig(artifact=artifact, run=str(Path(name, "run")), steps=2 * block * rounds, **settings)
         )
@@ -160,7 +160,7 @@ def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
 def arm_seconds(encoder: str, members: int, rounds: int, **settings: Any) -> dict[str, list[float]]:
     """Seconds of a step of every arm, `rounds` times in turn; `settings` are the trainer's."""
     with tempfile.TemporaryDirectory() as name:
-        artifact = _artifact(Path(name, "artifact"), encoder, "zarr", 4 * settings["batch_size"], members, factors=1)
+        artifact = make_artifact(Path(name, "artifact"), encoder, "zarr", 4 * settings["batch_size"], members, factors=1)
         work: dict[str, Callable[[int], None]] = {}
         for arm, own in ARMS.items():
             config = TrainConfig(artifact=artifact, run=str(Path(name, arm)), steps=rounds + 1, **settings, **own)
@@ -201,7 +201,7 @@ def start(shards: int, kind: str, folder: str, rounds: int) -> None:
     paths = {count: Path(folder, f"{kind}-{count}") for count in (1, shards)}
     for count, path in paths.items():
         if not path.exists():
-            _artifact(path, "mlp:1x4x4-8-6", kind, count, 2, per_shard=1)
+            make_artifact(path, "mlp:1x4x4-8-6", kind, count, 2, per_shard=1)
     with tempfile.TemporaryDirectory() as runs:
         work = {str(count): partial(_command, path, Path(runs, str(count))) for count, path in paths.items()}
         seconds = _interleaved(work, rounds)
@@ -214,7 +214,7 @@ def _command(artifact: Path, run: Path, number: int) -> None:
     subprocess.run([sys.executable, "-m", "datamerge", "train", *arguments], check=True, capture_output=True)
 
 
-def _artifact(
+def make_artifact(
     path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8, factors: int = 0
 ) -> str:
     """Random photos' worth of bytes: smooth images with PGD-like members around them."""

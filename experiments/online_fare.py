@@ -81,7 +81,7 @@ class OnlineFeed:
 
     def _decode(self, sample: Sample) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         try:
-            return decode(self._source.reader.read(sample), self._encoder.input_shape)
+            return decode(self._source.reader.read(sample), self._encoder.preprocessing)
         except (BadImage, OSError) as error:
             raise DatamergeError(f"{sample.name}: expected an image, {error}; remove it from the data") from None
 

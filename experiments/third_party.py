@@ -24,6 +24,7 @@ from datamerge.encoders import load_encoder, load_head
 from datamerge.evaluation.runs import read_run
 from datamerge.sources import decode, open_source
 from experiments.arms import ArmsExperiment
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import BASELINE
 
 
@@ -82,7 +83,7 @@ def _facts(target: Path, attack: dict[str, Any]) -> dict[str, Any]:
 
 def _images(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     listed = open_source(source)
-    pixels = np.stack([decode(listed.reader.read(sample), shape) for sample in listed.samples])
+    pixels = np.stack([decode(listed.reader.read(sample), Preprocessing(shape=shape)) for sample in listed.samples])
     return torch.from_numpy(pixels).float() / 255, torch.tensor([sample.label for sample in listed.samples])
 
 

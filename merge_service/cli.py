@@ -73,6 +73,7 @@ def _show_plan(prepared: Prepared, price_per_hour: float | None, as_json: bool) 
         "shards": layout.shards,
         "uncompressed_bytes": raw,
         "arrays": {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in layout.arrays},
+        "preprocessing": prepared.plan.preprocessing.record(),
         "estimate": dataclasses.asdict(found),
     }
     if price_per_hour is not None:
@@ -84,7 +85,8 @@ def _show_plan(prepared: Prepared, price_per_hour: float | None, as_json: bool) 
     click.echo(
         f"{layout.groups} groups in {layout.shards} shards of {layout.groups_per_shard}, {layout.format}, "
         f"{layout.encoding}; {human_bytes(raw)} before compression, about {human_bytes(found.bytes)} after\n"
-        f"arrays: {arrays}"
+        f"arrays: {arrays}\n"
+        f"pixels: {prepared.plan.preprocessing}"
     )
     if found.flops and found.flop_per_second and found.peak_share:
         click.echo(

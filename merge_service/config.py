@@ -110,6 +110,12 @@ class MergeConfig(Settings):
     shape: Annotated[str | None, Option(metavar="CxHxW", unset="the first image's")] = Field(
         None, description="Pixels of the members where no encoder says."
     )
+    preprocessing_of: Annotated[str | None, Option(metavar="SPEC|RUN", unset="none")] = Field(
+        None, description="Encoder whose pixels the groups get, where none is attacked or embedded."
+    )
+    image_size: Annotated[PositiveInt | None, Option(unset="the model's own")] = Field(
+        None, description="Side of the encoders' input in pixels."
+    )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
     split: Split = None
     image_column: ImageColumn = None
@@ -189,6 +195,11 @@ class MergeConfig(Settings):
             )
         if self.encoder is not None and self.shape is not None:
             problems.append("shape: pixels have the encoder's; drop `shape`")
+        if self.preprocessing_of is not None and (self.encoder is not None or self.shape is not None):
+            there = "encoder" if self.encoder is not None else "shape"
+            problems.append(f"preprocessing_of: pixels have those of `{there}`; drop `preprocessing_of` or `{there}`")
+        if self.image_size is not None and self.encoder is None and self.preprocessing_of is None:
+            problems.append("image_size: there is no encoder to have an input of that size; set `shape` instead")
         if self.target_encoder is not None and self.grouping != "adversarial":
             problems.append(f"target_encoder: {self.grouping} groups are not attacked; give `encoder` alone")
         return problems

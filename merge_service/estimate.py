@@ -186,7 +186,7 @@ def _flops_per_unit(prepared: Prepared, model: nn.Module | None) -> float:
     config = prepared.config
     if model is None or not config.needs_encoder:
         return 0.0
-    passes = count_passes(model, prepared.plan.shape)
+    passes = count_passes(model, prepared.plan.preprocessing.shape)
     return group_flops(config, passes) if config.grouping == "adversarial" else passes.forward
 
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from datamerge.encoders import Head, load_head, pick_device, refusals_about
+from datamerge.encoders.runs import ResolvedEncoder, resolve
 from datamerge.runtime import Progress, read_lines
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
@@ -15,12 +17,11 @@ from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
-from merge_service.encoder_spec import ResolvedEncoder, resolve
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
-from merge_service.planning import Plan, make_plan, pixels_shape
+from merge_service.planning import Plan, make_plan, pixels_of
 from merge_service.work_queue import SetAside
-from merge_service.worker import WorkerSetup
+from merge_service.worker import Wanted, WorkerSetup
 from storage_schemas import (
     ArtifactWriter,
     ConfigError,
@@ -33,6 +34,7 @@ from storage_schemas import (
 from storage_schemas.card.finish import finish
 from storage_schemas.display import one_line
 from storage_schemas.schema.manifest import HEAD, MANIFEST, parse
+from storage_schemas.schema.preprocessing import Preprocessing
 
 MIN_REJECTED = 10
 
@@ -98,10 +100,11 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         split=config.split,
     )
     check_source(config.artifact, source)
-    encoder = resolve(config.encoder) if config.encoder and config.needs_encoder else None
-    with refusals_about("target_encoder"):
-        target_encoder = resolve(config.target_encoder) if config.target_encoder else None
+    encoder = _resolved(config, "encoder") if config.needs_encoder else None
+    target_encoder = _resolved(config, "target_encoder")
     _check_pair(encoder, target_encoder)
+    of_pixels = target_encoder or encoder or _resolved(config, "preprocessing_of")
+    preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None)
     head = _load_head(config, encoder)
     files = {LISTING: source.listing_bytes()}
     clusters = None
@@ -112,8 +115,10 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
             clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
         else:
             with ExitStack() as own:
-                clusters, files[clustering.FILE] = _clusters(config, source, encoder, counts, ray or own)
-    plan = make_plan(config, source, encoder, target_encoder, head, clusters)
+                clusters, files[clustering.FILE] = _clusters(
+                    config, source, encoder, preprocessing, counts, ray or own
+                )
+    plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, clusters)
     if encoder is not None and encoder.encoder.random_weights:
         warn(
             f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
@@ -207,14 +212,13 @@ def _run_stage(
 def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> WorkerSetup:
     """What a worker of this merge needs."""
     encoder, target = (
-        None if found is None else (found.encoder.spec, found.encoder.sha256)
-        for found in (prepared.encoder, prepared.target_encoder)
+        None if found is None else Wanted.of(found.encoder) for found in (prepared.encoder, prepared.target_encoder)
     )
     return WorkerSetup(
         config=prepared.config,
         writer=writer,
         reader=prepared.source.reader,
-        shape=prepared.plan.shape,
+        preprocessing=prepared.plan.preprocessing,
         encoder=encoder,
         target_encoder=target,
         head=prepared.head,
@@ -265,12 +269,16 @@ def check_source(artifact: str, source: Source) -> None:
 
 
 def _clusters(
-    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, counts: Mapping[int, int], ray: ExitStack
+    config: MergeConfig,
+    source: Source,
+    encoder: ResolvedEncoder | None,
+    preprocessing: Preprocessing,
+    counts: Mapping[int, int],
+    ray: ExitStack,
 ) -> tuple[dict[int, list[int]], bytes]:
     """Clusters of every class and the file that keeps them; from the artifact, if an earlier run has found them."""
-    shape = encoder.encoder.input_shape if encoder else pixels_shape(config, source)
     identity = fingerprint(
-        [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, shape, config.resize]
+        [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, preprocessing.record()]
         + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
     )
     location = Location(config.artifact)
@@ -287,8 +295,8 @@ def _clusters(
         setup = WorkerSetup(
             config=config,
             reader=source.reader,
-            shape=shape,
-            encoder=(encoder.encoder.spec, encoder.encoder.sha256) if encoder else None,
+            preprocessing=preprocessing,
+            encoder=Wanted.of(encoder.encoder) if encoder else None,
             device=ray_stage.device(config, here),
         )
         for label, clusters in ray_stage.run_clusters(setup, classes, counts):
@@ -340,14 +348,29 @@ def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> 
         )
 
 
+def _resolved(
+    config: MergeConfig, setting: Literal["encoder", "target_encoder", "preprocessing_of"]
+) -> ResolvedEncoder | None:
+    """The encoder that a setting names, if it names one."""
+    named: str | None = getattr(config, setting)
+    with refusals_about(setting):
+        return resolve(named, image_size=config.image_size) if named is not None else None
+
+
 def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:
     if encoder is None or target is None:
         return
     mine, other = encoder.encoder, target.encoder
-    if (mine.input_shape, mine.embedding_dim) != (other.input_shape, other.embedding_dim):
+    # Each normalises the pixels for itself; both see the same ones.
+    if different := other.preprocessing.differences(mine.preprocessing, normalised=False):
         raise ConfigError(
-            f"target_encoder: expected pixels {mine.input_shape} and width {mine.embedding_dim}, as the attacked "
-            f"encoder's, found {other.input_shape} and {other.embedding_dim}"
+            f"target_encoder: expected the pixels of the attacked encoder, found {'; '.join(different)}; choose one "
+            "that takes the same"
+        )
+    if mine.embedding_dim != other.embedding_dim:
+        raise ConfigError(
+            f"target_encoder: expected embeddings of width {mine.embedding_dim}, as the attacked encoder's, found "
+            f"{other.embedding_dim}"
         )
 
 

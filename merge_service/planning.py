@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,14 +12,15 @@ from typing import Any
 
 from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
+from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from merge_service.config import MergeConfig
-from merge_service.encoder_spec import ResolvedEncoder
 from merge_service.grouping import Group, assignment_sha256, make_groups
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
 from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.factors import factor_spec
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.record import moment_specs
 
 # Bytes depend on these: decoding, resizing and arithmetic.
@@ -51,7 +53,7 @@ class Plan:
     Attributes:
         groups: in the order that defines shards.
         order: key of a sample → its place in the source; empty for adversarial groups.
-        shape: (C, H, W) of the pixels.
+        preprocessing: which pixels are made of the images.
         in_parts: whether a shard's samples may be added up on several workers.
     """
 
@@ -59,7 +61,7 @@ class Plan:
     order: Mapping[str, int]
     layout: Layout
     provenance: dict[str, Any]
-    shape: tuple[int, int, int]
+    preprocessing: Preprocessing
     in_parts: bool
     _sorted: dict[int, Items] = field(default_factory=dict)
 
@@ -110,6 +112,7 @@ def make_plan(
     encoder: ResolvedEncoder | None,
     target_encoder: ResolvedEncoder | None,
     head: Head | None,
+    preprocessing: Preprocessing,
     clusters: Mapping[int, Sequence[int]] | None = None,
 ) -> Plan:
     """Plan groups, shards, arrays and provenance.
@@ -121,9 +124,10 @@ def make_plan(
     loaded = (target_encoder or encoder) if config.needs_encoder else None
     if config.objective == "cross_entropy" and config.grouping == "adversarial":
         _check_classes(groups, encoder.encoder if encoder else None, head)
-    shape = loaded.encoder.input_shape if loaded else pixels_shape(config, source)
-    provenance = _provenance(config, source, encoder, target_encoder, head, shape)
-    arrays = _arrays(config, shape, groups, loaded.encoder if loaded else None, pixel_spread(provenance))
+    provenance = _provenance(config, source, encoder, target_encoder, head, preprocessing)
+    arrays = _arrays(
+        config, preprocessing.shape, groups, loaded.encoder if loaded else None, pixel_spread(provenance)
+    )
     layout = Layout(
         format=config.format,
         encoding=config.resolved_encoding,
@@ -135,7 +139,14 @@ def make_plan(
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
     in_parts = config.grouping != "adversarial"
     order = {sample.key: index for index, sample in enumerate(source.samples)} if in_parts else {}
-    return Plan(groups=groups, order=order, layout=layout, provenance=provenance, shape=shape, in_parts=in_parts)
+    return Plan(
+        groups=groups,
+        order=order,
+        layout=layout,
+        provenance=provenance,
+        preprocessing=preprocessing,
+        in_parts=in_parts,
+    )
 
 
 def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None) -> None:
@@ -150,18 +161,33 @@ def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head 
             )
 
 
-def pixels_shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
-    """Pixels where no encoder says: from the settings, else of the first image that can be decoded."""
+def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None) -> Preprocessing:
+    """The pixels that an encoder takes, or those of the settings where none says.
+
+    Raises:
+        ConfigError, SourceError: no pixels of images, or none to be found.
+    """
+    preprocessing = Preprocessing(shape=_shape(config, source)) if encoder is None else encoder.preprocessing
+    if preprocessing.shape[0] not in (1, 3):
+        raise ConfigError(
+            f"encoder: expected 1 or 3 channels, those that images have, found pixels {preprocessing.shape}; choose "
+            "another encoder"
+        )
+    return preprocessing if config.resize else preprocessing.of_exact_size()
+
+
+def _shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
+    """Of the pixels where no encoder says: from the settings, else of the first image that can be decoded."""
     if config.shape is not None:
-        parts = config.shape.lower().split("x")
-        if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts) or parts[0] not in "13":
+        if not re.fullmatch(r"[13](x[1-9][0-9]{0,4}){2}", config.shape.lower()):
             raise ConfigError(f"shape: expected CxHxW with C = 1 or 3, e.g. 3x224x224, found {config.shape!r}")
-        return int(parts[0]), int(parts[1]), int(parts[2])
+        channels, height, width = map(int, config.shape.lower().split("x"))
+        return channels, height, width
     for sample in source.samples:
         try:
             data = source.reader.read(sample)
             shape = native_shape(data)
-            decode(data, shape)
+            decode(data, Preprocessing(shape=shape, resize="none"))
         except (BadImage, OSError):
             continue
         return shape
@@ -194,7 +220,7 @@ def _provenance(
     encoder: ResolvedEncoder | None,
     target_encoder: ResolvedEncoder | None,
     head: Head | None,
-    shape: tuple[int, int, int],
+    preprocessing: Preprocessing,
 ) -> dict[str, Any]:
     """What the groups are made from and how. `url` and `spec` say where things were; hashes say what they were."""
     provenance: dict[str, Any] = {
@@ -205,10 +231,7 @@ def _provenance(
             "fingerprint": source.fingerprint,
             "class_names": list(source.class_names),
         },
-        "preprocessing": {
-            "shape": list(shape),
-            **({"resize": "bicubic, shorter side", "crop": "centre"} if config.resize else {"resize": "none"}),
-        },
+        "preprocessing": preprocessing.record(),
         "grouping": _grouping(config),
         "targets": config.resolved_targets,
         "seed": config.seed,

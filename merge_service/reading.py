@@ -13,6 +13,7 @@ from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
 from merge_service.failures import may_pass
 from storage_schemas.access.retries import retry
+from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,15 +29,13 @@ class PixelReader:
 
     Args:
         reader: of the source.
-        shape: (C, H, W) of the pixels.
-        resize: bring images of other sizes to the shape; without, they are unusable.
+        preprocessing: which pixels to make.
         threads: that decode at the same time.
     """
 
-    def __init__(self, reader: Reader, shape: tuple[int, int, int], resize: bool, threads: int) -> None:
+    def __init__(self, reader: Reader, preprocessing: Preprocessing, threads: int) -> None:
         self._reader = reader
-        self._shape = shape
-        self._resize = resize
+        self._preprocessing = preprocessing
         self._lock = threading.Lock()
         requests = REMOTE_REQUESTS if reader.is_remote else threads
         self._pool = ThreadPoolExecutor(requests, "decode") if requests > 1 else None
@@ -76,6 +75,6 @@ class PixelReader:
         if isinstance(raw, BadImage):
             return str(raw)
         try:
-            return decode(raw, self._shape, resize=self._resize)
+            return decode(raw, self._preprocessing)
         except BadImage as error:
             return str(error)

@@ -26,6 +26,46 @@ from merge_service.precision import compare
 from merge_service.reading import PixelReader
 from merge_service.sample_groups import Accumulator, Partial
 from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
+from storage_schemas.schema.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An encoder that workers load, and what tells that it is the one of the plan.
+
+    Attributes:
+        spec: which to load.
+        sha256: of its weights.
+        preprocessing: that it has.
+    """
+
+    spec: str
+    sha256: str
+    preprocessing: Preprocessing
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Wanted:
+        """The one that the plan was made with."""
+        return cls(encoder.spec, encoder.sha256, encoder.preprocessing)
+
+    def load(self, device: str) -> Encoder:
+        """Load it, frozen.
+
+        Raises:
+            ConfigError: other weights or another preprocessing than the plan was made with.
+        """
+        encoder = load_encoder(self.spec, device)
+        if encoder.sha256 != self.sha256:
+            raise ConfigError(
+                f"encoder: expected weights of {self.spec} with sha256 {self.sha256[:12]}…, found "
+                f"{encoder.sha256[:12]}… on {socket.gethostname()}; give every node the same weights"
+            )
+        if different := encoder.preprocessing.differences(self.preprocessing):
+            raise ConfigError(
+                f"encoder: expected the preprocessing of {self.spec} as it was planned there, found "
+                f"{'; '.join(different)} ({socket.gethostname()} is here); give every node the same files"
+            )
+        return encoder.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +73,17 @@ class WorkerSetup:
     """What a worker needs to start; sent once.
 
     Attributes:
-        encoder, target_encoder: (spec, sha256) to load, None where not needed.
+        preprocessing: of the pixels.
+        encoder, target_encoder: what to load, None where not needed.
         writer: None before the plan is made, when only clusters are asked for.
     """
 
     config: MergeConfig
     reader: Reader
-    shape: tuple[int, int, int]
+    preprocessing: Preprocessing
     device: str
-    encoder: tuple[str, str] | None = None
-    target_encoder: tuple[str, str] | None = None
+    encoder: Wanted | None = None
+    target_encoder: Wanted | None = None
     head: Head | None = None
     writer: ArtifactWriter | None = None
 
@@ -64,7 +105,7 @@ class ShardWorker:
         self._setup = setup
         self._config = setup.config
         self._attack_lock, self._write_lock = threading.Lock(), threading.Lock()
-        self._reader = PixelReader(setup.reader, setup.shape, setup.config.resize, setup.config.cpus)
+        self._reader = PixelReader(setup.reader, setup.preprocessing, setup.config.cpus)
         self._encoder: Encoder | None = None
         self._attacker: Attacker | None = None
         self._accumulator: Accumulator | None = None
@@ -81,8 +122,8 @@ class ShardWorker:
                 f'device: expected a GPU on {socket.gethostname()}, torch sees none there; use `device="cpu"`'
             )
         self._use_threads()
-        target = _load(setup.target_encoder, setup.device) if setup.target_encoder else None
-        self._encoder = _load(setup.encoder, setup.device) if setup.encoder else None
+        target = setup.target_encoder.load(setup.device) if setup.target_encoder else None
+        self._encoder = setup.encoder.load(setup.device) if setup.encoder else None
         if setup.head is not None:
             setup.head.to(setup.device)
         if setup.writer is not None:
@@ -191,15 +232,3 @@ def _drained(records: list[Record]) -> Iterator[Record]:
     records.reverse()
     while records:
         yield records.pop()
-
-
-def _load(wanted: tuple[str, str], device: str) -> Encoder:
-    """An encoder with the weights that the plan was made with."""
-    spec, sha256 = wanted
-    encoder = load_encoder(spec, device)
-    if encoder.sha256 != sha256:
-        raise ConfigError(
-            f"encoder: expected weights of {spec} with sha256 {sha256[:12]}…, found {encoder.sha256[:12]}… on "
-            f"{socket.gethostname()}; give every node the same weights"
-        )
-    return encoder.requires_grad_(False)

@@ -58,6 +58,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Heads that tests make are none of those that the user keeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATAMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Ray on two nodes; it starts once, because that takes a while. Tests ask for `bench` or `ray_driver`."""

@@ -77,8 +77,12 @@ class TrainConfig(Settings):
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
     )
-    encoder: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's")] = Field(
-        default=None, description="Encoder to start from, such as timm:resnet18."
+    encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
+        default=None,
+        description="Encoder to start from, such as timm:resnet18, or the folder of a finished training run.",
+    )
+    image_size: Annotated[int | None, Option(unset="the model's own")] = Field(
+        default=None, ge=1, description="Side of the input of `encoder` in pixels."
     )
     head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
         default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."
@@ -133,6 +137,11 @@ class TrainConfig(Settings):
     )
     compile: bool = Field(
         default=False, description="torch.compile the encoder; for estimators without a double backward."
+    )
+    grad_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, slower "
+        "steps, the same result; for estimators without a double backward.",
     )
     eval_artifact: Annotated[str | None, Option(metavar="ARTIFACT")] = Field(
         default=None,
@@ -195,6 +204,11 @@ class TrainConfig(Settings):
                 f"steps: expected a length in either steps or epochs, found {found}; set `steps` or `epochs`"
             )
         self._check_arm(ARMS[self.arm])
+        if self.image_size is not None and self.encoder is None:
+            raise ValueError(
+                "image_size: the artifact's encoder has the size of its pixels; set `encoder` too, or drop "
+                "`image_size`"
+            )
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
         if self.refine_step_size is not None and not self.refine_steps:
@@ -227,10 +241,21 @@ class TrainConfig(Settings):
                 f"refine_steps: refines one image a group or its members, found arm {self.arm}{estimate}; use {able} "
                 "with the default `estimator` and `samples`, or drop `refine_steps`"
             )
-        if self.compile and arm.estimators and arm.estimators[self.estimator].twice:
+        if arm.estimators and arm.estimators[self.estimator].twice:
+            self._check_single_backward()
+
+    def _check_single_backward(self) -> None:
+        """Refuse what needs an estimator that differentiates once."""
+        once = 'use `estimator="sampled"` or `estimator="antithetic"`, or drop'
+        if self.compile:
             raise ValueError(
                 f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "
-                'use `estimator="sampled"` or `estimator="antithetic"`, or drop `compile`'
+                f"{once} `compile`"
+            )
+        if self.grad_checkpointing:
+            raise ValueError(
+                f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the activations "
+                f"that are computed again; {once} `grad_checkpointing`"
             )
 
 

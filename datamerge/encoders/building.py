@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
 from storage_schemas import ConfigError
+from storage_schemas.errors import printable
 from storage_schemas.schema.preprocessing import Preprocessing
 
 # Seed of networks without weights: part of what their spec means.
 RANDOM_WEIGHTS_SEED = 0
+# Packages whose exceptions mean that something could not be fetched.
+CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib", "http", "socket")
+# Letters of a library's own sentence that a message repeats.
+REASON_LETTERS = 240
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,15 @@ class Built:
         model: on normalised pixels, with the weights of its tag if it has one and no file.
         preprocessing: of its pixels; the normalisation is not part of `model`.
         spec: what was asked for, with everything that was resolved.
+        notes: lines for the user: what was resampled.
+        doubts: warnings for the user: what was taken where neither spec nor file says.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
     spec: EncoderSpec
+    notes: Sequence[str] = ()
+    doubts: Sequence[str] = ()
 
 
 @contextmanager
@@ -43,26 +55,128 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> nn.Module:
-    """Run a constructor that may download weights.
+def wanted_size(spec: EncoderSpec, recorded: Preprocessing | None) -> tuple[int, int] | None:
+    """(H, W) that a network is to be built for: the spec's, else that of its file; None for its own."""
+    if spec.image_size is not None:
+        return spec.image_size, spec.image_size
+    return None if recorded is None else recorded.size
+
+
+def adapted(recorded: Preprocessing | None, own: Preprocessing, size: tuple[int, int] | None) -> Preprocessing:
+    """What a file records, at the size that the spec asks for; without a record, `own`, which has that size."""
+    if recorded is None or size is None or recorded.size == size:
+        return recorded or own
+    scale = [math.floor(side * new / old) for side, new, old in zip(recorded.scale, size, recorded.size, strict=True)]
+    return Preprocessing.model_validate(
+        {**recorded.model_dump(), "shape": (recorded.shape[0], *size), "scale": tuple(scale)}
+    )
+
+
+def resampled(spec: EncoderSpec, before: tuple[int, int], after: tuple[int, int], library: str) -> list[str]:
+    """The line about position embeddings that were brought to another grid; none for those of no weights yet."""
+    if before == after or spec.checkpoint or not (spec.whole or spec.pretrained):
+        return []
+    return [
+        f"encoder: {spec.named} runs on {after[0]}x{after[1]} pixels: its position embeddings, made for "
+        f"{before[0]}x{before[1]}, were resampled as {library} does"
+    ]
+
+
+def downloading(spec: EncoderSpec, create: Callable[[], Any]) -> Any:
+    """Run a constructor of a library, which may download weights.
 
     Raises:
-        ConfigError: a download failed; the message says how to do without.
+        ConfigError: a download failed; the message says how to do without. Or weights or a configuration that
+            the library does not take.
     """
     # The libraries log missing weights and every retry; what matters is said below, once.
     logging.disable(logging.ERROR)
     try:
-        return cast(nn.Module, create())
-    except Exception as error:  # every hub client has its own exceptions
-        if spec.pretrained is None:
-            raise
-        raise ConfigError(
-            f"encoder: expected to fetch the weights {spec.pretrained!r} of '{spec}', found no way to "
-            f"({type(error).__name__}); download them on a connected machine and pass "
-            f"{spec.kind}:{spec.model}@FILE"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return create()
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # every hub client and every format of weights has its own exceptions
+        raise _refusal(spec, error) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _refusal(spec: EncoderSpec, error: Exception) -> ConfigError:
+    named = str(replace(spec, checkpoint=None))
+    chain = list(_chain(error))
+    fetching = next((cause for cause in chain if _from_a_client(cause)), None)
+    if fetching is not None:
+        return ConfigError(
+            f"encoder: expected to fetch {_wanted(spec)} of {named!r}, found no way to "
+            f"({type(fetching).__name__}); download it on a connected machine and pass {_without_network(spec)}"
+        )
+    if any(isinstance(cause, pickle.UnpicklingError) for cause in chain):
+        return ConfigError(
+            f"encoder: expected weights of {named!r} as plain tensors, found a file with other objects in it or none "
+            "of torch's; nothing in it was run"
+        )
+    return ConfigError(f"encoder: expected a network of {named!r}, found a problem: {reason(error)}")
+
+
+def _wanted(spec: EncoderSpec) -> str:
+    return f"the weights {spec.pretrained!r}" if spec.pretrained else "the configuration and weights"
+
+
+def _without_network(spec: EncoderSpec) -> str:
+    if spec.kind == "hf":
+        return "hf:FOLDER"
+    if spec.model.startswith(HUB):
+        return f"{spec.kind}:{LOCAL}FOLDER"
+    return f"{spec.kind}:{spec.model}/{spec.pretrained}@FILE" if spec.pretrained else f"{spec.named}@FILE"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it came from, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _from_a_client(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS
+
+
+def reason(error: BaseException) -> str:
+    """A library's own words on one line, as far as they have a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = printable(" ".join(lines)) or type(error).__name__
+    return text if len(text) <= REASON_LETTERS else f"{text[: REASON_LETTERS - 1]}…"
+
+
+def differing(spec: EncoderSpec, taken: Mapping[str, str], tags: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The warning that a file's preprocessing was taken from most tags of its model; none where all agree.
+
+    Args:
+        spec: with a file, without a tag.
+        taken: what was taken, in words, by name.
+        tags: the same of each tag of the model.
+    """
+    groups: dict[str, list[str]] = {}
+    for tag, facts in tags.items():
+        phrase = ", ".join(f"{name} {text}" for name, text in facts.items() if text != taken[name])
+        groups.setdefault(phrase, []).append(tag)
+    agreeing = groups.pop("", [])
+    if not groups:
+        return []
+    others = "; ".join(f"{phrase} ({_some(names)})" for phrase, names in groups.items())
+    differ = [name for name in taken if any(facts[name] != taken[name] for facts in tags.values())]
+    said = ", ".join(f"{name} {taken[name]}" for name in differ)
+    return [
+        f"encoder: {spec.checkpoint} does not say how its pixels are made, and the weights of {spec.named} differ in "
+        f"that: taken is {said}{f' ({_some(agreeing)})' if agreeing else ''}, others have {others}; name the weights "
+        f"that it was tuned from by {spec.named}/TAG@FILE"
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])])
 
 
 def unknown(what: str, name: str, known: Sequence[str]) -> ConfigError:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.weight_files import Contents, read_contents, read_metadata
+from datamerge.encoders.weight_fitting import fit
+from datamerge.encoders.weight_readings import without_wrappers
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, Location
 from storage_schemas.schema.preprocessing import Preprocessing
@@ -33,31 +35,44 @@ class Checkpoint:
 
     Attributes:
         path: the file.
-        tensors: by the names in it, without what wrappers put in front of all of them.
+        contents: its tensors, by where in it they stand and by name.
         preprocessing: what it records of its network's pixels, if anything.
     """
 
     path: Path
-    tensors: Mapping[str, Tensor]
+    contents: Contents
     preprocessing: Preprocessing | None = None
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a file of weights.
+    """Read a file of weights (`datamerge.encoders.weight_files` says which).
 
     Raises:
         ConfigError: not such a file.
     """
     file = Path(path)
-    return Checkpoint(file, read_state_dict(file), _recorded(file))
+    contents = read_contents(file)
+    return Checkpoint(file, contents, _preprocessing(file, contents.metadata))
 
 
-def _recorded(path: Path) -> Preprocessing | None:
-    if path.suffix != ".safetensors":
+def recorded_preprocessing(path: Path) -> Preprocessing | None:
+    """What a file of weights records of its network's pixels, if anything.
+
+    Raises:
+        ConfigError: no such record, or no file of weights.
+    """
+    return _preprocessing(path, read_metadata(path))
+
+
+def _preprocessing(path: Path, metadata: Mapping[str, str]) -> Preprocessing | None:
+    text = metadata.get(PREPROCESSING)
+    if text is None:
         return None
-    with safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(PREPROCESSING)
-    return None if text is None else Preprocessing.read(json.loads(text), f"encoder: {path}")
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"encoder: {path}: expected a preprocessing as JSON, found {first_line(error)}") from None
+    return Preprocessing.read(record, f"encoder: {path}")
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -83,50 +98,16 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> No
     Raises:
         ConfigError: they do not fit it.
     """
-    path, state = checkpoint.path, checkpoint.tensors
-    own = model.state_dict()
-    # A full CLIP checkpoint holds the image tower under `visual.`; a classifier's head is not the encoder's.
-    if not own.keys() <= state.keys() and any(name.startswith("visual.") for name in state):
-        state = {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
-    missing = sorted(own.keys() - state.keys())
-    wrong = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-    if missing or wrong:
-        problem = f"has no {missing[0]!r}" if missing else f"has another shape for {sorted(wrong)[0]!r}"
-        raise ConfigError(
-            f"encoder: expected weights of {spec.named}, {path} {problem} "
-            f"({len(missing)} tensors missing, {len(wrong)} of another shape)"
-        )
-    try:
-        model.load_state_dict({name: state[name] for name in own})
-    except RuntimeError:
-        raise ConfigError(
-            f"encoder: expected plain tensors in {path}, found some that cannot be copied (sparse, quantised or "
-            "without data)"
-        ) from None
+    fit(model, checkpoint.path, checkpoint.contents, spec)
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Tensors of a `.safetensors` or torch file, without executing anything in it.
+    """Tensors of a file of weights by name, without what wrappers put in front of all of them.
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: not such a file, or one that only a network's own loader reads.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ConfigError(f"encoder: {path} is no weights file: {first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError and friends
-        raise ConfigError(
-            f"encoder: expected plain tensors in {path}, found other objects: {type(error).__name__}"
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        found = "other names or values in it" if isinstance(state, dict) else type(state).__name__
-        raise ConfigError(f"encoder: expected a state_dict in {path}, found {found}")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    states = read_contents(path).states
+    if not states:
+        raise ConfigError(f"encoder: expected names of torch in {path}, found an archive of JAX's")
+    return without_wrappers(next(iter(states.values())))

@@ -15,7 +15,7 @@ from datamerge.encoders import hugging_face, open_clip_models, own_models, timm_
 from datamerge.encoders.building import Built, seeded
 from datamerge.encoders.checkpoints import load_into, read_checkpoint, weights_sha256
 from datamerge.encoders.specs import EncoderSpec, parse_spec
-from datamerge.runtime.messages import first_line
+from datamerge.runtime.messages import first_line, say, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
@@ -83,8 +83,14 @@ class Encoder(nn.Module):
         return int(output.shape[1])
 
 
-def load_encoder(spec: str, device: str = "cpu") -> Encoder:
+def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
     """Build the encoder of a spec (see `datamerge.encoders.specs`), in eval mode.
+
+    Args:
+        spec: which network and which weights.
+        device: that it is put on.
+        aloud: say on the screen what was resampled, and what was taken where neither spec nor file says. Workers
+            need not say again what their driver said.
 
     Raises:
         ConfigError: an unknown model or tag, weights that cannot be read or do not fit.
@@ -95,6 +101,11 @@ def load_encoder(spec: str, device: str = "cpu") -> Encoder:
         built = BUILDERS[parsed.kind](parsed, checkpoint.preprocessing if checkpoint else None)
     if checkpoint is not None:
         load_into(built.model, checkpoint, built.spec)
+    if aloud:
+        for line in built.notes:
+            say(line)
+        for line in built.doubts:
+            warn(line)
     named = parsed.whole or parsed.pretrained is not None or checkpoint is not None
     return Encoder(_channels_last(built.model), str(built.spec), built.preprocessing, not named).to(device)
 

@@ -1,16 +1,22 @@
 """Class heads: logits from embeddings, read from a file, from a network's classifier or made from class names.
 
-    head.safetensors               weight [classes, K], optional bias [classes], optional scale [1]
-    timm:MODEL/PRETRAINED          the classifier of that network (also timm:MODEL@CHECKPOINT)
-    open_clip:MODEL/PRETRAINED     zero-shot: the text tower's embeddings of class names (also @CHECKPOINT)
+    head.safetensors    weight [classes, K], optional bias [classes], optional scale [1]
+    timm:…              the classifier of that network
+    open_clip:…, hf:…   zero-shot: embeddings of class names by the text tower of that network
+    RUN                 the folder of a training run: the head of the network that it started from
 
-A head with `scale` is CLIP's: embeddings are normalised to length 1 and the logits multiplied by scale.
+Behind a network, `@FILE` takes classifier or text tower from that file where it holds them; else they are those of
+the network's tag, folder or repository.
+
+A head with `scale` is CLIP's: embeddings are normalised to length 1 and the logits multiplied by scale. SigLIP's has
+a bias as well.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +26,18 @@ from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
 from datamerge.encoders.checkpoints import read_state_dict
-from datamerge.encoders.open_clip_models import known_open_clip
+from datamerge.encoders.runs import encoder_spec, started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.encoders.zero_shot_heads import zero_shot
 from storage_schemas import ConfigError
 from storage_schemas.artifact import parse_head
 from storage_schemas.schema.record import Array
+
+# Kinds of encoders that have text towers.
+ZERO_SHOT = ("open_clip", "hf")
+FORMS = "a .safetensors file, a timm:, open_clip: or hf: spec, or the folder of a training run"
 
 
 class Head(nn.Module):
@@ -82,39 +93,64 @@ def head_from_arrays(arrays: Mapping[str, Array], names: Sequence[str]) -> Head:
     return Head(tensors["weight"], tensors.get("bias"), tensors.get("scale"), names)
 
 
-def load_head(spec: str, class_names: Sequence[str] = (), templates: Sequence[str] = ()) -> Head:
-    """Load a head from a file or spec (forms in the module's docstring).
+def load_head(
+    spec: str,
+    class_names: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    shelf: Path | None = None,
+) -> Head:
+    """Load a head from a file, a spec or a run (forms in the module's docstring).
 
     Args:
-        spec: a path ending in .safetensors, or an encoder spec.
-        class_names: needed by open_clip specs: the classes in label order.
-        templates: prompts of open_clip specs with {} for the name; OpenAI's 80 for ImageNet by default.
+        spec: a path ending in .safetensors, an encoder spec, or the folder of a training run.
+        class_names: needed by zero-shot heads: the classes in label order.
+        templates: prompts of zero-shot heads with {} for the name; OpenAI's 80 for ImageNet by default.
+        device: where zero-shot heads are computed.
+        shelf: a folder that zero-shot heads are sought in first, before the one of all commands (see
+            `datamerge.encoders.zero_shot_heads`), and kept in as well.
+
+    Returns:
+        The head, on the CPU.
 
     Raises:
-        ConfigError: no such file or model, or class names missing.
+        ConfigError: no such file, model or run, or class names missing.
         SchemaError: a file that holds no head.
     """
-    if spec.partition(":")[0] not in KINDS:
-        path = Path(spec).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"head: expected a .safetensors file or a timm:/open_clip: spec, found no file {spec!r}"
-            )
-        arrays, names = parse_head(path.read_bytes(), spec)
-        return head_from_arrays(arrays, names)
     with refusals_about("head"):
-        return _head_of_network(spec, class_names, templates)
+        spec = head_spec(spec)
+        if spec.partition(":")[0] in KINDS:
+            return _head_of_network(spec, class_names, templates, device, shelf)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"head: expected {FORMS}, found no file {spec!r}")
+    arrays, names = parse_head(path.read_bytes(), spec)
+    return head_from_arrays(arrays, names)
 
 
-def _head_of_network(spec: str, class_names: Sequence[str], templates: Sequence[str]) -> Head:
-    parsed = parse_spec(spec)
-    if parsed.kind == "timm":
-        return _timm_classifier(parsed)
-    if parsed.kind == "open_clip":
-        if not class_names:
-            raise ConfigError(f"head: the zero-shot head {spec!r} needs `class_names`, in the order of the labels")
-        return _zero_shot(parsed, class_names, templates)
-    raise ConfigError(f"head: expected a .safetensors file or a timm:/open_clip: spec, found {spec!r}")
+def head_spec(text: str) -> str:
+    """The network whose head belongs to an encoder, for the folder of a run and for the encoder of one; else `text`.
+
+    Raises:
+        ConfigError: an encoder spec that cannot be, or a folder without a finished run.
+    """
+    if text.partition(":")[0] not in KINDS and not Path(text).expanduser().is_dir():
+        return text
+    return started_from(encoder_spec(text)[0])
+
+
+def _head_of_network(
+    text: str, class_names: Sequence[str], templates: Sequence[str], device: str, shelf: Path | None
+) -> Head:
+    spec = parse_spec(text)
+    if spec.kind == "timm":
+        return _timm_classifier(spec)
+    if spec.kind not in ZERO_SHOT:
+        raise ConfigError(f"head: expected {FORMS}, found {text!r}")
+    if not class_names:
+        raise ConfigError(f"head: the zero-shot head {text!r} needs `class_names`, in the order of the labels")
+    return Head(**zero_shot(spec, class_names, templates, device, shelf), names=class_names)
 
 
 def _timm_classifier(spec: EncoderSpec) -> Head:
@@ -122,36 +158,25 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     import timm
 
     name = timm_name(spec)
+    state = dict(read_state_dict(Path(spec.checkpoint))) if spec.checkpoint else {}
     with seeded():
-        model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained)))
+        # Only its names are of use where a file has the classifier.
+        model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=_has_weights(spec) and not state))
     layer = model.get_classifier()
     if not isinstance(layer, nn.Linear):
         raise ConfigError(f"head: expected a linear classifier of '{spec}', found {type(layer).__name__}")
-    if spec.checkpoint:
-        prefix = next(name for name, module in model.named_modules() if module is layer)
-        state = read_state_dict(Path(spec.checkpoint))
-        if f"{prefix}.weight" not in state:
-            raise ConfigError(f"head: {spec.checkpoint} has no {prefix}.weight")
+    if not state:
+        return Head(layer.weight, layer.bias)
+    prefix = next(name for name, module in model.named_modules() if module is layer)
+    if f"{prefix}.weight" in state:
         return Head(state[f"{prefix}.weight"].float(), state.get(f"{prefix}.bias"))
-    return Head(layer.weight, layer.bias)
-
-
-def _zero_shot(spec: EncoderSpec, class_names: Sequence[str], templates: Sequence[str]) -> Head:
-    make_torchvision_importable()
-    import open_clip
-
-    spec = known_open_clip(spec)
-    weights = spec.checkpoint or spec.pretrained
-    with seeded():
-        model: Any = downloading(spec, lambda: open_clip.create_model(spec.model, pretrained=weights))
-    with torch.no_grad():
-        weight = open_clip.build_zero_shot_classifier(
-            model,
-            open_clip.get_tokenizer(spec.model),
-            list(class_names),
-            list(templates) or open_clip.OPENAI_IMAGENET_TEMPLATES,
-            # All of ImageNet's 80,000 prompts at once would not fit any memory.
-            num_classes_per_batch=10,
+    if not _has_weights(spec):
+        raise ConfigError(
+            f"head: expected {prefix}.weight in {spec.checkpoint}, found none; name the weights that it was tuned "
+            f"from by {spec.named}/TAG"
         )
-    scale = model.logit_scale.detach().exp().reshape(1)
-    return Head(weight.T.contiguous(), scale=scale, names=class_names)
+    return _timm_classifier(replace(spec, checkpoint=None))
+
+
+def _has_weights(spec: EncoderSpec) -> bool:
+    return spec.whole or spec.pretrained is not None

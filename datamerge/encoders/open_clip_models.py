@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from datamerge.encoders.building import Built, downloading, unknown
-from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
+from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
+
+CONFIGURATION = "open_clip_config.json"
+QUICK = "-quickgelu"
+# In place of a text tower that nobody asks for: it would take half of the memory, or a configuration from the hub.
+NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """The image tower of an open_clip model."""
+    """The image tower of an open_clip model, with what open_clip itself says of its preprocessing."""
     spec = known_open_clip(spec)
     import open_clip
 
-    model = downloading(
-        spec, lambda: open_clip.create_model(spec.model, pretrained=None if spec.checkpoint else spec.pretrained)
-    )
-    visual: Any = model.visual
-    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return Built(visual, recorded or Preprocessing(shape=(3, *size), mean=mean, std=std), spec)
+    size = wanted_size(spec, recorded)
+    tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
+    visual = downloading(spec, lambda: _create(spec, size, tag)).visual
+    own = _read(visual.preprocess_cfg, spec)
+    notes: list[str] = []
+    if size is not None and not spec.checkpoint and _has_positions(visual):
+        native = _pair(open_clip.get_model_config(spec.model)["vision_cfg"]["image_size"])
+        notes = resampled(spec, native, size, "open_clip")
+    return Built(visual, adapted(recorded, own, size), spec, notes, doubts if recorded is None else [])
 
 
 def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
@@ -38,12 +47,125 @@ def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
     make_torchvision_importable()
     import open_clip
 
+    if spec.whole:
+        return spec
     known = open_clip.list_models()
     if spec.model not in known:
+        # On paper the patch size stands behind a slash, which is where a tag begins here.
+        on_paper = f"{spec.model}-{spec.pretrained}".replace("/", "-")
+        fitting = max((name for name in known if f"{on_paper}-".startswith(f"{name}-")), key=len, default=None)
+        if fitting is not None:
+            tag = on_paper.removeprefix(fitting).replace("-", "/", 1)
+            raise ConfigError(
+                f"encoder: unknown open_clip model {spec.model!r}; expected open_clip:{fitting}{tag}, found '{spec}'"
+            )
         raise unknown("open_clip model", spec.model, known)
-    if spec.pretrained and (spec.model, spec.pretrained) not in open_clip.list_pretrained():
-        tags = [tag for model, tag in open_clip.list_pretrained() if model == spec.model]
-        raise unknown(f"weights of open_clip {spec.model}", spec.pretrained, tags)
-    quick = f"{spec.model}-quickgelu"
+    if spec.pretrained and not open_clip.is_pretrained_cfg(spec.model, spec.pretrained):
+        raise unknown(
+            f"weights of open_clip {spec.model}", spec.pretrained, open_clip.list_pretrained_tags_by_model(spec.model)
+        )
+    quick = f"{spec.model}{QUICK}"
     config = open_clip.get_pretrained_cfg(spec.model, spec.pretrained) if spec.pretrained else {}
     return replace(spec, model=quick) if config.get("quick_gelu") and quick in known else spec
+
+
+def _create(spec: EncoderSpec, size: tuple[int, int] | None, tag: Mapping[str, Any]) -> Any:
+    """The model with its weights; without a text tower where a file will bring those of the image tower."""
+    import open_clip
+
+    options: dict[str, Any] = {"force_preprocess_cfg": tag}
+    if size is not None:
+        options["force_image_size"] = size[0] if size[0] == size[1] else size
+    if spec.checkpoint:
+        place = of_hub(spec) if spec.model.startswith(HUB) else spec.model
+        return open_clip.create_model(place, load_weights=False, text_cfg=NO_TEXT, **options)
+    if spec.whole:
+        place = of_hub(spec) if spec.revision else spec.model
+        return open_clip.create_model(place, require_pretrained=True, **options)
+    if not spec.pretrained and "hf_model_name" in open_clip.get_model_config(spec.model)["text_cfg"]:
+        options["text_cfg"] = NO_TEXT
+    return open_clip.create_model(spec.model, pretrained=spec.pretrained, **options)
+
+
+def of_hub(spec: EncoderSpec) -> str:
+    """A model of the hub as a folder: at its revision, which open_clip cannot name; without weights for a file."""
+    from open_clip import factory
+
+    repository = spec.model.removeprefix(HUB)
+    configuration = factory.download_pretrained_from_hf(repository, CONFIGURATION, revision=spec.revision)
+    if not spec.checkpoint:
+        factory.download_pretrained_from_hf(repository, revision=spec.revision)
+    return f"{LOCAL}{Path(configuration).parent}"
+
+
+def _of_tags(spec: EncoderSpec) -> tuple[Mapping[str, Any], list[str]]:
+    """open_clip's configuration of the tag, or of most weights of the model, with a line where they differ."""
+    import open_clip
+
+    if spec.pretrained:
+        return open_clip.get_pretrained_cfg(spec.model, spec.pretrained), []
+    # A file does not say its activation; a name that ends in -quickgelu does.
+    names = {spec.model, f"{spec.model}{QUICK}"}
+    configs = {
+        tag: (open_clip.get_pretrained_cfg(model, tag), model)
+        for model, tag in open_clip.list_pretrained()
+        if model in names
+    }
+    if not configs:
+        return {}, []
+    facts = {tag: _facts(config, _quick(model, config)) for tag, (config, model) in configs.items()}
+    pixels = {tag: tuple(words.values())[:-1] for tag, words in facts.items()}
+    common = max(pixels, key=lambda tag: list(pixels.values()).count(pixels[tag]))
+    taken = configs[common][0]
+    doubts = differing(spec, _facts(taken, _quick(spec.model, {})), facts) if spec.checkpoint else []
+    return taken, doubts
+
+
+def _facts(config: Mapping[str, Any], quick: bool) -> dict[str, str]:
+    """In words, what tags of one model may differ in."""
+    words = {name: f"({', '.join(f'{value:g}' for value in config[name])})" for name in ("mean", "std")}
+    return {
+        **words,
+        "resize": config["resize_mode"],
+        "interpolation": config["interpolation"],
+        "activation": "QuickGELU" if quick else "GELU",
+    }
+
+
+def _quick(model: str, tag: Mapping[str, Any]) -> bool:
+    import open_clip
+
+    return bool(tag.get("quick_gelu") or open_clip.get_model_config(model).get("quick_gelu"))
+
+
+def _read(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
+    """The record of open_clip's configuration, as `open_clip.image_transform` understands it."""
+    size = _pair(config["size"])
+    resize, interpolation = config["resize_mode"], config["interpolation"]
+    # Its way of resizing other images than squares knows no other interpolation.
+    by_ratio = resize == "longest" or (resize == "shortest" and size[0] != size[1])
+    if interpolation == "random" or (by_ratio and resize == "shortest"):
+        interpolation = "bicubic"
+    record = {
+        "shape": (3, *size),
+        "resize": resize,
+        "interpolation": interpolation,
+        "rounding": "nearest" if by_ratio else "down",
+        "fill": (config["fill_color"],),
+        **{name: _each(config[name]) for name in ("mean", "std")},
+    }
+    return Preprocessing.read(record, f"encoder: '{spec}'")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return int(height), int(width)
+
+
+def _each(value: Any) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _has_positions(visual: Any) -> bool:
+    """Whether open_clip resamples something of this tower for another size; convolutions have nothing to."""
+    return hasattr(getattr(visual, "trunk", visual), "set_input_size") or hasattr(visual, "positional_embedding")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from itertools import pairwise
 
 from torch import nn
@@ -38,7 +39,7 @@ def build_mlp(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     own = Preprocessing(shape=shape, mean=(0.5,), std=(0.5,))
-    return Built(nn.Sequential(*layers[:-1]), recorded or own, spec)
+    return Built(nn.Sequential(*layers[:-1]), _checked(recorded or own, shape, spec), spec)
 
 
 def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
@@ -48,11 +49,36 @@ def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     except NoFactory as error:
         raise ConfigError(f"encoder: {error} ('{spec}')") from None
     model = factory()
-    shape = getattr(model, "input_shape", None)
+    own = _declared(model, spec)
+    return Built(model, _checked(recorded or own, own.shape, spec), spec)
+
+
+def _declared(model: object, spec: EncoderSpec) -> Preprocessing:
+    """What a module says of its pixels: `preprocessing`, or the `input_shape` of pixels in [0, 1]."""
+    shape, declared = getattr(model, "input_shape", None), getattr(model, "preprocessing", None)
+    if isinstance(model, nn.Module) and isinstance(declared, Preprocessing | Mapping):
+        read = declared if isinstance(declared, Preprocessing) else Preprocessing.read(declared, f"encoder: '{spec}'")
+        # Without a normalisation in front the module does it itself.
+        plain = {"mean": read.mean or (0.0,), "std": read.std or (1.0,)}
+        return Preprocessing.model_validate({**read.model_dump(), **plain})
     if not isinstance(model, nn.Module) or shape is None or len(shape) != 3:
         raise ConfigError(
-            f"encoder: expected a torch.nn.Module on [0, 1] pixels with an attribute input_shape = (C, H, W) from "
-            f"'{spec}', found {type(model).__name__} with input_shape {shape}"
+            f"encoder: expected a torch.nn.Module on [0, 1] pixels with an attribute input_shape = (C, H, W) or "
+            f"preprocessing from '{spec}', found {type(model).__name__} with input_shape {shape}"
         )
-    own = Preprocessing(shape=(int(shape[0]), int(shape[1]), int(shape[2])), mean=(0.0,), std=(1.0,))
-    return Built(model, recorded or own, spec)
+    return Preprocessing(shape=(int(shape[0]), int(shape[1]), int(shape[2])), mean=(0.0,), std=(1.0,))
+
+
+def _checked(preprocessing: Preprocessing, shape: tuple[int, int, int], spec: EncoderSpec) -> Preprocessing:
+    """The preprocessing, if it is of the pixels that the network was written for; no size can be chosen here.
+
+    Raises:
+        ConfigError: another shape.
+    """
+    size = (spec.image_size,) * 2 if spec.image_size else preprocessing.size
+    if (preprocessing.shape[0], *size) != shape:
+        raise ConfigError(
+            f"encoder: expected pixels {shape} of {spec.named}, found {(preprocessing.shape[0], *size)} in "
+            f"{'image_size' if spec.image_size else spec.checkpoint}; choose the size in {spec.kind}:'s own words"
+        )
+    return preprocessing

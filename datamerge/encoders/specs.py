@@ -5,13 +5,13 @@
     open_clip:local-dir:FOLDER     a folder with open_clip_config.json and weights
     timm:MODEL/TAG                 timm:resnet50/a1_in1k           weights timm knows by that tag
     timm:hf-hub:ORG/NAME           (also timm:local-dir:FOLDER)
-    hf:FOLDER, hf:ORG/NAME         vision model of Hugging Face transformers, in a folder or on the hub
+    hf:FOLDER, hf:ORG/NAME         hf:openai/clip-vit-base-patch32 a vision model of Hugging Face transformers
     mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
     python:MODULE:FACTORY          python:my_models:encoder        your own function that returns a module
 
 Behind any of them `@FILE` takes the weights from a file: `open_clip:ViT-L-14/openai@tuned.pt` is that network, with
-the preprocessing and the text tower of that tag. `@REVISION` is a revision of the hub, for hf: and timm:hf-hub:.
-`,image_size=336` in front of `@` sets the input's side in pixels.
+the preprocessing and the text tower of that tag. `@REVISION` behind a name on the hub is a revision of it.
+`,image_size=336` in front of `@FILE` sets the input's side in pixels.
 
 A spec that names no weights has random ones, the same on every machine.
 """
@@ -81,13 +81,13 @@ def parse_spec(text: str) -> EncoderSpec:
     Raises:
         ConfigError: not of one of the forms above, or a file that does not exist.
     """
-    spec = _split(text)
+    spec = split_spec(text)
     if spec.checkpoint is not None and not Path(spec.checkpoint).is_file():
         raise ConfigError(f"encoder: expected a weights file at {spec.checkpoint!r} for {text!r}, found none")
     return spec
 
 
-def _split(text: str) -> EncoderSpec:
+def split_spec(text: str) -> EncoderSpec:
     """As `parse_spec`, for specs whose file may have been moved."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS or not rest:
@@ -157,7 +157,7 @@ def refusals_about(setting: str) -> Iterator[None]:
 
 def with_checkpoint(spec: str, path: str) -> str:
     """The same network, tag and input size with its weights from `path`."""
-    return str(replace(_split(spec), checkpoint=path))
+    return str(replace(split_spec(spec), checkpoint=path))
 
 
 def with_image_size(spec: str, image_size: int | None) -> str:
@@ -170,6 +170,6 @@ def at_home(spec: str, folder: Path) -> str:
 
     Runs get moved and copied, and the path to where one was may lead to another by now.
     """
-    checkpoint = _split(spec).checkpoint
+    checkpoint = split_spec(spec).checkpoint
     own = folder / Path(checkpoint).name if checkpoint else None
     return with_checkpoint(spec, str(own.absolute())) if own is not None and own.is_file() else spec

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from datamerge.encoders.building import Built, downloading, unknown
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
+
+RESIZES = {"squash": "squash", "border": "longest"}  # timm's crop mode → ours; all others are shortest
+FACTS = {"shape", "resize", "scale", "interpolation", "mean", "std"}  # in which tags of one model may differ
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """A network of timm, without its classifier."""
+    """A network of timm without its classifier, with what timm itself says of its preprocessing."""
     make_torchvision_importable()
-    import timm
     from timm.data.config import resolve_model_data_config
 
     name = timm_name(spec)
-    model = downloading(
-        spec, lambda: timm.create_model(name, pretrained=bool(spec.pretrained and not spec.checkpoint), num_classes=0)
-    )
+    model = downloading(spec, lambda: _create(name, spec))
     config = resolve_model_data_config(model)
-    own = Preprocessing(shape=tuple(config["input_size"]), mean=config["mean"], std=config["std"])
-    return Built(model, recorded or own, spec)
+    native, size = tuple(config["input_size"][1:]), wanted_size(spec, recorded)
+    notes: list[str] = []
+    if size is not None and size != native:
+        resizable = hasattr(model, "set_input_size")
+        if not resizable and model.pretrained_cfg.get("fixed_input_size"):
+            raise ConfigError(
+                f"encoder: expected `image_size={native[0]}` or none for {spec.named}, whose layers are made for it, "
+                f"found {size[0]}"
+            )
+        if resizable:
+            downloading(spec, lambda: model.set_input_size(img_size=size))
+            notes = resampled(spec, native, size, "timm")
+        config = resolve_model_data_config(model, {"input_size": (config["input_size"][0], *size)})
+    own = _read(config, spec)
+    return Built(model, adapted(recorded, own, size), spec, notes, [] if recorded else _doubts(spec, own))
 
 
 def timm_name(spec: EncoderSpec) -> str:
     """Model and tag as timm spells them; raises ConfigError for unknown ones."""
     import timm
 
+    if spec.whole:
+        return f"{spec.model}@{spec.revision}" if spec.revision else spec.model
     if not timm.is_model(spec.model):
         raise unknown("timm model", spec.model, timm.list_models())
     name = spec.model
@@ -36,3 +56,55 @@ def timm_name(spec: EncoderSpec) -> str:
         if spec.pretrained not in tags:
             raise unknown(f"weights of timm {spec.model}", spec.pretrained, tags)
     return name
+
+
+def _create(name: str, spec: EncoderSpec) -> Any:
+    import timm
+
+    if spec.whole and not spec.checkpoint:
+        # With a classifier timm insists on every tensor; without one it only logs what is missing.
+        model: Any = timm.create_model(name, pretrained=True)
+        model.reset_classifier(0)
+        return model
+    return timm.create_model(name, pretrained=bool(spec.pretrained and not spec.checkpoint), num_classes=0)
+
+
+def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
+    """The warning that a file's preprocessing is that of timm's first tag, where others of the model differ."""
+    if spec.whole or spec.pretrained or not spec.checkpoint:
+        return []
+    import timm
+    from timm.data.config import resolve_data_config
+
+    tags = {}
+    for name in timm.list_pretrained(f"{spec.model}.*"):
+        config: Any = timm.get_pretrained_cfg(name)
+        tags[name.partition(".")[2]] = _facts(_read(resolve_data_config(pretrained_cfg=config.to_dict()), spec))
+    return differing(spec, _facts(own), tags)
+
+
+def _facts(preprocessing: Preprocessing) -> dict[str, str]:
+    """In words, by name."""
+    return {
+        name: " ".join(map("{:g}".format, value)) if isinstance(value, tuple) else str(value)
+        for name, value in preprocessing.model_dump(include=FACTS).items()
+    }
+
+
+def _read(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
+    """The record of timm's configuration, as `timm.data.create_transform` understands it."""
+    shape = tuple(config["input_size"])
+    scale = tuple(math.floor(side / config["crop_pct"]) for side in shape[1:])
+    resize = RESIZES.get(config["crop_mode"], "shortest")
+    by_ratio = resize == "longest" or (resize == "shortest" and scale[0] != scale[1])
+    record = {
+        "shape": shape,
+        "resize": resize,
+        "scale": scale,
+        "interpolation": config["interpolation"],
+        "rounding": "nearest" if by_ratio else "down",
+        "fill": tuple(round(255 * value) for value in config["mean"]) if resize == "longest" else (0,),
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+    }
+    return Preprocessing.read(record, f"encoder: '{spec}'")

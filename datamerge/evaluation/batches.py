@@ -15,9 +15,10 @@ import numpy.typing as npt
 from datamerge.evaluation.results import RejectedImage
 from datamerge.runtime.messages import warn
 from datamerge.runtime.read_ahead import read_ahead
-from datamerge.sources import BadImage, Sample, Source, decode
+from datamerge.sources import BadImage, RawImage, Sample, Source, decode
 from storage_schemas import DatamergeError, SourceError
 from storage_schemas.access.retries import is_transient, retry
+from storage_schemas.schema.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,41 @@ class ImageBatch:
         return len(self.samples) + len(self.rejected)
 
 
-def read_batches(source: Source, shape: tuple[int, int, int], size: int) -> Iterator[ImageBatch]:
-    """All samples in the source's order, `size` listed samples at a time."""
+def read_batches(
+    source: Source, preprocessings: Sequence[Preprocessing], size: int
+) -> Iterator[Sequence[ImageBatch]]:
+    """All samples in the source's order, `size` listed samples at a time; a batch for each of the preprocessings."""
     parts = (source.samples[first : first + size] for first in range(0, len(source.samples), size))
-    return read_ahead(_read(source, samples, shape) for samples in parts)
+    return read_ahead(_read(source, samples, preprocessings) for samples in parts)
 
 
-def _read(source: Source, samples: Sequence[Sample], shape: tuple[int, int, int]) -> ImageBatch:
+def _read(source: Source, samples: Sequence[Sample], preprocessings: Sequence[Preprocessing]) -> list[ImageBatch]:
+    files = [_raw(source, sample) for sample in samples]
+    return [_decoded(samples, files, preprocessing) for preprocessing in preprocessings]
+
+
+def _raw(source: Source, sample: Sample) -> RawImage | BadImage:
+    try:
+        return retry(partial(source.reader.read, sample))
+    except (BadImage, OSError) as error:
+        if is_transient(error):  # the image is not to blame, and later encoders would see others
+            raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
+        return BadImage(str(error))
+
+
+def _decoded(
+    samples: Sequence[Sample], files: Sequence[RawImage | BadImage], preprocessing: Preprocessing
+) -> ImageBatch:
     usable, images, rejected = [], [], []
-    for sample in samples:
+    for sample, file in zip(samples, files, strict=True):
         try:
-            images.append(decode(retry(partial(source.reader.read, sample)), shape))
+            if isinstance(file, BadImage):
+                raise file
+            images.append(decode(file, preprocessing))
             usable.append(sample)
-        except (BadImage, OSError) as error:
-            if is_transient(error):  # the image is not to blame, and later encoders would see others
-                raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
+        except BadImage as error:
             rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
-    pixels = np.stack(images) if images else np.empty((0, *shape), np.uint8)
+    pixels = np.stack(images) if images else np.empty((0, *preprocessing.shape), np.uint8)
     return ImageBatch(usable, pixels, rejected)
 
 

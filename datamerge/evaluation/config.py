@@ -28,6 +28,9 @@ class ImagesConfig(Settings):
     data: Annotated[str, Option(metavar="SOURCE")] = Field(
         min_length=1, description="Raw images: a folder, a Parquet file or a URL. Required."
     )
+    image_size: Annotated[int | None, Option(unset="the model's own")] = Field(
+        None, ge=1, description="Side of the input of encoders that are given as specs, in pixels."
+    )
     limit: Limit = None
     sample: Annotated[int | None, Option(unset="all")] = Field(
         None, ge=1, description="Draw so many samples at random, the same for every run."

@@ -14,6 +14,7 @@ from datamerge.evaluation.encoders_under_test import load_subjects, numerics
 from datamerge.evaluation.measures import CLEAN_LOSS, embedding_losses
 from datamerge.evaluation.results import mean_score
 from datamerge.evaluation.runs import read_run
+from datamerge.evaluation.store import PREPROCESSING
 from datamerge.evaluation.study import StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 
@@ -32,11 +33,14 @@ def evaluate_embedding(config: EmbeddingConfig) -> Results:
     device = pick_device(config.device)
     runs = [read_run(text) for text in config.runs]
     source = open_sample(config)
-    subjects = load_subjects(runs, device, config.original)
+    subjects = load_subjects(runs, device, config.original, config.image_size)
     rows = [
         StudyRow(
             subject,
-            {"original_sha256": subject.original.sha256},
+            {
+                "original_sha256": subject.original.sha256,
+                f"original_{PREPROCESSING}": subject.original.preprocessing.record(),
+            },
             partial(
                 embedding_losses,
                 subject.encoder,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from datamerge.attacks import arithmetic
-from datamerge.encoders import Encoder, load_encoder, refusals_about
+from datamerge.encoders import Encoder, load_encoder, refusals_about, with_image_size
 from datamerge.evaluation.runs import Run
 from datamerge.runtime.messages import warn
 from datamerge.runtime.threads import torch_threads
@@ -31,17 +31,25 @@ class Subject:
     original: Encoder
 
 
-def load_subjects(runs: Sequence[Run], device: torch.device, original: str | None = None) -> list[Subject]:
+def load_subjects(
+    runs: Sequence[Run], device: torch.device, original: str | None = None, image_size: int | None = None
+) -> list[Subject]:
     """Load each network once, however many runs refer to it.
 
     Args:
         runs: what to evaluate.
         device: where to.
         original: reference instead of what each run started from.
+        image_size: side of the input of encoders that are named by specs, in pixels, instead of their own.
 
     Raises:
         ConfigError: encoders that take other pixels, or have other embeddings than their reference.
     """
+    with refusals_about("runs"):
+        runs = [_sized(run, image_size) for run in runs]
+    if original is not None:
+        with refusals_about("original"):
+            original = with_image_size(original, image_size)
     loaded: dict[str, Encoder] = {}
 
     def load(spec: str, setting: str) -> Encoder:
@@ -58,14 +66,14 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
         )
         for run in runs
     ]
-    shape = subjects[0].encoder.input_shape
     for subject in subjects:
-        for encoder in (subject.encoder, subject.original):
-            if encoder.input_shape != shape:
-                raise ConfigError(
-                    f"runs: expected encoders for pixels {tuple(shape)} as in {subjects[0].run.name!r}, found "
-                    f"{tuple(encoder.input_shape)} in {subject.run.name!r}; evaluate them separately"
-                )
+        # Rows may take different pixels, but an encoder and its reference are shown the same ones.
+        mine, reference = subject.encoder.preprocessing, subject.original.preprocessing
+        if different := mine.differences(reference, normalised=False):
+            raise ConfigError(
+                f"runs: expected {subject.run.name!r} to take the pixels of the original {subject.original.spec!r}, "
+                f"found {'; '.join(different)}; name another `original`"
+            )
         if subject.encoder.embedding_dim != subject.original.embedding_dim:
             raise ConfigError(
                 f"runs: expected embeddings of one width to compare in {subject.run.name!r}, found "
@@ -77,6 +85,24 @@ def load_subjects(runs: Sequence[Run], device: torch.device, original: str | Non
             if original is None:
                 check_weights(subject.run, subject.original, subject.run.summary.original_sha256)
     return subjects
+
+
+def _sized(run: Run, image_size: int | None) -> Run:
+    """The same run at another size of the input, if it is a spec.
+
+    Raises:
+        ConfigError: a training run, whose encoder has the size that it was trained at.
+    """
+    if image_size is None:
+        return run
+    if run.summary is not None:
+        raise ConfigError(
+            f"image_size: expected encoder specs to set the input size of, found the run {run.name!r}, which has the "
+            "one that it was trained at; evaluate it without `image_size`"
+        )
+    return replace(
+        run, encoder=with_image_size(run.encoder, image_size), original=with_image_size(run.original, image_size)
+    )
 
 
 def load_trained(spec: str, device: torch.device) -> Encoder:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -24,15 +25,20 @@ IMAGENET = "imagenet"
 
 
 def make_heads(
-    spec: str, class_names: str | None, encoders: Sequence[Encoder], templates: Sequence[str] = ()
+    spec: str,
+    class_names: str | None,
+    encoders: Sequence[Encoder],
+    templates: Sequence[str] = (),
+    shelf: Path | None = None,
 ) -> list[Head]:
     """The head behind each encoder.
 
     Args:
         spec: of the head, or `outputs`.
         class_names: file with the classes in the head's order, or `imagenet`.
-        encoders: one head each.
+        encoders: one head each, on their device.
         templates: prompts of zero-shot heads.
+        shelf: a folder that zero-shot heads are kept in.
 
     Raises:
         ConfigError: no such head, or one that does not take the encoders' embeddings.
@@ -42,7 +48,7 @@ def make_heads(
         heads = [Head(torch.eye(encoder.embedding_dim), names=names) for encoder in encoders]
     else:
         try:
-            head = load_head(spec, names, templates)
+            head = load_head(spec, names, templates, device=str(encoders[0].mean.device), shelf=shelf)
         except SchemaError as error:
             raise ConfigError(f"head: {error}") from None
         _warn_if_random(spec)
@@ -142,7 +148,7 @@ def imagenet_names() -> list[str]:
 def _warn_if_random(text: str) -> None:
     if text.partition(":")[0] in KINDS:
         spec = parse_spec(text)
-        if spec.pretrained is None and spec.checkpoint is None:
+        if not spec.whole and spec.pretrained is None and spec.checkpoint is None:
             warn(f"head {text} has random weights; nobody has trained it, its accuracies mean nothing")
 
 

@@ -28,6 +28,7 @@ from datamerge.evaluation.measures import (
 )
 from datamerge.evaluation.results import ArmResult, mean_score, rate_score
 from datamerge.evaluation.runs import read_run
+from datamerge.evaluation.store import PREPROCESSING
 from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime.messages import say, warn
@@ -50,13 +51,14 @@ def evaluate(config: EvaluateConfig) -> Results:
     device = pick_device(config.device)
     runs = [read_run(text) for text in config.runs]
     source = open_sample(config)
-    subjects = load_subjects(runs, device, config.original)
+    subjects = load_subjects(runs, device, config.original, config.image_size)
     classifiers = _classifiers(config, subjects, source)
     rows = [
         StudyRow(
             subject,
             {
                 "original_sha256": subject.original.sha256,
+                f"original_{PREPROCESSING}": subject.original.preprocessing.record(),
                 "head": None if classifier is None else head_sha256(classifier.head),
             },
             partial(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamerge.encoders import at_home, parse_spec, refusals_about
+from datamerge.encoders import parse_spec, refusals_about
+from datamerge.encoders.runs import spec_of_run, with_tag_of_run
 from datamerge.encoders.specs import KINDS
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import BASELINE, RunSummary, read_summary
@@ -34,13 +35,14 @@ def read_run(text: str) -> Run:
     """A run from what the user typed: a folder that holds `run.json`, or an encoder spec.
 
     Raises:
-        ConfigError: neither, an unfinished run, or a damaged `run.json`.
+        ConfigError: neither, an unfinished run, or a damaged one.
     """
     folder = Path(text).expanduser()
     if folder.is_dir():
         summary = read_summary(folder)
-        encoder = at_home(summary.encoder, folder)
-        return Run(str(Path(text)), encoder, summary.original, summary.arm, summary)
+        with refusals_about("runs"):
+            encoder, original = spec_of_run(summary, folder), with_tag_of_run(summary.original)
+        return Run(str(Path(text)), encoder, original, summary.arm, summary)
     if text.partition(":")[0] not in KINDS:
         raise ConfigError(
             f"runs: expected the folder of a training run or an encoder spec such as timm:resnet18, found {text!r}, "
@@ -48,4 +50,5 @@ def read_run(text: str) -> Run:
         )
     with refusals_about("runs"):
         parse_spec(text)
-    return Run(name=text, encoder=text, original=text)
+        encoder = with_tag_of_run(text)
+    return Run(name=text, encoder=encoder, original=encoder)

@@ -19,9 +19,12 @@ from typing import Any
 
 from datamerge.runtime import local_path
 from storage_schemas import ConfigError, DatamergeError, Location, read_json
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.provenance import changes
 
 IDENTITY = "identity.json"
+# Entry of the identity: which pixels an encoder took.
+PREPROCESSING = "preprocessing"
 
 
 class ArmFolder:
@@ -57,7 +60,7 @@ class ArmFolder:
                 continue
             found = _read_stored(file)
             if file.parent == self.path:
-                _compare(file.parent, found, wanted)
+                _compare(file.parent, _in_present_words(found, wanted), wanted)
             else:
                 _compare(file.parent, *({name: one.get(name) for name in shared} for one in (found, wanted)))
         self._write(IDENTITY, wanted)
@@ -132,6 +135,17 @@ def _read_stored(file: Path) -> dict[str, Any]:
     except ValueError as error:
         message = f"{file}: expected a JSON object, found {error}; remove it to measure it again"
         raise DatamergeError(message) from None
+
+
+def _in_present_words(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity of a release before 0.2.0, which knew one geometry and said nothing of it."""
+    spelt = dict(found)
+    for name in (PREPROCESSING, f"original_{PREPROCESSING}"):
+        if name in wanted and name not in found:
+            present = Preprocessing.read(wanted[name], str(IDENTITY))
+            earlier = Preprocessing(shape=present.shape)
+            spelt[name] = earlier.record() if present.differences(earlier, normalised=False) else wanted[name]
+    return spelt
 
 
 def _compare(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Measures encoders on raw images batch by batch; every finished batch of every encoder is stored.
 
-Images are decoded once and shown to every encoder in turn, so all rows of a table are about the same images.
+Images are read once and shown to every encoder in turn, each time as that encoder takes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from datamerge.evaluation.encoders_under_test import Subject
 from datamerge.evaluation.measures import Measured
 from datamerge.evaluation.results import ArmResult, RejectedImage, Score, Training
 from datamerge.evaluation.sampling import draw
-from datamerge.evaluation.store import ArmFolder
+from datamerge.evaluation.store import PREPROCESSING, ArmFolder
 from datamerge.runtime import Progress
 from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Sample, Source, open_source
@@ -129,23 +129,30 @@ def run_study(
     stored = [[folder.read(f"{index:06d}") if folder else None for index in range(batches)] for folder in folders]
     first = next((i for i in range(batches) if any(column[i] is None for column in stored)), batches)
     remaining = replace(source, samples=source.samples[first * config.batch_size :])
-    encoder = rows[0].subject.encoder
+    # Encoders that differ in the normalisation alone share their pixels.
+    shown = [row.subject.encoder.preprocessing.geometry for row in rows]
+    distinct = list(dict.fromkeys(shown))
+    device = rows[0].subject.encoder.mean.device
     total = len(source.samples) * len(rows)
     done = len(rows) * min(first * config.batch_size, len(source.samples))
     with Progress(part, total, "images", done=done) as progress:
-        for index, batch in enumerate(read_batches(remaining, encoder.input_shape, config.batch_size), start=first):
-            pixels = torch.from_numpy(batch.pixels).to(encoder.mean.device).float() / LEVELS
-            for row, folder, column in zip(rows, folders, stored, strict=True):
+        for index, read in enumerate(read_batches(remaining, distinct, config.batch_size), start=first):
+            pixels = [torch.from_numpy(batch.pixels).to(device).float() / LEVELS for batch in read]
+            for row, folder, column, geometry in zip(rows, folders, stored, shown, strict=True):
+                place = distinct.index(geometry)
                 if column[index] is None:
-                    column[index] = found = _measure_batch(config, row, batch, pixels)
+                    column[index] = found = _measure_batch(config, row, read[place], pixels[place])
                     if folder is not None:
                         folder.write(f"{index:06d}", found)
-                progress.advance(batch.listed, note=row.subject.run.arm)
+                progress.advance(read[place].listed, note=row.subject.run.arm)
     studied = [
         _collect(row.subject, [item for item in column if item is not None])
         for row, column in zip(rows, stored, strict=True)
     ]
-    report_rejected(studied[0].rejected, source)
+    # Once for all rows, unless an image can be shown to some encoders only.
+    for number, one in enumerate(studied):
+        if all(one.rejected != other.rejected for other in studied[:number]):
+            report_rejected(one.rejected, source)
     return studied
 
 
@@ -155,7 +162,12 @@ def _claim(config: ImagesConfig, part: str, row: StudyRow, shared: Mapping[str, 
         return None
     encoder = row.subject.encoder
     folder = ArmFolder(config.output, part, row.subject.run.name, row.subject.run.arm)
-    own = {"encoder": encoder.spec, "encoder_sha256": encoder.sha256, "batch_size": config.batch_size}
+    own = {
+        "encoder": encoder.spec,
+        "encoder_sha256": encoder.sha256,
+        "batch_size": config.batch_size,
+        PREPROCESSING: encoder.preprocessing.record(),
+    }
     folder.claim(shared, {**own, **row.identity})
     return folder
 

@@ -6,8 +6,6 @@ attacked in ascending order and only what survived the last one, since every bal
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -15,22 +13,21 @@ import torch
 from torch import Tensor
 
 from datamerge.attacks import check_masking
-from datamerge.encoders import Head, head_from_arrays, parse_spec, pick_device
+from datamerge.encoders import Head, pick_device, refusals_about
+from datamerge.encoders.heads import ZERO_SHOT, head_spec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.config import ZeroShotConfig
 from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
-from datamerge.evaluation.labels import classify, head_sha256, make_heads, read_names
+from datamerge.evaluation.labels import classify, head_sha256, make_heads
 from datamerge.evaluation.measures import TOP_1, TOP_5, Classifier, LabelledBatch, Measured, classifications
 from datamerge.evaluation.results import ArmResult, rate_score
 from datamerge.evaluation.runs import read_run
-from datamerge.evaluation.store import write_result
 from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime import read_lines
 from datamerge.runtime.messages import warn
 from datamerge.sources import Sample, Source
-from storage_schemas import ConfigError, Location, shortened
-from storage_schemas.artifact import parse_head
+from storage_schemas import ConfigError, shortened
 
 PART = "zero-shot"
 MASKING_IMAGES = 32
@@ -53,7 +50,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
         raise ConfigError(
             f"data: expected images with labels, found none at {config.data}; one folder a class gives them"
         )
-    subjects = load_subjects(runs, device)
+    subjects = load_subjects(runs, device, image_size=config.image_size)
     specs = [_head_spec(config, subject) for subject in subjects]
     cache: dict[str, Head] = {}
     first = {sample.key for sample in source.samples[: config.batch_size]} if config.check_masking else set()
@@ -91,13 +88,15 @@ def read_templates(text: str) -> list[str]:
 
 
 def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
-    spec = config.head or subject.run.original
-    if config.head is None and not spec.startswith("open_clip:"):
+    with refusals_about("head"):
+        spec = head_spec(config.head or subject.run.encoder)
+    zero_shot = spec.partition(":")[0] in ZERO_SHOT
+    if config.head is None and not zero_shot:
         raise ConfigError(
-            f"head: expected one for {subject.run.name!r}, since {spec!r} is no open_clip encoder, which has a text "
-            "tower; found none; choose a .safetensors file, timm:… or `outputs`"
+            f"head: expected one for {subject.run.name!r}, since {spec!r} is no open_clip: or hf: encoder, which "
+            "have text towers; found none; choose a .safetensors file, timm:… or `outputs`"
         )
-    if spec.startswith("open_clip:") and config.class_names is None:
+    if zero_shot and config.class_names is None:
         raise ConfigError(
             f"class_names: expected a file with one name a line, or imagenet, for the head {spec!r}; found none"
         )
@@ -107,29 +106,14 @@ def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
 def _head(
     config: ZeroShotConfig, spec: str, subject: Subject, templates: Sequence[str], cache: dict[str, Head]
 ) -> Head:
-    """The head of a subject; text features come from the output folder where they were made before."""
-    if not spec.startswith("open_clip:"):
+    """The head of a subject; those of text towers are made once, and kept in the output folder too."""
+    if spec.partition(":")[0] not in ZERO_SHOT:
         return make_heads(spec, config.class_names, [subject.encoder])[0]
-    key = _text_key(config, spec, templates)
-    if key not in cache:
-        location = Location(Path(config.output).expanduser().absolute() / "heads")
-        name = f"{key}.safetensors"
-        if location.exists(name):
-            arrays, names = parse_head(location.read(name), name)
-            cache[key] = head_from_arrays(arrays, names)
-        else:
-            (cache[key],) = make_heads(spec, config.class_names, [subject.encoder], templates)
-            write_result(location, name, cache[key].to_bytes())
-    cache[key].check_width(subject.encoder.embedding_dim, f"{spec!r} for the encoder {subject.encoder.spec!r}")
-    return cache[key]
-
-
-def _text_key(config: ZeroShotConfig, spec: str, templates: Sequence[str]) -> str:
-    """What text features depend on: the tower, the names and the prompts."""
-    checkpoint = Path(parse_spec(spec).checkpoint or "")
-    stat = checkpoint.stat() if checkpoint.is_file() else None  # loading says it better where there is none
-    parts = [spec, read_names(config.class_names), list(templates), stat and [stat.st_size, stat.st_mtime_ns]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    if spec not in cache:
+        shelf = Path(config.output).expanduser().absolute() / "heads"
+        (cache[spec],) = make_heads(spec, config.class_names, [subject.encoder], templates, shelf)
+    cache[spec].check_width(subject.encoder.embedding_dim, f"{spec!r} for the encoder {subject.encoder.spec!r}")
+    return cache[spec]
 
 
 def _measure(

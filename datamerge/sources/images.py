@@ -1,4 +1,4 @@
-"""From an encoded image to 8-bit pixels, the way CLIP's evaluation does it (PAPER §4)."""
+"""From an encoded image to 8-bit pixels, the way the libraries that encoders come from do it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from storage_schemas.schema.preprocessing import Preprocessing
+
 # A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
 BAND = 256  # rows
@@ -23,22 +25,26 @@ class BadImage(Exception):  # noqa: N818
     """An image that cannot be used; the message is the reason that goes into the artifact."""
 
 
-def decode(data: bytes | Image.Image, shape: tuple[int, int, int], resize: bool = True) -> npt.NDArray[np.uint8]:
-    """Decode, convert to grey (C = 1) or RGB (C = 3), resize and crop; uint8 [C, H, W].
+def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode, convert to grey (C = 1) or RGB (C = 3), resize, crop or pad; uint8 [C, H, W], not normalised.
 
-    The shorter side is resized to fill H×W (bicubic, antialiased) and the centre cropped; an image that already
-    has the size is left alone. Transparency is dropped as `PIL.Image.convert` drops it, like torchvision's
-    ImageFolder.
+    Images are converted before they are resized, as torchvision's ImageFolder and timm do.
+
+    Args:
+        data: a file, or an image.
+        preprocessing: which pixels to make of it.
 
     Raises:
-        BadImage: not an image, cut short, or absurdly large or narrow; of another size, without `resize`.
+        BadImage: not an image, cut short, or absurdly large or narrow; of another size where none is resized.
     """
-    channels, height, width = shape
+    channels, height, width = preprocessing.shape
     with _opened(data) as image:
-        if not resize and image.size != (width, height):
+        if preprocessing.resize == "none" and image.size != (width, height):
             raise BadImage(f"expected {width}x{height} pixels, found {image.width}x{image.height}")
-        pixels = _to_8_bit(image).convert("L" if channels == 1 else "RGB")
-    array = np.asarray(_resize_and_crop(pixels, height, width))
+        eight = _to_8_bit(image)
+        opaque = _on_white(eight) if preprocessing.alpha == "white" else eight
+        pixels = opaque.convert("L" if channels == 1 else "RGB")
+    array = np.asarray(_crop_or_pad(_resized(pixels, preprocessing), preprocessing))
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
@@ -82,19 +88,57 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composited on white if it has any transparency, as transformers' convert_to_rgb."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+
+
+def _resized(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    size = _scaled_size(image, preprocessing)
+    if size == image.size:
+        return image
+    # Fitted to the longer side, the other one of a strip may come out as 0.
+    if 0 in size or size[0] * size[1] > MAX_RESIZED_PIXELS:
+        raise BadImage(f"{image.width}x{image.height} pixels: too narrow, they would become {size[0]}x{size[1]}")
+    return image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+
+
+def _scaled_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(W, H) that an image is resized to, as the libraries compute it, down to the last bit of their floats."""
+    (width, height), (to_height, to_width) = image.size, preprocessing.scale
+    if preprocessing.resize == "none":
+        return image.size
+    if preprocessing.resize == "squash":
+        return to_width, to_height
+    if preprocessing.rounding == "nearest":
+        choose = min if preprocessing.resize == "shortest" else max
+        ratio = choose(height / to_height, width / to_width)
+        return round(width / ratio), round(height / ratio)
+    # Whether the width is the side that is fitted: the shorter one in units of the scale, or the longer one.
+    narrow = width * to_height <= height * to_width
+    if narrow == (preprocessing.resize == "shortest"):
+        return to_width, height * to_width // width
+    return width * to_height // height, to_height
+
+
+def _crop_or_pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """The centre, with a margin where the image is smaller: the smaller half of it above and to the left."""
+    height, width = preprocessing.size
     if image.size == (width, height):
         return image
-    # The longer side is truncated to an integer, as torchvision's Resize does.
-    if image.width * height <= image.height * width:
-        size = (width, image.height * width // image.width)
-    else:
-        size = (image.width * height // image.height, height)
-    if size[0] * size[1] > MAX_RESIZED_PIXELS:
-        raise BadImage(f"{image.width}x{image.height} pixels: too narrow to fill {width}x{height}")
-    resized = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
-    return resized.crop((left, top, left + width, top + height))
+    left, top = (
+        -(-margin // 2) if margin < 0 else (round(margin / 2) if preprocessing.offset == "nearest" else margin // 2)
+        for margin in (image.width - width, image.height - height)
+    )
+    if left >= 0 and top >= 0:
+        return image.crop((left, top, left + width, top + height))
+    fill = preprocessing.fill[0] if image.mode == "L" else preprocessing.fill
+    padded = Image.new(image.mode, (width, height), fill)
+    padded.paste(image, (-left, -top))
+    return padded
 
 
 def native_shape(data: bytes | Image.Image) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from rich.text import Text
 from datamerge import artifacts as library
 from datamerge.runtime.options import HELP_FLAGS
 from storage_schemas import Location, UserError, printable
+from storage_schemas.card.dataset_card import recorded_preprocessing
 from storage_schemas.verify import Report
 
 SHOWN_PROBLEMS = 8  # of one file
@@ -128,7 +129,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     known = [f"{facts[name]:.4g} {when}" for name, when in losses if facts[name] is not None]
     if known:
         rows.append(("attack loss", ", ".join(known)))
-    rows += [(name, _flat(value)) for name, value in provenance.items()]
+    recorded = recorded_preprocessing(facts)
+    shown = {**provenance, **({} if recorded is None else {"preprocessing": str(recorded)})}
+    rows += [(name, _flat(value)) for name, value in shown.items()]
     rows += [("rejected", f"{reject['sample']}: {reject['reason']}") for reject in facts["rejects"][:20]]
     if len(facts["rejects"]) > 20:
         rows.append(("rejected", f"… {len(facts['rejects']) - 20} more, see --json"))

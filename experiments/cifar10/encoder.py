@@ -17,6 +17,7 @@ from datamerge.encoders import Head, load_encoder, save_encoder
 from datamerge.runtime import Progress
 from datamerge.sources import decode, open_source
 from storage_schemas import Location
+from storage_schemas.schema.preprocessing import Preprocessing
 
 SPEC = "python:experiments.cifar10.encoder:cifar_encoder"
 SHAPE = (3, 32, 32)
@@ -140,5 +141,5 @@ def _augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 def _load(source: Path) -> tuple[Tensor, Tensor]:
     listed = open_source(str(source))
-    pixels = np.stack([decode(listed.reader.read(sample), SHAPE) for sample in listed.samples])
+    pixels = np.stack([decode(listed.reader.read(sample), Preprocessing(shape=SHAPE)) for sample in listed.samples])
     return torch.from_numpy(pixels), torch.tensor([sample.label for sample in listed.samples])

@@ -9,6 +9,7 @@ import numpy as np
 from datamerge.sources import decode, open_source
 from experiments.arms import Prepared
 from experiments.cifar10.encoder import SHAPE, SPEC, pretrain
+from storage_schemas.schema.preprocessing import Preprocessing
 
 TEST_IMAGES = 500
 
@@ -30,6 +31,8 @@ def _test(data: Path, work: Path, seed: int) -> str:
         listed = open_source(str(data / "cifar10" / "test.parquet"))
         first = seed * TEST_IMAGES
         samples = listed.samples[first : first + TEST_IMAGES]
-        pixels = np.stack([decode(listed.reader.read(sample), SHAPE).transpose(1, 2, 0) for sample in samples])
+        pixels = np.stack(
+            [decode(listed.reader.read(sample), Preprocessing(shape=SHAPE)).transpose(1, 2, 0) for sample in samples]
+        )
         np.savez(target, images=pixels, labels=np.array([sample.label for sample in samples]))
     return str(target)

@@ -28,6 +28,7 @@ from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
+from storage_schemas.schema.preprocessing import Preprocessing
 from trainer import TrainConfig, train
 from trainer.arms import ArmName
 
@@ -119,7 +120,7 @@ def _random_images(root: Path, source: Path, seed: int) -> Path:
         target = folder / str(label) / "image.png"
         samples = [sample for sample in listed.samples if sample.label == label]
         data = listed.reader.read(samples[rng.integers(len(samples))])
-        pixels = decode(data, native_shape(data)).transpose(1, 2, 0)
+        pixels = decode(data, Preprocessing(shape=native_shape(data))).transpose(1, 2, 0)
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze()).save(target)
     merge(MergeConfig(source=str(folder), artifact=str(artifact), grouping="label"))

@@ -27,6 +27,7 @@ from experiments.class_means.run import initial_weights, trained_accuracy
 from experiments.facts import array_bytes
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
+from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS as TRAINED
 from trainer.arms import ArmName
 
@@ -57,7 +58,9 @@ class Images:
         listed = open_source(str(source))
         first = listed.reader.read(listed.samples[0])
         shape = native_shape(first)
-        self.pixels = np.stack([decode(listed.reader.read(sample), shape) for sample in listed.samples])
+        self.pixels = np.stack(
+            [decode(listed.reader.read(sample), Preprocessing(shape=shape)) for sample in listed.samples]
+        )
         self.labels = np.array([sample.label for sample in listed.samples])
 
 

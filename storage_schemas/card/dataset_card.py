@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from storage_schemas.errors import ConfigError
+from storage_schemas.schema.preprocessing import Preprocessing
+
 _LOAD = {
     "zarr": """With stock zarr, xarray or tensorstore; row i is a group if `count[i]` > 0:
 
@@ -55,12 +58,21 @@ def license_of(facts: Mapping[str, Any]) -> str:
 
 def describe(facts: Mapping[str, Any]) -> str:
     """One paragraph on what the groups are."""
-    members = facts["members"]
+    members, recorded = facts["members"], recorded_preprocessing(facts)
+    made = "" if recorded is None else f" How pixels are made of images: {recorded}."
     return (
         f"{facts['groups']} groups of {members['min']} to {members['max']} samples, each reduced to its "
         f"mean and mean square over pixels {facts['pixels']} in [0, 1] (before any "
-        "normalisation, divisor N)."
+        f"normalisation, divisor N).{made}"
     )
+
+
+def recorded_preprocessing(facts: Mapping[str, Any]) -> Preprocessing | None:
+    """How pixels were made of images, where the provenance says so in words of this release."""
+    try:
+        return Preprocessing.of_artifact(facts["provenance"], facts["url"])
+    except ConfigError:
+        return None
 
 
 def dataset_card(facts: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from storage_schemas.errors import ConfigError, UserError, shortened
 from storage_schemas.schema.manifest import COMBINED
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.provenance import LOCATIONS, Leaves, differences, leaves, tree
 
 # Differences that say nothing about what the groups mean: where things were, and how they were computed.
@@ -22,6 +23,7 @@ OWN = ("grouping.members",)
 # Sources may differ where no group has members from several, or where members are samples, not attacks on one.
 SOURCE = ("source.fingerprint", "source.samples")
 
+_PIXELS = "preprocessing"
 _MISSING = object()
 
 
@@ -67,6 +69,26 @@ def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None)
         for part in parts
     ]
     return {**tree(shared), COMBINED: entries}
+
+
+def settle_preprocessing(flat: Sequence[Leaves], where: str) -> list[Leaves]:
+    """The same provenances, those that name the same pixels in other words or in less detail in the fullest ones.
+
+    Releases before 0.2.0 said less of them, and nothing of the normalisation.
+
+    Raises:
+        ConfigError: a preprocessing that this release cannot read.
+    """
+    named = [tree({path: value for path, value in one.items() if is_under(path, [_PIXELS])}) for one in flat]
+    if all(one == named[0] for one in named):
+        return list(flat)
+    found = [Preprocessing.of_artifact(one, where) for one in named]
+    known = [one for one in found if one is not None]
+    fullest = max(known, key=lambda one: (one.is_complete, one.resize != "none"), default=None)
+    if fullest is None or len(known) < len(found) or any(one.differences(fullest) for one in known):
+        return list(flat)
+    settled = leaves({_PIXELS: fullest.record()})
+    return [{path: value for path, value in one.items() if not is_under(path, [_PIXELS])} | settled for one in flat]
 
 
 def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:

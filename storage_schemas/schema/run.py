@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from storage_schemas.display import one_line
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.plain_json import read_json
+from storage_schemas.schema.preprocessing import Preprocessing
 
 SUMMARY, WEIGHTS = "run.json", "encoder.safetensors"
 BASELINE = "w/o AT"
@@ -20,7 +21,7 @@ class RunSummary(BaseModel):
     """What `run.json` says of a finished run.
 
     Attributes:
-        encoder: spec of the trained encoder, with the absolute path of its weights.
+        encoder: spec of the trained encoder, with the tag that its weights started from and their absolute path.
         encoder_sha256: hash of the trained weights.
         original: spec of the encoder the run started from.
         original_sha256: hash of its weights.
@@ -32,6 +33,7 @@ class RunSummary(BaseModel):
         seconds: wall time of all sittings, without loading the encoder.
         bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
         config: all settings, defaults resolved.
+        preprocessing: how the encoder's pixels are made; runs of releases before 0.2.0 do not say.
     """
 
     # Newer releases may say more; what is here has the same meaning for ever.
@@ -49,6 +51,7 @@ class RunSummary(BaseModel):
     seconds: float
     bytes: int
     config: dict[str, Any]
+    preprocessing: Preprocessing | None = None
 
     def __repr__(self) -> str:
         facts = f"{self.steps} steps", f"{self.groups} groups of {self.artifact}", f"{self.seconds:.0f} s"

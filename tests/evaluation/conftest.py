@@ -163,7 +163,7 @@ def llava_path(tmp_path_factory: pytest.TempPathFactory, captioned: list[Caption
     texts = [caption for image in captioned for caption in image.captions]
     path = make_llava(tmp_path_factory.mktemp("llava"), texts)
     llava = Llava(path, read_tower_run(OWN), 0, CPU, "float32")
-    pixels = torch.stack([torch.from_numpy(read_image(i.image, SIZE, "pad", llava.image_mean)) for i in captioned])
+    pixels = torch.stack([torch.from_numpy(read_image(i.image, llava.preprocessing, "pad")) for i in captioned])
     tokens = llava.answers([QUESTION] * 4, [image.captions[0] for image in captioned])
     llava.model.requires_grad_(True)
     optimizer = torch.optim.Adam(llava.model.parameters(), lr=5e-3)

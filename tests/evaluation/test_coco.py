@@ -15,6 +15,7 @@ from datamerge.evaluation.llava.images import read_image, round_inside
 from datamerge.evaluation.sampling import draw
 from storage_schemas import SourceError
 from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 
@@ -142,18 +143,28 @@ def test_images_are_padded_with_the_mean_colour(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (20, 40, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    found = read_image(tmp_path / "a.png", 40, "pad", [0.5, 0.25, 0.9999])
+    mean = (0.5, 0.25, 0.9999)
+    found = read_image(tmp_path / "a.png", Preprocessing(shape=(3, 40, 40), resize="squash", mean=mean), "pad")
     # A square of the longer side's length already has the size: no resampling.
     assert np.array_equal(found[:, 10:30], pixels.transpose(2, 0, 1))
     assert [set(found[c, :10].flatten()) | set(found[c, 30:].flatten()) for c in range(3)] == [{127}, {63}, {254}]
-    cropped = read_image(tmp_path / "a.png", 20, "crop", [0, 0, 0])
+    cropped = read_image(tmp_path / "a.png", Preprocessing(shape=(3, 20, 20)), "crop")
     assert np.array_equal(cropped, pixels.transpose(2, 0, 1)[:, :, 10:30])
+
+
+def test_the_square_is_resized_as_the_tower_needs_it(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (31, 31, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name in ("bilinear", "bicubic"):
+        preprocessing = Preprocessing(shape=(3, 12, 12), interpolation=name, mean=(0.5,), std=(0.5,))
+        expected = np.asarray(Image.fromarray(pixels).resize((12, 12), Image.Resampling[name.upper()]))
+        assert np.array_equal(read_image(tmp_path / "a.png", preprocessing, "pad"), expected.transpose(2, 0, 1))
 
 
 def test_a_strip_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
     Image.new("L", (1, 20_000)).save(tmp_path / "a.png")
     with refused(SourceError, None, tmp_path / "a.png", "1x20000"):
-        read_image(tmp_path / "a.png", 4, "pad", [0, 0, 0])
+        read_image(tmp_path / "a.png", Preprocessing(shape=(3, 4, 4)), "pad")
 
 
 @pytest.mark.parametrize(("epsilon", "radius"), [("2/255", 2), ("0.01", 2), ("5/510", 2)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from datamerge.encoders import load_encoder
+from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation.llava.coco import Captioned
 from datamerge.evaluation.llava.model import IGNORED, SYSTEM, Llava
-from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, read_tower_run
+from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, read_tower_run, tower_sha256
 from storage_schemas import ConfigError
 from tests.support.refusals import refused
 
@@ -111,7 +113,7 @@ def test_a_memorised_caption_is_said(llava: Llava, captioned: list[Captioned]) -
     from datamerge.evaluation.llava.captions import QUESTION as CAPTION
     from datamerge.evaluation.llava.images import read_image
 
-    images = [torch.from_numpy(read_image(image.image, llava.size, "pad", llava.image_mean)) for image in captioned]
+    images = [torch.from_numpy(read_image(image.image, llava.preprocessing, "pad")) for image in captioned]
     said = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
     assert sum(a == b.captions[0].strip() for a, b in zip(said, captioned, strict=True)) >= 3
 
@@ -192,20 +194,89 @@ def test_a_replaced_tower_is_what_is_seen(
     assert other.tower_sha256 == encoder.sha256 != llava.tower_sha256
 
 
+def save_tower(tower: Any, folder: Path, **changes: Any) -> str:
+    """Spec of a vision model with an image processor, CLIP's unless changed."""
+    import transformers
+
+    size = int(tower.config.image_size)
+    sides = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    transformers.CLIPImageProcessor(**{**sides, **changes}).save_pretrained(folder)
+    tower.save_pretrained(folder)
+    return f"hf:{folder}"
+
+
 def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tmp_path: Path) -> None:
-    llava.model.model.vision_tower.save_pretrained(tmp_path)
-    run = read_tower_run(f"hf:{tmp_path}")
+    run = read_tower_run(save_tower(llava.model.model.vision_tower, tmp_path))
     assert run.arm == f"hf:{tmp_path.name}", "two checkpoints must not look alike in the table"
     same = Llava(llava_path, run, 0, CPU, "float32")
-    larger = Llava(llava_path, read_tower_run(OWN), 48, CPU, "float32")
+    assert same.tower_sha256 == llava.tower_sha256 == tower_sha256(run)
+    larger = [Llava(llava_path, tower, 48, CPU, "float32") for tower in (read_tower_run(OWN), run)]
     tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(same.losses(pixels, tokens), llava.losses(pixels, tokens))
-    wide = larger.answers([QUESTION], [ANSWER])
-    assert int((wide.ids == larger.model.config.image_token_id).sum()) == 36
     pixels = torch.rand(1, 3, 48, 48)
     tower = llava.model.model.vision_tower
     expected = tower(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2]
-    found = larger.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    for other in larger:
+        wide = other.answers([QUESTION], [ANSWER])
+        assert int((wide.ids == other.model.config.image_token_id).sum()) == 36
+        assert (other.size, other.tower_sha256) == (48, llava.tower_sha256), "the weights are the same"
+        found = other.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_tower_has_the_pixels_that_its_checkpoint_says(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+    changes = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.125], "resample": 2}
+    spec = save_tower(llava.model.model.vision_tower, tmp_path, **changes)
+    other = Llava(llava_path, read_tower_run(spec), 0, CPU, "float32")
+    assert (other.preprocessing.mean, other.preprocessing.interpolation) == ((0.5, 0.4, 0.3), "bilinear")
+    tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
+    mean, std = (torch.tensor(changes[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    expected = llava.model(
+        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=(pixels - mean) / std, labels=tokens.labels
+    ).loss
+    torch.testing.assert_close(other.losses(pixels, tokens)[0], expected)
+    assert llava.preprocessing.mean == (0.48145466, 0.4578275, 0.40821073), "those of LLaVA's own image processor"
+
+
+@pytest.mark.parametrize(("native", "size"), [(48, 0), (48, 32), (32, 48)])
+def test_open_clip_towers_of_every_size(
+    llava_path: str, make_clip: Callable[..., str], tmp_path: Path, native: int, size: int
+) -> None:
+    """Such as one for 336 pixels at its own size and at the protocol's 224, and one for 224 at 336."""
+    import open_clip
+
+    name, side = make_clip(size=native), size or native
+    save_encoder(load_encoder(name), tmp_path / "weights.safetensors")
+    spec = f"{name}@{tmp_path / 'weights.safetensors'}"
+    state = {f"visual.{key}": value for key, value in load_encoder(spec).model.state_dict().items()}
+    resized: Any = open_clip.create_model(name.partition(":")[2], force_image_size=side).eval()
+    open_clip.factory.resize_pos_embed(state, resized)
+    resized.load_state_dict(state, strict=False)
+    pixels = torch.rand(1, 3, side, side)
+    expected = OpenClipTower(resized.visual, -2)(pixels).hidden_states[-2]
+    found = Llava(llava_path, read_tower_run(spec), size, CPU, "float32")
+    torch.testing.assert_close(found.model.model.vision_tower(pixels).hidden_states[-2], expected)
+    assert found.size == side
+    assert found.tower_sha256 == load_encoder(spec).sha256
+
+
+def test_a_run_that_was_trained_from_a_hugging_face_model(
+    llava: Llava, llava_path: str, make_run: Callable[..., str], tmp_path: Path
+) -> None:
+    original = save_tower(llava.model.model.vision_tower, tmp_path / "clip")
+    encoder = load_encoder(original)
+    embedding = encoder.model.get_parameter("vision_model.embeddings.class_embedding").data
+    embedding += torch.randn(embedding.shape, generator=torch.Generator().manual_seed(2))
+    save_encoder(encoder, tmp_path / "tuned.safetensors")
+    folder = make_run(f"{original}@{tmp_path / 'tuned.safetensors'}", original)
+    run = read_tower_run(folder)
+    assert run.arm == "avg"
+    tuned = Llava(llava_path, run, 0, CPU, "float32")
+    tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
+    assert not torch.allclose(tuned.losses(pixels, tokens), llava.losses(pixels, tokens))
+    tower: Any = encoder.model.get_submodule("vision_model")
+    expected = tower(normalised(pixels), output_hidden_states=True).hidden_states[-2]
+    found = tuned.model.model.vision_tower(normalised(pixels), output_hidden_states=True).hidden_states[-2]
     torch.testing.assert_close(found, expected)
 
 
@@ -220,16 +291,48 @@ def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) 
     assert float(loss) == pytest.approx(float(llava.losses(pixels[:1], tokens)), rel=0.05)
 
 
-def test_encoders_that_do_not_fit(llava_path: str, make_clip: Callable[..., str], tmp_path: Path) -> None:
+def test_encoders_that_do_not_fit(
+    llava: Llava, llava_path: str, make_clip: Callable[..., str], tmp_path: Path
+) -> None:
     with refused(ConfigError, "runs", "width 32", "width 64"):
         Llava(llava_path, read_tower_run(make_clip(width=64)), 0, CPU, "float32")
-    with refused(ConfigError, "image_size", 32, 224):
-        Llava(llava_path, read_tower_run(make_clip()), 224, CPU, "float32")
-    with refused(ConfigError, "image_size", " 8 ", 30):
-        Llava(llava_path, read_tower_run(OWN), 30, CPU, "float32")
+    for spec in (make_clip(), OWN, save_tower(llava.model.model.vision_tower, tmp_path / "clip")):
+        with refused(ConfigError, "image_size", " 8 ", 30):
+            Llava(llava_path, read_tower_run(spec), 30, CPU, "float32")
     with refused(ConfigError, "runs", "'mlp:3x4x4-2'"):
         read_tower_run("mlp:3x4x4-2")
     with refused(ConfigError, "llava", tmp_path):
         Llava(str(tmp_path), read_tower_run(OWN), 0, CPU, "float32")
     with refused(ConfigError, "runs", tmp_path):
         Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")
+
+
+def test_networks_whose_tokens_are_not_clips_are_named(llava_path: str, tmp_path: Path) -> None:
+    import open_clip
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=32))
+    registers = transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)
+    )
+    for model, tokens in ((siglip, 16), (registers, 21)):
+        spec = save_tower(model, tmp_path / type(model).__name__)
+        with refused(ConfigError, "runs", spec, "class token", f"{tokens} tokens", type(model).__name__):
+            Llava(llava_path, read_tower_run(spec), 0, CPU, "float32")
+    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
+    vision = {"timm_model_name": "test_vit", "image_size": 160}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "datamerge-test-timm.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "datamerge-test-timm.json")
+    with refused(ConfigError, "runs", "class token", "TimmModel"):
+        Llava(llava_path, read_tower_run("open_clip:datamerge-test-timm"), 0, CPU, "float32")
+
+
+def test_pixels_are_never_guessed(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+    llava.model.model.vision_tower.save_pretrained(tmp_path / "clip")
+    with refused(ConfigError, "runs", "preprocessor_config.json", tmp_path / "clip"):
+        Llava(llava_path, read_tower_run(f"hf:{tmp_path / 'clip'}"), 0, CPU, "float32")
+    shutil.copytree(llava_path, tmp_path / "llava", ignore=shutil.ignore_patterns("preprocessor_config.json"))
+    with refused(ConfigError, "llava", "preprocessor_config.json", tmp_path / "llava"):
+        Llava(str(tmp_path / "llava"), read_tower_run(OWN), 0, CPU, "float32")

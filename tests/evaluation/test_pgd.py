@@ -18,6 +18,7 @@ from datamerge.evaluation.batches import read_batches
 from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
 from datamerge.sources import Sample, Source
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -236,7 +237,7 @@ def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, fail
     source = Source("s3://b", "image_folder", [Sample("a", "a.png", None)], [], "", _Flaky(failures))
     if lost:
         with refused(DatamergeError, None, "a.png: reset"):
-            list(read_batches(source, (1, 2, 2), 1))
+            list(read_batches(source, [Preprocessing(shape=(1, 2, 2))], 1))
     else:
-        (batch,) = read_batches(source, (1, 2, 2), 1)
+        ((batch,),) = read_batches(source, [Preprocessing(shape=(1, 2, 2))], 1)
         assert (len(batch.pixels), batch.rejected) == (1, [])

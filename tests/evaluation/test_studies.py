@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from datamerge.encoders import load_encoder, save_encoder
-from datamerge.evaluation import labels, zero_shot
 from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
 from datamerge.evaluation.embedding import evaluate_embedding
 from datamerge.evaluation.results import ArmResult
@@ -179,23 +178,28 @@ def test_text_features_are_made_once(
     names.write_text("red bus\ntree\ncat\n")
     (tmp_path / "prompts.txt").write_text("a photo of a {}.\na {}\n")
     flags = {"class_names": str(names), "templates": str(tmp_path / "prompts.txt"), "epsilons": ["1/255"], "steps": 2}
+    monkeypatch.setenv("DATAMERGE_CACHE", str(tmp_path / "cache"))
+    import open_clip
+
     calls = 0
+    original = open_clip.build_zero_shot_classifier
 
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return labels.make_heads(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(zero_shot, "make_heads", counted)
+    monkeypatch.setattr(open_clip, "build_zero_shot_classifier", counted)
     first = measure(make_clip(), data, tmp_path / "out", **flags)
     again = measure(make_clip(), data, tmp_path / "out", **flags)
+    elsewhere = measure(make_clip(), data, tmp_path / "other", **flags)
     assert calls == 1
-    assert first.scores == again.scores
+    assert first.scores == again.scores == elsewhere.scores
     assert first.images == 2
-    assert len(list((tmp_path / "out" / "heads").iterdir())) == 1
+    kept = {file.name for file in (tmp_path / "out" / "heads").iterdir()}
+    assert len(kept) == 1
+    assert {file.name for file in (tmp_path / "cache" / "heads").iterdir()} == kept
     # By hand: open_clip's text tower.
-    import open_clip
-
     name = make_clip().removeprefix("open_clip:")
     from datamerge.encoders.building import seeded
 

@@ -38,6 +38,7 @@ from storage_schemas import (
     SourceError,
     open_artifact,
 )
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.bench import Bench, tree
 from tests.support.refusals import refused
 
@@ -247,7 +248,7 @@ def test_clusters_do_not_depend_on_threads(digits: Path, space: str) -> None:
     import threadpoolctl
 
     source = open_source(digits)
-    reader = PixelReader(source.reader, (1, 6, 5), True, 1)
+    reader = PixelReader(source.reader, Preprocessing(shape=(1, 6, 5)), 1)
     encoder = load_encoder(ENCODER) if space == "embedding" else None
     found = []
     for threads in (1, 4):

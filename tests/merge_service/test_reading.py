@@ -15,7 +15,9 @@ from merge_service import reading
 from merge_service.failures import explain, is_hopeless, may_pass
 from merge_service.reading import PixelReader
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.schema.preprocessing import Preprocessing
 
+PREPROCESSING = Preprocessing(shape=(3, 4, 5))
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
 
 
@@ -48,7 +50,7 @@ def _png() -> bytes:
 
 def _read(store: Store, resize: bool = True, threads: int = 1, count: int = 1) -> list[object]:
     samples = [Sample(str(number), str(number), None) for number in range(count)]
-    return list(PixelReader(store, (3, 4, 5), resize, threads).read(samples))
+    return list(PixelReader(store, PREPROCESSING if resize else PREPROCESSING.of_exact_size(), threads).read(samples))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from datamerge.encoders import load_encoder
+from datamerge.encoders.runs import encoder_spec, resolve
 from merge_service import MergeConfig
-from merge_service.encoder_spec import encoder_spec, resolve
 from merge_service.merge import prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact

@@ -16,6 +16,7 @@ from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, native_shape, open_source
 from storage_schemas import SourceError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 RNG = np.random.default_rng(3)
@@ -38,7 +39,7 @@ def _check(source: Source, images: npt.NDArray[np.uint8], labels: list[int] | No
         raw = reader.read(sample)
         expected = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         assert native_shape(raw) == expected.shape
-        np.testing.assert_array_equal(decode(raw, expected.shape), expected)
+        np.testing.assert_array_equal(decode(raw, Preprocessing(shape=expected.shape)), expected)
 
 
 @pytest.mark.parametrize("images_gz", [False, True])

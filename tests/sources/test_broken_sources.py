@@ -20,6 +20,7 @@ from PIL import Image, features
 
 from datamerge.sources import BadImage, decode, open_source
 from storage_schemas import SourceError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 
@@ -247,7 +248,7 @@ def test_a_broken_avif_is_one_bad_image(position: int) -> None:
     data = bytearray(stream.getvalue())
     data[position : position + 40] = b"\xff" * 40
     with pytest.raises(BadImage):
-        decode(bytes(data), (3, 8, 8))
+        decode(bytes(data), Preprocessing(shape=(3, 8, 8)))
 
 
 def test_greys_of_16_bits_are_scaled_to_the_nearest_of_8() -> None:
@@ -255,11 +256,11 @@ def test_greys_of_16_bits_are_scaled_to_the_nearest_of_8() -> None:
     every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     stream = io.BytesIO()
     Image.fromarray(every).save(stream, "PNG")
-    found = decode(stream.getvalue(), (1, 256, 256))
+    found = decode(stream.getvalue(), Preprocessing(shape=(1, 256, 256)))
     assert np.array_equal(found[0], (every / 257.0).round().astype(np.uint8))
     large = Image.fromarray(np.zeros((4096, 4096), np.uint16))
     tracemalloc.start()
-    decode(large, (1, 4096, 4096))
+    decode(large, Preprocessing(shape=(1, 4096, 4096)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * 4096**2  # float64 takes 16 bytes a pixel and more

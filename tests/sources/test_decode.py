@@ -13,6 +13,7 @@ from PIL import Image
 
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.sources import BadImage, decode, native_shape
+from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,7 +36,7 @@ def _noise(height: int, width: int) -> Image.Image:
 def test_lossless_modes_convert_as_pil_does(mode: str, channels: int) -> None:
     """Without resizing, the pixels are PIL's own; transparency is dropped, not blended."""
     image = Image.fromarray(NOISE, "RGBA" if mode == "RGBA" else None).convert(mode)
-    pixels = decode(_encode(image), (channels, 13, 11))
+    pixels = decode(_encode(image), Preprocessing(shape=(channels, 13, 11)))
     expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
@@ -46,28 +47,29 @@ def test_transparent_pixels_keep_their_colour() -> None:
     pixels = NOISE.copy()
     pixels[..., 3] = 0
     np.testing.assert_array_equal(
-        decode(_encode(Image.fromarray(pixels, "RGBA")), (3, 13, 11)), NOISE[..., :3].transpose(2, 0, 1)
+        decode(_encode(Image.fromarray(pixels, "RGBA")), Preprocessing(shape=(3, 13, 11))),
+        NOISE[..., :3].transpose(2, 0, 1),
     )
 
 
 def test_palette_with_transparency() -> None:
     image = Image.fromarray(NOISE[..., 0]).convert("P")
     data = _encode(image, transparency=b"\x00\x80" * 128)
-    np.testing.assert_array_equal(decode(data, (1, 13, 11))[0], NOISE[..., 0])
+    np.testing.assert_array_equal(decode(data, Preprocessing(shape=(1, 13, 11)))[0], NOISE[..., 0])
 
 
 def test_cmyk_jpeg() -> None:
     image = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    pixels = decode(_encode(image, "JPEG", quality=100), (3, 8, 8))
+    pixels = decode(_encode(image, "JPEG", quality=100), Preprocessing(shape=(3, 8, 8)))
     assert pixels[0].max() <= 2
     assert pixels[1:].min() >= 253
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     levels = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
-    pixels = decode(_encode(Image.fromarray(levels)), (1, 1, 6))
+    pixels = decode(_encode(Image.fromarray(levels)), Preprocessing(shape=(1, 1, 6)))
     assert pixels.ravel().tolist() == [0, 0, 1, 1, 128, 255]
-    assert decode(_encode(Image.fromarray(levels), "TIFF"), (3, 1, 6))[2].ravel().tolist() == [
+    assert decode(_encode(Image.fromarray(levels), "TIFF"), Preprocessing(shape=(3, 1, 6)))[2].ravel().tolist() == [
         0,
         0,
         1,
@@ -78,7 +80,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 
 
 def test_one_pixel_fills_the_picture() -> None:
-    pixels = decode(_encode(Image.new("RGB", (1, 1), (7, 8, 9))), (3, 5, 4))
+    pixels = decode(_encode(Image.new("RGB", (1, 1), (7, 8, 9))), Preprocessing(shape=(3, 5, 4)))
     assert pixels.shape == (3, 5, 4)
     for channel, value in enumerate((7, 8, 9)):
         assert (pixels[channel] == value).all()
@@ -96,13 +98,13 @@ def test_geometry_is_torchvisions_resize_and_centre_crop(height: int, width: int
     image = _noise(height, width)
     transform = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])
     expected = np.asarray(transform(image)).transpose(2, 0, 1)
-    np.testing.assert_array_equal(decode(_encode(image), (3, size, size)), expected)
+    np.testing.assert_array_equal(decode(_encode(image), Preprocessing(shape=(3, size, size))), expected)
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 40), (40, 20), (9, 9), (100, 31), (8, 6), (16, 12)])
 def test_any_target_shape_is_filled_without_distortion(height: int, width: int) -> None:
     """A horizontal ramp stays monotone and a constant image stays constant."""
-    pixels = decode(_encode(Image.new("RGB", (width, height), (10, 20, 30))), (3, 8, 6))
+    pixels = decode(_encode(Image.new("RGB", (width, height), (10, 20, 30))), Preprocessing(shape=(3, 8, 6)))
     assert pixels.shape == (3, 8, 6)
     assert [np.unique(channel).tolist() for channel in pixels] == [[10], [20], [30]]
 
@@ -121,7 +123,7 @@ def test_any_target_shape_is_filled_without_distortion(height: int, width: int) 
 )
 def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason) as caught:
-        decode(data, (3, 8, 8))
+        decode(data, Preprocessing(shape=(3, 8, 8)))
     assert str(caught.value)
     assert "\n" not in str(caught.value)
     assert " at 0x" not in str(caught.value)  # the reason goes into the artifact: no addresses
@@ -131,10 +133,10 @@ def test_bad_images_have_a_reason(data: bytes, reason: str) -> None:
 def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     """Above PIL's limit, where it only warns, and above twice the limit, where it raises."""
     data = _encode(_noise(30, 30))
-    decode(data, (3, 8, 8))
+    decode(data, Preprocessing(shape=(3, 8, 8)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(900 / factor))
     with pytest.raises(BadImage, match="bomb"):
-        decode(data, (3, 8, 8))
+        decode(data, Preprocessing(shape=(3, 8, 8)))
 
 
 def test_a_strip_that_resizing_would_blow_up_is_refused() -> None:
@@ -142,7 +144,7 @@ def test_a_strip_that_resizing_would_blow_up_is_refused() -> None:
     for size in ((1, 60_000), (60_000, 1)):
         data = _encode(Image.new("L", size))
         with pytest.raises(BadImage, match=r"60000"):
-            decode(data, (3, 224, 224))
+            decode(data, Preprocessing(shape=(3, 224, 224)))
 
 
 def _samples() -> list[tuple[str, bytes]]:
@@ -163,7 +165,7 @@ def test_damaged_images_are_bad_images_and_nothing_else(kind: str, data: bytes) 
     good = 0
     for variant in damaged:
         try:
-            assert decode(variant, (3, 6, 7)).shape == (3, 6, 7)
+            assert decode(variant, Preprocessing(shape=(3, 6, 7))).shape == (3, 6, 7)
             good += 1
         except BadImage:
             pass

@@ -27,6 +27,7 @@ from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError
 from storage_schemas.access import location
 from storage_schemas.access.retries import ATTEMPTS
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 from tests.support.servers import WebHandler
 
@@ -76,7 +77,9 @@ def _check(source: Source) -> None:
     assert [sample.label for sample in source.samples] == LABELS
     reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
     for sample, pixels in zip(source.samples, PIXELS, strict=True):
-        np.testing.assert_array_equal(decode(reader.read(sample), (3, 5, 4)), pixels.transpose(2, 0, 1))
+        np.testing.assert_array_equal(
+            decode(reader.read(sample), Preprocessing(shape=(3, 5, 4))), pixels.transpose(2, 0, 1)
+        )
 
 
 def _shown(source: Source) -> str:

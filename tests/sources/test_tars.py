@@ -17,6 +17,7 @@ from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, open_source
 from storage_schemas import Location, SourceError
+from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
 
 
@@ -41,7 +42,9 @@ def _check(source: Source, numbers: range) -> None:
     assert len({sample.key for sample in source.samples}) == len(numbers)
     reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
     for sample, number in [*zip(source.samples, numbers, strict=True)][::-1]:
-        np.testing.assert_array_equal(decode(reader.read(sample), (3, 5, 4)), _pixels(number).transpose(2, 0, 1))
+        np.testing.assert_array_equal(
+            decode(reader.read(sample), Preprocessing(shape=(3, 5, 4))), _pixels(number).transpose(2, 0, 1)
+        )
 
 
 @pytest.fixture

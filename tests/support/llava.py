@@ -65,4 +65,6 @@ def make_llava(folder: Path, texts: list[str], width: int = WIDTH, **changes: An
         model = transformers.LlavaForConditionalGeneration(config)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)
+    size = {"height": SIZE, "width": SIZE}
+    transformers.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=size).save_pretrained(folder)
     return str(folder)

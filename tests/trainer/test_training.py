@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import trainer.data.stream
 import trainer.run.job
 from datamerge.encoders import Encoder, Head, load_encoder, weights_sha256
+from datamerge.encoders.runs import ResolvedEncoder, resolve
 from storage_schemas import ConfigError, CorruptShard, DatamergeError, open_artifact
 from tests.support.exact import exact
 from tests.support.refusals import refused
@@ -176,8 +177,23 @@ def test_summary_is_what_evaluation_needs(make_artifact: MakeArtifact, tmp_path:
     arrays = open_artifact(artifact).manifest.layout.arrays
     assert document["bytes"] == 20 * sum(spec.nbytes for spec in arrays if spec.name in ("sum", "scatter", "target"))
     assert document["artifact"] == artifact
+    assert summary.preprocessing == load_encoder("mlp:1x4x4-8-6").preprocessing
     assert document["config"]["loss"] == "squared_error"
     assert document["config"]["device"] != "auto"
+
+
+def test_a_run_starts_where_another_ended(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact()
+    first = train(_config(artifact, tmp_path / "first"))
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    second = train(_config(artifact, tmp_path / "second", encoder=str(moved)))
+    assert second.original == f"mlp:1x4x4-8-6@{moved}/encoder.safetensors"
+    assert second.original_sha256 == first.encoder_sha256
+    assert second.preprocessing == first.preprocessing
+    assert train(_config(artifact, tmp_path / "second", encoder=str(moved))) == second
+    (moved / "encoder.safetensors").write_bytes((tmp_path / "second/encoder.safetensors").read_bytes())
+    with refused(ConfigError, "encoder", moved, first.encoder_sha256[:12], second.encoder_sha256[:12]):
+        train(_config(artifact, tmp_path / "third", encoder=str(moved)))
 
 
 def test_formats_and_reading_ahead_do_not_change_a_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -282,11 +298,12 @@ def test_a_gradient_that_is_not_finite_stops(
 ) -> None:
     encoders: list[Encoder] = []
 
-    def load(spec: str, device: str) -> Encoder:
-        encoders.append(load_encoder(spec, device))
-        return encoders[0]
+    def load(spec: str, device: str) -> ResolvedEncoder:
+        found = resolve(spec, device=device)
+        encoders.append(found.encoder)
+        return found
 
-    monkeypatch.setattr(trainer.run.job, "load_encoder", load)
+    monkeypatch.setattr(trainer.run.job, "resolve", load)
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     with refused(NotFiniteRun, None, "step 1", "gradient norm", "nan") as error:
         train(_config(make_artifact(), tmp_path / "run"))

@@ -7,26 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from datamerge.encoders import Encoder
+from datamerge.encoders.clip_names import to_hf
 from storage_schemas import ConfigError
-
-# open_clip's name below transformer.resblocks.N → transformers' below encoder.layers.N
-_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-_TOP = {
-    "class_embedding": "vision_model.embeddings.class_embedding",
-    "conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    # Spelt so in transformers.
-    "ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "ln_post.weight": "vision_model.post_layernorm.weight",
-    "ln_post.bias": "vision_model.post_layernorm.bias",
-}
 
 
 def clip_config(encoder: Encoder) -> dict[str, Any]:
@@ -75,27 +57,7 @@ def clip_config(encoder: Encoder) -> dict[str, Any]:
 
 def clip_state_dict(visual: nn.Module) -> dict[str, Tensor]:
     """Weights of open_clip's `model.visual` under transformers' names."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in visual.state_dict().items():
-        if name == "proj":
-            # open_clip multiplies with it from the right, a Linear layer with its transpose.
-            result["visual_projection.weight"] = tensor.T.contiguous()
-        elif name in _TOP:
-            result[_TOP[name]] = tensor
-        else:
-            result.update(_layer(name, tensor))
-    return result
-
-
-def _layer(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    index, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
-    prefix = f"vision_model.encoder.layers.{index}"
-    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        kind = rest.rpartition("_")[2]
-        pieces = zip("qkv", tensor.chunk(3), strict=True)
-        return {f"{prefix}.self_attn.{letter}_proj.{kind}": piece.contiguous() for letter, piece in pieces}
-    module, _, kind = rest.rpartition(".")
-    return {f"{prefix}.{_LAYER[module]}.{kind}": tensor}
+    return to_hf(visual.state_dict())
 
 
 def _refusal(encoder: Encoder, reason: str) -> ConfigError:

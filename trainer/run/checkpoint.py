@@ -35,6 +35,7 @@ BEST = "best.pt"
 _CHANGED_THINGS = {
     "plan_sha256": "an artifact",
     "encoder_sha256": "an encoder",
+    "preprocessing": "a preprocessing",
     "head_sha256": "a class head",
 }
 
@@ -63,7 +64,7 @@ class RunFolder:
         if not (self.path / IDENTITY).exists():
             self._write_json(IDENTITY, identity)
             return
-        found = _in_present_words(self._read_json(IDENTITY))
+        found = _in_present_words(self._read_json(IDENTITY), identity)
         different = changes(found, identity)
         if not different:
             return
@@ -114,7 +115,7 @@ class RunFolder:
             DatamergeError: it is damaged.
         """
         state = read_state(path, device)
-        if _in_present_words(state["identity"]) != dict(identity):
+        if changes(_in_present_words(state["identity"], identity), identity):
             raise ConfigError(
                 f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
                 "another `run`"
@@ -134,9 +135,11 @@ class RunFolder:
         return content
 
 
-def _in_present_words(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier release may have written, spelt as this one does."""
+def _in_present_words(identity: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity that an earlier release may have written, spelt as this one does, which would write `present`."""
     spelt = dict(identity)
+    if "preprocessing" not in spelt and "preprocessing" in present:
+        spelt["preprocessing"] = present["preprocessing"]  # it said nothing of it
     if spelt.get("precision") == "bf16":
         spelt["precision"] = "bfloat16"
     for name in ("epsilon", "refine_step_size"):

@@ -17,12 +17,12 @@ from datamerge.encoders import (
     Encoder,
     Head,
     head_from_arrays,
-    load_encoder,
     load_head,
     pick_device,
     weights_sha256,
 )
-from datamerge.runtime.messages import warn
+from datamerge.encoders.runs import resolve
+from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, Cache, ConfigError, open_artifact
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
@@ -32,6 +32,7 @@ from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
+from trainer.run.recompute import recompute_activations
 from trainer.run.refine import Refinement
 from trainer.run.requirements import Checked, check, check_groups, check_held_out, check_recorded
 
@@ -42,6 +43,7 @@ _FREE = {
     "epochs",
     "accumulate",
     "compile",
+    "grad_checkpointing",
     "eval_artifact",
     "eval_every",
     "device",
@@ -148,7 +150,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
-    encoder = load_encoder(found.encoder, str(device))
+    encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact) if found.labels else None
     classes = None
@@ -183,6 +185,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
             **free_of_place(resolved),
             "plan_sha256": artifact.manifest.plan_sha256,
             "encoder_sha256": encoder.sha256,
+            "preprocessing": encoder.preprocessing.record(),
             "head_sha256": None if head is None else weights_sha256(head),
         },
         refinement=found.refinement,
@@ -194,6 +197,12 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
     freeze(encoder, config.freeze)
     train_mode(encoder)
     check_rows_apart(encoder, device)
+    if config.grad_checkpointing:
+        kept = recompute_activations(encoder, device)
+        say(
+            f"grad_checkpointing: {kept.after / 2**20:.1f} MB of an image are kept until the backward pass, "
+            f"{kept.before / 2**20:.1f} MB without it"
+        )
     return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
 
 
@@ -278,6 +287,7 @@ def _resolved(
             "artifact": artifact.location.root if artifact.location.is_local else artifact.location.url,
             "loss": loss,
             "encoder": encoder.spec,
+            "image_size": None,  # stands in the spec
             "head": None if head is None else config.head or ARTIFACT_HEAD,
             "steps": steps,
             "epochs": None,

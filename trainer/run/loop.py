@@ -228,6 +228,7 @@ class _Run:
             seconds=round(self.seconds, 3),
             bytes=groups * job.origin.bytes_per_group,
             config=job.config.model_dump(mode="json"),
+            preprocessing=job.encoder.preprocessing,
         )
         self.own.first_alone(lambda: self.folder.publish(summary))
         say(f"finished {job.steps} steps in {self.seconds:.0f} s; encoder: {summary.encoder}")

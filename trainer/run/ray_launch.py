@@ -31,9 +31,10 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    config = config.model_copy(
-        update={name: _absolute(getattr(config, name)) for name in ("artifact", "run", "eval_artifact")}
-    )
+    places = ["artifact", "run", "eval_artifact"]
+    if config.encoder is not None and Path(config.encoder).expanduser().is_dir():
+        places.append("encoder")  # of a run
+    config = config.model_copy(update={name: _absolute(getattr(config, name)) for name in places})
     # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
     workers = config.ray_workers or 1
     with connected(config.ray_address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:

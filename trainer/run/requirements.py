@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, parse_spec
+from datamerge.encoders.runs import with_tag_of_run
 from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.stream import Collate, check_label
@@ -26,7 +28,7 @@ class Checked:
     Attributes:
         loss: squared_error or cross_entropy.
         members: stored members to read of each group; 0 for arms that read none.
-        encoder: spec of the encoder to start from.
+        encoder: spec of the encoder to start from, or the folder of a run.
         refinement: how stored images are brought up to date, if they are.
         title: the arm in the words of the paper.
     """
@@ -96,13 +98,16 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
 
 
 def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:
-    """A path that an artifact names may be that of any file here: only the weights whose hash it states are taken.
+    """Only weights whose hash an artifact states are taken from where it says they are.
+
+    A path may be that of any file here, and what a hub has under a name changes.
 
     Raises:
         ConfigError: other weights, and nobody asked for them.
     """
     spec = encoder.spec
-    named = config.encoder is None and parse_spec(spec).checkpoint is not None
+    parsed = parse_spec(spec)
+    named = config.encoder is None and (parsed.checkpoint is not None or parsed.whole)
     if named and encoder.sha256 != _recorded_encoder(manifest).get("sha256"):
         raise _unverified(config, "the weights that its targets come from", f"others in {spec}")
 
@@ -114,23 +119,23 @@ def _recorded_encoder(manifest: Manifest) -> dict[str, Any]:
 
 
 def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
-    """Spec of the encoder to start from: the one asked for, or the one that the artifact's targets come from.
+    """The encoder to start from: the one asked for, or the one that the artifact's targets come from.
 
     Raises:
         ConfigError: the artifact names none, or one that would run code of its choice.
     """
-    spec = config.encoder or _recorded_encoder(manifest).get("spec")
+    if config.encoder is not None:
+        return config.encoder
+    spec = _recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
         raise ConfigError(f"encoder: expected the name of one in {config.artifact}, found none; set `encoder`")
-    if config.encoder is not None:
-        return spec
     # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
     if spec.startswith("python:"):
         raise _unverified(config, "an encoder that needs no code of its own", spec)
     checkpoint = parse_spec(spec).checkpoint
     if checkpoint is not None and Path(checkpoint).suffix != ".safetensors":
         raise _unverified(config, "weights in a .safetensors file", checkpoint)
-    return spec
+    return with_tag_of_run(spec)
 
 
 def _unverified(config: TrainConfig, expected: str, found: str) -> ConfigError:
@@ -237,6 +242,18 @@ def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
             f"encoder: {encoder.spec!r} takes pixels {tuple(encoder.input_shape)}, found {moments.shape} in "
             f"{where}; choose another `encoder`, or merge at its size"
         )
+    recorded = Preprocessing.of_artifact(manifest.provenance, where)
+    different = [] if recorded is None else encoder.preprocessing.differences(recorded)
+    if recorded is None or not different:
+        return
+    # Releases before 0.2.0 recorded one way of resizing, whichever the encoder needed, and no normalisation.
+    if not recorded.is_complete:
+        warn(f"{encoder.spec!r} takes other pixels than those of {where}: {'; '.join(different)} (here: the encoder)")
+        return
+    raise ConfigError(
+        f"encoder: expected one for the pixels of {where}, found other ones of {encoder.spec!r}: "
+        f"{'; '.join(different)} (here: the encoder); choose another `encoder`, or merge again for this one"
+    )
 
 
 def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:

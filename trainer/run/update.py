@@ -194,7 +194,10 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 def _out_of_memory(config: TrainConfig, groups: int) -> str:
     """What to change, in the order in which it helps."""
     advice = [f"`accumulate={2 * config.accumulate}` (same result)"] if groups > 1 else []
-    advice += ARMS[config.arm].memory_advice(config.estimator)
+    arm = ARMS[config.arm]
+    if not (config.grad_checkpointing or (arm.estimators and arm.estimators[config.estimator].twice)):
+        advice.append("`grad_checkpointing=True` (same result)")
+    advice += arm.memory_advice(config.estimator)
     if config.precision != "bfloat16":
         advice.append('`precision="bfloat16"`')
     return (

@@ -23,12 +23,13 @@ from datamerge.evaluation.tables import Results
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from storage_schemas import ConfigError
+from storage_schemas.schema.preprocessing import Preprocessing
 
 # Bytes per parameter, and a rough allowance for the activations of one image.
 FLOAT32, HALF = 4, 2
 ROOM = 1.25
 LARGE = 1_000_000_000
-BLACK = (0.0, 0.0, 0.0)
+ANY_PIXELS = Preprocessing(shape=(3, 1, 1))
 
 
 def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> Results:
@@ -55,7 +56,7 @@ def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Seque
     }
     for path in {item.image for item in task.items}:
         # All of them are decoded before hours of attacks, which must not end at a broken one.
-        read_image(path, 1, config.fit, BLACK)
+        read_image(path, ANY_PIXELS, config.fit)
     for study in studies:
         study.claim(shared)
     passes = sum(len(plan_passes(len(item.references), task.targets, config.attack)) for item in task.items)

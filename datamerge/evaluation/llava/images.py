@@ -6,7 +6,6 @@ Shapes: S pixels a side.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -21,20 +20,21 @@ from datamerge.sources import BadImage, decode, native_shape
 from datamerge.sources.images import MAX_RESIZED_PIXELS
 from storage_schemas import SourceError
 from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.preprocessing import Preprocessing
 
 Fit = Literal["pad", "crop"]
 # Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
 MAX_SQUARE_PIXELS = 2 * MAX_RESIZED_PIXELS
 
 
-def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.NDArray[np.uint8]:
-    """Pixels [3, S, S] of a file, bicubic as in CLIP's preprocessing.
+def read_image(path: Path, preprocessing: Preprocessing, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Pixels [3, S, S] of a file.
 
     Args:
         path: the file.
-        size: S.
-        fit: pad to a square with `colour`, as LLaVA-1.5 does, or crop the centre.
-        colour: in [0, 1] per channel.
+        preprocessing: of the vision tower.
+        fit: `crop`: as the preprocessing says. `pad`: as LLaVA-1.5 does whatever its tower, to a square with the mean
+            colour, which is resized with the preprocessing's interpolation.
 
     Raises:
         SourceError: not an image, or absurdly large or narrow.
@@ -42,20 +42,21 @@ def read_image(path: Path, size: int, fit: Fit, colour: Sequence[float]) -> npt.
     try:
         data = path.read_bytes()
         if fit == "crop":
-            return decode(data, (3, size, size))
+            return decode(data, preprocessing)
         _, height, width = native_shape(data)
         side = max(height, width)
         if side * side > MAX_SQUARE_PIXELS:
             raise BadImage(f"{width}x{height} pixels: too narrow to pad to a square")
-        image = decode(data, (3, height, width))
+        image = decode(data, Preprocessing(shape=(3, height, width), resize="none"))
     except (BadImage, OSError) as error:
         raise SourceError(f"{path}: expected an image: {error}") from None
     square = np.empty((3, side, side), np.uint8)
     # The reference truncates, too.
-    square[:] = np.array([int(value * LEVELS) for value in colour], np.uint8)[:, None, None]
+    square[:] = np.array([int(value * LEVELS) for value in preprocessing.mean or (0.0,)], np.uint8)[:, None, None]
     top, left = (side - height) // 2, (side - width) // 2
     square[:, top : top + height, left : left + width] = image
-    resized = Image.fromarray(square.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BICUBIC)
+    resampling = Image.Resampling[preprocessing.interpolation.upper()]
+    resized = Image.fromarray(square.transpose(1, 2, 0)).resize(preprocessing.size[::-1], resampling)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 

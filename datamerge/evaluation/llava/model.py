@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -66,7 +66,7 @@ class Llava:
         arithmetic: of all weights and passes.
 
     Attributes:
-        size: S.
+        preprocessing: of the tower: from a photo to its normalised pixels.
         tower_sha256: hash of the tower's weights before any conversion to `arithmetic`.
 
     Raises:
@@ -89,25 +89,25 @@ class Llava:
         layer = model.config.vision_feature_layer
         if not isinstance(layer, int) or model.config.vision_feature_select_strategy not in ("default", "full"):
             raise ConfigError(f"llava: expected one vision feature layer, found {layer} in {path!r}")
-        tower = load_tower(run, model.model.vision_tower, layer, image_size)
+        tower = load_tower(run, model.model.vision_tower, path, layer, image_size)
         check_width(tower, model, run)
         model.model.vision_tower = tower.module
         # Buffers, such as the rotary embedding's frequencies, stay in float32.
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         self.model = model.eval().requires_grad_(False).to(device)
-        self.size, self.tower_sha256 = tower.size, tower.sha256
+        self.preprocessing, self.tower_sha256 = tower.preprocessing, tower.sha256
         self._device, self._dtype = device, dtype
         full = model.config.vision_feature_select_strategy == "full"
         self._image_tokens = tower.patches + int(full)
         self._image_token = int(model.config.image_token_id)
-        self._mean = _column(tower.mean, device)
-        self._std = _column(tower.std, device)
+        self._mean = _column(tower.preprocessing.mean or (0.0,), device)
+        self._std = _column(tower.preprocessing.std or (1.0,), device)
 
     @property
-    def image_mean(self) -> list[float]:
-        """Mean colour of the tower's normalisation, per channel in [0, 1]."""
-        return cast(list[float], self._mean.flatten().tolist())
+    def size(self) -> int:
+        """S."""
+        return self.preprocessing.shape[1]
 
     def answers(self, questions: Sequence[str], answers: Sequence[str]) -> Tokens:
         """Conversations with their answers, padded on the right."""

@@ -253,7 +253,7 @@ class ArmStudy:
         return torch.from_numpy(np.load(file)).to(clean.device)
 
     def _pixels(self, item: Item, llava: Llava) -> npt.NDArray[np.uint8]:
-        return read_image(item.image, llava.size, self._config.fit, llava.image_mean)
+        return read_image(item.image, llava.preprocessing, self._config.fit)
 
     def _load(self, stage: Stage) -> Llava:
         arithmetic: Arithmetic = self.half if stage == "half" else "float32"

@@ -1,8 +1,8 @@
-"""Vision towers for LLaVA: its own, a Hugging Face CLIP vision model, or an open_clip encoder.
+"""Vision towers for LLaVA: its own, a CLIP vision model of Hugging Face, or an open_clip encoder.
 
     own            the tower LLaVA came with
-    hf:PATH        a folder or hub name of a CLIPVisionModel (or of a whole CLIPModel)
-    open_clip:…    an encoder spec, or the folder of a run that trained one
+    hf:…           an encoder spec of a CLIP vision model, or the folder of a run that trained one
+    open_clip:…    likewise of a vision transformer with a class token
 
 An open_clip tower gives LLaVA what FARE's evaluation gives it (PAPER §4): the tokens of all patches after the layer
 that LLaVA selects, for LLaVA-1.5 the last but one; the layers behind it do not run.
@@ -12,7 +12,6 @@ Shapes: B images, T tokens (class token first), D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,16 +20,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from datamerge.encoders import load_encoder, weights_sha256
+from datamerge.encoders import load_encoder, parse_spec, refusals_about, weights_sha256, with_image_size
+from datamerge.encoders.building import adapted, downloading
+from datamerge.encoders.hugging_face import HuggingFaceTower, read_processor, resize_tower
 from datamerge.evaluation.encoders_under_test import check_weights, load_trained
 from datamerge.evaluation.runs import Run, read_run
-from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import BASELINE
 
-# OpenAI's CLIP; LLaVA-1.5's own tower has the same.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OWN = "own"
 HUGGING_FACE = "hf:"
 
@@ -42,18 +40,15 @@ class Tower:
     Attributes:
         module: takes normalised pixels [B, 3, S, S], returns `hidden_states` [B, T, D].
         width: D.
-        size: S.
         patches: patch tokens of an image.
-        mean, std: of the normalisation, per channel.
-        sha256: hash of the weights.
+        preprocessing: from a photo to normalised pixels.
+        sha256: hash of the weights, before position embeddings are resampled for another S.
     """
 
     module: nn.Module
     width: int
-    size: int
     patches: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    preprocessing: Preprocessing
     sha256: str
 
 
@@ -93,7 +88,7 @@ def read_tower_run(text: str) -> Run:
     """A run from what the user typed.
 
     Raises:
-        ConfigError: neither a run's folder, nor an open_clip spec, hf:PATH or own.
+        ConfigError: neither a run's folder, nor an open_clip: or hf: spec or own.
     """
     if text == OWN or text.startswith(HUGGING_FACE):
         spec = str(Path(text))
@@ -101,9 +96,9 @@ def read_tower_run(text: str) -> Run:
         arm = BASELINE if text == OWN else f"{HUGGING_FACE}{Path(text.removeprefix(HUGGING_FACE)).name}"
         return Run(name=spec, encoder=spec, original=spec, arm=arm)
     run = read_run(text)
-    if not run.encoder.startswith("open_clip:"):
+    if not run.encoder.startswith(("open_clip:", HUGGING_FACE)):
         raise ConfigError(
-            f"runs: expected open_clip: encoders, hf:PATH or own, which have patch tokens for LLaVA, found {text!r}, "
+            f"runs: expected open_clip: or hf: encoders or own, which have patch tokens for LLaVA, found {text!r}, "
             f"which is {run.encoder!r}"
         )
     return run
@@ -117,17 +112,17 @@ def tower_sha256(run: Run) -> str | None:
     """
     if run.encoder == OWN:
         return None
-    return weights_sha256(
-        _clip_vision(run) if run.encoder.startswith(HUGGING_FACE) else load_encoder(run.encoder).model
-    )
+    with refusals_about("runs"):
+        return _sha256(load_trained(run.encoder, torch.device("cpu")).model)
 
 
-def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
+def load_tower(run: Run, own: nn.Module, llava: str, layer: int, size: int) -> Tower:
     """The tower of a run, in float32 on the CPU.
 
     Args:
         run: from `read_tower_run`.
         own: LLaVA's own tower.
+        llava: folder or hub name of LLaVA, whose image processor says what its own tower's pixels are.
         layer: index of the hidden state that LLaVA selects.
         size: side of its input in pixels, 0 for the native one.
 
@@ -135,80 +130,80 @@ def load_tower(run: Run, own: nn.Module, layer: int, size: int) -> Tower:
         ConfigError: no such model, or one that cannot serve.
     """
     if run.encoder == OWN:
-        return _hugging_face(own, size, CLIP_MEAN, CLIP_STD)
-    if run.encoder.startswith(HUGGING_FACE):
-        return _hugging_face(_clip_vision(run), size, *_pixel_statistics(run.encoder.removeprefix(HUGGING_FACE)))
-    return _open_clip(run, layer, size)
-
-
-def _open_clip(run: Run, layer: int, size: int) -> Tower:
-    encoder = load_trained(run.encoder, torch.device("cpu"))
+        return _own(own, llava, size)
+    with refusals_about("runs"):
+        encoder = load_encoder(run.encoder, aloud=False)
     if run.summary is not None:
         check_weights(run, encoder, run.summary.encoder_sha256)
-    visual: Any = encoder.model
-    if not hasattr(visual, "forward_intermediates") or not hasattr(getattr(visual, "transformer", None), "resblocks"):
-        raise ConfigError(
-            f"runs: expected a vision transformer of open_clip in {run.name!r}, found {type(visual).__name__}"
-        )
-    native = encoder.input_shape[1]
-    if size not in (0, native):
-        raise ConfigError(
-            f"image_size: expected {native}, the size of {encoder.spec}, or 0, found {size}; use a model of that size"
-        )
-    patch = int(visual.conv1.kernel_size[0])
+    sha256 = _sha256(encoder.model)
+    patch = _patch(encoder.model, run.name)
+    if size not in (0, encoder.input_shape[1]):
+        _check_size(size, patch)
+        with refusals_about("runs"):
+            encoder = load_encoder(with_image_size(run.encoder, size))
+    model: Any = encoder.model
+    if isinstance(model, HuggingFaceTower):
+        return _hugging_face(model, encoder.preprocessing, sha256, run.name)
+    width = int(model.conv1.out_channels)
     return Tower(
-        OpenClipTower(visual, layer),
-        int(visual.conv1.out_channels),
-        native,
-        (native // patch) ** 2,
-        encoder.mean.flatten().tolist(),
-        encoder.std.flatten().tolist(),
-        encoder.sha256,
+        OpenClipTower(model, layer), width, _patches(encoder.preprocessing, patch), encoder.preprocessing, sha256
     )
 
 
-def _clip_vision(run: Run) -> Any:
-    name = run.encoder.removeprefix(HUGGING_FACE)
-    try:
-        return transformers.CLIPVisionModel.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+def _own(module: Any, llava: str, size: int) -> Tower:
+    with refusals_about("llava"):
+        spec = parse_spec(f"{HUGGING_FACE}{llava}")
+        preprocessing = downloading(spec, lambda: read_processor(spec))
+    tower = HuggingFaceTower(module)
+    # Before the next line, because it may be stored in half precision.
+    sha256 = _sha256(tower)
+    tower.float()
+    if size not in (0, native := int(tower.config.image_size)):
+        _check_size(size, int(tower.config.patch_size))
+        resize_tower(tower, (size, size))
+    side = size or native
+    return _hugging_face(tower, adapted(preprocessing, preprocessing, (side, side)), sha256, OWN)
+
+
+def _hugging_face(tower: HuggingFaceTower, preprocessing: Preprocessing, sha256: str, name: str) -> Tower:
+    """A vision model of transformers, if its tokens are those that LLaVA expects."""
+    patches = _patches(preprocessing, int(tower.config.patch_size))
+    with torch.no_grad():
+        tokens = tower.vision_model(torch.zeros(1, *preprocessing.shape)).last_hidden_state.shape[1]
+    if tokens != patches + 1:
         raise ConfigError(
-            f"runs: expected a CLIP vision model of Hugging Face at {name!r}, found {first_line(error)}"
-        ) from None
+            f"runs: expected a class token and {patches} of patches, as CLIP has, from {name!r}, found {tokens} "
+            f"tokens of {type(tower.vision_model).__name__}; use a CLIP vision model"
+        )
+    return Tower(tower.vision_model, int(tower.config.hidden_size), patches, preprocessing, sha256)
 
 
-def _hugging_face(module: Any, size: int, mean: Sequence[float], std: Sequence[float]) -> Tower:
-    config = module.config
-    native, patch = int(config.image_size), int(config.patch_size)
-    sha256 = weights_sha256(module)
-    if size not in (0, native):
-        if size % patch:
-            raise ConfigError(
-                f"image_size: expected a multiple of the tower's patches of {patch} pixels, found {size}"
-            )
-        _resize_positions(module, native // patch, size // patch)
-    side = (size or native) // patch
-    return Tower(module, int(config.hidden_size), size or native, side**2, mean, std, sha256)
+def _patch(model: Any, name: str) -> int:
+    """Side of the patches that a network cuts its pixels into.
+
+    Raises:
+        ConfigError: no vision transformer whose tokens can be had.
+    """
+    if isinstance(model, HuggingFaceTower):
+        return int(model.config.patch_size)
+    if not hasattr(model, "forward_intermediates") or not hasattr(getattr(model, "transformer", None), "resblocks"):
+        raise ConfigError(
+            f"runs: expected a vision transformer of open_clip with a class token in {name!r}, found "
+            f"{type(model).__name__}"
+        )
+    return int(model.conv1.kernel_size[0])
 
 
-def _resize_positions(module: Any, before: int, after: int) -> None:
-    """Interpolate the position embeddings of a square of patches (bicubic), as Hugging Face does at run time."""
-    embeddings = module.embeddings
-    weight = embeddings.position_embedding.weight.detach()
-    square = weight[1:].T.reshape(1, -1, before, before)
-    resized = nn.functional.interpolate(square, size=(after, after), mode="bicubic", align_corners=False)
-    table = torch.cat([weight[:1], resized.flatten(2)[0].T])
-    embeddings.position_embedding = nn.Embedding.from_pretrained(table)
-    embeddings.num_patches, embeddings.num_positions = after**2, len(table)
-    embeddings.image_size = after * int(embeddings.patch_size)
-    embeddings.register_buffer("position_ids", torch.arange(len(table))[None], persistent=False)
+def _check_size(size: int, patch: int) -> None:
+    if size % patch:
+        raise ConfigError(f"image_size: expected a multiple of the tower's patches of {patch} pixels, found {size}")
 
 
-def _pixel_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a checkpoint's image processor normalises with; CLIP's without one."""
+def _patches(preprocessing: Preprocessing, patch: int) -> int:
+    height, width = preprocessing.size
+    return (height // patch) * (width // patch)
 
-    try:
-        processor = transformers.CLIPImageProcessor.from_pretrained(name)
-    except (OSError, ValueError):
-        return CLIP_MEAN, CLIP_STD
-    return list(processor.image_mean), list(processor.image_std)
+
+def _sha256(model: nn.Module) -> str:
+    """Hash of what LLaVA runs of a network: the projection behind a tower of transformers is none of it."""
+    return weights_sha256(model.vision_model if isinstance(model, HuggingFaceTower) else model)

@@ -1,0 +1,165 @@
+"""Memory of encoders at full size, each measured in a process of its own.
+
+    training   steps of the trainer with and without `grad_checkpointing`
+                 kept   MB that autograd keeps of an image until the backward pass, parameters aside
+                 peak   greatest resident MB while the steps run, with weights, gradients, AdamW's moments, libraries
+    loading    `load_encoder`: seconds, greatest resident MB, and what stays, over the MB of the image tower's weights
+
+Linux alone counts a greatest size anew from a given moment, as this needs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.report import Table
+from benchmarks.training import make_artifact
+from datamerge.encoders import load_encoder
+from datamerge.runtime.checkout import commit
+from trainer import TrainConfig
+from trainer.data.order import WHOLE
+from trainer.run.distributed import Processes
+from trainer.run.forward import train_mode
+from trainer.run.job import make_job
+from trainer.run.recompute import recompute_activations
+from trainer.run.update import Optimisation
+
+MB = 2**20
+MODELS = "open_clip:ViT-B-32,open_clip:ViT-L-14"
+
+
+@click.group()
+def main() -> None:
+    """Memory benchmarks; each prints a Markdown table."""
+
+
+@main.command()
+@click.option("--encoders", default=MODELS, show_default=True, help="Comma-separated specs.")
+@click.option("--batches", default="8,16", show_default=True, help="Comma-separated numbers of groups.")
+@click.option("--steps", default=3, show_default=True, type=click.IntRange(2), help="The first one is not timed.")
+@click.option("--threads", default=2, show_default=True)
+def training(encoders: str, batches: str, steps: int, threads: int) -> None:
+    """Steps of the arm factors on the CPU, in float32."""
+    _heading("training", encoders=encoders, batches=batches, steps=steps, threads=threads)
+    rows = []
+    for spec in encoders.split(","):
+        for batch in batches.split(","):
+            plain, again = (_alone("steps", spec, batch, steps, threads, on) for on in (0, 1))
+            kept, peak, seconds = ([plain[name], again[name]] for name in ("kept", "peak", "seconds"))
+            cells = [f"{before:,.0f} → {after:,.0f}" for before, after in (kept, peak)]
+            rows.append([spec, batch, *cells, f"{seconds[0]:.1f} → {seconds[1]:.1f}"])
+    columns = ("encoder", "batch", "kept of an image, MB", "peak, MB", "s a step")
+    click.echo(Table("Without and with `grad_checkpointing`", columns, rows).markdown())
+
+
+@main.command()
+@click.option("--encoders", default=MODELS, show_default=True, help="Comma-separated specs.")
+def loading(encoders: str) -> None:
+    """What an encoder takes to be loaded."""
+    _heading("loading", encoders=encoders)
+    rows = []
+    for spec in encoders.split(","):
+        found = _alone("load", spec)
+        rows.append([spec, *(f"{found[name]:,.0f}" for name in ("weights", "peak", "left")), f"{found['seconds']:.1f}"])
+    click.echo(Table("`load_encoder`", ("encoder", "weights, MB", "peak, MB", "left, MB", "s"), rows).markdown())
+
+
+def _heading(command: str, **options: Any) -> None:
+    given = " ".join(f"--{name} {value}" for name, value in options.items())
+    click.echo(
+        f"`python -m benchmarks.memory {command} {given}`, commit {commit()}, {date.today()}, {platform.machine()} "
+        f"CPU, torch {torch.__version__}\n"
+    )
+
+
+def _alone(task: str, *arguments: object) -> dict[str, float]:
+    """What one of `TASKS` finds, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "alone", task, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@main.command(hidden=True)
+@click.argument("task")
+@click.argument("arguments", nargs=-1)
+def alone(task: str, arguments: tuple[str, ...]) -> None:
+    """Do one of `TASKS` and print what it finds as JSON."""
+    click.echo(json.dumps(TASKS[task](*arguments)))
+
+
+def _steps(spec: str, batch: str, steps: str, threads: str, checkpoints: str) -> dict[str, float]:
+    torch.set_num_threads(int(threads))
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = make_artifact(Path(folder, "artifact"), spec, "zarr", int(batch), members=2, factors=1)
+        config = TrainConfig(
+            artifact=artifact,
+            run=str(Path(folder, "run")),
+            arm="factors",
+            batch_size=int(batch),
+            steps=int(steps),
+            device="cpu",
+            grad_checkpointing=bool(int(checkpoints)),
+        )
+        job = make_job(config)
+        training, batches = Optimisation(job, Processes()), job.feed(WHOLE, 0, job.steps)
+        _count_anew()
+        times = []
+        for step in range(job.steps):
+            started = time.perf_counter()
+            training.step(step, batches, lambda: 0)
+            times.append(time.perf_counter() - started)
+        peak = _resident("VmHWM")
+    encoder = load_encoder(spec)
+    train_mode(encoder)
+    kept = recompute_activations(encoder, device)
+    return {
+        "kept": (kept.after if config.grad_checkpointing else kept.before) / MB,
+        "peak": peak,
+        "seconds": min(times[1:]),
+    }
+
+
+def _load(spec: str) -> dict[str, float]:
+    before = _resident("VmRSS")
+    _count_anew()
+    started = time.perf_counter()
+    encoder = load_encoder(spec)
+    seconds = time.perf_counter() - started
+    weights = sum(tensor.nbytes for tensor in encoder.state_dict().values()) / MB
+    return {
+        "seconds": seconds,
+        "peak": _resident("VmHWM") - before,
+        "left": _resident("VmRSS") - before,
+        "weights": weights,
+    }
+
+
+TASKS: dict[str, Callable[..., dict[str, float]]] = {"steps": _steps, "load": _load}
+
+
+def _count_anew() -> None:
+    """Let the greatest size of this process be counted from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident(field: str) -> float:
+    """A figure of this process, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Text towers of open_clip's models and of CLIP and SigLIP in Hugging Face transformers, without the image towers.
+
+Which one belongs to a spec: that of its file of weights, if that holds one; else that of its tag, folder or
+repository, since image towers are tuned towards a text tower that stays as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from datamerge.encoders.building import downloading, seeded
+from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.open_clip_models import known_open_clip, of_hub
+from datamerge.encoders.specs import HUB, EncoderSpec
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.messages import first_line
+from storage_schemas import ConfigError
+
+# How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
+TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
+BIG_VISION = ".npz"
+# Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
+OTHER_PARTS = ("visual", "text_decoder")
+# In place of an image tower that nobody asks for.
+NO_IMAGES = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
+# `model_type` of a configuration → class of the whole model.
+WHOLE = {"clip": "CLIPModel", "siglip": "SiglipModel"}
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """Texts → embeddings in the space of the images.
+
+    Attributes:
+        model: with `encode_text(tokens, normalize)`, `logit_scale` and perhaps `logit_bias`, as open_clip has it.
+        tokenizer: texts → token ids, as `encode_text` takes them.
+        configuration: what the weights do not say of the computation, as JSON.
+    """
+
+    model: Any
+    tokenizer: Callable[[Sequence[str]], Any]
+    configuration: Mapping[str, Any]
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the cosines [1]."""
+        return cast(Tensor, self.model.logit_scale.detach().exp().reshape(1).float())
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to every logit [1], as in SigLIP; None for others."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else cast(Tensor, bias.detach().reshape(1).float())
+
+
+def load_text_tower(spec: EncoderSpec) -> TextTower:
+    """The text tower that belongs to an encoder of kind open_clip or hf, in eval mode.
+
+    Raises:
+        ConfigError: there is none, or its weights, configuration or tokeniser cannot be had.
+    """
+    make_torchvision_importable()
+    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec)
+    tower.model.eval().requires_grad_(False)
+    return tower
+
+
+def _open_clip(spec: EncoderSpec) -> TextTower:
+    import open_clip
+
+    spec = known_open_clip(spec)
+    texts = _texts_of_file(spec)
+    # Whole models of JAX, which open_clip alone can read.
+    archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
+    if spec.checkpoint and texts is None and not (archive or spec.pretrained or spec.whole):
+        raise ConfigError(
+            f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
+            f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
+        )
+    configuration = fetched(spec, "the configuration", lambda: open_clip.get_model_config(spec.model))
+
+    def create() -> Any:
+        if texts is not None:
+            options: dict[str, Any] = {"load_weights": False, "pretrained_text": False, "vision_cfg": NO_IMAGES}
+        elif archive or spec.whole or spec.pretrained:
+            options = {"pretrained": archive or spec.pretrained, "require_pretrained": True}
+        else:
+            options = {}
+        of_revision = spec.model.startswith(HUB) and (spec.revision or texts is not None)
+        return open_clip.create_model(of_hub(spec) if of_revision else spec.model, **options)
+
+    with seeded():
+        if "hf_model_name" in configuration["text_cfg"]:
+            model = fetched(spec, f"the text tower {configuration['text_cfg']['hf_model_name']}", create)
+        else:
+            model = downloading(spec, create)
+    for part in OTHER_PARTS:
+        if hasattr(model, part):
+            delattr(model, part)
+    if texts is not None:
+        _load(model, _as_open_clip(model, texts), spec)
+    tokenizer = fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
+    configuration = {name: value for name, value in configuration.items() if name != "vision_cfg"}
+    return TextTower(model, tokenizer, configuration)
+
+
+def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:
+    """Tensors of the file of a spec, if a text tower is among them."""
+    if spec.checkpoint is None or spec.checkpoint.endswith(BIG_VISION):
+        return None
+    tensors = read_state_dict(Path(spec.checkpoint))
+    return dict(tensors) if any(name.startswith(TEXTS) for name in tensors) else None
+
+
+def _as_open_clip(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names and shapes as this model has them, by what open_clip does with whole models that it reads."""
+    from open_clip import factory
+
+    state = factory.convert_state_dict(model, state)
+    if not hasattr(model, "positional_embedding"):
+        state = factory.convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        own = getattr(model, name, None)
+        if own is not None and name in state:
+            state[name] = state[name].reshape(own.shape)
+    if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:
+        state.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
+    factory.resize_text_pos_embed(state, model)
+    return state
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], spec: EncoderSpec) -> None:
+    own = model.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if missing or wrong:
+        problem = f"no {missing[0]!r}" if missing else f"another shape of {wrong[0]!r}"
+        raise ConfigError(
+            f"encoder: expected the text tower of {spec.named} in {spec.checkpoint}, found {problem} ({len(missing)} "
+            f"tensors missing, {len(wrong)} of another shape); name the weights whose text tower belongs to it"
+        )
+    model.load_state_dict({name: state[name] for name in own})
+
+
+class HuggingFaceTexts(nn.Module):
+    """A model of transformers with open_clip's way of asking it for texts' embeddings."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.logit_scale = model.logit_scale
+        self.logit_bias = getattr(model, "logit_bias", None)
+
+    def encode_text(self, tokens: Mapping[str, Tensor], normalize: bool = False) -> Tensor:
+        """Embeddings [B, K] of what the tokeniser gives, of length 1 if asked."""
+        found = self.model.get_text_features(**tokens)
+        # An output object since transformers 5.
+        features = cast(Tensor, getattr(found, "pooler_output", found))
+        return nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def _hugging_face(spec: EncoderSpec) -> TextTower:
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[export]'")
+    import transformers
+
+    where: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
+    config = fetched(spec, "the configuration", lambda: transformers.AutoConfig.from_pretrained(spec.model, **where))
+    name = WHOLE.get(config.model_type)
+    if name is None:
+        raise ConfigError(
+            f"encoder: expected a whole CLIP or SigLIP at '{spec}', found a {config.model_type}, which has no text "
+            "tower; name the model that it was tuned from, such as hf:openai/clip-vit-large-patch14"
+        )
+    kind = getattr(transformers, name)
+    texts = _texts_of_file(spec)
+    if texts is None:
+        model, found = downloading(
+            spec, lambda: kind.from_pretrained(spec.model, config=config, output_loading_info=True, **where)
+        )
+        lacking = sorted(found["missing_keys"]) + sorted(map(str, found["mismatched_keys"]))
+        if lacking:
+            raise ConfigError(f"encoder: expected weights of {name} at '{spec}', found none that fit {lacking[0]}")
+    else:
+        model = kind(config)
+    for part in ("vision_model", "visual_projection"):
+        if hasattr(model, part):
+            delattr(model, part)
+    if texts is not None:
+        _load(model, texts, spec)
+    tokenizer = fetched(spec, "the tokeniser", lambda: _tokenizer(spec, where))
+    length = config.text_config.max_position_embeddings
+
+    def tokens(texts: Sequence[str]) -> Any:
+        # SigLIP looks at the last position, and was trained with all of them filled.
+        padding = "max_length" if config.model_type == "siglip" else True
+        return tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt")
+
+    text_config = {name: value for name, value in config.text_config.to_dict().items() if name[0] != "_"}
+    return TextTower(HuggingFaceTexts(model.float()), tokens, {"model_type": config.model_type, "text": text_config})
+
+
+def _tokenizer(spec: EncoderSpec, where: Mapping[str, Any]) -> Any:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, **where)
+    # transformers makes one without words where it finds no files.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError(f"no files of a tokeniser in {Path(spec.model)}")
+    return tokenizer
+
+
+def fetched(spec: EncoderSpec, what: str, create: Callable[[], Any]) -> Any:
+    """What a constructor gives that a text tower needs besides its weights.
+
+    Raises:
+        ConfigError: it cannot be had; the message says how to do without.
+    """
+    try:
+        return create()
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as error:  # every hub client has its own exceptions
+        raise ConfigError(
+            f"encoder: expected {what} for '{spec}', found no way to get it ({type(error).__name__}: "
+            f"{first_line(error)[:160]}); where there is a network, make the head with datamerge.load_head and "
+            "`to_bytes`, and name that .safetensors file"
+        ) from error

@@ -1,0 +1,281 @@
+"""Files of weights as the tensors in them: by what they hold, not by their name, and without running code from them.
+
+    safetensors          also under another name
+    torch.save           a state_dict, or a training checkpoint that holds one (or several) further in
+    TorchScript          OpenAI's archives
+    NumPy's .npz         JAX weights; timm reads the tensors itself
+    *.index.json         shards beside it, of any of the first two
+
+Tensors stay on disk until they are used wherever the format allows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from datamerge.runtime.messages import first_line
+from storage_schemas import ConfigError
+
+# Where training checkpoints keep the network, the first one first. timm takes averaged weights where there are some.
+WRAPPERS = (
+    "state_dict_ema",
+    "model_ema",
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "module",
+    "net",
+    "network",
+    "encoder",
+    "teacher",
+    "ema",
+)
+# Longest header that safetensors accepts, in bytes.
+_LONGEST_HEADER = 100_000_000
+# The deepest nesting at which a checkpoint keeps a state_dict.
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file of weights holds.
+
+    Attributes:
+        states: tensors by name, by where in the file they stand: `""`, or `state_dict`, `model.visual`; the likeliest
+            first.
+        metadata: of safetensors files.
+        jax: whether it is an archive of NumPy arrays in JAX's names, whose tensors are not read here.
+    """
+
+    states: Mapping[str, Mapping[str, Tensor]]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    jax: bool = False
+
+
+def read_contents(path: Path) -> Contents:
+    """Read a file of weights.
+
+    Raises:
+        ConfigError: not such a file; says in one line what it is instead.
+    """
+    kind = _kind(path)
+    with _damage_refused(path, kind):
+        if kind == "index":
+            return _sharded(path)
+        if kind == "safetensors":
+            with safe_open(path, "pt") as opened:
+                metadata = opened.metadata() or {}
+            return Contents(_states(path, load_file(path)), metadata)
+        if kind == "npz":
+            return Contents({}, jax=True)
+        if kind == "TorchScript":
+            return Contents({"": _torchscript(path)})
+        return Contents(_states(path, _torch_file(path, mmap=kind == "torch")))
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file or of the shards of an index; empty for other files.
+
+    Raises:
+        ConfigError: no file of weights.
+    """
+    kind = _kind(path)
+    with _damage_refused(path, kind):
+        if kind == "index":
+            return {
+                key: value for shard in _shards(path) for key, value in read_metadata(path.parent / shard).items()
+            }
+        if kind != "safetensors":
+            return {}
+        with safe_open(path, "pt") as opened:
+            return opened.metadata() or {}
+
+
+def _kind(path: Path) -> str:
+    """safetensors, torch (zipped), legacy (pickled, unzipped), TorchScript, npz or index."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise ConfigError(f"encoder: expected a file of weights at {path}, found none ({error.strerror})") from None
+    if not head:
+        raise ConfigError(f"encoder: expected weights in {path}, found an empty file; copy it again")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return "safetensors"
+    if head.startswith(b"PK"):
+        return _kind_of_zip(path)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"version https://git-lfs"):
+        raise ConfigError(
+            f"encoder: expected weights in {path}, found a Git LFS pointer in their place; run `git lfs pull` there"
+        )
+    if text.startswith(b"<"):
+        raise ConfigError(
+            f"encoder: expected weights in {path}, found a web page; download the file itself, not the page about it"
+        )
+    return "index" if text.startswith(b"{") else "legacy"
+
+
+def _kind_of_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        raise ConfigError(
+            f"encoder: {path} is truncated or damaged (its directory is missing); copy it again"
+        ) from None
+    ends = {name.rpartition("/")[2] for name in names}
+    if "data.pkl" in ends:
+        return "TorchScript" if "constants.pkl" in ends else "torch"
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    raise ConfigError(
+        f"encoder: expected weights in {path}, found a zip archive of other files ({', '.join(names[:3])}); "
+        "unpack it and name the file of weights in it"
+    )
+
+
+@contextmanager
+def _damage_refused(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, MemoryError) as error:
+        raise ConfigError(f"encoder: {path} is truncated or damaged ({kind}): {first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError, and whatever malformed pickles run into
+        raise _foreign_objects(path, kind, error) from None
+
+
+def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
+    """The refusal of a pickle that asks for more than tensors; nothing of it was run."""
+    try:
+        asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if kind == "torch" else []
+    except Exception:  # a malformed pickle
+        asked = []
+    asked = [name for name in asked if not name.startswith("numpy.")] or re.findall(r"GLOBAL (\S+)", str(error))
+    if not asked:
+        return ConfigError(
+            f"encoder: expected plain tensors in {path}, found neither safetensors nor a torch file, TorchScript, "
+            f"npz or an index of shards ({type(error).__name__})"
+        )
+    more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
+    return ConfigError(
+        f"encoder: expected plain tensors in {path}, found objects that only run code could make "
+        f"({', '.join(asked[:3])}{more}); where you trust it, load it yourself and save its state_dict()"
+    )
+
+
+def _torch_file(path: Path, mmap: bool) -> Any:
+    """What torch.save wrote, if it is plain: tensors, containers, NumPy's numbers and timm's settings."""
+    number: Any = np.float64(0).__reduce__()[0]
+    # NumPy 1 and 2 call it by different names. Optimizers and schedulers keep such numbers.
+    safe: list[Any] = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    safe += [np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+    with torch.serialization.safe_globals(safe):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _torchscript(path: Path) -> Mapping[str, Tensor]:
+    """Parameters and buffers of a TorchScript archive; one that would run code while it is loaded is refused."""
+    with zipfile.ZipFile(path) as archive:
+        # Entries, not names: two may share one.
+        sources = [entry for entry in archive.infolist() if entry.filename.endswith(".py")]
+        if any(b"__setstate__" in archive.read(entry) for entry in sources):
+            raise ConfigError(
+                f"encoder: expected plain tensors in {path}, found a TorchScript archive that runs code when it is "
+                "loaded (__setstate__); where you trust it, load it yourself and save its state_dict()"
+            )
+    with warnings.catch_warnings():
+        # torch deprecates TorchScript; the files of OpenAI stay what they are.
+        warnings.simplefilter("ignore")
+        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+
+
+def _states(path: Path, loaded: Any) -> Mapping[str, Mapping[str, Tensor]]:
+    found = dict(_nested(loaded, "", 0))
+    if not found:
+        what = "other names or values in it" if isinstance(loaded, Mapping) else type(loaded).__name__
+        raise ConfigError(f"encoder: expected a state_dict in {path}, found {what}")
+    return {place: found[place] for place in sorted(found, key=_likelihood)}
+
+
+def _nested(value: Any, place: str, depth: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    if not isinstance(value, Mapping) or depth > _DEPTH:
+        return
+    tensors = {name: one.detach() for name, one in value.items() if isinstance(name, str) and isinstance(one, Tensor)}
+    if tensors:
+        yield place, tensors
+    for name, one in value.items():
+        # An optimiser's moments have the shapes of the weights.
+        if isinstance(name, str) and not re.match(r"optim|sched|scaler|loops|callbacks", name):
+            yield from _nested(one, f"{place}.{name}" if place else name, depth + 1)
+
+
+def _likelihood(place: str) -> tuple[int, int]:
+    first = place.partition(".")[0]
+    known = WRAPPERS.index(first) if first in WRAPPERS else len(WRAPPERS)
+    return (-1 if not place else known), place.count(".")
+
+
+def _shards(path: Path) -> list[str]:
+    """Names of the files that an index lists."""
+    return list(dict.fromkeys(_weight_map(path).values()))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"encoder: {path} is truncated or damaged (JSON): {first_line(error)}") from None
+    listed = index.get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ConfigError(
+            f"encoder: expected weights in {path}, found JSON without a `weight_map`; name a file of weights"
+        )
+    for shard in listed.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ConfigError(
+                f"encoder: expected the names of files beside {path} in its `weight_map`, found {shard!r}"
+            )
+    return listed
+
+
+def _sharded(path: Path) -> Contents:
+    names: dict[str, list[str]] = {}
+    for name, shard in _weight_map(path).items():
+        names.setdefault(shard, []).append(name)
+    missing = [shard for shard in names if not (path.parent / shard).is_file()]
+    if missing:
+        raise ConfigError(
+            f"encoder: expected the {len(names)} files that {path} lists beside it, {len(missing)} are missing, "
+            f"first {missing[0]!r}; copy all of them"
+        )
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard, listed in names.items():
+        contents = read_contents(path.parent / shard)
+        held = next(iter(contents.states.values()), {})
+        absent = [name for name in listed if name not in held]
+        if absent:
+            raise ConfigError(
+                f"encoder: expected {absent[0]!r} in {path.parent / shard}, as {path.name} says, found none"
+            )
+        tensors.update((name, held[name]) for name in listed)
+        metadata.update(contents.metadata)
+    return Contents({"": tensors}, metadata)

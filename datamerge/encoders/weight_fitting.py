@@ -1,0 +1,238 @@
+"""Tensors of a file put into a network: all of the network's, each once, or a refusal that says what came closest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datamerge.encoders.clip_names import OPEN_CLIP_MARK
+from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.weight_files import Contents
+from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted
+from datamerge.runtime.messages import first_line, say
+from storage_schemas import ConfigError
+
+# The other tower of a CLIP, in the names of both libraries.
+_TEXT = re.compile(r"(text|text_model|text_projection|logit_scale|logit_bias)(\.|$)")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> None:
+    """Put the weights of a file into the network of a spec, and say what was resampled or left out.
+
+    Raises:
+        ConfigError: they do not fit it, in one line with the three readings that came closest.
+    """
+    if contents.jax:
+        _fit_jax(model, path, spec)
+        return
+    network = Network(model)
+    reading = _choose(network, path, contents, spec)
+    _check_plain(network, path, reading)
+    _check_left(network, path, reading, spec)
+    values = {name: reading.tensors.get(name, own) for name, own in network.own.items()}
+    try:
+        model.load_state_dict(values)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"encoder: expected plain tensors in {path}, found some that cannot be copied: {first_line(error)}"
+        ) from None
+    broken = _not_finite(model)
+    if broken:
+        raise ConfigError(
+            f"encoder: expected finite weights in {path}, found NaN or infinity in {broken[0]!r} and "
+            f"{len(broken) - 1} other tensors; the training that wrote it diverged, take an earlier checkpoint"
+        )
+    for note in reading.notes:
+        say(f"encoder: {path}: resampled {note}")
+
+
+def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec) -> Reading:
+    """The reading that fits: as the file names things if that does, else through a converter."""
+    named = [(place, reading) for place, state in contents.states.items() for reading in as_named(network, state)]
+    fitting = [(place, reading) for place, reading in named if reading.fits]
+    if fitting:
+        # What needs no resampling, behind prefixes that wrappers use, the likeliest place: sorting keeps their order.
+        fitting.sort(key=lambda one: (bool(one[1].notes), not one[1].known))
+        _check_alone(path, fitting)
+        return fitting[0][1]
+    others: list[tuple[str, Reading]] = []
+    for place, state in contents.states.items():
+        for reading in converted(network, state):
+            if reading.fits:
+                return reading
+            others.append((place, reading))
+    raise _refusal(network, path, named + others, spec)
+
+
+def _check_alone(path: Path, fitting: list[tuple[str, Reading]]) -> None:
+    """Of several networks in one file the likeliest is taken and said; of equally likely ones none."""
+    place, chosen = fitting[0]
+    for other_place, other in fitting[1:]:
+        pairs = [(tensor, other.tensors[name]) for name, tensor in chosen.tensors.items() if name in other.tensors]
+        if all(one is another or torch.equal(one, another) for one, another in pairs):
+            continue
+        both = f"{_where(place, chosen)} and {_where(other_place, other)}"
+        if (place, chosen.known, bool(chosen.notes)) == (other_place, other.known, bool(other.notes)):
+            raise ConfigError(
+                f"encoder: expected one network in {path}, found two: {both}; save the one you mean alone"
+            )
+        say(f"encoder: {path} holds several networks, {both}; the first one was taken")
+        return
+
+
+def _where(place: str, reading: Reading) -> str:
+    return f"in `{place}`, {reading.how}" if place else reading.how
+
+
+def _check_plain(network: Network, path: Path, reading: Reading) -> None:
+    for name, tensor in reading.tensors.items():
+        odd = _oddity(tensor, network.own[name])
+        if odd:
+            raise ConfigError(
+                f"encoder: expected plain tensors in {path}, found {name!r} {odd}, which cannot be copied into a "
+                "network of floating-point weights; save it dense, unquantised and with its data"
+            )
+
+
+def _oddity(tensor: Tensor, own: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.device.type != "cpu":
+        return f"without data ({tensor.device.type})"
+    return f"in {tensor.dtype}" if own.is_floating_point() and tensor.dtype not in _FLOATS else ""
+
+
+def _check_left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> None:
+    """What the file has beside the network's tensors: inside the network it is a part that this one lacks."""
+    left = [
+        name for name in reading.left if not (BENIGN.search(name) or _TEXT.match(name) or _classifier(network, name))
+    ]
+    inside = [name for name in left if _inside(network, name)]
+    if inside:
+        raise ConfigError(
+            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} without a place in it, "
+            f"first {inside[0]!r}; without them it would compute something else, name the network that was trained"
+        )
+    if left:
+        say(f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}")
+
+
+def _classifier(network: Network, name: str) -> bool:
+    """Whether a name is one of the classifier that timm's networks are built without."""
+    if not network.timm:
+        return False
+    path, part = network.timm
+    config: Any = getattr(part, "pretrained_cfg", None) or {}
+    classifier = config.get("classifier") or ()
+    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return name.removeprefix(path).startswith(tuple(f"{layer}." for layer in (*layers, "head_dist")))
+
+
+def _inside(network: Network, name: str) -> bool:
+    """Whether a name is below a module of the network's, or one more of numbered layers."""
+    first, dot, _ = name.partition(".")
+    children = dict(network.part.named_children()) | dict(network.model.named_children())
+    numbered = bool(children) and all(child.isdigit() for child in children)
+    return bool(dot) and (first in children or (numbered and first.isdigit()))
+
+
+def _refusal(network: Network, path: Path, readings: list[tuple[str, Reading]], spec: EncoderSpec) -> ConfigError:
+    # The same words are said once.
+    closest = {
+        f"{_where(place, reading)}: {_problem(network, reading)}": reading
+        for place, reading in sorted(readings, key=lambda one: len(one[1].missing) + len(one[1].wrong))
+    }
+    said = "; ".join(list(closest)[:3])
+    shard = re.search(r"-\d+-of-\d+\.", path.name)
+    hint = "; it is one of several files, name the .index.json that lists them" if shard else ""
+    hint = hint or _would_fit(network, closest.values())
+    return ConfigError(f"encoder: expected weights of {spec.named}, found none in {path}; closest: {said}{hint}")
+
+
+def _problem(network: Network, reading: Reading) -> str:
+    counts = f"{len(reading.missing)} of {len(network.own)} tensors missing, {len(reading.wrong)} of another shape"
+    if reading.missing:
+        return f"no {reading.missing[0]!r} ({counts})"
+    name = sorted(reading.wrong)[0]
+    shapes = f"{list(reading.tensors[name].shape)} for {list(network.own[name].shape)}"
+    return f"another shape for {name!r} ({counts}: {shapes})"
+
+
+def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
+    """open_clip's own vision transformers of the width, depth, patches and embedding that the file has."""
+    if (network.library, network.kind) != ("open_clip", "VisionTransformer"):
+        return ""
+    import open_clip
+
+    for reading in readings:
+        tensors = {name.removeprefix(network.path): tensor for name, tensor in reading.tensors.items()}
+        if not {OPEN_CLIP_MARK, "proj", "positional_embedding"} <= tensors.keys():
+            continue
+        convolution, positions = tensors[OPEN_CLIP_MARK].shape, tensors["positional_embedding"].shape
+        if len(convolution) != 4 or len(positions) != 2:
+            continue
+        names = (*tensors, *reading.left)
+        layers = {layer[1] for name in names if (layer := re.match(r"transformer\.resblocks\.(\d+)\.", name))}
+        shape = {
+            "width": convolution[0],
+            "patch_size": convolution[3],
+            "layers": len(layers),
+            "image_size": convolution[3] * math.isqrt(positions[0] - 1),
+        }
+        configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+        fitting = [
+            name
+            for name, config in configs.items()
+            if config["embed_dim"] == tensors["proj"].shape[1]
+            and all(config["vision_cfg"].get(key) == value for key, value in shape.items())
+        ]
+        if fitting:
+            return f"; of the shape of {', '.join(fitting[:4])}"
+    return ""
+
+
+def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> None:
+    """JAX's archives (ViT, BiT, SigLIP) through the loaders of timm's networks."""
+    network = Network(model)
+    found = network.timm
+    part: Any = found[1] if found else None
+    if found is None or not hasattr(part, "load_pretrained"):
+        raise ConfigError(
+            f"encoder: expected weights of {spec.named}, found an archive of JAX's in {path}, which only some "
+            "networks of timm read (ViT, BiT, SigLIP)"
+        )
+    with torch.no_grad():
+        # What the loader leaves out stays so.
+        for tensor in network.own.values():
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    try:
+        part.load_pretrained(str(path))
+    except Exception as error:  # a name that is missing, another shape, a damaged archive
+        raise ConfigError(
+            f"encoder: expected weights of {spec.named}, found none in {path} that timm's loader of JAX's archives "
+            f"reads: {type(error).__name__} {first_line(error)}"
+        ) from None
+    broken = _not_finite(model)
+    if broken:
+        raise ConfigError(
+            f"encoder: expected finite weights for all tensors of {spec.named} in {path}, found none for "
+            f"{broken[0]!r} and {len(broken) - 1} others"
+        )
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]

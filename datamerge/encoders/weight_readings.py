@@ -1,0 +1,336 @@
+"""The ways to read the tensors of a file as those of a network: prefixes, and the names of other libraries.
+
+The libraries' own converters do the work wherever there are some: timm's filters of each family (which know the
+original names of DeiT, DINOv2, ConvNeXt, …), open_clip's for MobileCLIP, transformers' names through `clip_names`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from datamerge.encoders import clip_names
+
+LIBRARIES = ("open_clip", "timm", "transformers")
+# What torch.compile, FSDP and activation checkpointing put between names.
+_WITHIN = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+# What wrappers put in front of an image tower's names.
+_KNOWN_PREFIXES = frozenset(
+    ("module", "model", "clip", "clip_model", "net", "network", "backbone", "trunk", "encoder", "student")
+    + ("visual", "vision", "vision_model", "vision_tower", "vision_encoder", "image_encoder")
+)
+# Buffers without which a network computes the same.
+BENIGN = re.compile(
+    r"(^|\.)(num_batches_tracked|position_ids|relative_position_index|attn_mask|total_ops|total_params)$"
+)
+# How far a library's converter gets with names that are not its own.
+_NOT_ITS_OWN = (KeyError, IndexError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a file.
+
+    Attributes:
+        how: for messages: ``below `visual.` ``.
+        tensors: the file's, by the network's names.
+        missing, wrong: names of the network's that are not there, or of another shape.
+        left: names in the file beside those, without the prefix.
+        known: whether the prefix is one of those that wrappers use.
+        notes: what was resampled.
+    """
+
+    how: str
+    tensors: Mapping[str, Tensor]
+    missing: tuple[str, ...]
+    wrong: tuple[str, ...]
+    left: tuple[str, ...]
+    known: bool = True
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing and not self.wrong
+
+
+class Network:
+    """A network and what it is a network of.
+
+    Attributes:
+        own: its tensors by name.
+        part: the library's module in it, or the network itself.
+        path: of that module in the network, with a dot.
+        library: one of `LIBRARIES`, or nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.own = model.state_dict()
+        self.part, self.path, self.library = model, "", ""
+        for name, module in model.named_modules():
+            top = type(module).__module__.partition(".")[0]
+            path = f"{name}." if name else ""
+            if top in LIBRARIES and all(one.startswith(path) for one in self.own):
+                self.part, self.path, self.library = module, path, top
+                break
+
+    @property
+    def kind(self) -> str:
+        """Class of the library's module."""
+        return type(self.part).__name__
+
+    @property
+    def timm(self) -> tuple[str, nn.Module] | None:
+        """Path below `path` and module of the network of timm that it is or holds."""
+        if self.library == "timm":
+            return "", self.part
+        trunk = getattr(self.part, "trunk", None)
+        return ("trunk.", trunk) if self.library == "open_clip" and isinstance(trunk, nn.Module) else None
+
+    def reading(self, how: str, named: Mapping[str, Tensor], strip: str = "", known: bool = True) -> Reading:
+        """The tensors `named`, which lack `strip` in front of the network's names, as those of the network."""
+        wanted = {_clean(name).removeprefix(strip): name for name in self.own}
+        found = {own: named[name] for name, own in wanted.items() if name in named}
+        missing = tuple(sorted(own for own in wanted.values() if own not in found and not BENIGN.search(own)))
+        wrong = tuple(own for own, tensor in found.items() if tensor.shape != self.own[own].shape)
+        notes: tuple[str, ...] = ()
+        if wrong and not missing:
+            found, notes = _resampled(self, found, wrong)
+            wrong = tuple(own for own in wrong if found[own].shape != self.own[own].shape)
+        return Reading(how, found, missing, wrong, tuple(name for name in named if name not in wanted), known, notes)
+
+
+def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """Readings with the file's names as they are, below the prefixes under which most of the network's stand."""
+    cleaned = cleaned_names(state)
+    strips = {"", network.path}
+    if network.timm and network.timm[0]:
+        strips.add(network.path + network.timm[0])
+    for strip in sorted(strips):
+        if not all(name.startswith(strip) for name in network.own):
+            continue
+        for prefix in _prefixes(network, cleaned, strip):
+            below = {name[len(prefix) :]: tensor for name, tensor in cleaned.items() if name.startswith(prefix)}
+            known = _KNOWN_PREFIXES.issuperset(filter(None, prefix.split(".")))
+            yield network.reading(f"below `{prefix}`" if prefix else "names as they are", below, strip, known)
+
+
+def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """Readings through the converters that there are for such a network."""
+    cleaned = cleaned_names(state)
+    if network.library == "open_clip" and network.kind == "VisionTransformer":
+        yield from _hugging_face(network, cleaned)
+    if network.library == "transformers" and network.kind.startswith("CLIPVision"):
+        yield from _open_clip(network, cleaned)
+    if network.library == "open_clip" and network.timm:
+        yield from _mobile_clip(network, cleaned)
+    if network.timm:
+        yield from _timm(network, cleaned)
+
+
+def cleaned_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without what wrappers put between names, where the names stay apart."""
+    cleaned = {_clean(name): tensor for name, tensor in state.items()}
+    return cleaned if len(cleaned) == len(state) else state
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Also without what wrappers put in front of all of them."""
+    cleaned = cleaned_names(state)
+    prefix = next(iter(_common_prefix(cleaned)), "")
+    return {name[len(prefix) :]: tensor for name, tensor in cleaned.items()}
+
+
+def _clean(name: str) -> str:
+    return _WITHIN.sub(r"\1", name)
+
+
+def _prefixes(network: Network, state: Mapping[str, Tensor], strip: str = "") -> list[str]:
+    """The three under which most of the network's names stand; the shortest first among equals."""
+    wanted = {_clean(name).removeprefix(strip) for name in network.own}
+    count: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for cut in range(len(parts)):
+            if ".".join(parts[cut:]) in wanted:
+                count["".join(f"{part}." for part in parts[:cut])] += 1
+    return sorted(count, key=lambda prefix: (-count[prefix], len(prefix)))[:3] or [""]
+
+
+def _hugging_face(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    for mark in [name for name in state if name.endswith(clip_names.HF_MARK)]:
+        inner = mark.removesuffix(clip_names.HF_MARK)
+        outer = inner.removesuffix(clip_names.VISION)
+        tower = {name[len(inner) :]: tensor for name, tensor in state.items() if name.startswith(inner)}
+        if inner == outer:
+            # In memory, CLIPVisionModel has no prefix of its own.
+            tops = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
+            tower = {name: tensor for name, tensor in tower.items() if name.startswith(tops)}
+        projection = {name: state[outer + name] for name in [clip_names.PROJECTION] if outer + name in state}
+        how = "Hugging Face's names" + (f" below `{outer}`" if outer else "")
+        yield network.reading(how, clip_names.from_hf({**tower, **projection}), network.path)
+
+
+def _open_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    for mark in [name for name in state if name.endswith("class_embedding")]:
+        prefix = mark.removesuffix("class_embedding")
+        if prefix + clip_names.OPEN_CLIP_MARK not in state:
+            continue
+        tower = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        named = clip_names.to_hf(tower)
+        if not any(name.startswith(network.path + clip_names.VISION) for name in network.own):
+            named = {name.removeprefix(clip_names.VISION): tensor for name, tensor in named.items()}
+            named.pop(clip_names.PROJECTION, None)
+        yield network.reading("open_clip's names" + (f" below `{prefix}`" if prefix else ""), named, network.path)
+
+
+def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    from open_clip.convert import convert_state_dict
+
+    for mark in [name for name in state if re.search(r"(^|\.)image_encoder\.model\.patch_emb", name)]:
+        prefix = mark[: mark.index("image_encoder.model.")]
+        below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        # The converter asks for it; an image tower alone has none.
+        below.setdefault("logit_scale", torch.zeros(()))
+        try:
+            named = convert_state_dict(SimpleNamespace(visual=network.part), below)
+        except _NOT_ITS_OWN:
+            return
+        tower = {name[len("visual.") :]: tensor for name, tensor in named.items() if name.startswith("visual.")}
+        yield network.reading("MobileCLIP's names", tower, network.path)
+        return
+
+
+def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """timm's filter on what stands below a prefix, and on all of it: filters know prefixes of their own."""
+    path, part = cast(tuple[str, nn.Module], network.timm)
+    filters = _timm_filter(part)
+    if filters is None:
+        return
+    inside = network.path + path
+    for prefix in dict.fromkeys([*_prefixes(network, state, inside), *_common_prefix(state), ""]):
+        below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        try:
+            named = filters(dict(below))
+        except _NOT_ITS_OWN:
+            continue
+        # open_clip's head beside the trunk.
+        outside = prefix.removesuffix(path) if path else prefix
+        heads = {
+            f"{outside}{name}": name for own in network.own if not (name := own[len(network.path) :]).startswith(path)
+        }
+        named = {path + name: tensor for name, tensor in named.items()}
+        named |= {name: state[full] for full, name in heads.items() if full in state}
+        reading = network.reading(f"timm's names{f' below `{prefix}`' if prefix else ''}", named, network.path)
+        notes = [
+            f"{name} from {_shape(below[name])} to {_shape(named[path + name])}"
+            for name in below
+            if path + name in named and below[name].numel() != named[path + name].numel()
+        ]
+        grids = [_timm_grids(part, below[name]) if name.endswith("pos_embed") else None for name in below]
+        grid = next((one for one in grids if one), None)
+        yield Reading(**{**vars(reading), "notes": (grid,) if grid and notes else tuple(notes)})
+
+
+def _common_prefix(state: Mapping[str, Tensor]) -> list[str]:
+    """What wrappers put in front of all names: one candidate."""
+    first = next(iter(state)).split(".")
+    prefix = ""
+    for part in first:
+        if part not in _KNOWN_PREFIXES or not all(name.startswith(f"{prefix}{part}.") for name in state):
+            break
+        prefix += f"{part}."
+    return [prefix] if prefix else []
+
+
+def _timm_filter(part: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+    """The function by which timm reads the original checkpoints of a family, with what its builder passes."""
+    module = sys.modules[type(part).__module__]
+    names = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
+    found: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    if found is None:
+        return None
+    parameters = inspect.signature(found).parameters
+    options: dict[str, Any] = {"adapt_layer_scale": True, "interpolation": "bilinear", "antialias": False}
+    config = getattr(part, "pretrained_cfg", None) or {}
+    if not re.search("flexi|radio", str(config.get("architecture", ""))):
+        options = {"adapt_layer_scale": True}
+    given = {name: value for name, value in options.items() if name in parameters}
+    arguments = (part,) if "model" in parameters else ()
+    return lambda state: cast(dict[str, Tensor], found(state, *arguments, **given))
+
+
+def _timm_grids(part: Any, old: Tensor) -> str | None:
+    tokens = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 0)
+    grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
+    return _grids(old.shape[-2] - tokens, grid) if grid and old.ndim >= 2 else None
+
+
+def _grids(old: int, new: tuple[int, int]) -> str:
+    side = math.isqrt(max(old, 0))
+    was = f"{side}x{side}" if side * side == old else f"{old}"
+    return f"position embeddings from {was} to {new[0]}x{new[1]} patches"
+
+
+def _resampled(
+    network: Network, tensors: Mapping[str, Tensor], wrong: tuple[str, ...]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Position embeddings of another grid as the network's library resamples them; others as they are."""
+    result = dict(tensors)
+    for own in wrong:
+        name, old, new = own.removeprefix(network.path), tensors[own], network.own[own]
+        if old.ndim != new.ndim or old.shape[-1] != new.shape[-1] or not old.is_floating_point():
+            continue
+        try:
+            if network.library == "open_clip" and name == "positional_embedding":
+                result[own], grid = _open_clip_positions(network.part, old)
+            elif network.library == "transformers" and re.search(r"position_embeddings?(\.weight)?$", name):
+                result[own], grid = _hugging_face_positions(network.part, name, old)
+            else:
+                continue
+        except _NOT_ITS_OWN:
+            continue
+        return result, (grid,)
+    return result, ()
+
+
+def _open_clip_positions(visual: Any, old: Tensor) -> tuple[Tensor, str]:
+    from open_clip.model import resize_pos_embed
+
+    state = {"visual.positional_embedding": old.float()}
+    resize_pos_embed(state, SimpleNamespace(visual=visual))
+    return state["visual.positional_embedding"], _grids(len(old) - 1, visual.grid_size)
+
+
+def _hugging_face_positions(part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str]:
+    """With the method by which the network takes other sizes in its forward pass."""
+    attribute = name.removesuffix(".weight").rpartition(".")
+    embeddings: Any = deepcopy(part.get_submodule(attribute[0]))
+    new = part.get_parameter(name)
+    values = old.float().reshape(-1, old.shape[-1])
+    module = name.endswith(".weight")
+    table = nn.Embedding.from_pretrained(values) if module else nn.Parameter(values[None])
+    setattr(embeddings, attribute[2], table)
+    side = embeddings.config.image_size
+    patch = embeddings.config.patch_size
+    # The class token and registers that have a position: what is no square of patches.
+    extra = new.shape[-2] - (side // patch) ** 2
+    dummy = torch.zeros(1, new.shape[-2], old.shape[-1])
+    with torch.no_grad():
+        result = embeddings.interpolate_pos_encoding(dummy, side, side)
+    return result.reshape(new.shape), _grids(len(values) - extra, (side // patch,) * 2)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

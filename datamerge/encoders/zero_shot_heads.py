@@ -1,0 +1,121 @@
+"""Zero-shot heads: the embeddings of class names, kept so that nobody computes them twice.
+
+CACHE/heads/KEY.safetensors      weight [classes, K], scale [1], and for SigLIP bias [classes]
+
+CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes
+into a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and
+prompts. The files may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from datamerge.encoders.checkpoints import weights_sha256
+from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.text_towers import TextTower, load_text_tower
+from storage_schemas.access.atomic import atomic_file
+
+# All of ImageNet's 80,000 prompts at once would not fit any memory.
+CLASSES_AT_ONCE = 10
+
+
+def zero_shot(
+    spec: EncoderSpec,
+    class_names: Sequence[str],
+    templates: Sequence[str] = (),
+    device: str = "cpu",
+    shelf: Path | None = None,
+) -> dict[str, Tensor]:
+    """Tensors of the head that the text tower of a spec makes of class names.
+
+    Args:
+        spec: of kind open_clip or hf.
+        class_names: in label order.
+        templates: prompts with {} for the name; OpenAI's 80 for ImageNet if there are none.
+        device: where texts are embedded.
+        shelf: another folder in which the tensors are sought first and kept as well.
+
+    Returns:
+        weight [classes, K], scale [1], and bias [classes] where the model has one.
+
+    Raises:
+        ConfigError: there is no such text tower, or it cannot be had.
+    """
+    tower = load_text_tower(spec)
+    import open_clip
+
+    prompts = list(templates) or [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    name = f"{_key(tower, class_names, prompts)}.safetensors"
+    folders = [folder for folder in (shelf, _cache()) if folder is not None]
+    tensors = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
+    if tensors is None:
+        tensors = _features(tower, class_names, prompts, device)
+    for folder in folders:
+        _keep(folder / name, tensors)
+    return tensors
+
+
+def _features(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str], device: str) -> dict[str, Tensor]:
+    import open_clip
+
+    weight = open_clip.build_zero_shot_classifier(
+        tower.model.to(device), tower.tokenizer, list(class_names), list(prompts), CLASSES_AT_ONCE, device
+    )
+    tensors = {"weight": weight.T.contiguous().float().cpu(), "scale": tower.scale.cpu()}
+    if tower.bias is not None:
+        tensors["bias"] = tower.bias.cpu().repeat(len(class_names))
+    return tensors
+
+
+def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -> str:
+    """A hash of all that the tensors depend on."""
+    words: Any = tower.tokenizer([*class_names, *prompts])
+    ids = words if isinstance(words, Tensor) else words["input_ids"]
+    facts = [
+        weights_sha256(tower.model),
+        tower.configuration,
+        hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest(),
+        list(class_names),
+        list(prompts),
+        version("open_clip_torch"),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _cache() -> Path | None:
+    """The folder for heads; None for somebody without a home."""
+    own, shared = os.environ.get("DATAMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(own).expanduser() if own else Path(shared or "~/.cache").expanduser() / "datamerge"
+    except RuntimeError:
+        return None
+    return base.absolute() / "heads"
+
+
+def _read(file: Path) -> dict[str, Tensor] | None:
+    try:
+        return load(file.read_bytes())
+    except (OSError, SafetensorError):  # not there, or damaged
+        return None
+
+
+def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whole or not at all; a folder where nothing can be written keeps nothing."""
+    try:
+        if _read(file) is None:
+            with atomic_file(file) as stream:
+                stream.write(save(tensors))
+    except OSError:
+        pass

@@ -1,0 +1,56 @@
+"""The README.md of an exported encoder: a model card of Hugging Face's hub."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+from datamerge.encoders import Encoder, weights_sha256
+from storage_schemas.schema.run import RunSummary
+
+LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
+
+
+def model_card(summary: RunSummary, encoder: Encoder, target: str, usage: str, best: bool) -> str:
+    """Where the weights come from, how to load them and what their pixels are.
+
+    Args:
+        summary: of the run.
+        encoder: what was exported.
+        target: for which library.
+        usage: lines of Python that load it, in the folder.
+        best: whether it is the state with the lowest held-out loss.
+    """
+    exported = f"; this export, with the lowest held-out loss: `{weights_sha256(encoder.model)}`"
+    note = exported if best else ""
+    settings = "\n".join(
+        f"| {name} | `{value}` |" for name, value in summary.config.items() if value not in (None, [])
+    )
+    return f"""---
+library_name: {LIBRARIES[target]}
+tags: [adversarial-robustness, clip, vision]
+---
+
+# {Path(summary.original.partition(":")[2]).name}, {summary.arm}
+
+An image encoder, fine-tuned from `{summary.original}` on precomputed groups of adversarial images
+(arm **{summary.arm}**), exported by datamerge {version("datamerge")}.
+
+| provenance | |
+|---|---|
+| artifact | `{summary.artifact}` |
+| artifact plan, sha256 | `{summary.plan_sha256}` |
+| weights before training, sha256 | `{summary.original_sha256}` |
+| weights after training, sha256 | `{summary.encoder_sha256}`{note} |
+| optimiser steps | {summary.steps} |
+| groups seen | {summary.groups} |
+
+```python
+{usage}```
+
+Pixels: {encoder.preprocessing}.
+
+| setting | value |
+|---|---|
+{settings}
+"""

@@ -1,0 +1,88 @@
+"""A folder for timm: config.json and model.safetensors, which `local-dir:` and `hf-hub:` of timm read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from datamerge.encoders import Encoder, parse_spec
+from storage_schemas import ConfigError
+from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.run import WEIGHTS
+from trainer.export.same_function import PILLOW, check_same
+
+CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
+
+
+def write_timm(encoder: Encoder, text_tower: str, files: Path) -> str:
+    """Write the folder.
+
+    Args:
+        encoder: what to export.
+        text_tower: not written: these are vision models.
+        files: an empty folder.
+
+    Returns:
+        Lines of Python that load it.
+
+    Raises:
+        ConfigError: no encoder of timm, or one whose preprocessing timm has no words for.
+        DatamergeError: the files do not compute the same.
+    """
+    if parse_spec(encoder.spec).kind != "timm":
+        raise ConfigError(f"to: timm expects a timm encoder, found {encoder.spec!r}; use the run's {WEIGHTS} itself")
+    from timm.models import save_for_hf
+
+    config = {"pretrained_cfg": data_config(encoder.preprocessing)}
+    save_for_hf(encoder.model, str(files), model_config=config, safe_serialization=True)
+    _check(encoder, files)
+    return USAGE
+
+
+def data_config(own: Preprocessing) -> dict[str, Any]:
+    """Preprocessing as timm's `pretrained_cfg` says it, for training and test alike."""
+    scale, size = own.scale[0], own.size[0]
+    # timm rounds size / crop_pct down, and floats may come out below the integer.
+    crop = next(size / s for s in (scale, scale + 0.5) if math.floor(size / (size / s)) == scale)
+    return {
+        "input_size": list(own.shape),
+        "test_input_size": list(own.shape),
+        "interpolation": own.interpolation,
+        "crop_mode": CROPS.get(own.resize, own.resize),
+        "crop_pct": crop,
+        "test_crop_pct": crop,
+        "mean": list(own.mean or ()),
+        "std": list(own.std or ()),
+    }
+
+
+def _check(encoder: Encoder, files: Path) -> None:
+    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    model: Any = timm.create_model(f"local-dir:{files}", pretrained=True)
+    transform: Any = create_transform(**resolve_model_data_config(model))
+
+    def pixels_of(photo: Image.Image) -> Tensor:
+        pixels: Tensor = transform(photo)
+        return pixels[None]
+
+    check_same(encoder, encoder.preprocessing, pixels_of, model.eval(), PILLOW)
+
+
+USAGE = """\
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()
+preprocess = create_transform(**resolve_model_data_config(model))
+with torch.no_grad():
+    embeddings = model(preprocess(Image.open("photo.jpg"))[None])
+"""
