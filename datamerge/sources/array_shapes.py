@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from datamerge.runtime.messages import say
-from datamerge.sources.splits import choose, meaning, split_of_name
+from datamerge.sources.splits import choose, meaning, sizes, split_of_name
 from storage_schemas import ConfigError, SourceError
 
 Array = npt.NDArray[Any]
@@ -86,10 +86,13 @@ def _channels_last(images: Array, expected: str, column: str) -> Array:
     return images.transpose(0, 2, 3, 1) if first else images
 
 
-def choose_arrays(arrays: Mapping[str, Array], wanted: str | None, where: str) -> tuple[str | None, dict[str, str]]:
-    """The split to use, and its arrays: their names by what these are without the split, `x` for `x_train`.
+def choose_arrays(
+    arrays: Mapping[str, Array], wanted: str | None, where: str
+) -> tuple[str | None, dict[str, str], dict[str, int]]:
+    """The split to use, its arrays and the images of each split.
 
-    Without a wish it is that for training, and this is said.
+    Arrays are given by their names without the split, `x` for `x_train`. Without a wish it is the split for training,
+    and this is said.
 
     Raises:
         ConfigError: no such split, or several and none is for training.
@@ -115,4 +118,4 @@ def choose_arrays(arrays: Mapping[str, Array], wanted: str | None, where: str) -
     _, split = choose(counts, wanted, where, "image")
     if split is not None and split not in splits:
         raise ConfigError(f"split: expected one of {where}, found {split!r}; use one split at a time")
-    return split, splits.get(split or "", {})
+    return split, splits.get(split or "", {}), sizes(counts)

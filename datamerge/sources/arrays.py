@@ -108,8 +108,9 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     where = f"{location.url}/{file}"
     data = location.read(file)
     arrays = _parse(data, where)
+    splits: dict[str, int] = {}
     if columns.image is None:
-        split, parts = choose_arrays(arrays, split, where)
+        split, parts, splits = choose_arrays(arrays, split, where)
         columns = replace(
             columns, image=_first(parts, IMAGE_ARRAYS), label=columns.label or _first(parts, LABEL_ARRAYS)
         )
@@ -131,7 +132,15 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     ]
     identity = fingerprint([column, label_name, columns.group, listing])
     return Source(
-        where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing, split=split
+        where,
+        "arrays",
+        samples,
+        names,
+        identity,
+        ArrayReader(location, file, column),
+        listing,
+        split=split,
+        splits=splits,
     )
 
 

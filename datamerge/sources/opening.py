@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from datamerge.runtime.factories import PREFIX
@@ -12,7 +12,7 @@ from datamerge.sources.image_folder import TABLE, open_image_folder
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
 from datamerge.sources.patterns import find_files, is_pattern
 from datamerge.sources.sample import Columns, Source, check_listed
-from datamerge.sources.splits import ALL, choose, file_splits, image_splits
+from datamerge.sources.splits import ALL, choose, file_splits, image_splits, sizes
 from datamerge.sources.suffixes import (
     CONTENT_BYTES,
     EXTENSIONS,
@@ -113,7 +113,7 @@ def _open_files(
         raise SourceError(f"{url}: expected one array file, found {len(files)}; name one")
     if kind == "array":
         return replace(_read_array(location, files[0][0], columns, split), url=url)
-    chosen, name = _chosen_files(files, url, kind, split) if split is not None else (files, None)
+    chosen, name = _chosen(file_splits(files, url), url, kind, split) if split is not None else (files, None)
     return replace(_read(kind, location, url, chosen, columns), url=url, split=name)
 
 
@@ -147,8 +147,9 @@ def _open_folder(listing: Listing, columns: Columns, split: str | None) -> Sourc
     elif kind == "array":
         source = _open_arrays(listing, columns, split)
     else:
-        chosen, name = _chosen_files(files, url, kind, split)
-        source = replace(_read(kind, location, url, chosen, columns), split=name)
+        splits = file_splits(files, url)
+        chosen, name = _chosen(splits, url, kind, split)
+        source = replace(_read(kind, location, url, chosen, columns), split=name, splits=sizes(splits))
     listing.take([name for name in listing.others if name.rpartition("/")[2] in DESCRIPTIONS or name == TABLE])
     say_left_out(listing)
     left_out = {reason: count for reason, count in listing.left_out.items() if count > 0}
@@ -208,8 +209,11 @@ def _is_array_of_images(location: Location, name: str) -> bool:
     return holds_images(location, name)
 
 
-def _chosen_files(files: Sequence[File], url: str, kind: Kind, split: str | None) -> tuple[list[File], str | None]:
-    chosen, name = choose(file_splits(files, url), split, url, NOUNS[kind])
+def _chosen(
+    splits: Mapping[str, Sequence[File]], url: str, kind: Kind, split: str | None
+) -> tuple[list[File], str | None]:
+    """The files of the wanted split, sorted, and its name."""
+    chosen, name = choose(splits, split, url, NOUNS[kind])
     return sorted(chosen), name
 
 
@@ -217,8 +221,7 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
     """The images below a folder, or those of a split of it."""
     location, files = listing.location, listing.of("image")
     splits, level = image_splits(files)
-    chosen, name = choose(splits, split, location.url, NOUNS["image"])
-    chosen.sort()
+    chosen, name = _chosen(splits, location.url, "image", split)
     if name is None or (name == ALL and "" in splits):
         skipped = None  # what is called like a split is a class
     else:
@@ -232,7 +235,7 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
             listing.take([f"{folder}/{TABLE}"])
     known = [] if location is not listing.location else [*listing.others, *(file for file, _ in files)]
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
-    return replace(source, split=name)
+    return replace(source, split=name, splits=sizes(splits))
 
 
 def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:

@@ -94,6 +94,7 @@ class Source:
         listing: by file, what identifies its content: [bytes, hash or None, …].
         location: the folder of the listed files, if they are files.
         split: what was chosen where there are splits.
+        splits: how many files or images each has.
         left_out: how many files of its folder are not read, by reason.
     """
 
@@ -106,6 +107,7 @@ class Source:
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     location: Location | None = None
     split: str | None = None
+    splits: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:

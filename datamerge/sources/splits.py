@@ -80,6 +80,11 @@ def choose(
     return [item for name in sorted(chosen) for item in splits[name]], "+".join(chosen)
 
 
+def sizes(splits: Mapping[str, Sequence[T]]) -> dict[str, int]:
+    """How many items each split has; empty where there are no splits."""
+    return {name: len(items) for name, items in sorted(splits.items())} if any(splits) else {}
+
+
 def file_splits(files: Sequence[File], where: str) -> dict[str, list[File]]:
     """Files with many samples each, by split.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from functools import cache
 from typing import Literal
@@ -109,6 +110,12 @@ def kind_of_content(head: bytes) -> Kind | None:
 def reads_heif() -> bool:
     """Whether the package that teaches Pillow HEIC and HEIF is installed."""
     return importlib.util.find_spec(HEIF_PACKAGE) is not None
+
+
+def register_heif() -> None:
+    """Teach Pillow HEIC and HEIF, where the package that does is installed."""
+    if reads_heif():
+        importlib.import_module(HEIF_PACKAGE).register_heif_opener()
 
 
 def describe(suffix: str) -> str:
