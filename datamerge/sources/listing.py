@@ -152,21 +152,19 @@ def _walk(listing: Listing) -> Iterator[Entry]:
             listing.artifacts[prefix[:-1]] = sum(len(files) for _, _, files in os.walk(folder))
             continue
         for entry in entries:
-            if _is_junk(entry.name):
-                listing.left_out[HIDDEN] += 1
-            elif entry.is_dir():
-                inside = _entered(entry, real, above)
-                if inside is None:
-                    listing.left_out[CYCLES] += 1
-                    continue
-                waiting.append((entry.path, f"{prefix}{entry.name}/", *inside))
-                if not prefix:
-                    listing.folders.append(entry.name)
-            else:
-                try:
+            try:
+                if _is_junk(entry.name):
+                    listing.left_out[HIDDEN] += 1
+                elif not entry.is_dir():
                     yield f"{prefix}{entry.name}", entry.stat().st_size, not entry.is_file()
-                except OSError:  # a link that leads nowhere, or in a circle
-                    listing.left_out[DEAD_LINKS] += 1
+                elif (inside := _entered(entry, real, above)) is None:
+                    listing.left_out[CYCLES] += 1
+                else:
+                    waiting.append((entry.path, f"{prefix}{entry.name}/", *inside))
+                    if not prefix:
+                        listing.folders.append(entry.name)
+            except OSError:  # a link that leads nowhere, or to itself
+                listing.left_out[DEAD_LINKS] += 1
     listing.folders.sort()
 
 
@@ -231,7 +229,7 @@ def _sniffed(listing: Listing, files: Sequence[File]) -> list[File]:
     Few are all looked into. Of many it is some first: a data set either has suffixes or it has not.
     """
     location = listing.location
-    step = 1 if len(files) <= ALL_SNIFFED else len(files) // SAMPLE_SNIFFED
+    step = 1 if len(files) <= ALL_SNIFFED else max(2, len(files) // SAMPLE_SNIFFED)
     images = {name for name, size in files[::step] if size and looks_like_image(_head(location, name))}
     if step > 1 and images:
         images = {name for name, size in files if size and looks_like_image(_head(location, name))}
