@@ -246,7 +246,9 @@ def _provenance(
     if config.needs_encoder and encoder is not None:
         provenance["encoder"] = (target_encoder or encoder).provenance()
         if target_encoder is not None:
-            provenance["attacked_encoder"] = encoder.provenance()
+            # The record above is that of the targets' encoder; this one may normalise otherwise.
+            own = encoder.encoder.preprocessing.record()
+            provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": own}
     if config.grouping == "adversarial":
         provenance["attack"] = _attack(config)
     if config.license is not None:

@@ -201,6 +201,25 @@ def test_arms_of_other_settings_do_not_share_a_table(
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
 
 
+def test_results_of_other_pixels_are_refused(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
+    """Also those of a release that said nothing of pixels: it resized the shorter side of any image."""
+    spec = make_encoder([[1.0] * 4])
+    embed(spec, photos, tmp_path / "out")
+    (identity,) = (tmp_path / "out").rglob("identity.json")
+    found = json.loads(identity.read_text())
+    own = load_encoder(spec).preprocessing.record()
+    assert found.pop("preprocessing") == found.pop("original_preprocessing") == own
+    identity.write_text(json.dumps(found))
+    embed(spec, photos, tmp_path / "out")
+    for release in (found, json.loads(identity.read_text())):
+        encoder = load_encoder(spec)
+        encoder.preprocessing = encoder.preprocessing.model_copy(update={"resize": "squash"})
+        save_encoder(encoder, spec.partition("@")[2])
+        identity.write_text(json.dumps(release))
+        with refused(ConfigError, "output", "preprocessing.resize: 'shortest' there, 'squash' now"):
+            embed(spec, photos, tmp_path / "out")
+
+
 def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run: MakeRun, photos: Path) -> None:
     spec = make_encoder([[1.0] * 4])
     run, output = make_run(spec, spec), photos.parent / "out"

@@ -6,12 +6,9 @@ the tags. `make slow` runs this; DATAMERGE_REPORTS names a folder for a table of
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +17,6 @@ from PIL import Image
 
 from benchmarks.peak import Ran, run
 from benchmarks.report import Circumstances, Findings, Table, render
-from datamerge.encoders import load_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
-from storage_schemas import open_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +92,8 @@ def _report(model: str, way: Way, seconds: float, load: float) -> None:
     where = Circumstances.here("cpu")
     columns = ("stage", "s", "all processes, MB", "largest process, MB")
     title = f"{model}, {PHOTOS} photos"
-    text = render(f"full size, {model}", Findings(tables=[Table(title, columns, way.rows)]), where, "make slow", seconds, load)
+    text = render(
+        f"full size, {model}", Findings(tables=[Table(title, columns, way.rows)]), where, "make slow", seconds, load
+    )
     folder = Path(os.environ["DATAMERGE_REPORTS"])
     (folder / f"full-size-{model}_{where.slug}_{where.day}.md".lower()).write_text(text, "utf-8")
