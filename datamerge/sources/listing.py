@@ -48,7 +48,6 @@ class Listing:
         files: by kind, sorted by path.
         others: bytes of the other files by path: tables, texts, and what nobody reads.
         left_out: how many files are not read, by reason.
-        folders: paths of sub-folders of the first level, also of empty ones where the file system has such.
         artifacts: sub-folders that are artifacts, whose files are left out.
     """
 
@@ -56,7 +55,6 @@ class Listing:
     files: dict[Kind, list[File]] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
-    folders: list[str] = field(default_factory=list)
     artifacts: dict[str, int] = field(default_factory=dict)
 
     def of(self, kind: Kind) -> list[File]:
@@ -153,19 +151,16 @@ def _walk(listing: Listing) -> Iterator[Entry]:
             continue
         for entry in entries:
             try:
-                if _is_junk(entry.name):
+                if is_junk(entry.name):
                     listing.left_out[HIDDEN] += 1
-                elif not entry.is_dir():
+                elif not is_folder(entry):
                     yield f"{prefix}{entry.name}", entry.stat().st_size, not entry.is_file()
                 elif (inside := _entered(entry, real, above)) is None:
                     listing.left_out[CYCLES] += 1
                 else:
                     waiting.append((entry.path, f"{prefix}{entry.name}/", *inside))
-                    if not prefix:
-                        listing.folders.append(entry.name)
             except OSError:  # a link that leads nowhere, or to itself
                 listing.left_out[DEAD_LINKS] += 1
-    listing.folders.sort()
 
 
 def _entered(entry: os.DirEntry[str], real: str, above: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
@@ -190,7 +185,6 @@ def _find(listing: Listing) -> Iterator[Entry]:
             if name.startswith(prefix):
                 names.add(name[len(prefix) :].partition("/")[0])
     inside = tuple(prefix for prefix, names in tops.items() if _note_artifact(listing, prefix, names))
-    listing.folders = sorted({name.partition("/")[0] for name in found if "/" in name and not _is_hidden(name)})
     for name, entry in found.items():
         if inside and name.startswith(inside):
             folder = next(prefix for prefix in inside if name.startswith(prefix))[:-1]
@@ -215,12 +209,21 @@ def _note_artifact(listing: Listing, prefix: str, names: Collection[str]) -> boo
     return found
 
 
-def _is_junk(name: str) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is one, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is hidden, or something that file managers leave behind."""
     return name[0] == "." or name.lower() in _JUNK
 
 
 def _is_hidden(path: str) -> bool:
-    return any(map(_is_junk, filter(None, path.split("/"))))
+    return any(map(is_junk, filter(None, path.split("/"))))
 
 
 def _sniffed(listing: Listing, files: Sequence[File]) -> list[File]:

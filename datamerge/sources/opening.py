@@ -233,7 +233,9 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
             location, skipped = location.below(folder), None
             chosen = [(file[len(folder) + 1 :], size) for file, size in chosen]
             listing.take([f"{folder}/{TABLE}"])
-    known = [] if location is not listing.location else [*listing.others, *(file for file, _ in files)]
+    known = (
+        [] if location is not listing.location else sorted({file for file, _ in files} - {file for file, _ in chosen})
+    )
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
     return replace(source, split=name, splits=sizes(splits))
 

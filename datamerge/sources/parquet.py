@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -16,18 +18,16 @@ from datamerge.sources.sample import (
     Reader,
     Sample,
     Source,
-    as_text,
     fingerprint,
     make_keys,
     make_listing,
-    to_indices,
 )
+from datamerge.sources.table_labels import TableLabels
 from datamerge.sources.tables import check_paths, has_images, image_column, to_image
-from storage_schemas import Location, SourceError, read_json
+from storage_schemas import Location, SourceError
 
 # What pyarrow raises for a file that is none, or not whole.
 _BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 _CALLED = {"parquet": "a Parquet", "arrow": "an Arrow"}
 
 
@@ -148,9 +148,9 @@ def open_tables(
     beside: dict[str, int] = {}
     places: list[tuple[str, str]] = []
     entries: list[tuple[str, int, int]] = []
-    raw_labels: list[Any] = []
+    place = f"{location.url}/{files[0][0]}" if len(files) == 1 else location.url
+    found = TableLabels(columns.label, place, [columns.group])
     groups: list[str | None] = []
-    names: list[str] = []
     column = columns.image
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
         where = f"{location.url}/{name}"
@@ -158,9 +158,7 @@ def open_tables(
             file = opened(location, name, size)
             rows, schema = file.metadata.num_rows, file.schema_arrow
             column = image_column(schema, column, where)
-            label = _label_column(schema, columns.label, where)
-            names = names or _hugging_face_names(schema, label)
-            raw_labels += _values(file, label)
+            found.add(schema, rows, partial(_values, file), where, column)
             groups += _group_values(file, columns.group, where)
             if (paths := file.paths(column)) is not None:
                 beside.update(check_paths(location, name, paths, where))
@@ -168,13 +166,14 @@ def open_tables(
             raise SourceError(f"{where}: expected {_CALLED[kind]} file: {first_line(error)}") from None
         places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
-    labels, names = to_indices(raw_labels, names)
+    labels, names = found.finish(lambda index: places[index][1])
     samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
     if not samples or column is None:
         raise SourceError(f"{location.url}: expected rows with images, found {len(files)} files without rows")
     listing = make_listing(location, [*files, *beside.items()])
     identity = fingerprint([column, entries, listing, labels, groups])
-    return Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
+    source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
+    return replace(source, unlabelled=found.unlabelled)
 
 
 def holds_images(location: Location, name: str) -> bool:
@@ -220,40 +219,3 @@ def _values(file: TableFile, column: str | None) -> list[Any]:
     if len(values) != rows:
         raise ValueError(f"column {column} holds {len(values)} values for {rows} rows")
     return values
-
-
-def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str | None:
-    if wanted is not None and wanted not in schema.names:
-        raise SourceError(f"{where}: expected a label column {wanted!r}, found {schema.names}")
-    if wanted is not None and not _is_class(schema.field(wanted).type):
-        raise SourceError(
-            f"{where}: expected integers or text in the label column {wanted!r}, found {schema.field(wanted).type}"
-        )
-    usable = [name for name in LABEL_COLUMNS if name in schema.names and _is_class(schema.field(name).type)]
-    return wanted or next(iter(usable), None)
-
-
-def _is_class(kind: pa.DataType) -> bool:
-    """Whether values of this type name one class: neither lists of labels nor scores."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    checks = (
-        pa.types.is_integer,
-        pa.types.is_boolean,
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_null,
-    )
-    return any(check(kind) for check in checks)
-
-
-def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
-    """Class names that Hugging Face datasets keep in the schema's metadata."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    if not metadata or not label:
-        return []
-    try:
-        names = read_json(metadata)["info"]["features"][label]["names"]
-        return [as_text(name) for name in names]
-    except (ValueError, KeyError, TypeError):  # somebody else's metadata under this key
-        return []

@@ -15,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from datamerge.sources.images import BadImage
+from datamerge.sources.labels import label_columns
 from datamerge.sources.sample import RawImage
 from storage_schemas import Location, SourceError
 
@@ -29,6 +30,8 @@ def image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
     """
     usual = [field.name for field in schema if is_encoded(field.type)]
     candidates = usual or [field.name for field in schema if _is_unusual(field.type)]
+    if len(candidates) > 1:  # labels may be bytes, too
+        candidates = [name for name in candidates if not any(label_columns([name]))] or candidates
     if wanted is None and len(candidates) == 1:
         return str(candidates[0])
     if wanted is None and candidates:
