@@ -89,7 +89,7 @@ def test_npz_with_channels_first_and_other_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "options", "facts"),
     [
-        ({"images": GREY.astype(float)}, {}, ("float64 [6, 5, 4]", "`image_column`")),
+        ({"images": GREY.astype(float)}, {}, ("float64 [6, 5, 4]", "np.uint8")),
         ({"a": GREY, "b": GREY}, {}, ("'a'", "'b'", "`image_column`")),
         ({"images": COLOUR[..., :2]}, {}, ("images", [6, 5, 4, 2])),
         ({"images": GREY, "labels": LABELS[:3]}, {}, ("'labels'", 6, [3])),
