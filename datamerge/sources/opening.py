@@ -9,6 +9,7 @@ from dataclasses import replace
 from datamerge.runtime.factories import PREFIX
 from datamerge.sources.factories import open_factory
 from datamerge.sources.image_folder import TABLE, open_image_folder
+from datamerge.sources.labels import NONE
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
 from datamerge.sources.patterns import find_files, is_pattern
 from datamerge.sources.sample import Columns, Source, check_listed
@@ -70,11 +71,11 @@ def open_source(
     text = os.fspath(url)
     columns = Columns(image_column, label_column, group_column)
     if text.startswith(PREFIX):
-        if columns != Columns():
+        if columns not in (Columns(), Columns(label=NONE)):
             raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
         if split is not None:
             raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
-        return open_factory(text, limit)
+        return open_factory(text, limit, labelled=columns.label is None)
     if text.startswith("pipe:"):
         raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
     if is_pattern(text):
