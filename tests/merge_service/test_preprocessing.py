@@ -62,6 +62,7 @@ def _folder(path: Path, preprocessing: Mapping[str, Any], weights: Mapping[str, 
     """A folder as open_clip publishes one; returns its model and its transform."""
     make_torchvision_importable()
     import open_clip
+
     path.mkdir()
     config = {"model_cfg": MODEL, "preprocess_cfg": dict(preprocessing)}
     (path / "open_clip_config.json").write_text(json.dumps(config))
