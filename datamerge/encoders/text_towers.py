@@ -27,7 +27,8 @@ from storage_schemas import ConfigError
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
 BIG_VISION = ".npz"
 # Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
-OTHER_PARTS = ("visual", "text_decoder")
+CAPTIONS = "text_decoder"
+OTHER_PARTS = ("visual", CAPTIONS)
 # In place of an image tower that nobody asks for.
 NO_IMAGES = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
 # `model_type` of a configuration → class of the whole model.
@@ -60,19 +61,23 @@ class TextTower:
         return None if bias is None else cast(Tensor, bias.detach().reshape(1).float())
 
 
-def load_text_tower(spec: EncoderSpec) -> TextTower:
+def load_text_tower(spec: EncoderSpec, captions: bool = False) -> TextTower:
     """The text tower that belongs to an encoder of kind open_clip or hf, in eval mode.
+
+    Args:
+        spec: of the encoder.
+        captions: keep CoCa's decoder of captions, too.
 
     Raises:
         ConfigError: there is none, or its weights, configuration or tokeniser cannot be had.
     """
     make_torchvision_importable()
-    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec)
+    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec, captions)
     tower.model.eval().requires_grad_(False)
     return tower
 
 
-def _open_clip(spec: EncoderSpec) -> TextTower:
+def _open_clip(spec: EncoderSpec, captions: bool) -> TextTower:
     import open_clip
 
     spec = known_open_clip(spec)
@@ -102,7 +107,7 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
         else:
             model = downloading(spec, create)
     for part in OTHER_PARTS:
-        if hasattr(model, part):
+        if hasattr(model, part) and not (captions and part == CAPTIONS):
             delattr(model, part)
     if texts is not None:
         _load(model, _as_open_clip(model, texts), spec)

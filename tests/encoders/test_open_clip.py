@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from datamerge.encoders import Encoder, load_encoder, parse_spec, save_encoder
+from datamerge.encoders import load_encoder, parse_spec, save_encoder
 from datamerge.encoders.open_clip_models import build
 from datamerge.sources import decode
 from storage_schemas import ConfigError
+from tests.support.photos import PHOTOS, Exploit, embedded
 from tests.support.refusals import refused
-from tests.support.small_models import open_clip, shaken, shrink_open_clip
+from tests.support.small_models import open_clip, shaken, shrink_open_clip, timm
 
 factory: Any = open_clip.factory
 
@@ -39,7 +38,7 @@ FAMILIES = [
     "ViT-SO400M-14-SigLIP-378/webli",
     "ViT-B-32-SigLIP2-256/webli",
     "MobileCLIP-S1/datacompdr",
-    "MobileCLIP2-B/dfndr2b",
+    "MobileCLIP2-S0/dfndr2b",
     "convnext_base_w/laion2b_s13b_b82k_augreg",
     "convnext_large_d_320/laion2b_s29b_b131k_ft_soup",
     "ViT-L-14-CLIPA/datacomp1b",
@@ -50,24 +49,6 @@ FAMILIES = [
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_open_clip(monkeypatch)
-
-
-def photo(height: int, width: int) -> Image.Image:
-    """Smooth colours under noise."""
-    rng = np.random.default_rng([height, width])
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 7, 3)).astype(np.uint8)).resize((width, height), 3)
-    noise = rng.integers(-30, 31, (height, width, 3))
-    return Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
-
-
-PHOTOS = [photo(375, 500), photo(227, 331)]
-
-
-def embedded(encoder: Encoder) -> Tensor:
-    """Embeddings of the photos through our pipeline, of length 1."""
-    pixels = torch.stack([torch.from_numpy(decode(one, encoder.preprocessing)) for one in PHOTOS])
-    with torch.no_grad():
-        return nn.functional.normalize(encoder(pixels.float() / 255), dim=-1)
 
 
 def by_open_clip(model: str, tag: str | None = None, **options: Any) -> tuple[Tensor, Any]:
@@ -129,10 +110,8 @@ def test_embeddings_are_open_clips(tmp_path: Path, download: dict[str, Path], sp
 def test_every_tag_has_the_pixels_of_open_clips_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks do not matter here: every tower of timm's is the same one, which takes no time to build."""
     tower = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
-    vit = open_clip.timm_model.timm.create_model
-    monkeypatch.setattr(
-        open_clip.timm_model.timm, "create_model", lambda _, **options: vit("vit_tiny_patch16_224", **tower | options)
-    )
+    vit = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda _, **options: vit("vit_tiny_patch16_224", **tower | options))
     monkeypatch.setattr(factory, "download_pretrained", lambda config, **_: "")
     (tmp_path / "w.pt").touch()
     seen = set()
@@ -298,16 +277,6 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     config.unlink()
     with refused(ConfigError, "encoder", f"'{spec}'", "open_clip_config.json"):
         load_encoder(spec)
-
-
-class Exploit:
-    """Runs code when a careless reader unpickles it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 def test_code_in_the_weights_of_a_folder_is_not_run(tmp_path: Path) -> None:

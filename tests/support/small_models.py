@@ -15,7 +15,7 @@ make_torchvision_importable()
 import open_clip as open_clip  # noqa: E402 - it imports torchvision
 import open_clip.factory  # noqa: E402
 import open_clip.timm_model  # noqa: E402
-import timm  # noqa: E402
+import timm as timm  # noqa: E402
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 # Beginning of timm's names → what makes them small.
@@ -25,6 +25,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "vit_base_mci": {"depth": 1},
     "vit": {"depth": 1, "embed_dim": 32, "num_heads": 2},
     "eva": {"depth": 1, "embed_dim": 32, "num_heads": 2},
+    "resnet50": {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)},
     "convnext": {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)},
     "fastvit_mci3": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
     "fastvit_mci4": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 32, 64, 128, 256)},
@@ -36,13 +37,18 @@ def shrink_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make all models of open_clip small until the test ends."""
     configs = {name: _shrunk(open_clip.get_model_config(name)) for name in open_clip.list_models()}
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", configs)
+    shrink_timm(monkeypatch)
+
+
+def shrink_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make models of timm small until the test ends, whoever builds them."""
     create = timm.create_model
 
     def small(name: str, **options: Any) -> Any:
         fitting = next((prefix for prefix in TOWERS if name.startswith(prefix)), "")
         return create(name, **TOWERS.get(fitting, {}) | options)
 
-    monkeypatch.setattr(open_clip.timm_model.timm, "create_model", small)
+    monkeypatch.setattr(timm, "create_model", small)
 
 
 def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
