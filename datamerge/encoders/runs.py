@@ -136,9 +136,11 @@ def started_from(text: str) -> str:
     else:
         runs = list(_runs_behind(text))
     spec = split_spec(runs[-1].original if runs else text)
-    # A run that is gone: what it wrote was an image tower or a network without its classifier.
-    of_run = spec.checkpoint is not None and Path(spec.checkpoint).name == WEIGHTS
-    return str(replace(spec, checkpoint=None) if of_run and (spec.pretrained or spec.whole) else spec)
+    file = Path(spec.checkpoint) if spec.checkpoint else None
+    if file is not None and file.name == WEIGHTS and not file.exists() and (spec.pretrained or spec.whole):
+        # A run that is gone. It wrote no text tower and no classifier.
+        spec = replace(spec, checkpoint=None)
+    return str(spec)
 
 
 def _runs_behind(text: str, expected: str | None = None) -> Iterator[RunSummary]:
