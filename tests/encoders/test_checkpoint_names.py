@@ -21,9 +21,10 @@ from storage_schemas import ConfigError
 from tests.support.refusals import refused
 from tests.support.small_clips import EMBEDDING, NAME, TOWER, add_models, scrambled, small_clip
 
-SPEC = f"open_clip:{NAME}"
+SPEC, QUICK = f"open_clip:{NAME}", f"{NAME}-quickgelu"
 MODELS: dict[str, dict[str, Any]] = {
     NAME: {},
+    QUICK: {"quick_gelu": True},
     "small-48": {"vision_cfg": {"image_size": 48}},
     "small-wide": {"vision_cfg": {"width": 192}},
     "small-deep": {"vision_cfg": {"layers": 3}},
@@ -87,6 +88,21 @@ def test_hugging_face_weights_in_open_clip(tmp_path: Path, kind: str) -> None:
     with torch.no_grad():
         expected = model.double().visual_projection(model.vision_model(pixels).pooler_output)
     torch.testing.assert_close(_embeds(encoder, pixels), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("asked", [NAME, QUICK])
+def test_the_activation_of_hugging_face_weights(tmp_path: Path, activation: str, asked: str) -> None:
+    """The configuration beside them says it."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    model = scrambled(CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision_config(hidden_act=activation))))
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(f"open_clip:{asked}@{tmp_path / 'model.safetensors'}")
+    assert parse_spec(encoder.spec).model == (QUICK if activation == "quick_gelu" else NAME)
+    with torch.no_grad():
+        expected = model(_pixels()).image_embeds
+    torch.testing.assert_close(_embeds(encoder, _pixels()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_hugging_face_weights_without_a_projection(tmp_path: Path) -> None:
