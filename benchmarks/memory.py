@@ -72,7 +72,8 @@ def loading(encoders: str) -> None:
     rows = []
     for spec in encoders.split(","):
         found = _alone("load", spec)
-        rows.append([spec, *(f"{found[name]:,.0f}" for name in ("weights", "peak", "left")), f"{found['seconds']:.1f}"])
+        sizes = [f"{found[name]:,.0f}" for name in ("weights", "peak", "left")]
+        rows.append([spec, *sizes, f"{found['seconds']:.1f}"])
     click.echo(Table("`load_encoder`", ("encoder", "weights, MB", "peak, MB", "left, MB", "s"), rows).markdown())
 
 

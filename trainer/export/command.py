@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, refusals_about
-from datamerge.encoders.runs import spec_of_run, text_tower
+from datamerge.encoders.runs import spec_of_run, started_from
 from datamerge.runtime import Settings, load_settings, local_path
 from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import ConfigError, DatamergeError
@@ -34,7 +34,7 @@ from trainer.export.timm_folder import write_timm
 from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf", "timm"]
-# Target → (encoder, spec of its text tower, an empty folder) → lines of Python that load what is in the folder now.
+# Target → (encoder, spec of what it started from, an empty folder) → lines of Python that load the folder.
 WRITERS: Mapping[Target, Callable[[Encoder, str, Path], str]] = {
     "open_clip": write_open_clip,
     "hf": write_hugging_face,
@@ -94,7 +94,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
-        usage = WRITERS[to](encoder, text_tower(encoder.spec), files)
+        usage = WRITERS[to](encoder, started_from(encoder.spec), files)
         (files / "README.md").write_text(model_card(summary, encoder, to, usage, best), "utf-8")
         shutil.move(files, out)
     return out
