@@ -79,13 +79,23 @@ def _preprocessing(path: Path, metadata: Mapping[str, str]) -> Preprocessing | N
     return Preprocessing.read(record, f"encoder: {path}")
 
 
-def as_trained(spec: EncoderSpec, checkpoint: Checkpoint) -> EncoderSpec:
-    """The spec with the tag, or else the activation, that a file tells of weights of open_clip's models.
+def as_trained(spec: EncoderSpec, checkpoint: Checkpoint | None = None) -> EncoderSpec:
+    """The spec with the tag, or else the activation, that its file tells of weights of open_clip's models.
 
     Neither changes the names of the weights: with the wrong activation a file loads and computes something else.
+
+    Args:
+        spec: one that says neither, or any other, which is returned as it is.
+        checkpoint: of the file, where it has been read.
+
+    Raises:
+        ConfigError: a file that cannot be read.
     """
+    if spec.kind != "open_clip" or spec.whole or spec.pretrained or spec.checkpoint is None:
+        return spec
+    checkpoint = checkpoint or read_checkpoint(spec.checkpoint)
     quick = quick_gelu(checkpoint.path, checkpoint.contents)
-    if spec.kind != "open_clip" or spec.whole or spec.pretrained or quick is None:
+    if quick is None:
         return spec
     make_torchvision_importable()
     import open_clip

@@ -97,8 +97,7 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
     """
     parsed = parse_spec(spec)
     checkpoint = read_checkpoint(parsed.checkpoint) if parsed.checkpoint else None
-    if checkpoint is not None:
-        parsed = as_trained(parsed, checkpoint)
+    parsed = as_trained(parsed, checkpoint)
     with seeded():
         built = BUILDERS[parsed.kind](parsed, checkpoint.preprocessing if checkpoint else None)
     loaded = [] if checkpoint is None else load_into(built.model, checkpoint, built.spec)

@@ -122,7 +122,7 @@ def _left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> 
         raise ConfigError(
             f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
             f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
-            f"{_would_fit(network, [reading])}"
+            f"{_would_fit(network, [reading], spec)}"
         )
     if not left:
         return []
@@ -164,7 +164,7 @@ def _refusal(network: Network, path: Path, readings: list[tuple[str, Reading]], 
     said = "; ".join(list(closest)[:3])
     shard = re.search(r"-\d+-of-\d+\.", path.name)
     hint = "; it is one of several files, name the .index.json that lists them" if shard else ""
-    hint = hint or _would_fit(network, closest.values())
+    hint = hint or _would_fit(network, closest.values(), spec)
     return ConfigError(f"encoder: expected weights of {spec.named}, found none in {path}; closest: {said}{hint}")
 
 
@@ -177,7 +177,7 @@ def _problem(network: Network, reading: Reading) -> str:
     return f"another shape for {name!r} ({counts}: {shapes})"
 
 
-def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
+def _would_fit(network: Network, readings: Iterable[Reading], spec: EncoderSpec) -> str:
     """open_clip's own vision transformers of the width, depth, patches and embedding that the file has."""
     if (network.library, network.kind) != ("open_clip", "VisionTransformer"):
         return ""
@@ -202,7 +202,8 @@ def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
         fitting = [
             name
             for name, config in configs.items()
-            if config["embed_dim"] == tensors["proj"].shape[1]
+            if name != spec.model
+            and config["embed_dim"] == tensors["proj"].shape[1]
             and all(config["vision_cfg"].get(key) == value for key, value in shape.items())
         ]
         if fitting:

@@ -93,6 +93,7 @@ def test_training_checkpoints_of_open_clip(tmp_path: Path, clip: Any) -> None:
         "name": "run",
         "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
         "optimizer": optimizer.state_dict(),
+        "random": np.random.default_rng(0).integers(9, size=3),
         "scaler": {"scale": np.float32(65536), "growth_tracker": 0},
     }
     for zipped in (True, False):
