@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -129,19 +129,26 @@ def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]
             yield network.reading(f"below `{prefix}`" if prefix else "names as they are", below, strip, known)
 
 
-def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """Readings through the converters that there are for such a network."""
+def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[list[Reading]]:
+    """Readings through the converters that there are for such a network, of one converter at a time."""
     cleaned = cleaned_names(state)
+    converters: list[Callable[[Network, Mapping[str, Tensor]], Iterator[Reading]]] = []
     if network.library == "open_clip" and network.kind == "VisionTransformer":
-        yield from _hugging_face(network, cleaned)
+        converters.append(_hugging_face)
     if network.library == "transformers" and network.kind.startswith("CLIPVision"):
-        yield from _open_clip(network, cleaned)
+        converters.append(_open_clip)
     if network.library == "transformers" and hasattr(network.part, "from_pretrained"):
-        yield from _transformers(network, cleaned)
+        converters.append(_transformers)
     if network.library == "open_clip" and network.timm:
-        yield from _mobile_clip(network, cleaned)
+        converters.append(_mobile_clip)
     if network.timm:
-        yield from _timm(network, cleaned)
+        converters.append(_timm)
+    for converter in converters:
+        try:
+            yield list(converter(network, cleaned))
+        except _NOT_ITS_OWN:
+            # Tensors that are no plain ones, in names that are this converter's.
+            continue
 
 
 def cleaned_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -215,7 +222,10 @@ def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Rea
         # A projection beside the part.
         named |= {name: below[name] for name in network.own if not name.startswith(network.path) and name in below}
         how = f" below `{prefix}`" if prefix else ""
-        yield network.reading(f"the names of other versions of transformers{how}", named)
+        reading = network.reading(f"the names of other versions of transformers{how}", named)
+        yield reading
+        if reading.fits:
+            return
 
 
 def _loaded_by_transformers(part: Any, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], set[str]]:
@@ -241,10 +251,7 @@ def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Read
         below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
         # The converter asks for it; an image tower alone has none.
         below.setdefault("logit_scale", torch.zeros(()))
-        try:
-            named = convert_state_dict(SimpleNamespace(visual=network.part), below)
-        except _NOT_ITS_OWN:
-            return
+        named = convert_state_dict(SimpleNamespace(visual=network.part), below)
         tower = {name[len("visual.") :]: tensor for name, tensor in named.items() if name.startswith("visual.")}
         yield network.reading("MobileCLIP's names", tower, network.strip)
         return
@@ -278,7 +285,9 @@ def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
             if path + name in named and below[name].numel() != named[path + name].numel()
         ]
         grid = next(filter(None, positions), None)
-        yield Reading(**{**vars(reading), "notes": (grid,) if grid and notes else tuple(notes)})
+        yield replace(reading, notes=(grid,) if grid and notes else tuple(notes))
+        if reading.fits:
+            return
 
 
 def _common_prefix(state: Mapping[str, Tensor]) -> list[str]:

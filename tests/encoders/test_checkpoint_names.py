@@ -90,6 +90,20 @@ def test_hugging_face_weights_in_open_clip(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(_embeds(encoder, pixels), expected, atol=1e-6, rtol=1e-6)
 
 
+def test_two_towers_of_hugging_face_in_one_file(tmp_path: Path, clip: Any) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    towers = [CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision_config())) for _ in range(2)]
+    state = {
+        f"{name}.{key}": tensor
+        for name, tower in zip(("tuned", "original"), towers, strict=True)
+        for key, tensor in tower.state_dict().items()
+    }
+    torch.save(state, tmp_path / "w.pt")
+    with refused(ConfigError, "encoder", tmp_path / "w.pt", "`tuned.`", "`original.`"):
+        load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("asked", [NAME, QUICK])
 def test_the_activation_of_hugging_face_weights(tmp_path: Path, activation: str, asked: str) -> None:
@@ -381,11 +395,18 @@ def test_archives_of_big_vision(tmp_path: Path) -> None:
     encoder = load_encoder(f"open_clip:small-siglip@{file}")
     with torch.no_grad():
         assert torch.equal(_embeds(encoder, _pixels(160)), clip.visual(_pixels(160)))
-    for changed in ({"blocks.9/x": np.zeros(1)}, {}):
-        del arrays[next(iter(arrays))]
-        np.savez(file, **{**arrays, **changed})
-        with refused(ConfigError, "encoder", "small-siglip", file):
-            load_encoder(f"open_clip:small-siglip@{file}")
+    blocks = len(clip.visual.trunk.blocks)
+    deeper = {f"params/img/Transformer/encoderblock_{blocks}/LayerNorm_0/scale": np.zeros(64)}
+    # The text tower's layers are not the images'.
+    np.savez(file, **arrays, **{"params/txt/Encoder_0/encoderblock_30/LayerNorm_0/scale": np.zeros(64)})
+    load_encoder(f"open_clip:small-siglip@{file}")
+    np.savez(file, **arrays, **deeper)
+    with refused(ConfigError, "encoder", "small-siglip", file, f"{blocks + 1} layers for {blocks}"):
+        load_encoder(f"open_clip:small-siglip@{file}")
+    arrays.pop("params/img/MAPHead_0/probe")
+    np.savez(file, **arrays)
+    with refused(ConfigError, "encoder", "small-siglip", file, "MAPHead_0/probe"):
+        load_encoder(f"open_clip:small-siglip@{file}")
     with refused(ConfigError, "encoder", SPEC, file, "timm"):
         load_encoder(f"{SPEC}@{file}")
 
