@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.clip_names import OPEN_CLIP_MARK
+from datamerge.encoders.position_grids import timm_grids
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.weight_files import Contents
-from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted, timm_grids
+from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 

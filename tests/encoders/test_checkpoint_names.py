@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from datamerge.encoders import Encoder, load_encoder, save_encoder
+from datamerge.encoders import Encoder, clip_names, load_encoder, save_encoder
 from datamerge.encoders.checkpoints import load_into, read_checkpoint
 from datamerge.encoders.specs import parse_spec
 from storage_schemas import ConfigError
@@ -88,6 +88,19 @@ def test_hugging_face_weights_in_open_clip(tmp_path: Path, kind: str) -> None:
     with torch.no_grad():
         expected = model.double().visual_projection(model.vision_model(pixels).pooler_output)
     torch.testing.assert_close(_embeds(encoder, pixels), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_names_of_hugging_face_and_back(tmp_path: Path, clip: Any) -> None:
+    """What the export writes is read back bit by bit."""
+    state = clip.visual.state_dict()
+    theirs = clip_names.to_hf(state)
+    back = clip_names.from_hf(theirs)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, tmp_path / "model.safetensors")
+    encoder = load_encoder(f"{SPEC}@{tmp_path / 'model.safetensors'}")
+    with torch.no_grad():
+        assert torch.equal(_embeds(encoder, _pixels()), clip.visual(_pixels()))
 
 
 def test_two_towers_of_hugging_face_in_one_file(tmp_path: Path, clip: Any) -> None:
@@ -396,9 +409,10 @@ def test_archives_of_big_vision(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(_embeds(encoder, _pixels(160)), clip.visual(_pixels(160)))
     blocks = len(clip.visual.trunk.blocks)
-    deeper = {f"params/img/Transformer/encoderblock_{blocks}/LayerNorm_0/scale": np.zeros(64)}
+    deeper: dict[str, Any] = {f"params/img/Transformer/encoderblock_{blocks}/LayerNorm_0/scale": np.zeros(64)}
     # The text tower's layers are not the images'.
-    np.savez(file, **arrays, **{"params/txt/Encoder_0/encoderblock_30/LayerNorm_0/scale": np.zeros(64)})
+    text: dict[str, Any] = {"params/txt/Encoder_0/encoderblock_30/LayerNorm_0/scale": np.zeros(64)}
+    np.savez(file, **arrays, **text)
     load_encoder(f"open_clip:small-siglip@{file}")
     np.savez(file, **arrays, **deeper)
     with refused(ConfigError, "encoder", "small-siglip", file, f"{blocks + 1} layers for {blocks}"):
