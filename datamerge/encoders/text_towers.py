@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, reason, seeded
-from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.checkpoints import as_trained, read_state_dict
 from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
@@ -80,7 +80,7 @@ def load_text_tower(spec: EncoderSpec, captions: bool = False) -> TextTower:
 def _open_clip(spec: EncoderSpec, captions: bool) -> TextTower:
     import open_clip
 
-    spec = known_open_clip(spec)
+    spec = known_open_clip(as_trained(spec))
     texts = _texts_of_file(spec)
     # Whole models of JAX, which open_clip alone can read.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
