@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamerge.encoders import Encoder, parse_spec
-from datamerge.encoders.open_clip_models import of_hub
+from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec, split_spec
-from datamerge.encoders.text_towers import load_text_tower
+from datamerge.encoders.text_towers import open_clip_texts
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError
@@ -112,20 +112,34 @@ def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
     try:
         if not (origin.whole or origin.pretrained or origin.checkpoint):
             raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
-        texts = load_text_tower(origin, captions=True)
+        origin = known_open_clip(origin)
+        texts = open_clip_texts(origin, captions=True)
     except ConfigError as error:
+        reason = str(error).removeprefix("encoder: ").partition(";")[0]
         warn(
-            f"{WHOLE} is not written, the text tower cannot be had ({str(error).removeprefix('encoder: ')}); {TOWER} "
-            f"and {CONFIG} are the image tower alone"
+            f"{WHOLE} is not written, the text tower cannot be had ({reason}); {TOWER} and {CONFIG} are the image "
+            "tower alone"
         )
         return False
     tower = {f"visual.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
-    save_file(_apart({**tower, **texts.model.state_dict()}), files / WHOLE)
-    # CLIP's own tokeniser is part of open_clip.
-    save_tokenizer = getattr(texts.tokenizer, "save_pretrained", None)
-    if save_tokenizer is not None:
-        save_tokenizer(str(files))
+    save_file(_apart({**tower, **texts.state_dict()}), files / WHOLE)
+    _write_tokenizer(origin, files)
     return True
+
+
+def _write_tokenizer(origin: EncoderSpec, files: Path) -> None:
+    """The tokeniser's files; CLIP's own is part of open_clip."""
+    import open_clip
+
+    try:
+        tokenizer = open_clip.get_tokenizer(origin.model)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(files))
+    except Exception as error:  # of the hub, of formats of tokenisers and of packages that read them
+        warn(
+            f"the tokeniser of {origin.named} is not written, it cannot be had ({type(error).__name__}); images need "
+            "none, for texts put its files beside the others"
+        )
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
