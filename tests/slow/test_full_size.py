@@ -109,8 +109,8 @@ def _original(model: str, tag: str, path: Path) -> OpenClip:
     torch.manual_seed(0)
     network = open_clip.create_model(name, force_preprocess_cfg=config)
     torch.save({"epoch": 1, "name": "random", "state_dict": network.state_dict()}, path)
-    cfg = open_clip.PreprocessCfg(**network.visual.preprocess_cfg)
-    return OpenClip(network, open_clip.image_transform_v2(cfg, is_train=False))
+    preprocessing = open_clip.transform.PreprocessCfg(**network.visual.preprocess_cfg)
+    return OpenClip(network, open_clip.transform.image_transform_v2(preprocessing, is_train=False))
 
 
 def _close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
