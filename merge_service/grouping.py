@@ -43,7 +43,7 @@ def make_groups(config: MergeConfig, source: Source, clusters: Mapping[int, Sequ
     else:
         groups = _column_groups(config, source)
     if config.resolved_targets != "embedding":
-        _check_labels(groups)
+        _check_labels(groups, source)
     return groups
 
 
@@ -57,8 +57,8 @@ def by_class(source: Source) -> dict[int, list[Sample]]:
     for sample in source.samples:
         if sample.label is None:
             raise ConfigError(
-                f"label_column: groups inside classes need labels, {sample.name} of {source.url} has none; expected "
-                "one sub-folder a class, a labels.csv, or a label column"
+                f"label_column: groups inside classes need labels, {sample.name} of {source.url} has none"
+                f"{source.why}; expected one sub-folder a class, a labels.csv, or a label column"
             )
         classes.setdefault(sample.label, []).append(sample)
     return {label: classes[label] for label in sorted(classes)}
@@ -121,12 +121,12 @@ def _column_groups(config: MergeConfig, source: Source) -> list[Group]:
     return groups
 
 
-def _check_labels(groups: Sequence[Group]) -> None:
+def _check_labels(groups: Sequence[Group], source: Source) -> None:
     for group in groups:
         if group.label is None:
             raise ConfigError(
-                f"targets: label targets need labels, {group.samples[0].name} has none; expected one sub-folder a "
-                'class, a labels.csv or a `label_column`, or use `targets="embedding"`'
+                f"targets: label targets need labels, {group.samples[0].name} has none{source.why}; expected one "
+                'sub-folder a class, a labels.csv or a `label_column`, or use `targets="embedding"`'
             )
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from datamerge.encoders import Head, load_head, pick_device, refusals_about
+from datamerge.encoders.classes import Classes, match_classes, read_names
 from datamerge.encoders.runs import ResolvedEncoder, resolve
-from datamerge.runtime import Progress, read_lines
+from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
 from datamerge.sources import LISTING, Source, open_source
@@ -105,6 +106,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     of_pixels = target_encoder or encoder or _resolved(config, "preprocessing_of")
     preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None)
     head = _load_head(config, encoder)
+    source = _with_labels_of_head(config, source, encoder, head)
     files = {LISTING: source.listing_bytes()}
     clusters = None
     if config.grouping == "cluster":
@@ -376,9 +378,31 @@ def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None)
 def _load_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
     if config.head is None:
         return None
-    expected = "a text file with one class name a line"
-    names = [] if config.class_names is None else read_lines(config.class_names, "class_names", expected)
+    names = read_names(config.class_names)
     head = load_head(config.head, names)
+    head.names = names or head.names
     if encoder is not None:
         head.check_width(encoder.encoder.embedding_dim, repr(config.head))
     return head
+
+
+def _with_labels_of_head(
+    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, head: Head | None
+) -> Source:
+    """The source with the head's rows as labels, matched by name where both have names.
+
+    Raises:
+        ConfigError: classes that the head does not have.
+    """
+    attacked = encoder if config.objective == "cross_entropy" and config.grouping == "adversarial" else None
+    if head is None and attacked is None:
+        return source
+    if head is not None:
+        rows = Classes(head.names, len(head.weight), f"head {config.head!r}")
+    elif attacked is not None:
+        rows = Classes((), attacked.encoder.embedding_dim, f"the outputs of {attacked.encoder.spec}")
+    used = {sample.label for sample in source.samples if sample.label is not None}
+    classes = Classes(source.class_names, len(source.class_names), source.url)
+    remedy = "use another `head`, or name its rows as the source does with `class_names`"
+    match = match_classes(used, classes, rows, "head", remedy)
+    return source.relabelled(match.rows, match.names) if any(match.rows[label] != label for label in used) else source

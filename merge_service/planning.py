@@ -123,7 +123,7 @@ def make_plan(
     groups = make_groups(config, source, clusters)
     loaded = (target_encoder or encoder) if config.needs_encoder else None
     if config.objective == "cross_entropy" and config.grouping == "adversarial":
-        _check_classes(groups, encoder.encoder if encoder else None, head)
+        _check_classes(groups, encoder.encoder if encoder else None, head, source)
     provenance = _provenance(config, source, encoder, target_encoder, head, preprocessing)
     arrays = _arrays(
         config, preprocessing.shape, groups, loaded.encoder if loaded else None, pixel_spread(provenance)
@@ -149,11 +149,14 @@ def make_plan(
     )
 
 
-def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None) -> None:
+def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None, source: Source) -> None:
     classes = len(head.weight) if head else (encoder.embedding_dim if encoder else 0)
     for group in groups:
         if group.label is None:
-            raise ConfigError(f"objective: cross_entropy needs labels, {group.samples[0].name} has none")
+            raise ConfigError(
+                f"objective: cross_entropy needs labels, {group.samples[0].name} has none{source.why}; give it one, "
+                'or use `objective="squared_error"`'
+            )
         if not 0 <= group.label < classes:
             raise ConfigError(
                 f"objective: cross_entropy expects labels of the {classes} classes of the head, "
@@ -246,7 +249,9 @@ def _provenance(
     if config.needs_encoder and encoder is not None:
         provenance["encoder"] = (target_encoder or encoder).provenance()
         if target_encoder is not None:
-            provenance["attacked_encoder"] = encoder.provenance()
+            # The record above is that of the targets' encoder; this one may normalise otherwise.
+            own = encoder.encoder.preprocessing.record()
+            provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": own}
     if config.grouping == "adversarial":
         provenance["attack"] = _attack(config)
     if config.license is not None:

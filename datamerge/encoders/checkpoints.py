@@ -92,13 +92,16 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
     Location(target.parent).write(target.name, save(tensors, metadata=metadata))
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> None:
+def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> list[str]:
     """Put the weights of a file into the network of a spec.
+
+    Returns:
+        Lines for the user: what was resampled or left out.
 
     Raises:
         ConfigError: they do not fit it.
     """
-    fit(model, checkpoint.path, checkpoint.contents, spec)
+    return fit(model, checkpoint.path, checkpoint.contents, spec)
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:

@@ -99,10 +99,9 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
     checkpoint = read_checkpoint(parsed.checkpoint) if parsed.checkpoint else None
     with seeded():
         built = BUILDERS[parsed.kind](parsed, checkpoint.preprocessing if checkpoint else None)
-    if checkpoint is not None:
-        load_into(built.model, checkpoint, built.spec)
+    loaded = [] if checkpoint is None else load_into(built.model, checkpoint, built.spec)
     if aloud:
-        for line in built.notes:
+        for line in [*built.notes, *loaded]:
             say(line)
         for line in built.doubts:
             warn(line)

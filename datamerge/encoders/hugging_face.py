@@ -37,7 +37,7 @@ FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 class HuggingFaceTower(nn.Module):
     """Pixels [B, C, H, W] → what the model's library calls the image's embedding [B, K].
 
-    Its tensors have the names that transformers writes for CLIP and SigLIP: `vision_model.…`,
+    Its tensors have the names that whole models of CLIP and SigLIP have in files: `vision_model.…`,
     `visual_projection.weight`.
 
     Attributes:
@@ -61,14 +61,7 @@ class HuggingFaceTower(nn.Module):
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     """A vision model of transformers, with what its own image processor says of its preprocessing."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[hf]'")
-    make_torchvision_importable()
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
-        raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
+    transformers_for(spec)
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
     own = recorded or downloading(spec, lambda: read_processor(spec))
     native, size = _native(tower), wanted_size(spec, recorded)
@@ -77,6 +70,23 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
         downloading(spec, lambda: resize_tower(tower, size))
         notes = resampled(spec, native, size, "transformers")
     return Built(tower, adapted(own, own, size), spec, notes)
+
+
+def transformers_for(spec: EncoderSpec) -> Any:
+    """The library, ready to read the folder or repository of a spec.
+
+    Raises:
+        ConfigError: it is not installed, or the folder holds no model.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[hf]'")
+    make_torchvision_importable()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    if Path(spec.model).is_absolute() and not (Path(spec.model) / "config.json").is_file():
+        raise ConfigError(f"encoder: expected the folder of a model with a config.json at {spec.model}, found none")
+    return transformers
 
 
 def _model(spec: EncoderSpec) -> Any:
@@ -101,23 +111,25 @@ def _model(spec: EncoderSpec) -> Any:
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     if spec.checkpoint:
         return _class(name)._from_config(config, **options)
-    model, found = _class(name).from_pretrained(
-        spec.model, config=config, output_loading_info=True, **options, **where
-    )
-    missing, mismatched = sorted(found["missing_keys"]), sorted(map(str, found["mismatched_keys"]))
+    model, missing, misshaped = _loaded(name, spec, config, options | where)
     if missing == [PROJECTION] and not config.architectures:
         # Nothing but the weights says which of CLIP's two vision models was saved.
-        model, found = _class("CLIPVisionModel").from_pretrained(
-            spec.model, config=config, output_loading_info=True, **where
-        )
-        missing = sorted(found["missing_keys"])
-    if missing or mismatched:
+        model, missing, misshaped = _loaded("CLIPVisionModel", spec, config, where)
+    if missing or misshaped:
         raise ConfigError(
             f"encoder: expected weights of {name} at '{spec}', found "
-            f"{f'no {missing[0]!r}' if missing else f'another shape of {mismatched[0]}'} "
-            f"({len(missing)} tensors missing, {len(mismatched)} of another shape)"
+            f"{f'no {missing[0]!r}' if missing else f'another shape of {misshaped[0]!r}'} "
+            f"({len(missing)} tensors missing, {len(misshaped)} of another shape)"
         )
     return model
+
+
+def _loaded(name: str, spec: EncoderSpec, config: Any, options: dict[str, Any]) -> tuple[Any, list[str], list[str]]:
+    """A model, and its tensors that the weights leave out or have in another shape; it would make them up."""
+    model, found = _class(name).from_pretrained(
+        spec.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    return model, sorted(found["missing_keys"]), sorted(key[0] for key in found["mismatched_keys"])
 
 
 def _class(name: str) -> Any:

@@ -27,6 +27,8 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
     size = wanted_size(spec, recorded)
     tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
     visual = downloading(spec, lambda: _create(spec, size, tag)).visual
+    # CoCa's captions want the patches beside the embedding.
+    visual.output_tokens = False
     own = _read(visual.preprocess_cfg, spec)
     notes: list[str] = []
     if size is not None and not spec.checkpoint and _has_positions(visual):

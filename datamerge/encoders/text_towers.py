@@ -6,8 +6,8 @@ repository, since image towers are tuned towards a text tower that stays as it i
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,19 +15,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datamerge.encoders.building import downloading, seeded
+from datamerge.encoders.building import downloading, reason, seeded
 from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
-from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
 # How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
 BIG_VISION = ".npz"
 # Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
-OTHER_PARTS = ("visual", "text_decoder")
+CAPTIONS = "text_decoder"
+OTHER_PARTS = ("visual", CAPTIONS)
 # In place of an image tower that nobody asks for.
 NO_IMAGES = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
 # `model_type` of a configuration → class of the whole model.
@@ -60,19 +61,23 @@ class TextTower:
         return None if bias is None else cast(Tensor, bias.detach().reshape(1).float())
 
 
-def load_text_tower(spec: EncoderSpec) -> TextTower:
+def load_text_tower(spec: EncoderSpec, captions: bool = False) -> TextTower:
     """The text tower that belongs to an encoder of kind open_clip or hf, in eval mode.
+
+    Args:
+        spec: of the encoder.
+        captions: keep CoCa's decoder of captions, too.
 
     Raises:
         ConfigError: there is none, or its weights, configuration or tokeniser cannot be had.
     """
     make_torchvision_importable()
-    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec)
+    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec, captions)
     tower.model.eval().requires_grad_(False)
     return tower
 
 
-def _open_clip(spec: EncoderSpec) -> TextTower:
+def _open_clip(spec: EncoderSpec, captions: bool) -> TextTower:
     import open_clip
 
     spec = known_open_clip(spec)
@@ -84,7 +89,7 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
             f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
             f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
         )
-    configuration = fetched(spec, "the configuration", lambda: open_clip.get_model_config(spec.model))
+    configuration = downloading(spec, lambda: open_clip.get_model_config(spec.model))
 
     def create() -> Any:
         if texts is not None:
@@ -98,15 +103,15 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
 
     with seeded():
         if "hf_model_name" in configuration["text_cfg"]:
-            model = fetched(spec, f"the text tower {configuration['text_cfg']['hf_model_name']}", create)
+            model = _fetched(spec, f"the text tower {configuration['text_cfg']['hf_model_name']}", create)
         else:
             model = downloading(spec, create)
     for part in OTHER_PARTS:
-        if hasattr(model, part):
+        if hasattr(model, part) and not (captions and part == CAPTIONS):
             delattr(model, part)
     if texts is not None:
         _load(model, _as_open_clip(model, texts), spec)
-    tokenizer = fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
+    tokenizer = _fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
     configuration = {name: value for name, value in configuration.items() if name != "vision_cfg"}
     return TextTower(model, tokenizer, configuration)
 
@@ -132,7 +137,8 @@ def _as_open_clip(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = state[name].reshape(own.shape)
     if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:
         state.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
-    factory.resize_text_pos_embed(state, model)
+    with suppress(AssertionError):  # positions of another width, which do not fit and are named where they do not
+        factory.resize_text_pos_embed(state, model)
     return state
 
 
@@ -167,12 +173,9 @@ class HuggingFaceTexts(nn.Module):
 
 
 def _hugging_face(spec: EncoderSpec) -> TextTower:
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[export]'")
-    import transformers
-
+    transformers = transformers_for(spec)
     where: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
-    config = fetched(spec, "the configuration", lambda: transformers.AutoConfig.from_pretrained(spec.model, **where))
+    config = downloading(spec, lambda: transformers.AutoConfig.from_pretrained(spec.model, **where))
     name = WHOLE.get(config.model_type)
     if name is None:
         raise ConfigError(
@@ -195,7 +198,7 @@ def _hugging_face(spec: EncoderSpec) -> TextTower:
             delattr(model, part)
     if texts is not None:
         _load(model, texts, spec)
-    tokenizer = fetched(spec, "the tokeniser", lambda: _tokenizer(spec, where))
+    tokenizer = _fetched(spec, "the tokeniser", lambda: _tokenizer(spec, where))
     length = config.text_config.max_position_embeddings
 
     def tokens(texts: Sequence[str]) -> Any:
@@ -217,19 +220,19 @@ def _tokenizer(spec: EncoderSpec, where: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def fetched(spec: EncoderSpec, what: str, create: Callable[[], Any]) -> Any:
+def _fetched(spec: EncoderSpec, what: str, create: Callable[[], Any]) -> Any:
     """What a constructor gives that a text tower needs besides its weights.
 
     Raises:
         ConfigError: it cannot be had; the message says how to do without.
     """
     try:
-        return create()
-    except (ConfigError, MemoryError):
-        raise
-    except Exception as error:  # every hub client has its own exceptions
+        return downloading(spec, create)
+    except ConfigError as refusal:
+        error = refusal.__cause__ or refusal
+        words = reason(error).partition(". ")[0]
         raise ConfigError(
-            f"encoder: expected {what} for '{spec}', found no way to get it ({type(error).__name__}: "
-            f"{first_line(error)[:160]}); where there is a network, make the head with datamerge.load_head and "
-            "`to_bytes`, and name that .safetensors file"
+            f"encoder: expected {what} for '{spec}', found no way to get it ({type(error).__name__}: {words}); where "
+            "there is a network, make the head with datamerge.load_head, write its `to_bytes` into a file, and name "
+            "that .safetensors file"
         ) from error

@@ -37,7 +37,7 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
             downloading(spec, lambda: model.set_input_size(img_size=size))
             notes = resampled(spec, native, size, "timm")
         config = resolve_model_data_config(model, {"input_size": (config["input_size"][0], *size)})
-    own = _read(config, spec)
+    own = read_config(config, spec)
     return Built(model, adapted(recorded, own, size), spec, notes, [] if recorded else _doubts(spec, own))
 
 
@@ -79,7 +79,7 @@ def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
     tags = {}
     for name in timm.list_pretrained(f"{spec.model}.*"):
         config: Any = timm.get_pretrained_cfg(name)
-        tags[name.partition(".")[2]] = _facts(_read(resolve_data_config(pretrained_cfg=config.to_dict()), spec))
+        tags[name.partition(".")[2]] = _facts(read_config(resolve_data_config(pretrained_cfg=config.to_dict()), spec))
     return differing(spec, _facts(own), tags)
 
 
@@ -91,7 +91,7 @@ def _facts(preprocessing: Preprocessing) -> dict[str, str]:
     }
 
 
-def _read(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
+def read_config(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
     """The record of timm's configuration, as `timm.data.create_transform` understands it."""
     shape = tuple(config["input_size"])
     scale = tuple(math.floor(side / config["crop_pct"]) for side in shape[1:])

@@ -97,9 +97,7 @@ def read_metadata(path: Path) -> Mapping[str, str]:
     kind = _kind(path)
     with _damage_refused(path, kind):
         if kind == "index":
-            return {
-                key: value for shard in _shards(path) for key, value in read_metadata(path.parent / shard).items()
-            }
+            return _index(path)[1]
         if kind != "safetensors":
             return {}
         with safe_open(path, "pt") as opened:
@@ -107,7 +105,7 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 
 
 def _kind(path: Path) -> str:
-    """safetensors, torch (zipped), legacy (pickled, unzipped), TorchScript, npz or index."""
+    """safetensors, torch, pickle (torch's before 1.6), TorchScript, npz or index."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -128,7 +126,14 @@ def _kind(path: Path) -> str:
         raise ConfigError(
             f"encoder: expected weights in {path}, found a web page; download the file itself, not the page about it"
         )
-    return "index" if text.startswith(b"{") else "legacy"
+    if text.startswith(b"{"):
+        return "index"
+    if head.startswith(b"\x80"):
+        return "pickle"
+    raise ConfigError(
+        f"encoder: expected weights in {path}, found neither safetensors nor a torch file, TorchScript, npz or an "
+        "index of shards"
+    )
 
 
 def _kind_of_zip(path: Path) -> str:
@@ -153,7 +158,10 @@ def _kind_of_zip(path: Path) -> str:
 @contextmanager
 def _damage_refused(path: Path, kind: str) -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings():
+            # torch deprecates TorchScript, quantised tensors and old pickles; files stay what they are.
+            warnings.simplefilter("ignore")
+            yield
     except ConfigError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, MemoryError) as error:
@@ -169,12 +177,8 @@ def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
     except Exception:  # a malformed pickle
         asked = []
     asked = [name for name in asked if not name.startswith("numpy.")] or re.findall(r"GLOBAL (\S+)", str(error))
-    if not asked:
-        return ConfigError(
-            f"encoder: expected plain tensors in {path}, found neither safetensors nor a torch file, TorchScript, "
-            f"npz or an index of shards ({type(error).__name__})"
-        )
     more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
+    asked = asked or [f"a pickle that torch does not read, {first_line(error)}"]
     return ConfigError(
         f"encoder: expected plain tensors in {path}, found objects that only run code could make "
         f"({', '.join(asked[:3])}{more}); where you trust it, load it yourself and save its state_dict()"
@@ -188,6 +192,10 @@ def _torch_file(path: Path, mmap: bool) -> Any:
     safe: list[Any] = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     safe += [np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
     with torch.serialization.safe_globals(safe):
+        if path.suffix == ".safetensors":
+            # torch.load believes this name.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
@@ -201,10 +209,7 @@ def _torchscript(path: Path) -> Mapping[str, Tensor]:
                 f"encoder: expected plain tensors in {path}, found a TorchScript archive that runs code when it is "
                 "loaded (__setstate__); where you trust it, load it yourself and save its state_dict()"
             )
-    with warnings.catch_warnings():
-        # torch deprecates TorchScript; the files of OpenAI stay what they are.
-        warnings.simplefilter("ignore")
-        return dict(torch.jit.load(path, map_location="cpu").state_dict())
+    return dict(torch.jit.load(path, map_location="cpu").state_dict())
 
 
 def _states(path: Path, loaded: Any) -> Mapping[str, Mapping[str, Tensor]]:
@@ -233,12 +238,8 @@ def _likelihood(place: str) -> tuple[int, int]:
     return (-1 if not place else known), place.count(".")
 
 
-def _shards(path: Path) -> list[str]:
-    """Names of the files that an index lists."""
-    return list(dict.fromkeys(_weight_map(path).values()))
-
-
-def _weight_map(path: Path) -> dict[str, str]:
+def _index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Which file beside an index holds each tensor, and the metadata of all of them."""
     try:
         index = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -253,12 +254,15 @@ def _weight_map(path: Path) -> dict[str, str]:
             raise ConfigError(
                 f"encoder: expected the names of files beside {path} in its `weight_map`, found {shard!r}"
             )
-    return listed
+    metadata = index.get("metadata")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return listed, {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _sharded(path: Path) -> Contents:
+    listed, metadata = _index(path)
     names: dict[str, list[str]] = {}
-    for name, shard in _weight_map(path).items():
+    for name, shard in listed.items():
         names.setdefault(shard, []).append(name)
     missing = [shard for shard in names if not (path.parent / shard).is_file()]
     if missing:
@@ -267,15 +271,12 @@ def _sharded(path: Path) -> Contents:
             f"first {missing[0]!r}; copy all of them"
         )
     tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    for shard, listed in names.items():
-        contents = read_contents(path.parent / shard)
-        held = next(iter(contents.states.values()), {})
-        absent = [name for name in listed if name not in held]
+    for shard, expected in names.items():
+        held = next(iter(read_contents(path.parent / shard).states.values()), {})
+        absent = [name for name in expected if name not in held]
         if absent:
             raise ConfigError(
                 f"encoder: expected {absent[0]!r} in {path.parent / shard}, as {path.name} says, found none"
             )
-        tensors.update((name, held[name]) for name in listed)
-        metadata.update(contents.metadata)
+        tensors.update((name, held[name]) for name in expected)
     return Contents({"": tensors}, metadata)

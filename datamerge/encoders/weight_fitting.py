@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.clip_names import OPEN_CLIP_MARK
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.weight_files import Contents
-from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted
-from datamerge.runtime.messages import first_line, say
+from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted, timm_grids
+from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
 # The other tower of a CLIP, in the names of both libraries.
@@ -23,19 +24,21 @@ _TEXT = re.compile(r"(text|text_model|text_projection|logit_scale|logit_bias)(\.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> None:
-    """Put the weights of a file into the network of a spec, and say what was resampled or left out.
+def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> list[str]:
+    """Put the weights of a file into the network of a spec.
+
+    Returns:
+        Lines for the user: which of several networks was taken, what was resampled or left out.
 
     Raises:
         ConfigError: they do not fit it, in one line with the three readings that came closest.
     """
     if contents.jax:
-        _fit_jax(model, path, spec)
-        return
+        return _fit_jax(model, path, spec)
     network = Network(model)
-    reading = _choose(network, path, contents, spec)
+    reading, said = _choose(network, path, contents, spec)
     _check_plain(network, path, reading)
-    _check_left(network, path, reading, spec)
+    said += _left(network, path, reading, spec)
     values = {name: reading.tensors.get(name, own) for name, own in network.own.items()}
     try:
         model.load_state_dict(values)
@@ -49,30 +52,28 @@ def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> 
             f"encoder: expected finite weights in {path}, found NaN or infinity in {broken[0]!r} and "
             f"{len(broken) - 1} other tensors; the training that wrote it diverged, take an earlier checkpoint"
         )
-    for note in reading.notes:
-        say(f"encoder: {path}: resampled {note}")
+    return said + _resampled(path, reading.notes)
 
 
-def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec) -> Reading:
-    """The reading that fits: as the file names things if that does, else through a converter."""
+def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec) -> tuple[Reading, list[str]]:
+    """The reading that fits: as the file names things if that does, else through a converter. And what to say."""
     named = [(place, reading) for place, state in contents.states.items() for reading in as_named(network, state)]
     fitting = [(place, reading) for place, reading in named if reading.fits]
     if fitting:
         # What needs no resampling, behind prefixes that wrappers use, the likeliest place: sorting keeps their order.
         fitting.sort(key=lambda one: (bool(one[1].notes), not one[1].known))
-        _check_alone(path, fitting)
-        return fitting[0][1]
+        return fitting[0][1], _alone(path, fitting)
     others: list[tuple[str, Reading]] = []
     for place, state in contents.states.items():
         for reading in converted(network, state):
             if reading.fits:
-                return reading
+                return reading, []
             others.append((place, reading))
     raise _refusal(network, path, named + others, spec)
 
 
-def _check_alone(path: Path, fitting: list[tuple[str, Reading]]) -> None:
-    """Of several networks in one file the likeliest is taken and said; of equally likely ones none."""
+def _alone(path: Path, fitting: list[tuple[str, Reading]]) -> list[str]:
+    """What to say of several networks in one file, of which the likeliest is taken; of equal ones none."""
     place, chosen = fitting[0]
     for other_place, other in fitting[1:]:
         pairs = [(tensor, other.tensors[name]) for name, tensor in chosen.tensors.items() if name in other.tensors]
@@ -83,8 +84,8 @@ def _check_alone(path: Path, fitting: list[tuple[str, Reading]]) -> None:
             raise ConfigError(
                 f"encoder: expected one network in {path}, found two: {both}; save the one you mean alone"
             )
-        say(f"encoder: {path} holds several networks, {both}; the first one was taken")
-        return
+        return [f"encoder: {path} holds several networks, {both}; the first one was taken"]
+    return []
 
 
 def _where(place: str, reading: Reading) -> str:
@@ -111,19 +112,28 @@ def _oddity(tensor: Tensor, own: Tensor) -> str:
     return f"in {tensor.dtype}" if own.is_floating_point() and tensor.dtype not in _FLOATS else ""
 
 
-def _check_left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> None:
-    """What the file has beside the network's tensors: inside the network it is a part that this one lacks."""
+def _left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> list[str]:
+    """What to say of tensors beside the network's; inside the network they are a part that this one lacks."""
     left = [
         name for name in reading.left if not (BENIGN.search(name) or _TEXT.match(name) or _classifier(network, name))
     ]
     inside = [name for name in left if _inside(network, name)]
     if inside:
         raise ConfigError(
-            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} without a place in it, "
-            f"first {inside[0]!r}; without them it would compute something else, name the network that was trained"
+            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
+            f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
+            f"{_would_fit(network, [reading])}"
         )
-    if left:
-        say(f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}")
+    if not left:
+        return []
+    return [f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}"]
+
+
+def _resampled(path: Path, notes: Sequence[str]) -> list[str]:
+    more = f" and {len(notes) - 2} more" if len(notes) > 2 else ""
+    return (
+        [f"encoder: {path}: resampled {', '.join(notes[:2])}{more}, as the network's library does"] if notes else []
+    )
 
 
 def _classifier(network: Network, name: str) -> bool:
@@ -139,8 +149,8 @@ def _classifier(network: Network, name: str) -> bool:
 
 def _inside(network: Network, name: str) -> bool:
     """Whether a name is below a module of the network's, or one more of numbered layers."""
-    first, dot, _ = name.partition(".")
-    children = dict(network.part.named_children()) | dict(network.model.named_children())
+    first, dot, _ = name.removeprefix(network.path).partition(".")
+    children = dict(network.part.named_children())
     numbered = bool(children) and all(child.isdigit() for child in children)
     return bool(dot) and (first in children or (numbered and first.isdigit()))
 
@@ -200,12 +210,11 @@ def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
     return ""
 
 
-def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> None:
+def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> list[str]:
     """JAX's archives (ViT, BiT, SigLIP) through the loaders of timm's networks."""
     network = Network(model)
-    found = network.timm
-    part: Any = found[1] if found else None
-    if found is None or not hasattr(part, "load_pretrained"):
+    part: Any = network.timm[1] if network.timm else None
+    if not hasattr(part, "load_pretrained"):
         raise ConfigError(
             f"encoder: expected weights of {spec.named}, found an archive of JAX's in {path}, which only some "
             "networks of timm read (ViT, BiT, SigLIP)"
@@ -216,6 +225,11 @@ def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> None:
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
     try:
+        with np.load(path) as arrays:
+            layers = _jax_layers(arrays)
+            positions = next((arrays[name] for name in arrays.files if name.endswith("pos_embedding")), None)
+        if layers is not None and hasattr(part, "blocks") and layers != len(part.blocks):
+            raise ValueError(f"{layers} layers for {len(part.blocks)}")
         part.load_pretrained(str(path))
     except Exception as error:  # a name that is missing, another shape, a damaged archive
         raise ConfigError(
@@ -228,6 +242,20 @@ def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> None:
             f"encoder: expected finite weights for all tensors of {spec.named} in {path}, found none for "
             f"{broken[0]!r} and {len(broken) - 1} others"
         )
+    grid = None if positions is None else timm_grids(part, torch.from_numpy(positions))
+    return _resampled(path, [grid] if grid else [])
+
+
+def _jax_layers(arrays: Any) -> int | None:
+    """How many layers the transformer of an archive has; a scanned one keeps them in one array."""
+    numbers = [int(found[1]) for name in arrays.files if (found := re.search(r"/encoderblock_(\d+)/", f"/{name}"))]
+    scanned = [
+        name
+        for name in arrays.files
+        if re.search(r"(?<!MAPHead_0/)Transformer/encoderblock/LayerNorm_0/scale$", name)
+    ]
+    images = [name for name in scanned if "txt/" not in name]
+    return max(numbers) + 1 if numbers else len(arrays[images[0]]) if images else None
 
 
 def _not_finite(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ original names of DeiT, DINOv2, ConvNeXt, …), open_clip's for MobileCLIP, tran
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import re
 import sys
@@ -69,8 +70,9 @@ class Network:
 
     Attributes:
         own: its tensors by name.
-        part: the library's module in it, or the network itself.
+        part: the library's module that holds most of it, or the network itself.
         path: of that module in the network, with a dot.
+        strip: the same where it holds all of it, else nothing.
         library: one of `LIBRARIES`, or nothing.
     """
 
@@ -81,9 +83,10 @@ class Network:
         for name, module in model.named_modules():
             top = type(module).__module__.partition(".")[0]
             path = f"{name}." if name else ""
-            if top in LIBRARIES and all(one.startswith(path) for one in self.own):
+            if top in LIBRARIES and 2 * sum(one.startswith(path) for one in self.own) > len(self.own):
                 self.part, self.path, self.library = module, path, top
                 break
+        self.strip = self.path if all(one.startswith(self.path) for one in self.own) else ""
 
     @property
     def kind(self) -> str:
@@ -114,7 +117,7 @@ class Network:
 def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
     """Readings with the file's names as they are, below the prefixes under which most of the network's stand."""
     cleaned = cleaned_names(state)
-    strips = {"", network.path}
+    strips = {"", network.strip}
     if network.timm and network.timm[0]:
         strips.add(network.path + network.timm[0])
     for strip in sorted(strips):
@@ -133,6 +136,8 @@ def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading
         yield from _hugging_face(network, cleaned)
     if network.library == "transformers" and network.kind.startswith("CLIPVision"):
         yield from _open_clip(network, cleaned)
+    if network.library == "transformers" and hasattr(network.part, "from_pretrained"):
+        yield from _transformers(network, cleaned)
     if network.library == "open_clip" and network.timm:
         yield from _mobile_clip(network, cleaned)
     if network.timm:
@@ -179,7 +184,7 @@ def _hugging_face(network: Network, state: Mapping[str, Tensor]) -> Iterator[Rea
             tower = {name: tensor for name, tensor in tower.items() if name.startswith(tops)}
         projection = {name: state[outer + name] for name in [clip_names.PROJECTION] if outer + name in state}
         how = "Hugging Face's names" + (f" below `{outer}`" if outer else "")
-        yield network.reading(how, clip_names.from_hf({**tower, **projection}), network.path)
+        yield network.reading(how, clip_names.from_hf({**tower, **projection}), network.strip)
 
 
 def _open_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
@@ -189,10 +194,43 @@ def _open_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Readin
             continue
         tower = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
         named = clip_names.to_hf(tower)
-        if not any(name.startswith(network.path + clip_names.VISION) for name in network.own):
+        if not any(name.startswith(network.strip + clip_names.VISION) for name in network.own):
             named = {name.removeprefix(clip_names.VISION): tensor for name, tensor in named.items()}
             named.pop(clip_names.PROJECTION, None)
-        yield network.reading("open_clip's names" + (f" below `{prefix}`" if prefix else ""), named, network.path)
+        yield network.reading("open_clip's names" + (f" below `{prefix}`" if prefix else ""), named, network.strip)
+
+
+def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
+    """Through the loader of transformers, which knows how names changed from version to version."""
+    for prefix in dict.fromkeys([_prefixes(network, state, network.path)[0], *_common_prefix(state), ""]):
+        below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        try:
+            loaded, without = _loaded_by_transformers(network.part, below)
+        except _NOT_ITS_OWN:
+            continue
+        named = {name: tensor for name, tensor in loaded.items() if name not in without}
+        # What is of another shape only: its name is the file's.
+        named |= {name: below[full] for full in below for name in without if f".{full}".endswith(f".{name}")}
+        named = {network.path + name: tensor for name, tensor in named.items()}
+        # A projection beside the part.
+        named |= {name: below[name] for name in network.own if not name.startswith(network.path) and name in below}
+        how = f" below `{prefix}`" if prefix else ""
+        yield network.reading(f"the names of other versions of transformers{how}", named)
+
+
+def _loaded_by_transformers(part: Any, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], set[str]]:
+    """The weights of another network of the part's class, and names of those that it did not get from the state."""
+    from transformers.utils import logging as their_logging
+
+    level = their_logging.get_verbosity()
+    their_logging.set_verbosity(logging.CRITICAL)
+    try:
+        loaded, found = type(part).from_pretrained(
+            None, config=part.config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        their_logging.set_verbosity(level)
+    return loaded.state_dict(), {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
 
 
 def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
@@ -208,7 +246,7 @@ def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Read
         except _NOT_ITS_OWN:
             return
         tower = {name[len("visual.") :]: tensor for name, tensor in named.items() if name.startswith("visual.")}
-        yield network.reading("MobileCLIP's names", tower, network.path)
+        yield network.reading("MobileCLIP's names", tower, network.strip)
         return
 
 
@@ -232,14 +270,14 @@ def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
         }
         named = {path + name: tensor for name, tensor in named.items()}
         named |= {name: state[full] for full, name in heads.items() if full in state}
-        reading = network.reading(f"timm's names{f' below `{prefix}`' if prefix else ''}", named, network.path)
+        reading = network.reading(f"timm's names{f' below `{prefix}`' if prefix else ''}", named, network.strip)
+        positions = [timm_grids(part, below[name]) for name in below if name.endswith("pos_embed")]
         notes = [
             f"{name} from {_shape(below[name])} to {_shape(named[path + name])}"
             for name in below
             if path + name in named and below[name].numel() != named[path + name].numel()
         ]
-        grids = [_timm_grids(part, below[name]) if name.endswith("pos_embed") else None for name in below]
-        grid = next((one for one in grids if one), None)
+        grid = next(filter(None, positions), None)
         yield Reading(**{**vars(reading), "notes": (grid,) if grid and notes else tuple(notes)})
 
 
@@ -271,10 +309,14 @@ def _timm_filter(part: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Ten
     return lambda state: cast(dict[str, Tensor], found(state, *arguments, **given))
 
 
-def _timm_grids(part: Any, old: Tensor) -> str | None:
-    tokens = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 0)
+def timm_grids(part: Any, old: Tensor) -> str | None:
+    """From which grid to which timm resamples position embeddings [1, tokens, width]; None if it does not."""
     grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
-    return _grids(old.shape[-2] - tokens, grid) if grid and old.ndim >= 2 else None
+    own = getattr(part, "pos_embed", None)
+    if grid is None or own is None or old.ndim != 3 or old.shape == own.shape:
+        return None
+    tokens = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 0)
+    return _grids(old.shape[1] - tokens, grid)
 
 
 def _grids(old: int, new: tuple[int, int]) -> str:
@@ -315,21 +357,23 @@ def _open_clip_positions(visual: Any, old: Tensor) -> tuple[Tensor, str]:
 
 def _hugging_face_positions(part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str]:
     """With the method by which the network takes other sizes in its forward pass."""
-    attribute = name.removesuffix(".weight").rpartition(".")
-    embeddings: Any = deepcopy(part.get_submodule(attribute[0]))
+    place, _, attribute = name.removesuffix(".weight").rpartition(".")
+    embeddings: Any = deepcopy(part.get_submodule(place))
     new = part.get_parameter(name)
     values = old.float().reshape(-1, old.shape[-1])
-    module = name.endswith(".weight")
-    table = nn.Embedding.from_pretrained(values) if module else nn.Parameter(values[None])
-    setattr(embeddings, attribute[2], table)
-    side = embeddings.config.image_size
-    patch = embeddings.config.patch_size
-    # The class token and registers that have a position: what is no square of patches.
-    extra = new.shape[-2] - (side // patch) ** 2
-    dummy = torch.zeros(1, new.shape[-2], old.shape[-1])
+    table = nn.Embedding.from_pretrained(values) if name.endswith(".weight") else nn.Parameter(values[None])
+    setattr(embeddings, attribute, table)
+    config: Any = part.config
+    size, patch = _both(config.image_size), _both(config.patch_size)
+    grid = size[0] // patch[0], size[1] // patch[1]
     with torch.no_grad():
-        result = embeddings.interpolate_pos_encoding(dummy, side, side)
-    return result.reshape(new.shape), _grids(len(values) - extra, (side // patch,) * 2)
+        result = embeddings.interpolate_pos_encoding(torch.zeros(1, new.shape[-2], old.shape[-1]), *size)
+    # What is no square of patches are tokens with a position: CLIP's class token.
+    return result.reshape(new.shape), _grids(len(values) - (new.shape[-2] - grid[0] * grid[1]), grid)
+
+
+def _both(size: Any) -> tuple[int, int]:
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
 
 
 def _shape(tensor: Tensor) -> list[int]:

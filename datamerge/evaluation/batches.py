@@ -50,8 +50,27 @@ def read_batches(
 
 
 def _read(source: Source, samples: Sequence[Sample], preprocessings: Sequence[Preprocessing]) -> list[ImageBatch]:
-    files = [_raw(source, sample) for sample in samples]
-    return [_decoded(samples, files, preprocessing) for preprocessing in preprocessings]
+    usable: list[list[Sample]] = [[] for _ in preprocessings]
+    images: list[list[npt.NDArray[np.uint8]]] = [[] for _ in preprocessings]
+    rejected: list[list[RejectedImage]] = [[] for _ in preprocessings]
+    for sample in samples:
+        file = _raw(source, sample)
+        for place, preprocessing in enumerate(preprocessings):
+            try:
+                if isinstance(file, BadImage):
+                    raise file
+                images[place].append(decode(file, preprocessing))
+                usable[place].append(sample)
+            except BadImage as error:
+                rejected[place].append(RejectedImage(sample=sample.name, reason=str(error)))
+    return [
+        ImageBatch(
+            usable[place],
+            np.stack(images[place]) if images[place] else np.empty((0, *preprocessing.shape), np.uint8),
+            rejected[place],
+        )
+        for place, preprocessing in enumerate(preprocessings)
+    ]
 
 
 def _raw(source: Source, sample: Sample) -> RawImage | BadImage:
@@ -61,22 +80,6 @@ def _raw(source: Source, sample: Sample) -> RawImage | BadImage:
         if is_transient(error):  # the image is not to blame, and later encoders would see others
             raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
         return BadImage(str(error))
-
-
-def _decoded(
-    samples: Sequence[Sample], files: Sequence[RawImage | BadImage], preprocessing: Preprocessing
-) -> ImageBatch:
-    usable, images, rejected = [], [], []
-    for sample, file in zip(samples, files, strict=True):
-        try:
-            if isinstance(file, BadImage):
-                raise file
-            images.append(decode(file, preprocessing))
-            usable.append(sample)
-        except BadImage as error:
-            rejected.append(RejectedImage(sample=sample.name, reason=str(error)))
-    pixels = np.stack(images) if images else np.empty((0, *preprocessing.shape), np.uint8)
-    return ImageBatch(usable, pixels, rejected)
 
 
 def report_rejected(rejected: Sequence[RejectedImage], source: Source) -> None:

@@ -12,16 +12,14 @@ from pathlib import Path
 import torch
 
 from datamerge.encoders import Encoder, Head, load_head, parse_spec
+from datamerge.encoders.classes import Classes, match_classes, read_names
 from datamerge.encoders.specs import KINDS
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.measures import Classifier
-from datamerge.runtime import read_lines
 from datamerge.runtime.messages import warn
 from datamerge.sources import Source
 from storage_schemas import ConfigError, SchemaError
 
 OUTPUTS = "outputs"
-IMAGENET = "imagenet"
 
 
 def make_heads(
@@ -89,32 +87,17 @@ def classify(encoders: Sequence[Encoder], heads: Sequence[Head], source: Source,
 def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     """Row of the head for each label that occurs in the source.
 
-    Classes are matched by name where the head knows the names of all the source's classes, so that a few class
-    folders can be measured with a head of a thousand classes; by position otherwise.
+    Classes are matched by name where both have names, so that a few class folders can be measured with a head of a
+    thousand classes; by position otherwise.
 
     Raises:
         ConfigError: a label that no row stands for.
     """
-    used = sorted({sample.label for sample in source.samples if sample.label is not None})
-    rows = {name: row for row, name in enumerate(head.names)}
-    named = bool(source.class_names) and len(rows) == len(head.names) and rows.keys() >= set(source.class_names)
-    if named and all(0 <= label < len(source.class_names) for label in used):
-        return {label: rows[source.class_names[label]] for label in used}
-    classes = len(head.weight)
-    outside = [label for label in used if not 0 <= label < classes]
-    if outside:
-        raise ConfigError(
-            f"head: expected a class for every label of {source.url}, found label {outside[0]}"
-            f"{_class_name(source, outside[0])} and a head {where!r} of labels from 0 to {classes - 1}; choose one "
-            "of these classes"
-        )
-    if source.class_names and len(source.class_names) != classes:
-        warn(
-            f"{source.url} has {len(source.class_names)} classes and head {where!r} has {classes}: labels are "
-            "taken as positions in the head, which is wrong if the source has only some of its classes; a file of "
-            "the head's class names matches them by name"
-        )
-    return {label: label for label in used}
+    used = {sample.label for sample in source.samples if sample.label is not None}
+    classes = Classes(source.class_names, len(source.class_names), source.url)
+    rows = Classes(head.names, len(head.weight), f"head {where!r}")
+    remedy = "choose a head of these classes, or name its rows as the source does with `class_names`"
+    return match_classes(used, classes, rows, "head", remedy).rows
 
 
 def head_sha256(head: Head) -> str:
@@ -122,35 +105,8 @@ def head_sha256(head: Head) -> str:
     return hashlib.sha256(head.to_bytes()).hexdigest()
 
 
-def read_names(file: str | None) -> list[str]:
-    """Class names of a text file, one a line, or of `imagenet`; empty without a file.
-
-    Raises:
-        ConfigError: no such file, or an empty one.
-    """
-    if file is None:
-        return []
-    return (
-        imagenet_names()
-        if file == IMAGENET
-        else read_lines(file, "class_names", "a text file with one class name a line")
-    )
-
-
-def imagenet_names() -> list[str]:
-    """The 1,000 class names that open_clip ships, in label order."""
-    make_torchvision_importable()
-    import open_clip
-
-    return list(open_clip.IMAGENET_CLASSNAMES)
-
-
 def _warn_if_random(text: str) -> None:
     if text.partition(":")[0] in KINDS:
         spec = parse_spec(text)
         if not spec.whole and spec.pretrained is None and spec.checkpoint is None:
             warn(f"head {text} has random weights; nobody has trained it, its accuracies mean nothing")
-
-
-def _class_name(source: Source, label: int) -> str:
-    return f" ({source.class_names[label]})" if 0 <= label < len(source.class_names) else ""

@@ -85,7 +85,9 @@ def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: So
             f"`{OUTPUTS}` if the encoder's outputs are logits"
         )
     if heads:
-        warn(f"{source.url} has no labels, so the head is not used; put the images into one folder a class")
+        warn(
+            f"{source.url} has no labels{source.why}, so the head is not used; put the images into one folder a class"
+        )
     return [None] * len(subjects)
 
 

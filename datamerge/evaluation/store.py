@@ -142,7 +142,7 @@ def _in_present_words(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> di
     spelt = dict(found)
     for name in (PREPROCESSING, f"original_{PREPROCESSING}"):
         if name in wanted and name not in found:
-            present = Preprocessing.read(wanted[name], str(IDENTITY))
+            present = Preprocessing.read(wanted[name], IDENTITY)
             earlier = Preprocessing(shape=present.shape)
             spelt[name] = earlier.record() if present.differences(earlier, normalised=False) else wanted[name]
     return spelt

@@ -48,7 +48,8 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
     source = open_sample(config)
     if all(sample.label is None for sample in source.samples):
         raise ConfigError(
-            f"data: expected images with labels, found none at {config.data}; one folder a class gives them"
+            f"data: expected images with labels, found none at {config.data}{source.why}; one folder a "
+            "class gives them"
         )
     subjects = load_subjects(runs, device, image_size=config.image_size)
     specs = [_head_spec(config, subject) for subject in subjects]

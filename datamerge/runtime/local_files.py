@@ -34,7 +34,7 @@ def read_lines(file: str, setting: str, expected: str) -> list[str]:
         ConfigError: no such file, or an empty one.
     """
     try:
-        lines = Path(file).expanduser().read_text("utf-8").splitlines()
+        lines = Path(file).expanduser().read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
         raise ConfigError(f"{setting}: expected {expected} at {file}, found {reason}") from None

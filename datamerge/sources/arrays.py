@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys, to_indices
+from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels
+from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
 from datamerge.sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
@@ -93,8 +94,11 @@ def open_arrays(location: Location, file: str, columns: Columns) -> Source:
         data = location.read(beside)
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
-    label_name = columns.label or next((name for name in LABEL_ARRAYS if name in arrays and name != column), None)
-    labels, names = to_indices(_values(arrays, label_name, len(images), where))
+    label_name, unlabelled = _label_array(arrays, column, columns.label, len(images), where)
+    try:
+        labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}")
+    except NoClass as error:
+        raise SourceError(f"{where}: expected whole numbers or text in {label_name!r}, found {error}") from None
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     samples = [
@@ -102,7 +106,8 @@ def open_arrays(location: Location, file: str, columns: Columns) -> Source:
         for index, group in enumerate(groups)
     ]
     identity = fingerprint([column, label_name, columns.group, listing])
-    return Source(where, "arrays", samples, names, identity, ArrayReader(location, file, column), listing)
+    reader = ArrayReader(location, file, column)
+    return Source(where, "arrays", samples, names, identity, reader, listing, unlabelled=unlabelled)
 
 
 def _facts(data: bytes) -> list[Any]:
@@ -167,13 +172,27 @@ def _images(arrays: dict[str, Array], column: str | None, where: str) -> tuple[s
     return column, np.ascontiguousarray(images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images)
 
 
+def _label_array(
+    arrays: dict[str, Array], images: str, wanted: str | None, count: int, where: str
+) -> tuple[str | None, str]:
+    """Name of the array of labels, and why there is none."""
+    if wanted is not None:
+        return (None if wanted == NONE and wanted not in arrays else wanted), ""
+    others = [name for name in arrays if name != images]
+    usual = next((name for name in LABEL_ARRAYS if name in others), None)
+    if usual is not None:
+        return usual, ""
+    return choose_column([name for name in others if arrays[name].shape[:1] == (count,)], where)
+
+
 def _values(arrays: dict[str, Array], column: str | None, count: int, where: str) -> list[Any]:
+    """A value an image, for one-hot rows a list; None of each where no array is meant."""
     if column is None:
         return [None] * count
     values = arrays.get(column)
-    if values is None or values.shape not in ((count,), (count, 1)):
+    if values is None or values.shape[:1] != (count,) or values.ndim > 2:
         found = sorted(arrays) if values is None else f"{column} {list(values.shape)}"
         raise SourceError(f"{where}: expected an array {column!r} with {count} values, found {found}")
-    if values.dtype.kind not in "iuUb":
+    if values.dtype.kind not in "iuUbfS":
         raise SourceError(f"{where}: expected whole numbers or text in {column!r}, found {values.dtype}")
-    return list(values.reshape(count).tolist())
+    return list((values.reshape(count) if values.size == count else values).tolist())

@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image
 
 from datamerge.runtime.factories import NoFactory, find_factory
+from datamerge.runtime.messages import warn
 from datamerge.sources.images import BadImage
+from datamerge.sources.labels import Labels, NoClass, read_labels
 from datamerge.sources.sample import HASHED_FILES, Sample, Source, fingerprint, make_keys
 from storage_schemas import SourceError
 
@@ -49,7 +51,7 @@ def open_factory(url: str, limit: int | None) -> Source:
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if not count:
         raise SourceError(f"{url}: expected samples, found an empty data set")
-    labels = _labels(dataset, count, url)
+    (labels, names), unlabelled = _labels(dataset, count, url)
     (stem,) = make_keys([url.rpartition(":")[2]])
     samples = [Sample(f"{stem}-{index:08d}", f"{url}#{index}", labels[index]) for index in range(count)]
     # A data set has no files: a fixed choice of its images stands for their content.
@@ -57,8 +59,7 @@ def open_factory(url: str, limit: int | None) -> Source:
     chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})
     listing = {f"image {index}": [1, _hash(dataset, index)] for index in chosen}
     identity = fingerprint([len(dataset), labels, listing])
-    names = [str(name) for name in getattr(dataset, "classes", [])]
-    return Source(url, "python", samples, names, identity, FactoryReader(url), listing)
+    return Source(url, "python", samples, names, identity, FactoryReader(url), listing, unlabelled=unlabelled)
 
 
 def _make(url: str) -> Any:
@@ -82,7 +83,8 @@ def _item(dataset: Any, index: int) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def _labels(dataset: Any, count: int, url: str) -> list[int | None]:
+def _labels(dataset: Any, count: int, url: str) -> tuple[Labels, str]:
+    """Labels and class names, and why there are none: captions and boxes are no labels, and may be none needed."""
     known = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
     if known is None or len(known) != len(dataset):
         known = []
@@ -91,10 +93,13 @@ def _labels(dataset: Any, count: int, url: str) -> list[int | None]:
                 known.append(_item(dataset, index)[1])
             except BadImage as error:
                 raise SourceError(f"{url}: item {index}: {error}") from None
+    names = [str(name) for name in getattr(dataset, "classes", ())]
     try:
-        return [None if label is None else int(label) for label in known[:count]]
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{url}: expected whole numbers as labels: {error}") from None
+        return read_labels(list(known[:count]), url, names, "item {}".format), ""
+    except NoClass as error:
+        why = f"expected whole numbers or names as labels, found {error}"
+        warn(f"{url}: no labels are read: {why}")
+        return ([None] * count, names), why
 
 
 def _image(value: Any) -> Image.Image:

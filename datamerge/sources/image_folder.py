@@ -1,17 +1,29 @@
-"""A folder of image files, nested as you like. Classes come from labels.csv, or from first-level sub-folders.
+"""A folder of image files, nested as you like. Classes come from labels.csv, or from sub-folders.
 
-labels.csv has a header with `file` (a path below the folder, or below its sub-folder `images`) and usually `label`;
-other columns can name groups. Without it, first-level sub-folders are classes if every image is in one.
+labels.csv has a column `file` (a path below the folder, or below its sub-folder `images`) and usually `label`; other
+columns can name groups. Without it, first-level sub-folders are classes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
+from datamerge.runtime.messages import say, warn
+from datamerge.sources.label_table import LabelTable, read_label_table
+from datamerge.sources.labels import (
+    NONE,
+    USUAL,
+    Labels,
+    NoClass,
+    choose_column,
+    number_in,
+    read_labels,
+    shown,
+    wanted_column,
+    warn_of_twins,
+)
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -19,15 +31,11 @@ from datamerge.sources.sample import (
     fingerprint,
     make_keys,
     make_listing,
-    text_labels,
-    to_indices,
 )
 from storage_schemas import Location, SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TABLE = "labels.csv"
-FILE_COLUMNS = ("file", "filename", "file_name")
-LABEL_COLUMN = "label"
 
 
 @dataclass(frozen=True)
@@ -54,18 +62,21 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
     """
     names = [name for name, _ in files]
     groups: list[str | None] = [None] * len(names)
+    labels: list[int | None] = [None] * len(names)
+    class_names: list[str] = []
+    unlabelled = ""
     if location.exists(TABLE):
-        rows = _read_table(location, names)
-        labels, class_names = _column_labels(rows, names, columns.label, f"{location.url}/{TABLE}")
+        table = read_label_table(location.read(TABLE), names, f"{location.url}/{TABLE}")
+        (labels, class_names), unlabelled = _table_labels(table, names, columns)
         if columns.group is not None:
-            groups = _column(rows, names, columns.group, f"{location.url}/{TABLE}")
-    elif wanted := columns.label or columns.group:
+            groups = table.values(columns.group, names)
+    elif wanted := columns.group or (columns.label if columns.label != NONE else None):
         raise SourceError(
             f"{location.url}: expected a {TABLE} with the column {wanted!r}, found none; add it (its header: "
             "file,label,…)"
         )
-    else:
-        labels, class_names = _folder_labels(names)
+    elif columns.label != NONE:
+        labels, class_names = _folder_labels(location, names)
     samples = [
         Sample(key, name, label, group)
         for key, name, label, group in zip(make_keys(names), names, labels, groups, strict=True)
@@ -73,49 +84,116 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
     listing = make_listing(location, files)
     identity = fingerprint([listing, labels, groups])
     reader = FolderReader(location)
-    return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location)
+    return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location, unlabelled)
 
 
-def _folder_labels(names: Sequence[str]) -> tuple[list[int | None], list[str]]:
-    parts = [PurePosixPath(name).parts for name in names]
-    if any(len(part) == 1 for part in parts):
-        return [None] * len(names), []
-    return to_indices([part[0] for part in parts])
-
-
-def _read_table(location: Location, names: Sequence[str]) -> dict[str, Mapping[str, str]]:
-    """Rows of labels.csv by the image's path."""
-    where = f"{location.url}/{TABLE}"
-    try:
-        reader = csv.DictReader(io.StringIO(location.read(TABLE).decode("utf-8-sig")))
-        rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{where}: expected a CSV table in UTF-8: {error}") from None
-    column = next((name for name in FILE_COLUMNS if name in (reader.fieldnames or [])), None)
+def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> tuple[Labels, str]:
+    """Labels from a column of labels.csv, and why there are none."""
+    others = [name for name in table.columns if name not in (table.file_column, columns.group)]
+    if columns.label is not None:
+        column, why = wanted_column(columns.label, table.columns, table.where), ""
+    elif len(others) == 1:
+        (column,), why = others, ""
+        if column != USUAL[0]:
+            say(f"{table.where}: labels are taken from {column!r}")
+    else:
+        column, why = choose_column(others, table.where)
     if column is None:
-        raise SourceError(f"{where}: expected a column {FILE_COLUMNS[0]!r}, found {reader.fieldnames}")
-    known = set(names)
-    table: dict[str, Mapping[str, str]] = {}
-    for row in rows:
-        path = row[column] if row[column] in known else f"images/{row[column]}"
-        if path not in known:
-            raise SourceError(f"{where}: names {row[column]!r}, which is not below the folder; correct the table")
-        table[path] = row
-    return table
+        if not why and others and columns.label is None:
+            why = f"none of the columns {', '.join(others)} of {TABLE} is called label; name one as `label_column`"
+            say(f"{table.where}: no labels are read: {why}")
+        return ([None] * len(names), []), why
+    try:
+        labels, classes = read_labels(
+            table.values(column, names), f"{table.where}, {column!r}", row=lambda index: table.line(names[index])
+        )
+    except NoClass as error:
+        raise SourceError(f"{table.where}, {column!r}: expected whole numbers or names, found {error}") from None
+    warn_of_twins(classes, table.where)
+    return (labels, classes), ""
 
 
-def _column_labels(
-    rows: Mapping[str, Mapping[str, str]], names: Sequence[str], wanted: str | None, where: str
-) -> tuple[list[int | None], list[str]]:
-    """Labels from a column: class indices if all are whole numbers, else names."""
-    if wanted is None and any(LABEL_COLUMN not in row for row in rows.values()):
+def _folder_labels(location: Location, names: Sequence[str]) -> Labels:
+    """Labels from the sub-folders of the first level at which there are several.
+
+    Images beside them have none. Folders that are all called by whole numbers are the labels by value.
+    """
+    parts = [name.split("/") for name in names]
+    level = _level(parts)
+    folders = [part[level] if len(part) > level + 1 else None for part in parts]
+    distinct = sorted({folder for folder in folders if folder is not None})
+    beside = folders.count(None)
+    if beside and (len(distinct) < 2 or beside * 2 >= len(names)):
+        if distinct:
+            say(
+                f"{location.url}: {beside} of {len(names)} images are beside {len(distinct)} sub-folders: these are "
+                "not taken as classes"
+            )
         return [None] * len(names), []
-    return text_labels(_column(rows, names, wanted or LABEL_COLUMN, where))
+    if beside:
+        warn(
+            f"{location.url}: {beside} of {len(names)} images are beside the {len(distinct)} class folders and have "
+            f"no label, such as {names[folders.index(None)]}"
+        )
+    labels, classes = read_labels(folders, location.url, row=names.__getitem__, folders=True)
+    if distinct and not classes:
+        classes = _numbered(distinct, location.url)
+    _say_folders(location, "/".join(parts[0][:level]), distinct)
+    deeper = sum(len(part) > level + 2 for part in parts)
+    if deeper:
+        say(f"{location.url}: {deeper} of {len(names)} images are in folders below their class folder")
+    warn_of_twins(classes, location.url)
+    return labels, classes
 
 
-def _column(rows: Mapping[str, Mapping[str, str]], names: Sequence[str], column: str, where: str) -> list[str | None]:
-    """Values of a column, by image; None for images that the table does not name."""
-    found = next(iter(rows.values()), {})
-    if column not in found:
-        raise SourceError(f"{where}: expected a column {column!r}, found {list(found)}")
-    return [rows[name][column] or None if name in rows else None for name in names]
+def _level(parts: Sequence[Sequence[str]]) -> int:
+    """How deep the class folders are: below folders that all images share, where these hold several folders."""
+    level = 0
+    while all(len(part) > level + 2 and part[level] == parts[0][level] for part in parts):
+        level += 1
+    several = len({part[level] for part in parts}) > 1
+    return level if several else 0
+
+
+def _numbered(folders: Sequence[str], where: str) -> list[str]:
+    """Class names of folders that are called by numbers, where these count from 0; none otherwise.
+
+    Raises:
+        SourceError: two folders that are the same number.
+    """
+    by_value: dict[int, str] = {}
+    for folder in folders:
+        value = number_in(folder, digits_only=True)
+        if value is None or value < 0:
+            continue
+        if value in by_value:
+            raise SourceError(
+                f"{where}: expected one folder a class, found {by_value[value]} and {folder}, both the label "
+                f"{value}; rename one"
+            )
+        by_value[value] = folder
+    first, last = min(by_value, default=0), max(by_value, default=0)
+    if by_value:
+        say(f"{where}: the class folders {by_value[first]} … {by_value[last]} are numbers, taken as the labels")
+    return [by_value[value] for value in range(last + 1)] if len(by_value) == last + 1 else []
+
+
+def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
+    """Say where the classes are, if not at the top, and which folders beside them hold no image.
+
+    Object stores have no empty folders.
+    """
+    if above:
+        say(f"{location.url}: all images are in {above}, whose {len(used)} sub-folders are the classes")
+    elif len(used) == 1:
+        say(f"{location.url}: all images are in {used[0]}, which is the only class")
+    if not location.is_local:
+        return
+    with os.scandir(location.path(above) if above else location.root) as entries:
+        folders = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
+    empty = sorted(folders - set(used))
+    if empty:
+        warn(
+            f"{location.url}: {len(empty)} of {len(folders)} class folders hold no image, {shown(empty)}; the "
+            "classes are those of the others"
+        )

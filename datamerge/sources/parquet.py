@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -10,21 +11,20 @@ import pyarrow.parquet as pq
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources.images import BadImage
+from datamerge.sources.labels import label_columns
 from datamerge.sources.sample import (
     Columns,
     Sample,
     Source,
-    as_text,
     fingerprint,
     make_keys,
     make_listing,
-    to_indices,
 )
-from storage_schemas import Location, SourceError, read_json
+from datamerge.sources.table_labels import TableLabels
+from storage_schemas import Location, SourceError
 
 # What pyarrow raises for a file that is none, or not whole.
 _BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class ParquetReader:
@@ -82,9 +82,9 @@ def open_parquet(
     """
     places: list[tuple[str, str]] = []
     entries: list[tuple[str, int, int]] = []
-    raw_labels: list[Any] = []
+    place = f"{location.url}/{files[0][0]}" if len(files) == 1 else location.url
+    found = TableLabels(columns.label, place, [columns.group])
     groups: list[str | None] = []
-    names: list[str] = []
     column = columns.image
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
         where = f"{location.url}/{name}"
@@ -93,22 +93,20 @@ def open_parquet(
             rows = _count(file, size)
             schema = file.schema_arrow
             column = _image_column(schema, column, where)
-            label = _label_column(schema, columns.label, where)
-            names = names or _hugging_face_names(schema, label)
-            raw_labels += _values(file, label)
+            found.add(schema, rows, partial(_values, file), where, column)
             groups += _group_values(file, columns.group, where)
         except _BROKEN as error:
             raise SourceError(f"{where}: expected a Parquet file: {first_line(error)}") from None
         places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
-    labels, names = to_indices(raw_labels, names)
+    labels, names = found.finish(lambda index: places[index][1])
     samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
     if not samples or column is None:
         raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
     listing = make_listing(location, files)
     identity = fingerprint([column, entries, listing, labels, groups])
     reader = ParquetReader(location, column)
-    return Source(location.url, "parquet", samples, names, identity, reader, listing, location)
+    return Source(location.url, "parquet", samples, names, identity, reader, listing, location, found.unlabelled)
 
 
 def _count(file: pq.ParquetFile, size: int) -> int:
@@ -151,46 +149,11 @@ def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
         or pa.types.is_large_binary(field.type)
         or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
     ]
+    if wanted is None and len(candidates) > 1:  # labels may be bytes, too
+        candidates = [name for name in candidates if not any(label_columns([name]))] or candidates
     if wanted is None and len(candidates) == 1:
         return str(candidates[0])
     if wanted in candidates:
         return str(wanted)
     asked = f"the image column {wanted!r}" if wanted else "one image column"
     raise SourceError(f"{where}: expected {asked}, found {candidates or schema.names}; name it with `image_column`")
-
-
-def _label_column(schema: pa.Schema, wanted: str | None, where: str) -> str | None:
-    if wanted is not None and wanted not in schema.names:
-        raise SourceError(f"{where}: expected a label column {wanted!r}, found {schema.names}")
-    if wanted is not None and not _is_class(schema.field(wanted).type):
-        raise SourceError(
-            f"{where}: expected integers or text in the label column {wanted!r}, found {schema.field(wanted).type}"
-        )
-    usable = [name for name in LABEL_COLUMNS if name in schema.names and _is_class(schema.field(name).type)]
-    return wanted or next(iter(usable), None)
-
-
-def _is_class(kind: pa.DataType) -> bool:
-    """Whether values of this type name one class: neither lists of labels nor scores."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    checks = (
-        pa.types.is_integer,
-        pa.types.is_boolean,
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_null,
-    )
-    return any(check(kind) for check in checks)
-
-
-def _hugging_face_names(schema: pa.Schema, label: str | None) -> list[str]:
-    """Class names that Hugging Face datasets keep in the schema's metadata."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    if not metadata or not label:
-        return []
-    try:
-        names = read_json(metadata)["info"]["features"][label]["names"]
-        return [as_text(name) for name in names]
-    except (ValueError, KeyError, TypeError):  # somebody else's metadata under this key
-        return []

@@ -93,6 +93,7 @@ class Source:
         reader: reads the samples.
         listing: by file, what identifies its content: [bytes, hash or None, …].
         location: the folder of the listed files, if they are files.
+        unlabelled: why no sample has a label although something looks like labels; empty if that is not so.
     """
 
     url: str
@@ -103,14 +104,27 @@ class Source:
     reader: Reader
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     location: Location | None = None
+    unlabelled: str = ""
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
         return one_line(self, redact(self.url), self.kind, f"{len(self.samples)} samples", *classes)
 
+    @property
+    def why(self) -> str:
+        """Why no sample has a label, in brackets, for messages of what needs labels; mostly empty."""
+        return f" ({self.unlabelled})" if self.unlabelled else ""
+
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""
         return self if limit is None else replace(self, samples=self.samples[:limit])
+
+    def relabelled(self, rows: Mapping[int, int], names: Sequence[str]) -> Source:
+        """The same samples with other numbers for their labels, whose names are `names`."""
+        samples = [
+            sample if sample.label is None else replace(sample, label=rows[sample.label]) for sample in self.samples
+        ]
+        return replace(self, samples=samples, class_names=names)
 
     def listing_bytes(self) -> bytes:
         """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
@@ -188,18 +202,6 @@ def _content_hash(location: Location, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def is_whole_number(text: str) -> bool:
-    """Whether a text is a label in digits, of at most 64 bits; negative ones stand for none."""
-    return text.removeprefix("-").isdecimal() and len(text) < 19
-
-
-def text_labels(values: Sequence[str | None]) -> tuple[list[int | None], list[str]]:
-    """Class indices and class names of labels in text: indices if all are whole numbers, else names."""
-    if all(value is None or is_whole_number(value) for value in values):
-        return to_indices([None if value is None else int(value) for value in values])
-    return to_indices(values)
-
-
 def fingerprint(entries: Any) -> str:
     """Hash of a JSON-like listing."""
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
@@ -221,15 +223,3 @@ def make_keys(names: Sequence[str]) -> list[str]:
 def as_text(value: object) -> str:
     """A value from somebody's JSON, whose strings may hold what no UTF-8 can say, as text."""
     return str(value).encode(errors="backslashreplace").decode()
-
-
-def to_indices(raw: Sequence[Any], names: Sequence[str] = ()) -> tuple[list[int | None], list[str]]:
-    """Class indices and class names: integer labels as they are, text labels numbered in alphabetical order.
-
-    A negative integer is no label, as Hugging Face data sets mean it.
-    """
-    if any(isinstance(value, str) for value in raw):
-        ordered = sorted({str(value) for value in raw if value is not None})
-        index = {name: position for position, name in enumerate(ordered)}
-        return [None if value is None else index[str(value)] for value in raw], ordered
-    return [None if value is None or int(value) < 0 else int(value) for value in raw], list(names)

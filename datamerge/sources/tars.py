@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import braceexpand
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources.image_folder import EXTENSIONS
 from datamerge.sources.images import BadImage
+from datamerge.sources.labels import NONE, Labels, NoClass, choose_column, label_columns, read_labels, warn_of_twins
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -27,7 +29,6 @@ from datamerge.sources.sample import (
     fingerprint,
     make_keys,
     make_listing,
-    text_labels,
 )
 from storage_schemas import Location, SourceError, read_json, redact
 from storage_schemas.access.redaction import split_query
@@ -145,7 +146,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    labels, names = text_labels([_label(parts, columns.label, key) for key, parts, _ in complete])
+    labels, names = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
         Sample(
@@ -196,7 +197,8 @@ def _note_member(
     parts = found.setdefault(key, _Parts())
     extension = extension.lower()
     is_image = f".{extension}".endswith(EXTENSIONS)
-    if not is_image and extension not in (columns.label or LABEL_EXTENSION, columns.group, "json"):
+    is_label = any(label_columns([extension])) if columns.label is None else extension == columns.label
+    if not (is_image or is_label or extension in (columns.group, "json")):
         return
     if info.issparse():
         raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
@@ -213,19 +215,58 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _label(parts: _Parts, column: str | None, key: str) -> str | None:
-    text = _text(parts, column or LABEL_EXTENSION)
-    if text is None and column is not None:
-        raise SourceError(f"{key}: expected a member or JSON field {column!r} with the label, found none")
-    return text
+def _labels(samples: Sequence[tuple[str, _Parts]], column: str | None, url: str) -> Labels:
+    """Labels from a member or a JSON field of each sample.
+
+    Raises:
+        SourceError: no sample has such a member or field, or what it says is no label.
+    """
+    if column == NONE:
+        return [None] * len(samples), []
+    name = column or _label_name([parts for _, parts in samples], url)
+    raw = [_value(parts, name) for _, parts in samples]
+    if column is not None and all(value is None for value in raw):
+        raise SourceError(
+            f"{samples[0][0]}: expected a member or JSON field {column!r} with the label, found none in "
+            f"{len(samples)} samples"
+        )
+    where = f"{url}, {name}"
+    try:
+        labels, names = read_labels(raw, where, row=lambda index: samples[index][0])
+    except NoClass as error:
+        raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+    warn_of_twins(names, where)
+    return labels, names
 
 
-def _text(parts: _Parts, column: str) -> str | None:
-    """A member's text, or the field of that name in the sample's JSON member."""
+def _label_name(samples: Sequence[_Parts], url: str) -> str:
+    """The extension of the members with labels, `cls` by default; or the JSON field with them."""
+    if any(LABEL_EXTENSION in parts.texts for parts in samples):
+        return LABEL_EXTENSION
+    members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
+    fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
+    return choose_column([*members, *fields], url)[0] or LABEL_EXTENSION
+
+
+def _fields(parts: _Parts) -> list[str]:
+    try:
+        return [as_text(key) for key in read_json(parts.texts["json"])]
+    except (ValueError, TypeError):
+        return []
+
+
+def _value(parts: _Parts, column: str) -> Any:
+    """A member's text, or the field of that name in the sample's JSON member, as it is there."""
     try:
         if column in parts.texts:
-            return parts.texts[column].decode().strip()
+            return parts.texts[column].decode("utf-8-sig").strip()
         value = read_json(parts.texts.get("json", b"{}")).get(column)
     except (ValueError, AttributeError):
         return None
+    return as_text(value) if isinstance(value, str) else value
+
+
+def _text(parts: _Parts, column: str) -> str | None:
+    """A member or field, as text."""
+    value = _value(parts, column)
     return None if value is None else as_text(value)

@@ -127,10 +127,10 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
         for artifact in inputs
         for part in origins(artifact.manifest.provenance, artifact.manifest.plan_sha256, len(artifact))
     ]
-    for part, settled in zip(parts, settle_preprocessing([part["leaves"] for part in parts], urls[0]), strict=True):
+    for part, settled in zip(parts, settle_preprocessing([part["leaves"] for part in parts]), strict=True):
         part["leaves"] = settled
     flat = [leaves(artifact.manifest.provenance) | _stored(artifact) for artifact in inputs]
-    flat = settle_preprocessing(flat, urls[0])
+    flat = settle_preprocessing(flat)
     check_names(flat, allow_different)
     attacked = any("attack.kind" in part["leaves"] for part in parts)
     union = _collect(inputs, [() if attacked else _identities(one) for one in flat])

@@ -71,18 +71,19 @@ def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None)
     return {**tree(shared), COMBINED: entries}
 
 
-def settle_preprocessing(flat: Sequence[Leaves], where: str) -> list[Leaves]:
+def settle_preprocessing(flat: Sequence[Leaves]) -> list[Leaves]:
     """The same provenances, those that name the same pixels in other words or in less detail in the fullest ones.
 
-    Releases before 0.2.0 said less of them, and nothing of the normalisation.
-
-    Raises:
-        ConfigError: a preprocessing that this release cannot read.
+    Releases before 0.2.0 said less of them, and nothing of the normalisation. What this release cannot read stays as it
+    is, and is compared entry by entry.
     """
     named = [tree({path: value for path, value in one.items() if is_under(path, [_PIXELS])}) for one in flat]
     if all(one == named[0] for one in named):
         return list(flat)
-    found = [Preprocessing.of_artifact(one, where) for one in named]
+    try:
+        found = [Preprocessing.of_artifact(one, "provenance") for one in named]
+    except ConfigError:
+        return list(flat)
     known = [one for one in found if one is not None]
     fullest = max(known, key=lambda one: (one.is_complete, one.resize != "none"), default=None)
     if fullest is None or len(known) < len(found) or any(one.differences(fullest) for one in known):

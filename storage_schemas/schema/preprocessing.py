@@ -149,7 +149,7 @@ class Preprocessing(BaseModel):
         """
         names = ["shape", *self._decisive(other), *(("mean", "std") if normalised else ())]
         return [
-            f"{name} {_text(mine)} here, {_text(theirs)} there"
+            f"{name} {_text(name, mine)} here, {_text(name, theirs)} there"
             for name in names
             if not _same(mine := getattr(self, name), theirs := getattr(other, name))
         ]
@@ -179,15 +179,15 @@ class Preprocessing(BaseModel):
             facts = ["images of this size as they are"]
         else:
             height, width = self.scale
-            to = str(height) if height == width and self.resize != "squash" else _text(self.scale)
+            to = str(height) if height == width and self.resize != "squash" else _text("scale", self.scale)
             facts = [f"{_SIDES[self.resize]}{to}", self.interpolation]
             if self.resize == "longest":
-                facts.append(f"the rest filled with {_text(self.fill)}")
+                facts.append(f"the rest filled with {_text('fill', self.fill)}")
             elif self.resize == "shortest" or self.scale != self.size:
                 facts.append("centre cropped")
         facts += ["transparent pixels on white"] if self.alpha == "white" else []
-        facts += [f"{name} {_text(value)}" for name in ("mean", "std") if (value := getattr(self, name))]
-        return f"{_text(self.shape)}: {', '.join(facts)}"
+        facts += [f"{name} {_text(name, value)}" for name in ("mean", "std") if (value := getattr(self, name))]
+        return f"{_text('shape', self.shape)}: {', '.join(facts)}"
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -198,10 +198,11 @@ def _same(mine: Any, theirs: Any) -> bool:
     return all(abs(one - two) <= TOLERANCE for one, two in zip(mine, theirs, strict=True))
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
+    """The value of a field, as a person writes it."""
     if isinstance(value, str):
         return value
-    if all(isinstance(one, int) for one in value):
+    if name in ("shape", "scale"):
         return "x".join(map(str, value))
     if len(set(value)) == 1:
         return f"{value[0]:g}"

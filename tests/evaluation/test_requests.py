@@ -108,7 +108,7 @@ def test_label_outside_the_head(two_class: str, photos: Path, make_head: MakeHea
 
 def test_class_names_that_do_not_fit(two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
-    names.write_text("dark\n\nlight\nmoon\n")
+    names.write_text("dark\nlight\nmoon\n")
     with refused(ConfigError, "class_names", " 2 ", " 3"):
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(names))
     with refused(ConfigError, "class_names", "head", " none"):

@@ -100,9 +100,21 @@ def test_finished_captions_of_another_hugging_face_tower_are_refused(
     }
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(num_hidden_layers=3, **sizes))
     tower.save_pretrained(tmp_path / "tower")
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "tower")
     caption(f"hf:{tmp_path / 'tower'}")
     caption(f"hf:{tmp_path / 'tower'}/")
-    assert len(list((tmp_path / "out" / "captions").glob("*/identity.json"))) == 1
+    (identity,) = (tmp_path / "out" / "captions").glob("*/identity.json")
+    # Releases before 0.2.0 did not say how the pixels were made.
+    earlier = {name: value for name, value in json.loads(identity.read_text()).items() if name != "preprocessing"}
+    identity.write_text(json.dumps(earlier))
+    caption(f"hf:{tmp_path / 'tower'}")
+    earlier_mean, processor.image_mean = processor.image_mean, [0.5, 0.5, 0.5]
+    processor.save_pretrained(tmp_path / "tower")
+    with refused(ConfigError, "output", "(preprocessing.mean: ", "0.4578275", "0.5"):
+        caption(f"hf:{tmp_path / 'tower'}")
+    processor.image_mean = earlier_mean
+    processor.save_pretrained(tmp_path / "tower")
     for parameter in tower.parameters():
         parameter.data *= 2
     tower.save_pretrained(tmp_path / "tower")
@@ -199,6 +211,25 @@ def test_arms_of_other_settings_do_not_share_a_table(
         embed(second, photos, tmp_path / "out", **flags)
     embed(second, photos, tmp_path / "out", batch_size=3)
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["arms"]) == 2
+
+
+def test_results_of_other_pixels_are_refused(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
+    """Also those of a release that said nothing of pixels: it resized the shorter side of any image."""
+    spec = make_encoder([[1.0] * 4])
+    embed(spec, photos, tmp_path / "out")
+    (identity,) = (tmp_path / "out").rglob("identity.json")
+    found = json.loads(identity.read_text())
+    own = load_encoder(spec).preprocessing.record()
+    assert found.pop("preprocessing") == found.pop("original_preprocessing") == own
+    identity.write_text(json.dumps(found))
+    embed(spec, photos, tmp_path / "out")
+    for release in (found, json.loads(identity.read_text())):
+        encoder = load_encoder(spec)
+        encoder.preprocessing = encoder.preprocessing.model_copy(update={"resize": "squash"})
+        save_encoder(encoder, spec.partition("@")[2])
+        identity.write_text(json.dumps(release))
+        with refused(ConfigError, "output", "preprocessing.resize: 'shortest' there, 'squash' now"):
+            embed(spec, photos, tmp_path / "out")
 
 
 def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run: MakeRun, photos: Path) -> None:

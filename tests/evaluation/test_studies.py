@@ -220,7 +220,7 @@ def test_text_features_are_made_once(
 
 
 def test_imagenets_names_and_templates(tmp_path: Path) -> None:
-    from datamerge.evaluation.labels import imagenet_names
+    from datamerge.encoders.classes import imagenet_names
 
     assert len(imagenet_names()) == 1000
     assert imagenet_names()[0] == "tench"
@@ -258,7 +258,9 @@ def test_requests_that_are_refused(
 
 
 def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
-    shutil.move(photos / "dark" / "near.png", photos / "near.png")
+    for name in ("dark", "light"):
+        for place, file in enumerate((photos / name).iterdir()):
+            shutil.move(file, photos / f"{name}-{place}.png")
     with refused(ConfigError, "data", "labels"):
         measure(two_class, photos, tmp_path / "out", head="outputs")
 

@@ -14,33 +14,13 @@ import torch
 
 from datamerge.encoders import load_encoder
 from datamerge.encoders.runs import encoder_spec, resolve
-from merge_service import MergeConfig
-from merge_service.merge import prepare, worker_setup
-from merge_service.worker import ShardWorker
-from storage_schemas import Artifact, ArtifactWriter, ConfigError, Location, open_artifact
+from storage_schemas import ConfigError, Location, open_artifact
 from storage_schemas.operations.diff import diff
 from storage_schemas.operations.remerge import Remerge, remerge
+from tests.support.merging import merge_alone
 from tests.support.refusals import refused
 
 ORIGINAL = "mlp:1x6x5-8-4"
-
-
-def _merge(photos: Path, artifact: Path, **settings: Any) -> Artifact:
-    """A merge without Ray."""
-    config = MergeConfig.model_validate(
-        {"source": str(photos), "artifact": str(artifact), "members": 2, "steps": 3, "device": "cpu"} | settings
-    )
-    prepared = prepare(config)
-    writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)
-    writer.begin(prepared.files)
-    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
-    threads = torch.get_num_threads()
-    worker.prepare()
-    for shard in range(prepared.plan.layout.shards):
-        worker.run(prepared.plan.task(shard))
-    torch.set_num_threads(threads)
-    writer.finish()
-    return open_artifact(artifact)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +28,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos.npz, the first round's artifact, a run trained on it by the real command, and the second round."""
     folder = tmp_path_factory.mktemp("rounds")
     np.savez(folder / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
-    _merge(folder / "photos.npz", folder / "adv-1", encoder=ORIGINAL)
+    merge_alone(folder / "photos.npz", folder / "adv-1", encoder=ORIGINAL)
     command = [
         "train",
         str(folder / "adv-1"),
@@ -63,7 +43,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--lr", "0.01", "--device", "cpu"]
     done = subprocess.run([sys.executable, "-m", "datamerge", *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    _merge(folder / "photos.npz", folder / "adv-2", encoder=str(folder / "run"), target_encoder=ORIGINAL, seed=1)
+    merge_alone(folder / "photos.npz", folder / "adv-2", encoder=str(folder / "run"), target_encoder=ORIGINAL, seed=1)
     return folder
 
 
@@ -117,18 +97,18 @@ def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None) -
 
 
 def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
-    with refused(ConfigError, "target_encoder", (1, 6, 5), 4, 5):
-        _merge(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
+    with refused(ConfigError, "target_encoder", 4, 5):
+        merge_alone(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
 
 
 @pytest.mark.parametrize("kind", ["sketch", "principal"])
 def test_members_merged_again_are_what_a_merge_of_that_size_writes(tmp_path: Path, kind: str) -> None:
     np.savez(tmp_path / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
     settings = {"encoder": ORIGINAL, "batch_size": 12, "groups_per_shard": 3}
-    _merge(tmp_path / "photos.npz", tmp_path / "six", members=6, keep_members=True, **settings)
+    merge_alone(tmp_path / "photos.npz", tmp_path / "six", members=6, keep_members=True, **settings)
     wanted = Remerge(members=4, factors=2, factor_kind=kind)  # type: ignore[arg-type]
     remerge(open_artifact(tmp_path / "six"), Location(tmp_path / "four"), wanted)
-    direct = _merge(
+    direct = merge_alone(
         tmp_path / "photos.npz",
         tmp_path / "direct",
         members=4,

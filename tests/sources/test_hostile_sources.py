@@ -93,10 +93,9 @@ def test_json_beside_an_image_that_is_none(tmp_path: Path, text: bytes) -> None:
         open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.json": text}), label_column="l")
 
 
-def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
-    source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.cls": b"9" * 5000}))
-    assert source.samples[0].label == 0
-    assert source.class_names == ["9" * 5000]
+def test_a_label_of_thousands_of_digits(tmp_path: Path) -> None:
+    with refused(SourceError, None, "t.tar#a", 2**31 - 1):
+        open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.cls": b"9" * 5000}))
 
 
 def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:

@@ -47,12 +47,6 @@ def test_first_level_folders_are_classes_when_every_image_is_in_one(tmp_path: Pa
     assert found == {"ant eater/4.png": 0, "cat/3.png": 1, "cat/x/deep/2.png": 1, "dog/1.png": 2}
 
 
-def test_one_image_at_the_top_means_no_classes(tmp_path: Path) -> None:
-    source = open_source(_make(tmp_path, ["dog/1.png", "cat/2.png", "cover.png"]))
-    assert list(source.class_names) == []
-    assert {sample.label for sample in source.samples} == {None}
-
-
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
     names = ["a/1.png", "a/.2.png", ".cache/3.png", "a/.thumbs/4.png", ".5.png", "__MACOSX.png"]
     source = open_source(_make(tmp_path, names))

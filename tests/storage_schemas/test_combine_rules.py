@@ -21,9 +21,11 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.operations.combine import plan_combination
+from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.provenance import leaves
 from tests.support.combining import (
     LABELS,
+    ROUND,
     SHAPE,
     WIDTH,
     attacked,
@@ -49,6 +51,26 @@ def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
         {"sha256": "e1"},
         {"sha256": "e2"},
     ]
+
+
+def test_pixels_in_the_words_of_an_earlier_release_are_the_same(tmp_path: Path) -> None:
+    """It named one way of resizing, and no normalisation; the union says all that is known."""
+    earlier = {"shape": [1, 3, 4], "resize": "bicubic, shorter side", "crop": "centre"}
+    now = Preprocessing(shape=(1, 3, 4), mean=(0.5,), std=(0.25,))
+    squashed = now.model_copy(update={"resize": "squash"})
+    artifacts = [
+        make(tmp_path / str(seed), attacked(["k0"], seed), {**ROUND, "preprocessing": record}, {"seed": seed})
+        for seed, record in enumerate((earlier, now.record(), squashed.record(), earlier))
+    ]
+    for name, pair in (("there", artifacts[:2]), ("back", artifacts[1::-1])):
+        union = combine(tmp_path / name, *pair)
+        assert union.manifest.provenance["preprocessing"] == now.record()
+    union = combine(tmp_path / "earlier", artifacts[0], artifacts[3])
+    assert union.manifest.provenance["preprocessing"] == earlier
+    with refused(UserError, None, "preprocessing.resize: 'shortest'", "'squash'"):
+        combine(tmp_path / "none", artifacts[1], artifacts[2])
+    three = combine(tmp_path / "three", combine(tmp_path / "two", *artifacts[:2]), artifacts[3])
+    assert three.manifest.provenance["preprocessing"] == now.record()
 
 
 def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:

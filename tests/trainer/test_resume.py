@@ -166,6 +166,8 @@ def test_a_run_of_an_earlier_release_goes_on(make_artifact: MakeArtifact, tmp_pa
     (checkpoint,) = (tmp_path / "stopped/checkpoints").iterdir()
     state = torch.load(checkpoint, weights_only=True)
     identity = {**json.loads((tmp_path / "stopped/identity.json").read_text()), **earlier}
+    # It said nothing of pixels.
+    assert identity.pop("preprocessing")["mean"] == [0.5]
     torch.save({**state, "identity": identity}, checkpoint)
     (tmp_path / "stopped/identity.json").write_text(json.dumps(identity))
     with refused(ConfigError, "run", config.run, "(refine_step_size: '1/4' there, '1/8' now)"):

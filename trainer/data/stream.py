@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Collate:
             none do not look at it.
         classes: labels must be below this.
         clean: deliver the clean images too.
+        rows: by label, the class that it is of those that are trained; None for the same number.
     """
 
     arm: ArmName
@@ -64,6 +65,7 @@ class Collate:
     members: int
     classes: int | None = None
     clean: bool = False
+    rows: Mapping[int, int] | None = None
 
     def arrays(self) -> set[str]:
         """Names of the stored arrays that are read; the others are left alone."""
@@ -90,12 +92,13 @@ class Collate:
 
     def _targets(self, records: list[Record]) -> Tensor:
         if self.labels:
-            return torch.tensor([check_label(record.key, record.label, self.classes) for record in records])
+            labels = [check_label(record.key, record.label, self.classes, self.rows) for record in records]
+            return torch.tensor(labels)
         return stack([present(record.target, record, "target") for record in records])
 
 
-def check_label(key: str, label: int | None, classes: int | None) -> int:
-    """The label, if cross entropy can take it.
+def check_label(key: str, label: int | None, classes: int | None, rows: Mapping[int, int] | None = None) -> int:
+    """The class of a label, if cross entropy can take it.
 
     Raises:
         ConfigError: there is none, or it is none of the classes.
@@ -105,7 +108,9 @@ def check_label(key: str, label: int | None, classes: int | None) -> int:
             f"loss: cross_entropy expects a label for every group, found none for record {key}; "
             'use `loss="squared_error"`'
         )
-    if not 0 <= label < (classes if classes is not None else label + 1):
+    if rows is not None and label in rows:
+        return rows[label]
+    if rows is not None or not 0 <= label < (classes if classes is not None else label + 1):
         raise ConfigError(
             f"loss: cross_entropy expects labels below {classes}, the classes of the head (or the outputs of an "
             f"encoder without one), found label {label} at record {key}; choose another `head` or `encoder`"

@@ -34,7 +34,7 @@ from trainer.export.timm_folder import write_timm
 from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf", "timm"]
-# Target → (encoder, spec of its text tower, an empty folder) → lines of Python that load what is in the folder now.
+# Target → (encoder, spec of what it started from, an empty folder) → lines of Python that load the folder.
 WRITERS: Mapping[Target, Callable[[Encoder, str, Path], str]] = {
     "open_clip": write_open_clip,
     "hf": write_hugging_face,

@@ -21,6 +21,7 @@ from datamerge.encoders import (
     pick_device,
     weights_sha256,
 )
+from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, Cache, ConfigError, open_artifact
@@ -34,7 +35,15 @@ from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.run.recompute import recompute_activations
 from trainer.run.refine import Refinement
-from trainer.run.requirements import Checked, check, check_groups, check_held_out, check_recorded
+from trainer.run.requirements import (
+    Checked,
+    check,
+    check_groups,
+    check_held_out,
+    check_recorded,
+    label_names,
+    matched_rows,
+)
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
 _FREE = {
@@ -153,21 +162,20 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     check_recorded(config, artifact.manifest, encoder)
     head = _head(config, artifact) if found.labels else None
-    classes = None
-    if found.labels:
-        if head is not None:
-            head.check_width(encoder.embedding_dim)
-        classes = encoder.embedding_dim if head is None else len(head.weight)
+    classes = _classes(config, artifact, encoder, head) if found.labels else None
     collate = Collate(
         arm=config.arm,
         labels=found.labels,
         members=found.members,
-        classes=classes,
+        classes=classes.count if classes else None,
         clean=found.refinement is not None,
+        rows=matched_rows(artifact, classes, "head")
+        if classes and config.head not in (None, ARTIFACT_HEAD)
+        else None,
     )
     check_groups(artifact, encoder, collate)
     pin = device.type == "cuda"
-    held_out = _held_out(config, found, encoder, collate, pin)
+    held_out = _held_out(config, found, encoder, collate, pin, classes)
     warn_of_start(encoder)
     resolved = _resolved(config, artifact, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
@@ -251,13 +259,17 @@ def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin:
     return feed
 
 
-def _held_out(config: TrainConfig, found: Checked, encoder: Encoder, collate: Collate, pin: bool) -> HeldOut | None:
+def _held_out(
+    config: TrainConfig, found: Checked, encoder: Encoder, collate: Collate, pin: bool, classes: Classes | None
+) -> HeldOut | None:
     """The held-out artifact, checked as the one that is trained on."""
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
     artifact = _open(config, config.eval_artifact)
-    collate = dataclasses.replace(collate, members=check_held_out(other, found, artifact.manifest))
+    members = check_held_out(other, found, artifact.manifest)
+    rows = matched_rows(artifact, classes, "eval_artifact") if classes else None
+    collate = dataclasses.replace(collate, members=members, rows=rows)
     check_groups(artifact, encoder, collate)
     order = _order(artifact, other, "eval_artifact")
     feed = _feed(artifact, order, collate, config.data_workers, pin)
@@ -311,11 +323,21 @@ def choose_device(name: str, own: Processes) -> torch.device:
     return pick_device(name)
 
 
+def _classes(config: TrainConfig, artifact: Artifact, encoder: Encoder, head: Head | None) -> Classes:
+    """The classes that are trained: rows of the head, or outputs of the encoder."""
+    if head is None:
+        return Classes(label_names(artifact), encoder.embedding_dim, f"the outputs of {encoder.spec}")
+    head.check_width(encoder.embedding_dim)
+    own = config.head in (None, ARTIFACT_HEAD)
+    names = head.names or (label_names(artifact) if own else ())
+    return Classes(names, len(head.weight), f"the head of {config.artifact}" if own else f"head {config.head!r}")
+
+
 def _head(config: TrainConfig, artifact: Artifact) -> Head | None:
     """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
     stored = artifact.head()
     if config.head is not None and config.head != ARTIFACT_HEAD:
-        return load_head(config.head, stored[1] if stored else ())
+        return load_head(config.head, label_names(artifact))
     if stored is None and config.head is not None:
         raise ConfigError(f"head: found none in {config.artifact}; name a file or spec in `head`")
     return None if stored is None else head_from_arrays(*stored)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datamerge.encoders import Encoder, parse_spec
+from datamerge.encoders.classes import Classes, match_classes
 from datamerge.encoders.runs import with_tag_of_run
 from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
@@ -94,7 +96,39 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
         return
     for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
         for entry in artifact.commit(position).records:
-            check_label(entry.key, entry.label, collate.classes)
+            check_label(entry.key, entry.label, collate.classes, collate.rows)
+
+
+def label_names(artifact: Artifact) -> list[str]:
+    """What an artifact calls its labels: as the rows of its head, or as the classes of its source; may be empty."""
+    head = artifact.head()
+    if head is not None and head[1]:
+        return head[1]
+    source = artifact.manifest.provenance.get("source")
+    names = source.get("class_names") if isinstance(source, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def matched_rows(artifact: Artifact, classes: Classes, setting: str) -> Mapping[int, int] | None:
+    """By label of an artifact, the class that it is of those that are trained; None if all are the same number.
+
+    Labels are matched by name where both sides have names, by position otherwise.
+
+    Args:
+        artifact: whose labels they are; those of the first `EAGER_SHARDS` shards must have a class.
+        classes: that are trained.
+        setting: that brings the two together.
+
+    Raises:
+        ConfigError: a class that is not trained.
+    """
+    positions = range(min(len(artifact.shard_sizes), EAGER_SHARDS))
+    records = (entry for position in positions for entry in artifact.commit(position).records)
+    labels = {entry.label for entry in records if entry.label is not None}
+    names = label_names(artifact)
+    own = Classes(names, len(names), artifact.location.url)
+    match = match_classes(labels, own, classes, setting, f"choose another `{setting}`")
+    return match.rows if match.moves else None
 
 
 def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:

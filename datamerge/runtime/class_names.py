@@ -1,0 +1,118 @@
+"""Names of classes as people write them down, and when two of them are the same."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamerge.runtime.messages import say
+from storage_schemas import ConfigError, shortened
+
+# 0: tench | 0,tench | 0 tench | n01440764 tench
+_NUMBERED = re.compile(r"(\d+)(?:\s*[:,;\t]\s*|\s+)(\S.*)")
+_SYNSET = re.compile(r"(n\d{8})(?:\s*[:,;\t]\s*|\s+)(\S.*)")
+
+
+def plain_name(name: str) -> str:
+    """A class name without what people and file systems change: Unicode's form, case, `_` and spaces."""
+    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether class names are whole numbers, which say no more than their place."""
+    return all(name.strip().isdecimal() and len(name) < 20 for name in names)
+
+
+def read_class_names(file: str, setting: str = "class_names") -> list[str]:
+    """Class names of a file, in the order of the rows that they name.
+
+    One name a line, as it is, with commas and all; or every line as `0: tench` or `n01440764 tench`; or JSON:
+    ["tench", …], {"0": "tench", …}, {"0": ["n01440764", "tench"], …}, {"tench": 0, …}.
+
+    Args:
+        setting: that names the file, for messages.
+
+    Raises:
+        ConfigError: no such file, an empty one, a line without a name between others, or numbers with a gap.
+    """
+    try:
+        text = Path(file).expanduser().read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise ConfigError(f"{setting}: expected one class name a line in {file}, found {reason}") from None
+    names = _of_json(text, file, setting) if text.lstrip()[:1] in ("[", "{") else _of_lines(text, file, setting)
+    if not names:
+        raise ConfigError(f"{setting}: expected one class name a line in {file}, found an empty file")
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        say(
+            f"{setting}: {len(twice)} names in {file} occur several times, such as {twice[0]!r}; images of such "
+            "classes are matched by name only where the source has as many classes of that name, in their order"
+        )
+    return names
+
+
+def _of_lines(text: str, file: str, setting: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    if "" in lines:
+        raise ConfigError(
+            f"{setting}: expected one class name a line in {file}, found none in line {lines.index('') + 1}, which "
+            "would shift those after it; remove the line, or name the class"
+        )
+    synsets = [_SYNSET.fullmatch(line) for line in lines]
+    if lines and all(synsets):
+        say(f"{setting}: the names in {file} are what follows the synsets, such as {synsets[0] and synsets[0][2]!r}")
+        return [found[2] for found in synsets if found]
+    numbered = [(int(found[1]), found[2]) for found in map(_NUMBERED.fullmatch, lines) if found]
+    numbers = sorted(number for number, _ in numbered)
+    if len(numbers) == len(lines) > 1 and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)]):
+        say(f"{setting}: the names in {file} are numbered from {numbers[0]} and taken in that order")
+        return [_unquoted(name) for _, name in sorted(numbered)]
+    return [_unquoted(line) for line in lines]
+
+
+def _unquoted(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name
+
+
+def _of_json(text: str, file: str, setting: str) -> list[str]:
+    try:
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = ast.literal_eval(text.strip())  # {0: 'tench', …}, as the best known list of ImageNet has it
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        if "\n" in text.strip():
+            return _of_lines(text, file, setting)  # names in brackets
+        raise ConfigError(f"{setting}: expected class names in {file}, found broken JSON") from None
+    if isinstance(found, dict):
+        found = _in_order(found.get("id2label", found), file, setting)
+    names = [item[-1] if isinstance(item, list | tuple) and item else item for item in found]
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        raise ConfigError(f"{setting}: expected class names in {file}, found {shortened(wrong[0])}")
+    return [name.strip() for name in names]
+
+
+def _in_order(found: Mapping[Any, Any], file: str, setting: str) -> list[Any]:
+    """The names of {index: name} or {name: index}."""
+    if found and all(isinstance(value, int) for value in found.values()):
+        found = {value: key for key, value in found.items()}
+    try:
+        by_index = {int(key): value for key, value in found.items()}
+    except (ValueError, TypeError):
+        by_index = {}
+    if sorted(by_index) != [*range(len(found))]:
+        raise ConfigError(
+            f"{setting}: expected an index from 0 to {len(found) - 1} for each class name in {file}, found "
+            f"{shortened(sorted(map(str, found))[:3])} …"
+        )
+    return [by_index[index] for index in range(len(by_index))]

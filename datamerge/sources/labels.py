@@ -1,0 +1,352 @@
+"""What a label is, wherever it comes from: a class index from 0 to 2³¹ − 1, or the name of a class, or none.
+
+    whole numbers, also as 3.0, "3", "003", b"3", True, NumPy's, lists of one     the index itself; negative: none
+    one-hot rows                                                                  the index of the 1; all 0: none
+    text                                                                          names, numbered alphabetically
+    null, NaN, empty text; among numbers also "unknown", "None", …                none, and the count is said
+    some numbers, some names; fractions; numbers above 2³¹ − 1                    refused, with what is odd
+
+Columns that hold labels have names that are known here, too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from datamerge.runtime.class_names import plain_name
+from datamerge.runtime.messages import say, warn
+from storage_schemas import SourceError, shortened
+
+LARGEST_LABEL = 2**31 - 1
+NONE = "none"
+"""As `label_column`: do without labels."""
+USUAL = ("label", "labels", "fine_label")
+"""Columns that hold labels, the first that is there."""
+_ROLES = ("label", "class", "category", "target_label", "class_label")
+OTHERS = (
+    *("class", "classes", "classname", "cls", "target", "targets", "category", "categories", "y", "coarse_label"),
+    *(f"{role}_{what}" for role in _ROLES for what in ("id", "idx", "index", "name")),
+    *("labelid", "class_label", "target_label", "ground_truth", "gt", "wnid", "synset"),
+)
+"""Columns that hold labels where there is only one of them and none of the usual ones."""
+# Pandas' and Excel's ways to write nothing; among numbers also what people write.
+_ABSENT = frozenset({"nan", "null", "n/a", "#n/a", "<na>"})
+_ABSENT_AMONG_NUMBERS = _ABSENT | {"none", "na", "nil", "unknown", "unlabeled", "unlabelled", "missing", "?", "-"}
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+_SHOWN = 5
+
+
+class NoClass(ValueError):  # noqa: N818 - says what was found
+    """A value that could never be the label of one class: several values, a mapping, a date."""
+
+
+class NotWhole(NoClass):
+    """A number that is not whole: a score, or a label that something went wrong with."""
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """A row of zeros and at most one 1.
+
+    Attributes:
+        width: length of the row.
+        index: of the 1, None if there is none.
+    """
+
+    width: int
+    index: int | None
+
+
+Meaning = int | str | OneHot | None
+Labels = tuple[list[int | None], list[str]]
+"""Class indices and, by index, class names."""
+
+
+def read_labels(
+    raw: Sequence[Any],
+    where: str,
+    names: Sequence[str] = (),
+    row: Callable[[int], str] = "row {}".format,
+    folders: bool = False,
+) -> Labels:
+    """Class indices and class names of labels of any form; see the module's docstring.
+
+    Args:
+        raw: a value a sample; None where it has none.
+        where: how messages call the place.
+        names: of the classes by index, where the source has them.
+        row: how messages call a sample, from its position.
+        folders: whether these are names of folders: 1.5 and NaN are names there.
+
+    Raises:
+        NoClass: values that are no labels at all.
+        SourceError: numbers among names, or numbers that are none of a class.
+    """
+    plain = set(map(type, raw)) <= {int, bool, str, type(None)}
+    keys = raw if plain else [_key(value) for value in raw]
+    first: dict[Any, int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
+    numbers, texts = _meant(first, where, row, folders)
+    if texts and names:
+        numbers, texts = _from_names(numbers, texts, names)
+    if texts and numbers:
+        texts = _all_names(numbers, texts, first, where, row)
+    if texts:
+        indices, names = _alphabetical(texts)
+    else:
+        _check_range(numbers, first, where, row)
+        indices = {key: value for key, value in numbers.items() if value >= 0}
+        if names and max(indices.values(), default=0) >= len(names):
+            warn(
+                f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names; they are left out"
+            )
+            names = []
+    labels = [indices.get(key) for key in keys]
+    _say_missing(keys, labels, where, first, row)
+    return labels, list(names)
+
+
+def _meant(
+    first: Mapping[Any, int], where: str, row: Callable[[int], str], folders: bool
+) -> tuple[dict[Any, int], dict[Any, str]]:
+    """Distinct values that are numbers, and those that are names."""
+    meanings: dict[Any, Meaning] = {}
+    for key, position in first.items():
+        try:
+            found = key if folders else meaning(key)
+            number = number_in(found, folders) if isinstance(found, str) else None
+            meanings[key] = found if number is None else number
+        except NotWhole as error:
+            raise SourceError(
+                f"{where}: expected whole numbers or names as labels, found {error} ({row(position)}); correct it, "
+                f"or use `label_column={NONE!r}`"
+            ) from None
+        except NoClass as error:
+            raise NoClass(f"{error} ({row(position)})") from None
+    plain = _from_one_hot(meanings, where)
+    numbers = {key: value for key, value in plain.items() if isinstance(value, int)}
+    absent = _ABSENT_AMONG_NUMBERS if numbers else frozenset() if folders else _ABSENT
+    texts = {key: value for key, value in plain.items() if isinstance(value, str) and value.lower() not in absent}
+    return numbers, texts
+
+
+def _all_names(
+    numbers: Mapping[Any, int],
+    texts: Mapping[Any, str],
+    first: Mapping[Any, int],
+    where: str,
+    row: Callable[[int], str],
+) -> dict[Any, str]:
+    """Numbers as names, too, where most are names: letters and digits, say.
+
+    Raises:
+        SourceError: a few names among numbers, which would be numbered anew.
+    """
+    if len(set(texts.values())) <= len(set(numbers.values())):
+        some = shown(f"{shortened(key)} ({row(first[key])})" for key in texts)
+        raise SourceError(
+            f"{where}: expected whole numbers or names as labels, found {len(numbers)} different numbers and "
+            f"{len(texts)} others: {some}; correct them, or use `label_column={NONE!r}`"
+        )
+    say(f"{where}: {len(numbers)} of {len(numbers) + len(texts)} class names are numbers; all are taken as names")
+    return {**texts, **{key: key.strip() if isinstance(key, str) else str(value) for key, value in numbers.items()}}
+
+
+def meaning(value: Any) -> Meaning:
+    """What one value says: an index, a name or nothing.
+
+    Raises:
+        NoClass: several values, or none of a class.
+    """
+    if isinstance(value, OneHot):
+        return value
+    if hasattr(value, "tolist"):  # NumPy's and torch's
+        value = value.tolist()
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise NoClass(f"bytes that are no text, {shortened(value)}") from None
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real) or hasattr(value, "as_integer_ratio"):  # Decimal is no Real
+        return _whole(value)
+    if isinstance(value, list | tuple):
+        return _of_several(value)
+    raise NoClass(f"a value of type {type(value).__name__}")
+
+
+def _whole(value: Any) -> int | None:
+    if math.isnan(value):
+        return None
+    if math.isinf(value) or value != int(value):
+        raise NotWhole(f"the number {value}")
+    return int(value)
+
+
+def _of_several(values: Sequence[Any]) -> Meaning:
+    if len(values) < 2:
+        return meaning(values[0]) if values else None
+    if not all(isinstance(value, Real) and value in (0, 1) for value in values) or sum(values) > 1:
+        raise NoClass(f"{len(values)} values, {shortened(list(values))}")
+    return OneHot(len(values), next((index for index, value in enumerate(values) if value), None))
+
+
+def _key(value: Any) -> Hashable:
+    """Something hashable that means the same; NumPy scalars and tensors would be slow, or equal by identity."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return tuple(_key(item) for item in value)
+    if isinstance(value, float) and value != value:
+        return None  # NaN is not equal to itself
+    try:
+        hash(value)
+    except TypeError:
+        raise NoClass(f"a value of type {type(value).__name__}") from None
+    return value  # type: ignore[no-any-return]
+
+
+def _from_one_hot(meanings: Mapping[Any, Meaning], where: str) -> dict[Any, int | str | None]:
+    hot = [value for value in meanings.values() if isinstance(value, OneHot)]
+    widths = {value.width for value in hot}
+    if len(widths) > 1 or (hot and any(isinstance(value, int | str) for value in meanings.values())):
+        raise NoClass(f"lists of {' and '.join(map(str, sorted(widths)))} values")
+    if hot:
+        say(f"{where}: rows of {hot[0].width} with one 1 are taken as the index of the 1")
+    return {key: value.index if isinstance(value, OneHot) else value for key, value in meanings.items()}
+
+
+def number_in(text: str, digits_only: bool = False) -> int | None:
+    """The whole number that a text writes, as 7, 007 and, if not by digits only, 7.0 or 7e0; None if it is none.
+
+    Raises:
+        NotWhole: a number that is not whole.
+    """
+    text = text if digits_only else text.strip()
+    if text.removeprefix("-").isdecimal():
+        # Python refuses to read thousands of digits.
+        return int(text) if len(text) < 100 else LARGEST_LABEL + 1
+    if digits_only or not _NUMBER.fullmatch(text):
+        return None
+    try:
+        return _whole(float(text))
+    except NotWhole:
+        raise NotWhole(f"the number {text}") from None
+
+
+def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Sequence[str]) -> Any:
+    """Texts that are among the class names as their indices, all of them or none."""
+    index = {plain_name(name): position for position, name in reversed(list(enumerate(names)))}
+    if any(plain_name(text) not in index for text in texts.values()):
+        return numbers, texts
+    return {**numbers, **{key: index[plain_name(text)] for key, text in texts.items()}}, {}
+
+
+def _alphabetical(texts: Mapping[Any, str]) -> tuple[dict[Any, int], list[str]]:
+    """Names numbered alphabetically; two forms of one in Unicode are one name."""
+    form: dict[str, str] = {}
+    for text in sorted(set(texts.values())):
+        form.setdefault(unicodedata.normalize("NFC", text), text)
+    ordered = sorted(form.values())
+    index = {name: position for position, name in enumerate(ordered)}
+    return {key: index[form[unicodedata.normalize("NFC", text)]] for key, text in texts.items()}, ordered
+
+
+def warn_of_twins(names: Sequence[str], where: str) -> None:
+    """Say so where class names differ only in case, spaces or `_`: they may be meant to be one."""
+    times = Counter(map(plain_name, names))
+    twins = [name for name in names if times[plain_name(name)] > 1]
+    if twins:
+        warn(f"{where}: {len(twins)} class names differ only in case or spaces: {shown(map(repr, twins))}")
+
+
+def _check_range(numbers: Mapping[Any, int], first: Mapping[Any, int], where: str, row: Callable[[int], str]) -> None:
+    large = [key for key, value in numbers.items() if value > LARGEST_LABEL]
+    if large:
+        raise SourceError(
+            f"{where}: expected labels up to {LARGEST_LABEL}, found {shortened(str(large[0]))} "
+            f"({row(first[large[0]])}); number the classes from 0, or use `label_column={NONE!r}`"
+        )
+
+
+def _say_missing(
+    keys: Sequence[Any],
+    labels: Sequence[int | None],
+    where: str,
+    first: Mapping[Any, int],
+    row: Callable[[int], str],
+) -> None:
+    """Say how many samples have no label although others have, and what stands there."""
+    missing = [position for position, label in enumerate(labels) if label is None]
+    if not missing or (len(missing) == len(labels) and keys.count(None) == len(keys)):
+        return
+    found = Counter(keys[position] for position in missing)
+    some = shown(
+        f"{'nothing' if key is None else shortened(key)} in {count}, first {row(first[key])}"
+        for key, count in found.most_common()
+    )
+    written = any(isinstance(key, str) and key.strip() and number_in(key, True) is None for key in found)
+    (warn if written else say)(f"{where}: {len(missing)} of {len(labels)} samples have no label: {some}")
+
+
+def shown(items: Iterable[str]) -> str:
+    """The first few of a list, and how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return f"{', '.join(listed[:_SHOWN])}{more}"
+
+
+def label_columns(names: Sequence[str], left_out: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """Columns that are called as labels usually are, the best first, and columns that may be meant."""
+    folded = {name: re.sub(r"[ -]", "_", name.strip().lower()) for name in names if name not in left_out}
+    usual = [name for wanted in USUAL for name in sorted(folded, key=wanted.__ne__) if folded[name] == wanted]
+    return usual, [name for name in folded if folded[name] in OTHERS]
+
+
+def choose_column(names: Sequence[str], where: str, left_out: Collection[str] = ()) -> tuple[str | None, str]:
+    """The column of labels among columns that could hold some, and why there is none.
+
+    Says which is taken where that is no matter of course.
+    """
+    usual, others = label_columns(names, left_out)
+    if not usual and len(others) > 1:
+        reason = f"the columns {', '.join(others)} may hold labels; name one as `label_column`"
+        warn(f"{where}: no labels are read: {reason}")
+        return None, reason
+    column = next(iter([*usual, *others]), None)
+    if column is None:
+        return None, ""
+    rest = [name for name in [*usual, *others] if name != column]
+    if rest or column not in USUAL:
+        also = f", not from {', '.join(rest)}; `label_column` names another one" if rest else ""
+        say(f"{where}: labels are taken from {column!r}{also}")
+    return column, ""
+
+
+def wanted_column(wanted: str, names: Sequence[str], where: str) -> str | None:
+    """The column that the user named, in any case of letters; None for `none`.
+
+    Raises:
+        SourceError: no such column.
+    """
+    if wanted in names:
+        return wanted
+    alike = [name for name in names if name.strip().lower() == wanted.strip().lower()]
+    if len(alike) == 1:
+        return alike[0]
+    if wanted == NONE:
+        return None
+    raise SourceError(f"{where}: expected a label column {wanted!r}, found {list(names)}")

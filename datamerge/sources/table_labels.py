@@ -1,0 +1,198 @@
+"""The column of labels in a table of several files: which it is, what it says, and what its classes are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from datamerge.runtime.messages import say, warn
+from datamerge.sources.labels import (
+    Labels,
+    NoClass,
+    choose_column,
+    label_columns,
+    meaning,
+    read_labels,
+    shown,
+    wanted_column,
+    warn_of_twins,
+)
+from datamerge.sources.sample import as_text
+from storage_schemas import SourceError, read_json
+
+Read = Callable[[str], Iterable[Any]]
+"""Column → its values, one a row."""
+_NUMBERS_AND_TEXT = (
+    pa.types.is_integer,
+    pa.types.is_boolean,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_null,
+)
+_OTHERS = (
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
+class TableLabels:
+    """Collects the labels of a table, file by file.
+
+    Args:
+        wanted: the column that the user named, if any.
+        where: how messages call the table.
+        left_out: columns that hold something else.
+    """
+
+    def __init__(self, wanted: str | None, where: str, left_out: Sequence[str | None] = ()) -> None:
+        self._wanted, self._where = wanted, where
+        self._left_out = {name for name in left_out if name is not None}
+        self._column: str | None = None
+        self._names: list[str] = []
+        self._files = self._rows = 0
+        self._without: list[str] = []
+        self._raw: list[Any] = []
+        self.unlabelled = ""
+
+    def add(self, schema: pa.Schema, rows: int, read: Read, where: str, image: str) -> None:
+        """Read the labels of one file, whose images are in the column `image`.
+
+        Raises:
+            SourceError: no such column, or one that holds no labels.
+        """
+        self._files += 1
+        self._rows += rows
+        if self._files == 1:
+            self._left_out.add(image)
+            self._column = self._choose(schema, read, where)
+        if self._column is None:
+            return
+        if self._column not in schema.names:
+            self._without.append(where)
+            self._raw += [None] * rows
+            return
+        names = class_names(schema, self._column)
+        if names and self._names and names != self._names:
+            raise SourceError(
+                f"{where}: expected the classes of the files before it in {self._column!r}, "
+                f"{shown(map(repr, self._names))}, found {shown(map(repr, names))}; give them one order"
+            )
+        self._names = self._names or names
+        try:
+            self._raw += self._values(schema, self._column, read)
+        except NoClass as error:
+            self._give_up(self._column, error, where)
+
+    def finish(self, row: Callable[[int], str]) -> Labels:
+        """Labels of all rows, and class names.
+
+        Args:
+            row: how messages call a row, from its position.
+
+        Raises:
+            SourceError: values that are no labels.
+        """
+        if self._column is not None:
+            try:
+                labels, names = read_labels(self._raw, f"{self._where}, {self._column!r}", self._names, row)
+            except NoClass as error:
+                self._give_up(self._column, error, self._where)
+            else:
+                if self._without:
+                    warn(
+                        f"{self._where}: {len(self._without)} of {self._files} files have no column "
+                        f"{self._column!r}, such as {self._without[0]}; their rows have no label"
+                    )
+                warn_of_twins(names, self._where)
+                return labels, names
+        return [None] * self._rows, []
+
+    def _choose(self, schema: pa.Schema, read: Read, where: str) -> str | None:
+        """The column of labels; says which, where that is no matter of course."""
+        if self._wanted is not None:
+            column = wanted_column(self._wanted, schema.names, where)
+            if column is not None and not _may_hold_labels(schema.field(column).type):
+                self._refuse(column, schema.field(column).type, where)
+            return column
+        fitting = [
+            field.name for field in schema if _may_hold_labels(field.type) and field.name not in self._left_out
+        ]
+        for name in [name for kind in label_columns(fitting) for name in kind]:
+            if any(is_list(schema.field(name).type) for is_list in _LISTS):
+                try:  # rows of one class, in one form or another, or several labels each
+                    read_labels(self._values(schema, name, read), where)
+                except NoClass as error:
+                    say(f"{where}: the column {name!r} holds no labels of one class: {error}")
+                    fitting.remove(name)
+        column, why = choose_column(fitting, where)
+        if column is None and not why:
+            column, why = _by_type(schema, fitting, where)
+        self.unlabelled = why
+        return column
+
+    def _values(self, schema: pa.Schema, column: str, read: Read) -> list[Any]:
+        is_list = any(check(schema.field(column).type) for check in _LISTS)
+        # One-hot rows of a thousand numbers are kept as one.
+        return [meaning(value) for value in read(column)] if is_list else list(read(column))
+
+    def _give_up(self, column: str, error: NoClass, where: str) -> None:
+        """Do without a column that is called like labels; refuse one that the user named."""
+        if self._wanted is not None:
+            self._refuse(column, error, where)
+        self.unlabelled = f"the column {column!r} holds no labels of one class: {error}"
+        warn(f"{where}: no labels are read: {self.unlabelled}")
+        self._column = None
+
+    def _refuse(self, column: str, found: object, where: str) -> None:
+        raise SourceError(
+            f"{where}: expected integers or text in the label column {column!r}, found {found}"
+        ) from None
+
+
+def _by_type(schema: pa.Schema, fitting: Sequence[str], where: str) -> tuple[str | None, str]:
+    """The one column whose features are Hugging Face's ClassLabel; else which columns may be meant."""
+    classes = [name for name in fitting if class_names(schema, name)]
+    if len(classes) == 1:
+        say(f"{where}: labels are taken from {classes[0]!r}, the only column with class names")
+        return classes[0], ""
+    likely = [name for name in fitting if _is_one_of(schema.field(name).type, _NUMBERS_AND_TEXT)]
+    if not likely:
+        return None, ""
+    why = f"none of the columns {shown(likely)} is called label; name one as `label_column`"
+    say(f"{where}: no labels are read: {why}")
+    return None, why
+
+
+def _may_hold_labels(kind: pa.DataType) -> bool:
+    if _is_one_of(kind, _LISTS):
+        kind = kind.value_type
+    return _is_one_of(kind, (*_NUMBERS_AND_TEXT, *_OTHERS))
+
+
+def _is_one_of(kind: pa.DataType, checks: Sequence[Callable[[pa.DataType], bool]]) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(check(kind) for check in checks)
+
+
+def class_names(schema: pa.Schema, column: str) -> list[str]:
+    """Class names of a column that Hugging Face datasets keep in the schema's metadata."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    if not metadata:
+        return []
+    try:
+        feature = read_json(metadata)["info"]["features"][column]
+        names = feature.get("feature", feature)["names"]  # of a list of labels, inside
+        if isinstance(names, dict):  # {"0": "cat", …}, as dataset cards write them
+            names = [names[key] for key in sorted(names, key=int)]
+        return [as_text(name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's metadata under this key
+        return []

@@ -1,0 +1,31 @@
+"""Merges in this process, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_service import MergeConfig
+from merge_service.merge import prepare, worker_setup
+from merge_service.worker import ShardWorker
+from storage_schemas import Artifact, ArtifactWriter, Location, open_artifact
+
+
+def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
+    """A whole merge by one worker."""
+    config = MergeConfig.model_validate(
+        {"source": str(photos), "artifact": str(artifact), "members": 2, "steps": 3, "device": "cpu"} | settings
+    )
+    prepared = prepare(config)
+    writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)
+    writer.begin(prepared.files)
+    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
+    threads = torch.get_num_threads()
+    worker.prepare()
+    for shard in range(prepared.plan.layout.shards):
+        worker.run(prepared.plan.task(shard))
+    torch.set_num_threads(threads)
+    writer.finish()
+    return open_artifact(artifact)
