@@ -96,8 +96,7 @@ class Stages:
         text = render(f"full size: {model}", found, where, "make slow", seconds, load)
         sys.stderr.write(text)
         if "DATAMERGE_REPORTS" in os.environ:
-            name = f"full-size-{model.lower()}_{where.slug}_{where.day}.md"
-            Path(os.environ["DATAMERGE_REPORTS"], name).write_text(text, "utf-8")
+            Path(os.environ["DATAMERGE_REPORTS"], f"full-size-{model.lower()}.md").write_text(text, "utf-8")
 
 
 def _original(model: str, tag: str, path: Path) -> OpenClip:
