@@ -139,18 +139,26 @@ def test_merge_train_evaluate_export_and_reload(tmp_path: Path, photos: Path, mo
     losses = _clean_losses(json.loads(stages("evaluate", "evaluate", *runs.values(), *data, "--json")))
     names = tmp_path / "names.txt"
     names.write_text("even\nodd\n")
-    zero_shot: list[str | Path] = ["--class-names", names, "--templates", "simple", "--attack", "apgd", "--epsilons", "2/255"]
+    zero_shot: list[str | Path] = [
+        "--class-names",
+        names,
+        "--templates",
+        "simple",
+        "--attack",
+        "apgd",
+        "--epsilons",
+        "2/255",
+    ]
     stages(
         "evaluate zero-shot", "evaluate", "zero-shot", runs["factors"], *data, *zero_shot, "--no-check-masking",
         "-o", tmp_path / "results",
     )  # fmt: skip
 
-    clean = original(paths)
-    pixels = original.pixels(paths)
+    clean, pixels = original(paths), original.pixels(paths)
     del original
-    for arm, loss in zip(ARMS, losses, strict=True):
-        tuned = _exported(stages, runs[arm], tmp_path / f"{arm}-export", pixels, paths)
-        assert float((tuned - clean).square().sum(1).mean()) == pytest.approx(loss, rel=1e-3)
+    *_, arm = runs
+    tuned = _exported(stages, runs[arm], tmp_path / "export", pixels, paths)
+    assert float((tuned - clean).square().sum(1).mean()) == pytest.approx(losses[-1], rel=1e-3)
     stages.report(model, time.monotonic() - started, load)
 
 
@@ -175,13 +183,12 @@ def _exported(stages: Stages, folder: Path, out: Path, pixels: Tensor, paths: li
     import open_clip
     from transformers import CLIPVisionModelWithProjection
 
-    name = folder.name
-    stages(f"export to open_clip, {name}", "export-encoder", folder, "--to", "open_clip", "-o", f"{out}-open_clip")
+    stages("export to open_clip", "export-encoder", folder, "--to", "open_clip", "-o", f"{out}-open_clip")
     tuned = OpenClip(*open_clip.create_model_from_pretrained(f"local-dir:{out}-open_clip"))
     embeddings = tuned(paths)
     assert torch.equal(tuned.pixels(paths), pixels)
     del tuned
-    stages(f"export to hf, {name}", "export-encoder", folder, "--to", "hf", "-o", f"{out}-hf")
+    stages("export to hf", "export-encoder", folder, "--to", "hf", "-o", f"{out}-hf")
     with torch.no_grad():
         other = CLIPVisionModelWithProjection.from_pretrained(f"{out}-hf")(pixel_values=pixels).image_embeds
     _close(other, embeddings)
