@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.kinds import Folder, check_kind
-from trainer.export.same_function import PILLOW, check_same, check_weights
+from trainer.export.same_function import PILLOW, Photo, check_same, check_weights
 
 DEFAULT_SIZE = 224
 TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.safetensors"
@@ -177,7 +176,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
     model.eval()
     check_weights(model.visual, torch.load(files / TOWER, weights_only=True), TOWER)
 
-    def transform(photo: Image.Image) -> Tensor:
+    def transform(photo: Photo) -> Tensor:
         pixels: Tensor = preprocess(photo)
         return pixels[None]
 
