@@ -31,7 +31,7 @@ EMBEDDINGS = {"CLIPVisionModelWithProjection": "image_embeds", VIT: "last_hidden
 POOLED = "pooler_output"
 # What transformers does otherwise than open_clip, by field of the preprocessing.
 OTHERWISE = {
-    "offset": "cuts out a square one pixel aside where the middle of a photo lies between two pixels",
+    "offset": "may cut out a square one pixel aside where the middle of a photo lies between two pixels",
     "alpha": "puts transparent images on white",
 }
 
@@ -144,7 +144,7 @@ def _note(encoder: Encoder) -> str:
     differences = [one.partition(" ")[0] for one in encoder.preprocessing.differences(in_transformers(encoder))]
     if not differences:
         return ""
-    note = f"Unlike open_clip transformers {' and '.join(OTHERWISE[field] for field in differences)}."
+    note = f"Unlike open_clip, transformers {' and '.join(OTHERWISE[field] for field in differences)}."
     say(note)
     return note
 

@@ -1,9 +1,11 @@
 """A folder for open_clip: the tuned image tower, its configuration and preprocessing, and the CLIP around it.
 
-visual.pt                      state_dict of `model.visual`: what RobustVLM and LLaVA's evaluation load
-open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
-open_clip_model.safetensors    the whole CLIP with the tuned image tower, where there is its text tower
-tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+    visual.pt                      state_dict of `model.visual`: what RobustVLM loads
+    open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
+    open_clip_model.safetensors    the whole CLIP with the tuned image tower, where its text tower can be had
+    tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+
+Without the third, open_clip builds the image tower alone, if it is told where the first is.
 """
 
 from __future__ import annotations
