@@ -7,11 +7,12 @@ PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs expe
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check lint format docs clean experiments-small bench
+.PHONY: help demo test slow check lint format docs clean experiments-small bench
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
 	@echo "make test    run the tests"
+	@echo "make slow    run the tests at full size (15 minutes, 12 GB of memory and 20 GB of disk)"
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
 	@echo "make format  reformat the code"
 	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
@@ -51,6 +52,10 @@ experiments-small: $(VENV)/.demo
 # A process for each core; more than four would wait for the tests of the Ray cluster, which share one.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+
+# Seconds and memory of every stage go to the folder of DATAMERGE_REPORTS, if it is set.
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(PACKAGES)

@@ -160,9 +160,8 @@ def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
 def arm_seconds(encoder: str, members: int, rounds: int, **settings: Any) -> dict[str, list[float]]:
     """Seconds of a step of every arm, `rounds` times in turn; `settings` are the trainer's."""
     with tempfile.TemporaryDirectory() as name:
-        artifact = make_artifact(
-            Path(name, "artifact"), encoder, "zarr", 4 * settings["batch_size"], members, factors=1
-        )
+        groups = 4 * settings["batch_size"]
+        artifact = make_artifact(Path(name, "artifact"), encoder, "zarr", groups, members, factors=1)
         work: dict[str, Callable[[int], None]] = {}
         for arm, own in ARMS.items():
             config = TrainConfig(artifact=artifact, run=str(Path(name, arm)), steps=rounds + 1, **settings, **own)

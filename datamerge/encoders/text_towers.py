@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, reason, seeded
-from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.checkpoints import as_trained, read_state_dict
 from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
@@ -27,7 +27,8 @@ from storage_schemas import ConfigError
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
 BIG_VISION = ".npz"
 # Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
-OTHER_PARTS = ("visual", "text_decoder")
+CAPTIONS = "text_decoder"
+OTHER_PARTS = ("visual", CAPTIONS)
 # In place of an image tower that nobody asks for.
 NO_IMAGES = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
 # `model_type` of a configuration → class of the whole model.
@@ -75,7 +76,27 @@ def load_text_tower(spec: EncoderSpec) -> TextTower:
 def _open_clip(spec: EncoderSpec) -> TextTower:
     import open_clip
 
-    spec = known_open_clip(spec)
+    spec = known_open_clip(as_trained(spec))
+    model = open_clip_texts(spec)
+    tokenizer = _fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
+    configuration = {
+        name: value for name, value in open_clip.get_model_config(spec.model).items() if name != "vision_cfg"
+    }
+    return TextTower(model, tokenizer, configuration)
+
+
+def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
+    """A model of open_clip without its image tower: the text tower that belongs to an encoder, scale and bias.
+
+    Args:
+        spec: of the encoder, from `known_open_clip`.
+        captions: keep CoCa's decoder of captions, too.
+
+    Raises:
+        ConfigError: there is none, or its weights or configuration cannot be had.
+    """
+    import open_clip
+
     texts = _texts_of_file(spec)
     # Whole models of JAX, which open_clip alone can read.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
@@ -102,13 +123,11 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
         else:
             model = downloading(spec, create)
     for part in OTHER_PARTS:
-        if hasattr(model, part):
+        if hasattr(model, part) and not (captions and part == CAPTIONS):
             delattr(model, part)
     if texts is not None:
         _load(model, _as_open_clip(model, texts), spec)
-    tokenizer = _fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
-    configuration = {name: value for name, value in configuration.items() if name != "vision_cfg"}
-    return TextTower(model, tokenizer, configuration)
+    return model
 
 
 def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:

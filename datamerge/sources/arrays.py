@@ -122,11 +122,14 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
         data = location.read(beside)
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
-    label_name, unlabelled = _label_array(arrays, column, columns.label, len(images), where)
+    label_name, unlabelled = _label_array(arrays, (column, columns.group), columns.label, len(images), where)
     try:
         labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}")
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or text in {label_name!r}, found {error}") from None
+        raise SourceError(
+            f"{where}: expected whole numbers or text in {label_name!r}, found {error}; name another array, or use "
+            f"`label_column={NONE!r}`"
+        ) from None
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
@@ -198,12 +201,12 @@ def _labels_beside(location: Location, file: str) -> str | None:
 
 
 def _label_array(
-    arrays: dict[str, Array], images: str, wanted: str | None, count: int, where: str
+    arrays: dict[str, Array], taken: tuple[str | None, ...], wanted: str | None, count: int, where: str
 ) -> tuple[str | None, str]:
     """Name of the array of labels, and why there is none."""
     if wanted is not None:
         return (None if wanted == NONE and wanted not in arrays else wanted), ""
-    others = [name for name in arrays if name != images]
+    others = [name for name in arrays if name not in taken]
     usual = next((name for name in LABEL_ARRAYS if name in others), None)
     if usual is not None:
         return usual, ""

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from datamerge.runtime.class_names import parse_class_names
 from datamerge.runtime.messages import first_line, say, warn
 from datamerge.sources.images import BadImage
-from datamerge.sources.labels import NONE, Labels, NoClass, choose_column, label_columns, read_labels, warn_of_twins
+from datamerge.sources.labels import LABEL_NAMES, NONE, Labels, NoClass, choose_column, read_labels, warn_of_twins
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -25,7 +26,7 @@ from datamerge.sources.sample import (
     make_listing,
 )
 from datamerge.sources.suffixes import EXTENSIONS, MAGIC_BYTES, PACKED, PACKED_MAGIC, kind_of
-from storage_schemas import Location, SourceError, read_json
+from storage_schemas import ConfigError, Location, SourceError, read_json
 
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
 # What tarfile raises for a file that is none, or is made to do harm.
@@ -97,7 +98,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     if len(complete) < len(found):
         first = next(key for key, parts in found.items() if parts.image is None)
         say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
-    labels, names = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns, url)
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
@@ -111,7 +112,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     ]
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
-    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location)
+    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -147,8 +148,12 @@ def _class_names_beside(location: Location, tar: str, labels: Sequence[int | Non
     for place, name in places:
         if not place.exists(name):
             continue
-        lines = [line.strip() for line in place.read(name).decode("utf-8-sig", "replace").splitlines()]
-        names = [as_text(line) for line in lines if line]
+        try:
+            text = place.read(name).decode("utf-8-sig")
+            names = [as_text(line) for line in parse_class_names(text, f"{place.url}/{name}", "classes")]
+        except (UnicodeDecodeError, ConfigError) as error:
+            warn(f"{error}; the names are left out")
+            return []
         largest = max(label for label in labels if label is not None)
         if largest < len(names):
             return names
@@ -173,7 +178,7 @@ def _note_member(
     extension = extension.lower()
     wanted = columns.image and columns.image.lower().removeprefix(".")
     is_image = extension == wanted if wanted else kind_of(f"x.{extension}") == "image"
-    is_label = any(label_columns([extension])) if columns.label is None else extension == columns.label
+    is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
         return
     if info.issparse():
@@ -194,37 +199,45 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _labels(samples: Sequence[tuple[str, _Parts]], column: str | None, url: str) -> Labels:
-    """Labels from a member or a JSON field of each sample.
+def _labels(samples: Sequence[tuple[str, _Parts]], columns: Columns, url: str) -> tuple[Labels, str]:
+    """Labels from a member or a JSON field of each sample, and why there are none.
 
     Raises:
-        SourceError: no sample has such a member or field, or what it says is no label.
+        SourceError: no sample has the member or field that the user named, or what it says is no label.
     """
-    if column == NONE:
-        return [None] * len(samples), []
-    name = column or _label_name([parts for _, parts in samples], url)
-    raw = [_value(parts, name) for _, parts in samples]
-    if column is not None and all(value is None for value in raw):
+    none: list[int | None] = [None] * len(samples)
+    wanted, why = columns.label, ""
+    column = wanted
+    if wanted is None:
+        column, why = _label_column([parts for _, parts in samples], columns.group, url)
+    if column is None or column == NONE:
+        return (none, []), why
+    raw = [_value(parts, column) for _, parts in samples]
+    if wanted is not None and all(value is None for value in raw):
         raise SourceError(
-            f"{samples[0][0]}: expected a member or JSON field {column!r} with the label, found none in "
+            f"{samples[0][0]}: expected a member or JSON field {wanted!r} with the label, found none in "
             f"{len(samples)} samples"
         )
-    where = f"{url}, {name}"
+    where = f"{url}, {column!r}"
     try:
         labels, names = read_labels(raw, where, row=lambda index: samples[index][0])
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        if wanted is not None:
+            raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        why = f"{column!r} holds no labels of one class: {error}"
+        warn(f"{url}: no labels are read: {why}")
+        return (none, []), why
     warn_of_twins(names, where)
-    return labels, names
+    return (labels, names), ""
 
 
-def _label_name(samples: Sequence[_Parts], url: str) -> str:
-    """The extension of the members with labels, `cls` by default; or the JSON field with them."""
+def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tuple[str | None, str]:
+    """The extension of the members with labels, `cls` by default, or the JSON field; and why there is none."""
     if any(LABEL_EXTENSION in parts.texts for parts in samples):
-        return LABEL_EXTENSION
+        return LABEL_EXTENSION, ""
     members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
     fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
-    return choose_column([*members, *fields], url)[0] or LABEL_EXTENSION
+    return choose_column([name for name in (*members, *fields) if name != group], url)
 
 
 def _fields(parts: _Parts) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation.llava.coco import Captioned
 from datamerge.evaluation.llava.model import IGNORED, SYSTEM, Llava
-from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, read_tower_run, tower_sha256
+from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, identify_tower, read_tower_run
 from storage_schemas import ConfigError
 from tests.support.refusals import refused
 
@@ -209,7 +209,7 @@ def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tm
     run = read_tower_run(save_tower(llava.model.model.vision_tower, tmp_path))
     assert run.arm == f"hf:{tmp_path.name}", "two checkpoints must not look alike in the table"
     same = Llava(llava_path, run, 0, CPU, "float32")
-    assert same.tower_sha256 == llava.tower_sha256 == tower_sha256(run)
+    assert same.tower_sha256 == llava.tower_sha256 == identify_tower(run, "pad")["encoder_sha256"]
     larger = [Llava(llava_path, tower, 48, CPU, "float32") for tower in (read_tower_run(OWN), run)]
     tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(same.losses(pixels, tokens), llava.losses(pixels, tokens))
@@ -311,7 +311,13 @@ def test_networks_whose_tokens_are_not_clips_are_named(llava_path: str, tmp_path
     import open_clip
     import transformers
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, intermediate_size=32))
     registers = transformers.Dinov2WithRegistersModel(
         transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)

@@ -100,9 +100,21 @@ def test_finished_captions_of_another_hugging_face_tower_are_refused(
     }
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(num_hidden_layers=3, **sizes))
     tower.save_pretrained(tmp_path / "tower")
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "tower")
     caption(f"hf:{tmp_path / 'tower'}")
     caption(f"hf:{tmp_path / 'tower'}/")
-    assert len(list((tmp_path / "out" / "captions").glob("*/identity.json"))) == 1
+    (identity,) = (tmp_path / "out" / "captions").glob("*/identity.json")
+    # Releases before 0.2.0 did not say how the pixels were made.
+    earlier = {name: value for name, value in json.loads(identity.read_text()).items() if name != "preprocessing"}
+    identity.write_text(json.dumps(earlier))
+    caption(f"hf:{tmp_path / 'tower'}")
+    earlier_mean, processor.image_mean = processor.image_mean, [0.5, 0.5, 0.5]
+    processor.save_pretrained(tmp_path / "tower")
+    with refused(ConfigError, "output", "(preprocessing.mean: ", "0.4578275", "0.5"):
+        caption(f"hf:{tmp_path / 'tower'}")
+    processor.image_mean = earlier_mean
+    processor.save_pretrained(tmp_path / "tower")
     for parameter in tower.parameters():
         parameter.data *= 2
     tower.save_pretrained(tmp_path / "tower")
@@ -230,8 +242,10 @@ def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run:
     assert read_tower_run("hf:a/b/").name == "hf:a/b"
 
 
-def test_settings_without_results_bind_nobody(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
-    first, second = make_encoder([[float("nan")] * 4]), make_encoder([[2.0] * 4])
+def test_settings_without_results_bind_nobody(
+    overflowing: str, make_encoder: MakeEncoder, photos: Path, tmp_path: Path
+) -> None:
+    first, second = overflowing, make_encoder([[2.0] * 4])
     with refused(DatamergeError, None, "dark/far.png, dark/near.png"):
         embed(first, photos, tmp_path / "out", steps=1000)
     embed(second, photos, tmp_path / "out")

@@ -131,7 +131,7 @@ def test_what_cannot_be_exported_is_refused(make_artifact: MakeArtifact, tmp_pat
     train(TrainConfig(artifact=make_artifact(), run=str(tmp_path / "mlp"), steps=1))
     cases: list[tuple[str, Target, bool, str | None, list[str]]] = [
         ("average", "hf", False, "to", ["hf", "avg"]),
-        ("mlp", "hf", False, "to", ["hf", "mlp:", "Sequential"]),
+        ("mlp", "hf", False, "to", ["hf", "mlp:", "encoder.safetensors"]),
         ("mlp", "open_clip", False, "to", ["open_clip", "mlp:"]),
         ("mlp", "open_clip", True, "best", ["best.pt", "`eval_artifact`"]),
         ("nowhere", "hf", False, None, ["nowhere", "run.json"]),

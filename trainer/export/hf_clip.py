@@ -63,5 +63,5 @@ def clip_state_dict(visual: nn.Module) -> dict[str, Tensor]:
 def _refusal(encoder: Encoder, reason: str) -> ConfigError:
     return ConfigError(
         f"to: hf expects CLIP's own vision transformer, found encoder {encoder.spec!r}: {reason}; "
-        'use `to="open_clip"`, or the run\'s encoder.safetensors'
+        'use `to="open_clip"`, or the run\'s encoder.safetensors, which datamerge reads'
     )

@@ -16,38 +16,57 @@ from torch import Tensor
 
 from datamerge.encoders import Encoder
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.messages import say
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.hf_clip import clip_config, clip_state_dict
+from trainer.export.kinds import Folder, check_kind
 from trainer.export.same_function import TORCHVISION, check_same
 
 PREPROCESSOR = "preprocessor_config.json"
+VIT = "ViTModel"
+# Class of a model → where its output has the embedding.
+EMBEDDINGS = {"CLIPVisionModelWithProjection": "image_embeds", VIT: "last_hidden_state[:, 0]"}
+POOLED = "pooler_output"
+# What transformers does otherwise than open_clip, by field of the preprocessing.
+OTHERWISE = {
+    "offset": "cuts out a square one pixel aside where the middle of a photo lies between two pixels",
+    "alpha": "puts transparent images on white",
+}
 
 
-def write_hugging_face(encoder: Encoder, text_tower: str, files: Path) -> str:
+def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        text_tower: not written: these are vision models.
+        origin: not needed: these are image towers alone.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: a network or a preprocessing that transformers has no words for, or no transformers.
         DatamergeError: the files do not compute the same.
     """
-    config = clip_config(encoder)
+    kind = check_kind(encoder, "hf", "open_clip", "hf")
+    config = clip_config(encoder) if kind == "open_clip" else None
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("to: hf needs the package 'transformers': pip install 'datamerge[export]'")
     # transformers imports torchvision wherever that is installed.
     make_torchvision_importable()
+    processor = processor_config(encoder)
+    model = _own_model(encoder.model) if config is None else _clip(encoder, config)
+    model.save_pretrained(files)
+    (files / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
+    name = type(model).__name__
+    _check(encoder, name, files)
+    usage = USAGE.replace("CLASS", name).replace("EMBEDDING", EMBEDDINGS.get(name, POOLED))
+    return Folder(usage, in_transformers(encoder), _note(encoder))
+
+
+def _clip(encoder: Encoder, config: dict[str, Any]) -> Any:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    processor = processor_config(encoder)
     model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     missing, unexpected = model.load_state_dict(clip_state_dict(encoder.model), strict=False)
     left = [name for name in [*missing, *unexpected] if not name.endswith("position_ids")]
@@ -55,10 +74,29 @@ def write_hugging_face(encoder: Encoder, text_tower: str, files: Path) -> str:
         raise DatamergeError(
             f"this version of transformers ({version('transformers')}) names parameters otherwise: {left[0]}"
         )
-    model.save_pretrained(files)
-    (files / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
-    _check(encoder, files)
-    return USAGE
+    return model
+
+
+def _own_model(tower: Any) -> Any:
+    """The model of transformers inside a HuggingFaceTower."""
+    from transformers import CLIPVisionModelWithProjection
+
+    if tower.visual_projection is None:
+        return tower.vision_model
+    model: Any = CLIPVisionModelWithProjection(tower.config)
+    model.vision_model, model.visual_projection = tower.vision_model, tower.visual_projection
+    return model
+
+
+def in_transformers(encoder: Encoder) -> Preprocessing:
+    """The encoder's preprocessing with two decisions that transformers takes otherwise than open_clip.
+
+    It cuts the centre a pixel further to the top or left where the middle lies between two pixels, and puts
+    transparent images on white.
+    """
+    decisions = {"offset": "down", "alpha": "white"}
+    hugging_face = check_kind(encoder, "hf", "open_clip", "hf") == "hf"
+    return encoder.preprocessing if hugging_face else encoder.preprocessing.model_copy(update=decisions)
 
 
 def processor_config(encoder: Encoder) -> dict[str, Any]:
@@ -67,29 +105,31 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
     Raises:
         ConfigError: a preprocessing that it cannot do.
     """
-    own = encoder.preprocessing
-    able = own.model_copy(update={"rounding": "down"})
-    problems = [what for what in own.differences(able) if own.resize == "shortest"]
-    if own.resize in ("longest", "none"):
-        problems.append(f"resize {own.resize}")
-    if own.resize == "shortest" and own.scale[0] != own.scale[1]:
-        problems.append(f"shorter side to {own.scale[0]} x {own.scale[1]}")
-    if any(scaled < side for scaled, side in zip(own.scale, own.size, strict=True)):
-        problems.append(f"padding from {own.scale} to {own.size}")
-    if problems:
+    own = in_transformers(encoder)
+    shortest, cropped = own.resize == "shortest", own.scale != own.size or own.resize == "shortest"
+    problems = {
+        f"resize {own.resize}": own.resize not in ("shortest", "squash"),
+        f"shorter side to {own.scale[0]} x {own.scale[1]}": shortest and own.scale[0] != own.scale[1],
+        f"rounding {own.rounding}": shortest and own.rounding != "down",
+        f"pixels around {own.scale[0]} x {own.scale[1]}": any(
+            scaled < side for scaled, side in zip(own.scale, own.size, strict=True)
+        ),
+        f"offset {own.offset}": cropped and own.offset != "down",
+    }
+    found = [what for what, present in problems.items() if present]
+    if found:
         raise ConfigError(
-            f"to: hf has no words for the preprocessing of {encoder.spec!r} ({problems[0]}); use the run's {WEIGHTS} "
-            "itself"
+            f"to: hf has no words for the preprocessing of {encoder.spec!r} ({found[0]}); use the run's {WEIGHTS}, "
+            "which datamerge reads"
         )
     sides = ("height", "width")
-    scale = dict(zip(sides, own.scale, strict=True))
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": own.alpha == "white",
         "do_resize": True,
-        "size": {"shortest_edge": own.scale[0]} if own.resize == "shortest" else scale,
+        "size": {"shortest_edge": own.scale[0]} if shortest else dict(zip(sides, own.scale, strict=True)),
         "resample": int(Image.Resampling[own.interpolation.upper()]),
-        "do_center_crop": own.resize == "shortest" or own.scale != own.size,
+        "do_center_crop": cropped,
         "crop_size": dict(zip(sides, own.size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -99,36 +139,44 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def as_transformers_does(own: Preprocessing) -> Preprocessing:
-    """The same preprocessing with two decisions that transformers takes otherwise than the other libraries."""
-    return own.model_copy(update={"offset": "down", "alpha": "white"})
+def _note(encoder: Encoder) -> str:
+    """What transformers does otherwise; said aloud, too."""
+    differences = [one.partition(" ")[0] for one in encoder.preprocessing.differences(in_transformers(encoder))]
+    if not differences:
+        return ""
+    note = f"Unlike open_clip transformers {' and '.join(OTHERWISE[field] for field in differences)}."
+    say(note)
+    return note
 
 
-def _check(encoder: Encoder, files: Path) -> None:
-    from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+def _check(encoder: Encoder, name: str, files: Path) -> None:
+    import transformers
 
-    model: Any = CLIPVisionModelWithProjection.from_pretrained(files)
+    model: Any = getattr(transformers, name).from_pretrained(files)
+    processor: Any = transformers.AutoImageProcessor.from_pretrained(files)
     model.eval()
-    processor: Any = AutoImageProcessor.from_pretrained(files)
 
     def transform(photo: Image.Image) -> Tensor:
         pixels: Tensor = processor(photo, return_tensors="pt").pixel_values
         return pixels
 
     def network(pixels: Tensor) -> Tensor:
-        embeddings: Tensor = model(pixel_values=pixels).image_embeds
+        output = model(pixel_values=pixels)
+        first = output.last_hidden_state[:, 0]
+        embeddings: Tensor = first if name == VIT else getattr(output, EMBEDDINGS.get(name, POOLED))
         return embeddings
 
-    check_same(encoder, as_transformers_does(encoder.preprocessing), transform, network, TORCHVISION)
+    check_same(encoder, in_transformers(encoder), transform, network, TORCHVISION)
 
 
 USAGE = """\
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+from transformers import AutoImageProcessor, CLASS
 
-model = CLIPVisionModelWithProjection.from_pretrained(".")
+model = CLASS.from_pretrained(".")
 processor = AutoImageProcessor.from_pretrained(".")
 with torch.no_grad():
-    embeddings = model(**processor(Image.open("photo.jpg"), return_tensors="pt")).image_embeds  # not normalised
+    output = model(**processor(Image.open("photo.jpg"), return_tensors="pt"))
+embeddings = output.EMBEDDING  # not normalised
 """

@@ -12,52 +12,57 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from datamerge.encoders import Encoder, parse_spec
-from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.open_clip_models import known_open_clip, of_hub
+from datamerge.encoders.specs import HUB, EncoderSpec, split_spec
+from datamerge.encoders.text_towers import open_clip_texts
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
+from trainer.export.kinds import Folder, check_kind
 from trainer.export.same_function import PILLOW, check_same, check_weights
 
+DEFAULT_SIZE = 224
 TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.safetensors"
 
 
-def write_open_clip(encoder: Encoder, text_tower: str, files: Path) -> str:
+def write_open_clip(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        text_tower: spec of the network whose text tower belongs to it.
+        origin: spec of what it started from, whose text tower belongs to it.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: no encoder of open_clip, or one whose preprocessing or size open_clip has no words for.
         DatamergeError: the files do not compute the same.
     """
+    check_kind(encoder, "open_clip", "open_clip")
     spec = parse_spec(encoder.spec)
-    if spec.kind != "open_clip":
-        raise ConfigError(
-            f"to: open_clip expects an open_clip encoder, found {encoder.spec!r}; use the run's {WEIGHTS} itself"
-        )
+    make_torchvision_importable()
     preprocess = preprocess_config(encoder)
+    config = {"model_cfg": _configuration(encoder, spec, preprocess["size"]), "preprocess_cfg": preprocess}
+    (files / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     # The file that RobustVLM reads: a plain state_dict, not safetensors.
     torch.save({name: value.contiguous() for name, value in encoder.model.state_dict().items()}, files / TOWER)
+    whole = _write_whole(encoder, split_spec(origin), files)
     with _no_log():
-        whole = _write_whole(encoder, spec, text_tower, files, preprocess)
         _check(encoder, files, whole)
-    return USAGE if whole else TOWER_USAGE
+    if not whole:
+        return Folder(TOWER_USAGE, encoder.preprocessing, "There is no text tower in this folder.")
+    return Folder(USAGE, encoder.preprocessing, f"The text tower is that of `{origin}`.")
 
 
 def preprocess_config(encoder: Encoder) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
     if problems:
         raise ConfigError(
             f"to: open_clip has no words for the preprocessing of {encoder.spec!r} ({problems[0]}); use the run's "
-            f"{WEIGHTS} itself"
+            f"{WEIGHTS}, which datamerge reads"
         )
     return {
         "size": height if height == width else [height, width],
@@ -91,55 +96,59 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _write_whole(
-    encoder: Encoder, spec: EncoderSpec, text_tower: str, files: Path, preprocess: dict[str, Any]
-) -> bool:
-    """The configuration, and the CLIP around the tower if its text tower is there; returns whether it is."""
+def _configuration(encoder: Encoder, spec: EncoderSpec, size: int | list[int]) -> dict[str, Any]:
+    """`model_cfg` of open_clip."""
     import open_clip
 
-    other = parse_spec(text_tower)
-    # Of two names the encoder's is the resolved one: with the activation of its weights.
-    name = other.model if other.whole else spec.model
-    config = open_clip.get_model_config(name)
-    config["vision_cfg"]["image_size"] = preprocess["size"]
-    (files / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n")
-    model, reason = _around(encoder, name, other)
-    if model is None:
+    of_revision = spec.model.startswith(HUB) and spec.revision
+    config: dict[str, Any] = open_clip.get_model_config(of_hub(spec) if of_revision else spec.model)
+    vision, native = config["vision_cfg"], config["vision_cfg"].get("image_size", DEFAULT_SIZE)
+    # open_clip gives timm no size: it makes position embeddings of timm's own.
+    if "timm_model_name" in vision and native != size and hasattr(encoder.model.trunk, "set_input_size"):
+        raise ConfigError(
+            f"to: open_clip has no words for {vision['timm_model_name']} with an input of {size} pixels, its own is "
+            f"{native}; use the run's {WEIGHTS}, which datamerge reads"
+        )
+    vision["image_size"] = size
+    return config
+
+
+def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
+    """The CLIP around the tower, if its text tower can be had; returns whether it can."""
+    if origin.checkpoint and not Path(origin.checkpoint).is_file():
+        origin = replace(origin, checkpoint=None)
+    try:
+        if not (origin.whole or origin.pretrained or origin.checkpoint):
+            raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
+        origin = known_open_clip(origin)
+        texts = open_clip_texts(origin, captions=True)
+    except ConfigError as error:
+        reason = str(error).removeprefix("encoder: ").partition(";")[0]
         warn(
-            f"to: {WHOLE} is not written, because there is no text tower for {encoder.spec!r} ({reason}); {TOWER} "
-            f"and {CONFIG} are the image tower alone"
+            f"{WHOLE} is not written, the text tower cannot be had ({reason}); {TOWER} and {CONFIG} are the image "
+            "tower alone"
         )
         return False
-    save_file(_apart(model.state_dict()), files / WHOLE)
-    if config["text_cfg"].get("hf_tokenizer_name"):
-        try:
-            open_clip.get_tokenizer(name).save_pretrained(str(files))
-        except Exception as error:  # of the hub, of tokenisers and of the packages that they need
-            warn(
-                f"to: the tokeniser of {name} is not written ({first_line(error)}); put its files into the folder "
-                "before you use the text tower"
-            )
+    tower = {f"visual.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
+    save_file(_apart({**tower, **texts.state_dict()}), files / WHOLE)
+    _write_tokenizer(origin, files)
     return True
 
 
-def _around(encoder: Encoder, name: str, text_tower: EncoderSpec) -> tuple[nn.Module | None, str]:
-    """The CLIP with the encoder as its image tower, or why there is none."""
+def _write_tokenizer(origin: EncoderSpec, files: Path) -> None:
+    """The tokeniser's files; CLIP's own is part of open_clip."""
     import open_clip
 
-    # A file may be a whole CLIP or its image tower; then the text tower is that of the tag.
-    weights = [text_tower.checkpoint, text_tower.pretrained, parse_spec(encoder.spec).pretrained]
-    reason = "neither tag nor whole checkpoint of what it was trained from is known"
-    for source in [None] if text_tower.whole else dict.fromkeys(filter(None, weights)):
-        try:
-            model: Any = open_clip.create_model(
-                name, source, force_image_size=encoder.preprocessing.size, require_pretrained=True
-            )
-            model.visual.load_state_dict(encoder.model.state_dict())
-        except Exception as error:  # of the hub, of files of weights, of other architectures
-            reason = first_line(error)
-        else:
-            return model, ""
-    return None, reason
+    name = open_clip.get_model_config(origin.model)["text_cfg"].get("hf_tokenizer_name")
+    try:
+        tokenizer = open_clip.get_tokenizer(origin.model)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(files))
+    except Exception as error:  # of the hub, of formats of tokenisers and of packages that read them
+        warn(
+            f"the tokeniser {name} is not written, it cannot be had ({type(error).__name__}); images need none, for "
+            f"texts put its files beside {WHOLE}"
+        )
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +172,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
     except (RuntimeError, OSError, ValueError) as error:
         raise ConfigError(
             f"to: open_clip cannot build {encoder.spec!r} from its configuration ({first_line(error)}); use the "
-            f"run's {WEIGHTS} itself"
+            f"run's {WEIGHTS}, which datamerge reads"
         ) from None
     model.eval()
     check_weights(model.visual, torch.load(files / TOWER, weights_only=True), TOWER)
@@ -181,7 +190,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
 
 @contextmanager
 def _no_log() -> Iterator[None]:
-    """open_clip logs what is missing as it tries; what matters is said here, once."""
+    """open_clip logs that an image tower alone lacks a text tower, which is said here."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

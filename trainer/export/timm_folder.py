@@ -6,53 +6,64 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from datamerge.encoders import Encoder, parse_spec
+from datamerge.encoders import Encoder
 from storage_schemas import ConfigError
-from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
+from trainer.export.kinds import Folder, check_kind
 from trainer.export.same_function import PILLOW, check_same
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
-def write_timm(encoder: Encoder, text_tower: str, files: Path) -> str:
+def write_timm(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        text_tower: not written: these are vision models.
+        origin: not needed: these are image towers alone.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: no encoder of timm, or one whose preprocessing timm has no words for.
         DatamergeError: the files do not compute the same.
     """
-    if parse_spec(encoder.spec).kind != "timm":
-        raise ConfigError(f"to: timm expects a timm encoder, found {encoder.spec!r}; use the run's {WEIGHTS} itself")
+    check_kind(encoder, "timm", "timm")
+    config = {"pretrained_cfg": data_config(encoder)}
     from timm.models import save_for_hf
 
-    config = {"pretrained_cfg": data_config(encoder.preprocessing)}
-    save_for_hf(encoder.model, str(files), model_config=config, safe_serialization=True)
+    # safetensors takes no other order of memory.
+    model: Any = encoder.model
+    model.to(memory_format=torch.contiguous_format)
+    save_for_hf(model, str(files), model_config=config, safe_serialization=True)
     _check(encoder, files)
-    return USAGE
+    return Folder(USAGE, encoder.preprocessing)
 
 
-def data_config(own: Preprocessing) -> dict[str, Any]:
-    """Preprocessing as timm's `pretrained_cfg` says it, for training and test alike."""
+def data_config(encoder: Encoder) -> dict[str, Any]:
+    """Preprocessing as timm's `pretrained_cfg` says it, for training and test alike.
+
+    Raises:
+        ConfigError: a preprocessing that timm cannot do.
+    """
+    own = encoder.preprocessing
     scale, size = own.scale[0], own.size[0]
     # timm rounds size / crop_pct down, and floats may come out below the integer.
-    crop = next(size / s for s in (scale, scale + 0.5) if math.floor(size / (size / s)) == scale)
+    crops = (size / side for side in (scale, scale + 0.5))
+    crop = next((crop for crop in crops if math.floor(size / crop) == scale), None)
+    if own.resize not in CROPS or crop is None:
+        raise ConfigError(
+            f"to: timm has no words for the preprocessing of {encoder.spec!r} ({own}); use the run's {WEIGHTS}, "
+            "which datamerge reads"
+        )
     return {
         "input_size": list(own.shape),
         "test_input_size": list(own.shape),
         "interpolation": own.interpolation,
-        "crop_mode": CROPS.get(own.resize, own.resize),
+        "crop_mode": CROPS[own.resize],
         "crop_pct": crop,
         "test_crop_pct": crop,
         "mean": list(own.mean or ()),

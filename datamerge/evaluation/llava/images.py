@@ -60,6 +60,13 @@ def read_image(path: Path, preprocessing: Preprocessing, fit: Fit) -> npt.NDArra
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
 
 
+def decisive(preprocessing: Preprocessing, fit: Fit) -> Preprocessing:
+    """A preprocessing without what `read_image` does otherwise: to pad an image is a geometry of its own."""
+    if fit == "crop":
+        return preprocessing
+    return Preprocessing(**preprocessing.model_dump(include={"shape", "interpolation", "mean", "std"}))
+
+
 def round_inside(adversarial: Tensor, clean: Tensor, epsilon: Fraction) -> Tensor:
     """The nearest 8-bit image inside the ℓ∞ ball, uint8, of pixels in [0, 1]; `clean` is on the grid."""
     centre = (clean * LEVELS).round()

@@ -23,7 +23,7 @@ from datamerge.evaluation.llava.cases import Case, CaseRecord, EightBit, Item, P
 from datamerge.evaluation.llava.config import LlavaSettings
 from datamerge.evaluation.llava.images import read_image, round_inside
 from datamerge.evaluation.llava.model import Arithmetic, Llava
-from datamerge.evaluation.llava.vision_towers import read_tower_run, tower_sha256
+from datamerge.evaluation.llava.vision_towers import identify_tower, read_tower_run
 from datamerge.evaluation.pictures import to_png
 from datamerge.evaluation.store import ArmFolder
 from datamerge.runtime import Progress
@@ -87,7 +87,7 @@ class ArmStudy:
             ConfigError: an encoder that cannot be read, or a folder with results of other settings.
         """
         stored = self._config.model_dump(include={"save_images", "pictures"})
-        own = {"encoder": self.run.encoder, "encoder_sha256": tower_sha256(self.run), **stored}
+        own = {"encoder": self.run.encoder, **identify_tower(self.run, self._config.fit), **stored}
         self.folder.claim({**shared, "half": self.half}, own)
 
     def measure(self, progress: Progress) -> list[Case]:

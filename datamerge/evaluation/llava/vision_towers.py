@@ -24,7 +24,9 @@ from datamerge.encoders import load_encoder, parse_spec, refusals_about, weights
 from datamerge.encoders.building import adapted, downloading
 from datamerge.encoders.hugging_face import HuggingFaceTower, read_processor, resize_tower
 from datamerge.evaluation.encoders_under_test import check_weights, load_trained
+from datamerge.evaluation.llava.images import Fit, decisive
 from datamerge.evaluation.runs import Run, read_run
+from datamerge.evaluation.store import PREPROCESSING
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import BASELINE
@@ -104,16 +106,22 @@ def read_tower_run(text: str) -> Run:
     return run
 
 
-def tower_sha256(run: Run) -> str | None:
-    """Hash of the weights that a run from `read_tower_run` has now; None for `own`, which only LLaVA holds.
+def identify_tower(run: Run, fit: Fit) -> dict[str, Any]:
+    """What the results of a run from `read_tower_run` depend on: its weights' hash, and how its pixels are made.
+
+    LLaVA's own tower is known by LLaVA itself, which all arms of a folder share.
 
     Raises:
         ConfigError: no such model.
     """
     if run.encoder == OWN:
-        return None
+        return {"encoder_sha256": None}
     with refusals_about("runs"):
-        return _sha256(load_trained(run.encoder, torch.device("cpu")).model)
+        encoder = load_trained(run.encoder, torch.device("cpu"))
+    return {
+        "encoder_sha256": _sha256(encoder.model),
+        PREPROCESSING: decisive(encoder.preprocessing, fit).record(),
+    }
 
 
 def load_tower(run: Run, own: nn.Module, llava: str, layer: int, size: int) -> Tower:
