@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datamerge.evaluation.parts import evaluate_all
     from datamerge.evaluation.zero_shot import evaluate_zero_shot
     from datamerge.sources import Source, open_source
+    from datamerge.sources.inspection import inspect_source
     from merge_service import MergeConfig, MergeResult, merge
     from storage_schemas import (
         ArraySpec,
@@ -118,6 +119,7 @@ __all__ = [
     "export",
     "export_encoder",
     "inspect",
+    "inspect_source",
     "load_encoder",
     "load_head",
     "merge",
@@ -145,6 +147,7 @@ _ROOMS = {
     "datamerge.evaluation.parts": "evaluate_all",
     "datamerge.evaluation.zero_shot": "evaluate_zero_shot",
     "datamerge.sources": "Source open_source",
+    "datamerge.sources.inspection": "inspect_source",
     "merge_service": "MergeConfig MergeResult merge",
     "storage_schemas": "ArraySpec Artifact ArtifactWriter Cache Commit ConfigError CorruptShard DatamergeError "
     "ExactMoments Layout Location Manifest NotAnArtifact Record Reject SchemaError SourceError UnknownVersion "

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit
+from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit, Split
 from datamerge.runtime.options import Option
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
@@ -77,10 +77,11 @@ class MergeConfig(Settings):
         description="Loss that the attack maximises: the squared distance to the clean embedding, or the cross "
         "entropy of the label.",
     )
-    head: Annotated[str | None, Option(metavar="FILE|SPEC")] = Field(
+    head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN")] = Field(
         None,
-        description="Class head for cross_entropy, stored in the artifact; without one the encoder's outputs are "
-        "taken for logits.",
+        description="Class head for cross_entropy, stored in the artifact: a .safetensors file, the classifier of a "
+        "timm: spec, the text tower of an open_clip: or hf: spec, or that of what a finished training run started "
+        "from; without one the encoder's outputs are taken for logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None, description="Text file with one class name a line, for a zero-shot `head`."
@@ -117,6 +118,7 @@ class MergeConfig(Settings):
         None, description="Side of the encoders' input in pixels."
     )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
+    split: Split = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     seed: int = Field(0, ge=0, description="Seed of all random choices.")

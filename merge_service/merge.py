@@ -98,6 +98,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         image_column=config.image_column,
         label_column=config.label_column,
         group_column=config.group_column,
+        split=config.split,
     )
     check_source(config.artifact, source)
     encoder = _resolved(config, "encoder") if config.needs_encoder else None

@@ -54,10 +54,9 @@ class Match:
     rows: Mapping[int, int]
     names: Sequence[str]
 
-    @property
-    def moves(self) -> bool:
-        """Whether any label is another number than its row."""
-        return any(label != row for label, row in self.rows.items())
+    def moves(self, labels: int) -> bool:
+        """Whether any of so many labels is another number than its row, or has none."""
+        return any(self.rows.get(label) != label for label in range(labels))
 
 
 def match_classes(labels: Collection[int], classes: Classes, head: Classes, setting: str, remedy: str) -> Match:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, Norm
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import Device, ImageColumn, LabelColumn, Limit, Output, SampleSeed, Seed, Threads
+from datamerge.runtime.fields import Device, ImageColumn, LabelColumn, Limit, Output, SampleSeed, Seed, Split, Threads
 from datamerge.runtime.options import Option
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.pixel_length import PixelLength, Radius
@@ -40,6 +40,7 @@ class ImagesConfig(Settings):
     restarts: int = Field(1, ge=1, description="Random starts of each attack; the strongest result counts.")
     seed: Seed = Field(0, description="Seed of the attack's random starts.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
+    split: Split = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     device: Device = "auto"
@@ -54,14 +55,14 @@ class EvaluateConfig(ImagesConfig):
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
 
-    head: Annotated[str | None, Option(metavar="SPEC", unset="no accuracies")] = Field(
+    head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
-        description="Class head: a .safetensors file, a timm: or open_clip: spec, or `outputs` if the encoder's "
-        "outputs are logits.",
+        description="Class head: a .safetensors file, a timm:, open_clip: or hf: spec, the folder of a run for that "
+        "of what it started from, or `outputs` if the encoder's outputs are logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None,
-        description="Class names, one a line, in the head's order, or `imagenet`; open_clip: heads are made of them.",
+        description="Class names, one a line, in the head's order, or `imagenet`; zero-shot heads are made of them.",
     )
     original: Annotated[str | None, Option(metavar="SPEC", unset="what each run started from")] = Field(
         None, description="Frozen encoder that embedding losses are measured against."
@@ -137,8 +138,12 @@ class ZeroShotConfig(RadiiConfig):
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
-    head: Annotated[str | None, Option(metavar="SPEC", unset="the text tower of what the run started from")] = Field(
-        None, description="Class head: an open_clip: or timm: spec, a .safetensors file, or `outputs`."
+    head: Annotated[
+        str | None, Option(metavar="FILE|SPEC|RUN", unset="the text tower of what the run started from")
+    ] = Field(
+        None,
+        description="Class head: an open_clip:, hf: or timm: spec, the folder of a run for that of what it started "
+        "from, a .safetensors file, or `outputs`.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None, description="Class names, one a line, in label order, or `imagenet`."

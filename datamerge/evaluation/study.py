@@ -91,7 +91,11 @@ def open_sample(config: ImagesConfig) -> Source:
         ConfigError: fewer samples than asked for.
     """
     source = open_source(
-        config.data, limit=config.limit, image_column=config.image_column, label_column=config.label_column
+        config.data,
+        limit=config.limit,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        split=config.split,
     )
     if config.sample is None:
         return source

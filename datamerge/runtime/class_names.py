@@ -46,6 +46,15 @@ def read_class_names(file: str, setting: str = "class_names") -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
         raise ConfigError(f"{setting}: expected one class name a line in {file}, found {reason}") from None
+    return parse_class_names(text, file, setting)
+
+
+def parse_class_names(text: str, file: str, setting: str) -> list[str]:
+    """Class names in a text; see `read_class_names`.
+
+    Raises:
+        ConfigError: no names, a line without one between others, or numbers with a gap.
+    """
     names = _of_json(text, file, setting) if text.lstrip()[:1] in ("[", "{") else _of_lines(text, file, setting)
     if not names:
         raise ConfigError(f"{setting}: expected one class name a line in {file}, found an empty file")

@@ -23,6 +23,11 @@ LabelColumn = Annotated[
     Option(metavar="NAME", unset="label, labels or fine_label"),
     Field(description="Column, array or tar member with the labels."),
 ]
+Split = Annotated[
+    str | None,
+    Option(metavar="NAME", unset="the only one"),
+    Field(min_length=1, description="Split of the source, where it has several: train, train+validation, or all."),
+]
 Output = Annotated[
     str,
     Option(alias="-o", metavar="FOLDER"),

@@ -14,20 +14,21 @@ import math
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from lzma import LZMAError
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from datamerge.sources.array_shapes import IMAGE_ARRAYS, LABEL_ARRAYS, choose_arrays, find_images
 from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels
 from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
 from datamerge.sources.unpack import gunzip, refuse_bomb
 from storage_schemas import Location, SourceError
 
-IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
-LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
 _BROKEN_NPZ = (
@@ -62,7 +63,7 @@ class ArrayReader:
     def read(self, sample: Sample) -> Image.Image:
         if self._images is None:
             where = f"{self._location.url}/{self._file}"
-            self._images = _images(_parse(self._location.read(self._file), where), self._column, where)[1]
+            self._images = find_images(_parse(self._location.read(self._file), where), self._column, where)[1]
         index = int(sample.name.rpartition("#")[2])
         if index >= len(self._images):
             raise OSError(f"{self._file} has no image {index}")
@@ -72,42 +73,78 @@ class ArrayReader:
         return {"_location": self._location, "_file": self._file, "_column": self._column, "_images": None}
 
 
-def is_array_file(name: str) -> bool:
-    """Whether a file is an .npz archive or an IDX file of images."""
-    plain = name.removesuffix(".gz").lower()
-    return plain.endswith((".npz", "ubyte", ".idx"))
+def holds_images(location: Location, name: str) -> bool:
+    """Whether a file has an array that may be images, by the headers alone; also where these are broken."""
+    if not name.lower().endswith((".npz", ".npy")):
+        return "label" not in name and "idx1" not in name
+    try:
+        with location.open(name) as stream:
+            if name.lower().endswith(".npy"):
+                return _rank(stream) in (3, 4)
+            with zipfile.ZipFile(stream) as members:
+                ranks = []
+                for member in members.namelist():
+                    if member.endswith(".npy"):
+                        with members.open(member) as array:
+                            ranks.append(_rank(array))
+                return any(rank in (3, 4) for rank in ranks)
+    except _BROKEN_NPZ:
+        return True
 
 
-def open_arrays(location: Location, file: str, columns: Columns) -> Source:
-    """List the images of an array file.
+def _rank(stream: IO[bytes]) -> int:
+    """Number of axes of an array, from its header."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return len(read(stream)[0])
+
+
+def open_arrays(location: Location, file: str, columns: Columns, split: str | None = None) -> Source:
+    """List the images of an array file, of its split for training where it has several and none is named.
 
     Raises:
+        ConfigError: no such split.
         SourceError: not such a file, or arrays that do not go together.
     """
     where = f"{location.url}/{file}"
     data = location.read(file)
     arrays = _parse(data, where)
-    column, images = _images(arrays, columns.image, where)
+    splits: dict[str, int] = {}
+    if columns.image is None:
+        split, parts, splits = choose_arrays(arrays, split, where)
+        columns = replace(
+            columns, image=_first(parts, IMAGE_ARRAYS), label=columns.label or _first(parts, LABEL_ARRAYS)
+        )
+    column, images = find_images(arrays, columns.image, where)
     listing = {file: _facts(data)}
     beside = _labels_beside(location, file)
     if beside is not None:
         data = location.read(beside)
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
-    label_name, unlabelled = _label_array(arrays, column, columns.label, len(images), where)
+    label_name, unlabelled = _label_array(arrays, (column, columns.group), columns.label, len(images), where)
     try:
         labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}")
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or text in {label_name!r}, found {error}") from None
+        raise SourceError(
+            f"{where}: expected whole numbers or text in {label_name!r}, found {error}; name another array, or use "
+            f"`label_column={NONE!r}`"
+        ) from None
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
+    of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
     samples = [
-        Sample(f"{stem}-{index:08d}", f"{file}#{index}", labels[index], None if group is None else str(group))
+        Sample(f"{stem}-{index:08d}", f"{of_split}#{index}", labels[index], None if group is None else str(group))
         for index, group in enumerate(groups)
     ]
     identity = fingerprint([column, label_name, columns.group, listing])
     reader = ArrayReader(location, file, column)
-    return Source(where, "arrays", samples, names, identity, reader, listing, unlabelled=unlabelled)
+    source = Source(where, "arrays", samples, names, identity, reader, listing, unlabelled=unlabelled)
+    return replace(source, split=split, splits=splits)
+
+
+def _first(parts: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((parts[name] for name in names if name in parts), None)
 
 
 def _facts(data: bytes) -> list[Any]:
@@ -116,7 +153,9 @@ def _facts(data: bytes) -> list[Any]:
 
 def _parse(data: bytes, where: str) -> dict[str, Array]:
     """The arrays of a file by name; those of IDX files have none and are called `images`."""
-    if not where.lower().endswith(".npz"):
+    if data.startswith(b"\x93NUMPY") and not where.lower().endswith(".npz"):
+        return {"images": _parse_npy(data, where)}
+    if not where.lower().endswith((".npz", ".npy")) and not data.startswith(b"PK"):
         return {"images": _parse_idx(data, where)}
     stored = io.BytesIO(data)
     try:
@@ -129,6 +168,14 @@ def _parse(data: bytes, where: str) -> dict[str, Array]:
         raise SourceError(f"{where}: expected an .npz archive of plain arrays: {error}") from None
     # NumPy gives the bytes of members that are no arrays.
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
+
+
+def _parse_npy(data: bytes, where: str) -> Array:
+    try:
+        array: Array = np.load(io.BytesIO(data), allow_pickle=False)
+    except _BROKEN_NPZ as error:
+        raise SourceError(f"{where}: expected an .npy file of a plain array: {error}") from None
+    return array
 
 
 def _parse_idx(data: bytes, where: str) -> Array:
@@ -153,32 +200,13 @@ def _labels_beside(location: Location, file: str) -> str | None:
     return next((candidate for candidate in candidates if location.exists(candidate)), None)
 
 
-def _images(arrays: dict[str, Array], column: str | None, where: str) -> tuple[str, Array]:
-    """Name of the array of images, and its images [M, H, W] or [M, H, W, C]."""
-    usable = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)]
-    if column is None:
-        column = next((name for name in IMAGE_ARRAYS if name in usable), usable[0] if len(usable) == 1 else None)
-    if column not in usable:
-        found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
-        raise SourceError(
-            f"{where}: expected an array of uint8 images [M, H, W] or [M, H, W, C], found {found}; name it with "
-            "`image_column`"
-        )
-    images = arrays[column]
-    if images.ndim == 4 and images.shape[3] not in (1, 3) and images.shape[1] in (1, 3):
-        images = images.transpose(0, 2, 3, 1)
-    if images.ndim == 4 and images.shape[3] not in (1, 3):
-        raise SourceError(f"{where}: expected images with 1 or 3 channels, found {column} {list(images.shape)}")
-    return column, np.ascontiguousarray(images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images)
-
-
 def _label_array(
-    arrays: dict[str, Array], images: str, wanted: str | None, count: int, where: str
+    arrays: dict[str, Array], taken: tuple[str | None, ...], wanted: str | None, count: int, where: str
 ) -> tuple[str | None, str]:
     """Name of the array of labels, and why there is none."""
     if wanted is not None:
         return (None if wanted == NONE and wanted not in arrays else wanted), ""
-    others = [name for name in arrays if name != images]
+    others = [name for name in arrays if name not in taken]
     usual = next((name for name in LABEL_ARRAYS if name in others), None)
     if usual is not None:
         return usual, ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from datamerge.runtime.messages import say, warn
 from datamerge.sources.label_table import LabelTable, read_label_table
@@ -24,6 +25,7 @@ from datamerge.sources.labels import (
     wanted_column,
     warn_of_twins,
 )
+from datamerge.sources.listing import is_artifact, is_folder, is_junk
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -34,7 +36,6 @@ from datamerge.sources.sample import (
 )
 from storage_schemas import Location, SourceError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TABLE = "labels.csv"
 
 
@@ -54,8 +55,21 @@ class FolderReader:
         return self.location.read(sample.name)
 
 
-def open_image_folder(location: Location, files: Sequence[tuple[str, int]], columns: Columns) -> Source:
+def open_image_folder(
+    location: Location,
+    files: Sequence[tuple[str, int]],
+    columns: Columns,
+    skipped: int | None = None,
+    known: Sequence[str] = (),
+) -> Source:
     """List the images among the files of a folder.
+
+    Args:
+        location: the folder.
+        files: the images.
+        columns: of labels.csv.
+        skipped: level of the folders that are splits, not classes.
+        known: other images, which labels.csv may name.
 
     Raises:
         SourceError: a labels.csv that does not go with the images.
@@ -66,7 +80,7 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
     class_names: list[str] = []
     unlabelled = ""
     if location.exists(TABLE):
-        table = read_label_table(location.read(TABLE), names, f"{location.url}/{TABLE}")
+        table = read_label_table(location.read(TABLE), [*names, *known], f"{location.url}/{TABLE}")
         (labels, class_names), unlabelled = _table_labels(table, names, columns)
         if columns.group is not None:
             groups = table.values(columns.group, names)
@@ -76,7 +90,7 @@ def open_image_folder(location: Location, files: Sequence[tuple[str, int]], colu
             "file,label,…)"
         )
     elif columns.label != NONE:
-        labels, class_names = _folder_labels(location, names)
+        labels, class_names = _folder_labels(location, names, skipped)
     samples = [
         Sample(key, name, label, group)
         for key, name, label, group in zip(make_keys(names), names, labels, groups, strict=True)
@@ -113,12 +127,13 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
     return (labels, classes), ""
 
 
-def _folder_labels(location: Location, names: Sequence[str]) -> Labels:
-    """Labels from the sub-folders of the first level at which there are several.
+def _folder_labels(location: Location, names: Sequence[str], skipped: int | None) -> Labels:
+    """Labels from the sub-folders of the first level at which there are several, `skipped` left aside.
 
     Images beside them have none. Folders that are all called by whole numbers are the labels by value.
     """
     parts = [name.split("/") for name in names]
+    splits = set() if skipped is None else {part.pop(skipped) for part in parts}
     level = _level(parts)
     folders = [part[level] if len(part) > level + 1 else None for part in parts]
     distinct = sorted({folder for folder in folders if folder is not None})
@@ -138,7 +153,11 @@ def _folder_labels(location: Location, names: Sequence[str]) -> Labels:
     labels, classes = read_labels(folders, location.url, row=names.__getitem__, folders=True)
     if distinct and not classes:
         classes = _numbered(distinct, location.url)
-    _say_folders(location, "/".join(parts[0][:level]), distinct)
+    if skipped is None or (len(splits) == 1 and skipped <= level):  # others have folders of their own
+        above = parts[0][:level]
+        if skipped is not None:
+            above.insert(skipped, *splits)
+        _say_folders(location, "/".join(above), distinct)
     deeper = sum(len(part) > level + 2 for part in parts)
     if deeper:
         say(f"{location.url}: {deeper} of {len(names)} images are in folders below their class folder")
@@ -190,8 +209,9 @@ def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
     if not location.is_local:
         return
     with os.scandir(location.path(above) if above else location.root) as entries:
-        folders = {entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()}
-    empty = sorted(folders - set(used))
+        folders = {entry.name: Path(entry.path) for entry in entries if not is_junk(entry.name) and is_folder(entry)}
+    others = folders.keys() - set(used)
+    empty = sorted(name for name in others if not is_artifact({path.name for path in folders[name].iterdir()}))
     if empty:
         warn(
             f"{location.url}: {len(empty)} of {len(folders)} class folders hold no image, {shown(empty)}; the "

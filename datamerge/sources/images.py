@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from datamerge.sources.suffixes import register_heif
 from storage_schemas.schema.preprocessing import Preprocessing
 
 # A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
 BAND = 256  # rows
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "HEIF")
 
 
 class BadImage(Exception):  # noqa: N818
@@ -38,7 +39,7 @@ def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArr
         BadImage: not an image, cut short, or absurdly large or narrow; of another size where none is resized.
     """
     channels, height, width = preprocessing.shape
-    with _opened(data) as image:
+    with opened(data) as image:
         if preprocessing.resize == "none" and image.size != (width, height):
             raise BadImage(f"expected {width}x{height} pixels, found {image.width}x{image.height}")
         eight = _to_8_bit(image)
@@ -49,7 +50,7 @@ def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArr
 
 
 @contextmanager
-def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
+def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
     """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
     if isinstance(data, Image.Image):
         yield data
@@ -73,6 +74,7 @@ def _opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
 def _formats() -> tuple[str, ...]:
     """Formats of photos that this Pillow reads. Others may start a program: EPS starts Ghostscript."""
     Image.init()
+    register_heif()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -147,6 +149,6 @@ def native_shape(data: bytes | Image.Image) -> tuple[int, int, int]:
     Raises:
         BadImage: not an image, or absurdly large.
     """
-    with _opened(data) as image:
+    with opened(data) as image:
         grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
         return (1 if grey else 3, image.height, image.width)

@@ -43,10 +43,12 @@ FILE_COLUMNS = (
     "id",
 )
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_LOOKED_AT = 1000  # rows, to find the column of files
 _SEPARATORS = (",", ";", "\t", "|", " ")
 
 
-Row = tuple[int, list[str]]
+# Tuples of texts, unlike lists, cost the garbage collector nothing; there may be millions.
+Row = tuple[int, tuple[str, ...]]
 """(line in the file, cells)"""
 
 
@@ -107,15 +109,15 @@ def read_label_table(data: bytes, images: Sequence[str], where: str) -> LabelTab
     if not lines:
         raise SourceError(f"{where}: expected a header such as file,label and a row an image, found an empty table")
     columns, place, lines = _header(lines, matcher, where)
-    lines = [(line, _row(cells, len(columns), f"{where}, line {line}")) for line, cells in lines]
+    lines = [row if len(row[1]) == len(columns) else _whole(row, len(columns), where) for row in lines]
     named = [(line, cells[place]) for line, cells in lines]
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, tuple[Row, ...]] = {}
     missing = []
     for row, image, cell in zip(lines, matcher.match(named, where), named, strict=True):
         if image is None:
             missing.append(cell)
         else:
-            rows.setdefault(image, []).append(row)
+            rows[image] = (*rows[image], row) if image in rows else (row,)
     if not rows:
         such = f", such as {missing[0][1]!r}" if missing else ""
         raise SourceError(
@@ -149,10 +151,11 @@ def _parse(data: bytes, images: Sequence[str], where: str) -> Sequence[Row]:
     skipped = 0
     if text[:4].lower() == "sep=":  # Excel's way to name the separator
         text, skipped = text.partition("\n")[2], 1
-    known = {*images, *map(posixpath.basename, images), *FILE_COLUMNS}
+    beginning = text[: csv.field_size_limit()]
+    known = {*images, *(image.rpartition("/")[2] for image in images), *FILE_COLUMNS}
 
     def sense(separator: str) -> tuple[bool, int]:
-        rows = _rows(text, separator, skipped, where, 2)
+        rows = _rows(beginning, separator, skipped, where, 2)
         # Spaces come last: they are in names, too.
         cells = len(rows[0][1]) if rows and separator != " " else 1
         return any(cell in known or cell.lower() in known for _, cells in rows for cell in cells), cells
@@ -165,7 +168,7 @@ def _rows(text: str, separator: str, skipped: int, where: str, limit: int | None
     rows: list[Row] = []
     try:
         for row in reader:
-            cells = [cell.strip() for cell in row]
+            cells = tuple(map(str.strip, row))
             if any(cells):
                 rows.append((reader.line_num + skipped, cells))
             if limit is not None and len(rows) == limit:
@@ -181,7 +184,8 @@ def _header(lines: Sequence[Row], matcher: _Matcher, where: str) -> tuple[list[s
     folded = [re.sub(r"[ -]", "_", cell.lower()) for cell in first]
     named = sorted((FILE_COLUMNS.index(cell), place) for place, cell in enumerate(folded) if cell in FILE_COLUMNS)
     if named and not any(map(matcher.exact, first)):
-        below = {place: [cells[place] for _, cells in lines[1:] if place < len(cells)] for _, place in named}
+        some = [cells for _, cells in lines[1 : _LOOKED_AT + 1]]
+        below = {place: [cells[place] for cells in some if place < len(cells)] for _, place in named}
         # Several may be called like files, such as `image` and `id`: the one that names most images.
         best = max(below, key=lambda place: sum(cell in matcher for cell in below[place]))
         return _names(first), best, lines[1:]
@@ -193,8 +197,8 @@ def _header(lines: Sequence[Row], matcher: _Matcher, where: str) -> tuple[list[s
                 say(f"{where}: the paths of the images are taken from {names[place]!r}")
                 return names, place, rows
     raise SourceError(
-        f"{where}: expected a column {FILE_COLUMNS[0]!r} with paths below its folder, found {first}; add a header "
-        "such as file,label"
+        f"{where}: expected a column {FILE_COLUMNS[0]!r} with paths below its folder, found {list(first)}; add a "
+        "header such as file,label"
     )
 
 
@@ -203,13 +207,15 @@ def _names(cells: Sequence[str]) -> list[str]:
     return [cell or f"column {place + 1}" for place, cell in enumerate(cells)]
 
 
-def _row(cells: list[str], width: int, where: str) -> list[str]:
-    """The cells of a row, as many as the header has."""
+def _whole(row: Row, width: int, where: str) -> Row:
+    """A row with as many cells as the header has."""
+    line, cells = row
     if any(cells[width:]):
         raise SourceError(
-            f"{where}: expected {width} cells, found {len(cells)}: {cells}; put cells with a separator into quotes"
+            f"{where}, line {line}: expected {width} cells, found {len(cells)}: {list(cells)}; put cells with a "
+            "separator into quotes"
         )
-    return [*cells[:width], *[""] * (width - len(cells))]
+    return line, (*cells[:width], *[""] * (width - len(cells)))
 
 
 def _forms() -> tuple[Callable[[str], str], ...]:
@@ -252,6 +258,8 @@ class _Matcher:
         found = [self.exact(cell) for _, cell in cells]
         loosely = 0
         for way in range(len(self._forms)):
+            if None not in found:
+                break
             taken = set(found)
             for place, (line, cell) in enumerate(cells):
                 if found[place] is not None or not cell:
@@ -273,7 +281,10 @@ class _Matcher:
 
     def exact(self, cell: str) -> str | None:
         """The image of this very path, below the folder or its sub-folder images."""
-        return next((path for path in (cell, f"images/{cell}") if path in self._known), None)
+        if cell in self._known:
+            return cell
+        below = f"images/{cell}"
+        return below if below in self._known else None
 
     def _alike(self, cell: str, way: int) -> list[str]:
         if way not in self._by_form:

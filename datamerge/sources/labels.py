@@ -36,6 +36,7 @@ OTHERS = (
     *("labelid", "class_label", "target_label", "ground_truth", "gt", "wnid", "synset"),
 )
 """Columns that hold labels where there is only one of them and none of the usual ones."""
+LABEL_NAMES = frozenset((*USUAL, *OTHERS))
 # Pandas' and Excel's ways to write nothing; among numbers also what people write.
 _ABSENT = frozenset({"nan", "null", "n/a", "#n/a", "<na>"})
 _ABSENT_AMONG_NUMBERS = _ABSENT | {"none", "na", "nil", "unknown", "unlabeled", "unlabelled", "missing", "?", "-"}

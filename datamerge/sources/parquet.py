@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources.images import BadImage
-from datamerge.sources.labels import label_columns
 from datamerge.sources.sample import (
     Columns,
+    RawImage,
+    Reader,
     Sample,
     Source,
     fingerprint,
@@ -21,10 +23,53 @@ from datamerge.sources.sample import (
     make_listing,
 )
 from datamerge.sources.table_labels import TableLabels
+from datamerge.sources.tables import check_paths, has_images, image_column, to_image
 from storage_schemas import Location, SourceError
 
 # What pyarrow raises for a file that is none, or not whole.
 _BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
+_CALLED = {"parquet": "a Parquet", "arrow": "an Arrow"}
+
+
+class TableFile(Protocol):
+    """A file with a table: what is listed of it."""
+
+    metadata: Any  # has num_rows
+
+    @property
+    def schema_arrow(self) -> pa.Schema:
+        """Names and types of its columns."""
+        ...
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Some of its columns."""
+        ...
+
+    def paths(self, column: str) -> list[str | None] | None:
+        """The paths of a column {bytes, path} that holds no bytes at all; None if it holds images."""
+        ...
+
+
+class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]
+    """A Parquet file."""
+
+    def paths(self, column: str) -> list[str | None] | None:
+        kind = self.schema_arrow.field(column).type
+        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+            return None
+        place = kind.get_field_index("bytes")
+        if place >= 0 and not pa.types.is_null(kind[place].type) and not self._is_null(f"{column}.bytes"):
+            return None
+        return [value and value["path"] for value in self.read(columns=[f"{column}.path"]).column(column).to_pylist()]
+
+    def _is_null(self, leaf: str) -> bool:
+        """Whether the statistics say that a column holds nothing; they need not say anything."""
+        groups = [self.metadata.row_group(number) for number in range(self.num_row_groups)]
+        chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+        counts = [(chunk.num_values, chunk.statistics) for chunk in chunks if chunk.path_in_schema == leaf]
+        return bool(counts) and all(
+            stats is not None and stats.has_null_count and stats.null_count == count for count, stats in counts
+        )
 
 
 class ParquetReader:
@@ -40,17 +85,14 @@ class ParquetReader:
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._cached: tuple[str, int, Any] | None = None
 
-    def read(self, sample: Sample) -> bytes:
+    def read(self, sample: Sample) -> RawImage:
         name, _, row = sample.name.rpartition("#")
         try:
             value = self._value(name, int(row))
         except (pa.ArrowException, ValueError, LookupError) as error:
             # Not OSError, after which a merge waits and tries again, for every row.
             raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise BadImage(f"row {row} of {name}: the image column holds no bytes")
-        return data
+        return to_image(value, self._location, name, int(row))
 
     def _value(self, name: str, row: int) -> Any:
         if self._file is None or self._file[0] != name:
@@ -80,6 +122,31 @@ def open_parquet(
     Raises:
         SourceError: a file is not Parquet, or has no such columns.
     """
+    return open_tables(location, files, columns, "parquet", _opened, ParquetReader)
+
+
+def open_tables(
+    location: Location,
+    files: Sequence[tuple[str, int]],
+    columns: Columns,
+    kind: str,
+    opened: Callable[[Location, str, int], TableFile],
+    reader: Callable[[Location, str], Reader],
+) -> Source:
+    """List the rows of files that hold a table each.
+
+    Args:
+        location: of the files.
+        files: paths below it, and bytes.
+        columns: of the tables.
+        kind: of the source.
+        opened: opens a file, and refuses one that cannot have the rows that it claims.
+        reader: makes the reader of a column.
+
+    Raises:
+        SourceError: a file of another kind, or one without such columns.
+    """
+    beside: dict[str, int] = {}
     places: list[tuple[str, str]] = []
     entries: list[tuple[str, int, int]] = []
     place = f"{location.url}/{files[0][0]}" if len(files) == 1 else location.url
@@ -89,28 +156,43 @@ def open_parquet(
     for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
         where = f"{location.url}/{name}"
         try:
-            file = pq.ParquetFile(location.open(name))
-            rows = _count(file, size)
-            schema = file.schema_arrow
-            column = _image_column(schema, column, where)
+            file = opened(location, name, size)
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+            column = image_column(schema, column, where)
             found.add(schema, rows, partial(_values, file), where, column)
             groups += _group_values(file, columns.group, where)
+            if (paths := file.paths(column)) is not None:
+                beside.update(check_paths(location, name, paths, where))
         except _BROKEN as error:
-            raise SourceError(f"{where}: expected a Parquet file: {first_line(error)}") from None
+            raise SourceError(f"{where}: expected {_CALLED[kind]} file: {first_line(error)}") from None
         places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
     labels, names = found.finish(lambda index: places[index][1])
     samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
     if not samples or column is None:
-        raise SourceError(f"{location.url}: expected rows with images, found empty Parquet files")
-    listing = make_listing(location, files)
+        raise SourceError(f"{location.url}: expected rows with images, found {len(files)} files without rows")
+    listing = make_listing(location, [*files, *beside.items()])
     identity = fingerprint([column, entries, listing, labels, groups])
-    reader = ParquetReader(location, column)
-    return Source(location.url, "parquet", samples, names, identity, reader, listing, location, found.unlabelled)
+    source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
+    return replace(source, unlabelled=found.unlabelled)
 
 
-def _count(file: pq.ParquetFile, size: int) -> int:
-    """Rows of a file of `size` bytes; raises ValueError where it cannot have that many.
+def holds_images(location: Location, name: str) -> bool:
+    """Whether a Parquet file has a column that may hold images, or cannot be read, which is to be said."""
+    try:
+        return has_images(pq.ParquetFile(location.open(name)).schema_arrow)
+    except _BROKEN:
+        return True
+
+
+def _opened(location: Location, name: str, size: int) -> TableFile:
+    file = _ParquetFile(location.open(name))
+    _check_rows(file, size)
+    return file
+
+
+def _check_rows(file: pq.ParquetFile, size: int) -> None:
+    """Raises ValueError where a file of `size` bytes cannot have the rows that it claims.
 
     A footer of 200 bytes may claim any number, and we keep something of every row. No image fits into one byte.
     """
@@ -120,17 +202,16 @@ def _count(file: pq.ParquetFile, size: int) -> int:
         raise ValueError(f"{size} bytes that claim {rows} rows")
     if rows != sum(groups) or min(groups, default=0) < 0:
         raise ValueError(f"{rows} rows in row groups of {sum(groups)}")
-    return rows
 
 
-def _group_values(file: pq.ParquetFile, column: str | None, where: str) -> list[str | None]:
+def _group_values(file: TableFile, column: str | None, where: str) -> list[str | None]:
     """Values of the group column as text, a value a row."""
     if column is not None and column not in file.schema_arrow.names:
         raise SourceError(f"{where}: expected a group column {column!r}, found {file.schema_arrow.names}")
     return [None if value is None else str(value) for value in _values(file, column)]
 
 
-def _values(file: pq.ParquetFile, column: str | None) -> list[Any]:
+def _values(file: TableFile, column: str | None) -> list[Any]:
     """A value a row; None of each where no column is meant."""
     rows = file.metadata.num_rows
     if column is None:
@@ -139,21 +220,3 @@ def _values(file: pq.ParquetFile, column: str | None) -> list[Any]:
     if len(values) != rows:
         raise ValueError(f"column {column} holds {len(values)} values for {rows} rows")
     return values
-
-
-def _image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
-    candidates = [
-        field.name
-        for field in schema
-        if pa.types.is_binary(field.type)
-        or pa.types.is_large_binary(field.type)
-        or (pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0)
-    ]
-    if wanted is None and len(candidates) > 1:  # labels may be bytes, too
-        candidates = [name for name in candidates if not any(label_columns([name]))] or candidates
-    if wanted is None and len(candidates) == 1:
-        return str(candidates[0])
-    if wanted in candidates:
-        return str(wanted)
-    asked = f"the image column {wanted!r}" if wanted else "one image column"
-    raise SourceError(f"{where}: expected {asked}, found {candidates or schema.names}; name it with `image_column`")

@@ -94,6 +94,9 @@ class Source:
         listing: by file, what identifies its content: [bytes, hash or None, …].
         location: the folder of the listed files, if they are files.
         unlabelled: why no sample has a label although something looks like labels; empty if that is not so.
+        split: what was chosen where there are splits.
+        splits: how many files or images each has.
+        left_out: how many files of its folder are not read, by reason.
     """
 
     url: str
@@ -105,6 +108,9 @@ class Source:
     listing: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     location: Location | None = None
     unlabelled: str = ""
+    split: str | None = None
+    splits: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()

@@ -6,37 +6,33 @@ listed once by their headers; readers then fetch single images by their byte ran
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import braceexpand
-
-from datamerge.runtime.messages import first_line
-from datamerge.sources.image_folder import EXTENSIONS
+from datamerge.runtime.class_names import parse_class_names
+from datamerge.runtime.messages import first_line, say, warn
 from datamerge.sources.images import BadImage
-from datamerge.sources.labels import NONE, Labels, NoClass, choose_column, label_columns, read_labels, warn_of_twins
+from datamerge.sources.labels import LABEL_NAMES, NONE, Labels, NoClass, choose_column, read_labels, warn_of_twins
 from datamerge.sources.sample import (
     Columns,
     Sample,
     Source,
     as_text,
-    check_listed,
     fingerprint,
     make_keys,
     make_listing,
 )
-from storage_schemas import Location, SourceError, read_json, redact
-from storage_schemas.access.redaction import split_query
+from datamerge.sources.suffixes import EXTENSIONS, MAGIC_BYTES, PACKED, PACKED_MAGIC, kind_of
+from storage_schemas import ConfigError, Location, SourceError, read_json
 
 NAMES = "backslashreplace"  # of bytes in a member's name that are no text
 # What tarfile raises for a file that is none, or is made to do harm.
 _BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 LABEL_EXTENSION = "cls"
+CLASS_NAMES = "classnames.txt"  # one a line, in label order, as CLIP_benchmark writes them beside its tars
 MAX_TEXT = 2**24  # bytes of a member with labels or captions
 MAX_MEMBER = 2**36  # bytes of any member; tarfile would seek beyond what file systems allow
 
@@ -80,54 +76,6 @@ class TarReader:
         return data
 
 
-def is_tar_url(url: str) -> bool:
-    """Whether a source is one tar or a pattern of them."""
-    base, query = split_query(url)
-    ends = base.endswith((".tar", ".tar}")) or query.endswith(".tar")  # …/get?file=x.tar
-    return ends or (".tar" in base and any(c in base for c in "*{["))
-
-
-def open_tar_url(url: str, columns: Columns) -> Source:
-    """List the tars of a URL with globs and braces.
-
-    Raises:
-        SourceError: nothing there, not a tar, or no image in it.
-    """
-    base, query = split_query(url)
-    paths: list[str] = []
-    for pattern in braceexpand.braceexpand(base):
-        pattern = pattern if "://" in pattern else str(Path(pattern).expanduser().absolute())
-        found = _matches(pattern, query)
-        if not found:
-            raise SourceError(f"{redact(pattern)}: expected tar files, found nothing there")
-        paths += found
-    folder = paths[0].rpartition("/")[0]
-    while not all(path.startswith(f"{folder}/") for path in paths):
-        folder = folder.rpartition("/")[0]
-    if folder.endswith(":/"):  # what s3://a and s3://b have in common
-        raise SourceError(f"{redact(base)}: expected tars of one host or bucket, found several; name one of them")
-    location = Location(f"{folder or '/'}{query}")
-    files = []
-    for path in paths:
-        name = path[len(folder) + 1 :]
-        check_listed(location, name)
-        try:
-            files.append((name, location.size(name)))
-        except FileNotFoundError:
-            raise SourceError(f"{redact(path)}: expected tar files, found nothing there") from None
-    return open_tars(location, redact(base), files, columns)
-
-
-def _matches(pattern: str, query: str) -> list[str]:
-    """Files that a pattern without braces stands for, not all of which need be there."""
-    fixed = re.split(r"[*?\[]", pattern)[0]
-    if fixed == pattern:
-        return [pattern]
-    folder = fixed.rpartition("/")[0]
-    location = Location(f"{folder or '/'}{query}")
-    return [f"{folder}/{name}" for name in location.glob(pattern[len(folder) + 1 :])]
-
-
 def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], columns: Columns) -> Source:
     """List the samples of tars below a location.
 
@@ -137,7 +85,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     found: dict[str, _Parts] = {}
     for name, _ in files:
         with (
-            _refused(f"{location.url}/{name}: expected an uncompressed tar"),
+            _refused(location, name),
             location.open(name) as stream,
             tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
         ):
@@ -145,8 +93,13 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
                 _note_member(name, info, tar, found, columns)
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
-        raise SourceError(f"{url}: expected tars with images ({' '.join(EXTENSIONS[:4])} …), found none in them")
-    labels, names = _labels([(key, parts) for key, parts, _ in complete], columns.label, url)
+        expected = f"members {columns.image!r}" if columns.image else f"images ({' '.join(EXTENSIONS[:4])} …)"
+        raise SourceError(f"{url}: expected tars with {expected}, found none in {len(found)} samples of {len(files)}")
+    if len(complete) < len(found):
+        first = next(key for key, parts in found.items() if parts.image is None)
+        say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns, url)
+    names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
         Sample(
@@ -159,7 +112,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     ]
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
-    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location)
+    return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -173,12 +126,39 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 @contextmanager
-def _refused(message: str) -> Iterator[None]:
+def _refused(location: Location, name: str) -> Iterator[None]:
     """Turn what tarfile raises into a SourceError."""
     try:
         yield
     except _BROKEN as error:
-        raise SourceError(f"{message}: {first_line(error)}") from None
+        head = location.read(name, 0, MAGIC_BYTES)
+        packed = next((PACKED[suffix] for magic, suffix in PACKED_MAGIC.items() if head.startswith(magic)), None)
+        raise SourceError(
+            f"{location.url}/{name}: expected an uncompressed tar: {packed or first_line(error)}"
+        ) from None
+
+
+def _class_names_beside(location: Location, tar: str, labels: Sequence[int | None]) -> list[str]:
+    """Class names of a file beside a tar, or in the folder that holds its folder; none if they are too few."""
+    if location.is_read_only or all(label is None for label in labels):
+        return []
+    folder = tar.rpartition("/")[0]
+    places = [(location, f"{folder}/{CLASS_NAMES}" if folder else CLASS_NAMES)]
+    places.append((location, CLASS_NAMES) if folder else (location.split()[0], CLASS_NAMES))
+    for place, name in places:
+        if not place.exists(name):
+            continue
+        try:
+            text = place.read(name).decode("utf-8-sig")
+            names = [as_text(line) for line in parse_class_names(text, f"{place.url}/{name}", "classes")]
+        except (UnicodeDecodeError, ConfigError) as error:
+            warn(f"{error}; the names are left out")
+            return []
+        largest = max(label for label in labels if label is not None)
+        if largest < len(names):
+            return names
+        warn(f"{place.url}/{name}: expected names of labels up to {largest}, found {len(names)}; they are left out")
+    return []
 
 
 def _note_member(
@@ -191,13 +171,14 @@ def _note_member(
     """Remember an image's place, or the content of a member that labels and groups come from."""
     folder, _, base = info.name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not info.isfile() or not dot or base.startswith("."):
+    if not info.isfile() or not dot or base.startswith(".") or folder.startswith("__MACOSX"):
         return
     key = f"{name}#{folder}/{stem}" if folder else f"{name}#{stem}"
     parts = found.setdefault(key, _Parts())
     extension = extension.lower()
-    is_image = f".{extension}".endswith(EXTENSIONS)
-    is_label = any(label_columns([extension])) if columns.label is None else extension == columns.label
+    wanted = columns.image and columns.image.lower().removeprefix(".")
+    is_image = extension == wanted if wanted else kind_of(f"x.{extension}") == "image"
+    is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
         return
     if info.issparse():
@@ -206,7 +187,10 @@ def _note_member(
         raise ValueError(f"{info.name!r} claims {info.size} bytes at {info.offset_data}, next is {tar.offset}")
     if is_image:
         if parts.image is not None:
-            raise SourceError(f"{name}: expected one image a sample, found a second one: {info.name}")
+            raise SourceError(
+                f"{name}: expected one image a sample, found a second one: {info.name}; name the kind of member as "
+                f"`image_column`, such as {extension}"
+            )
         parts.image = _Member(name, info.offset_data, info.size)
     else:
         if info.size > MAX_TEXT:
@@ -215,37 +199,45 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _labels(samples: Sequence[tuple[str, _Parts]], column: str | None, url: str) -> Labels:
-    """Labels from a member or a JSON field of each sample.
+def _labels(samples: Sequence[tuple[str, _Parts]], columns: Columns, url: str) -> tuple[Labels, str]:
+    """Labels from a member or a JSON field of each sample, and why there are none.
 
     Raises:
-        SourceError: no sample has such a member or field, or what it says is no label.
+        SourceError: no sample has the member or field that the user named, or what it says is no label.
     """
-    if column == NONE:
-        return [None] * len(samples), []
-    name = column or _label_name([parts for _, parts in samples], url)
-    raw = [_value(parts, name) for _, parts in samples]
-    if column is not None and all(value is None for value in raw):
+    none: list[int | None] = [None] * len(samples)
+    wanted, why = columns.label, ""
+    column = wanted
+    if wanted is None:
+        column, why = _label_column([parts for _, parts in samples], columns.group, url)
+    if column is None or column == NONE:
+        return (none, []), why
+    raw = [_value(parts, column) for _, parts in samples]
+    if wanted is not None and all(value is None for value in raw):
         raise SourceError(
-            f"{samples[0][0]}: expected a member or JSON field {column!r} with the label, found none in "
+            f"{samples[0][0]}: expected a member or JSON field {wanted!r} with the label, found none in "
             f"{len(samples)} samples"
         )
-    where = f"{url}, {name}"
+    where = f"{url}, {column!r}"
     try:
         labels, names = read_labels(raw, where, row=lambda index: samples[index][0])
     except NoClass as error:
-        raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        if wanted is not None:
+            raise SourceError(f"{where}: expected whole numbers or names as labels, found {error}") from None
+        why = f"{column!r} holds no labels of one class: {error}"
+        warn(f"{url}: no labels are read: {why}")
+        return (none, []), why
     warn_of_twins(names, where)
-    return labels, names
+    return (labels, names), ""
 
 
-def _label_name(samples: Sequence[_Parts], url: str) -> str:
-    """The extension of the members with labels, `cls` by default; or the JSON field with them."""
+def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tuple[str | None, str]:
+    """The extension of the members with labels, `cls` by default, or the JSON field; and why there is none."""
     if any(LABEL_EXTENSION in parts.texts for parts in samples):
-        return LABEL_EXTENSION
+        return LABEL_EXTENSION, ""
     members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
     fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
-    return choose_column([*members, *fields], url)[0] or LABEL_EXTENSION
+    return choose_column([name for name in (*members, *fields) if name != group], url)
 
 
 def _fields(parts: _Parts) -> list[str]:

@@ -1,4 +1,4 @@
-"""`datamerge inspect`, `datamerge preview` and `datamerge verify`."""
+"""`datamerge inspect` of artifacts and sources, `datamerge preview` and `datamerge verify`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from datamerge import artifacts as library
-from datamerge.runtime.options import HELP_FLAGS
-from storage_schemas import Location, UserError, printable
+from datamerge.packages import load
+from datamerge.runtime import load_settings
+from datamerge.runtime.options import HELP_FLAGS, options
+from datamerge.tools.source_inspection import SourceSettings
+from datamerge.tools.source_inspection import rows as source_rows
+from storage_schemas import ConfigError, Location, UserError, printable
 from storage_schemas.card.dataset_card import recorded_preprocessing
 from storage_schemas.verify import Report
 
@@ -24,23 +28,43 @@ SHOWN_PROBLEMS = 8  # of one file
 
 
 @click.command(context_settings=HELP_FLAGS)
-@click.argument("artifact")
+@click.argument("artifact", required=False)
+@click.option("--source", metavar="DATA", help="Raw images to look at in place of an artifact, as merge takes them.")
+@options(SourceSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(artifact: str, as_json: bool) -> None:
+def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: Any) -> None:
     """Show what ARTIFACT holds: groups, bytes, encoding, ranges of its moments, provenance.
+
+    With --source, show what raw images are taken to be before anything is done with them: kind, splits, classes,
+    what is left out, and sizes, modes and EXIF of some of the images. The options between are for these alone.
 
     \b
     datamerge inspect adv-2-255
     datamerge inspect s3://bucket/adv-2-255 --json | jq .provenance.encoder
+    datamerge inspect --source photos/ --thumbnails some.png
     """
-    facts = library.inspect(artifact)
+    if (artifact is None) == (source is None):
+        raise click.UsageError("expected ARTIFACT or --source DATA, found " + ("both" if source else "neither"))
+    settings = load_settings(SourceSettings, None, flags)
+    if source is not None:
+        inspect_source = load(
+            "datamerge.sources.inspection", "inspect_source", extra="merge", needed_by="`datamerge inspect --source`"
+        )
+        facts = inspect_source(source, **settings.model_dump())
+        rows = source_rows(facts)
+    else:
+        given = next((name for name, value in settings.model_dump().items() if value is not None), None)
+        if given is not None:
+            raise ConfigError(f"{given}: an artifact has none; drop `{given}`, or name raw images with --source")
+        facts = library.inspect(str(artifact))
+        rows = _rows(facts)
     if as_json:
         click.echo(json.dumps(facts))
         return
     table = Table(title=_text(facts["url"]), show_header=False, title_justify="left")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(facts):
+    for name, value in rows:
         table.add_row(_text(name), _text(value))
     Console(highlight=False).print(table)
 

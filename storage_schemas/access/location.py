@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import glob
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -121,7 +122,8 @@ class Location:
         if self.is_read_only:
             folder, slash, last = pattern.rpartition("/")
             return [f"{folder}{slash}{name}" for name in fnmatch.filter(self.names(folder), last)]
-        found = self._call(pattern, lambda path: self.fs.glob(path))
+        # The folder itself may be called like a pattern.
+        found = self._call("", lambda path: self.fs.glob(f"{glob.escape(path)}/{pattern}"))
         return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
 
     def size(self, relative: str) -> int:
@@ -226,6 +228,10 @@ class Location:
         """The folder that holds this location, and its name there."""
         folder, _, name = self._base.rpartition("/")
         return Location((folder or ("/" if self._base.startswith("/") else ".")) + self._query, **self._options), name
+
+    def below(self, relative: str) -> Location:
+        """A folder in this one."""
+        return Location(f"{self._base}/{relative}{self._query}", **self._options)
 
     def _call(self, relative: str, operation: Callable[[str], T]) -> T:
         """Run an operation on a path, with retries and readable errors where it goes over a network."""

@@ -33,6 +33,7 @@ FUNCTIONS = (
     "export",
     "export_encoder",
     "inspect",
+    "inspect_source",
     "load_encoder",
     "load_head",
     "merge",

@@ -124,7 +124,7 @@ def test_missing_columns_are_named(tmp_path: Path, options: dict[str, Any], fact
 
 def test_no_image_column_at_all(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://x"], "label": [1]}), tmp_path / "x.parquet")
-    with refused(SourceError, None, tmp_path / "x.parquet", ["url", "label"]):
+    with refused(SourceError, None, tmp_path / "x.parquet", "url string", "label int64"):
         open_source(tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_not_parquet(tmp_path: Path, data: bytes) -> None:
 
 def test_empty_tables(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "x.parquet", range(0))
-    with refused(SourceError, None, tmp_path / "x.parquet", ["image", "label"]):
+    with refused(SourceError, None, tmp_path / "x.parquet", "image null", "label int64"):
         open_source(tmp_path)
 
 

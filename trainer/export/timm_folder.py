@@ -13,22 +13,19 @@ from torch import Tensor
 from datamerge.encoders import Encoder
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import WEIGHTS
-from trainer.export.kinds import check_kind
+from trainer.export.kinds import Folder, check_kind
 from trainer.export.same_function import PILLOW, check_same
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
-def write_timm(encoder: Encoder, origin: str, files: Path) -> str:
+def write_timm(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
         origin: not needed: these are image towers alone.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: no encoder of timm, or one whose preprocessing timm has no words for.
@@ -43,7 +40,7 @@ def write_timm(encoder: Encoder, origin: str, files: Path) -> str:
     model.to(memory_format=torch.contiguous_format)
     save_for_hf(model, str(files), model_config=config, safe_serialization=True)
     _check(encoder, files)
-    return USAGE
+    return Folder(USAGE, encoder.preprocessing)
 
 
 def data_config(encoder: Encoder) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def matched_rows(artifact: Artifact, classes: Classes, setting: str) -> Mapping[
     names = label_names(artifact)
     own = Classes(names, len(names), artifact.location.url)
     match = match_classes(labels, own, classes, setting, f"choose another `{setting}`")
-    return match.rows if match.moves else None
+    return match.rows if match.moves(len(names) or classes.count) else None
 
 
 def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:

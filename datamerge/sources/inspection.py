@@ -1,0 +1,152 @@
+"""What a source is taken to be, before anything runs: its kind, splits, classes, and what some of its images are."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from datamerge.sources.images import BadImage, opened
+from datamerge.sources.opening import open_source
+from datamerge.sources.sample import Sample, Source
+from datamerge.sources.splits import ALL
+from storage_schemas import ConfigError, Location, redact
+from storage_schemas.schema.arguments import check_count
+
+LOOKED_AT = 64  # images
+THUMBNAILS, SIDE = 3, 256  # how many, and pixels of the longer side
+UPRIGHT = 1  # EXIF's orientation of an image that needs no turning
+# What an image may turn out to be when it is decoded; PIL raises anything.
+_BROKEN = (BadImage, OSError, SyntaxError, ValueError, EOFError, RuntimeError)
+
+
+def inspect_source(
+    source: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    images: int = LOOKED_AT,
+    seed: int = 0,
+    thumbnails: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """What a source is taken to be, and what a random choice of its images are; everything is plain JSON.
+
+    Args:
+        source: as `open_source` takes it.
+        split: to look at. Where there are several and none is named, all are, and `choose` says that one is needed.
+        image_column: column or array of images.
+        label_column: column, array or tar member of labels.
+        images: how many to decode, at most.
+        seed: of the choice of images.
+        thumbnails: a .png file to write with three of the images, as they are stored.
+
+    Returns:
+        `kind`, `split` and `splits` with their sizes, `samples`, `unlabelled` ones and, if that is known, why,
+        `classes` with their labels, names and sizes, `left_out` files by reason, and of the images `looked_at`:
+        `sizes`, `modes`, `formats`, how many are `turned` by EXIF, and the `unusable` ones with their reasons.
+
+    Raises:
+        ConfigError: no such split; thumbnails that are no .png file.
+        SourceError: nothing there, or nothing that can be read.
+    """
+    check_count("images", images)
+    if thumbnails is not None and not os.fspath(thumbnails).lower().endswith(".png"):
+        raise ConfigError(f"thumbnails: expected a file that ends in .png, found {os.fspath(thumbnails)!r}")
+    choose = None
+    try:
+        found = open_source(source, split=split, image_column=image_column, label_column=label_column)
+    except ConfigError as error:
+        if error.field != "split" or split is not None:
+            raise
+        found = open_source(source, split=ALL, image_column=image_column, label_column=label_column)
+        choose = str(error)
+    count = len(found.samples)
+    chosen = np.random.default_rng(seed).choice(count, min(images, count), replace=False)
+    looked = [found.samples[int(index)] for index in sorted(chosen)]
+    facts = {
+        "url": redact(found.url),
+        "kind": found.kind,
+        "split": None if choose else found.split,
+        "splits": dict(found.splits),
+        "choose": choose,
+        "samples": count,
+        **_classes(found),
+        "no_labels_because": found.unlabelled or None,
+        "left_out": dict(found.left_out),
+        "fingerprint": found.fingerprint,
+    }
+    pictures: list[Image.Image] = []
+    facts |= _looked_at(found, looked, pictures, THUMBNAILS if thumbnails is not None else 0)
+    if thumbnails is not None:
+        _write(pictures, thumbnails)
+    return facts
+
+
+def _classes(source: Source) -> dict[str, Any]:
+    """Sizes of classes in the order of their labels, also of those that only have a name."""
+    counts = Counter(sample.label for sample in source.samples)
+    unlabelled = counts.pop(None, 0)
+    names = dict(enumerate(source.class_names))
+    labels = sorted({*counts, *names})  # type: ignore[type-var]
+    classes = [{"label": label, "name": names.get(label), "samples": counts[label]} for label in labels]  # type: ignore[arg-type]
+    return {"unlabelled": unlabelled, "classes": classes}
+
+
+def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.Image], wanted: int) -> dict[str, Any]:
+    """What the images are; the first `wanted` go into `pictures`."""
+    sizes: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    turned, unusable = 0, []
+    for sample in samples:
+        try:
+            with opened(source.reader.read(sample)) as image:
+                image.load()
+                sizes[f"{image.width}x{image.height}"] += 1
+                modes[image.mode] += 1
+                formats[image.format or "pixels"] += 1
+                turned += _orientation(image) != UPRIGHT
+                if len(pictures) < wanted:
+                    pictures.append(_thumbnail(image))
+        except _BROKEN as error:
+            unusable.append({"name": sample.name, "reason": str(error)})
+    return {
+        "looked_at": len(samples),
+        "sizes": dict(sizes.most_common()),
+        "modes": dict(modes.most_common()),
+        "formats": dict(formats.most_common()),
+        "turned": turned,
+        "unusable": unusable,
+    }
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    return small
+
+
+def _write(pictures: Sequence[Image.Image], file: str | os.PathLike[str]) -> None:
+    """Pictures side by side, as a PNG."""
+    if not pictures:
+        raise ConfigError("thumbnails: expected an image to draw, found none that can be decoded; leave it out")
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG")
+    folder, name = Location(file).split()
+    folder.write(name, stream.getvalue())

@@ -1,0 +1,272 @@
+"""From what a user calls a source to its samples: which files it has, which splits, and what reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from datamerge.runtime.factories import PREFIX
+from datamerge.sources.factories import open_factory
+from datamerge.sources.image_folder import TABLE, open_image_folder
+from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
+from datamerge.sources.patterns import find_files, is_pattern
+from datamerge.sources.sample import Columns, Source, check_listed
+from datamerge.sources.splits import ALL, choose, file_splits, image_splits, sizes
+from datamerge.sources.suffixes import (
+    CONTENT_BYTES,
+    EXTENSIONS,
+    HEIF,
+    PACKED,
+    Kind,
+    kind_of,
+    kind_of_content,
+    packed_suffix,
+    suffix_of,
+)
+from datamerge.sources.tars import open_tars
+from storage_schemas import ConfigError, Location, SourceError, redact
+from storage_schemas.access.redaction import split_query
+from storage_schemas.schema.arguments import check_count
+
+EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
+# Files of a folder that describe its data, and are used where they are known.
+DESCRIPTIONS = ("classnames.txt", "state.json", "dataset_info.json", "dataset_dict.json")
+LOOKED_INTO = 20  # tables and arrays beside other data, to know whether they hold images
+NOUNS: dict[Kind, str] = {
+    "image": "image",
+    "parquet": "Parquet file",
+    "tar": "tar",
+    "arrow": "Arrow file",
+    "array": "array file",
+}
+
+
+def open_source(
+    url: str | os.PathLike[str],
+    *,
+    limit: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
+    split: str | None = None,
+) -> Source:
+    """List a source: images, Parquet or Arrow files or tars in a folder, one such file, arrays, or your own data set.
+
+    Args:
+        url: path, fsspec URL, pattern of files, or `python:MODULE:FACTORY`.
+        limit: use the first `limit` samples only.
+        image_column: column or array of images; needed when there are several.
+        label_column: column, array or tar member of labels; the usual names by default.
+        group_column: column, array or tar member whose values name groups.
+        split: the split to use where there are several, as `train`, `train+validation` or `all`.
+
+    Raises:
+        ConfigError: a limit below 1; no such split, or several and none named.
+        SourceError: nothing there, or nothing of these kinds.
+    """
+    if limit is not None:
+        check_count("limit", limit)
+    text = os.fspath(url)
+    columns = Columns(image_column, label_column, group_column)
+    if text.startswith(PREFIX):
+        if columns != Columns():
+            raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
+        if split is not None:
+            raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
+        return open_factory(text, limit)
+    if text.startswith("pipe:"):
+        raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
+    if is_pattern(text):
+        parent, files = find_files(text)
+        base, query = split_query(text)
+        by_query: Kind | None = "tar" if query.lower().endswith(".tar") else None  # …/get?file=x.tar
+        return _open_files(parent, redact(base), files, columns, split, by_query).limited(limit)
+    location = Location(url)
+    if not location.exists():
+        raise SourceError(f"{location.url}: expected {EXPECTED}, found nothing there")
+    if location.is_file():
+        parent, name = location.split()
+        check_listed(parent, name)
+        kind = kind_of(name) or _kind_by_content(location, name)
+        return _open_files(parent, location.url, [(name, parent.size(name))], columns, split, kind).limited(limit)
+    return _open_folder(list_folder(location), columns, split).limited(limit)
+
+
+def _open_files(
+    location: Location,
+    url: str,
+    files: Sequence[File],
+    columns: Columns,
+    split: str | None,
+    kind: Kind | None = None,
+) -> Source:
+    """Files that the user named: one, or those of a pattern."""
+    kinds = {kind or kind_of(name) or _kind_by_content(location.below(name), name) for name, _ in files}
+    if len(kinds) > 1:
+        shown = ", ".join(sorted(f"{NOUNS[kind]}s" for kind in kinds))
+        raise SourceError(f"{url}: expected files of one kind, found {shown}; end the pattern with a suffix")
+    (kind,) = kinds
+    if kind == "image" and len(files) == 1:
+        raise SourceError(f"{url}: expected a folder of images, found one; name the folder")
+    if kind == "array" and len(files) > 1:
+        raise SourceError(f"{url}: expected one array file, found {len(files)}; name one")
+    if kind == "array":
+        return replace(_read_array(location, files[0][0], columns, split), url=url)
+    chosen, name = _chosen(file_splits(files, url), url, kind, split) if split is not None else (files, None)
+    return replace(_read(kind, location, url, chosen, columns), url=url, split=name)
+
+
+def _kind_by_content(file: Location, name: str) -> Kind:
+    """What a file holds whose name does not say.
+
+    Raises:
+        SourceError: nothing that we read, with what to do about it.
+    """
+    where = file.url
+    if packed := packed_suffix(name):
+        raise SourceError(f"{where}: {PACKED[packed]}")
+    if suffix_of(name) in HEIF:
+        raise SourceError(f"{where}: expected a folder of images, found one; name the folder")
+    found = None if file.is_read_only else kind_of_content(file.read("", 0, CONTENT_BYTES))
+    if found is not None:
+        return found
+    expected = "a .parquet, .arrow or .tar file, an .npz or .npy file or an IDX file"
+    if file.is_read_only:
+        raise SourceError(f"{where}: expected {expected}; web servers list no folders, give the URL of one of these")
+    raise SourceError(f"{where}: expected a folder, {expected}")
+
+
+def _open_folder(listing: Listing, columns: Columns, split: str | None) -> Source:
+    if listing.of("arrow"):
+        _leave_caches(listing)
+    kind = _only_kind(listing)
+    location, url, files = listing.location, listing.location.url, listing.of(kind)
+    if kind == "image":
+        source = _open_images(listing, columns, split)
+    elif kind == "array":
+        source = _open_arrays(listing, columns, split)
+    else:
+        splits = file_splits(files, url)
+        chosen, name = _chosen(splits, url, kind, split)
+        source = replace(_read(kind, location, url, chosen, columns), split=name, splits=sizes(splits))
+    listing.take([name for name in listing.others if name.rpartition("/")[2] in DESCRIPTIONS or name == TABLE])
+    say_left_out(listing)
+    left_out = {reason: count for reason, count in listing.left_out.items() if count > 0}
+    return replace(source, left_out=left_out)
+
+
+def _leave_caches(listing: Listing) -> None:
+    """Leave out Arrow files that belong to no data set."""
+    from datamerge.sources.arrow import of_data_set
+
+    kept = of_data_set(listing.location, listing.of("arrow"), listing.others)
+    listing.left_out[".arrow that are caches"] += len(listing.of("arrow")) - len(kept)
+    listing.files["arrow"] = kept
+
+
+def _only_kind(listing: Listing) -> Kind:
+    """The kind of data below a folder.
+
+    Raises:
+        SourceError: none, or several.
+    """
+    url = listing.location.url
+    present = {kind: files for kind, files in listing.files.items() if files}
+    for kind, holds_images in (("parquet", _is_table_of_images), ("array", _is_array_of_images)):
+        if len(present) > 1 and kind in present:
+            files = present[kind]
+            if not any(holds_images(listing.location, name) for name, _ in files[:LOOKED_INTO]):
+                for name, _ in files:
+                    listing.left_out[f"{suffix_of(name) or name} without images"] += 1
+                del present[kind]
+    if len(present) > 1:
+        shown = " and ".join(
+            f"{len(files)} {NOUNS[kind]}{'' if len(files) == 1 else 's'} ({files[0][0]}{' …' if files[1:] else ''})"
+            for kind, files in sorted(present.items(), key=lambda entry: -len(entry[1]))
+        )
+        raise SourceError(
+            f"{url}: expected one kind of data, found {shown}; name one of these files or a sub-folder, or move them "
+            "apart"
+        )
+    if not present:
+        left = describe_left_out(listing.left_out)
+        remedy = next((PACKED[packed] for packed in map(packed_suffix, listing.others) if packed), "")
+        found = "; ".join(filter(None, (left, remedy))) or "an empty folder"
+        raise SourceError(f"{url}: expected {EXPECTED} in it or below, found none of these: {found}")
+    return next(iter(present))
+
+
+def _is_table_of_images(location: Location, name: str) -> bool:
+    from datamerge.sources.parquet import holds_images
+
+    return holds_images(location, name)
+
+
+def _is_array_of_images(location: Location, name: str) -> bool:
+    from datamerge.sources.arrays import holds_images
+
+    return holds_images(location, name)
+
+
+def _chosen(
+    splits: Mapping[str, Sequence[File]], url: str, kind: Kind, split: str | None
+) -> tuple[list[File], str | None]:
+    """The files of the wanted split, sorted, and its name."""
+    chosen, name = choose(splits, split, url, NOUNS[kind])
+    return sorted(chosen), name
+
+
+def _open_images(listing: Listing, columns: Columns, split: str | None) -> Source:
+    """The images below a folder, or those of a split of it."""
+    location, files = listing.location, listing.of("image")
+    splits, level = image_splits(files)
+    chosen, name = _chosen(splits, location.url, "image", split)
+    if name is None or (name == ALL and "" in splits):
+        skipped = None  # what is called like a split is a class
+    else:
+        skipped = level
+        folders = {"/".join(file.split("/")[: level + 1]) for file, _ in chosen}
+        folder = next(iter(folders))
+        if len(folders) == 1 and f"{folder}/{TABLE}" in listing.others and TABLE not in listing.others:
+            # The table is about this folder: as if the user had named it.
+            location, skipped = location.below(folder), None
+            chosen = [(file[len(folder) + 1 :], size) for file, size in chosen]
+            listing.take([f"{folder}/{TABLE}"])
+    known = (
+        [] if location is not listing.location else sorted({file for file, _ in files} - {file for file, _ in chosen})
+    )
+    source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
+    return replace(source, split=name, splits=sizes(splits))
+
+
+def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:
+    """The array file of a folder; of several the one of the wanted split."""
+    location, url = listing.location, listing.location.url
+    every = [name for name, _ in listing.of("array")]
+    files = [name for name in every if _is_array_of_images(location, name)] or every
+    if len(files) == 1:
+        return _read_array(location, files[0], columns, split)
+    shown = ", ".join(files[:5]) + (" …" if files[5:] else "")
+    raise SourceError(f"{url}: expected one array file with images, found {len(files)} ({shown}); name one of them")
+
+
+def _read_array(location: Location, name: str, columns: Columns, split: str | None) -> Source:
+    from datamerge.sources.arrays import open_arrays
+
+    return open_arrays(location, name, columns, split)
+
+
+def _read(kind: Kind, location: Location, url: str, files: Sequence[File], columns: Columns) -> Source:
+    """The samples of files."""
+    if kind == "parquet":
+        from datamerge.sources.parquet import open_parquet  # pyarrow takes half a second
+
+        return open_parquet(location, files, columns)
+    if kind == "arrow":
+        from datamerge.sources.arrow import open_arrow
+
+        return open_arrow(location, files, columns)
+    if kind == "tar":
+        return open_tars(location, url, files, columns)
+    return open_image_folder(location, sorted(files), columns)

@@ -1,0 +1,87 @@
+"""Files by patterns: globs and braces, over any file system; a file that is called like a pattern is that file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import braceexpand
+
+from datamerge.sources.listing import File
+from datamerge.sources.sample import check_listed
+from datamerge.sources.suffixes import ARROW, PARQUET, TAR
+from storage_schemas import Location, SourceError, redact
+from storage_schemas.access.redaction import split_query
+
+_SUFFIXES = (*TAR, *PARQUET, *ARROW)
+_SPECIAL = re.compile(r"[*?\[{]")
+
+
+def is_pattern(url: str) -> bool:
+    """Whether a source is a pattern of files, or one tar, which may be named by the query of a URL."""
+    base, query = split_query(url)
+    lower = base.lower()
+    if not _SPECIAL.search(base):
+        is_tar = lower.endswith(TAR) or query.lower().endswith(TAR)  # …/get?file=x.tar
+        return is_tar and not ("://" not in base and Path(base).expanduser().is_dir())
+    if not any(suffix in lower for suffix in (*_SUFFIXES, "*")):
+        return False
+    return not _is_literal(base, query)
+
+
+def find_files(url: str) -> tuple[Location, list[File]]:
+    """The folder that all files of a pattern share, and the files below it.
+
+    Raises:
+        SourceError: nothing there, or files of several hosts.
+    """
+    base, query = split_query(url)
+    paths: list[str] = []
+    for pattern in _expanded(base, query):
+        found = _matches(pattern, query)
+        if not found:
+            raise SourceError(f"{redact(pattern)}: expected files, found nothing there")
+        paths += found
+    folder = paths[0].rpartition("/")[0]
+    while not all(path.startswith(f"{folder}/") for path in paths):
+        folder = folder.rpartition("/")[0]
+    if folder.endswith(":/"):  # what s3://a and s3://b have in common
+        raise SourceError(f"{redact(base)}: expected files of one host or bucket, found several; name one of them")
+    location = Location(f"{folder or '/'}{query}")
+    files = []
+    for path in paths:
+        name = path[len(folder) + 1 :]
+        check_listed(location, name)
+        try:
+            files.append((name, location.size(name)))
+        except FileNotFoundError:
+            raise SourceError(f"{redact(path)}: expected a file, found nothing there") from None
+    return location, files
+
+
+def _expanded(base: str, query: str) -> list[str]:
+    """A pattern without its braces, local ones from the root; folders that are there are called as they are."""
+    base = base if "://" in base else str(Path(base).expanduser().absolute())
+    folder, _, name = base.rpartition("/")
+    if _is_literal(folder, query):
+        return [f"{folder}/{last}" for last in braceexpand.braceexpand(name)]
+    return list(braceexpand.braceexpand(base))
+
+
+def _is_literal(place: str, query: str) -> bool:
+    """Whether a file or folder is there whose name looks like a pattern; buckets and hosts are not called so."""
+    host = place.partition("://")[2].partition("/")[0]
+    if not _SPECIAL.search(place) or place.startswith("http") or _SPECIAL.search(host):
+        return False
+    return Location(f"{place}{query}").exists()
+
+
+def _matches(pattern: str, query: str) -> list[str]:
+    """Files that a pattern without braces stands for, not all of which need be there."""
+    folder, _, name = pattern.rpartition("/")
+    if not re.search(r"[*?\[]", name if _is_literal(folder, query) else pattern):
+        return [pattern]
+    if not _is_literal(folder, query):
+        folder = re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    location = Location(f"{folder or '/'}{query}")
+    return [f"{folder}/{name}" for name in location.glob(pattern[len(folder) + 1 :])]

@@ -1,0 +1,163 @@
+"""Splits of a data set, by the names of its folders, files and arrays, as the Hugging Face Hub reads them.
+
+    train/cat/x.png, test/…        folders of images, at the first level where all are called so
+    data/train-00000-of-00002.parquet, train.parquet, imagenet-val-07.tar, validation/0.tar
+    x_train, y_train, test_images  arrays
+
+`split` names one, several as `train+validation`, or `all`, which takes everything as if there were no splits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from datamerge.runtime.messages import say
+from datamerge.sources.listing import File
+from storage_schemas import ConfigError, SourceError
+
+T = TypeVar("T")
+
+ALL = "all"
+_MEANINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_CANONICAL = {word: meaning for meaning, words in _MEANINGS.items() for word in words}
+# A folder of a split: `train`, `val2017`, `test_set`.
+_FOLDER = re.compile(rf"({'|'.join(_CANONICAL)})([-_ ]?(\d+|set|data|images|imgs))?")
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
+# Names of numbered files that say nothing.
+_PLAIN = {"data", "part", "shard", "dataset", "output", "file", "images"}
+DEEPEST = 3  # level of folders at which splits are looked for
+
+
+def choose(
+    splits: Mapping[str, Sequence[T]], wanted: str | None, where: str, noun: str
+) -> tuple[list[T], str | None]:
+    """The items of the wanted split and its name; all of them and None where there is nothing to choose from.
+
+    Args:
+        splits: items by split; those of none under an empty name.
+        wanted: `train`, `train+validation`, `all`, or None.
+        where: of the source.
+        noun: what an item is, such as `image`.
+
+    Raises:
+        ConfigError: no such split, or several and none is named; with the list.
+    """
+    named = sorted(name for name in splits if name)
+    everything = [item for items in splits.values() for item in items]
+    if not named:
+        if wanted not in (None, ALL):
+            raise ConfigError(f"split: {where} has no splits, found {wanted!r}; drop `split`")
+        return everything, None
+    if wanted == ALL:
+        return everything, ALL
+    shown = ", ".join(f"{name or 'no split'} ({_counted(len(splits[name]), noun)})" for name in sorted(splits))
+    if wanted is None:
+        if len(splits) > 1:
+            first = next((name for name in named if meaning(name) == "train"), named[0])
+            raise ConfigError(
+                f"split: expected one of {shown} of {where}, found none; set `split` to {first}, "
+                f"{'+'.join(named[:2])} or {ALL}"
+            )
+        say(f"{where}: its only split is {shown}")
+        return everything, named[0]
+    chosen: list[str] = []
+    for part in wanted.split("+"):
+        meant = meaning(part)
+        alike = [name for name in named if meant is not None and meaning(name) == meant]
+        found = [part] if part in named else alike
+        if len(found) != 1:
+            raise ConfigError(f"split: expected one of {shown} of {where}, found {part!r}")
+        chosen += [name for name in found if name not in chosen]
+    if "" in splits:
+        say(f"{where}: {_counted(len(splits['']), noun)} of no split left out")
+    return [item for name in sorted(chosen) for item in splits[name]], "+".join(chosen)
+
+
+def sizes(splits: Mapping[str, Sequence[T]]) -> dict[str, int]:
+    """How many items each split has; empty where there are no splits."""
+    return {name: len(items) for name, items in sorted(splits.items())} if any(splits) else {}
+
+
+def file_splits(files: Sequence[File], where: str) -> dict[str, list[File]]:
+    """Files with many samples each, by split.
+
+    Raises:
+        SourceError: subsets that have the same splits, as `160px/train-00000-of-00001.parquet` and `full/train-…`.
+    """
+    splits: dict[str, list[File]] = defaultdict(list)
+    folders: dict[str, str] = {}
+    for file in files:
+        folder, _, base = file[0].rpartition("/")
+        splits[split_of_file(file[0]) or ""].append(file)
+        if (
+            _NUMBERED.search(base.partition(".")[0])
+            and split_of_file(base)
+            and folders.setdefault(base, folder) != folder
+        ):
+            raise SourceError(
+                f"{where}: expected one data set, found subsets with the same files: {folders[base]}/{base} and "
+                f"{file[0]}; name one of the folders"
+            )
+    return dict(splits)
+
+
+def split_of_file(path: str) -> str | None:
+    """The split of a file with many samples, by its folders, else by its name."""
+    *folders, name = path.split("/")
+    for folder in folders:
+        if _FOLDER.fullmatch(folder.lower()):
+            return folder
+    stem = name.partition(".")[0]
+    plain = _NUMBERED.sub("", stem)
+    if plain != stem and re.fullmatch(r"\w+", plain) and plain.lower() not in _PLAIN:
+        return plain
+    return split_of_name(plain)
+
+
+def split_of_name(name: str) -> str | None:
+    """The word of a name that says a split, such as `val` of `imagenet-val-007`."""
+    return next((word for word in re.split(r"[^A-Za-z]+", name) if word.lower() in _CANONICAL), None)
+
+
+def image_splits(files: Sequence[File]) -> tuple[dict[str, list[File]], int]:
+    """Images by split, and the level of the folders that are splits; all under an empty name if none are.
+
+    Folders are splits where all at one level are called so, or, before classes are told apart, two that mean
+    different ones: a class may be called `train`.
+    """
+    outermost = True
+    for level in range(DEEPEST):
+        folders = [_folder(name, level) for name, _ in files]
+        distinct = set(folders)
+        known = {folder for folder in distinct if _FOLDER.fullmatch(folder.lower())}
+        if known and (known == distinct or (outermost and len({meaning(folder) for folder in known}) > 1)):
+            splits: dict[str, list[File]] = defaultdict(list)
+            for folder, file in zip(folders, files, strict=True):
+                splits[folder if folder in known else ""].append(file)
+            return dict(splits), level
+        if "" in distinct:
+            break
+        outermost = outermost and len(distinct) == 1
+    return {"": list(files)}, 0
+
+
+def _folder(path: str, level: int) -> str:
+    parts = path.split("/", level + 1)
+    return parts[level] if len(parts) > level + 1 else ""
+
+
+def meaning(name: str) -> str | None:
+    """`train`, `validation` or `test`, as a name of a split means; None for another name."""
+    found = _FOLDER.fullmatch(name.lower())
+    return _CANONICAL[found[1]] if found else None
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
