@@ -77,10 +77,11 @@ class MergeConfig(Settings):
         description="Loss that the attack maximises: the squared distance to the clean embedding, or the cross "
         "entropy of the label.",
     )
-    head: Annotated[str | None, Option(metavar="FILE|SPEC")] = Field(
+    head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN")] = Field(
         None,
-        description="Class head for cross_entropy, stored in the artifact; without one the encoder's outputs are "
-        "taken for logits.",
+        description="Class head for cross_entropy, stored in the artifact: a .safetensors file, the classifier of a "
+        "timm: spec, the text tower of an open_clip: or hf: spec, or that of what a finished training run started "
+        "from; without one the encoder's outputs are taken for logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None,

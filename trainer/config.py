@@ -84,8 +84,11 @@ class TrainConfig(Settings):
     image_size: Annotated[int | None, Option(unset="the model's own")] = Field(
         default=None, ge=1, description="Side of the input of `encoder` in pixels."
     )
-    head: Annotated[str | None, Option(metavar="SPEC", unset="the artifact's, or none")] = Field(
-        default=None, description="Frozen class head for cross_entropy; without one the encoder's outputs are logits."
+    head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="the artifact's, or none")] = Field(
+        default=None,
+        description="Frozen class head for cross_entropy: a .safetensors file, a timm:, open_clip: or hf: spec, or "
+        "the folder of a finished training run for that of what it started from; without one the encoder's outputs "
+        "are logits.",
     )
     steps: int | None = Field(
         default=None, ge=1, description="Length of the run in optimiser steps; or set `epochs`."

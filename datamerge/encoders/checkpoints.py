@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from datamerge.encoders.activations import has_quick_gelu, is_openai, quick_gelu
 from datamerge.encoders.specs import EncoderSpec
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.encoders.weight_files import Contents, read_contents, read_metadata
 from datamerge.encoders.weight_fitting import fit
 from datamerge.encoders.weight_readings import without_wrappers
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # Key in the metadata of the safetensors files that are written here.
 PREPROCESSING = "preprocessing"
+# open_clip's name of OpenAI's weights, and the end of the names of models with QuickGELU.
+OPENAI, QUICK = "openai", "-quickgelu"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,33 @@ def _preprocessing(path: Path, metadata: Mapping[str, str]) -> Preprocessing | N
     return Preprocessing.read(record, f"encoder: {path}")
 
 
+def as_trained(spec: EncoderSpec, checkpoint: Checkpoint | None = None) -> EncoderSpec:
+    """The spec with the tag, or else the activation, that its file tells of weights of open_clip's models.
+
+    Neither changes the names of the weights: with the wrong activation a file loads and computes something else.
+
+    Args:
+        spec: one that says neither, or any other, which is returned as it is.
+        checkpoint: of the file, where it has been read.
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    if spec.kind != "open_clip" or spec.whole or spec.pretrained or spec.checkpoint is None:
+        return spec
+    checkpoint = checkpoint or read_checkpoint(spec.checkpoint)
+    quick = quick_gelu(checkpoint.path, checkpoint.contents)
+    if quick is None:
+        return spec
+    make_torchvision_importable()
+    import open_clip
+
+    if is_openai(checkpoint.contents) and open_clip.is_pretrained_cfg(spec.model, OPENAI):
+        return replace(spec, pretrained=OPENAI)
+    model = spec.model.removesuffix(QUICK) + (QUICK if quick else "")
+    return replace(spec, model=model) if model in open_clip.list_models() else spec
+
+
 def weights_sha256(module: nn.Module) -> str:
     """Hash of all parameters and buffers: names, dtypes, shapes and bytes, in name order."""
     digest = hashlib.sha256()
@@ -101,6 +132,13 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> li
     Raises:
         ConfigError: they do not fit it.
     """
+    theirs, own = quick_gelu(checkpoint.path, checkpoint.contents), has_quick_gelu(model)
+    if None not in (theirs, own) and theirs != own:
+        names = {True: "QuickGELU", False: "GELU", None: ""}
+        raise ConfigError(
+            f"encoder: expected weights trained with {names[own]} for {spec}, found those of {names[theirs]} in "
+            f"{checkpoint.path}; name the model {'with' if theirs else 'without'} {QUICK}, or the weights' own tag"
+        )
     return fit(model, checkpoint.path, checkpoint.contents, spec)
 
 

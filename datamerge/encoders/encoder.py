@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datamerge.encoders import hugging_face, open_clip_models, own_models, timm_models
 from datamerge.encoders.building import Built, seeded
-from datamerge.encoders.checkpoints import load_into, read_checkpoint, weights_sha256
+from datamerge.encoders.checkpoints import as_trained, load_into, read_checkpoint, weights_sha256
 from datamerge.encoders.specs import EncoderSpec, parse_spec
 from datamerge.runtime.messages import first_line, say, warn
 from storage_schemas import ConfigError
@@ -97,6 +97,7 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
     """
     parsed = parse_spec(spec)
     checkpoint = read_checkpoint(parsed.checkpoint) if parsed.checkpoint else None
+    parsed = as_trained(parsed, checkpoint)
     with seeded():
         built = BUILDERS[parsed.kind](parsed, checkpoint.preprocessing if checkpoint else None)
     loaded = [] if checkpoint is None else load_into(built.model, checkpoint, built.spec)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, seeded
 from datamerge.encoders.checkpoints import read_state_dict
-from datamerge.encoders.runs import encoder_spec, started_from
+from datamerge.encoders.runs import started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
@@ -137,7 +137,7 @@ def head_spec(text: str) -> str:
     """
     if text.partition(":")[0] not in KINDS and not Path(text).expanduser().is_dir():
         return text
-    return started_from(encoder_spec(text)[0])
+    return started_from(text)
 
 
 def _head_of_network(

@@ -101,18 +101,18 @@ def _model(spec: EncoderSpec) -> Any:
             f"encoder: expected a vision model of transformers ({', '.join(CLASSES)}) at '{spec}', found "
             f"{config.model_type!r}"
         )
-    projection = getattr(config, "projection_dim", None)
+    whole, projection = config, getattr(config, "projection_dim", None)
     if config.model_type in ("clip", "siglip"):
         config = config.vision_config
         # Of the two widths in its configuration CLIP takes the whole model's.
         config.projection_dim = projection
-    if config.model_type == "clip_vision_model" and config.architectures == ["CLIPVisionModel"]:
+    if whole.model_type == "clip_vision_model" and whole.architectures == ["CLIPVisionModel"]:
         name = "CLIPVisionModel"
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     if spec.checkpoint:
         return _class(name)._from_config(config, **options)
     model, missing, misshaped = _loaded(name, spec, config, options | where)
-    if missing == [PROJECTION] and not config.architectures:
+    if missing == [PROJECTION] and whole is config and not config.architectures:
         # Nothing but the weights says which of CLIP's two vision models was saved.
         model, missing, misshaped = _loaded("CLIPVisionModel", spec, config, where)
     if missing or misshaped:

@@ -26,13 +26,14 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
     size = wanted_size(spec, recorded)
     tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
-    visual = downloading(spec, lambda: _create(spec, size, tag)).visual
+    place = downloading(spec, lambda: _place(spec))
+    visual = downloading(spec, lambda: _create(spec, place, size, tag)).visual
     # CoCa's captions want the patches beside the embedding.
     visual.output_tokens = False
     own = _read(visual.preprocess_cfg, spec)
     notes: list[str] = []
     if size is not None and not spec.checkpoint and _has_positions(visual):
-        native = _pair(open_clip.get_model_config(spec.model)["vision_cfg"]["image_size"])
+        native = _pair(open_clip.get_model_config(place)["vision_cfg"]["image_size"])
         notes = resampled(spec, native, size, "open_clip")
     return Built(visual, adapted(recorded, own, size), spec, notes, doubts if recorded is None else [])
 
@@ -71,7 +72,12 @@ def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
     return replace(spec, model=quick) if config.get("quick_gelu") and quick in known else spec
 
 
-def _create(spec: EncoderSpec, size: tuple[int, int] | None, tag: Mapping[str, Any]) -> Any:
+def _place(spec: EncoderSpec) -> str:
+    """What open_clip is asked for."""
+    return of_hub(spec) if spec.model.startswith(HUB) and (spec.revision or spec.checkpoint) else spec.model
+
+
+def _create(spec: EncoderSpec, place: str, size: tuple[int, int] | None, tag: Mapping[str, Any]) -> Any:
     """The model with its weights; without a text tower where a file will bring those of the image tower."""
     import open_clip
 
@@ -79,14 +85,12 @@ def _create(spec: EncoderSpec, size: tuple[int, int] | None, tag: Mapping[str, A
     if size is not None:
         options["force_image_size"] = size[0] if size[0] == size[1] else size
     if spec.checkpoint:
-        place = of_hub(spec) if spec.model.startswith(HUB) else spec.model
         return open_clip.create_model(place, load_weights=False, text_cfg=NO_TEXT, **options)
     if spec.whole:
-        place = of_hub(spec) if spec.revision else spec.model
         return open_clip.create_model(place, require_pretrained=True, **options)
     if not spec.pretrained and "hf_model_name" in open_clip.get_model_config(spec.model)["text_cfg"]:
         options["text_cfg"] = NO_TEXT
-    return open_clip.create_model(spec.model, pretrained=spec.pretrained, **options)
+    return open_clip.create_model(place, pretrained=spec.pretrained, **options)
 
 
 def of_hub(spec: EncoderSpec) -> str:

@@ -124,15 +124,33 @@ def started_from(text: str) -> str:
     """What the first of the runs behind an encoder started from, whose text tower or classifier belongs to it.
 
     Args:
-        text: spec of the encoder.
+        text: spec of the encoder, or the folder of a training run.
+
+    Raises:
+        ConfigError: neither.
     """
-    return [text, *(run.original for run in _runs_behind(text))][-1]
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        first = read_summary(folder)
+        runs = [first, *_runs_behind(first.original, first.original_sha256)]
+    else:
+        runs = list(_runs_behind(text))
+    spec = split_spec(runs[-1].original if runs else text)
+    file = Path(spec.checkpoint) if spec.checkpoint else None
+    if file is not None and file.name == WEIGHTS and not file.exists() and (spec.pretrained or spec.whole):
+        # A run that is gone. It wrote no text tower and no classifier.
+        spec = replace(spec, checkpoint=None)
+    return str(spec)
 
 
-def _runs_behind(text: str) -> Iterator[RunSummary]:
-    """The run that wrote a spec's weights, the run whose encoder that one started from, and so on."""
+def _runs_behind(text: str, expected: str | None = None) -> Iterator[RunSummary]:
+    """The run that wrote a spec's weights, the run whose encoder that one started from, and so on.
+
+    Args:
+        text: the spec.
+        expected: hash of its weights, if anybody recorded it.
+    """
     seen: set[Path] = set()
-    expected: str | None = None
     while (file := split_spec(text).checkpoint) is not None:
         folder = Path(file).parent
         if Path(file).name != WEIGHTS or folder in seen:

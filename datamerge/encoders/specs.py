@@ -34,6 +34,8 @@ EXAMPLES = (
 HUB, LOCAL = "hf-hub:", "local-dir:"
 # A file of weights is told from a revision of a hub by these.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".index.json")
+# Pixels: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+MAX_SIDE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,10 @@ def split_spec(text: str) -> EncoderSpec:
     # Absolute, because specs are recorded in manifests and runs and read back from other folders.
     checkpoint = None if file is None else str(Path(file).expanduser().absolute())
     name, image_size = _split_size(name)
+    if image_size is not None and image_size > MAX_SIDE:
+        raise ConfigError(
+            f"encoder: expected an image_size of at most {MAX_SIDE} pixels, found {image_size} in {text!r}"
+        )
     if kind == "hf" or name.startswith((HUB, LOCAL)):
         model, revision = _split_revision(name)
         spec = EncoderSpec(kind, model, None, revision, image_size, checkpoint)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.building import downloading, reason, seeded
-from datamerge.encoders.checkpoints import read_state_dict
+from datamerge.encoders.checkpoints import as_trained, read_state_dict
 from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
@@ -61,26 +61,42 @@ class TextTower:
         return None if bias is None else cast(Tensor, bias.detach().reshape(1).float())
 
 
-def load_text_tower(spec: EncoderSpec, captions: bool = False) -> TextTower:
+def load_text_tower(spec: EncoderSpec) -> TextTower:
     """The text tower that belongs to an encoder of kind open_clip or hf, in eval mode.
-
-    Args:
-        spec: of the encoder.
-        captions: keep CoCa's decoder of captions, too.
 
     Raises:
         ConfigError: there is none, or its weights, configuration or tokeniser cannot be had.
     """
     make_torchvision_importable()
-    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec, captions)
+    tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec)
     tower.model.eval().requires_grad_(False)
     return tower
 
 
-def _open_clip(spec: EncoderSpec, captions: bool) -> TextTower:
+def _open_clip(spec: EncoderSpec) -> TextTower:
     import open_clip
 
-    spec = known_open_clip(spec)
+    spec = known_open_clip(as_trained(spec))
+    model = open_clip_texts(spec)
+    tokenizer = _fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
+    configuration = {
+        name: value for name, value in open_clip.get_model_config(spec.model).items() if name != "vision_cfg"
+    }
+    return TextTower(model, tokenizer, configuration)
+
+
+def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
+    """A model of open_clip without its image tower: the text tower that belongs to an encoder, scale and bias.
+
+    Args:
+        spec: of the encoder, from `known_open_clip`.
+        captions: keep CoCa's decoder of captions, too.
+
+    Raises:
+        ConfigError: there is none, or its weights or configuration cannot be had.
+    """
+    import open_clip
+
     texts = _texts_of_file(spec)
     # Whole models of JAX, which open_clip alone can read.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
@@ -111,9 +127,7 @@ def _open_clip(spec: EncoderSpec, captions: bool) -> TextTower:
             delattr(model, part)
     if texts is not None:
         _load(model, _as_open_clip(model, texts), spec)
-    tokenizer = _fetched(spec, "the tokeniser", lambda: open_clip.get_tokenizer(spec.model))
-    configuration = {name: value for name, value in configuration.items() if name != "vision_cfg"}
-    return TextTower(model, tokenizer, configuration)
+    return model
 
 
 def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:
@@ -174,13 +188,13 @@ class HuggingFaceTexts(nn.Module):
 
 def _hugging_face(spec: EncoderSpec) -> TextTower:
     transformers = transformers_for(spec)
-    where: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
+    where: dict[str, Any] = {"trust_remote_code": False, **({"revision": spec.revision} if spec.revision else {})}
     config = downloading(spec, lambda: transformers.AutoConfig.from_pretrained(spec.model, **where))
     name = WHOLE.get(config.model_type)
     if name is None:
         raise ConfigError(
-            f"encoder: expected a whole CLIP or SigLIP at '{spec}', found a {config.model_type}, which has no text "
-            "tower; name the model that it was tuned from, such as hf:openai/clip-vit-large-patch14"
+            f"encoder: expected a whole CLIP or SigLIP, with its text tower, at '{spec}', found a "
+            f"{config.model_type}; name the model that it was tuned from, such as hf:openai/clip-vit-large-patch14"
         )
     kind = getattr(transformers, name)
     texts = _texts_of_file(spec)

@@ -186,11 +186,13 @@ def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
 
 
 def _torch_file(path: Path, mmap: bool) -> Any:
-    """What torch.save wrote, if it is plain: tensors, containers, NumPy's numbers and timm's settings."""
-    number: Any = np.float64(0).__reduce__()[0]
-    # NumPy 1 and 2 call it by different names. Optimizers and schedulers keep such numbers.
-    safe: list[Any] = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    safe += [np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+    """What torch.save wrote, if it is plain: tensors, containers, NumPy's numbers and arrays, timm's settings."""
+    # How NumPy pickles numbers and arrays, which schedulers and generators keep; its versions name these otherwise.
+    makers: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
+    safe: list[Any] = [
+        (one, f"numpy.{core}.multiarray.{one.__name__}") for one in makers for core in ("core", "_core")
+    ]
+    safe += [np.ndarray, np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
     with torch.serialization.safe_globals(safe):
         if path.suffix == ".safetensors":
             # torch.load believes this name.

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders.clip_names import OPEN_CLIP_MARK
+from datamerge.encoders.position_grids import timm_grids
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.weight_files import Contents
-from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted, timm_grids
+from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_named, converted
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
@@ -65,10 +66,14 @@ def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec)
         return fitting[0][1], _alone(path, fitting)
     others: list[tuple[str, Reading]] = []
     for place, state in contents.states.items():
-        for reading in converted(network, state):
-            if reading.fits:
-                return reading, []
-            others.append((place, reading))
+        for readings in converted(network, state):
+            fitting = [(place, reading) for reading in readings if reading.fits]
+            if fitting:
+                # Not converted too, but as many tensors: another state of the same network.
+                beside = [f"`{name}`" for name, other in contents.states.items() if len(other) >= len(state)]
+                several = f"encoder: {path} holds several networks, in {' and '.join(beside)}; `{place}` was taken"
+                return fitting[0][1], _alone(path, fitting) + ([several] if len(beside) > 1 else [])
+            others += [(place, reading) for reading in readings]
     raise _refusal(network, path, named + others, spec)
 
 
@@ -122,7 +127,7 @@ def _left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> 
         raise ConfigError(
             f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
             f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
-            f"{_would_fit(network, [reading])}"
+            f"{_would_fit(network, [reading], spec)}"
         )
     if not left:
         return []
@@ -164,7 +169,7 @@ def _refusal(network: Network, path: Path, readings: list[tuple[str, Reading]], 
     said = "; ".join(list(closest)[:3])
     shard = re.search(r"-\d+-of-\d+\.", path.name)
     hint = "; it is one of several files, name the .index.json that lists them" if shard else ""
-    hint = hint or _would_fit(network, closest.values())
+    hint = hint or _would_fit(network, closest.values(), spec)
     return ConfigError(f"encoder: expected weights of {spec.named}, found none in {path}; closest: {said}{hint}")
 
 
@@ -177,7 +182,7 @@ def _problem(network: Network, reading: Reading) -> str:
     return f"another shape for {name!r} ({counts}: {shapes})"
 
 
-def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
+def _would_fit(network: Network, readings: Iterable[Reading], spec: EncoderSpec) -> str:
     """open_clip's own vision transformers of the width, depth, patches and embedding that the file has."""
     if (network.library, network.kind) != ("open_clip", "VisionTransformer"):
         return ""
@@ -202,7 +207,8 @@ def _would_fit(network: Network, readings: Iterable[Reading]) -> str:
         fitting = [
             name
             for name, config in configs.items()
-            if config["embed_dim"] == tensors["proj"].shape[1]
+            if name != spec.model
+            and config["embed_dim"] == tensors["proj"].shape[1]
             and all(config["vision_cfg"].get(key) == value for key, value in shape.items())
         ]
         if fitting:
@@ -226,8 +232,10 @@ def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> list[str]:
                 tensor.fill_(math.nan)
     try:
         with np.load(path) as arrays:
-            layers = _jax_layers(arrays)
-            positions = next((arrays[name] for name in arrays.files if name.endswith("pos_embedding")), None)
+            # Beside SigLIP's text tower.
+            images = [name for name in arrays.files if "txt/" not in name]
+            layers = _jax_layers(arrays, images)
+            positions = next((arrays[name] for name in images if name.endswith("pos_embedding")), None)
         if layers is not None and hasattr(part, "blocks") and layers != len(part.blocks):
             raise ValueError(f"{layers} layers for {len(part.blocks)}")
         part.load_pretrained(str(path))
@@ -246,16 +254,14 @@ def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> list[str]:
     return _resampled(path, [grid] if grid else [])
 
 
-def _jax_layers(arrays: Any) -> int | None:
-    """How many layers the transformer of an archive has; a scanned one keeps them in one array."""
-    numbers = [int(found[1]) for name in arrays.files if (found := re.search(r"/encoderblock_(\d+)/", f"/{name}"))]
-    scanned = [
-        name
-        for name in arrays.files
-        if re.search(r"(?<!MAPHead_0/)Transformer/encoderblock/LayerNorm_0/scale$", name)
-    ]
-    images = [name for name in scanned if "txt/" not in name]
-    return max(numbers) + 1 if numbers else len(arrays[images[0]]) if images else None
+def _jax_layers(arrays: Any, names: Sequence[str]) -> int | None:
+    """How many layers the transformer of an archive has, by the names in it; None for other networks."""
+    numbers = [int(found[1]) for name in names if (found := re.search(r"Transformer/encoderblock_(\d+)/", name))]
+    if numbers:
+        return max(numbers) + 1
+    # One array holds those of all layers.
+    scanned = [name for name in names if name.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
+    return len(arrays[scanned[0]]) if scanned else None
 
 
 def _not_finite(model: nn.Module) -> list[str]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from datamerge.encoders import clip_names
+from datamerge.encoders.position_grids import resampled, timm_grids
 
 LIBRARIES = ("open_clip", "timm", "transformers")
 # What torch.compile, FSDP and activation checkpointing put between names.
@@ -108,8 +107,11 @@ class Network:
         missing = tuple(sorted(own for own in wanted.values() if own not in found and not BENIGN.search(own)))
         wrong = tuple(own for own, tensor in found.items() if tensor.shape != self.own[own].shape)
         notes: tuple[str, ...] = ()
-        if wrong and not missing:
-            found, notes = _resampled(self, found, wrong)
+        if not missing:
+            for own in wrong:
+                resized = resampled(self.library, self.part, own.removeprefix(self.path), found[own])
+                if resized is not None and resized[0].shape == self.own[own].shape:
+                    found[own], notes = resized[0], (*notes, resized[1])
             wrong = tuple(own for own in wrong if found[own].shape != self.own[own].shape)
         return Reading(how, found, missing, wrong, tuple(name for name in named if name not in wanted), known, notes)
 
@@ -129,19 +131,26 @@ def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]
             yield network.reading(f"below `{prefix}`" if prefix else "names as they are", below, strip, known)
 
 
-def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """Readings through the converters that there are for such a network."""
+def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[list[Reading]]:
+    """Readings through the converters that there are for such a network, of one converter at a time."""
     cleaned = cleaned_names(state)
+    converters: list[Callable[[Network, Mapping[str, Tensor]], Iterator[Reading]]] = []
     if network.library == "open_clip" and network.kind == "VisionTransformer":
-        yield from _hugging_face(network, cleaned)
+        converters.append(_hugging_face)
     if network.library == "transformers" and network.kind.startswith("CLIPVision"):
-        yield from _open_clip(network, cleaned)
+        converters.append(_open_clip)
     if network.library == "transformers" and hasattr(network.part, "from_pretrained"):
-        yield from _transformers(network, cleaned)
+        converters.append(_transformers)
     if network.library == "open_clip" and network.timm:
-        yield from _mobile_clip(network, cleaned)
+        converters.append(_mobile_clip)
     if network.timm:
-        yield from _timm(network, cleaned)
+        converters.append(_timm)
+    for converter in converters:
+        try:
+            yield list(converter(network, cleaned))
+        except _NOT_ITS_OWN:
+            # Tensors that are no plain ones, in names that are this converter's.
+            continue
 
 
 def cleaned_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -215,7 +224,10 @@ def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Rea
         # A projection beside the part.
         named |= {name: below[name] for name in network.own if not name.startswith(network.path) and name in below}
         how = f" below `{prefix}`" if prefix else ""
-        yield network.reading(f"the names of other versions of transformers{how}", named)
+        reading = network.reading(f"the names of other versions of transformers{how}", named)
+        yield reading
+        if reading.fits:
+            return
 
 
 def _loaded_by_transformers(part: Any, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], set[str]]:
@@ -241,10 +253,7 @@ def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Read
         below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
         # The converter asks for it; an image tower alone has none.
         below.setdefault("logit_scale", torch.zeros(()))
-        try:
-            named = convert_state_dict(SimpleNamespace(visual=network.part), below)
-        except _NOT_ITS_OWN:
-            return
+        named = convert_state_dict(SimpleNamespace(visual=network.part), below)
         tower = {name[len("visual.") :]: tensor for name, tensor in named.items() if name.startswith("visual.")}
         yield network.reading("MobileCLIP's names", tower, network.strip)
         return
@@ -273,12 +282,14 @@ def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
         reading = network.reading(f"timm's names{f' below `{prefix}`' if prefix else ''}", named, network.strip)
         positions = [timm_grids(part, below[name]) for name in below if name.endswith("pos_embed")]
         notes = [
-            f"{name} from {_shape(below[name])} to {_shape(named[path + name])}"
+            f"{name} from {list(below[name].shape)} to {list(named[path + name].shape)}"
             for name in below
             if path + name in named and below[name].numel() != named[path + name].numel()
         ]
         grid = next(filter(None, positions), None)
-        yield Reading(**{**vars(reading), "notes": (grid,) if grid and notes else tuple(notes)})
+        yield replace(reading, notes=(grid,) if grid and notes else tuple(notes))
+        if reading.fits:
+            return
 
 
 def _common_prefix(state: Mapping[str, Tensor]) -> list[str]:
@@ -307,74 +318,3 @@ def _timm_filter(part: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Ten
     given = {name: value for name, value in options.items() if name in parameters}
     arguments = (part,) if "model" in parameters else ()
     return lambda state: cast(dict[str, Tensor], found(state, *arguments, **given))
-
-
-def timm_grids(part: Any, old: Tensor) -> str | None:
-    """From which grid to which timm resamples position embeddings [1, tokens, width]; None if it does not."""
-    grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
-    own = getattr(part, "pos_embed", None)
-    if grid is None or own is None or old.ndim != 3 or old.shape == own.shape:
-        return None
-    tokens = 0 if getattr(part, "no_embed_class", False) else getattr(part, "num_prefix_tokens", 0)
-    return _grids(old.shape[1] - tokens, grid)
-
-
-def _grids(old: int, new: tuple[int, int]) -> str:
-    side = math.isqrt(max(old, 0))
-    was = f"{side}x{side}" if side * side == old else f"{old}"
-    return f"position embeddings from {was} to {new[0]}x{new[1]} patches"
-
-
-def _resampled(
-    network: Network, tensors: Mapping[str, Tensor], wrong: tuple[str, ...]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Position embeddings of another grid as the network's library resamples them; others as they are."""
-    result = dict(tensors)
-    for own in wrong:
-        name, old, new = own.removeprefix(network.path), tensors[own], network.own[own]
-        if old.ndim != new.ndim or old.shape[-1] != new.shape[-1] or not old.is_floating_point():
-            continue
-        try:
-            if network.library == "open_clip" and name == "positional_embedding":
-                result[own], grid = _open_clip_positions(network.part, old)
-            elif network.library == "transformers" and re.search(r"position_embeddings?(\.weight)?$", name):
-                result[own], grid = _hugging_face_positions(network.part, name, old)
-            else:
-                continue
-        except _NOT_ITS_OWN:
-            continue
-        return result, (grid,)
-    return result, ()
-
-
-def _open_clip_positions(visual: Any, old: Tensor) -> tuple[Tensor, str]:
-    from open_clip.model import resize_pos_embed
-
-    state = {"visual.positional_embedding": old.float()}
-    resize_pos_embed(state, SimpleNamespace(visual=visual))
-    return state["visual.positional_embedding"], _grids(len(old) - 1, visual.grid_size)
-
-
-def _hugging_face_positions(part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str]:
-    """With the method by which the network takes other sizes in its forward pass."""
-    place, _, attribute = name.removesuffix(".weight").rpartition(".")
-    embeddings: Any = deepcopy(part.get_submodule(place))
-    new = part.get_parameter(name)
-    values = old.float().reshape(-1, old.shape[-1])
-    table = nn.Embedding.from_pretrained(values) if name.endswith(".weight") else nn.Parameter(values[None])
-    setattr(embeddings, attribute, table)
-    config: Any = part.config
-    size, patch = _both(config.image_size), _both(config.patch_size)
-    grid = size[0] // patch[0], size[1] // patch[1]
-    with torch.no_grad():
-        result = embeddings.interpolate_pos_encoding(torch.zeros(1, new.shape[-2], old.shape[-1]), *size)
-    # What is no square of patches are tokens with a position: CLIP's class token.
-    return result.reshape(new.shape), _grids(len(values) - (new.shape[-2] - grid[0] * grid[1]), grid)
-
-
-def _both(size: Any) -> tuple[int, int]:
-    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

@@ -55,14 +55,14 @@ class EvaluateConfig(ImagesConfig):
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
 
-    head: Annotated[str | None, Option(metavar="SPEC", unset="no accuracies")] = Field(
+    head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
-        description="Class head: a .safetensors file, a timm: or open_clip: spec, or `outputs` if the encoder's "
-        "outputs are logits.",
+        description="Class head: a .safetensors file, a timm:, open_clip: or hf: spec, the folder of a run for that "
+        "of what it started from, or `outputs` if the encoder's outputs are logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None,
-        description="Class names, one a line, in the head's order, or `imagenet`; open_clip: heads are made of them.",
+        description="Class names, one a line, in the head's order, or `imagenet`; zero-shot heads are made of them.",
     )
     original: Annotated[str | None, Option(metavar="SPEC", unset="what each run started from")] = Field(
         None, description="Frozen encoder that embedding losses are measured against."
@@ -138,8 +138,12 @@ class ZeroShotConfig(RadiiConfig):
         min_length=1,
         description="Radii of the attack's ball: fractions of the pixel range, in the ℓ2 norm any length.",
     )
-    head: Annotated[str | None, Option(metavar="SPEC", unset="the text tower of what the run started from")] = Field(
-        None, description="Class head: an open_clip: or timm: spec, a .safetensors file, or `outputs`."
+    head: Annotated[
+        str | None, Option(metavar="FILE|SPEC|RUN", unset="the text tower of what the run started from")
+    ] = Field(
+        None,
+        description="Class head: an open_clip:, hf: or timm: spec, the folder of a run for that of what it started "
+        "from, a .safetensors file, or `outputs`.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None, description="Class names, one a line, in label order, or `imagenet`."

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from datamerge.encoders import Encoder, Head, load_head, parse_spec
+from datamerge.encoders import Encoder, Head, load_head, parse_spec, refusals_about
 from datamerge.encoders.classes import Classes, match_classes, read_names
+from datamerge.encoders.heads import head_spec
 from datamerge.encoders.specs import KINDS
 from datamerge.evaluation.measures import Classifier
 from datamerge.runtime.messages import warn
@@ -45,6 +46,8 @@ def make_heads(
     if spec == OUTPUTS:
         heads = [Head(torch.eye(encoder.embedding_dim), names=names) for encoder in encoders]
     else:
+        with refusals_about("head"):
+            spec = head_spec(spec)
         try:
             head = load_head(spec, names, templates, device=str(encoders[0].mean.device), shelf=shelf)
         except SchemaError as error:

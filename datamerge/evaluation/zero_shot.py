@@ -90,7 +90,7 @@ def read_templates(text: str) -> list[str]:
 
 def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
     with refusals_about("head"):
-        spec = head_spec(config.head or subject.run.encoder)
+        spec = head_spec(config.head or subject.run.name)
     zero_shot = spec.partition(":")[0] in ZERO_SHOT
     if config.head is None and not zero_shot:
         raise ConfigError(

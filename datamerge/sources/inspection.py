@@ -47,9 +47,9 @@ def inspect_source(
         thumbnails: a .png file to write with three of the images, as they are stored.
 
     Returns:
-        `kind`, `split` and `splits` with their sizes, `samples`, `unlabelled`, `classes` with their labels, names and
-        sizes, `left_out` by reason, and of the images `looked_at`: `sizes`, `modes`, `formats`, how many are `turned`
-        by EXIF, and the `unusable` ones with their reasons.
+        `kind`, `split` and `splits` with their sizes, `samples`, `unlabelled` ones and, if that is known, why,
+        `classes` with their labels, names and sizes, `left_out` files by reason, and of the images `looked_at`:
+        `sizes`, `modes`, `formats`, how many are `turned` by EXIF, and the `unusable` ones with their reasons.
 
     Raises:
         ConfigError: no such split; thumbnails that are no .png file.
@@ -77,6 +77,7 @@ def inspect_source(
         "choose": choose,
         "samples": count,
         **_classes(found),
+        "no_labels_because": found.unlabelled or None,
         "left_out": dict(found.left_out),
         "fingerprint": found.fingerprint,
     }

@@ -57,7 +57,8 @@ class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]
         kind = self.schema_arrow.field(column).type
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
             return None
-        if kind.get_field_index("bytes") >= 0 and not self._is_null(f"{column}.bytes"):
+        place = kind.get_field_index("bytes")
+        if place >= 0 and not pa.types.is_null(kind[place].type) and not self._is_null(f"{column}.bytes"):
             return None
         return [value and value["path"] for value in self.read(columns=[f"{column}.path"]).column(column).to_pylist()]
 

@@ -40,7 +40,8 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
         shown = [f"{entry['label']} {entry['name'] or ''}".strip() + f" ({entry['samples']})" for entry in classes]
         found.append(("classes", f"{len(classes)}: {_shortened(shown)}"))
     missing = facts["unlabelled"]
-    found.append(("without label", "all" if missing == facts["samples"] else str(missing)))
+    because = f": {as_flags(facts['no_labels_because'])}" if facts["no_labels_because"] else ""
+    found.append(("without label", ("all" if missing == facts["samples"] else str(missing)) + because))
     left_out = [f"{count} {reason}" for reason, count in facts["left_out"].items()]
     found.append(("files left out", _shortened(left_out) or "none"))
     found.append(("looked at", "all" if looked == facts["samples"] else f"{looked}, drawn at random"))

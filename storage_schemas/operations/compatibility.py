@@ -74,8 +74,8 @@ def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None)
 def settle_preprocessing(flat: Sequence[Leaves]) -> list[Leaves]:
     """The same provenances, those that name the same pixels in other words or in less detail in the fullest ones.
 
-    Releases before 0.2.0 said less of them, and nothing of the normalisation. What this release cannot read stays as it
-    is, and is compared entry by entry.
+    Releases before 0.2.0 said less of them, and nothing of the normalisation. What this release cannot read stays as
+    it is, and is compared entry by entry.
     """
     named = [tree({path: value for path, value in one.items() if is_under(path, [_PIXELS])}) for one in flat]
     if all(one == named[0] for one in named):

@@ -33,7 +33,7 @@ QUICK = f"{NAME}-quickgelu"
 @pytest.fixture(scope="module", autouse=True)
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The small CLIP whose files are read here."""
-    add_models(tmp_path_factory.mktemp("configs"), {NAME: {}, QUICK: {"quick_gelu": True}})
+    add_models(tmp_path_factory.mktemp("configs"), {NAME: {}, QUICK: {"quick_gelu": True}, "small-clip-alone": {}})
     return small_clip()
 
 
@@ -69,6 +69,10 @@ def test_torchscript_archives_of_openai(tmp_path: Path, name: str) -> None:
         warnings.simplefilter("ignore")
         theirs = open_clip.load_openai_model(str(file), device="cpu")
     _reads(file, theirs.visual, f"open_clip:{QUICK}")
+    # Its activation is known, though neither a name nor a shape tells.
+    assert _reads(file, theirs.visual).spec == f"open_clip:{QUICK}@{file}"
+    with refused(ConfigError, "encoder", "open_clip:small-clip-alone", file, "QuickGELU", "-quickgelu"):
+        load_encoder(f"open_clip:small-clip-alone@{file}")
     state = dict(theirs.state_dict()) | {"input_resolution": torch.tensor(32), "vocab_size": torch.tensor(64)}
     torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "state.pt")
     _reads(tmp_path / "state.pt", theirs.visual.half(), f"open_clip:{QUICK}")
@@ -89,6 +93,7 @@ def test_training_checkpoints_of_open_clip(tmp_path: Path, clip: Any) -> None:
         "name": "run",
         "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
         "optimizer": optimizer.state_dict(),
+        "random": np.random.default_rng(0).integers(9, size=3),
         "scaler": {"scale": np.float32(65536), "growth_tracker": 0},
     }
     for zipped in (True, False):

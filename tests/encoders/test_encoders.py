@@ -276,6 +276,23 @@ def flat():
 
 def no_module():
     return len
+
+def declares():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(60, 6))
+    model.preprocessing = {"shape": [3, 4, 5], "resize": "squash", "mean": [0.5], "std": [0.25]}
+    return model
+
+def declares_a_record():
+    from storage_schemas.schema.preprocessing import Preprocessing
+
+    model = good()
+    model.preprocessing = Preprocessing(shape=(3, 4, 5), resize="longest", fill=(7,))
+    return model
+
+def declares_nonsense():
+    model = good()
+    model.preprocessing = {"shape": [3, 4, 5], "resize": "somehow"}
+    return model
 """
 
 
@@ -298,6 +315,32 @@ def test_your_own_factory(factories: Path) -> None:
     assert loaded.sha256 == encoder.sha256
 
 
+def test_factories_may_declare_their_preprocessing(factories: Path) -> None:
+    encoder = load_encoder("python:temporary_factories:declares")
+    assert encoder.preprocessing == Preprocessing(shape=(3, 4, 5), resize="squash", mean=(0.5,) * 3, std=(0.25,) * 3)
+    torch.testing.assert_close(encoder(_pixels()), encoder.model((_pixels() - 0.5) / 0.25))
+    save_encoder(encoder, factories / "w.safetensors")
+    loaded = load_encoder("python:temporary_factories:declares@w.safetensors")
+    assert (loaded.sha256, loaded.preprocessing) == (encoder.sha256, encoder.preprocessing)
+    plain = load_encoder("python:temporary_factories:declares_a_record")
+    assert (plain.preprocessing.resize, plain.preprocessing.fill) == ("longest", (7, 7, 7))
+    torch.testing.assert_close(plain(_pixels()), plain.model(_pixels()))  # no normalisation is added
+
+
+@pytest.mark.parametrize(
+    ("spec", "facts"),
+    [
+        ("mlp:3x4x5-6,image_size=5", ["(3, 4, 5)", "(3, 5, 5)", "image_size"]),
+        ("python:temporary_factories:good,image_size=5", ["(3, 4, 5)", "(3, 5, 5)", "image_size"]),
+        ("mlp:3x5x4-6@w.safetensors", ["(3, 5, 4)", "(3, 4, 5)", "w.safetensors"]),
+    ],
+)
+def test_own_networks_have_the_size_they_were_written_for(factories: Path, spec: str, facts: list[str]) -> None:
+    save_encoder(load_encoder("mlp:3x4x5-6"), factories / "w.safetensors")
+    with refused(ConfigError, "encoder", *facts):
+        load_encoder(spec)
+
+
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
@@ -307,6 +350,7 @@ def test_your_own_factory(factories: Path) -> None:
         ("no_such_module_at_all:x", ["no_such_module_at_all", "test_factories_that_do_not_do"]),
         ("temporary_factories:shapeless", ["Flatten", "input_shape None"]),
         ("temporary_factories:flat", ["Sequential", "input_shape (60,)"]),
+        ("temporary_factories:declares_nonsense", ["preprocessing.resize"]),
         ("temporary_factories:no_module", ["builtin_function_or_method"]),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from datamerge.encoders import Head, head_from_arrays, load_head
+from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, save_encoder
+from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, SchemaError
 from storage_schemas.artifact import parse_head
+from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
 
 
@@ -103,3 +108,46 @@ def test_arrays_are_copied() -> None:
     head = head_from_arrays({"weight": weight}, [])
     weight[:] = 1
     assert head.weight.sum() == 0
+
+
+TIMM = "timm:test_resnet"
+
+
+def test_a_tuned_network_has_the_classifier_of_its_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with a classifier gives its own; one without, such as a run's, goes with what it was tuned from."""
+    make_torchvision_importable()
+    import timm
+
+    tagged: Any = timm.create_model("test_resnet", num_classes=1000)
+    torch.save(tagged.state_dict(), tmp_path / "tag.pt")
+    own = {**tagged.state_dict(), "fc.weight": _random(2, 64), "fc.bias": _random(2)}
+    torch.save(own, tmp_path / "own.pt")
+    create: Any = timm.create_model
+
+    def from_file(name: str, pretrained: bool = False, **options: Any) -> Any:
+        overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "tag.pt")}} if pretrained else {}
+        return create(name, pretrained=pretrained, **overlay, **options)
+
+    monkeypatch.setattr(timm, "create_model", from_file)
+    tag = f"{TIMM}/r160_in1k"
+    assert torch.equal(load_head(tag).weight, tagged.fc.weight)
+    assert torch.equal(load_head(f"{tag}@{tmp_path}/own.pt").weight, own["fc.weight"])
+    encoder = load_encoder(tag)
+    run = tmp_path / "run"
+    spec = write_run(run, tag)
+    assert spec == f"{tag}@{run}/encoder.safetensors"
+    save_encoder(encoder, run / "encoder.safetensors")
+    facts = json.loads((run / "run.json").read_text()) | {"preprocessing": encoder.preprocessing.record()}
+    (run / "run.json").write_text(json.dumps(facts))
+    for text in (spec, str(run), f"{tag}@{shutil.copy(run / 'encoder.safetensors', tmp_path / 'bare.safetensors')}"):
+        head = load_head(text)
+        assert torch.equal(head.weight, tagged.fc.weight)
+        assert head.bias is not None
+        assert torch.equal(head.bias, tagged.fc.bias)
+    with refused(ConfigError, "head", tmp_path / "bare.safetensors", "fc.weight", f"{TIMM}/TAG"):
+        load_head(f"{TIMM}@{tmp_path}/bare.safetensors")
+
+
+def test_a_folder_that_is_no_run_has_no_head(tmp_path: Path) -> None:
+    with refused(ConfigError, None, tmp_path, "run.json"):
+        load_head(str(tmp_path))

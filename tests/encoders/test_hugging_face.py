@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,12 @@ def test_processors_that_do_something_else(folder: Path, changes: dict[str, Any]
 def test_a_folder_without_a_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with refused(ConfigError, "encoder", "preprocessor_config.json", folder):
+        load_encoder(f"hf:{folder}")
+
+
+def test_transformers_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with refused(ConfigError, "encoder", f"'hf:{folder}'", "pip install 'datamerge[hf]'"):
         load_encoder(f"hf:{folder}")
 
 

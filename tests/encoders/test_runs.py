@@ -139,6 +139,16 @@ def test_a_chain_is_not_followed_into_another_run(tmp_path: Path) -> None:
     assert started_from(second) == first
 
 
+def test_the_text_tower_outlives_the_run_between(tmp_path: Path) -> None:
+    """A tag has it whatever became of the image tower that was tuned first."""
+    second = write_run(tmp_path / "2", write_run(tmp_path / "1", TAG, sha256="a"), started="a")
+    shutil.rmtree(tmp_path / "1")
+    assert started_from(second) == started_from(str(tmp_path / "2")) == TAG
+    tuned = f"{TAG}@{tmp_path}/tuned.pt"
+    write_run(tmp_path / "3", tuned)
+    assert started_from(str(tmp_path / "3")) == tuned
+
+
 @pytest.mark.parametrize("damage", ["gone", "torn", "circle"])
 def test_a_chain_ends_where_nothing_can_be_read(tmp_path: Path, damage: str) -> None:
     first = write_run(tmp_path / "1", TAG, sha256="a", older=True)
@@ -152,6 +162,6 @@ def test_a_chain_ends_where_nothing_can_be_read(tmp_path: Path, damage: str) -> 
     assert with_tag_of_run(second) == second
 
 
-@pytest.mark.parametrize("spec", ["mlp:1x4x4-6", "timm:resnet18", f"{BARE}@/nowhere/encoder.safetensors", TAG])
+@pytest.mark.parametrize("spec", [MLP, "timm:resnet18", f"{BARE}@/nowhere/encoder.safetensors", TAG])
 def test_other_specs_are_left_alone(spec: str) -> None:
     assert with_tag_of_run(spec) == started_from(spec) == spec

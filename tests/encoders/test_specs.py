@@ -76,6 +76,7 @@ def test_with_checkpoint_replaces_the_file_and_keeps_the_tag(spec: str, expected
         ("timm:resnet50@", f" '{Path.cwd()}' "),
         ("timm:resnet50@nowhere.pt", f" '{Path.cwd()}/nowhere.pt' "),
         ("mlp:1x4x4-2@.", f" '{Path.cwd()}' "),
+        ("timm:resnet50,image_size=4097", " 4096 "),
     ],
 )
 def test_bad_specs(text: str, fact: str) -> None:

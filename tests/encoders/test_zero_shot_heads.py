@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from datamerge.encoders import Encoder, Head, load_encoder, load_head, parse_spec, save_encoder
@@ -21,6 +20,7 @@ from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
+from tests.support.small_hugging_face import WORDS, save_tokenizer, small_hugging_face
 
 make_torchvision_importable()
 
@@ -28,7 +28,6 @@ import open_clip  # noqa: E402 - it imports torchvision
 import transformers  # noqa: E402
 
 NAMES, PROMPTS = ["cat", "red bus", "tree"], ["a photo of a {}.", "a {}"]
-WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", "a", "photo", "of", "cat", "red", "bus", "tree", "."]
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 CONFIGS: Mapping[str, dict[str, Any]] = {
@@ -166,58 +165,23 @@ def test_names_as_openais_text_tower_has_them_go_into_a_tower_of_its_own(tmp_pat
     torch.testing.assert_close(logits, _expected(model, open_clip.get_tokenizer(name), encoder), atol=1e-5, rtol=1e-5)
 
 
-def _tokenizer(folder: Path, **settings: Any) -> Any:
-    """A tokeniser of a dozen words, as transformers saves it."""
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 3)]
-    )
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special, **settings)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 def test_a_local_folder_has_its_own_tokeniser(tmp_path: Path) -> None:
     text = {**CONFIGS["sigmoid"]["text_cfg"], "vocab_size": len(WORDS), "hf_tokenizer_name": "somebody/else"}
     config = {**CONFIGS["sigmoid"], "text_cfg": text}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     model = open_clip.create_model(f"local-dir:{tmp_path}", load_weights=False).eval()
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    _tokenizer(tmp_path)
+    save_tokenizer(tmp_path)
     encoder, _, logits = _logits(f"open_clip:local-dir:{tmp_path}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     torch.testing.assert_close(logits, _expected(model, tokenizer, encoder), atol=1e-5, rtol=1e-5)
-
-
-def _hugging_face(family: str, folder: Path, seed: int = 1) -> Any:
-    """A small whole model with its tokeniser and image processor."""
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
-    special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    text = {**sizes, **special, "vocab_size": len(WORDS), "max_position_embeddings": 64 if family == "Siglip" else 20}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision)
-    if family == "CLIP":
-        config.projection_dim = 24
-    torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}Model")(config).eval()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(0.1 * torch.rand_like(tensor))
-    model.save_pretrained(folder)
-    sides = {"height": 32, "width": 32}
-    options = {"size": sides} if family == "Siglip" else {"size": {"shortest_edge": 32}, "crop_size": sides}
-    getattr(transformers, f"{family}ImageProcessor")(**options).save_pretrained(folder)
-    _tokenizer(folder)
-    return model
 
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 @pytest.mark.parametrize("form", ["folder", "run", "whole file"])
 def test_logits_are_those_of_transformers(family: str, form: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
-    model = _hugging_face(family, folder)
+    model = small_hugging_face(family, folder)
     spec = head_spec = f"hf:{folder}"
     if form == "run":
         tuned = load_encoder(spec)
@@ -228,7 +192,7 @@ def test_logits_are_those_of_transformers(family: str, form: str, tmp_path: Path
         _record(tmp_path / "run", tuned)
         spec = head_spec = str(tmp_path / "run")
     elif form == "whole file":
-        model = _hugging_face(family, tmp_path / "other", seed=2)
+        model = small_hugging_face(family, tmp_path / "other", seed=2)
         head_spec = f"{spec}@{tmp_path}/other/model.safetensors"
         spec = f"hf:{tmp_path / 'other'}"
     head = load_head(head_spec, NAMES, ["a photo of a {}."])
@@ -276,7 +240,7 @@ def test_a_text_tower_comes_without_the_rest(tmp_path: Path, kind: str) -> None:
     for spec in (f"open_clip:{_name(kind)}", f"open_clip:{_name(kind)}@{tmp_path}/w.pt"):
         tower = load_text_tower(parse_spec(spec))
         assert not any(name.startswith(("visual", "text_decoder")) for name, _ in tower.model.named_parameters())
-    _hugging_face("CLIP", tmp_path / "hf")
+    small_hugging_face("CLIP", tmp_path / "hf")
     model = load_text_tower(parse_spec(f"hf:{tmp_path}/hf")).model
     assert not any("vis" in name for name, _ in model.named_parameters())
 
@@ -296,7 +260,7 @@ def test_a_text_tower_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_vision_models_of_transformers_have_no_head(tmp_path: Path) -> None:
-    config = _hugging_face("CLIP", tmp_path / "whole").config.vision_config
+    config = small_hugging_face("CLIP", tmp_path / "whole").config.vision_config
     transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "vision")
     with refused(ConfigError, "head", tmp_path / "vision", "clip_vision_model", "hf:"):
         load_head(f"hf:{tmp_path}/vision", NAMES)
@@ -305,7 +269,7 @@ def test_vision_models_of_transformers_have_no_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 def test_a_folder_without_a_tokeniser_is_refused(family: str, tmp_path: Path) -> None:
     """transformers makes one without words where it finds no files."""
-    _hugging_face(family, tmp_path / "model")
+    small_hugging_face(family, tmp_path / "model")
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.unlink()
     with refused(ConfigError, "head", tmp_path / "model", "tokeniser", ".safetensors"):
@@ -323,6 +287,23 @@ def test_a_tokeniser_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with refused(ConfigError, "head", "open_clip:datamerge-heads-far", "tokeniser", "OSError", ".safetensors"):
         load_head("open_clip:datamerge-heads-far", NAMES)
+
+
+def test_a_tokeniser_of_other_words_than_the_text_towers(tmp_path: Path) -> None:
+    small_hugging_face("CLIP", tmp_path)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    facts["model"]["vocab"]["cat"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    with refused(ConfigError, "head", tmp_path, "tokeniser", "IndexError"):
+        load_head(f"hf:{tmp_path}", NAMES)
+
+
+def test_a_text_tower_that_diverged(tmp_path: Path) -> None:
+    state = _model(_name("clip")).state_dict()
+    state["logit_scale"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with refused(ConfigError, "head", tmp_path / "nan.pt", "NaN"):
+        load_head(f"open_clip:{_name('clip')}@{tmp_path}/nan.pt", NAMES)
 
 
 @pytest.fixture

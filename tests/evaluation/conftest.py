@@ -71,6 +71,16 @@ def make_encoder(tmp_path: Path) -> MakeEncoder:
 
 
 @pytest.fixture
+def overflowing(make_encoder: MakeEncoder) -> str:
+    """Finite weights whose outputs are not: pixels are divided by a standard deviation of almost nothing."""
+    spec = make_encoder([[1e30] * 4])
+    encoder = load_encoder(spec)
+    encoder.preprocessing = encoder.preprocessing.model_copy(update={"std": (1e-30,)})
+    save_encoder(encoder, spec.partition("@")[2])
+    return spec
+
+
+@pytest.fixture
 def two_class(make_encoder: MakeEncoder) -> str:
     """Logit 1 − logit 0 = 2·mean(x) − 1: bright images are class 1, dark ones class 0."""
     return make_encoder([[0.0] * 4, [0.25] * 4])

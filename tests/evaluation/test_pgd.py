@@ -188,9 +188,9 @@ def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_values_that_are_not_finite_name_the_samples(make_encoder: MakeEncoder, photos: Path) -> None:
+def test_values_that_are_not_finite_name_the_samples(overflowing: str, photos: Path) -> None:
     with refused(DatamergeError, None, "dark/far.png, dark/near.png"):
-        measure(make_encoder([[float("nan")] * 4]), data=photos)
+        measure(overflowing, data=photos)
 
 
 def test_results_are_shown_as_a_table(two_class: str, photos: Path, make_run: MakeRun) -> None:

@@ -242,8 +242,10 @@ def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run:
     assert read_tower_run("hf:a/b/").name == "hf:a/b"
 
 
-def test_settings_without_results_bind_nobody(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
-    first, second = make_encoder([[float("nan")] * 4]), make_encoder([[2.0] * 4])
+def test_settings_without_results_bind_nobody(
+    overflowing: str, make_encoder: MakeEncoder, photos: Path, tmp_path: Path
+) -> None:
+    first, second = overflowing, make_encoder([[2.0] * 4])
     with refused(DatamergeError, None, "dark/far.png, dark/near.png"):
         embed(first, photos, tmp_path / "out", steps=1000)
     embed(second, photos, tmp_path / "out")

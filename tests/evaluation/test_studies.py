@@ -26,6 +26,7 @@ from datamerge.evaluation.zero_shot import evaluate_zero_shot, read_templates
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 from tests.support.refusals import refused
+from tests.support.small_hugging_face import small_hugging_face
 
 MakeEncoder = Callable[[list[list[float]]], str]
 MakeHead = Callable[..., str]
@@ -217,6 +218,40 @@ def test_text_features_are_made_once(
             embedded = load_encoder(make_clip())(pixels)[0]
             right += int(int((torch.stack(rows) @ embedded).argmax()) == row)
     assert scores(first)["top-1 clean"] == 50 * right
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_a_run_of_a_model_of_transformers_is_classified_by_its_text_tower(
+    family: str, make_run: Callable[..., str], tmp_path: Path
+) -> None:
+    """As transformers' own pipeline for it does."""
+    model = small_hugging_face(family, tmp_path / "model")
+    encoder = load_encoder(f"hf:{tmp_path}/model")
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    run = make_run(f"{encoder.spec}@{tmp_path}/encoder.safetensors", encoder.spec)
+    rng = np.random.default_rng(3)
+    photos = {name: rng.integers(0, 256, (40, 50, 3)).astype(np.uint8) for name in ("cat", "red bus", "tree")}
+    for name, pixels in photos.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / name / "a.png")
+    (tmp_path / "names.txt").write_text("cat\nred bus\ntree\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}.\n")
+    flags = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "prompts.txt"), "steps": 2}
+    result = measure(run, tmp_path / "data", tmp_path / "out", epsilons=["1/255"], **flags)
+    import transformers
+
+    pipeline = transformers.pipeline(
+        "zero-shot-image-classification",
+        model=model,
+        tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path / "model"),
+        image_processor=transformers.AutoImageProcessor.from_pretrained(tmp_path / "model"),
+    )
+    best = {
+        name: pipeline(Image.fromarray(pixels), list(photos), hypothesis_template="a photo of a {}.")[0]["label"]
+        for name, pixels in photos.items()
+    }
+    assert scores(result)["top-1 clean"] == pytest.approx(100 * sum(map(str.__eq__, best, best.values())) / 3)
+    assert result.details["head"] == encoder.spec
 
 
 def test_imagenets_names_and_templates(tmp_path: Path) -> None:

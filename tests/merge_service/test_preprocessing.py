@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
@@ -61,7 +62,6 @@ def _folder(path: Path, preprocessing: Mapping[str, Any], weights: Mapping[str, 
     """A folder as open_clip publishes one; returns its model and its transform."""
     make_torchvision_importable()
     import open_clip
-    from safetensors.torch import save_file
 
     path.mkdir()
     config = {"model_cfg": MODEL, "preprocess_cfg": dict(preprocessing)}
@@ -190,6 +190,18 @@ def test_another_preprocessing_is_refused(
             merge_alone(tuned.photos, tmp_path / "artifact", **merging)
         with refused(ConfigError, "runs", tuned.spec, other, "resize squash here, shortest there"):
             evaluate_embedding(evaluating)
+
+
+def test_a_folder_that_an_artifact_names_is_taken_with_its_weights_only(tuned: Tuned, tmp_path: Path) -> None:
+    """What lies there by now may be anything; whoever means it says so."""
+    _folder(tmp_path / "clip", SQUASHED, tuned.model.state_dict())
+    spec = f"open_clip:local-dir:{tmp_path / 'clip'}"
+    merge_alone(tuned.photos, tmp_path / "artifact", encoder=spec)
+    changed = {name: 2 * value for name, value in tuned.model.state_dict().items()}
+    save_file(changed, tmp_path / "clip" / "open_clip_model.safetensors")
+    with refused(ConfigError, "encoder", spec, tmp_path / "artifact"):
+        _training(tuned, tmp_path / "run", artifact=str(tmp_path / "artifact"))
+    _training(tuned, tmp_path / "run-2", artifact=str(tmp_path / "artifact"), encoder=spec)
 
 
 def test_held_out_artifacts_of_other_pixels_are_refused(tuned: Tuned, tmp_path: Path) -> None:

@@ -106,6 +106,77 @@ def test_arrays_that_do_not_go_together(
         open_source(tmp_path / "x.npz", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("images", [GREY, COLOUR, COLOUR.transpose(0, 3, 1, 2)], ids=["grey", "HWC", "CHW"])
+def test_npy(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
+    np.save(tmp_path / "x.npy", images)
+    for where in (tmp_path, tmp_path / "x.npy"):
+        _check(open_source(where), COLOUR if images.ndim == 4 else GREY, None)
+    assert open_source(tmp_path / "x.npy").samples[2].key == "x-00000002"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+@pytest.mark.parametrize(
+    ("images", "facts"),
+    [
+        (np.zeros((10, 3072), np.uint8), ("flat rows", "reshape(-1, 3, 32, 32)")),
+        (np.zeros((10, 784), np.uint8), ("flat rows", "reshape(-1, 28, 28)")),
+        (np.zeros((2, 5, 4, 3), np.float32) + 0.5, ("float32", "0.5", "np.round(255 * x)")),
+        (np.zeros((2, 5, 4, 3), np.float32) + 200, ("float32", "200.0", "x.astype(np.uint8)")),
+        (np.zeros((2, 5, 4, 3), np.float64) - 1, ("float64", "-1.0", "from 0 to 255")),
+        (np.zeros((2, 5, 4), np.int64) + 255, ("int64", "255", "astype(np.uint8)")),
+        (np.zeros((2, 5, 4), np.uint16) + 999, ("uint16", "999", "from 0 to 255")),
+        (np.zeros((2, 5, 4), bool), ("bool", "astype(np.uint8)")),
+        (np.zeros((2, 3, 5, 3), np.uint8), ([2, 3, 5, 3], "two")),
+        (np.zeros((2, 5, 4, 4), np.uint8), ([2, 5, 4, 4], "alpha")),
+        (np.zeros((5, 4, 3), np.uint8), ([5, 4, 3], "one image", "[1, H, W, C]")),
+        (np.zeros((0, 5, 4, 3), np.uint8), ([0, 5, 4, 3],)),
+        (np.zeros((0, 5, 4), np.uint8), ([0, 5, 4],)),
+        (np.zeros(5, np.uint8), ("uint8 [5]",)),
+        (np.array(["a", "b"]), ("<U1 [2]",)),
+        (np.array(3, np.uint8), ("uint8 []",)),
+    ],
+)
+def test_arrays_that_are_no_8_bit_images_say_what_to_save(
+    tmp_path: Path, images: npt.NDArray[Any], facts: tuple[object, ...], suffix: str
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    (np.save if suffix == ".npy" else np.savez)(path, images)
+    with refused(SourceError, None, path, *facts):
+        open_source(path)
+
+
+def test_an_archive_without_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz")
+    for where in (tmp_path, tmp_path / "x.npz"):
+        with refused(SourceError, None, tmp_path / "x.npz", "no array"):
+            open_source(where)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"text"])
+def test_broken_npy(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.npy").write_bytes(data)
+    with refused(SourceError, None, tmp_path / "x.npy"):
+        open_source(tmp_path / "x.npy")
+
+
+def test_three_greys_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """[3, H, W] may be one image, channels first."""
+    np.save(tmp_path / "x.npy", GREY[:3])
+    assert len(open_source(tmp_path).samples) == 3
+    assert "3 grey images" in capsys.readouterr().err
+
+
+def test_folders_of_several_arrays(tmp_path: Path) -> None:
+    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+        (tmp_path / name).write_bytes(_idx(GREY))
+        (tmp_path / name.replace("images-idx3", "labels-idx1")).write_bytes(_idx(LABELS))
+    with refused(SourceError, None, tmp_path, "found 2 ", "t10k-images-idx3-ubyte", "train-images-idx3-ubyte"):
+        open_source(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").unlink()
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    _check(open_source(tmp_path), GREY, LABELS.tolist())
+
+
 class Digits:
     """As torchvision's data sets: targets and classes known without opening an image."""
 

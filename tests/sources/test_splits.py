@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +21,7 @@ from tests.support.refusals import refused
 
 
 def _arrays(path: Path, **counts: int) -> None:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, count in counts.items():
         arrays[f"x_{split}"] = np.full((count, 4, 4, 3), count, np.uint8)
         arrays[f"y_{split}"] = np.full(count, count)
@@ -218,7 +221,7 @@ def test_arrays_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [("train_images", "train_labels"), ("X_train", "y_train"), ("images_train", "label_train")],
 )
 def test_other_spellings_of_arrays_in_splits(tmp_path: Path, images: str, labels: str) -> None:
-    arrays = {images: np.zeros((3, 4, 4), np.uint8), labels: np.arange(3)[:, None]}
+    arrays: dict[str, Any] = {images: np.zeros((3, 4, 4), np.uint8), labels: np.arange(3)[:, None]}
     arrays |= {name.replace("train", "val"): array[:2] for name, array in arrays.items()}
     np.savez(tmp_path / "x.npz", **arrays)
     assert [sample.label for sample in open_source(tmp_path / "x.npz").samples] == [0, 1, 2]
@@ -237,9 +240,6 @@ def test_the_output_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_class_names_beside_tars_of_clip_benchmark(tmp_path: Path) -> None:
-    import io
-    import tarfile
-
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         with tarfile.open(tmp_path / split / "0.tar", "w") as archive:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, save_encoder
@@ -175,12 +175,13 @@ def test_without_a_text_tower_the_image_tower_is_written(
     encoder = _tuned("open_clip:zoo-laion", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    usage = write_open_clip(encoder, "open_clip:zoo-laion", out)
+    folder = write_open_clip(encoder, "open_clip:zoo-laion", out)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert "text tower" in line
     assert "open_clip_model.safetensors" in line
     assert sorted(file.name for file in out.iterdir()) == ["open_clip_config.json", "visual.pt"]
-    assert 'pretrained_image_path="visual.pt"' in usage
+    assert 'pretrained_image_path="visual.pt"' in folder.usage
+    assert "no text tower" in folder.note
     model, _, preprocess = open_clip.create_model_and_transforms(
         f"local-dir:{out}", pretrained_image_path=str(out / "visual.pt")
     )
@@ -190,6 +191,66 @@ def test_without_a_text_tower_the_image_tower_is_written(
     torch.testing.assert_close(found, _embed(encoder, photos), rtol=1e-4, atol=1e-5)
     again = load_encoder(f"open_clip:local-dir:{out}@{out / 'visual.pt'}")
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
+
+
+def test_a_whole_checkpoint_has_its_text_tower_with_it(tags: Path, tmp_path: Path) -> None:
+    """In the wrappers of a training, which open_clip itself would not take off."""
+    original = torch.load(tags / "zoo-coca.pt", weights_only=True)
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in original.items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "epoch_3.pt")
+    start = f"open_clip:zoo-coca@{tmp_path / 'epoch_3.pt'}"
+    encoder = load_encoder(start)
+    (tmp_path / "out").mkdir()
+    write_open_clip(encoder, start, tmp_path / "out")
+    found = load_file(tmp_path / "out/open_clip_model.safetensors")
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], original[name]) for name in found)
+
+
+def test_an_export_is_a_start_like_any_other(tags: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    spec = f"open_clip:zoo-siglip/{TAG}"
+    for folder in folders:
+        folder.mkdir()
+        write_open_clip(_tuned(spec, tmp_path), spec, folder)
+        spec = f"open_clip:local-dir:{folder}"
+    first, second = (load_file(folder / "open_clip_model.safetensors") for folder in folders)
+    changed = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert (first.keys() == second.keys(), changed) == (True, {"visual"})
+    for name in ("open_clip_config.json", "tokenizer.json"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+
+
+def test_without_a_tokeniser_the_whole_model_is_written(
+    tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import open_clip
+
+    config = open_clip.factory._MODEL_CONFIGS["zoo-siglip"]
+    monkeypatch.setitem(config["text_cfg"], "hf_tokenizer_name", str(tmp_path / "gone"))
+    encoder = load_encoder(f"open_clip:zoo-siglip/{TAG}")
+    (tmp_path / "out").mkdir()
+    write_open_clip(encoder, encoder.spec, tmp_path / "out")
+    assert f"the tokeniser {tmp_path / 'gone'} is not written" in capsys.readouterr().err
+    assert load_encoder(f"open_clip:local-dir:{tmp_path / 'out'}").sha256 == encoder.sha256
+
+
+def test_another_input_size_is_in_the_configuration(tags: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(f"open_clip:zoo-laion/{TAG},image_size=48")
+    (tmp_path / "out").mkdir()
+    write_open_clip(encoder, encoder.spec, tmp_path / "out")
+    again = load_encoder(f"open_clip:local-dir:{tmp_path / 'out'}")
+    assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
+    assert again.input_shape == (3, 48, 48)
+    # Convolutions take any size; position embeddings of timm's networks have timm's.
+    encoder = load_encoder(f"open_clip:zoo-convnext/{TAG},image_size=64")
+    (tmp_path / "convnext").mkdir()
+    write_open_clip(encoder, encoder.spec, tmp_path / "convnext")
+    assert load_encoder(f"open_clip:local-dir:{tmp_path / 'convnext'}").input_shape == (3, 64, 64)
+    encoder = load_encoder(f"open_clip:zoo-siglip/{TAG},image_size=96")
+    with refused(ConfigError, "to", "open_clip", "test_vit3", 96, 160, "encoder.safetensors"):
+        write_open_clip(encoder, encoder.spec, tmp_path / "siglip")
+    assert not (tmp_path / "siglip").exists()
 
 
 @pytest.mark.parametrize("name", ["zoo-clip-quickgelu", "zoo-laion", "zoo-siglip"])
@@ -217,7 +278,8 @@ def test_a_run_computes_the_same_wherever_it_goes(
     _run_card(out, photos[0], monkeypatch, expected[:1])
 
     card = (out / "README.md").read_text()
-    assert f"{encoder.preprocessing}" in card
+    assert f"Pixels: {encoder.preprocessing}." in card
+    assert f"The text tower is that of `open_clip:{name}/{TAG}`." in card
     if name == "zoo-siglip":
         with refused(ConfigError, "to", "TimmModel"):
             export(str(moved), "hf", str(tmp_path / "hf"))
@@ -267,8 +329,9 @@ def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str) -> Non
     encoder = _tuned(spec, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    usage = write_hugging_face(encoder, spec, out)
-    assert f"import AutoImageProcessor, {name}" in usage
+    folder = write_hugging_face(encoder, spec, out)
+    assert f"import AutoImageProcessor, {name}" in folder.usage
+    assert folder.note == "", "everything is as it was"
     again = load_encoder(f"hf:{out}")
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
     # By transformers' own resampling with Pillow, which is ours.

@@ -298,8 +298,8 @@ def test_a_gradient_that_is_not_finite_stops(
 ) -> None:
     encoders: list[Encoder] = []
 
-    def load(spec: str, device: str) -> ResolvedEncoder:
-        found = resolve(spec, device=device)
+    def load(spec: str, device: str, image_size: int | None) -> ResolvedEncoder:
+        found = resolve(spec, device=device, image_size=image_size)
         encoders.append(found.encoder)
         return found
 

@@ -28,14 +28,15 @@ from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.run import RunSummary, read_summary
 from trainer.export.hugging_face_folder import write_hugging_face
+from trainer.export.kinds import Folder
 from trainer.export.model_card import model_card
 from trainer.export.open_clip_folder import write_open_clip
 from trainer.export.timm_folder import write_timm
 from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf", "timm"]
-# Target → (encoder, spec of what it started from, an empty folder) → lines of Python that load the folder.
-WRITERS: Mapping[Target, Callable[[Encoder, str, Path], str]] = {
+# Target → (encoder, spec of what it started from, an empty folder) → what was written into the folder.
+WRITERS: Mapping[Target, Callable[[Encoder, str, Path], Folder]] = {
     "open_clip": write_open_clip,
     "hf": write_hugging_face,
     "timm": write_timm,
@@ -87,15 +88,15 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     out = local_path(output, "output")
     if out.exists():
         raise ConfigError(f"output: expected a new folder, found {output}, which exists; choose another `output`")
-    folder = local_path(run, "run")
-    summary = read_summary(folder)
-    encoder = _encoder(folder, summary, best)
+    place = local_path(run, "run")
+    summary = read_summary(place)
+    encoder = _encoder(place, summary, best)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
-        usage = WRITERS[to](encoder, started_from(encoder.spec), files)
-        (files / "README.md").write_text(model_card(summary, encoder, to, usage, best), "utf-8")
+        folder = WRITERS[to](encoder, started_from(encoder.spec), files)
+        (files / "README.md").write_text(model_card(summary, encoder, to, folder, best), "utf-8")
         shutil.move(files, out)
     return out
 

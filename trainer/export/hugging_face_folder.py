@@ -11,35 +11,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from datamerge.encoders import Encoder
+from datamerge.encoders.hugging_face import FILTERS
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.messages import say
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.hf_clip import clip_config, clip_state_dict
-from trainer.export.kinds import check_kind
-from trainer.export.same_function import TORCHVISION, check_same
+from trainer.export.kinds import Folder, check_kind
+from trainer.export.same_function import TORCHVISION, Photo, check_same
 
 PREPROCESSOR = "preprocessor_config.json"
 VIT = "ViTModel"
 # Class of a model → where its output has the embedding.
 EMBEDDINGS = {"CLIPVisionModelWithProjection": "image_embeds", VIT: "last_hidden_state[:, 0]"}
 POOLED = "pooler_output"
+# What transformers does otherwise than open_clip, by field of the preprocessing.
+OTHERWISE = {
+    "offset": "may cut out a square one pixel aside where the middle of a photo lies between two pixels",
+    "alpha": "puts transparent images on white",
+}
 
 
-def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> str:
+def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
         origin: not needed: these are image towers alone.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: a network or a preprocessing that transformers has no words for, or no transformers.
@@ -57,7 +60,8 @@ def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> str:
     (files / PREPROCESSOR).write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
     name = type(model).__name__
     _check(encoder, name, files)
-    return USAGE.replace("CLASS", name).replace("EMBEDDING", EMBEDDINGS.get(name, POOLED))
+    usage = USAGE.replace("CLASS", name).replace("EMBEDDING", EMBEDDINGS.get(name, POOLED))
+    return Folder(usage, in_transformers(encoder), _note(encoder))
 
 
 def _clip(encoder: Encoder, config: dict[str, Any]) -> Any:
@@ -124,7 +128,7 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
         "do_convert_rgb": own.alpha == "white",
         "do_resize": True,
         "size": {"shortest_edge": own.scale[0]} if shortest else dict(zip(sides, own.scale, strict=True)),
-        "resample": int(Image.Resampling[own.interpolation.upper()]),
+        "resample": next(number for number, name in FILTERS.items() if name == own.interpolation),
         "do_center_crop": cropped,
         "crop_size": dict(zip(sides, own.size, strict=True)),
         "do_rescale": True,
@@ -135,6 +139,16 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def _note(encoder: Encoder) -> str:
+    """What transformers does otherwise; said aloud, too."""
+    differences = [one.partition(" ")[0] for one in encoder.preprocessing.differences(in_transformers(encoder))]
+    if not differences:
+        return ""
+    note = f"Unlike open_clip, transformers {' and '.join(OTHERWISE[field] for field in differences)}."
+    say(note)
+    return note
+
+
 def _check(encoder: Encoder, name: str, files: Path) -> None:
     import transformers
 
@@ -142,7 +156,7 @@ def _check(encoder: Encoder, name: str, files: Path) -> None:
     processor: Any = transformers.AutoImageProcessor.from_pretrained(files)
     model.eval()
 
-    def transform(photo: Image.Image) -> Tensor:
+    def transform(photo: Photo) -> Tensor:
         pixels: Tensor = processor(photo, return_tensors="pt").pixel_values
         return pixels
 

@@ -7,22 +7,24 @@ from pathlib import Path
 
 from datamerge.encoders import Encoder, weights_sha256
 from storage_schemas.schema.run import RunSummary
+from trainer.export.kinds import Folder
 
 LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
 
 
-def model_card(summary: RunSummary, encoder: Encoder, target: str, usage: str, best: bool) -> str:
+def model_card(summary: RunSummary, encoder: Encoder, target: str, folder: Folder, best: bool) -> str:
     """Where the weights come from, how to load them and what their pixels are.
 
     Args:
         summary: of the run.
         encoder: what was exported.
         target: for which library.
-        usage: lines of Python that load it, in the folder.
+        folder: what was written.
         best: whether it is the state with the lowest held-out loss.
     """
     exported = f"; this export, with the lowest held-out loss: `{weights_sha256(encoder.model)}`"
-    note = exported if best else ""
+    chosen = exported if best else ""
+    note = f"\n{folder.note}" if folder.note else ""
     settings = "\n".join(
         f"| {name} | `{value}` |" for name, value in summary.config.items() if value not in (None, [])
     )
@@ -41,14 +43,16 @@ An image encoder, fine-tuned from `{summary.original}` on precomputed groups of 
 | artifact | `{summary.artifact}` |
 | artifact plan, sha256 | `{summary.plan_sha256}` |
 | weights before training, sha256 | `{summary.original_sha256}` |
-| weights after training, sha256 | `{summary.encoder_sha256}`{note} |
+| weights after training, sha256 | `{summary.encoder_sha256}`{chosen} |
 | optimiser steps | {summary.steps} |
 | groups seen | {summary.groups} |
 
-```python
-{usage}```
+In this folder:
 
-Pixels: {encoder.preprocessing}.
+```python
+{folder.usage}```
+
+Pixels: {folder.preprocessing}.{note}
 
 | setting | value |
 |---|---|

@@ -1,9 +1,11 @@
 """A folder for open_clip: the tuned image tower, its configuration and preprocessing, and the CLIP around it.
 
-visual.pt                      state_dict of `model.visual`: what RobustVLM and LLaVA's evaluation load
-open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
-open_clip_model.safetensors    the whole CLIP with the tuned image tower, where there is its text tower
-tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+    visual.pt                      state_dict of `model.visual`: what RobustVLM loads
+    open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
+    open_clip_model.safetensors    the whole CLIP with the tuned image tower, where its text tower can be had
+    tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+
+Without the third, open_clip builds the image tower alone, if it is told where the first is.
 """
 
 from __future__ import annotations
@@ -17,35 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from datamerge.encoders import Encoder, parse_spec
-from datamerge.encoders.open_clip_models import of_hub
+from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec, split_spec
-from datamerge.encoders.text_towers import load_text_tower
+from datamerge.encoders.text_towers import open_clip_texts
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
-from trainer.export.kinds import check_kind
-from trainer.export.same_function import PILLOW, check_same, check_weights
+from trainer.export.kinds import Folder, check_kind
+from trainer.export.same_function import PILLOW, Photo, check_same, check_weights
 
+DEFAULT_SIZE = 224
 TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.safetensors"
 
 
-def write_open_clip(encoder: Encoder, origin: str, files: Path) -> str:
+def write_open_clip(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
         origin: spec of what it started from, whose text tower belongs to it.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: no encoder of open_clip, or one whose preprocessing or size open_clip has no words for.
@@ -54,15 +53,17 @@ def write_open_clip(encoder: Encoder, origin: str, files: Path) -> str:
     check_kind(encoder, "open_clip", "open_clip")
     spec = parse_spec(encoder.spec)
     make_torchvision_importable()
-    config = {"model_cfg": _configuration(spec), "preprocess_cfg": preprocess_config(encoder)}
-    config["model_cfg"]["vision_cfg"]["image_size"] = config["preprocess_cfg"]["size"]
+    preprocess = preprocess_config(encoder)
+    config = {"model_cfg": _configuration(encoder, spec, preprocess["size"]), "preprocess_cfg": preprocess}
     (files / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     # The file that RobustVLM reads: a plain state_dict, not safetensors.
     torch.save({name: value.contiguous() for name, value in encoder.model.state_dict().items()}, files / TOWER)
     whole = _write_whole(encoder, split_spec(origin), files)
     with _no_log():
         _check(encoder, files, whole)
-    return USAGE if whole else TOWER_USAGE
+    if not whole:
+        return Folder(TOWER_USAGE, encoder.preprocessing, "There is no text tower in this folder.")
+    return Folder(USAGE, encoder.preprocessing, f"The text tower is that of `{origin}`.")
 
 
 def preprocess_config(encoder: Encoder) -> dict[str, Any]:
@@ -96,12 +97,20 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _configuration(spec: EncoderSpec) -> dict[str, Any]:
+def _configuration(encoder: Encoder, spec: EncoderSpec, size: int | list[int]) -> dict[str, Any]:
     """`model_cfg` of open_clip."""
     import open_clip
 
     of_revision = spec.model.startswith(HUB) and spec.revision
     config: dict[str, Any] = open_clip.get_model_config(of_hub(spec) if of_revision else spec.model)
+    vision, native = config["vision_cfg"], config["vision_cfg"].get("image_size", DEFAULT_SIZE)
+    # open_clip gives timm no size: it makes position embeddings of timm's own.
+    if "timm_model_name" in vision and native != size and hasattr(encoder.model.trunk, "set_input_size"):
+        raise ConfigError(
+            f"to: open_clip has no words for {vision['timm_model_name']} with an input of {size} pixels, its own is "
+            f"{native}; use the run's {WEIGHTS}, which datamerge reads"
+        )
+    vision["image_size"] = size
     return config
 
 
@@ -112,20 +121,35 @@ def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
     try:
         if not (origin.whole or origin.pretrained or origin.checkpoint):
             raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
-        texts = load_text_tower(origin, captions=True)
+        origin = known_open_clip(origin)
+        texts = open_clip_texts(origin, captions=True)
     except ConfigError as error:
+        reason = str(error).removeprefix("encoder: ").partition(";")[0]
         warn(
-            f"{WHOLE} is not written, the text tower cannot be had ({str(error).removeprefix('encoder: ')}); {TOWER} "
-            f"and {CONFIG} are the image tower alone"
+            f"{WHOLE} is not written, the text tower cannot be had ({reason}); {TOWER} and {CONFIG} are the image "
+            "tower alone"
         )
         return False
     tower = {f"visual.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
-    save_file(_apart({**tower, **texts.model.state_dict()}), files / WHOLE)
-    # CLIP's own tokeniser is part of open_clip.
-    save_tokenizer = getattr(texts.tokenizer, "save_pretrained", None)
-    if save_tokenizer is not None:
-        save_tokenizer(str(files))
+    save_file(_apart({**tower, **texts.state_dict()}), files / WHOLE)
+    _write_tokenizer(origin, files)
     return True
+
+
+def _write_tokenizer(origin: EncoderSpec, files: Path) -> None:
+    """The tokeniser's files; CLIP's own is part of open_clip."""
+    import open_clip
+
+    name = open_clip.get_model_config(origin.model)["text_cfg"].get("hf_tokenizer_name")
+    try:
+        tokenizer = open_clip.get_tokenizer(origin.model)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(files))
+    except Exception as error:  # of the hub, of formats of tokenisers and of packages that read them
+        warn(
+            f"the tokeniser {name} is not written, it cannot be had ({type(error).__name__}); images need none, for "
+            f"texts put its files beside {WHOLE}"
+        )
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +178,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
     model.eval()
     check_weights(model.visual, torch.load(files / TOWER, weights_only=True), TOWER)
 
-    def transform(photo: Image.Image) -> Tensor:
+    def transform(photo: Photo) -> Tensor:
         pixels: Tensor = preprocess(photo)
         return pixels[None]
 

@@ -7,28 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from datamerge.encoders import Encoder
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import WEIGHTS
-from trainer.export.kinds import check_kind
-from trainer.export.same_function import PILLOW, check_same
+from trainer.export.kinds import Folder, check_kind
+from trainer.export.same_function import PILLOW, Photo, check_same
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
-def write_timm(encoder: Encoder, origin: str, files: Path) -> str:
+def write_timm(encoder: Encoder, origin: str, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
         origin: not needed: these are image towers alone.
         files: an empty folder.
-
-    Returns:
-        Lines of Python that load it.
 
     Raises:
         ConfigError: no encoder of timm, or one whose preprocessing timm has no words for.
@@ -43,7 +39,7 @@ def write_timm(encoder: Encoder, origin: str, files: Path) -> str:
     model.to(memory_format=torch.contiguous_format)
     save_for_hf(model, str(files), model_config=config, safe_serialization=True)
     _check(encoder, files)
-    return USAGE
+    return Folder(USAGE, encoder.preprocessing)
 
 
 def data_config(encoder: Encoder) -> dict[str, Any]:
@@ -82,7 +78,7 @@ def _check(encoder: Encoder, files: Path) -> None:
     model: Any = timm.create_model(f"local-dir:{files}", pretrained=True)
     transform: Any = create_transform(**resolve_model_data_config(model))
 
-    def pixels_of(photo: Image.Image) -> Tensor:
+    def pixels_of(photo: Photo) -> Tensor:
         pixels: Tensor = transform(photo)
         return pixels[None]
 

@@ -32,8 +32,10 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
     places = ["artifact", "run", "eval_artifact"]
-    if config.encoder is not None and Path(config.encoder).expanduser().is_dir():
-        places.append("encoder")  # of a run
+    for name in ("encoder", "head"):
+        named = getattr(config, name)
+        if named is not None and Path(named).expanduser().is_dir():  # of a run
+            places.append(name)
     config = config.model_copy(update={name: _absolute(getattr(config, name)) for name in places})
     # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
     workers = config.ray_workers or 1

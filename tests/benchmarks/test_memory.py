@@ -1,0 +1,41 @@
+"""The memory of commands: what their processes hold together, and the largest of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.memory import main
+from benchmarks.peak import run
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+MB = 2**20
+# It holds 60 MB itself while a process that it starts holds 120 MB, both long enough to be seen.
+PARENT = """
+import subprocess, sys, time
+held = bytearray(b'x' * 60 * 2**20)
+child = "import sys, time; held = bytearray(b'x' * 120 * 2**20); time.sleep(1.5); sys.exit(3)"
+sys.exit(subprocess.run([sys.executable, '-S', '-c', child]).returncode)
+"""
+
+
+def test_processes_are_added_up_and_the_largest_is_found() -> None:
+    done = run([sys.executable, "-S", "-c", PARENT], {})
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
+    assert 1.5 < done.seconds < 60
+    # Making the bytes takes them twice for a moment.
+    assert 120 < done.process < 300
+    assert 180 < done.tree < 400
+
+
+def test_loading_is_measured_from_where_it_starts() -> None:
+    done = CliRunner().invoke(main, ["alone", "load", "mlp:3x64x64-512-8"])
+    found = json.loads(done.stdout)
+    weights = 4 * (3 * 64 * 64 * 512 + 512 + 512 * 8 + 8) / MB
+    assert found["weights"] == pytest.approx(weights, rel=1e-3)
+    assert found["peak"] >= found["left"] >= 0.9 * weights
+    assert found["seconds"] > 0
