@@ -169,7 +169,11 @@ def _check_artifact(artifact: Path, original: OpenClip, photos: Path) -> None:
     record = stored[0]
     path = next(path for path in photos.rglob("*.png") if path.stem in record.key)
     assert record.target is not None
+    assert record.clean is not None
     _close(torch.from_numpy(record.target)[None], original([path]))
+    config = original.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    _close((torch.from_numpy(record.clean) / 255 - mean) / std, original.pixels([path])[0])
 
 
 def _clean_losses(document: dict[str, Any]) -> list[float]:
