@@ -171,7 +171,7 @@ def _check_colour(image: Image.Image, declared_bits: int, remarks: list[str] | N
         return
     ranges: Any = [image.getchannel(band).getextrema() for band in image.getbands() if band != "A"]
     highest = max(high for _, high in ranges)
-    if highest <= 1:  # some formats are rounded to the nearest
+    if highest <= (1 if image.format == "PPM" else 0):  # whose values Pillow rounds
         raise BadImage(
             f"{declared_bits} bits a sample, and all values in the lowest 8: black, or an 8-bit image in more bits; "
             "store 8 bits"
@@ -182,7 +182,7 @@ def _check_colour(image: Image.Image, declared_bits: int, remarks: list[str] | N
 
 def _check_use(highest: float, high: int, remarks: list[str] | None) -> None:
     """Refuse greys that would all become black, whose file says nothing but the number of bits."""
-    if 0 < highest < high / GREY_LEVELS:
+    if 0 < highest <= high >> 8:
         raise BadImage(
             f"{high.bit_length()} bits a sample, and no value above {highest:g}: black, or an 8-bit image in more "
             f"bits; {_REMEDY}"

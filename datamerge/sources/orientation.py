@@ -35,8 +35,11 @@ def usual_exif(kind: str) -> Exif:
 def orientation(image: Image.Image) -> int:
     """1 for an image that is upright or does not say, 2 to 8 as EXIF counts; of a PNG only once it is loaded.
 
-    EXIF data that cannot be read say nothing: the image itself is sound.
+    EXIF data that cannot be read say nothing: the image itself is sound. TIFFs are upright when they are loaded, and
+    have the size of it before.
     """
+    if image.format == "TIFF":
+        return UPRIGHT
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
     except Exception:  # Pillow's parser raises anything
