@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit, Split
+from datamerge.runtime.fields import ExifSetting, ImageColumn, LabelColumn, Limit, Split
 from datamerge.runtime.options import Option
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
@@ -120,6 +120,7 @@ class MergeConfig(Settings):
     )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
     split: Split = None
+    exif: ExifSetting = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     seed: int = Field(0, ge=0, description="Seed of all random choices.")
