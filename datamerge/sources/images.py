@@ -52,10 +52,10 @@ def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArr
 @contextmanager
 def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
     """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
-    if isinstance(data, Image.Image):
-        yield data
-        return
     try:
+        if isinstance(data, Image.Image):
+            yield data  # maybe of a file whose pixels are not read yet
+            return
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
@@ -63,7 +63,8 @@ def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=_formats()) as image:
                 yield image
     except UnidentifiedImageError:
-        raise BadImage(f"not an image ({len(data)} bytes)") from None
+        size = f" ({len(data)} bytes)" if isinstance(data, bytes) else ""
+        raise BadImage(f"not an image{size}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
