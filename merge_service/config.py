@@ -84,7 +84,8 @@ class MergeConfig(Settings):
         "from; without one the encoder's outputs are taken for logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
-        None, description="Text file with one class name a line, for a zero-shot `head`."
+        None,
+        description="Class names, one a line, in the head's order, or `imagenet`; zero-shot heads are made of them.",
     )
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
     precision: Precision = Field("float32", description="Arithmetic of the attack's forward passes.")

@@ -6,11 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
-from datamerge.encoders import Head, load_head, pick_device, refusals_about
+from datamerge.encoders import Head, load_head, pick_device
 from datamerge.encoders.classes import Classes, match_classes, read_names
-from datamerge.encoders.runs import ResolvedEncoder, resolve
+from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
@@ -18,6 +17,7 @@ from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
+from merge_service.encoders import check_pair, named_encoder
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_of
@@ -25,7 +25,6 @@ from merge_service.work_queue import SetAside
 from merge_service.worker import Wanted, WorkerSetup
 from storage_schemas import (
     ArtifactWriter,
-    ConfigError,
     DatamergeError,
     Location,
     Manifest,
@@ -101,10 +100,10 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         split=config.split,
     )
     check_source(config.artifact, source)
-    encoder = _resolved(config, "encoder") if config.needs_encoder else None
-    target_encoder = _resolved(config, "target_encoder")
-    _check_pair(encoder, target_encoder)
-    of_pixels = target_encoder or encoder or _resolved(config, "preprocessing_of")
+    encoder = named_encoder(config, "encoder") if config.needs_encoder else None
+    target_encoder = named_encoder(config, "target_encoder")
+    check_pair(encoder, target_encoder)
+    of_pixels = target_encoder or encoder or named_encoder(config, "preprocessing_of")
     preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None)
     head = _load_head(config, encoder)
     source = _with_labels_of_head(config, source, encoder, head)
@@ -348,32 +347,6 @@ def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> 
         raise DatamergeError(
             f"{count} samples could not be used, more than the {allowed} allowed; {last}. Fix the source and merge "
             "again, or raise `max_rejected` and run again"
-        )
-
-
-def _resolved(
-    config: MergeConfig, setting: Literal["encoder", "target_encoder", "preprocessing_of"]
-) -> ResolvedEncoder | None:
-    """The encoder that a setting names, if it names one."""
-    named: str | None = getattr(config, setting)
-    with refusals_about(setting):
-        return resolve(named, image_size=config.image_size) if named is not None else None
-
-
-def _check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:
-    if encoder is None or target is None:
-        return
-    mine, other = encoder.encoder, target.encoder
-    # Each normalises the pixels for itself; both see the same ones.
-    if different := other.preprocessing.differences(mine.preprocessing, normalised=False):
-        raise ConfigError(
-            f"target_encoder: expected the pixels of the attacked encoder, found {'; '.join(different)}; choose one "
-            "that takes the same"
-        )
-    if mine.embedding_dim != other.embedding_dim:
-        raise ConfigError(
-            f"target_encoder: expected embeddings of width {mine.embedding_dim}, as the attacked encoder's, found "
-            f"{other.embedding_dim}"
         )
 
 

@@ -188,13 +188,13 @@ class HuggingFaceTexts(nn.Module):
 
 def _hugging_face(spec: EncoderSpec) -> TextTower:
     transformers = transformers_for(spec)
-    where: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
+    where: dict[str, Any] = {"trust_remote_code": False, **({"revision": spec.revision} if spec.revision else {})}
     config = downloading(spec, lambda: transformers.AutoConfig.from_pretrained(spec.model, **where))
     name = WHOLE.get(config.model_type)
     if name is None:
         raise ConfigError(
-            f"encoder: expected a whole CLIP or SigLIP at '{spec}', found a {config.model_type}, which has no text "
-            "tower; name the model that it was tuned from, such as hf:openai/clip-vit-large-patch14"
+            f"encoder: expected a whole CLIP or SigLIP, with its text tower, at '{spec}', found a "
+            f"{config.model_type}; name the model that it was tuned from, such as hf:openai/clip-vit-large-patch14"
         )
     kind = getattr(transformers, name)
     texts = _texts_of_file(spec)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from torch import Tensor
 from datamerge.encoders.checkpoints import weights_sha256
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.text_towers import TextTower, load_text_tower
+from datamerge.runtime.messages import first_line
+from storage_schemas import ConfigError
 from storage_schemas.access.atomic import atomic_file
 
 # All of ImageNet's 80,000 prompts at once would not fit any memory.
@@ -57,11 +58,19 @@ def zero_shot(
     import open_clip
 
     prompts = list(templates) or [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    name = f"{_key(tower, class_names, prompts)}.safetensors"
     folders = [folder for folder in (shelf, _cache()) if folder is not None]
-    tensors = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
-    if tensors is None:
-        tensors = _features(tower, class_names, prompts, device)
+    try:
+        name = f"{_key(tower, class_names, prompts)}.safetensors"
+        tensors = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
+        if tensors is None:
+            tensors = _features(tower, class_names, prompts, device)
+    except (IndexError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"encoder: expected a tokeniser and a text tower that go together at '{spec}', found "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ConfigError(f"encoder: expected finite embeddings of class names by '{spec}', found NaN or infinity")
     for folder in folders:
         _keep(folder / name, tensors)
     return tensors
@@ -81,6 +90,8 @@ def _features(tower: TextTower, class_names: Sequence[str], prompts: Sequence[st
 
 def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -> str:
     """A hash of all that the tensors depend on."""
+    import open_clip
+
     words: Any = tower.tokenizer([*class_names, *prompts])
     ids = words if isinstance(words, Tensor) else words["input_ids"]
     facts = [
@@ -89,7 +100,7 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
         hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest(),
         list(class_names),
         list(prompts),
-        version("open_clip_torch"),
+        open_clip.__version__,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -20,8 +20,8 @@ ImageColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None,
-    Option(metavar="NAME", unset="label, labels or fine_label"),
-    Field(description="Column, array or tar member with the labels."),
+    Option(metavar="NAME", unset="label, labels, fine_label, or the one that is called like labels"),
+    Field(description="Column, array or tar member with the labels; none: without labels."),
 ]
 Split = Annotated[
     str | None,

@@ -55,8 +55,8 @@ class FactoryReader:
         return {"_url": self._url, "_dataset": None}
 
 
-def open_factory(url: str, limit: int | None) -> Source:
-    """List a data set.
+def open_factory(url: str, limit: int | None, labelled: bool = True) -> Source:
+    """List a data set, with its labels or without.
 
     Raises:
         SourceError: no such factory, or what it returns is no map-style data set of images.
@@ -66,7 +66,11 @@ def open_factory(url: str, limit: int | None) -> Source:
     count = total if limit is None else min(limit, total)
     if not count:
         raise SourceError(f"{url}: expected samples, found an empty data set")
-    (labels, names), unlabelled = _labels(dataset, count, total, url)
+    labels: list[int | None] = [None] * count
+    names: list[str] = []
+    unlabelled = ""
+    if labelled:
+        (labels, names), unlabelled = _labels(dataset, count, total, url)
     (stem,) = make_keys([url.rpartition(":")[2]])
     samples = [Sample(f"{stem}-{index:08d}", f"{url}#{index}", labels[index]) for index in range(count)]
     # A data set has no files: a fixed choice of its images stands for their content.

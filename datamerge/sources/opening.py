@@ -11,6 +11,7 @@ from datamerge.runtime.factories import PREFIX
 from datamerge.runtime.messages import first_line
 from datamerge.sources.factories import open_factory
 from datamerge.sources.image_folder import TABLE, open_image_folder
+from datamerge.sources.labels import NONE
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
 from datamerge.sources.patterns import find_files, is_pattern
 from datamerge.sources.sample import Columns, Source, check_listed
@@ -93,11 +94,11 @@ def _in_one_line(url: str) -> Iterator[None]:
 def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, split: str | None) -> Source:
     text = os.fspath(url)
     if text.startswith(PREFIX):
-        if columns != Columns():
+        if columns not in (Columns(), Columns(label=NONE)):
             raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
         if split is not None:
             raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
-        return open_factory(text, limit)
+        return open_factory(text, limit, labelled=columns.label is None)
     if text.startswith("pipe:"):
         raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
     if is_pattern(text):

@@ -23,6 +23,8 @@ RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
 
 LISTING = "source.json.gz"
+# What keys do without.
+_SUFFIX, _NO_KEY = re.compile(r"\.[A-Za-z0-9]+$"), re.compile(r"[^A-Za-z0-9_\-]+")
 # Local sources up to this size are hashed whole, which takes seconds.
 WHOLE_BYTES = 2**30
 # Of others, files whose ends go into a fingerprint. All would mean reading the whole source before any work.
@@ -218,7 +220,7 @@ def make_keys(names: Sequence[str]) -> list[str]:
 
     A key depends on its name and on the names it clashes with, not on the position in the list.
     """
-    plain = [re.sub(r"[^A-Za-z0-9_\-]+", "_", re.sub(r"\.[A-Za-z0-9]+$", "", name)) or "_" for name in names]
+    plain = [_NO_KEY.sub("_", _SUFFIX.sub("", name)) or "_" for name in names]
     times = Counter(plain)
     return [
         key if times[key] == 1 else f"{key}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -134,6 +134,11 @@ def image_splits(files: Sequence[File]) -> tuple[dict[str, list[File]], int]:
     """
     outermost = True
     for level in range(DEEPEST):
+        first = _folder(files[0][0], level) if files else ""
+        if not outermost and not _FOLDER.fullmatch(first.lower()):
+            if not first:
+                break
+            continue  # not all are called so
         folders = [_folder(name, level) for name, _ in files]
         distinct = set(folders)
         known = {folder for folder in distinct if _FOLDER.fullmatch(folder.lower())}

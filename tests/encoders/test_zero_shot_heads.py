@@ -289,6 +289,23 @@ def test_a_tokeniser_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.
         load_head("open_clip:datamerge-heads-far", NAMES)
 
 
+def test_a_tokeniser_of_other_words_than_the_text_towers(tmp_path: Path) -> None:
+    small_hugging_face("CLIP", tmp_path)
+    facts = json.loads((tmp_path / "tokenizer.json").read_text())
+    facts["model"]["vocab"]["cat"] = 500
+    (tmp_path / "tokenizer.json").write_text(json.dumps(facts))
+    with refused(ConfigError, "head", tmp_path, "tokeniser", "IndexError"):
+        load_head(f"hf:{tmp_path}", NAMES)
+
+
+def test_a_text_tower_that_diverged(tmp_path: Path) -> None:
+    state = _model(_name("clip")).state_dict()
+    state["logit_scale"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with refused(ConfigError, "head", tmp_path / "nan.pt", "NaN"):
+        load_head(f"open_clip:{_name('clip')}@{tmp_path}/nan.pt", NAMES)
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """How many classes were computed, call by call, with a cache of its own."""

@@ -207,6 +207,20 @@ def test_a_whole_checkpoint_has_its_text_tower_with_it(tags: Path, tmp_path: Pat
     assert all(torch.equal(found[name], original[name]) for name in found)
 
 
+def test_an_export_is_a_start_like_any_other(tags: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    spec = f"open_clip:zoo-siglip/{TAG}"
+    for folder in folders:
+        folder.mkdir()
+        write_open_clip(_tuned(spec, tmp_path), spec, folder)
+        spec = f"open_clip:local-dir:{folder}"
+    first, second = (load_file(folder / "open_clip_model.safetensors") for folder in folders)
+    changed = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert (first.keys() == second.keys(), changed) == (True, {"visual"})
+    for name in ("open_clip_config.json", "tokenizer.json"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+
+
 def test_without_a_tokeniser_the_whole_model_is_written(
     tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from datamerge.encoders import Encoder
+from datamerge.encoders.hugging_face import FILTERS
 from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import say
 from storage_schemas import ConfigError, DatamergeError
@@ -22,7 +22,7 @@ from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.hf_clip import clip_config, clip_state_dict
 from trainer.export.kinds import Folder, check_kind
-from trainer.export.same_function import TORCHVISION, check_same
+from trainer.export.same_function import TORCHVISION, Photo, check_same
 
 PREPROCESSOR = "preprocessor_config.json"
 VIT = "ViTModel"
@@ -31,7 +31,7 @@ EMBEDDINGS = {"CLIPVisionModelWithProjection": "image_embeds", VIT: "last_hidden
 POOLED = "pooler_output"
 # What transformers does otherwise than open_clip, by field of the preprocessing.
 OTHERWISE = {
-    "offset": "cuts out a square one pixel aside where the middle of a photo lies between two pixels",
+    "offset": "may cut out a square one pixel aside where the middle of a photo lies between two pixels",
     "alpha": "puts transparent images on white",
 }
 
@@ -128,7 +128,7 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
         "do_convert_rgb": own.alpha == "white",
         "do_resize": True,
         "size": {"shortest_edge": own.scale[0]} if shortest else dict(zip(sides, own.scale, strict=True)),
-        "resample": int(Image.Resampling[own.interpolation.upper()]),
+        "resample": next(number for number, name in FILTERS.items() if name == own.interpolation),
         "do_center_crop": cropped,
         "crop_size": dict(zip(sides, own.size, strict=True)),
         "do_rescale": True,
@@ -144,7 +144,7 @@ def _note(encoder: Encoder) -> str:
     differences = [one.partition(" ")[0] for one in encoder.preprocessing.differences(in_transformers(encoder))]
     if not differences:
         return ""
-    note = f"Unlike open_clip transformers {' and '.join(OTHERWISE[field] for field in differences)}."
+    note = f"Unlike open_clip, transformers {' and '.join(OTHERWISE[field] for field in differences)}."
     say(note)
     return note
 
@@ -156,7 +156,7 @@ def _check(encoder: Encoder, name: str, files: Path) -> None:
     processor: Any = transformers.AutoImageProcessor.from_pretrained(files)
     model.eval()
 
-    def transform(photo: Image.Image) -> Tensor:
+    def transform(photo: Photo) -> Tensor:
         pixels: Tensor = processor(photo, return_tensors="pt").pixel_values
         return pixels
 

@@ -1,9 +1,11 @@
 """A folder for open_clip: the tuned image tower, its configuration and preprocessing, and the CLIP around it.
 
-visual.pt                      state_dict of `model.visual`: what RobustVLM and LLaVA's evaluation load
-open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
-open_clip_model.safetensors    the whole CLIP with the tuned image tower, where there is its text tower
-tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+    visual.pt                      state_dict of `model.visual`: what RobustVLM loads
+    open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
+    open_clip_model.safetensors    the whole CLIP with the tuned image tower, where its text tower can be had
+    tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+
+Without the third, open_clip builds the image tower alone, if it is told where the first is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.kinds import Folder, check_kind
-from trainer.export.same_function import PILLOW, check_same, check_weights
+from trainer.export.same_function import PILLOW, Photo, check_same, check_weights
 
 DEFAULT_SIZE = 224
 TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.safetensors"
@@ -177,7 +178,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
     model.eval()
     check_weights(model.visual, torch.load(files / TOWER, weights_only=True), TOWER)
 
-    def transform(photo: Image.Image) -> Tensor:
+    def transform(photo: Photo) -> Tensor:
         pixels: Tensor = preprocess(photo)
         return pixels[None]
 

@@ -16,13 +16,14 @@ from storage_schemas import DatamergeError
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.preprocessing import Preprocessing
 
+Photo = Image.Image
 # Of embeddings: largest difference over largest value.
 TOLERANCE = 1e-5
 # Grey levels. Libraries that resize with Pillow make our pixels; torchvision's own resampling rounds otherwise.
 PILLOW, TORCHVISION = 0.01, 2.01
 
 
-def make_photo(preprocessing: Preprocessing) -> Image.Image:
+def make_photo(preprocessing: Preprocessing) -> Photo:
     """A photo on which every step of a preprocessing shows: noise on a gradient, wider than high, of odd sides."""
     scale, size = preprocessing.scale, preprocessing.size
     height = 2 * math.ceil(0.6 * scale[0]) + 1
@@ -38,7 +39,7 @@ def make_photo(preprocessing: Preprocessing) -> Image.Image:
 def check_same(
     encoder: Encoder,
     preprocessing: Preprocessing,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Photo], Tensor],
     network: Callable[[Tensor], Tensor],
     grey_levels: float,
 ) -> None:

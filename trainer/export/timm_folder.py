@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from datamerge.encoders import Encoder
 from storage_schemas import ConfigError
 from storage_schemas.schema.run import WEIGHTS
 from trainer.export.kinds import Folder, check_kind
-from trainer.export.same_function import PILLOW, check_same
+from trainer.export.same_function import PILLOW, Photo, check_same
 
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
@@ -79,7 +78,7 @@ def _check(encoder: Encoder, files: Path) -> None:
     model: Any = timm.create_model(f"local-dir:{files}", pretrained=True)
     transform: Any = create_transform(**resolve_model_data_config(model))
 
-    def pixels_of(photo: Image.Image) -> Tensor:
+    def pixels_of(photo: Photo) -> Tensor:
         pixels: Tensor = transform(photo)
         return pixels[None]
 

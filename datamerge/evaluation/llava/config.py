@@ -20,7 +20,7 @@ class LlavaSettings(Settings):
 
     runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1,
-        description="Vision encoders, one row each: runs' folders, open_clip: specs, hf:PATH, or `own`.",
+        description="Vision encoders, one row each: runs' folders, open_clip: or hf: specs, or `own`.",
     )
     data: Annotated[str, Option(metavar="FILE.json")] = Field(
         min_length=1, description="Captions or questions, in COCO's or VQAv2's format. Required."
@@ -36,7 +36,8 @@ class LlavaSettings(Settings):
     )
     fit: Literal["pad", "crop"] = Field(
         "pad",
-        description="How images are made square: padded with the mean colour, as LLaVA-1.5 does, or centre-cropped.",
+        description="How images are made square: padded with the mean colour, as LLaVA-1.5 does, or cropped as the "
+        "encoder's own preprocessing says.",
     )
     attack: bool = Field(True, description="Measure under attack too.")
     epsilon: PixelLength = Field(
