@@ -339,10 +339,11 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
         first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
         return first if first == last else f"{first} … {last}"
 
-    reasons = [
-        f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
-        for one in sorted(aside, key=lambda one: one.shard)[:5]
-    ]
+    def one_line(one: SetAside) -> str:
+        times = "once" if one.tries == 1 else f"{one.tries} times"
+        return f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {times}: {one.reason}"
+
+    reasons = [one_line(one) for one in sorted(aside, key=lambda one: one.shard)[:5]]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "

@@ -14,13 +14,14 @@ from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
 from datamerge.sources.orientation import Exif
 from merge_service.failures import may_pass
-from storage_schemas.access.retries import retry
+from storage_schemas import CorruptShard, DatamergeError
+from storage_schemas.access.retries import is_transient, retry
 from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
 # Seconds between the tries of a source's read; `Location` has its own for requests.
-WAITS = (0.25, 1.0, 5.0, 20.0)
+WAITS = (0.25, 1.0, 5.0)
 
 # A remote store answers in tens of milliseconds, whatever the number of requests.
 REMOTE_REQUESTS = 16
@@ -52,7 +53,7 @@ class PixelReader:
             remarks: gets what `decode` has to say of them.
 
         Raises:
-            ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
+            DatamergeError, ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
         """
         with self._lock:
             if self._pool is None:
@@ -68,9 +69,13 @@ class PixelReader:
     def _raw(self, sample: Sample) -> RawImage | BadImage:
         try:
             return retry(lambda: self._read(sample), transient=may_pass, delays=WAITS)
-        except (ConnectionError, TimeoutError):
+        except DatamergeError as error:
+            if isinstance(error, CorruptShard):  # a device or a pipe in the place of the file
+                return BadImage(first_line(error))
             raise
-        except OSError as error:
+        except Exception as error:
+            if is_transient(error) or isinstance(error, MemoryError):
+                raise
             return BadImage(first_line(error))
 
     def _read(self, sample: Sample) -> RawImage | BadImage:

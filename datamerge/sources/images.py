@@ -69,6 +69,9 @@ def decode(
 def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
     """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
     try:
+        if isinstance(data, Image.Image):
+            yield data  # maybe of a file whose pixels are not read yet
+            return
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
@@ -79,7 +82,7 @@ def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
                 with Image.open(io.BytesIO(data), formats=_formats()) as image:
                     yield image
     except UnidentifiedImageError:
-        raise BadImage(_unidentified(data)) from None
+        raise BadImage(_unidentified(data) if isinstance(data, bytes) else "not an image") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
