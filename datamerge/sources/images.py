@@ -82,7 +82,7 @@ def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
                 with Image.open(io.BytesIO(data), formats=_formats()) as image:
                     yield image
     except UnidentifiedImageError:
-        raise BadImage(_unidentified(data) if isinstance(data, bytes) else "not an image") from None
+        raise BadImage(_unidentified(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
