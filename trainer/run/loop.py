@@ -25,6 +25,7 @@ from storage_schemas import DatamergeError, UserError
 from storage_schemas.schema.run import WEIGHTS, RunSummary
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
+from trainer.data.stream import ended, worker_deaths
 from trainer.errors import NotFiniteRun, Stopped
 from trainer.run.checkpoint import RunFolder, step_of
 from trainer.run.distributed import Processes, processes
@@ -93,9 +94,11 @@ class _Run:
         """Train to the end, publish the encoder and the summary."""
         job, config = self.job, self.job.config
         started = time.monotonic() - self.seconds
-        batches = job.feed(self.training.partition, self.step, job.steps)
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
+            stack.enter_context(worker_deaths())
+            # Closed, so that its workers end where this one does, however that is.
+            batches = stack.enter_context(ended(job.feed(self.training.partition, self.step, job.steps)))
             log = self.own.first_alone(
                 lambda: stack.enter_context(RunLog(self.folder.path, self.step, config.model_dump(mode="json")))
             )
