@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import trainer.data.stream
-from storage_schemas import CorruptShard, DatamergeError, open_artifact
+from storage_schemas import Artifact, CorruptShard, DatamergeError, open_artifact
 from tests.support.refusals import refused
 from trainer.data.order import Order
 from trainer.data.shipping import Parcel, Shipping, free_shared_memory
@@ -78,14 +79,14 @@ def test_little_shared_memory_and_a_death_are_a_line_each(
     assert capsys.readouterr().err.count("--shm-size=") == 1
 
 
-def test_a_disk_that_fails_is_one_line(make_artifact: MakeArtifact) -> None:
-    path = Path(make_artifact())
-    batches = _stream(str(path), 0)
-    for file in list((path / "shards").iterdir()):
-        file.unlink()
-        file.mkdir()
-    with refused(DatamergeError, None, path, "Is a directory"):
-        list(batches)
+def test_a_disk_that_fails_is_one_line(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(artifact: Artifact, position: int, offset: int) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    path = make_artifact()
+    monkeypatch.setattr(Artifact, "read", fail)
+    with refused(DatamergeError, None, path, "Input/output error"):
+        next(_stream(path, 0))
 
 
 STUCK = """
