@@ -96,7 +96,7 @@ def spec_of_run(summary: RunSummary, folder: Path) -> str:
     if summary.preprocessing is None or file is None or not Path(file).is_file():
         return with_tag_of_run(spec)
     found = recorded_preprocessing(Path(file))
-    differences = ["none there"] if found is None else summary.preprocessing.differences(found)
+    differences = ["none there"] if found is None else found.differences(summary.preprocessing)
     if differences:
         raise ConfigError(
             f"encoder: expected the preprocessing that {folder / SUMMARY} names, found another in {file} "
