@@ -138,7 +138,7 @@ class Preprocessing(BaseModel):
         return self.mean is not None and self.std is not None
 
     def differences(self, other: Preprocessing, *, normalised: bool = True) -> list[str]:
-        """In what this is another one than expected, a phrase each: `resize shortest, not squash`; empty if in nothing.
+        """In what this is another one than expected, a phrase each: `resize shortest, not squash`.
 
         What one of them does not say (the normalisation without an encoder, the resizing of images that are taken as
         they are) differs from nothing, and neither does what changes no pixel (the rounding of what is squashed).
@@ -172,6 +172,10 @@ class Preprocessing(BaseModel):
             *(("fill",) if padded else ()),
             "alpha",
         ]
+
+    def words(self, *names: str) -> dict[str, str]:
+        """Fields as a person writes them, by name."""
+        return {name: _text(name, getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         """In one line: `3x224x224: shorter side to 256, bicubic, centre cropped, mean (0.485, 0.456, 0.406), …`."""
