@@ -75,7 +75,7 @@ def adapted(recorded: Preprocessing | None, own: Preprocessing, size: tuple[int,
 
 def resampled(spec: EncoderSpec, before: tuple[int, int], after: tuple[int, int], library: str) -> list[str]:
     """The line about position embeddings that were brought to another grid; none for those of no weights yet."""
-    if before == after or spec.checkpoint or not (spec.whole or spec.pretrained):
+    if before == after or spec.checkpoint or not spec.has_weights:
         return []
     return [
         f"encoder: {spec.named} runs on {after[0]}x{after[1]} pixels: its position embeddings, made for "

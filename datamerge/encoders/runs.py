@@ -137,7 +137,7 @@ def started_from(text: str) -> str:
         runs = list(_runs_behind(text))
     spec = split_spec(runs[-1].original if runs else text)
     file = Path(spec.checkpoint) if spec.checkpoint else None
-    if file is not None and file.name == WEIGHTS and not file.exists() and (spec.pretrained or spec.whole):
+    if file is not None and file.name == WEIGHTS and not file.exists() and spec.has_weights:
         # A run that is gone. It wrote no text tower and no classifier.
         spec = replace(spec, checkpoint=None)
     return str(spec)

@@ -72,6 +72,11 @@ class EncoderSpec:
         return self.kind in ("hf", "python") or self.model.startswith((HUB, LOCAL))
 
     @property
+    def has_weights(self) -> bool:
+        """Whether model and tag name weights, which a file may replace."""
+        return self.whole or self.pretrained is not None
+
+    @property
     def named(self) -> str:
         """Kind and model: the network without its weights."""
         return f"{self.kind}:{self.model}"

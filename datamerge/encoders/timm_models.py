@@ -71,7 +71,7 @@ def _create(name: str, spec: EncoderSpec) -> Any:
 
 def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
     """The warning that a file's preprocessing is that of timm's first tag, where others of the model differ."""
-    if spec.whole or spec.pretrained or not spec.checkpoint:
+    if spec.has_weights or not spec.checkpoint:
         return []
     import timm
     from timm.data.config import resolve_data_config
