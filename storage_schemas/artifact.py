@@ -92,7 +92,7 @@ class Artifact:
         if not self.manifest.complete and not partial:
             raise NotAnArtifact(
                 f"{location.url}: the merge is not finished ({len(self.manifest.shards)} of "
-                f"{self.manifest.layout.shards} shards in the manifest); run the same merge command again"
+                f"{self.manifest.layout.shards} shards in the manifest); run the command that made it again"
             )
         self.shard_sizes = [shard.groups for shard in self.manifest.shards]
         self._specs = self.manifest.layout.arrays
