@@ -127,15 +127,14 @@ def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
     most = max(LEAST_NAME, console.width // 4)
     arms = [line[0] for line in grid]
     repeated = [0] if len(set(arms)) == len(arms) else list(range(NAMES))
-    tables, shown = [], list(range(NAMES))
+    tables: list[Table] = []
+    names, values = list(range(NAMES)), list[int]()
     for column in columns[NAMES:]:
-        if len(shown) > len(repeated if tables else range(NAMES)) and not _fits(
-            _table(grid, [*shown, column], most), console
-        ):
-            tables.append(_table(grid, shown, most))
-            shown = list(repeated)
-        shown.append(column)
-    return [*tables, _table(grid, shown, most)]
+        if values and not _fits(_table(grid, [*names, *values, column], most), console):
+            tables.append(_table(grid, [*names, *values], most))
+            names, values = repeated, []
+        values.append(column)
+    return [*tables, _table(grid, [*names, *values], most)]
 
 
 def _fits(table: Table, console: Console) -> bool:
