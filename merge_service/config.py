@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit, Split
+from datamerge.runtime.fields import ExifSetting, ImageColumn, LabelColumn, Limit, Split
 from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
 from storage_schemas.schema.factors import FactorKind
@@ -142,7 +142,8 @@ class MergeConfig(Settings):
         "from; without one the encoder's outputs are taken for logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
-        None, description="Text file with one class name a line, for a zero-shot `head`."
+        None,
+        description="Class names, one a line, in the head's order, or `imagenet`; zero-shot heads are made of them.",
     )
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
     precision: Precision = Field("float32", description="Arithmetic of the attack's forward passes.")
@@ -177,6 +178,7 @@ class MergeConfig(Settings):
     )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
     split: Split = None
+    exif: ExifSetting = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     seed: int = Field(0, ge=0, description="Seed of all random choices.")

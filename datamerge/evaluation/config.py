@@ -10,7 +10,18 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, Norm
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import Device, ImageColumn, LabelColumn, Limit, Output, SampleSeed, Seed, Split, Threads
+from datamerge.runtime.fields import (
+    Device,
+    ExifSetting,
+    ImageColumn,
+    LabelColumn,
+    Limit,
+    Output,
+    SampleSeed,
+    Seed,
+    Split,
+    Threads,
+)
 from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
 from storage_schemas.schema.moments import LEVELS
@@ -57,6 +68,7 @@ class ImagesConfig(Settings):
     seed: Seed = Field(0, description="Seed of the attack's random starts.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
     split: Split = None
+    exif: ExifSetting = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     device: Device = "auto"

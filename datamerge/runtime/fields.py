@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,13 +20,18 @@ ImageColumn = Annotated[
 ]
 LabelColumn = Annotated[
     str | None,
-    Option(metavar="NAME", unset="label, labels or fine_label"),
-    Field(description="Column, array or tar member with the labels."),
+    Option(metavar="NAME", unset="label, labels, fine_label, or the one that is called like labels"),
+    Field(description="Column, array or tar member with the labels; none: without labels."),
 ]
 Split = Annotated[
     str | None,
     Option(metavar="NAME", unset="the only one"),
     Field(min_length=1, description="Split of the source, where it has several: train, train+validation, or all."),
+]
+ExifSetting = Annotated[
+    Literal["transpose", "ignore"] | None,
+    Option(unset="transpose for Parquet and Arrow, as datasets does; else ignore, as torchvision does"),
+    Field(description="Whether the orientation in images' EXIF data is applied."),
 ]
 Output = Annotated[
     str,

@@ -86,6 +86,28 @@ def test_classes_are_matched_by_name_where_the_head_has_names(
     assert listed.score("accuracy clean").value == 100
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfLight\r\nmoon\r\nDARK \r\n",
+        b"0: light\n1: moon\n2: dark\n",
+        b'{"2": ["n3", "dark"], "0": ["n1", "light"], "1": ["n2", "moon"]}',
+    ],
+)
+def test_names_are_read_as_people_write_them(
+    two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "names.txt").write_bytes(content)
+    swapped = [[0.0, 1.0], [0.0, 0.5], [1.0, 0.0]]
+    (found,) = measure(two_class, data=photos, head=make_head(swapped), class_names=str(tmp_path / "names.txt"))
+    assert found.score("accuracy clean").value == 100
+
+
+def test_classes_that_the_head_does_not_have(two_class: str, photos: Path, make_head: MakeHead) -> None:
+    with refused(ConfigError, "head", photos, "1: 'dark'", "'moon'"):
+        measure(two_class, data=photos, head=make_head([[1.0, 0.0], [0.0, 1.0]], ["moon", "light"]))
+
+
 def test_original_is_at_distance_zero_and_its_attack_reaches_the_maximum(
     make_encoder: MakeEncoder, textures: Path
 ) -> None:

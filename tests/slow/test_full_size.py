@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ class Stages:
 
     def report(self, model: str, seconds: float, load: float) -> None:
         """Print the table, and write it where DATAMERGE_REPORTS says."""
-        where = Circumstances.here("cpu")
+        where = replace(Circumstances.here("cpu"), missing=())  # nothing is compared with others here
         columns = ("stage", "s", "all its processes, MB", "the largest one, MB")
         found = Findings(tables=[Table(f"{model}, {PHOTOS} photos", columns, self.rows)])
-        text = render(f"full size: {model}", found, where, "make slow", seconds, load)
+        text = render("full size", found, where, "make slow", seconds, load)
         sys.stderr.write(text)
         if "DATAMERGE_REPORTS" in os.environ:
             Path(os.environ["DATAMERGE_REPORTS"], f"full-size-{model.lower()}.md").write_text(text, "utf-8")
@@ -169,7 +170,11 @@ def _check_artifact(artifact: Path, original: OpenClip, photos: Path) -> None:
     record = stored[0]
     path = next(path for path in photos.rglob("*.png") if path.stem in record.key)
     assert record.target is not None
+    assert record.clean is not None
     _close(torch.from_numpy(record.target)[None], original([path]))
+    config = original.model.visual.preprocess_cfg
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    _close((torch.from_numpy(record.clean) / 255 - mean) / std, original.pixels([path])[0])
 
 
 def _clean_losses(document: dict[str, Any]) -> list[float]:
