@@ -35,7 +35,7 @@ import os, datasets
 groups = datasets.load_dataset(os.getcwd(), split="train")   # the folder, or its name on the Hub
 ```
 
-`datasets` reads the types of the columns here: the first groups alone, by which it goes without, may have no label.""",
+`datasets` reads the types of the columns here; the first groups alone, by which it goes else, may have no label.""",
 }
 
 _MOMENTS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artif
 from storage_schemas.card import croissant as croissant_module
 from storage_schemas.card import finish as presentation
 from storage_schemas.card.finish import finish
+from tests.support.artifacts import build_layout, build_shards
 
 Write = Callable[..., list[Record]]
 
