@@ -29,8 +29,8 @@ from datamerge.encoders.checkpoints import read_state_dict
 from datamerge.encoders.runs import started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.encoders.zero_shot_heads import zero_shot
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.artifact import parse_head
 from storage_schemas.schema.record import Array
