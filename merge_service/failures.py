@@ -7,16 +7,26 @@ import re
 
 from datamerge.runtime.messages import first_line
 from storage_schemas import DatamergeError, UserError
+from storage_schemas.access.retries import is_transient
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 _CLOSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
-# Waiting changes nothing about them: wrong values, missing files, errors raised on purpose.
-_LASTING = (ValueError, TypeError, ArithmeticError, LookupError, FileNotFoundError, DatamergeError)
+# A disk's trouble for a moment; a network's is known to `is_transient`.
+_MOMENTS = {errno.EIO, errno.ESTALE, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# What is raised on purpose, or for values that are wrong: the same work would end in the same way.
+_LASTING = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NotImplementedError, UserError)
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether reading the same sample may succeed a little later: every object store has exceptions of its own."""
-    return not isinstance(error, _LASTING) and not is_hopeless(error)
+    """Whether reading the same sample may succeed a little later: trouble of a network or of a disk."""
+    if isinstance(error, DatamergeError) or is_hopeless(error):
+        return False  # `Location` has tried again for itself
+    return is_transient(error) or (isinstance(error, OSError) and error.errno in _MOMENTS)
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether a shard that failed with this would fail again."""
+    return isinstance(error, _LASTING)
 
 
 def is_hopeless(error: BaseException) -> bool:

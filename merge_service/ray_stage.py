@@ -15,7 +15,7 @@ from datamerge.runtime.messages import first_line, say, warn
 from datamerge.runtime.ray import call_in_worker, connected
 from datamerge.sources import Sample
 from merge_service.config import MergeConfig
-from merge_service.failures import cause_of_death, explain, is_hopeless
+from merge_service.failures import cause_of_death, explain, is_hopeless, is_lasting
 from merge_service.planning import Items, Plan
 from merge_service.sample_groups import Partial
 from merge_service.work_queue import Piece, SetAside, WorkQueue
@@ -244,7 +244,7 @@ class _Stage:
                 self._lost_parts(piece)
                 return
             self._failing.add(piece.shard)
-            yield from self._failed([piece], f"{type(cause).__name__}: {first_line(cause)}")
+            yield from self._failed([piece], f"{type(cause).__name__}: {first_line(cause)}", is_lasting(cause))
             return
         piece = worker.running.pop(reference)
         self._queue.succeeded(piece)
@@ -259,8 +259,8 @@ class _Stage:
         """Redo the parts that a piece needs: they were lost with a node."""
         self._queue.add(piece)
 
-    def _failed(self, pieces: Sequence[Piece], reason: str) -> Iterator[SetAside]:
-        for aside in self._queue.failed(pieces, reason):
+    def _failed(self, pieces: Sequence[Piece], reason: str, lasting: bool = False) -> Iterator[SetAside]:
+        for aside in self._queue.failed(pieces, reason, lasting):
             self._failing.add(aside.shard)
             self._dropped(aside.shard)
             yield aside

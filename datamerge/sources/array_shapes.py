@@ -6,7 +6,7 @@ Shapes: M images, C channels (1 or 3), H height, W width.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,6 @@ def _channels_last(images: Array, expected: str, column: str) -> Array:
                 f"{expected} many images, {found}, which looks like one image [H, W, C]; save it as [1, H, W, C], or "
                 "grey images as [M, H, W, 1]"
             )
-        if images.shape[0] == 3:
-            say(f"{column} {list(images.shape)} is taken as 3 grey images, not as one of three channels")
         return images
     first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
     if first and last:
@@ -84,6 +82,17 @@ def _channels_last(images: Array, expected: str, column: str) -> Array:
         alpha = "; leave out the alpha channel" if 4 in (images.shape[1], images.shape[3]) else ""
         raise SourceError(f"{expected} images with 1 or 3 channels, {found}{alpha}")
     return images.transpose(0, 2, 3, 1) if first else images
+
+
+def arrays_of_splits(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Names of arrays by split, and there by what they are without it: {"train": {"x": "x_train"}}."""
+    splits: dict[str, dict[str, str]] = {}
+    for name in names:
+        word = split_of_name(name)
+        plain = re.sub(rf"[-_ .]*{word}[-_ .]*", "", name).lower() if word else name
+        if word and plain in (*IMAGE_ARRAYS, *LABEL_ARRAYS):
+            splits.setdefault(word, {})[plain] = name
+    return splits
 
 
 def choose_arrays(
@@ -97,12 +106,7 @@ def choose_arrays(
     Raises:
         ConfigError: no such split, or several and none is for training.
     """
-    splits: dict[str, dict[str, str]] = {}
-    for name in arrays:
-        word = split_of_name(name)
-        plain = re.sub(rf"[-_ .]*{word}[-_ .]*", "", name).lower() if word else name
-        if word and plain in (*IMAGE_ARRAYS, *LABEL_ARRAYS):
-            splits.setdefault(word, {})[plain] = name
+    splits = arrays_of_splits(arrays)
     counts = {
         word: range(len(arrays[name]))
         for word, names in splits.items()

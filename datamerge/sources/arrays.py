@@ -23,11 +23,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamerge.sources.array_shapes import IMAGE_ARRAYS, LABEL_ARRAYS, choose_arrays, find_images
+from datamerge.runtime.messages import say
+from datamerge.sources.array_shapes import (
+    IMAGE_ARRAYS,
+    LABEL_ARRAYS,
+    arrays_of_splits,
+    choose_arrays,
+    find_images,
+)
 from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels
 from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
+from datamerge.sources.splits import split_of_name
 from datamerge.sources.unpack import gunzip, refuse_bomb
-from storage_schemas import Location, SourceError
+from storage_schemas import ConfigError, Location, SourceError
 
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 # zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
@@ -109,13 +117,10 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     where = f"{location.url}/{file}"
     data = location.read(file)
     arrays = _parse(data, where)
-    splits: dict[str, int] = {}
-    if columns.image is None:
-        split, parts, splits = choose_arrays(arrays, split, where)
-        columns = replace(
-            columns, image=_first(parts, IMAGE_ARRAYS), label=columns.label or _first(parts, LABEL_ARRAYS)
-        )
+    split, splits, columns = _of_split(arrays, columns, split, where)
     column, images = find_images(arrays, columns.image, where)
+    if arrays[column].ndim == len(images) == 3:
+        say(f"{where}: {column} {list(images.shape)} is taken as 3 grey images, not as one of three channels")
     listing = {file: _facts(data)}
     beside = _labels_beside(location, file)
     if beside is not None:
@@ -141,6 +146,20 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     reader = ArrayReader(location, file, column)
     source = Source(where, "arrays", samples, names, identity, reader, listing, unlabelled=unlabelled)
     return replace(source, split=split, splits=splits)
+
+
+def _of_split(
+    arrays: Mapping[str, Array], columns: Columns, split: str | None, where: str
+) -> tuple[str | None, dict[str, int], Columns]:
+    """The split to use, the images of each, and its arrays as columns."""
+    if columns.image is not None and split is None:  # it says the split
+        parts = arrays_of_splits(arrays).get(split_of_name(columns.image) or "", {})
+        return None, {}, replace(columns, label=columns.label or _first(parts, LABEL_ARRAYS))
+    split, parts, splits = choose_arrays(arrays, split, where)
+    if columns.image is not None and columns.image not in parts.values():
+        raise ConfigError(f"split: expected that of the array {columns.image!r} of {where}, found {split!r}; drop it")
+    image = columns.image or _first(parts, IMAGE_ARRAYS)
+    return split, splits, replace(columns, image=image, label=columns.label or _first(parts, LABEL_ARRAYS))
 
 
 def _first(parts: Mapping[str, str], names: Sequence[str]) -> str | None:

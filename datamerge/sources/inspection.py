@@ -66,26 +66,29 @@ def inspect_source(
             raise
         found = open_source(source, split=ALL, image_column=image_column, label_column=label_column)
         choose = str(error)
-    count = len(found.samples)
-    chosen = np.random.default_rng(seed).choice(count, min(images, count), replace=False)
-    looked = [found.samples[int(index)] for index in sorted(chosen)]
+    looked = _drawn(found.samples, images, seed)
     facts = {
         "url": redact(found.url),
         "kind": found.kind,
         "split": None if choose else found.split,
         "splits": dict(found.splits),
         "choose": choose,
-        "samples": count,
+        "samples": len(found.samples),
         **_classes(found),
         "no_labels_because": found.unlabelled or None,
         "left_out": dict(found.left_out),
         "fingerprint": found.fingerprint,
     }
     pictures: list[Image.Image] = []
-    facts |= _looked_at(found, looked, pictures, THUMBNAILS if thumbnails is not None else 0)
+    facts |= _looked_at(found, looked, pictures)
     if thumbnails is not None:
         _write(pictures, thumbnails)
     return facts
+
+
+def _drawn(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    chosen = np.random.default_rng(seed).choice(len(samples), min(count, len(samples)), replace=False)
+    return [samples[int(index)] for index in sorted(chosen)]
 
 
 def _classes(source: Source) -> dict[str, Any]:
@@ -98,8 +101,8 @@ def _classes(source: Source) -> dict[str, Any]:
     return {"unlabelled": unlabelled, "classes": classes}
 
 
-def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.Image], wanted: int) -> dict[str, Any]:
-    """What the images are; the first `wanted` go into `pictures`."""
+def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.Image]) -> dict[str, Any]:
+    """What the images are; small ones of the first go into `pictures`."""
     sizes: Counter[str] = Counter()
     modes: Counter[str] = Counter()
     formats: Counter[str] = Counter()
@@ -112,7 +115,7 @@ def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.I
                 modes[image.mode] += 1
                 formats[image.format or "pixels"] += 1
                 turned += _orientation(image) != UPRIGHT
-                if len(pictures) < wanted:
+                if len(pictures) < THUMBNAILS:
                     pictures.append(_thumbnail(image))
         except _BROKEN as error:
             unusable.append({"name": sample.name, "reason": str(error)})

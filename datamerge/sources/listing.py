@@ -186,6 +186,8 @@ def _find(listing: Listing) -> Iterator[Entry]:
                 names.add(name[len(prefix) :].partition("/")[0])
     inside = tuple(prefix for prefix, names in tops.items() if _note_artifact(listing, prefix, names))
     for name, entry in found.items():
+        if entry["type"] == "directory" or name.endswith("/"):
+            continue  # what consoles write to show an empty folder
         if inside and name.startswith(inside):
             folder = next(prefix for prefix in inside if name.startswith(prefix))[:-1]
             listing.artifacts[folder] = listing.artifacts.get(folder, 0) + 1
@@ -233,13 +235,19 @@ def _sniffed(listing: Listing, files: Sequence[File]) -> list[File]:
     """
     location = listing.location
     step = 1 if len(files) <= ALL_SNIFFED else max(2, len(files) // SAMPLE_SNIFFED)
-    images = {name for name, size in files[::step] if size and looks_like_image(_head(location, name))}
-    if step > 1 and images:
-        images = {name for name, size in files if size and looks_like_image(_head(location, name))}
+    images = _images(location, files[::step])
+    if step > 1 and images and location.is_local:
+        images = _images(location, files)
+    elif step > 1:  # a request a file would be too many: all or none
+        images = {name for name, size in files if size} if len(images) == len(files[::step]) else set()
     for name, size in files:
         if name not in images:
             listing.leave(name, size)
     return [(name, size) for name, size in files if name in images]
+
+
+def _images(location: Location, files: Sequence[File]) -> set[str]:
+    return {name for name, size in files if size and looks_like_image(_head(location, name))}
 
 
 def _head(location: Location, name: str) -> bytes:

@@ -47,7 +47,7 @@ def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys:
 def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
-    (folder / "a.png").write_bytes(b"")
+    (folder / "a.png").write_bytes(b"no image")
     with refused(SourceError, None, folder, " 1", "a.png"):
         measure(two_class, data=folder)
 
@@ -89,11 +89,14 @@ def test_weights_that_changed_since_the_training(
     assert f"{'0' * 12} then" in errors
 
 
-def test_runs_of_different_shapes(two_class: str, photos: Path, make_run: MakeRun) -> None:
-    with refused(ConfigError, "runs", "(1, 2, 2)", "(1, 3, 3)"):
-        measure(two_class, "mlp:1x3x3-2", data=photos)
-    with refused(ConfigError, "runs", " 2 ", " 3 "):
-        measure(make_run(two_class, "mlp:1x2x2-3"), data=photos)
+@pytest.mark.parametrize(
+    ("original", "facts"), [("mlp:1x3x3-2", ("1x2x2", "1x3x3")), ("mlp:1x2x2-3", (" 2 ", " 3 "))]
+)
+def test_a_run_and_its_original_of_different_shapes(
+    two_class: str, photos: Path, make_run: MakeRun, original: str, facts: tuple[str, str]
+) -> None:
+    with refused(ConfigError, "runs", *facts):
+        measure(make_run(two_class, original), data=photos)
 
 
 def test_head_of_another_width(two_class: str, photos: Path, make_head: MakeHead) -> None:

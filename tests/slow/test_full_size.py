@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ class Stages:
 
     def report(self, model: str, seconds: float, load: float) -> None:
         """Print the table, and write it where DATAMERGE_REPORTS says."""
-        where = Circumstances.here("cpu")
+        where = replace(Circumstances.here("cpu"), missing=())  # nothing is compared with others here
         columns = ("stage", "s", "all its processes, MB", "the largest one, MB")
         found = Findings(tables=[Table(f"{model}, {PHOTOS} photos", columns, self.rows)])
-        text = render(f"full size: {model}", found, where, "make slow", seconds, load)
+        text = render("full size", found, where, "make slow", seconds, load)
         sys.stderr.write(text)
         if "DATAMERGE_REPORTS" in os.environ:
             Path(os.environ["DATAMERGE_REPORTS"], f"full-size-{model.lower()}.md").write_text(text, "utf-8")

@@ -85,6 +85,28 @@ def test_of_many_files_without_a_suffix_some_decide(tmp_path: Path, monkeypatch:
     assert names(tmp_path) == [*"abcdef"]
 
 
+def test_of_many_files_on_an_object_store_all_are_taken_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking into each would be a request a file. Consoles write empty objects for folders."""
+    monkeypatch.setattr("datamerge.sources.listing.ALL_SNIFFED", 3)
+    files = fsspec.filesystem("memory")
+    try:
+        for name in "abcdefgh":
+            files.pipe(f"/sniff-test/x/{name}", photo())
+        files.pipe("/sniff-test/x/c.png", photo())
+        assert len(names("memory://sniff-test")) == 9
+        files.pipe("/sniff-test/x/a", b"text")
+        source = open_source("memory://sniff-test")
+        assert (len(source.samples), source.left_out) == (1, {"without a suffix": 8})
+    finally:
+        files.rm("/sniff-test", recursive=True)
+
+
+def test_objects_that_stand_for_folders(bucket: str) -> None:
+    Location(bucket).write("p/cat/a.png", photo())
+    fsspec.filesystem("s3").pipe(f"{bucket}/p/dog/", b"")
+    assert (names(f"{bucket}/p"), dict(open_source(f"{bucket}/p").left_out)) == (["cat/a.png"], {})
+
+
 def test_what_is_left_out_is_counted_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "cat/a.jpg", "cat/._a.jpg", "cat/Thumbs.db", "__MACOSX/cat/a.jpg", ".git/x.png", "dog/b.png")
     put(tmp_path, "cat/a.txt", "cat/b.TXT", "notes.md", data=b"text")

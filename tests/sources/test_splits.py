@@ -209,6 +209,11 @@ def test_arrays_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     train, test = (open_source(tmp_path / "x.npz", split=split) for split in ("train", "test"))
     assert not {sample.key for sample in train.samples} & {sample.key for sample in test.samples}
     assert train.splits == {"test": 2, "train": 6}
+    named = open_source(tmp_path / "x.npz", image_column="x_test")
+    assert [sample.label for sample in named.samples] == [2, 2]
+    assert open_source(tmp_path / "x.npz", image_column="x_test", split="test").samples == test.samples
+    with refused(ConfigError, "split", tmp_path / "x.npz", "'x_test'", "'train'"):
+        open_source(tmp_path / "x.npz", image_column="x_test", split="train")
     with refused(ConfigError, "split", tmp_path / "x.npz", "one split at a time"):
         open_source(tmp_path / "x.npz", split="train+test")
     _arrays(tmp_path / "x.npz", val=6, test=2)
