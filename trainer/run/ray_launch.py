@@ -31,10 +31,10 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    places = ["artifact", "run", "eval_artifact"]
+    places = ["artifact", "run", "eval_artifact", "cache"]
     for name in ("encoder", "head"):
         named = getattr(config, name)
-        if named is not None and Path(named).expanduser().is_dir():  # of a run
+        if named is not None and Path(named).expanduser().exists():  # a run's folder, a file
             places.append(name)
     config = config.model_copy(update={name: _absolute(getattr(config, name)) for name in places})
     # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
