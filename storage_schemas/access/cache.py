@@ -43,7 +43,7 @@ class Cache:
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
             raise ConfigError(f"cache: expected a positive limit in bytes, found {self.max_bytes}")
-        object.__setattr__(self, "folder", Path(absolute(os.fspath(self.folder))))
+        object.__setattr__(self, "folder", Path(absolute(self.folder)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

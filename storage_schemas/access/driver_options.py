@@ -18,11 +18,11 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.access.redaction import redact
 from storage_schemas.errors import ConfigError, shortened
 
@@ -51,7 +51,7 @@ def options_for(url: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(file: str) -> dict[str, dict[str, Any]]:
     try:
-        places = tomllib.loads(Path(file).expanduser().read_text("utf-8-sig"))
+        places = tomllib.loads(user_path(file).read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{VARIABLE}: expected a TOML file, found {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

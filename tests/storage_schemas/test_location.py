@@ -140,6 +140,13 @@ def test_a_relative_path_means_the_same_for_life(tmp_path: Path, monkeypatch: py
     assert pickle.loads(sent)[1].folder == tmp_path / "here" / "cache"  # noqa: S301
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "/".join(["x" * 200] * 25), "a\0b"], ids=len)
+def test_what_cannot_be_a_path(name: str) -> None:
+    with refused(UserError, None, "255", "4095") as caught:
+        Location(name)
+    assert len(str(caught.value)) < 300
+
+
 def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
