@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from datamerge.encoders import Head, load_encoder
-from datamerge.evaluation import evaluate
+from datamerge.evaluation import EvaluateConfig, evaluate
 from merge_service import MergeConfig
 from merge_service.merge import prepare
 from merge_service.worker import Wanted
