@@ -120,9 +120,9 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
             say(line)
         for line in built.doubts:
             warn(line)
-    named = parsed.whole or parsed.pretrained is not None or checkpoint is not None
+    untrained = checkpoint is None and not parsed.has_weights
     model = _channels_last(built.model)
-    return Encoder(model, str(built.spec), built.preprocessing, not named, built.code).to(device)
+    return Encoder(model, str(built.spec), built.preprocessing, untrained, built.code).to(device)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

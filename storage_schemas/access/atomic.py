@@ -6,7 +6,7 @@ import errno
 import io
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +38,9 @@ class _Raw(io.FileIO):
             raise
 
 
+SHOWN_NAME = 40  # letters of a file's name in that of its temporary file
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A stream to write; its bytes are on the disk under `path` once the block ends without an error, not before.
@@ -51,23 +54,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     if path.is_dir():  # the rename would fail too, and name the temporary file
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not `mkstemp`, whose files are for their owner alone: the umask decides. The name may be as long as any.
+    temporary = path.with_name(f".{path.name[:SHOWN_NAME]}.{secrets.token_hex(6)}.tmp")
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise _of(error, path) from error
-    temporary, raw = Path(name), _Raw(descriptor, "wb")
+    raw = _Raw(descriptor, "wb")
     try:
         with io.BufferedWriter(raw) as stream:
             yield cast(BinaryIO, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if raw.failure is not None:
             raise _of(raw.failure, path) from error
-        if isinstance(error, OSError) and error.filename in (None, name):
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             raise _of(error, path) from error
         raise
     # The rename itself must survive a power cut, or a sidecar could outlive its shard.
