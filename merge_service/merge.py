@@ -293,6 +293,7 @@ def _clusters(
     identity = fingerprint(
         [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, preprocessing.record()]
         + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
+        + ([encoder.encoder.code] if encoder and encoder.encoder.code else [])
         + ([exif] if exif == "transpose" else [])  # what earlier releases found was of images as they are stored
     )
     location = Location(config.artifact)
