@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import ImageColumn, LabelColumn, Limit, Split
+from datamerge.runtime.fields import ExifSetting, ImageColumn, LabelColumn, Limit, Split
 from datamerge.runtime.options import Option
+from datamerge.runtime.settings import Effect
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
-from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.pixel_length import PixelLength, lost_levels, rounded_level
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Grouping = Literal["adversarial", "label", "cluster", "column"]
 Targets = Literal["embedding", "label", "both"]
 
 DEFAULT_MEMBERS = 10
+_ATTACK = ("attack", "epsilon", "steps", "step_size", "random_start", "start_radius", "restarts", "objective")
+_LENGTHS = ("epsilon", "step_size", "start_radius")
 
 
 class MergeConfig(Settings):
@@ -26,6 +29,61 @@ class MergeConfig(Settings):
 
     # What training called it; settings are copied from there.
     renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"'}
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            (*_ATTACK, "precision", "compile", "target_encoder"),
+            lambda own: own.grouping == "adversarial",
+            "{settings.grouping} groups are not attacked; drop `{name}`",
+        ),
+        Effect(
+            ("keep_clean",),
+            lambda own: own.grouping == "adversarial",
+            "{settings.grouping} groups have no clean image; drop `{name}`",
+        ),
+        Effect(
+            ("step_size",),
+            lambda own: own.attack == "pgd",
+            '{settings.attack} chooses its own step sizes; drop `{name}`, or use `attack="pgd"`',
+        ),
+        Effect(("step_size",), lambda own: own.steps > 0, "there are no steps; drop `{name}`, or set `steps`"),
+        Effect(
+            ("start_radius",),
+            lambda own: own.random_start,
+            "there is no random start to give a radius; drop `{name}`",
+        ),
+        Effect(
+            ("restarts",),
+            lambda own: own.random_start,
+            "without a random start they would all be the same; drop `{name}`",
+        ),
+        Effect(
+            ("clusters", "cluster_by"),
+            lambda own: own.grouping == "cluster",
+            '{settings.grouping} groups have no clusters; drop `{name}`, or add `grouping="cluster"`',
+        ),
+        Effect(
+            ("group_column",),
+            lambda own: own.grouping == "column",
+            '{settings.grouping} groups have none; drop `{name}`, or add `grouping="column"`',
+        ),
+        Effect(("factor_kind",), lambda own: own.factors is not None, "there are no factors; set `factors`"),
+        Effect(
+            ("class_names",),
+            lambda own: own.head is not None,
+            "they are the names of a head, found none; set `head`, or drop `{name}`",
+        ),
+        Effect(
+            ("batch_size",),
+            lambda own: own.needs_encoder,
+            "no encoder runs on these groups; drop `{name}`",
+        ),
+        Effect(
+            ("num_gpus",),
+            lambda own: own.needs_encoder and own.device != "cpu",
+            "no encoder runs on a GPU; drop `{name}`",
+        ),
+    )
 
     source: Annotated[str, Option(argument=True)] = Field(
         description="Images: a folder, Parquet file, tar, .npz or IDX file, a pattern of tars, or "
@@ -120,6 +178,7 @@ class MergeConfig(Settings):
     )
     resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
     split: Split = None
+    exif: ExifSetting = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     seed: int = Field(0, ge=0, description="Seed of all random choices.")
@@ -149,9 +208,22 @@ class MergeConfig(Settings):
         None, ge=0, description="Unusable samples beyond which the merge gives up."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounded(cls, values: Any) -> Any:
+        """Refuse decimals that were multiples of 1/255 before somebody rounded them."""
+        if isinstance(values, dict) and values.get("grid", True):
+            for name in _LENGTHS:
+                if (problem := rounded_level(values.get(name), radius=name != "step_size")) is not None:
+                    raise ValueError(f"{name}: {problem}")
+        return values
+
     @model_validator(mode="after")
     def _combinations(self) -> MergeConfig:
-        for problem in (*self._grouping_problems(), *self._encoder_problems(), *self._pixel_problems()):
+        problems = [*self._grouping_problems(), *self._encoder_problems(), *self._pixel_problems()]
+        if self.grouping == "adversarial":
+            problems += self._attack_problems()
+        for problem in problems:
             raise ValueError(problem)
         return self
 
@@ -162,18 +234,10 @@ class MergeConfig(Settings):
                 "clusters: expected `clusters` of each class or `members` of an average cluster, found "
                 f"{'none' if self.clusters is None else 'both'}; set one of them"
             )
-        if self.grouping != "cluster" and self.clusters is not None:
-            problems.append(f'clusters: {self.grouping} groups have none; add `grouping="cluster"`')
-        if self.grouping != "cluster" and self.cluster_by != "pixels":
-            problems.append(f'cluster_by: {self.grouping} groups have no clusters; add `grouping="cluster"`')
         if self.grouping == "column" and self.group_column is None:
             problems.append("group_column: expected the name of a column for column groups, found none")
-        if self.grouping != "column" and self.group_column is not None:
-            problems.append(f'group_column: {self.grouping} groups have none; add `grouping="column"`')
         if self.grouping == "column" and self.members is not None:
             problems.append("members: column groups have those that the column gives them; drop `members`")
-        if self.grouping != "adversarial" and self.keep_clean:
-            problems.append(f"keep_clean: {self.grouping} groups have no clean image; drop `keep_clean`")
         if self.grouping == "label" and self.keep_members and self.members is None:
             problems.append("keep_members: a whole class is too much to keep; set `members` for smaller groups")
         if self.grouping in ("cluster", "column") and self.keep_members:
@@ -202,23 +266,10 @@ class MergeConfig(Settings):
             problems.append(f"preprocessing_of: pixels have those of `{there}`; drop `preprocessing_of` or `{there}`")
         if self.image_size is not None and self.encoder is None and self.preprocessing_of is None:
             problems.append("image_size: there is no encoder to have an input of that size; set `shape` instead")
-        if self.target_encoder is not None and self.grouping != "adversarial":
-            problems.append(f"target_encoder: {self.grouping} groups are not attacked; give `encoder` alone")
         return problems
 
     def _pixel_problems(self) -> list[str]:
         problems = []
-        if self.attack == "pgd" and self.steps and not self.step_size:
-            problems.append("step_size: expected more than 0, found 0; give steps a length, or use `steps=0`")
-        if self.start_radius is not None and self.start_radius > self.epsilon:
-            problems.append(
-                f"start_radius: expected at most epsilon, {self.epsilon}, found {self.start_radius}; lower "
-                "`start_radius`"
-            )
-        if not self.random_start and self.start_radius is not None:
-            problems.append("start_radius: there is no random start to give a radius; drop `start_radius`")
-        if not self.random_start and self.restarts > 1:
-            problems.append("restarts: without a random start they would all be the same; drop `restarts`")
         if not self.grid and self.encoding == "uint8_moments":
             problems.append(
                 'encoding: uint8_moments needs members on the 8-bit grid; use `grid=True` or `encoding="float32"`'
@@ -230,10 +281,42 @@ class MergeConfig(Settings):
                 f"factors: {self.group_size} members span {(self.group_size or 1) - 1} directions, found "
                 f"{self.factors}; store fewer, or the members themselves with `keep_members=True`"
             )
-        if self.factors is None and self.factor_kind != "sketch":
-            problems.append("factor_kind: there are no factors; set `factors`")
         if not self.grid and self.keep_members:
             problems.append("keep_members: members are stored as 8-bit images; use `grid=True`")
+        return problems
+
+    def _attack_problems(self) -> list[str]:
+        problems = []
+        if not self.epsilon:
+            problems.append(
+                "epsilon: expected more than 0, found 0: all members would be the clean image; set a radius"
+            )
+        if self.attack == "pgd" and self.steps and not self.step_size:
+            problems.append("step_size: expected more than 0, found 0; give steps a length, or use `steps=0`")
+        if self.start_radius is not None and self.start_radius > self.epsilon:
+            problems.append(
+                f"start_radius: expected at most epsilon, {self.epsilon}, found {self.start_radius}; lower "
+                "`start_radius`"
+            )
+        if self.random_start and (self.start_radius is None or self.start_radius):
+            return problems
+        name, drop = ("start_radius",) * 2 if self.random_start else ("random_start", "random_start=False")
+        # ∇‖f(x) − f(x₀)‖² is 0 at x₀, so that the first step, and every other, stays there.
+        if self.objective == "squared_error" and self.target_encoder in (None, self.encoder):
+            problems.append(
+                f"{name}: the squared error has no slope at the clean image, where the attack would start and stay, "
+                f"and all members would be the clean image; drop `{drop}`"
+            )
+        elif not self.steps:
+            problems.append(
+                f"{name}: without steps and a random start all members would be the clean image; drop `{drop}`, or "
+                "set `steps`"
+            )
+        elif (self.group_size or 1) > 1:
+            problems.append(
+                f"{name}: without a random start all {self.group_size} members would be the same; drop `{drop}`, or "
+                "use `members=1`"
+            )
         return problems
 
     @property
@@ -272,6 +355,14 @@ class MergeConfig(Settings):
             grid=self.grid,
             start_radius=self.start_radius,
         )
+
+    def lost_levels(self) -> list[str]:
+        """A sentence for each radius that the 8-bit grid cuts off to whole levels."""
+        if self.grouping != "adversarial" or not self.grid:
+            return []
+        radii = (("epsilon", self.epsilon), ("start_radius", self.start_radius))
+        found = [(name, lost_levels(radius)) for name, radius in radii if radius is not None]
+        return [f"{name}: {lost}; without the grid the attack reaches all of it" for name, lost in found if lost]
 
     @property
     def group_size(self) -> int | None:

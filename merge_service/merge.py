@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
 from datamerge.sources import LISTING, Source, open_source
+from datamerge.sources.orientation import Exif
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering, ray_stage
 from merge_service.config import MergeConfig
@@ -21,6 +23,7 @@ from merge_service.encoders import check_pair, named_encoder
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.planning import Plan, make_plan, pixels_of
+from merge_service.turning import say_remarks, turning_of
 from merge_service.work_queue import SetAside
 from merge_service.worker import Wanted, WorkerSetup
 from storage_schemas import (
@@ -104,7 +107,8 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     target_encoder = named_encoder(config, "target_encoder")
     check_pair(encoder, target_encoder)
     of_pixels = target_encoder or encoder or named_encoder(config, "preprocessing_of")
-    preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None)
+    turning = turning_of(config, source)
+    preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None, turning.exif)
     head = _load_head(config, encoder)
     source = _with_labels_of_head(config, source, encoder, head)
     files = {LISTING: source.listing_bytes()}
@@ -117,9 +121,11 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         else:
             with ExitStack() as own:
                 clusters, files[clustering.FILE] = _clusters(
-                    config, source, encoder, preprocessing, counts, ray or own
+                    config, source, encoder, preprocessing, turning.exif, counts, ray or own
                 )
-    plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, clusters)
+    plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, turning, clusters)
+    for lost in config.lost_levels():
+        warn(lost)
     if encoder is not None and encoder.encoder.random_weights:
         warn(
             f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
@@ -179,6 +185,7 @@ def _run_stage(
     config, plan = prepared.config, prepared.plan
     rejects: list[Reject] = []
     aside: list[SetAside] = []
+    remarks: Counter[str] = Counter()
     attack_seconds = 0.0
     done = plan.layout.groups - sum(len(plan.groups_of(shard)) for shard in shards)
     try:
@@ -194,6 +201,7 @@ def _run_stage(
                     aside.append(result)
                 else:
                     rejects += result.rejects
+                    remarks.update(result.remarks)
                     attack_seconds += result.attack_seconds
                 progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
@@ -204,6 +212,8 @@ def _run_stage(
         except OSError:
             pass
         raise
+    read = sum(len(group.samples) for shard in shards for group in plan.groups_of(shard))
+    say_remarks(remarks, read, prepared.source, plan.exif)
     if aside:
         writer.finish()
         raise DatamergeError(_describe(aside, plan, config))
@@ -220,6 +230,7 @@ def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> Wor
         writer=writer,
         reader=prepared.source.reader,
         preprocessing=prepared.plan.preprocessing,
+        exif=prepared.plan.exif,
         encoder=encoder,
         target_encoder=target,
         head=prepared.head,
@@ -274,6 +285,7 @@ def _clusters(
     source: Source,
     encoder: ResolvedEncoder | None,
     preprocessing: Preprocessing,
+    exif: Exif,
     counts: Mapping[int, int],
     ray: ExitStack,
 ) -> tuple[dict[int, list[int]], bytes]:
@@ -281,6 +293,7 @@ def _clusters(
     identity = fingerprint(
         [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, preprocessing.record()]
         + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
+        + ([exif] if exif == "transpose" else [])  # what earlier releases found was of images as they are stored
     )
     location = Location(config.artifact)
     if location.exists(clustering.FILE):
@@ -297,6 +310,7 @@ def _clusters(
             config=config,
             reader=source.reader,
             preprocessing=preprocessing,
+            exif=exif,
             encoder=Wanted.of(encoder.encoder) if encoder else None,
             device=ray_stage.device(config, here),
         )
@@ -327,10 +341,11 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
         first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
         return first if first == last else f"{first} … {last}"
 
-    reasons = [
-        f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {one.tries} times: {one.reason}"
-        for one in sorted(aside, key=lambda one: one.shard)[:5]
-    ]
+    def one_line(one: SetAside) -> str:
+        times = "once" if one.tries == 1 else f"{one.tries} times"
+        return f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {times}: {one.reason}"
+
+    reasons = [one_line(one) for one in sorted(aside, key=lambda one: one.shard)[:5]]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
         f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "

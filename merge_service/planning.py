@@ -14,8 +14,10 @@ from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
 from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
+from datamerge.sources.orientation import Exif
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group, assignment_sha256, make_groups
+from merge_service.turning import Turning
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
 from storage_schemas.schema.exact import pixel_spread
@@ -54,6 +56,7 @@ class Plan:
         groups: in the order that defines shards.
         order: key of a sample → its place in the source; empty for adversarial groups.
         preprocessing: which pixels are made of the images.
+        exif: whether EXIF turns them.
         in_parts: whether a shard's samples may be added up on several workers.
     """
 
@@ -62,6 +65,7 @@ class Plan:
     layout: Layout
     provenance: dict[str, Any]
     preprocessing: Preprocessing
+    exif: Exif
     in_parts: bool
     _sorted: dict[int, Items] = field(default_factory=dict)
 
@@ -113,6 +117,7 @@ def make_plan(
     target_encoder: ResolvedEncoder | None,
     head: Head | None,
     preprocessing: Preprocessing,
+    turning: Turning,
     clusters: Mapping[int, Sequence[int]] | None = None,
 ) -> Plan:
     """Plan groups, shards, arrays and provenance.
@@ -125,6 +130,7 @@ def make_plan(
     if config.objective == "cross_entropy" and config.grouping == "adversarial":
         _check_classes(groups, encoder.encoder if encoder else None, head, source)
     provenance = _provenance(config, source, encoder, target_encoder, head, preprocessing)
+    provenance["source"] |= turning.record
     arrays = _arrays(
         config, preprocessing.shape, groups, loaded.encoder if loaded else None, pixel_spread(provenance)
     )
@@ -145,6 +151,7 @@ def make_plan(
         layout=layout,
         provenance=provenance,
         preprocessing=preprocessing,
+        exif=turning.exif,
         in_parts=in_parts,
     )
 
@@ -164,13 +171,13 @@ def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head 
             )
 
 
-def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None) -> Preprocessing:
+def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None, exif: Exif) -> Preprocessing:
     """The pixels that an encoder takes, or those of the settings where none says.
 
     Raises:
         ConfigError, SourceError: no pixels of images, or none to be found.
     """
-    preprocessing = Preprocessing(shape=_shape(config, source)) if encoder is None else encoder.preprocessing
+    preprocessing = Preprocessing(shape=_shape(config, source, exif)) if encoder is None else encoder.preprocessing
     if preprocessing.shape[0] not in (1, 3):
         raise ConfigError(
             f"encoder: expected 1 or 3 channels, those that images have, found pixels {preprocessing.shape}; choose "
@@ -179,7 +186,7 @@ def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None) -> P
     return preprocessing if config.resize else preprocessing.of_exact_size()
 
 
-def _shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
+def _shape(config: MergeConfig, source: Source, exif: Exif) -> tuple[int, int, int]:
     """Of the pixels where no encoder says: from the settings, else of the first image that can be decoded."""
     if config.shape is not None:
         if not re.fullmatch(r"[13](x[1-9][0-9]{0,4}){2}", config.shape.lower()):
@@ -189,8 +196,8 @@ def _shape(config: MergeConfig, source: Source) -> tuple[int, int, int]:
     for sample in source.samples:
         try:
             data = source.reader.read(sample)
-            shape = native_shape(data)
-            decode(data, Preprocessing(shape=shape, resize="none"))
+            shape = native_shape(data, exif)
+            decode(data, Preprocessing(shape=shape, resize="none"), exif)
         except (BadImage, OSError):
             continue
         return shape

@@ -5,20 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
+from datamerge.sources.orientation import Exif
 from merge_service.failures import may_pass
-from storage_schemas.access.retries import retry
+from storage_schemas import CorruptShard, DatamergeError
+from storage_schemas.access.retries import is_transient, retry
 from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
 # Seconds between the tries of a source's read; `Location` has its own for requests.
-WAITS = (0.25, 1.0, 5.0, 20.0)
+WAITS = (0.25, 1.0, 5.0)
 
 # A remote store answers in tens of milliseconds, whatever the number of requests.
 REMOTE_REQUESTS = 16
@@ -31,38 +34,48 @@ class PixelReader:
         reader: of the source.
         preprocessing: which pixels to make.
         threads: that decode at the same time.
+        exif: whether EXIF turns the images.
     """
 
-    def __init__(self, reader: Reader, preprocessing: Preprocessing, threads: int) -> None:
+    def __init__(self, reader: Reader, preprocessing: Preprocessing, threads: int, exif: Exif = "ignore") -> None:
         self._reader = reader
         self._preprocessing = preprocessing
+        self._exif = exif
         self._lock = threading.Lock()
         requests = REMOTE_REQUESTS if reader.is_remote else threads
         self._pool = ThreadPoolExecutor(requests, "decode") if requests > 1 else None
 
-    def read(self, samples: Sequence[Sample]) -> list[Pixels | str]:
+    def read(self, samples: Sequence[Sample], remarks: list[str] | None = None) -> list[Pixels | str]:
         """Pixels uint8 [C, H, W] of every sample, or the reason why there are none.
 
+        Args:
+            samples: to read.
+            remarks: gets what `decode` has to say of them.
+
         Raises:
-            ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
+            DatamergeError, ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
         """
         with self._lock:
             if self._pool is None:
-                return [self._one(sample) for sample in samples]
+                return [self._one(sample, remarks) for sample in samples]
             if self._reader.is_concurrent:
-                return list(self._pool.map(self._one, samples))
+                return list(self._pool.map(self._one, samples, repeat(remarks)))
             raw = [self._raw(sample) for sample in samples]
-            return list(self._pool.map(self._decoded, raw))
+            return list(self._pool.map(self._decoded, raw, repeat(remarks)))
 
-    def _one(self, sample: Sample) -> Pixels | str:
-        return self._decoded(self._raw(sample))
+    def _one(self, sample: Sample, remarks: list[str] | None) -> Pixels | str:
+        return self._decoded(self._raw(sample), remarks)
 
     def _raw(self, sample: Sample) -> RawImage | BadImage:
         try:
             return retry(lambda: self._read(sample), transient=may_pass, delays=WAITS)
-        except (ConnectionError, TimeoutError):
+        except DatamergeError as error:
+            if isinstance(error, CorruptShard):  # a device or a pipe in the place of the file
+                return BadImage(first_line(error))
             raise
-        except OSError as error:
+        except Exception as error:
+            if is_transient(error) or isinstance(error, MemoryError):
+                raise
             return BadImage(first_line(error))
 
     def _read(self, sample: Sample) -> RawImage | BadImage:
@@ -71,10 +84,10 @@ class PixelReader:
         except BadImage as error:
             return error
 
-    def _decoded(self, raw: RawImage | BadImage) -> Pixels | str:
+    def _decoded(self, raw: RawImage | BadImage, remarks: list[str] | None) -> Pixels | str:
         if isinstance(raw, BadImage):
             return str(raw)
         try:
-            return decode(raw, self._preprocessing)
+            return decode(raw, self._preprocessing, self._exif, remarks)
         except BadImage as error:
             return str(error)

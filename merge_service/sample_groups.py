@@ -78,16 +78,18 @@ class PartialGroup:
 
 @dataclass
 class Partial:
-    """Sums over some of a shard's samples: groups by their index, and rejects by (group, position)."""
+    """Sums over some of a shard's samples: groups by their index, rejects by (group, position), and remarks."""
 
     groups: dict[int, PartialGroup] = field(default_factory=dict)
     rejects: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def combine(self, other: Partial) -> None:
         """Add another part."""
         for index, group in other.groups.items():
             self.groups.setdefault(index, PartialGroup()).combine(group)
         self.rejects |= other.rejects
+        self.remarks += other.remarks
 
 
 class Accumulator:
@@ -108,7 +110,7 @@ class Accumulator:
         partial = Partial()
         for start in range(0, len(items), READ_AT_ONCE):
             some = items[start : start + READ_AT_ONCE]
-            self._add(some, self._reader.read([sample for _, _, sample in some]), partial)
+            self._add(some, self._reader.read([sample for _, _, sample in some], partial.remarks), partial)
         return partial
 
     def _add(

@@ -1,8 +1,8 @@
 """Which piece of work comes next, and what happens to one whose worker died: a state machine without Ray.
 
 A worker holds several pieces at a time, so its death has several suspects. A suspect is tried again alone on a
-worker, where its next failure is its own; after `tries` failures its shard is set aside and the rest goes on.
-A node that disappears blames nobody: its pieces go back to the front of the queue.
+worker, where its next failure is its own. After `tries` failures, or one that would come again, its shard is set
+aside and the rest goes on. A node that disappears blames nobody: its pieces go back to the front of the queue.
 """
 
 from __future__ import annotations
@@ -80,14 +80,20 @@ class WorkQueue:
         """Forget what the piece was suspected of."""
         self._failures.pop(piece, None)
 
-    def failed(self, pieces: Iterable[Piece], reason: str) -> list[SetAside]:
-        """One failure with one cause among these pieces; returns the shards that have failed too often."""
+    def failed(self, pieces: Iterable[Piece], reason: str, lasting: bool = False) -> list[SetAside]:
+        """One failure with one cause among these pieces; returns the shards that are given up.
+
+        Args:
+            pieces: that were under way.
+            reason: of the failure.
+            lasting: whether another try would fail in the same way.
+        """
         given_up = []
         for piece in pieces:
             self._failures[piece] += 1
             if piece.shard in self._set_aside:
                 continue
-            if self._failures[piece] >= self._tries:
+            if lasting or self._failures[piece] >= self._tries:
                 self._set_aside.add(piece.shard)
                 given_up.append(SetAside(piece.shard, self._failures[piece], reason))
             else:

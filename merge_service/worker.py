@@ -9,7 +9,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from datamerge.encoders import Encoder, Head, load_encoder
 from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Reader, Sample
+from datamerge.sources.orientation import Exif
 from merge_service.adversarial_groups import Attacker
 from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
@@ -74,6 +76,7 @@ class WorkerSetup:
 
     Attributes:
         preprocessing: of the pixels.
+        exif: whether EXIF turns the images.
         encoder, target_encoder: what to load, None where not needed.
         writer: None before the plan is made, when only clusters are asked for.
     """
@@ -81,6 +84,7 @@ class WorkerSetup:
     config: MergeConfig
     reader: Reader
     preprocessing: Preprocessing
+    exif: Exif
     device: str
     encoder: Wanted | None = None
     target_encoder: Wanted | None = None
@@ -90,12 +94,13 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """The outcome of one shard."""
+    """The outcome of one shard; `remarks` count images that `decode` had something to say of."""
 
     shard: int
     groups: int
     rejects: tuple[Reject, ...]
     attack_seconds: float
+    remarks: Mapping[str, int]
 
 
 class ShardWorker:
@@ -105,7 +110,7 @@ class ShardWorker:
         self._setup = setup
         self._config = setup.config
         self._attack_lock, self._write_lock = threading.Lock(), threading.Lock()
-        self._reader = PixelReader(setup.reader, setup.preprocessing, setup.config.cpus)
+        self._reader = PixelReader(setup.reader, setup.preprocessing, setup.config.cpus, setup.exif)
         self._encoder: Encoder | None = None
         self._attacker: Attacker | None = None
         self._accumulator: Accumulator | None = None
@@ -137,7 +142,8 @@ class ShardWorker:
         if self._attacker is None:
             return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
-        images = self._reader.read([group.samples[0] for group in task.groups])
+        remarks: list[str] = []
+        images = self._reader.read([group.samples[0] for group in task.groups], remarks)
         usable = []
         for group, image in zip(task.groups, images, strict=True):
             if isinstance(image, str):
@@ -155,7 +161,7 @@ class ShardWorker:
                     records += self._attacker.records(usable[:per_batch], rejects)
                     del usable[:per_batch]
             seconds = time.monotonic() - started
-        return self._commit(task, records, rejects, seconds)
+        return self._commit(task, records, rejects, remarks, seconds)
 
     def part(self, items: Items) -> Partial:
         """Add up some samples of a shard."""
@@ -170,7 +176,7 @@ class ShardWorker:
         for partial in partials:
             whole.combine(partial)
         records, rejects = self._accumulate.records(task, whole)
-        return self._commit(task, records, rejects, 0.0)
+        return self._commit(task, records, rejects, whole.remarks, 0.0)
 
     def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
         """The cluster of every sample of a class."""
@@ -204,7 +210,12 @@ class ShardWorker:
         return self._accumulator
 
     def _commit(
-        self, task: ShardTask, records: list[Record], rejects: Sequence[Reject], seconds: float
+        self,
+        task: ShardTask,
+        records: list[Record],
+        rejects: Sequence[Reject],
+        remarks: Sequence[str],
+        seconds: float,
     ) -> ShardResult:
         """Write a shard. `records` is empty afterwards: while they are encoded the next shard's are made."""
         writer = self._setup.writer
@@ -212,7 +223,7 @@ class ShardWorker:
             raise ConfigError("this worker was set up before the plan was made")
         with self._write_lock:
             commit = writer.commit(task.shard, _drained(records), rejects)
-        return ShardResult(task.shard, len(commit.records), commit.rejects, seconds)
+        return ShardResult(task.shard, len(commit.records), commit.rejects, seconds, Counter(remarks))
 
     def _advice(self) -> str:
         config = self._config

@@ -13,11 +13,17 @@ from datamerge.attacks import Precision
 from datamerge.runtime import Settings
 from datamerge.runtime.fields import Device, Seed, Threads
 from datamerge.runtime.options import Option
+from datamerge.runtime.settings import Effect
 from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength
 from trainer.arms import ARMS, Arm, ArmName, EstimatorName
 
 LossName = Literal["auto", "squared_error", "cross_entropy"]
+
+
+def _arms(able: Callable[[Arm[Any]], bool]) -> str:
+    """The arms of a kind, for a message."""
+    return "arm " + " or ".join(name for name, arm in ARMS.items() if able(arm))
 
 
 class TrainConfig(Settings):
@@ -28,6 +34,44 @@ class TrainConfig(Settings):
         "estimator=jvp": 'estimator = "gauss_newton"',
         "estimator=exact": 'estimator = "antithetic"',
     }
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("members",),
+            lambda own: ARMS[own.arm].takes_members,
+            f"only {_arms(lambda arm: arm.takes_members)} takes stored members, found arm {{settings.arm}}; drop "
+            "`{name}`",
+        ),
+        Effect(
+            ("samples", "estimator"),
+            lambda own: bool(ARMS[own.arm].estimators),
+            f"only {_arms(lambda arm: bool(arm.estimators))} has an estimator and its samples, found arm "
+            "{settings.arm}; drop `{name}`",
+        ),
+        Effect(
+            ("deviation",),
+            lambda own: ARMS[own.arm].deviates,
+            f"only {_arms(lambda arm: arm.deviates)} has one, found arm {{settings.arm}}; drop `{{name}}`",
+        ),
+        Effect(
+            ("loss_scale",),
+            lambda own: own.loss != "cross_entropy",
+            "only the squared error is scaled, found cross_entropy; drop `{name}`",
+        ),
+        Effect(
+            ("refine_step_size",),
+            lambda own: own.refine_steps > 0,
+            "expected refine_steps of 1 or more, found 0; set `refine_steps`, or drop `{name}`",
+        ),
+        Effect(
+            ("eval_every",),
+            lambda own: own.eval_artifact is not None,
+            "there is nothing to evaluate on; set `eval_artifact`, or drop `{name}`",
+        ),
+        Effect(
+            ("cache_bytes",), lambda own: own.cache is not None, "there is no cache; set `cache`, or drop `{name}`"
+        ),
+    )
 
     artifact: Annotated[str, Option(argument=True)] = Field(
         description="Folder or fsspec URL of the artifact to train on.", min_length=1
@@ -63,7 +107,6 @@ class TrainConfig(Settings):
         default=1.0,
         gt=0,
         le=10,
-        allow_inf_nan=False,
         description="For the arm factors: multiplies the deviation from the mean; above 1 for more robustness at the "
         "price of clean accuracy.",
     )
@@ -109,23 +152,19 @@ class TrainConfig(Settings):
         default=1e-5,
         gt=0,
         le=10,
-        allow_inf_nan=False,
         description="Peak learning rate of AdamW, reached after the warm-up.",
     )
-    weight_decay: float = Field(
-        default=1e-4, ge=0, le=10, allow_inf_nan=False, description="AdamW's decoupled decay."
-    )
+    weight_decay: float = Field(default=1e-4, ge=0, le=10, description="AdamW's decoupled decay.")
     warmup_steps: Annotated[int, Option(alias="--warmup")] = Field(
         default=0, ge=0, description="Steps of linear warm-up before the cosine decay to 0."
     )
     gradient_clip: Annotated[float | None, Option(alias="--clip", unset="none")] = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Largest allowed norm of the gradient."
+        default=None, gt=0, description="Largest allowed norm of the gradient."
     )
     ema: Annotated[float | None, Option(unset="none")] = Field(
         default=None,
         gt=0,
         lt=1,
-        allow_inf_nan=False,
         description="Decay of an exponential moving average of the weights, such as 0.999; the average is then what "
         "is evaluated and published.",
     )
@@ -214,29 +253,15 @@ class TrainConfig(Settings):
             )
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
-        if self.refine_step_size is not None and not self.refine_steps:
-            raise ValueError("refine_step_size: expected refine_steps of 1 or more, found 0; set `refine_steps`")
         return self
 
     def _check_arm(self, arm: Arm[Any]) -> None:
         """Refuse what the arm cannot be combined with."""
-        if self.members is not None and not arm.takes_members:
-            able = _arms(lambda other: other.takes_members)
-            raise ValueError(f"members: only {able} takes stored members, found arm {self.arm}; drop `members`")
-        if self.samples != 1 and not arm.estimators:
-            able = _arms(lambda other: bool(other.estimators))
-            raise ValueError(f"samples: only {able} draws them, found arm {self.arm}; drop `samples`")
-        if not arm.estimators and "estimator" in self.model_fields_set:
-            able = _arms(lambda other: bool(other.estimators))
-            raise ValueError(f"estimator: only {able} has one, found arm {self.arm}; drop `estimator`")
         if arm.estimators and self.estimator not in arm.estimators:
             raise ValueError(
                 f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "
                 "drop `estimator`"
             )
-        if self.deviation != 1.0 and not arm.deviates:
-            able = _arms(lambda other: other.deviates)
-            raise ValueError(f"deviation: only {able} has one, found arm {self.arm}; drop `deviation`")
         if self.refine_steps and not arm.refines(self.estimator, self.samples):
             estimate = f" with estimator {self.estimator} and samples {self.samples}" if arm.estimators else ""
             able = _arms(lambda other: other.images is not None)
@@ -260,11 +285,6 @@ class TrainConfig(Settings):
                 f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the activations "
                 f"that are computed again; {once} `grad_checkpointing`"
             )
-
-
-def _arms(able: Callable[[Arm[Any]], bool]) -> str:
-    """The arms of a kind, for a message."""
-    return "arm " + " or ".join(name for name, arm in ARMS.items() if able(arm))
 
 
 def preset_names() -> list[str]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from datamerge.encoders.activations import has_quick_gelu, is_openai, quick_gelu
 from datamerge.encoders.open_clip_models import QUICK
 from datamerge.encoders.specs import EncoderSpec
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.encoders.weight_files import Contents, read_contents, read_metadata
 from datamerge.encoders.weight_fitting import fit
 from datamerge.encoders.weight_readings import without_wrappers
 from datamerge.runtime.messages import first_line
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, Location
 from storage_schemas.schema.preprocessing import Preprocessing
 

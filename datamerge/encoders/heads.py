@@ -29,9 +29,10 @@ from datamerge.encoders.checkpoints import read_state_dict
 from datamerge.encoders.runs import started_from
 from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_about
 from datamerge.encoders.timm_models import timm_name
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.encoders.zero_shot_heads import zero_shot
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.artifact import parse_head
 from storage_schemas.schema.record import Array
 
@@ -122,7 +123,7 @@ def load_head(
         spec = head_spec(spec)
         if spec.partition(":")[0] in KINDS:
             return _head_of_network(spec, class_names, templates, device, shelf)
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.is_file():
         raise ConfigError(f"head: expected {FORMS}, found no file {spec!r}")
     arrays, names = parse_head(path.read_bytes(), spec)
@@ -135,7 +136,7 @@ def head_spec(text: str) -> str:
     Raises:
         ConfigError: an encoder spec that cannot be, or a folder without a finished run.
     """
-    if text.partition(":")[0] not in KINDS and not Path(text).expanduser().is_dir():
+    if text.partition(":")[0] not in KINDS and not user_path(text).is_dir():
         return text
     return started_from(text)
 

@@ -17,6 +17,7 @@ from datamerge.encoders.encoder import Encoder, load_encoder
 from datamerge.encoders.specs import at_home, split_spec, with_image_size
 from datamerge.runtime.messages import say
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
 
 # Fields of a run's summary that make a round traceable: the artifact it trained on, and the encoder it began with.
@@ -77,7 +78,7 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
     Raises:
         ConfigError: a folder without a finished run, or one whose file of weights was replaced.
     """
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if not folder.is_dir():
         return with_tag_of_run(text), None
     summary = read_summary(folder)
@@ -129,7 +130,7 @@ def started_from(text: str) -> str:
     Raises:
         ConfigError: neither.
     """
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.is_dir():
         first = read_summary(folder)
         runs = [first, *_runs_behind(first.original, first.original_sha256)]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 
 KINDS = ("open_clip", "timm", "hf", "mlp", "python")
 EXAMPLES = (
@@ -106,7 +107,7 @@ def split_spec(text: str) -> EncoderSpec:
         raise ConfigError(f"encoder: expected one of {EXAMPLES}, found {text!r}")
     name, file = _split_file(kind, rest)
     # Absolute, because specs are recorded in manifests and runs and read back from other folders.
-    checkpoint = None if file is None else str(Path(file).expanduser().absolute())
+    checkpoint = None if file is None else str(user_path(file).absolute())
     name, size = _split_size(name)
     if size is not None and not (re.fullmatch(r"[0-9]{1,5}", size) and 1 <= int(size) <= MAX_SIDE):
         raise ConfigError(f"encoder: expected an image_size of 1 to {MAX_SIDE} pixels, found {size!r} in {text!r}")
@@ -134,7 +135,7 @@ def _split_file(kind: str, rest: str) -> tuple[str, str | None]:
         return rest, None
     cuts = [(rest[: at.start()], rest[at.end() :]) for at in re.finditer("@", rest)]
     files = [(name, file) for name, file in cuts if file.endswith(SUFFIXES)]
-    there = [(name, file) for name, file in cuts if Path(file).expanduser().is_file()]
+    there = [(name, file) for name, file in cuts if user_path(file).is_file()]
     # Recorded paths are absolute; a file that is gone is still told from the name before it.
     recorded = [(name, file) for name, file in files if file.startswith("/")]
     return next(iter(there or recorded or files[::-1]), (rest, None))
@@ -149,7 +150,7 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     """A folder as an absolute path; or a name on a hub, and its revision."""
     schema = next((schema for schema in (HUB, LOCAL) if name.startswith(schema)), "")
     place = name.removeprefix(schema)
-    folder = Path(place).expanduser()
+    folder = user_path(place)
     if schema == LOCAL or (not schema and (folder.is_dir() or place.startswith(("/", ".", "~")))):
         return f"{schema}{folder.absolute()}" if place else name, None
     place, _, revision = place.partition("@")

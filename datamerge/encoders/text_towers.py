@@ -20,7 +20,7 @@ from datamerge.encoders.checkpoints import as_trained, read_state_dict
 from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 
 # How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.

@@ -5,7 +5,8 @@ Shapes: B images, C H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from datamerge.evaluation.results import RejectedImage
 from datamerge.runtime.messages import warn
 from datamerge.runtime.read_ahead import read_ahead
 from datamerge.sources import BadImage, RawImage, Sample, Source, decode
+from datamerge.sources.orientation import Exif
 from storage_schemas import DatamergeError, SourceError
 from storage_schemas.access.retries import is_transient, retry
 from storage_schemas.schema.preprocessing import Preprocessing
@@ -29,11 +31,13 @@ class ImageBatch:
         samples: the B usable ones.
         pixels: uint8 [B, C, H, W]; [0, C, H, W] if none is usable.
         rejected: the others.
+        remarks: how many images `decode` had something to say of.
     """
 
     samples: Sequence[Sample]
     pixels: npt.NDArray[np.uint8]
     rejected: Sequence[RejectedImage]
+    remarks: Mapping[str, int]
 
     @property
     def listed(self) -> int:
@@ -42,24 +46,27 @@ class ImageBatch:
 
 
 def read_batches(
-    source: Source, preprocessings: Sequence[Preprocessing], size: int
+    source: Source, preprocessings: Sequence[Preprocessing], size: int, exif: Exif = "ignore"
 ) -> Iterator[Sequence[ImageBatch]]:
     """All samples in the source's order, `size` listed samples at a time; a batch for each of the preprocessings."""
     parts = (source.samples[first : first + size] for first in range(0, len(source.samples), size))
-    return read_ahead(_read(source, samples, preprocessings) for samples in parts)
+    return read_ahead(_read(source, samples, preprocessings, exif) for samples in parts)
 
 
-def _read(source: Source, samples: Sequence[Sample], preprocessings: Sequence[Preprocessing]) -> list[ImageBatch]:
+def _read(
+    source: Source, samples: Sequence[Sample], preprocessings: Sequence[Preprocessing], exif: Exif
+) -> list[ImageBatch]:
     usable: list[list[Sample]] = [[] for _ in preprocessings]
     images: list[list[npt.NDArray[np.uint8]]] = [[] for _ in preprocessings]
     rejected: list[list[RejectedImage]] = [[] for _ in preprocessings]
+    remarks: list[list[str]] = [[] for _ in preprocessings]
     for sample in samples:
         file = _raw(source, sample)
         for place, preprocessing in enumerate(preprocessings):
             try:
                 if isinstance(file, BadImage):
                     raise file
-                images[place].append(decode(file, preprocessing))
+                images[place].append(decode(file, preprocessing, exif, remarks[place]))
                 usable[place].append(sample)
             except BadImage as error:
                 rejected[place].append(RejectedImage(sample=sample.name, reason=str(error)))
@@ -68,6 +75,7 @@ def _read(source: Source, samples: Sequence[Sample], preprocessings: Sequence[Pr
             usable[place],
             np.stack(images[place]) if images[place] else np.empty((0, *preprocessing.shape), np.uint8),
             rejected[place],
+            Counter(remarks[place]),
         )
         for place, preprocessing in enumerate(preprocessings)
     ]

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, Norm
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import Device, ImageColumn, LabelColumn, Limit, Output, SampleSeed, Seed, Split, Threads
+from datamerge.runtime.fields import (
+    Device,
+    ExifSetting,
+    ImageColumn,
+    LabelColumn,
+    Limit,
+    Output,
+    SampleSeed,
+    Seed,
+    Split,
+    Threads,
+)
 from datamerge.runtime.options import Option
+from datamerge.runtime.settings import Effect
 from storage_schemas.schema.moments import LEVELS
-from storage_schemas.schema.pixel_length import PixelLength, Radius
+from storage_schemas.schema.pixel_length import PixelLength, Radius, rounded_level
 
 LEVEL = Fraction(1, LEVELS)
 OUTPUT = "evaluation-results"
+SAMPLE_SEED = Effect(("sample_seed",), lambda own: own.sample is not None, "nothing is drawn; set `sample`")
+_CLASS_NAMES = Effect(
+    ("class_names",),
+    lambda own: own.head is not None,
+    "they belong to a head, found none; set `head` or drop `{name}`",
+)
+_TEMPLATES = Effect(
+    ("templates",),
+    lambda own: (
+        own.head is None or not (own.head.endswith(".safetensors") or own.head.startswith(("timm:", "outputs")))
+    ),
+    "they are prompts for a text tower, and {settings.head} has none; drop `{name}`",
+)
 
 
 class ImagesConfig(Settings):
     """What all evaluations on raw images share."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED,)
 
     runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1, description="Folders of finished training runs, or encoder specs as baselines; one row each."
@@ -41,6 +68,7 @@ class ImagesConfig(Settings):
     seed: Seed = Field(0, description="Seed of the attack's random starts.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
     split: Split = None
+    exif: ExifSetting = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     device: Device = "auto"
@@ -54,6 +82,7 @@ class EvaluateConfig(ImagesConfig):
     """Settings of `datamerge evaluate` without a sub-command: embedding loss and accuracy under PGD."""
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, _CLASS_NAMES)
 
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
@@ -78,10 +107,20 @@ class EvaluateConfig(ImagesConfig):
         False, description="Keep attacked pixels on multiples of 1/255; the field's standard is not to."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounded(cls, values: Any) -> Any:
+        """Refuse decimals on the grid that were multiples of 1/255 before somebody rounded them."""
+        if isinstance(values, dict) and values.get("grid"):
+            for name in ("epsilon", "step_size"):
+                if (problem := rounded_level(values.get(name), radius=name == "epsilon")) is not None:
+                    raise ValueError(f"{name}: {problem}")
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> EvaluateConfig:
-        if self.class_names is not None and self.head is None:
-            raise ValueError("class_names: they belong to a head, found none; set `head` or drop `class_names`")
+        if not self.epsilon:
+            raise ValueError("epsilon: expected more than 0, found 0; clean scores are always measured")
         if self.step_size is not None and not self.step_size:
             raise ValueError("step_size: expected more than 0, found 0; leave it out for max(1/255, epsilon/4)")
         return self
@@ -132,6 +171,8 @@ class RadiiConfig(ImagesConfig):
 
 class ZeroShotConfig(RadiiConfig):
     """Settings of `datamerge evaluate zero-shot`."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, _TEMPLATES)
 
     epsilons: list[Radius] = Field(
         [Radius("1/255"), Radius("2/255"), Radius("4/255")],

@@ -6,6 +6,7 @@ Images are read once and shown to every encoder in turn, each time as that encod
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,10 @@ from datamerge.evaluation.sampling import draw
 from datamerge.evaluation.store import PREPROCESSING, ArmFolder
 from datamerge.runtime import Progress
 from datamerge.runtime.memory import out_of_memory_advice
+from datamerge.runtime.messages import say
 from datamerge.sources import Sample, Source, open_source
+from datamerge.sources.images import describe_remarks
+from datamerge.sources.orientation import Exif, usual_exif
 from storage_schemas import ConfigError
 from storage_schemas.schema.moments import LEVELS
 
@@ -55,6 +59,7 @@ class Measurements:
         columns: per sample, in the source's order.
         images: usable ones.
         rejected: the others.
+        exif: whether EXIF turned them.
         seconds: wall time of all sittings, decoding left out.
     """
 
@@ -62,6 +67,7 @@ class Measurements:
     columns: Measured
     images: int
     rejected: list[RejectedImage]
+    exif: Exif
     seconds: float
 
     def result(self, part: str, config: ImagesConfig, scores: list[Score], **more: Any) -> ArmResult:
@@ -78,7 +84,7 @@ class Measurements:
             "rejected": self.rejected,
             "seconds": self.seconds,
             "training": Training.of(run.summary),
-            "settings": config.model_dump(mode="json"),
+            "settings": {**config.model_dump(mode="json"), "exif": self.exif},
         }
         return ArmResult(**{**fields, **more})
 
@@ -123,6 +129,9 @@ def run_study(
         SourceError: no image can be used.
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
+    exif = config.exif or usual_exif(source.kind)
+    # Results of earlier releases, which ignored it, say nothing of it.
+    shared |= {"exif": None if exif == "ignore" else exif}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
     folders = [_claim(config, part, row, shared) for row in rows]
     batches = -(-len(source.samples) // config.batch_size)
@@ -135,8 +144,10 @@ def run_study(
     device = rows[0].subject.encoder.mean.device
     total = len(source.samples) * len(rows)
     done = len(rows) * min(first * config.batch_size, len(source.samples))
+    remarks: Counter[str] = Counter()
     with Progress(part, total, "images", done=done) as progress:
-        for index, read in enumerate(read_batches(remaining, distinct, config.batch_size), start=first):
+        for index, read in enumerate(read_batches(remaining, distinct, config.batch_size, exif), start=first):
+            remarks.update(read[0].remarks)
             pixels = [torch.from_numpy(batch.pixels).to(device).float() / LEVELS for batch in read]
             for row, folder, column, geometry in zip(rows, folders, stored, shown, strict=True):
                 place = distinct.index(geometry)
@@ -145,8 +156,10 @@ def run_study(
                     if folder is not None:
                         folder.write(f"{index:06d}", found)
                 progress.advance(read[place].listed, note=row.subject.run.arm)
+    for line in describe_remarks(remarks, len(remaining.samples), exif):
+        say(f"{source.url}: {line}")
     studied = [
-        _collect(row.subject, [item for item in column if item is not None])
+        _collect(row.subject, exif, [item for item in column if item is not None])
         for row, column in zip(rows, stored, strict=True)
     ]
     # Once for all rows, unless an image can be shown to some encoders only.
@@ -194,7 +207,7 @@ def _measure_batch(config: ImagesConfig, row: StudyRow, batch: ImageBatch, pixel
     }
 
 
-def _collect(subject: Subject, items: Sequence[Mapping[str, Any]]) -> Measurements:
+def _collect(subject: Subject, exif: Exif, items: Sequence[Mapping[str, Any]]) -> Measurements:
     columns: Measured = {}
     for item in items:
         for name, values in item["columns"].items():
@@ -204,5 +217,6 @@ def _collect(subject: Subject, items: Sequence[Mapping[str, Any]]) -> Measuremen
         columns,
         sum(len(item["samples"]) for item in items),
         [RejectedImage.model_validate(image) for item in items for image in item["rejected"]],
+        exif,
         round(sum(item["seconds"] for item in items), 3),
     )

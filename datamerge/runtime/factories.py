@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
+
+from datamerge.runtime.messages import first_line
+
+T = TypeVar("T")
 
 PREFIX = "python:"
 
@@ -18,6 +24,33 @@ class NoFactory(Exception):  # noqa: N818
     """A spec that leads to no function; the message says why and does not repeat the spec."""
 
 
+class Failed(Exception):  # noqa: N818
+    """The user's own code raised something; the message is that on one line, and the cause is that itself."""
+
+
+def call(operation: Callable[[], T]) -> T:
+    """What the user's own code returns. Only Ctrl-C and SIGTERM pass through it.
+
+    Raises:
+        Failed: it raised anything else, be it SystemExit.
+    """
+    try:
+        return operation()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise Failed(_described(error)) from error
+
+
+def _described(error: BaseException) -> str:
+    name = type(error).__name__
+    try:
+        text = first_line(error)
+    except Exception:  # an exception whose own text cannot be made
+        return name
+    return name if text in ("", name) else f"{name}: {text}"
+
+
 def find_factory(spec: str) -> Callable[[], Any]:
     """The function that a spec names, with or without `python:` in front.
 
@@ -25,7 +58,7 @@ def find_factory(spec: str) -> Callable[[], Any]:
     sys.path, and stays there: what a factory returns may import more of its modules later.
 
     Raises:
-        NoFactory: another form, no such module or function, or a module whose own imports fail.
+        NoFactory: another form, no such module or function, or a module whose own code fails.
     """
     place = spec.removeprefix(PREFIX)
     module_name, _, function_name = _MOVED.get(place, place).partition(":")
@@ -34,14 +67,31 @@ def find_factory(spec: str) -> Callable[[], Any]:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
+    if importlib.util.find_spec("torchvision") is not None:
+        # The user's module may import it, or their factory, and knows nothing of our builds of torch.
+        from datamerge.runtime.torchvision_ops import make_torchvision_importable
+
+        make_torchvision_importable()
     try:
-        module = importlib.import_module(module_name)
+        module = _imported(module_name)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise NoFactory(f"found no module {error.name}, neither installed nor in {folder}") from None
-        raise NoFactory(f"the module {module_name} cannot be imported: {error}") from None
+        raise NoFactory(f"the module {module_name} cannot be imported: {first_line(error)}") from error
+    except Failed as error:
+        raise NoFactory(f"the module {module_name} cannot be imported: {error}") from error
     factory = getattr(module, function_name, None)
     if not callable(factory):
         where = getattr(module, "__file__", None) or module_name
         raise NoFactory(f"found no function {function_name} in {where}")
     return factory  # type: ignore[no-any-return]
+
+
+def _imported(name: str) -> ModuleType:
+    """A module; raises ImportError, or Failed with whatever else its code raises."""
+    try:
+        return call(lambda: importlib.import_module(name))
+    except Failed as error:
+        if isinstance(error.__cause__, ImportError):
+            raise error.__cause__ from None
+        raise

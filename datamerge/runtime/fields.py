@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,11 @@ Split = Annotated[
     str | None,
     Option(metavar="NAME", unset="the only one"),
     Field(min_length=1, description="Split of the source, where it has several: train, train+validation, or all."),
+]
+ExifSetting = Annotated[
+    Literal["transpose", "ignore"] | None,
+    Option(unset="transpose for Parquet and Arrow, else ignore"),
+    Field(description="Whether the orientation in images' EXIF data is applied."),
 ]
 Output = Annotated[
     str,

@@ -6,19 +6,37 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from storage_schemas import ConfigError, shortened
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.errors import SHOWN_LETTERS
+
+
+@dataclass(frozen=True)
+class Effect:
+    """When some settings have an effect; where they have none, a value that the user chose for them is refused.
+
+    Attributes:
+        of: the settings.
+        when: whether they have one, given all settings.
+        advice: why they have none and what to do, as a format of `name`, the setting, and `settings`, all of them.
+    """
+
+    of: tuple[str, ...]
+    when: Callable[[Any], bool]
+    advice: str
 
 
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values are not coerced silently, instances are immutable.
+
+    Numbers are finite. What a user chose and what would have no effect is refused (`effects`).
 
     Paths, tuples and integers of NumPy are taken for the text, list or integer that a TOML file would hold.
 
@@ -26,10 +44,13 @@ class Settings(BaseModel):
         ConfigError: any value is wrong; every problem is named, with the closest known key for a misspelt one.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Spellings of earlier releases, `name` or `name=value` → what replaces them, for a hint."""
+
+    effects: ClassVar[Sequence[Effect]] = ()
+    """Settings that mean something only together with others."""
 
     if not TYPE_CHECKING:  # type checkers make a signature from the fields
 
@@ -49,6 +70,23 @@ class Settings(BaseModel):
                     problems = [_describe(problem, type(self)) for problem in error.errors(include_url=False)]
             raise _refusal(problems)
 
+    @model_validator(mode="after")
+    def _have_effect(self) -> Self:
+        for effect in self.effects:
+            chosen = next((name for name in effect.of if self._is_chosen(name)), None)
+            if chosen is not None and not effect.when(self):
+                raise ValueError(f"{chosen}: {effect.advice.format(name=chosen, settings=self)}")
+        return self
+
+    def _is_chosen(self, name: str) -> bool:
+        """Whether the user said something by a setting: also its default, but not that it is off."""
+        if name not in self.model_fields_set or getattr(self, name) is None:
+            return False
+        default = type(self).model_fields[name].get_default(call_default_factory=True)
+        # What is read back from a dump has all settings; nobody has chosen those that are as they were.
+        chosen = default is not False and self.model_fields_set != set(type(self).model_fields)
+        return chosen or getattr(self, name) != default
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -61,7 +99,9 @@ def load_settings(
     Raises:
         ConfigError: the file cannot be read, or any value is wrong.
     """
-    values: dict[str, Any] = {**(preset or {}), **(read_toml(file) if file else {})}
+    # The defaults that a preset repeats are nobody's choice.
+    given = {name: value for name, value in (preset or {}).items() if not _is_default(model, name, value)}
+    values: dict[str, Any] = {**given, **(read_toml(file) if file else {})}
     values |= {name: value for name, value in flags.items() if value is not None}
     try:
         return model(**values)
@@ -74,12 +114,17 @@ def load_settings(
 def read_toml(file: str) -> dict[str, Any]:
     """The contents of a TOML file; raises ConfigError."""
     try:
-        with Path(file).expanduser().open("rb") as stream:
+        with user_path(file).open("rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"{file}: expected a TOML file, found {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of thousands of digits
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
+
+
+def _is_default(model: type[Settings], name: str, value: Any) -> bool:
+    field = model.model_fields.get(name)
+    return field is not None and bool(field.get_default(call_default_factory=True) == value)
 
 
 def _as_in_toml(value: Any) -> Any:

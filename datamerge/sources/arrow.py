@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from datamerge.runtime.messages import first_line
 from datamerge.sources.images import BadImage
-from datamerge.sources.parquet import TableFile, open_tables
+from datamerge.sources.parquet import BROKEN, TableFile, open_tables
 from datamerge.sources.sample import Columns, RawImage, Sample, Source
 from datamerge.sources.tables import to_image
 from storage_schemas import Location, SourceError, read_json
@@ -37,20 +37,33 @@ class ArrowReader:
     def __init__(self, location: Location, column: str) -> None:
         self._location, self._column = location, column
         self._open: tuple[str, pa.ChunkedArray] | None = None
+        self._broken: dict[str, str] = {}
 
     def read(self, sample: Sample) -> RawImage:
         name, _, row = sample.name.rpartition("#")
         try:
-            if self._open is None or self._open[0] != name:
-                self._open = (name, read_table(self._location, name).column(self._column))
-            value = self._open[1][int(row)].as_py()
-        except (pa.ArrowException, ValueError, LookupError) as error:
-            # Not OSError, after which a merge waits and tries again, for every row.
+            value = self._column_of(name)[int(row)].as_py()
+        except BROKEN as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's or the network's; what pyarrow has against the bytes has no number
             raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
         return to_image(value, self._location, name, int(row))
 
+    def _column_of(self, name: str) -> pa.ChunkedArray:
+        """The images of a file; a broken one is read once, not once a row."""
+        if name in self._broken:
+            raise ValueError(self._broken[name])
+        if self._open is None or self._open[0] != name:
+            try:
+                self._open = (name, read_table(self._location, name).column(self._column))
+            except BROKEN as error:
+                if not isinstance(error, OSError) or error.errno is None:
+                    self._broken[name] = first_line(error)
+                raise
+        return self._open[1]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_location": self._location, "_column": self._column, "_open": None}
+        return {**vars(self), "_open": None, "_broken": {}}
 
 
 class _ArrowFile:

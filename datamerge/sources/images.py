@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -12,39 +12,55 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from datamerge.sources.depth import DARK_REMARK, BadImage, bits, is_wide, to_8_bits
+from datamerge.sources.orientation import UPRIGHT, Exif, orientation, turned, turned_size
 from datamerge.sources.suffixes import register_heif
 from storage_schemas.schema.preprocessing import Preprocessing
 
+__all__ = ["BadImage", "decode", "describe_remarks", "native_shape", "opened"]
+
 # A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
-BAND = 256  # rows
-
+TURNED_REMARK = "turned"
+TIFF_MAGIC = (b"II*\0", b"MM\0*")
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "ICO", "HEIF")
 
 
-class BadImage(Exception):  # noqa: N818
-    """An image that cannot be used; the message is the reason that goes into the artifact."""
+def decode(
+    data: bytes | Image.Image, preprocessing: Preprocessing, exif: Exif = "ignore", remarks: list[str] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Decode, convert to grey (C = 1) or RGB (C = 3), turn, resize, crop or pad; uint8 [C, H, W], not normalised.
 
-
-def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Decode, convert to grey (C = 1) or RGB (C = 3), resize, crop or pad; uint8 [C, H, W], not normalised.
-
-    Images are converted before they are resized, as torchvision's ImageFolder and timm do.
+    Images are converted before they are resized, as torchvision's ImageFolder and timm do. Of several frames or pages
+    the first is taken; colour profiles are not applied.
 
     Args:
         data: a file, or an image.
         preprocessing: which pixels to make of it.
+        exif: whether the orientation in EXIF data is applied.
+        remarks: gets `TURNED_REMARK` for an image that EXIF turns, whether that is applied or not, and `DARK_REMARK`.
 
     Raises:
-        BadImage: not an image, cut short, or absurdly large or narrow; of another size where none is resized.
+        BadImage: not an image, cut short, or absurdly large or narrow; of another size where none is resized; of more
+            than 8 bits a sample and a range that is not known.
     """
     channels, height, width = preprocessing.shape
     with opened(data) as image:
-        if preprocessing.resize == "none" and image.size != (width, height):
+        # Sizes are known before pixels are, but whether the sides are swapped is known only after, of PNGs.
+        if preprocessing.resize == "none" and (width, height) not in (image.size, image.size[::-1]):
             raise BadImage(f"expected {width}x{height} pixels, found {image.width}x{image.height}")
-        eight = _to_8_bit(image)
+        declared_bits = bits(image)
+        image.load()
+        facing = orientation(image)
+        if facing != UPRIGHT and remarks is not None:
+            remarks.append(TURNED_REMARK)
+        facing = facing if exif == "transpose" else UPRIGHT
+        size = turned_size(image.size, facing)
+        if preprocessing.resize == "none" and size != (width, height):
+            raise BadImage(f"expected {width}x{height} pixels, found {size[0]}x{size[1]}")
+        eight = to_8_bits(image, declared_bits, remarks)
         opaque = _on_white(eight) if preprocessing.alpha == "white" else eight
-        pixels = opaque.convert("L" if channels == 1 else "RGB")
+        pixels = turned(opaque.convert("L" if channels == 1 else "RGB"), facing)
     array = np.asarray(_crop_or_pad(_resized(pixels, preprocessing), preprocessing))
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
@@ -52,22 +68,30 @@ def decode(data: bytes | Image.Image, preprocessing: Preprocessing) -> npt.NDArr
 @contextmanager
 def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
     """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
-    if isinstance(data, Image.Image):
-        yield data
-        return
     try:
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_formats()) as image:
-                yield image
+            if isinstance(data, Image.Image):
+                yield data  # maybe of a file whose pixels are not read yet
+            else:
+                with Image.open(io.BytesIO(data), formats=_formats()) as image:
+                    yield image
     except UnidentifiedImageError:
-        raise BadImage(f"not an image ({len(data)} bytes)") from None
+        raise BadImage(_unidentified(data)) from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImage("larger than any photo: refused as a decompression bomb") from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
         raise BadImage(f"broken image: {error}") from None
+
+
+def _unidentified(data: bytes | Image.Image) -> str:
+    if not isinstance(data, bytes):
+        return "not an image"
+    if data.startswith(TIFF_MAGIC):
+        return "a TIFF that is broken, or of a kind that Pillow does not read, such as colour in floats; store 8 bits"
+    return f"not an image ({len(data)} bytes)"
 
 
 @cache
@@ -76,18 +100,6 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     register_heif()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit greys would be clipped by PIL's conversion, not scaled."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        wide = np.asarray(image)
-        narrow = np.empty(wide.shape, np.uint8)
-        for top in range(0, len(wide), BAND):  # a scan may be large
-            band = wide[top : top + BAND].clip(0, 65535).astype(np.uint32)
-            narrow[top : top + BAND] = (band + 128) // 257  # the nearest; no value of 16 bits is between two
-        return Image.fromarray(narrow)
-    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -143,12 +155,36 @@ def _crop_or_pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Imag
     return padded
 
 
-def native_shape(data: bytes | Image.Image) -> tuple[int, int, int]:
-    """(C, H, W) of an image without decoding its pixels; C is 1 for greys, else 3.
+def native_shape(data: bytes | Image.Image, exif: Exif = "ignore") -> tuple[int, int, int]:
+    """(C, H, W) of an image; C is 1 for greys, else 3. Its pixels are decoded only where EXIF may turn it.
 
     Raises:
         BadImage: not an image, or absurdly large.
     """
     with opened(data) as image:
-        grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-        return (1 if grey else 3, image.height, image.width)
+        grey = image.mode in ("1", "L", "LA", "La") or is_wide(image.mode)
+        width, height = turned_size(image.size, orientation(image) if exif == "transpose" else UPRIGHT)
+        return (1 if grey else 3, height, width)
+
+
+def describe_remarks(remarks: Mapping[str, int], images: int, exif: Exif) -> list[str]:
+    """A line for each kind of image that `decode` had something to say of.
+
+    Args:
+        remarks: how many there were, by what `decode` said.
+        images: that were read.
+        exif: whether orientations were applied.
+    """
+    lines = []
+    if turned_ones := remarks.get(TURNED_REMARK, 0):
+        done, other = ("applied", "ignore") if exif == "transpose" else ("not applied", "transpose")
+        lines.append(
+            f"{turned_ones} of {images} images have an orientation in their EXIF data, which is {done}; "
+            f'`exif="{other}"` does otherwise'
+        )
+    if dark := remarks.get(DARK_REMARK, 0):
+        lines.append(
+            f"{dark} of {images} images of more than 8 bits use less than a quarter of their range and come out "
+            "dark; if they are meant to be brighter, store 8 bits or declare the range in TIFF's SMaxSampleValue"
+        )
+    return lines

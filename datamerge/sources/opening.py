@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from datamerge.runtime.factories import PREFIX
+from datamerge.runtime.messages import first_line
 from datamerge.sources.factories import open_factory
 from datamerge.sources.image_folder import TABLE, open_image_folder
 from datamerge.sources.labels import NONE
@@ -26,8 +28,9 @@ from datamerge.sources.suffixes import (
     suffix_of,
 )
 from datamerge.sources.tars import open_tars
-from storage_schemas import ConfigError, Location, SourceError, redact
+from storage_schemas import ConfigError, DatamergeError, Location, SourceError, redact
 from storage_schemas.access.redaction import split_query
+from storage_schemas.access.retries import is_transient
 from storage_schemas.schema.arguments import check_count
 
 EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
@@ -68,8 +71,28 @@ def open_source(
     """
     if limit is not None:
         check_count("limit", limit)
+    with _in_one_line(os.fspath(url)):
+        return _open(url, limit, Columns(image_column, label_column, group_column), split)
+
+
+@contextmanager
+def _in_one_line(url: str) -> Iterator[None]:
+    """Whatever goes wrong with somebody's files in here is said with the file and the reason."""
+    try:
+        yield
+    except DatamergeError:
+        raise
+    except OSError as error:
+        if is_transient(error):
+            raise
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else url
+        raise SourceError(f"{redact(where)}: cannot be listed: {error.strerror or first_line(error)}") from error
+    except Exception as error:  # a library's, or a fault of ours, whose traceback is kept
+        raise SourceError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, split: str | None) -> Source:
     text = os.fspath(url)
-    columns = Columns(image_column, label_column, group_column)
     if text.startswith(PREFIX):
         if columns not in (Columns(), Columns(label=NONE)):
             raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")

@@ -27,7 +27,7 @@ from datamerge.sources.tables import check_paths, has_images, image_column, to_i
 from storage_schemas import Location, SourceError
 
 # What pyarrow raises for a file that is none, or not whole.
-_BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
+BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
 _CALLED = {"parquet": "a Parquet", "arrow": "an Arrow"}
 
 
@@ -84,13 +84,15 @@ class ParquetReader:
         self._column = column
         self._file: tuple[str, pq.ParquetFile] | None = None
         self._cached: tuple[str, int, Any] | None = None
+        self._broken: dict[tuple[str, int], str] = {}
 
     def read(self, sample: Sample) -> RawImage:
         name, _, row = sample.name.rpartition("#")
         try:
             value = self._value(name, int(row))
-        except (pa.ArrowException, ValueError, LookupError) as error:
-            # Not OSError, after which a merge waits and tries again, for every row.
+        except BROKEN as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's or the network's; what pyarrow has against the bytes has no number
             raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
         return to_image(value, self._location, name, int(row))
 
@@ -101,15 +103,26 @@ class ParquetReader:
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:
-                if self._cached is None or self._cached[:2] != (name, group):
-                    table = file.read_row_group(group, columns=[self._column])
-                    self._cached = (name, group, table.column(self._column))
-                return self._cached[2][row].as_py()
+                return self._column_of(name, file, group)[row].as_py()
             row -= rows
-        raise OSError(f"{name} has no row {wanted}")
+        raise LookupError(f"{name} has no row {wanted}")
+
+    def _column_of(self, name: str, file: pq.ParquetFile, group: int) -> Any:
+        """The images of a row group; a broken one is read once, not once a row."""
+        if (name, group) in self._broken:
+            raise ValueError(self._broken[name, group])
+        if self._cached is None or self._cached[:2] != (name, group):
+            try:
+                table = file.read_row_group(group, columns=[self._column])
+            except BROKEN as error:
+                if not isinstance(error, OSError) or error.errno is None:
+                    self._broken[name, group] = first_line(error)
+                raise
+            self._cached = (name, group, table.column(self._column))
+        return self._cached[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_location": self._location, "_column": self._column, "_file": None, "_cached": None}
+        return {**vars(self), "_file": None, "_cached": None, "_broken": {}}
 
 
 def open_parquet(
@@ -163,7 +176,7 @@ def open_tables(
             groups += _group_values(file, columns.group, where)
             if (paths := file.paths(column)) is not None:
                 beside.update(check_paths(location, name, paths, where))
-        except _BROKEN as error:
+        except BROKEN as error:
             raise SourceError(f"{where}: expected {_CALLED[kind]} file: {first_line(error)}") from None
         places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
         entries.append((name, size, rows))
@@ -181,7 +194,7 @@ def holds_images(location: Location, name: str) -> bool:
     """Whether a Parquet file has a column that may hold images, or cannot be read, which is to be said."""
     try:
         return has_images(pq.ParquetFile(location.open(name)).schema_arrow)
-    except _BROKEN:
+    except BROKEN:
         return True
 
 

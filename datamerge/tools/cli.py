@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import click
 from pydantic import Field
@@ -14,6 +14,7 @@ from rich.filesize import decimal as human_bytes
 from datamerge import artifacts as library
 from datamerge.runtime import Settings, load_settings
 from datamerge.runtime.options import HELP_FLAGS, Option, options
+from datamerge.runtime.settings import Effect
 from storage_schemas import Artifact, DatamergeError, open_artifact, printable, redact, shortened
 from storage_schemas.operations.diff import Difference
 from storage_schemas.operations.export import Kind
@@ -48,6 +49,10 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
 
 class RemergeSettings(Settings):
     """`Remerge` as options; it checks the values itself."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(("factor_kind",), lambda own: own.factors is not None, "there are no factors; set `factors`"),
+    )
 
     members: Annotated[int | None, Option(metavar="N", unset="all")] = Field(
         Remerge.members, description="How many members of each group to take, the first ones."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Any, ClassVar, Self
@@ -15,6 +16,8 @@ from storage_schemas.schema.moments import LEVELS
 # How far, in grey levels, the decimals of n/255 may be from it.
 _ROUNDING = Fraction(1, 10**6)
 _DIGITS = 20
+# A decimal this near to n/255, in grey levels, was n/255 before somebody rounded it.
+_NEAR = Fraction(1, 8)
 # So few digits that no number is too large to work out. ASCII: \d also means the digits of other scripts.
 _NUMBER = rf"(?:\d{{1,{_DIGITS}}}(?:\.\d{{0,40}})?|\.\d{{1,40}})(?:[eE][+-]?\d{{1,2}})?"
 _LENGTH = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?", re.ASCII)
@@ -107,3 +110,35 @@ class Radius(PixelLength):
     __slots__ = ()
     largest = None
     keeps_decimals = True
+
+
+def rounded_level(given: object, *, radius: bool) -> str | None:
+    """What is wrong with a decimal on the 8-bit grid that is nearly n/255: 0.0078 is a radius of one level, not two.
+
+    Args:
+        given: a length as the user wrote it; one that is written as a fraction is meant as it stands.
+        radius: whether it is one, which is cut off to whole levels.
+
+    Returns:
+        A sentence with the remedy, or None for all other lengths and for what is none.
+    """
+    if isinstance(given, bool | Fraction) or not isinstance(given, int | float | str) or "/" in str(given):
+        return None
+    try:
+        levels = PixelLength(given) * LEVELS
+    except ValueError:
+        return None
+    level = round(levels)
+    if not level or not 0 < abs(levels - level) < _NEAR:
+        return None
+    reach = f" pixels of 8 bits move by at most {math.floor(levels)}/{LEVELS} then;" if radius else ""
+    meant = f"write {level}/{LEVELS}, or {levels / LEVELS} if that is meant"
+    return f"{given} is {float(levels):.4g}/{LEVELS};{reach} {meant}"
+
+
+def lost_levels(length: Fraction) -> str | None:
+    """What becomes of a radius on the 8-bit grid that is no whole number of levels; None if it is one."""
+    levels = length * LEVELS
+    if levels.denominator == 1:
+        return None
+    return f"{length} is {float(levels):.4g}/{LEVELS}; pixels of 8 bits move by at most {math.floor(levels)}/{LEVELS}"

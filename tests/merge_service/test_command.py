@@ -20,7 +20,7 @@ ENCODER = "mlp:3x8x8-8-4"
 SETTINGS: list[dict[str, Any]] = [
     {"encoder": ENCODER},
     {"encoder": ENCODER, "attack": "apgd", "restarts": 3, "start_radius": "1/255", "compile": True, "num_gpus": 0.5},
-    {"encoder": ENCODER, "random_start": False, "grid": False, "encoding": "float32", "keep_clean": True},
+    {"encoder": ENCODER, "target_encoder": "mlp:3x8x8-4", "random_start": False, "members": 1, "grid": False},
     {"encoder": ENCODER, "precision": "bfloat16", "max_workers": 3, "num_cpus": 2, "max_rejected": 0, "limit": 7},
     {"grouping": "label", "resize": False, "shape": "3x8x8", "members": 5, "keep_members": True, "seed": 3},
     {"grouping": "cluster", "clusters": 4, "cluster_by": "embedding", "encoder": ENCODER, "targets": "both"},

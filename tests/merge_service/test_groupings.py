@@ -171,7 +171,7 @@ def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: s
 
 
 def test_the_provenance_has_a_start_radius_only_where_there_is_a_random_start(digits: Path, tmp_path: Path) -> None:
-    base = {"grouping": "adversarial", "encoder": ENCODER, "members": 1}
+    base = {"grouping": "adversarial", "encoder": ENCODER, "members": 1, "objective": "cross_entropy"}
     for settings, radius in (({}, "2/255"), ({"start_radius": "1/255"}, "1/255"), ({"random_start": False}, None)):
         attack = prepare(_config(digits, tmp_path / "a", **base | settings)).plan.provenance["attack"]
         assert attack.get("start_radius") == radius
@@ -319,6 +319,7 @@ def test_class_means_of_whole_data_sets(bench: Bench, tmp_path: Path, name: str)
         np.testing.assert_allclose(record.mean, means[record.label or 0], atol=1e-6)
 
 
+ADVERSARIAL = {"grouping": "adversarial", "encoder": ENCODER}
 BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"grouping": "cluster"}, "clusters"),
     ({"grouping": "cluster", "clusters": 2, "members": 3}, "clusters"),
@@ -336,10 +337,10 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"grouping": "cluster", "clusters": 2, "cluster_by": "embedding"}, "encoder"),
     ({"grouping": "adversarial", "encoder": ENCODER, "shape": "3x4x4"}, "shape"),
     ({"target_encoder": ENCODER, "targets": "both", "encoder": ENCODER}, "target_encoder"),
-    ({"random_start": False, "start_radius": "1/255"}, "start_radius"),
-    ({"start_radius": "3/255"}, "start_radius"),
-    ({"step_size": "0"}, "step_size"),
-    ({"random_start": False, "restarts": 2}, "restarts"),
+    ({**ADVERSARIAL, "random_start": False, "start_radius": "1/255"}, "start_radius"),
+    ({**ADVERSARIAL, "start_radius": "3/255"}, "start_radius"),
+    ({**ADVERSARIAL, "step_size": "0"}, "step_size"),
+    ({**ADVERSARIAL, "random_start": False, "restarts": 2}, "restarts"),
     ({"grid": False, "encoding": "uint8_moments"}, "encoding"),
     ({"grid": False, "keep_members": True, "members": 2}, "keep_members"),
     ({"factors": 1}, "factors"),

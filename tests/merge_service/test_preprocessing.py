@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datamerge.encoders import load_encoder, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation import EvaluateConfig, evaluate
 from datamerge.evaluation.config import EmbeddingConfig
 from datamerge.evaluation.embedding import evaluate_embedding
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from merge_service import MergeConfig
 from merge_service.cli import merge as merge_command
 from merge_service.merge import prepare, worker_setup

@@ -14,7 +14,7 @@ from datamerge.sources import BadImage, RawImage, Sample
 from merge_service import reading
 from merge_service.failures import explain, is_hopeless, may_pass
 from merge_service.reading import PixelReader
-from storage_schemas import ConfigError, DatamergeError
+from storage_schemas import ConfigError, CorruptShard, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(shape=(3, 4, 5))
@@ -73,7 +73,10 @@ def test_a_moment_of_trouble_is_nobodys_fault(error: Exception) -> None:
     [
         (FileNotFoundError(2, "No such file"), "No such file", 1),
         (PermissionError(13, "Permission denied"), "Permission denied", 1),
-        (OSError("row 3 of x: the image column holds no bytes"), "row 3 of x", 3),
+        (OSError("row 3 of x: the image column holds no bytes"), "row 3 of x", 1),
+        (RuntimeError("a driver's own"), "a driver's own", 1),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error", 3),
+        (CorruptShard("x: a pipe"), "a pipe", 1),
         (BadImage("cut short"), "cut short", 1),
     ],
 )
@@ -99,8 +102,10 @@ def test_without_resizing_other_sizes_are_rejected() -> None:
 @pytest.mark.parametrize(
     ("error", "passes"),
     [
-        (OSError("503"), True),
-        (RuntimeError("botocore"), True),  # object stores have exceptions of their own
+        (OSError(errno.EIO, "disk"), True),
+        (OSError(errno.ESTALE, "nfs"), True),
+        (OSError("image file is truncated"), False),
+        (RuntimeError("x"), False),  # what object stores raise has been tried again before
         (TimeoutError("slow"), True),
         (ValueError("x"), False),
         (KeyError("x"), False),

@@ -170,7 +170,7 @@ def test_a_row_beyond_the_end(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     _hugging_face(tmp_path / "x.parquet", range(1))
     assert isinstance(source.reader, ParquetReader)
-    with pytest.raises(OSError, match="no row 1"):
+    with pytest.raises(BadImage, match="no row 1"):
         source.reader.read(source.samples[1])
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record, Reject
+from datamerge.artifacts import convert
+from storage_schemas import ArraySpec, ArtifactWriter, ExactMoments, Layout, Location, Record, Reject, open_artifact
 from storage_schemas.schema.moments import scatter_dtype, sum_dtype
 from storage_schemas.schema.record import encode_exact
 
@@ -93,6 +94,13 @@ def write(
         writer.commit(shard, records, rejects)
     writer.finish()
     return [record for records in shards for record in records]
+
+
+def same_groups(artifact: str) -> str:
+    """Another artifact, with the groups of this one: a converted copy beside it."""
+    target, format = f"{artifact}-converted", open_artifact(artifact).manifest.layout.format
+    convert(artifact, target, format="webdataset" if format == "zarr" else "zarr")
+    return target
 
 
 def assert_same(found: Record, expected: Record) -> None:

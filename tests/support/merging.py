@@ -15,8 +15,9 @@ from storage_schemas import Artifact, ArtifactWriter, Location, open_artifact
 
 def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
     """A whole merge by one worker."""
+    attack = {"steps": 3} if settings.get("grouping", "adversarial") == "adversarial" else {}
     config = MergeConfig.model_validate(
-        {"source": str(photos), "artifact": str(artifact), "members": 2, "steps": 3, "device": "cpu"} | settings
+        {"source": str(photos), "artifact": str(artifact), "members": 2, "device": "cpu"} | attack | settings
     )
     prepared = prepare(config)
     writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)

@@ -75,7 +75,7 @@ def _write(path: Path, options: dict[str, Any]) -> None:
         groups_per_shard=GROUPS_PER_SHARD,
     )
     spec = options.get("encoder", ENCODER)
-    provenance: dict[str, Any] = {"seed": options.get("seed", 7)}
+    provenance: dict[str, Any] = {"seed": options.get("seed", 7), "source": {"fingerprint": path.name}}
     if spec is not None:
         provenance["encoder"] = {"spec": spec, "sha256": options.get("sha256") or load_encoder(spec).sha256}
     if "attack" in options:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from storage_schemas import ConfigError
+from tests.support.artifacts import same_groups
 from tests.support.refusals import refused
 from trainer import SquaredError, TrainConfig, train
 from trainer.arms import ARMS, ArmName, EstimatorName
@@ -119,7 +120,7 @@ def test_an_arm_of_ones_own_is_an_entry(
         "batch_size": 10,
         "learning_rate": 1e-9,
     }
-    shared |= {"eval_artifact": artifact, "log_every": 1}
+    shared |= {"eval_artifact": same_groups(artifact), "log_every": 1}
     lines = {}
     for name, arm in (("plain", plain), ("tenfold", replace(plain, title="Ten", loss=tenfold))):
         monkeypatch.setitem(ARMS, "mean-only", arm)

@@ -85,10 +85,8 @@ def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp
 
 @pytest.mark.parametrize(("size", "expected"), [("200GB", 200 * 10**9), ("1.5TiB", 3 * 2**39), (7, 7)])
 def test_sizes_have_units(size: str | int, expected: int) -> None:
-    assert (
-        load_settings(TrainConfig, None, {"artifact": "a", "run": "r", "steps": 1, "cache_bytes": size}).cache_bytes
-        == expected
-    )
+    flags = {"artifact": "a", "run": "r", "steps": 1, "cache": "c", "cache_bytes": size}
+    assert load_settings(TrainConfig, None, flags).cache_bytes == expected
 
 
 def test_a_size_that_is_none_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
+from tests.support.artifacts import same_groups
 from tests.support.refusals import refused
 from trainer import RunSummary, TrainConfig, train
 from trainer.export.command import Target, export, export_encoder
@@ -58,7 +59,7 @@ def _run(make_artifact: MakeArtifact, folder: Path, model: str, **settings: Any)
         name=f"artifact-{model}", shape=(3, 32, 32), width=24, encoder=f"open_clip:{model}@{weights}"
     )
     if "eval_artifact" in settings:
-        settings["eval_artifact"] = artifact
+        settings["eval_artifact"] = same_groups(artifact)
     config = TrainConfig(artifact=artifact, run=str(folder), steps=4, batch_size=5, learning_rate=1e-3, **settings)
     return train(config)
 

@@ -19,6 +19,7 @@ import trainer.data.stream
 import trainer.run.job
 from storage_schemas import ConfigError
 from storage_schemas.schema.pixel_length import PixelLength
+from tests.support.artifacts import same_groups
 from tests.support.recorder import SPEC, recording
 from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
@@ -117,8 +118,8 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
 ) -> None:
     artifact = make_artifact()
     # Losses there are far above those here: measured against them, no state would ever be the best again.
-    easy, hard = artifact, make_artifact(name="hard", seed=11, scale=30.0)
-    config = _config(artifact, tmp_path / "run", eval_every=1)
+    easy, hard = same_groups(artifact), make_artifact(name="hard", seed=11, scale=30.0)
+    config = _config(artifact, tmp_path / "run").model_copy(update={"eval_every": 1})
     _fed(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
     before = _best(config)
     _fed(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
@@ -142,7 +143,7 @@ def test_what_float32_means_in_every_pass(
     attack = {"epsilon": "8/255", "step_size": "1/255", "steps": 10}
     with recording() as notes:
         artifact = make_artifact(clean=True, attack=attack)
-        settings = {**settings, "encoder": SPEC, "precision": precision, "eval_artifact": artifact}
+        settings = {**settings, "encoder": SPEC, "precision": precision, "eval_artifact": same_groups(artifact)}
         config = _config(artifact, tmp_path / "run", steps=2, **settings)
         job = make_job(config)
         notes.clear()  # of its shape, and of whether it mixes rows
@@ -193,7 +194,7 @@ def test_a_best_that_was_measured_otherwise_is_none(
 ) -> None:
     """Earlier releases measured some arms by another loss than the trained one, and noted the hash alone."""
     artifact = make_artifact()
-    config = _config(artifact, tmp_path / "run", eval_artifact=artifact, eval_every=1, **settings)
+    config = _config(artifact, tmp_path / "run", eval_artifact=same_groups(artifact), eval_every=1, **settings)
     _fed(config, _stop, 4)
     checkpoint = tmp_path / "run/checkpoints/step-000005.pt"
     state = torch.load(checkpoint, weights_only=True)

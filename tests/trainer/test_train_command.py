@@ -133,7 +133,7 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
 )
 def test_bad_settings_are_named(settings: dict[str, Any], field: str, facts: list[str]) -> None:
     with refused(ConfigError, field, *facts):
-        load_settings(TrainConfig, None, {}, {"artifact": "a", "run": "r", "steps": 5, **settings})
+        TrainConfig.model_validate({"artifact": "a", "run": "r", "steps": 5, **settings})
 
 
 def test_settings_are_immutable() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from datamerge.encoders import Encoder
 from datamerge.encoders.hugging_face import FILTERS
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import say
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS

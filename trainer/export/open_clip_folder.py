@@ -26,8 +26,8 @@ from datamerge.encoders import Encoder, parse_spec
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec, split_spec
 from datamerge.encoders.text_towers import open_clip_texts
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line, warn
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, Cache, ConfigError, open_artifact
+from storage_schemas.access.local_paths import user_path
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
@@ -38,6 +38,7 @@ from trainer.run.refine import Refinement
 from trainer.run.requirements import (
     Checked,
     check,
+    check_apart,
     check_groups,
     check_held_out,
     check_recorded,
@@ -175,7 +176,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     )
     check_groups(artifact, encoder, collate)
     pin = device.type == "cuda"
-    held_out = _held_out(config, found, encoder, collate, pin, classes)
+    held_out = _held_out(config, artifact, found, encoder, collate, pin, classes)
     warn_of_start(encoder)
     resolved = _resolved(config, artifact, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
@@ -260,13 +261,20 @@ def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin:
 
 
 def _held_out(
-    config: TrainConfig, found: Checked, encoder: Encoder, collate: Collate, pin: bool, classes: Classes | None
+    config: TrainConfig,
+    trained: Artifact,
+    found: Checked,
+    encoder: Encoder,
+    collate: Collate,
+    pin: bool,
+    classes: Classes | None,
 ) -> HeldOut | None:
     """The held-out artifact, checked as the one that is trained on."""
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
     artifact = _open(config, config.eval_artifact)
+    check_apart(config, trained.manifest, artifact.manifest)
     members = check_held_out(other, found, artifact.manifest)
     rows = matched_rows(artifact, classes, "eval_artifact") if classes else None
     collate = dataclasses.replace(collate, members=members, rows=rows)
@@ -308,7 +316,7 @@ def _resolved(
 
 
 def _open(config: TrainConfig, url: str) -> Artifact:
-    cache = Cache(Path(config.cache).expanduser(), config.cache_bytes) if config.cache is not None else None
+    cache = Cache(user_path(config.cache), config.cache_bytes) if config.cache is not None else None
     return open_artifact(url, cache=cache)
 
 

@@ -84,6 +84,30 @@ def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> i
     return _stored_members(config, manifest)
 
 
+def check_apart(config: TrainConfig, manifest: Manifest, held_out: Manifest) -> None:
+    """Refuse a held-out artifact that is the one that is trained on; warn of one that is made of the same images.
+
+    Raises:
+        ConfigError: they are one.
+    """
+    if held_out.plan_sha256 == manifest.plan_sha256:
+        raise ConfigError(
+            f"eval_artifact: expected groups that are not trained on, found those of {config.artifact} itself; merge "
+            "other images for it, or drop `eval_artifact`"
+        )
+    trained, other = (_source_fingerprint(one) for one in (manifest, held_out))
+    if trained is not None and trained == other:
+        warn(
+            f"eval_artifact: {config.eval_artifact} is made of the images that are trained on; its loss says nothing "
+            "of others"
+        )
+
+
+def _source_fingerprint(manifest: Manifest) -> object:
+    source = manifest.provenance.get("source")
+    return source.get("fingerprint") if isinstance(source, dict) else None
+
+
 def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
     """Check that an artifact's groups go through an encoder.
 

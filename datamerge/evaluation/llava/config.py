@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD
 from datamerge.evaluation.config import OUTPUT
 from datamerge.runtime import Settings
 from datamerge.runtime.fields import Device, Output, SampleSeed, Threads
 from datamerge.runtime.options import Option
+from datamerge.runtime.settings import Effect
 from storage_schemas.schema.pixel_length import PixelLength
 
 
 class LlavaSettings(Settings):
     """What captions and VQA share."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (
+        Effect(
+            ("epsilon", "steps", "save_images", "pictures"),
+            lambda own: own.attack,
+            "nothing is attacked; drop `{name}` or `attack=False`",
+        ),
+    )
 
     runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1,
@@ -55,6 +64,12 @@ class LlavaSettings(Settings):
     device: Device = "auto"
     threads: Threads = None
     output: Output = OUTPUT
+
+    @model_validator(mode="after")
+    def _radius(self) -> LlavaSettings:
+        if self.attack and not self.epsilon:
+            raise ValueError("epsilon: expected more than 0, found 0; set a radius, or use `attack=False`")
+        return self
 
     def attack_settings(self) -> APGD:
         """FARE's APGD: from the image itself, the first step ε long, floats."""
