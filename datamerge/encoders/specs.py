@@ -154,6 +154,10 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     if schema == LOCAL or (not schema and (folder.is_dir() or place.startswith(("/", ".", "~")))):
         return f"{schema}{folder.absolute()}" if place else name, None
     place, _, revision = place.partition("@")
+    if not schema and Path(place).is_dir():
+        raise ConfigError(
+            f"encoder: expected a name on the hub before @{revision}, found the folder {place}; drop it"
+        )
     return f"{schema}{place}", revision or None
 
 
