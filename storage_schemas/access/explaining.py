@@ -83,8 +83,8 @@ def _not_as_asked(failure: Exception, where: str) -> DatamergeError:
         return UserError(f"{where}: {failure}; copy the file to this machine")
     found = f" (found {failure})" if isinstance(failure, ChangedFile) else ""
     return SourceError(
-        f"{where}: another file has this name than when it was opened{found}; run the command again, or copy the file "
-        "to this machine"
+        f"{where}: another file has this name than when it was opened{found}; run the command again, or copy "
+        "the file to this machine"
     )
 
 
@@ -105,7 +105,3 @@ def _credentials(where: str, is_signed: bool) -> str:
             "pay FSSPEC_S3_REQUESTER_PAYS=true; where buckets differ, give each its own in a file DATAMERGE_STORAGE"
         )
     return "check the credentials in the environment or the URL"
-
-
-def _numbered(reason: str, status: int | None) -> str:
-    return reason if status is None or str(status) in reason else f"{status}: {reason}"
