@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from datamerge.attacks import APGD, Norm, apgd, auto_attack, sample_generators
 from datamerge.encoders import load_encoder, load_head
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode, open_source
 from storage_schemas.schema.pixel_length import Radius
 

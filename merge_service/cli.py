@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import click
@@ -45,6 +46,11 @@ def merge(
     if price_per_hour is not None and not dry_run:
         raise ConfigError(
             f"`price_per_hour={price_per_hour:g}`: only a dry run shows a cost, found none; add `dry_run=True`",
+            about="price_per_hour",
+        )
+    if price_per_hour is not None and not 0 < price_per_hour < math.inf:
+        raise ConfigError(
+            f"`price_per_hour={price_per_hour:g}`: expected a price above 0; drop it where there is none",
             about="price_per_hour",
         )
     config = load_settings(MergeConfig, config_file, flags)

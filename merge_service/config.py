@@ -13,7 +13,7 @@ from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
 from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
-from storage_schemas.schema.pixel_length import PixelLength, rounded_level
+from storage_schemas.schema.pixel_length import PixelLength, lost_levels, rounded_level
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Grouping = Literal["adversarial", "label", "cluster", "column"]
@@ -355,6 +355,14 @@ class MergeConfig(Settings):
             grid=self.grid,
             start_radius=self.start_radius,
         )
+
+    def lost_levels(self) -> list[str]:
+        """A sentence for each radius that the 8-bit grid cuts off to whole levels."""
+        if self.grouping != "adversarial" or not self.grid:
+            return []
+        radii = (("epsilon", self.epsilon), ("start_radius", self.start_radius))
+        found = [(name, lost_levels(radius)) for name, radius in radii if radius is not None]
+        return [f"{name}: {lost}; without the grid the attack reaches all of it" for name, lost in found if lost]
 
     @property
     def group_size(self) -> int | None:

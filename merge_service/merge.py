@@ -124,6 +124,8 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
                     config, source, encoder, preprocessing, turning.exif, counts, ray or own
                 )
     plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, turning, clusters)
+    for lost in config.lost_levels():
+        warn(lost)
     if encoder is not None and encoder.encoder.random_weights:
         warn(
             f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "

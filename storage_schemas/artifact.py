@@ -7,7 +7,7 @@ import copy
 import hashlib
 import operator
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, SupportsIndex
 
@@ -92,7 +92,7 @@ class Artifact:
         if not self.manifest.complete and not partial:
             raise NotAnArtifact(
                 f"{location.url}: the merge is not finished ({len(self.manifest.shards)} of "
-                f"{self.manifest.layout.shards} shards in the manifest); run the same merge command again"
+                f"{self.manifest.layout.shards} shards in the manifest); run the command that made it again"
             )
         self.shard_sizes = [shard.groups for shard in self.manifest.shards]
         self._specs = self.manifest.layout.arrays
@@ -302,7 +302,7 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
     normalised to length 1 and logits multiplied by it). Class names: JSON list in the metadata entry `names`.
 
     Raises:
-        SchemaError: not safetensors, or no two-dimensional `weight`.
+        SchemaError: not safetensors, no two-dimensional `weight`, other shapes, or numbers that are not finite.
     """
     try:
         tensors: dict[str, Array] = load_safetensors(data)
@@ -314,6 +314,7 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
     if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias", "scale"}:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise SchemaError(f"{where}: expected weight [classes, K] and optional bias and scale, found {shapes}")
+    _check_head(tensors, where)
     header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # sound, or safetensors had refused it
     try:
         names = read_json(header.get("__metadata__", {}).get("names", "[]"))
@@ -321,4 +322,22 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
         raise SchemaError(f"{where}: expected a JSON list of class names, found {error}") from None
     if not isinstance(names, list):
         raise SchemaError(f"{where}: expected a JSON list of class names, found {type(names).__name__}")
+    if names and len(names) != len(weight):
+        raise SchemaError(f"{where}: expected the names of {len(weight)} classes, found {len(names)}")
     return tensors, [str(name) for name in names]
+
+
+def _check_head(tensors: Mapping[str, Array], where: str) -> None:
+    """Raise SchemaError for a bias or a scale that no logits come of, or that turns them round."""
+    weight = tensors["weight"]
+    for name, size in (("bias", len(weight)), ("scale", 1)):
+        if name in tensors and (tensors[name].ndim > 1 or tensors[name].size != size):
+            raise SchemaError(
+                f"{where}: expected {name} [{size}] beside weight {list(weight.shape)}, found "
+                f"{list(tensors[name].shape)}"
+            )
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise SchemaError(f"{where}: expected finite numbers, found others in {name}")
+    if "scale" in tensors and not tensors["scale"].item() > 0:
+        raise SchemaError(f"{where}: expected a scale above 0, found {tensors['scale'].item():g}")

@@ -50,12 +50,14 @@ class Problem:
         cause: expected and found.
         shard: number of the shard that is lost by it; None if none is.
         record: key of the record that cannot be read; None where the file as a whole is meant.
+        stray: whether the file is none of the artifact's, which `fix` leaves alone.
     """
 
     file: str
     cause: str
     shard: int | None = None
     record: str | None = None
+    stray: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}{f', record {self.record}' if self.record else ''}: {self.cause}"
@@ -284,4 +286,5 @@ def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None])
         shard = _shard_of(store, path)
         if shard is not None and (shard in bad_shards or not manifest.complete):
             continue
-        yield Problem(path, "neither the manifest nor a sidecar names this file; move it out of the artifact")
+        cause = "neither the manifest nor a sidecar names this file; move it out of the artifact"
+        yield Problem(path, cause, stray=True)

@@ -158,14 +158,27 @@ class ArtifactWriter:
         return manifest
 
     def add_files(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
-        """Write more files of the artifact, such as its card, then `manifest` with them in its list."""
+        """Write more files of the artifact, such as its card, then `manifest` with them in its list.
+
+        What is there already is not written: a finished artifact may lie where nothing can be.
+        """
         for path, data in files.items():
-            self.location.write(path, data)
+            self._put(path, data)
         listed = {entry.path: entry for entry in manifest.files}
         listed |= {path: _entry(path, data) for path, data in files.items()}
         manifest = self._manifest(manifest.shards, tuple(listed[path] for path in sorted(listed)))
+        old = self._old_manifest()
+        # An equal one by another release stays as well: who wrote the artifact is who changed it last.
+        if old is not None and old == manifest.model_copy(
+            update={"writer": old.writer, "self_sha256": old.self_sha256}
+        ):
+            return old
         self.location.write(MANIFEST, dump(manifest))
         return manifest
+
+    def _put(self, path: str, data: bytes) -> None:
+        if not self.location.exists(path) or self.location.read(path) != data:
+            self.location.write(path, data)
 
     def _ours(self) -> bool:
         """Whether the location holds an artifact of this plan, with its manifest or without."""

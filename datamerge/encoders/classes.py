@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.class_names import are_numbers, plain_name, read_class_names
 from datamerge.runtime.messages import say, warn
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, shortened
 
 IMAGENET = "imagenet"

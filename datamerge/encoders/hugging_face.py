@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datamerge.encoders.building import Built, adapted, downloading, resampled, wanted_size
 from datamerge.encoders.specs import EncoderSpec
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 

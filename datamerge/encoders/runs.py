@@ -97,7 +97,7 @@ def spec_of_run(summary: RunSummary, folder: Path) -> str:
     if summary.preprocessing is None or file is None or not Path(file).is_file():
         return with_tag_of_run(spec)
     found = recorded_preprocessing(Path(file))
-    differences = ["none there"] if found is None else summary.preprocessing.differences(found)
+    differences = ["none there"] if found is None else found.differences(summary.preprocessing)
     if differences:
         raise ConfigError(
             f"encoder: expected the preprocessing that {folder / SUMMARY} names, found another in {file} "
@@ -138,7 +138,7 @@ def started_from(text: str) -> str:
         runs = list(_runs_behind(text))
     spec = split_spec(runs[-1].original if runs else text)
     file = Path(spec.checkpoint) if spec.checkpoint else None
-    if file is not None and file.name == WEIGHTS and not file.exists() and (spec.pretrained or spec.whole):
+    if file is not None and file.name == WEIGHTS and not file.exists() and spec.has_weights:
         # A run that is gone. It wrote no text tower and no classifier.
         spec = replace(spec, checkpoint=None)
     return str(spec)

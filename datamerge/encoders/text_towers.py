@@ -20,7 +20,7 @@ from datamerge.encoders.checkpoints import as_trained, read_state_dict
 from datamerge.encoders.hugging_face import transformers_for
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 
 # How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
@@ -100,7 +100,7 @@ def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
     texts = _texts_of_file(spec)
     # Whole models of JAX, which open_clip alone can read.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
-    if spec.checkpoint and texts is None and not (archive or spec.pretrained or spec.whole):
+    if spec.checkpoint and texts is None and not (archive or spec.has_weights):
         raise ConfigError(
             f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
             f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
@@ -110,7 +110,7 @@ def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
     def create() -> Any:
         if texts is not None:
             options: dict[str, Any] = {"load_weights": False, "pretrained_text": False, "vision_cfg": NO_IMAGES}
-        elif archive or spec.whole or spec.pretrained:
+        elif archive or spec.has_weights:
             options = {"pretrained": archive or spec.pretrained, "require_pretrained": True}
         else:
             options = {}

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from datamerge.evaluation.pictures import picture_section
 from datamerge.evaluation.results import ArmResult, Score
@@ -28,8 +30,9 @@ PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
 MISSING = "–"
 NAMES = 2  # columns that say what a row is
-# A pipe or file has no edge to wrap at.
+# A pipe or file has no edge to wrap at, unless COLUMNS says so.
 NO_TERMINAL_WIDTH = 200
+LEAST_NAME = 8  # letters of a name that stand in one line
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
     "over images for other means). Rows of one part saw the same images."
@@ -101,19 +104,58 @@ class Results(list[ArmResult]):
 def print_rows(rows: Sequence[Row]) -> None:
     """The table on stdout."""
     console = Console()
-    _print(rows, console if console.is_terminal else Console(width=NO_TERMINAL_WIDTH))
+    edge = console.is_terminal or "COLUMNS" in os.environ
+    _print(rows, console if edge else Console(width=NO_TERMINAL_WIDTH))
 
 
 def _print(rows: Sequence[Row], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    header, *lines = _grid(rows)
-    for position, name in enumerate(header):
-        table.add_column(name, overflow="fold", justify="left" if position < NAMES else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    for table in _tables(_grid(rows), console):
+        console.print(table)
     for text in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
         console.print(text, markup=False, highlight=False)
+
+
+def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
+    """The grid as one table, or as several one below the other, each as wide as the console: nothing is cut.
+
+    Each has the names of its rows, folded where they would leave no room; after the first one only the arms, if these
+    tell the rows apart.
+    """
+    columns = list(range(len(grid[0])))
+    whole = _table(grid, columns, None)
+    if _fits(whole, console):
+        return [whole]
+    most = max(LEAST_NAME, console.width // 4)
+    arms = [line[0] for line in grid]
+    repeated = [0] if len(set(arms)) == len(arms) else list(range(NAMES))
+    tables: list[Table] = []
+    names, values = list(range(NAMES)), list[int]()
+    for column in columns[NAMES:]:
+        if values and not _fits(_table(grid, [*names, *values, column], most), console):
+            tables.append(_table(grid, [*names, *values], most))
+            names, values = repeated, []
+        values.append(column)
+    return [*tables, _table(grid, [*names, *values], most)]
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return console.measure(table, options=console.options.update(width=NO_TERMINAL_WIDTH)).maximum <= console.width
+
+
+def _table(grid: Sequence[Sequence[str]], columns: Sequence[int], most: int | None) -> Table:
+    """Some columns; names are folded to lines of `most` letters."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for position in columns:
+        name = position < NAMES
+        table.add_column(
+            Text(grid[0][position]),
+            overflow="fold",
+            justify="left" if name else "right",
+            max_width=most if name else None,
+        )
+    for line in grid[1:]:
+        table.add_row(*(Text(line[position]) for position in columns))
+    return table
 
 
 def to_json(results: Sequence[ArmResult]) -> str:

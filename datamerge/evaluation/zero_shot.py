@@ -14,7 +14,6 @@ from torch import Tensor
 from datamerge.attacks import check_masking
 from datamerge.encoders import Head, pick_device, refusals_about
 from datamerge.encoders.heads import ZERO_SHOT, head_spec
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.config import ZeroShotConfig
 from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
 from datamerge.evaluation.labels import classify, head_sha256, make_heads
@@ -25,6 +24,7 @@ from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_
 from datamerge.evaluation.tables import Results
 from datamerge.runtime import read_lines
 from datamerge.runtime.messages import warn
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import Sample, Source
 from storage_schemas import ConfigError, shortened
 from storage_schemas.access.local_paths import user_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,11 @@ def find_factory(spec: str) -> Callable[[], Any]:
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.append(folder)
+    if importlib.util.find_spec("torchvision") is not None:
+        # The user's module may import it, or their factory, and knows nothing of our builds of torch.
+        from datamerge.runtime.torchvision_ops import make_torchvision_importable
+
+        make_torchvision_importable()
     try:
         module = _imported(module_name)
     except ImportError as error:

@@ -34,7 +34,7 @@ from datamerge.sources.sample import (
     make_keys,
     make_listing,
 )
-from storage_schemas import Location, SourceError
+from storage_schemas import ConfigError, Location, SourceError
 
 TABLE = "labels.csv"
 
@@ -74,6 +74,11 @@ def open_image_folder(
     Raises:
         SourceError: a labels.csv that does not go with the images.
     """
+    if columns.image is not None:
+        raise ConfigError(
+            f"image_column: the images of {location.url} are files, which have no columns, found {columns.image!r}; "
+            "drop `image_column`"
+        )
     names = [name for name, _ in files]
     groups: list[str | None] = [None] * len(names)
     labels: list[int | None] = [None] * len(names)

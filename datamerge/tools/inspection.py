@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
 
 import click
@@ -21,10 +22,14 @@ from datamerge.runtime.options import HELP_FLAGS, options
 from datamerge.tools.source_inspection import SourceSettings
 from datamerge.tools.source_inspection import rows as source_rows
 from storage_schemas import ConfigError, Location, UserError, printable
+from storage_schemas.access.redaction import split_query
+from storage_schemas.card.contact_sheet import ROWS
 from storage_schemas.card.dataset_card import recorded_preprocessing
 from storage_schemas.verify import Report
 
 SHOWN_PROBLEMS = 8  # of one file
+# Suffixes of pictures → formats of Pillow; what has none is a PNG.
+PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 @click.command(context_settings=HELP_FLAGS)
@@ -71,13 +76,23 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
-@click.option("-o", "--output", default="preview.png", show_default=True, help="PNG file to write.")
-@click.option("--groups", default=8, show_default=True, type=click.IntRange(1, 64), help="Groups to draw.")
+@click.option(
+    "-o", "--output", default="preview.png", show_default=True, help="Picture to write: .png, .jpg or .webp."
+)
+@click.option("--groups", type=click.IntRange(1, 64), help="Groups to draw. [8]")
 @click.option("--key", "keys", multiple=True, help="Draw the group with this key; may be repeated.")
-def preview(artifact: str, output: str, groups: int, keys: tuple[str, ...]) -> None:
+def preview(artifact: str, output: str, groups: int | None, keys: tuple[str, ...]) -> None:
     """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
+    if keys and groups is not None:
+        raise ConfigError(f"groups: those of the keys are drawn; drop `groups={groups}` or the keys", about="groups")
+    suffix = PurePosixPath(split_query(output)[0]).suffix.lower()
+    if suffix not in PICTURES:
+        shown = ", ".join(filter(None, PICTURES))
+        raise ConfigError(
+            f"output: expected a file that ends in {shown}, found {output!r}; rename it", about="output"
+        )
     buffer = io.BytesIO()
-    library.preview(artifact, groups=groups, keys=keys).save(buffer, "PNG")
+    library.preview(artifact, groups=groups or ROWS, keys=keys).convert("RGB").save(buffer, PICTURES[suffix])
     folder, name = Location(output).split()
     try:
         folder.write(name, buffer.getvalue())
@@ -124,16 +139,30 @@ def _show_report(report: Report, repaired: bool) -> None:
     if not report.problems:
         click.echo(f"{report.url}: sound{state}; {checked}")
         return
-    advice = "run with --fix, then the same merge command again"
-    if repaired:
-        advice = f"removed {', '.join(report.removed) or 'nothing'}; run the same merge command again"
-    click.echo(f"{report.url}: {len(shown)} files are not as committed; {checked} were checked; {advice}")
+    click.echo(
+        f"{report.url}: {len(shown)} files are not as committed; {checked} were checked; {_advice(report, repaired)}"
+    )
+
+
+def _advice(report: Report, repaired: bool) -> str:
+    """What to do about the problems of a report: `fix` mends what was committed, and leaves all other files alone."""
+    advice = []
+    if any(not problem.stray for problem in report.problems):
+        again = "the command that made the artifact again"
+        done = "; ".join(
+            filter(None, ["removed " + ", ".join(report.removed) if report.removed else "", f"run {again}"])
+        )
+        advice.append(done if repaired else f"run with --fix, then {again}")
+    strays = len({problem.file for problem in report.problems if problem.stray})
+    if strays:
+        advice.append(f"move {strays} that {'is' if strays == 1 else 'are'} not of the artifact out of its folder")
+    return "; ".join(advice)
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     members, moments, provenance = facts["members"], facts["moments"], facts["provenance"]
     arrays = ", ".join(f"{name} {spec['dtype']} {spec['shape']}" for name, spec in facts["arrays"].items())
-    state = "complete" if facts["complete"] else "UNFINISHED: run the same merge command again"
+    state = "complete" if facts["complete"] else "UNFINISHED: run the command that made it again"
     rows = [
         ("state", state),
         ("groups", f"{facts['groups']} of {facts['planned_groups']} planned, {facts['labelled']} labelled"),

@@ -20,7 +20,9 @@ groups = zarr.open_group("groups.zarr", mode="r")
 ```python
 import xarray
 groups = xarray.open_zarr("groups.zarr", consolidated=False)
-```""",
+```
+
+`datasets.load_dataset` reads no Zarr; `datamerge convert THIS TARGET --format webdataset` writes what it reads.""",
     "webdataset": """With stock webdataset or datasets:
 
 ```python
@@ -29,9 +31,11 @@ groups = webdataset.WebDataset(sorted(glob.glob("shards/*.tar")), shardshuffle=F
 ```
 
 ```python
-import datasets
-groups = datasets.load_dataset("webdataset", data_files="shards/*.tar", split="train")
-```""",
+import os, datasets
+groups = datasets.load_dataset(os.getcwd(), split="train")   # the folder, or its name on the Hub
+```
+
+`datasets` reads the types of the columns here; the first groups alone, by which it goes else, may have no label.""",
 }
 
 _MOMENTS = {
@@ -131,5 +135,20 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         f"- {facts['format']}",
     ]
     if facts["format"] == "webdataset":
-        lines += ["configs:", "- config_name: default", "  data_files: shards/*.tar"]
+        lines += ["configs:", "- config_name: default", "  data_files: shards/*.tar", *_features(facts["arrays"])]
+    else:
+        lines.append("viewer: false")  # the Hub's, which would take croissant.json for data
     return "\n".join(lines)
+
+
+def _features(arrays: Mapping[str, Any]) -> list[str]:
+    """Types of the columns for `datasets`, which else takes them from the first five groups: labels may be null."""
+    lines = ["dataset_info:", "  features:", "  - name: json", "    struct:"]
+    lines += ["    - name: count", "      dtype: int64", "    - name: label", "      dtype: int64"]
+    lines += ["    - name: samples", "      list: string"]
+    for name, spec in arrays.items():
+        lines += [f"  - name: {name}.npy", *(f"{'  ' * level}list:" for level in range(2, 2 + len(spec["shape"])))]
+        lines[-1] += f" {spec['dtype']}"
+    for name in ("__key__", "__url__"):
+        lines += [f"  - name: {name}", "    dtype: string"]
+    return lines

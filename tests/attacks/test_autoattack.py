@@ -25,7 +25,7 @@ from datamerge.attacks import (
     targeted_dlr,
 )
 from datamerge.attacks.euclidean import EuclideanBall
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from tests.support.refusals import refused
 

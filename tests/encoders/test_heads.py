@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, SchemaError
 from storage_schemas.artifact import parse_head
 from tests.encoders.test_runs import write_run

@@ -83,7 +83,7 @@ def test_heads_of_unknown_networks(spec: str, unknown: str) -> None:
 
 def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(tmp_path: Path) -> None:
     """A shrunken CLIP under a name of its own, so that the test is light."""
-    from datamerge.encoders.torchvision_ops import make_torchvision_importable
+    from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
     make_torchvision_importable()
     import open_clip

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from datamerge.encoders import Encoder, Head, load_encoder, load_head, parse_spec, save_encoder
 from datamerge.encoders.text_towers import load_text_tower
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused

@@ -15,12 +15,12 @@ from PIL import Image
 
 import datamerge.cli
 from datamerge.encoders import Head, load_encoder, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.llava.captions import QUESTION
 from datamerge.evaluation.llava.coco import Captioned, read_captions
 from datamerge.evaluation.llava.images import read_image
 from datamerge.evaluation.llava.model import Llava
 from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from tests.support.llava import PATCH, SIZE, WIDTH, make_llava
 

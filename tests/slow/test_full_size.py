@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.peak import run
 from benchmarks.report import Circumstances, Findings, Table, render
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import open_artifact
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import BadImage, decode, native_shape
 from storage_schemas.schema.preprocessing import Preprocessing
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.llava.images import read_image
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import BadImage, decode
 from storage_schemas.schema.preprocessing import Preprocessing
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import BadImage, decode
 from storage_schemas.schema.preprocessing import Preprocessing
 

@@ -18,8 +18,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime import fields
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import BadImage, decode, native_shape, open_source
 from datamerge.sources.images import TURNED_REMARK, describe_remarks
 from datamerge.sources.orientation import Exif, usual_exif

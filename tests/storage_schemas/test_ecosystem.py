@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from storage_schemas import ArtifactWriter, Layout, Location, Record, open_artif
 from storage_schemas.card import croissant as croissant_module
 from storage_schemas.card import finish as presentation
 from storage_schemas.card.finish import finish
+from tests.support.artifacts import build_layout, build_shards
 
 Write = Callable[..., list[Record]]
 
@@ -99,6 +101,27 @@ def test_datasets(
             assert row["json"] == {"count": record.count, "label": record.label, "samples": list(record.samples)}
             for name, expected in record.arrays.items():
                 np.testing.assert_array_equal(np.asarray(row[f"{name}.npy"], expected.dtype), expected)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("labels", [lambda n: None, lambda n: n if n > 5 else None, lambda n: n if n < 3 else None])
+def test_datasets_reads_labels_that_some_groups_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: Callable[[int], int | None]
+) -> None:
+    """It takes types from the first five groups of the first shard where nobody says; here the card does."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+    layout = build_layout("webdataset").model_copy(update={"groups_per_shard": 6})
+    writer = ArtifactWriter(Location(tmp_path / "a"), layout, {})
+    writer.begin({})
+    for shard, records in enumerate(build_shards(layout)):
+        numbered = [replace(record, label=labels(6 * shard + number)) for number, record in enumerate(records)]
+        writer.commit(shard, numbered, [])
+    finish(writer)
+    groups = datasets.load_dataset(str(tmp_path / "a"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert [row["label"] for row in groups["json"]] == [labels(number) for number in range(7)]
 
 
 def _validate(path: Path) -> Any:

@@ -94,7 +94,9 @@ def test_the_cards_python_runs(
     """Every snippet works in the artifact's folder, as the card claims."""
     write_artifact(tmp_path / "a", make_layout(format_name))
     monkeypatch.chdir(tmp_path / "a")
-    snippets = re.findall(r"```python\n(.*?)```", dataset_card(summarise(open_artifact("."))), re.DOTALL)
+    card = dataset_card(summarise(open_artifact(".")))
+    Path("README.md").write_text(card, "utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 3
     ours: dict[str, object] = {}
     exec(snippets[0], ours)

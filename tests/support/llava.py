@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
 # Of its vision tower: pixels, pixels of a patch, channels.
 SIZE, PATCH, WIDTH = 32, 8, 32

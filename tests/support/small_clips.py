@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
 NAME = "small-clip"
 # Two layers of the architecture of ViT-B-32, B-16 and L-14: 32 x 32 pixels in 16 patches.

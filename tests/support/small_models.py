@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
 make_torchvision_importable()
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.artifacts import same_groups

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datamerge.encoders import Encoder, load_encoder, save_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import trainer.run.update
 from datamerge.encoders import load_encoder
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime import load_settings
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, DatamergeError
 from tests.support.refusals import refused
 from trainer import TrainConfig, train

@@ -26,8 +26,8 @@ from datamerge.encoders import Encoder, parse_spec
 from datamerge.encoders.open_clip_models import known_open_clip, of_hub
 from datamerge.encoders.specs import HUB, EncoderSpec, split_spec
 from datamerge.encoders.text_towers import open_clip_texts
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.runtime.messages import first_line, warn
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import WEIGHTS
@@ -119,7 +119,7 @@ def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
     if origin.checkpoint and not Path(origin.checkpoint).is_file():
         origin = replace(origin, checkpoint=None)
     try:
-        if not (origin.whole or origin.pretrained or origin.checkpoint):
+        if not (origin.has_weights or origin.checkpoint):
             raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
         origin = known_open_clip(origin)
         texts = open_clip_texts(origin, captions=True)

@@ -21,10 +21,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
 from datamerge.evaluation.llava.vision_towers import Tower, load_tower
 from datamerge.evaluation.runs import Run
 from datamerge.runtime.messages import first_line
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 
 Arithmetic = Literal["float16", "bfloat16", "float32"]

@@ -8,7 +8,7 @@ import sys
 CODE = """
 import json, sys, warnings
 warnings.simplefilter("error")
-from datamerge.encoders.torchvision_ops import make_torchvision_importable
+from datamerge.runtime.torchvision_ops import make_torchvision_importable
 declared = [make_torchvision_importable(), make_torchvision_importable()]
 import torch
 had = hasattr(torch.ops.torchvision, "nms")
@@ -37,7 +37,7 @@ def test_the_shim_declares_operators_only_where_the_compiled_library_does_not_lo
 def test_the_operator_has_no_fake_implementation() -> None:
     """Declaring a schema must not make detection silently wrong: calling it fails loudly."""
     code = (
-        "from datamerge.encoders.torchvision_ops import make_torchvision_importable\n"
+        "from datamerge.runtime.torchvision_ops import make_torchvision_importable\n"
         "declared = make_torchvision_importable()\n"
         "import torch, torchvision\n"
         "boxes, scores = torch.tensor([[0., 0., 1., 1.]]), torch.ones(1)\n"
