@@ -71,8 +71,8 @@ class Wanted:
             )
         if different := encoder.preprocessing.differences(self.preprocessing):
             raise ConfigError(
-                f"encoder: expected the preprocessing of {self.spec} as it was planned there, found "
-                f"{'; '.join(different)} ({socket.gethostname()} is here); give every node the same files"
+                f"encoder: expected the preprocessing that {self.spec} was planned with, found "
+                f"{'; '.join(different)} on {socket.gethostname()}; give every node the same files"
             )
         return encoder.requires_grad_(False)
 
