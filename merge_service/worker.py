@@ -58,7 +58,7 @@ class Wanted:
         Raises:
             ConfigError: other weights, code or preprocessing than the plan was made with.
         """
-        encoder = load_encoder(self.spec, device)
+        encoder = load_encoder(self.spec, device, aloud=False)
         if encoder.sha256 != self.sha256:
             raise ConfigError(
                 f"encoder: expected weights of {self.spec} with sha256 {self.sha256[:12]}…, found "
