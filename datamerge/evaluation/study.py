@@ -177,7 +177,7 @@ def _claim(config: ImagesConfig, part: str, row: StudyRow, shared: Mapping[str, 
     folder = ArmFolder(config.output, part, row.subject.run.name, row.subject.run.arm)
     own = {
         "encoder": encoder.spec,
-        "encoder_sha256": encoder.sha256,
+        **{f"encoder_{name}": value for name, value in encoder.identity.items()},
         "batch_size": config.batch_size,
         PREPROCESSING: encoder.preprocessing.record(),
     }
