@@ -58,7 +58,7 @@ class Wanted:
         Raises:
             ConfigError: other weights, code or preprocessing than the plan was made with.
         """
-        encoder = load_encoder(self.spec, device)
+        encoder = load_encoder(self.spec, device, aloud=False)
         if encoder.sha256 != self.sha256:
             raise ConfigError(
                 f"encoder: expected weights of {self.spec} with sha256 {self.sha256[:12]}…, found "
@@ -71,8 +71,8 @@ class Wanted:
             )
         if different := encoder.preprocessing.differences(self.preprocessing):
             raise ConfigError(
-                f"encoder: expected the preprocessing of {self.spec} as it was planned there, found "
-                f"{'; '.join(different)} ({socket.gethostname()} is here); give every node the same files"
+                f"encoder: expected the preprocessing that {self.spec} was planned with, found "
+                f"{'; '.join(different)} on {socket.gethostname()}; give every node the same files"
             )
         return encoder.requires_grad_(False)
 
