@@ -322,14 +322,17 @@ def _save_hugging_face(name: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str) -> None:
+def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     import transformers
 
     spec = _save_hugging_face(name, tmp_path / "start")
     encoder = _tuned(spec, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
+    transformers.utils.logging.enable_progress_bar()
+    capsys.readouterr()
     folder = write_hugging_face(encoder, spec, out)
+    assert capsys.readouterr().err == "", "no bars of transformers"
     assert f"import AutoImageProcessor, {name}" in folder.usage
     assert folder.note == "", "everything is as it was"
     again = load_encoder(f"hf:{out}")
