@@ -307,6 +307,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _save_hugging_face(name: str, folder: Path) -> str:
     """Spec of a small vision model of transformers with its image processor."""
+    make_torchvision_importable()
     import transformers
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
