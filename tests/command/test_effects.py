@@ -200,13 +200,13 @@ def test_attacks_that_move_nothing_or_all_members_alike(
     settings: dict[str, Any], field: str, remedy: dict[str, Any]
 ) -> None:
     with refused(ConfigError, field, "members"):
-        MergeConfig(**ATTACK, **settings)
+        MergeConfig(**{**ATTACK, **settings})
     MergeConfig(**{**ATTACK, **settings, **remedy})
 
 
 @pytest.mark.parametrize("given", ["0.0078", 0.0078, ".0078"])
 @pytest.mark.parametrize(("model", "base"), [(MergeConfig, ATTACK), (EvaluateConfig, {**IMAGES, "grid": True})])
-def test_a_rounded_radius_is_refused_on_the_grid(model: type[Settings], base: dict[str, Any], given: object) -> None:
+def test_a_rounded_radius_is_refused_on_the_grid(model: Any, base: dict[str, Any], given: object) -> None:
     """It holds one level, not two."""
     with refused(ConfigError, "epsilon", "1.989/255", "1/255", "write 2/255", "39/5000"):
         model(**base, epsilon=given)
