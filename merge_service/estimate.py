@@ -8,7 +8,6 @@ group begins with the embedding of its clean image, and every attack ends with t
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from datamerge.runtime.machine import usable_cpus
 from datamerge.runtime.threads import torch_threads
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
@@ -205,7 +205,7 @@ def _bytes(writer: ArtifactWriter) -> int:
 def _fitting(config: MergeConfig, device: str) -> int:
     if device == "cuda":
         return max(1, int(torch.cuda.device_count() / (config.num_gpus or 1.0)))
-    return max(1, (os.cpu_count() or 1) // config.cpus)
+    return max(1, usable_cpus() // config.cpus)
 
 
 def _matrix_product_rate(config: MergeConfig, device: str) -> float:

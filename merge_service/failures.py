@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from datamerge.runtime.messages import first_line
 from storage_schemas import DatamergeError, UserError
@@ -11,6 +14,7 @@ from storage_schemas.access.retries import is_transient
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 _CLOSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
+_LETTERS = 300  # of a cause, in a message
 # A disk's trouble for a moment; a network's is known to `is_transient`.
 _MOMENTS = {errno.EIO, errno.ESTALE, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # What is raised on purpose, or for values that are wrong: the same work would end in the same way.
@@ -46,7 +50,34 @@ def explain(error: BaseException, where: str) -> DatamergeError:
 
 
 def cause_of_death(error: BaseException) -> str:
-    """The line of Ray's long message that says why a worker died."""
+    """The line of Ray's long message that says why a worker died: what it raised, and where, or how it ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = [found[1] for line in lines if (found := re.match(r'File "([^"]+)", line \d+', line))]
+    if places:  # a traceback, whose last line is what was raised
+        return f"{lines[-1]} ({places[-1]})"[:_LETTERS]
     known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
-    return (known or lines or ["unknown"])[-1][:300]
+    cause = (known or lines or ["unknown"])[-1]
+    return cause.rpartition("Worker exit detail: ")[2].rstrip(".")[:_LETTERS]
+
+
+def remedy_of_starts(cause: str, folder: Path) -> str:
+    """What to do about workers that die while they start; `folder` is where the job was started."""
+    shadows = _shadows(folder)
+    if re.search("memory", cause, re.IGNORECASE):
+        return "give them more memory, e.g. by a smaller `max_workers`"
+    if shadows:
+        return f"rename {', '.join(shadows)} in {folder}, which are found in the place of libraries"
+    return "remove the cause"
+
+
+def _shadows(folder: Path) -> list[str]:
+    """Modules in a folder that are called like installed ones. Ray searches it first until our code runs."""
+    elsewhere = [place for place in sys.path if place and Path(place).resolve() != folder.resolve()]
+    found = []
+    for path in sorted(folder.iterdir()):
+        name = path.stem if path.suffix == ".py" else path.name
+        if not name.isidentifier() or not (path.suffix == ".py" or (path / "__init__.py").is_file()):
+            continue
+        if name in sys.stdlib_module_names or PathFinder.find_spec(name, elsewhere) is not None:
+            found.append(path.name)
+    return found

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ from datamerge.runtime.messages import first_line, say, warn
 from datamerge.runtime.ray import call_in_worker, connected
 from datamerge.sources import Sample
 from merge_service.config import MergeConfig
-from merge_service.failures import cause_of_death, explain, is_hopeless, is_lasting
+from merge_service.failures import cause_of_death, explain, is_hopeless, is_lasting, remedy_of_starts
 from merge_service.planning import Items, Plan
 from merge_service.sample_groups import Partial
 from merge_service.work_queue import Piece, SetAside, WorkQueue
@@ -78,11 +79,19 @@ def _actor_class() -> Any:
             self._make = make
 
         def begin(self) -> str:
-            self._worker = self._make()
-            return self._worker.begin()
+            try:
+                self._worker = self._make()
+                return self._worker.begin()
+            except SystemExit as end:  # of a module that is imported; Ray would end the worker and not say why
+                raise ImportError(f"code that was loaded ended its process (SystemExit: {end})") from end
 
         def call(self, method: str, *args: Any) -> Any:
-            return getattr(self._worker, method)(*args)
+            try:
+                return getattr(self._worker, method)(*args)
+            except SystemExit as end:
+                raise ValueError(
+                    f"code of the encoder's or the source's ended its process (SystemExit: {end})"
+                ) from end
 
     return ray.remote(_RayWorker)
 
@@ -161,9 +170,10 @@ class _Pool:
         if worker.starting is not None:
             self._failed_starts += 1
             if self._failed_starts >= TRIES:
+                cause = cause_of_death(error)
                 raise DatamergeError(
-                    f"{TRIES} workers in a row died while they loaded the encoder ({first_line(error)}); give them "
-                    "more memory, e.g. by a smaller `max_workers`, and run the same command again"
+                    f"{TRIES} workers in a row died while they started ({cause}); "
+                    f"{remedy_of_starts(cause, Path.cwd())}, and run the same command again"
                 )
         return gone
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from datamerge.encoders import Head, load_encoder, save_encoder
 from datamerge.runtime import Progress
 from storage_schemas import Location
+from storage_schemas.access.atomic import writing
 
 SPEC = "python:datamerge.demo.digits:digit_encoder"
 TEST_PER_CLASS = 100
@@ -49,8 +50,9 @@ def write_digits(folder: Path) -> tuple[Path, Path]:
     for pixels, label in zip(images.astype(np.uint8).reshape(-1, 28, 28), labels, strict=True):
         split = "test" if seen[label] >= totals[label] - TEST_PER_CLASS else "train"
         path = folder / split / str(label) / f"{seen[label]:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
         seen[label] += 1
     return folder / "train", folder / "test"
 

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
@@ -74,7 +75,7 @@ def adapted(recorded: Preprocessing | None, own: Preprocessing, size: tuple[int,
 
 def resampled(spec: EncoderSpec, before: tuple[int, int], after: tuple[int, int], library: str) -> list[str]:
     """The line about position embeddings that were brought to another grid; none for those of no weights yet."""
-    if before == after or spec.checkpoint or not (spec.whole or spec.pretrained):
+    if before == after or spec.checkpoint or not spec.has_weights:
         return []
     return [
         f"encoder: {spec.named} runs on {after[0]}x{after[1]} pixels: its position embeddings, made for "
@@ -117,6 +118,11 @@ def _refusal(spec: EncoderSpec, error: Exception) -> ConfigError:
             f"encoder: expected weights of {named!r} as plain tensors, found a file with other objects in it or none "
             "of torch's; nothing in it was run"
         )
+    if any(isinstance(cause, SafetensorError) for cause in chain):
+        return ConfigError(
+            f"encoder: expected whole weights of {named!r}, found a truncated or damaged file ({reason(error)}); "
+            "copy it again"
+        )
     return ConfigError(f"encoder: expected a network of {named!r}, found a problem: {reason(error)}")
 
 
@@ -140,6 +146,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _from_a_client(error: BaseException) -> bool:
+    if type(error).__name__ == "HFValidationError":  # a name that no hub can have
+        return False
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in CLIENTS
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from datamerge.encoders.activations import has_quick_gelu, is_openai, quick_gelu
+from datamerge.encoders.open_clip_models import QUICK
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.weight_files import Contents, read_contents, read_metadata
 from datamerge.encoders.weight_fitting import fit
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 
 # Key in the metadata of the safetensors files that are written here.
 PREPROCESSING = "preprocessing"
-# open_clip's name of OpenAI's weights, and the end of the names of models with QuickGELU.
-OPENAI, QUICK = "openai", "-quickgelu"
+OPENAI = "openai"  # open_clip's name of OpenAI's weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def as_trained(spec: EncoderSpec, checkpoint: Checkpoint | None = None) -> Encod
     Raises:
         ConfigError: a file that cannot be read.
     """
-    if spec.kind != "open_clip" or spec.whole or spec.pretrained or spec.checkpoint is None:
+    if spec.kind != "open_clip" or spec.has_weights or spec.checkpoint is None:
         return spec
     checkpoint = checkpoint or read_checkpoint(spec.checkpoint)
     quick = quick_gelu(checkpoint.path, checkpoint.contents)

@@ -106,8 +106,8 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
             say(line)
         for line in built.doubts:
             warn(line)
-    named = parsed.whole or parsed.pretrained is not None or checkpoint is not None
-    return Encoder(_channels_last(built.model), str(built.spec), built.preprocessing, not named).to(device)
+    untrained = checkpoint is None and not parsed.has_weights
+    return Encoder(_channels_last(built.model), str(built.spec), built.preprocessing, untrained).to(device)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -32,6 +32,7 @@ from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.zero_shot_heads import zero_shot
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.artifact import parse_head
 from storage_schemas.schema.record import Array
 
@@ -122,7 +123,7 @@ def load_head(
         spec = head_spec(spec)
         if spec.partition(":")[0] in KINDS:
             return _head_of_network(spec, class_names, templates, device, shelf)
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if not path.is_file():
         raise ConfigError(f"head: expected {FORMS}, found no file {spec!r}")
     arrays, names = parse_head(path.read_bytes(), spec)
@@ -135,7 +136,7 @@ def head_spec(text: str) -> str:
     Raises:
         ConfigError: an encoder spec that cannot be, or a folder without a finished run.
     """
-    if text.partition(":")[0] not in KINDS and not Path(text).expanduser().is_dir():
+    if text.partition(":")[0] not in KINDS and not user_path(text).is_dir():
         return text
     return started_from(text)
 
@@ -161,7 +162,7 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     state = dict(read_state_dict(Path(spec.checkpoint))) if spec.checkpoint else {}
     with seeded():
         # Only its names are of use where a file has the classifier.
-        model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=_has_weights(spec) and not state))
+        model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=spec.has_weights and not state))
     layer = model.get_classifier()
     if not isinstance(layer, nn.Linear):
         raise ConfigError(f"head: expected a linear classifier of '{spec}', found {type(layer).__name__}")
@@ -170,13 +171,9 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     prefix = next(name for name, module in model.named_modules() if module is layer)
     if f"{prefix}.weight" in state:
         return Head(state[f"{prefix}.weight"].float(), state.get(f"{prefix}.bias"))
-    if not _has_weights(spec):
+    if not spec.has_weights:
         raise ConfigError(
             f"head: expected {prefix}.weight in {spec.checkpoint}, found none; name the weights that it was tuned "
             f"from by {spec.named}/TAG"
         )
     return _timm_classifier(replace(spec, checkpoint=None))
-
-
-def _has_weights(spec: EncoderSpec) -> bool:
-    return spec.whole or spec.pretrained is not None

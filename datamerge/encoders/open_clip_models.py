@@ -14,7 +14,7 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
 CONFIGURATION = "open_clip_config.json"
-QUICK = "-quickgelu"
+QUICK = "-quickgelu"  # the end of the names of models with that activation
 # In place of a text tower that nobody asks for: it would take half of the memory, or a configuration from the hub.
 NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 

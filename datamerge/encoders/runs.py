@@ -17,6 +17,7 @@ from datamerge.encoders.encoder import Encoder, load_encoder
 from datamerge.encoders.specs import at_home, split_spec, with_image_size
 from datamerge.runtime.messages import say
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
 
 # Fields of a run's summary that make a round traceable: the artifact it trained on, and the encoder it began with.
@@ -77,7 +78,7 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
     Raises:
         ConfigError: a folder without a finished run, or one whose file of weights was replaced.
     """
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if not folder.is_dir():
         return with_tag_of_run(text), None
     summary = read_summary(folder)
@@ -96,7 +97,7 @@ def spec_of_run(summary: RunSummary, folder: Path) -> str:
     if summary.preprocessing is None or file is None or not Path(file).is_file():
         return with_tag_of_run(spec)
     found = recorded_preprocessing(Path(file))
-    differences = ["none there"] if found is None else summary.preprocessing.differences(found)
+    differences = ["none there"] if found is None else found.differences(summary.preprocessing)
     if differences:
         raise ConfigError(
             f"encoder: expected the preprocessing that {folder / SUMMARY} names, found another in {file} "
@@ -129,7 +130,7 @@ def started_from(text: str) -> str:
     Raises:
         ConfigError: neither.
     """
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.is_dir():
         first = read_summary(folder)
         runs = [first, *_runs_behind(first.original, first.original_sha256)]
@@ -137,7 +138,7 @@ def started_from(text: str) -> str:
         runs = list(_runs_behind(text))
     spec = split_spec(runs[-1].original if runs else text)
     file = Path(spec.checkpoint) if spec.checkpoint else None
-    if file is not None and file.name == WEIGHTS and not file.exists() and (spec.pretrained or spec.whole):
+    if file is not None and file.name == WEIGHTS and not file.exists() and spec.has_weights:
         # A run that is gone. It wrote no text tower and no classifier.
         spec = replace(spec, checkpoint=None)
     return str(spec)

@@ -3,7 +3,7 @@
     open_clip:MODEL/TAG            open_clip:ViT-L-14/openai       weights open_clip knows by that tag
     open_clip:hf-hub:ORG/NAME      open_clip:hf-hub:chs20/fare2-clip
     open_clip:local-dir:FOLDER     a folder with open_clip_config.json and weights
-    timm:MODEL/TAG                 timm:resnet50/a1_in1k           weights timm knows by that tag
+    timm:MODEL/TAG                 timm:resnet50/a1_in1k           weights timm knows by that tag (or MODEL.TAG)
     timm:hf-hub:ORG/NAME           (also timm:local-dir:FOLDER)
     hf:FOLDER, hf:ORG/NAME         hf:openai/clip-vit-base-patch32 a vision model of Hugging Face transformers
     mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 
 KINDS = ("open_clip", "timm", "hf", "mlp", "python")
 EXAMPLES = (
@@ -72,6 +73,11 @@ class EncoderSpec:
         return self.kind in ("hf", "python") or self.model.startswith((HUB, LOCAL))
 
     @property
+    def has_weights(self) -> bool:
+        """Whether model and tag name weights, which a file may replace."""
+        return self.whole or self.pretrained is not None
+
+    @property
     def named(self) -> str:
         """Kind and model: the network without its weights."""
         return f"{self.kind}:{self.model}"
@@ -96,17 +102,17 @@ def split_spec(text: str) -> EncoderSpec:
         raise ConfigError(f"encoder: expected one of {EXAMPLES}, found {text!r}")
     name, file = _split_file(kind, rest)
     # Absolute, because specs are recorded in manifests and runs and read back from other folders.
-    checkpoint = None if file is None else str(Path(file).expanduser().absolute())
-    name, image_size = _split_size(name)
-    if image_size is not None and image_size > MAX_SIDE:
-        raise ConfigError(
-            f"encoder: expected an image_size of at most {MAX_SIDE} pixels, found {image_size} in {text!r}"
-        )
+    checkpoint = None if file is None else str(user_path(file).absolute())
+    name, size = _split_size(name)
+    if size is not None and not (re.fullmatch(r"[0-9]{1,5}", size) and 1 <= int(size) <= MAX_SIDE):
+        raise ConfigError(f"encoder: expected an image_size of 1 to {MAX_SIDE} pixels, found {size!r} in {text!r}")
+    image_size = None if size is None else int(size)
     if kind == "hf" or name.startswith((HUB, LOCAL)):
         model, revision = _split_revision(name)
         spec = EncoderSpec(kind, model, None, revision, image_size, checkpoint)
     elif kind in ("open_clip", "timm"):
-        model, _, tag = name.partition("/")
+        # timm itself writes resnet50.a1_in1k; none of its models has a dot in its own name.
+        model, _, tag = name.replace(".", "/", 1).partition("/") if kind == "timm" else name.partition("/")
         spec = EncoderSpec(kind, model, tag if tag not in ("", "random") else None, None, image_size, checkpoint)
     else:
         spec = EncoderSpec(kind, name, None, None, image_size, checkpoint)
@@ -124,22 +130,22 @@ def _split_file(kind: str, rest: str) -> tuple[str, str | None]:
         return rest, None
     cuts = [(rest[: at.start()], rest[at.end() :]) for at in re.finditer("@", rest)]
     files = [(name, file) for name, file in cuts if file.endswith(SUFFIXES)]
-    there = [(name, file) for name, file in cuts if Path(file).expanduser().is_file()]
+    there = [(name, file) for name, file in cuts if user_path(file).is_file()]
     # Recorded paths are absolute; a file that is gone is still told from the name before it.
     recorded = [(name, file) for name, file in files if file.startswith("/")]
     return next(iter(there or recorded or files[::-1]), (rest, None))
 
 
-def _split_size(name: str) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(.*),image_size=([1-9][0-9]{0,4})", name, re.DOTALL)
-    return (found[1], int(found[2])) if found else (name, None)
+def _split_size(name: str) -> tuple[str, str | None]:
+    found = re.fullmatch(r"(.*),image_size=([^/@]*)", name, re.DOTALL)
+    return (found[1], found[2]) if found else (name, None)
 
 
 def _split_revision(name: str) -> tuple[str, str | None]:
     """A folder as an absolute path; or a name on a hub, and its revision."""
     schema = next((schema for schema in (HUB, LOCAL) if name.startswith(schema)), "")
     place = name.removeprefix(schema)
-    folder = Path(place).expanduser()
+    folder = user_path(place)
     if schema == LOCAL or (not schema and (folder.is_dir() or place.startswith(("/", ".", "~")))):
         return f"{schema}{folder.absolute()}" if place else name, None
     place, _, revision = place.partition("@")

@@ -100,7 +100,7 @@ def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
     texts = _texts_of_file(spec)
     # Whole models of JAX, which open_clip alone can read.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
-    if spec.checkpoint and texts is None and not (archive or spec.pretrained or spec.whole):
+    if spec.checkpoint and texts is None and not (archive or spec.has_weights):
         raise ConfigError(
             f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
             f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
@@ -110,7 +110,7 @@ def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
     def create() -> Any:
         if texts is not None:
             options: dict[str, Any] = {"load_weights": False, "pretrained_text": False, "vision_cfg": NO_IMAGES}
-        elif archive or spec.whole or spec.pretrained:
+        elif archive or spec.has_weights:
             options = {"pretrained": archive or spec.pretrained, "require_pretrained": True}
         else:
             options = {}

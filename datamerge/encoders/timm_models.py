@@ -13,7 +13,7 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
 RESIZES = {"squash": "squash", "border": "longest"}  # timm's crop mode → ours; all others are shortest
-FACTS = {"shape", "resize", "scale", "interpolation", "mean", "std"}  # in which tags of one model may differ
+FACTS = ("shape", "resize", "scale", "interpolation", "mean", "std")  # in which tags of one model may differ
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
@@ -71,24 +71,18 @@ def _create(name: str, spec: EncoderSpec) -> Any:
 
 def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
     """The warning that a file's preprocessing is that of timm's first tag, where others of the model differ."""
-    if spec.whole or spec.pretrained or not spec.checkpoint:
+    if spec.has_weights or not spec.checkpoint:
         return []
     import timm
     from timm.data.config import resolve_data_config
 
+    sized = {"input_size": own.shape} if spec.image_size else {}
     tags = {}
     for name in timm.list_pretrained(f"{spec.model}.*"):
         config: Any = timm.get_pretrained_cfg(name)
-        tags[name.partition(".")[2]] = _facts(read_config(resolve_data_config(pretrained_cfg=config.to_dict()), spec))
-    return differing(spec, _facts(own), tags)
-
-
-def _facts(preprocessing: Preprocessing) -> dict[str, str]:
-    """In words, by name."""
-    return {
-        name: " ".join(map("{:g}".format, value)) if isinstance(value, tuple) else str(value)
-        for name, value in preprocessing.model_dump(include=FACTS).items()
-    }
+        found = read_config(resolve_data_config(sized, pretrained_cfg=config.to_dict()), spec)
+        tags[name.partition(".")[2]] = found.words(*FACTS)
+    return differing(spec, own.words(*FACTS), tags)
 
 
 def read_config(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:

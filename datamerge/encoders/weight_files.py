@@ -178,7 +178,8 @@ def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
         asked = []
     asked = [name for name in asked if not name.startswith("numpy.")] or re.findall(r"GLOBAL (\S+)", str(error))
     more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
-    asked = asked or [f"a pickle that torch does not read, {first_line(error)}"]
+    # What torch itself says of one begins with advice to run it.
+    asked = asked or ["a pickle that torch did not write"]
     return ConfigError(
         f"encoder: expected plain tensors in {path}, found objects that only run code could make "
         f"({', '.join(asked[:3])}{more}); where you trust it, load it yourself and save its state_dict()"

@@ -111,5 +111,5 @@ def head_sha256(head: Head) -> str:
 def _warn_if_random(text: str) -> None:
     if text.partition(":")[0] in KINDS:
         spec = parse_spec(text)
-        if not spec.whole and spec.pretrained is None and spec.checkpoint is None:
+        if not spec.has_weights and spec.checkpoint is None:
             warn(f"head {text} has random weights; nobody has trained it, its accuracies mean nothing")

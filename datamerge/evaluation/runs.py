@@ -9,6 +9,7 @@ from datamerge.encoders import parse_spec, refusals_about
 from datamerge.encoders.runs import spec_of_run, with_tag_of_run
 from datamerge.encoders.specs import KINDS
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import BASELINE, RunSummary, read_summary
 
 
@@ -37,7 +38,7 @@ def read_run(text: str) -> Run:
     Raises:
         ConfigError: neither, an unfinished run, or a damaged one.
     """
-    folder = Path(text).expanduser()
+    folder = user_path(text)
     if folder.is_dir():
         with refusals_about("runs"):
             summary = read_summary(folder)

@@ -24,6 +24,7 @@ from datamerge.evaluation.pictures import picture_section
 from datamerge.evaluation.results import ArmResult, Score
 from datamerge.evaluation.store import read_object, write_result
 from storage_schemas import DatamergeError, Location
+from storage_schemas.access.local_paths import user_path
 
 PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
@@ -49,7 +50,7 @@ def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[
     Raises:
         DatamergeError: results of an earlier call that cannot be read, or a folder that takes no more.
     """
-    folder = Path(output).expanduser().absolute()
+    folder = user_path(output).absolute()
     location = Location(folder)
     again = {result.run for result in results}
     kept = [result for result in read_results(folder / part / RESULTS) if result.run not in again]
@@ -237,8 +238,8 @@ def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
 
 def _short_name(run: str) -> str:
     """A run without the folders in front, which are alike in every row."""
-    if Path(run).expanduser().is_dir():
-        return Path(run).expanduser().absolute().name
+    if user_path(run).is_dir():
+        return user_path(run).absolute().name
     network, at, checkpoint = run.partition("@")
     return f"{network}{at}{Path(checkpoint).name}"
 

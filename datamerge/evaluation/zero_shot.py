@@ -7,7 +7,6 @@ attacked in ascending order and only what survived the last one, since every bal
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from datamerge.runtime.messages import warn
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import Sample, Source
 from storage_schemas import ConfigError, shortened
+from storage_schemas.access.local_paths import user_path
 
 PART = "zero-shot"
 MASKING_IMAGES = 32
@@ -111,7 +111,7 @@ def _head(
     if spec.partition(":")[0] not in ZERO_SHOT:
         return make_heads(spec, config.class_names, [subject.encoder])[0]
     if spec not in cache:
-        shelf = Path(config.output).expanduser().absolute() / "heads"
+        shelf = user_path(config.output).absolute() / "heads"
         (cache[spec],) = make_heads(spec, config.class_names, [subject.encoder], templates, shelf)
     cache[spec].check_width(subject.encoder.embedding_dim, f"{spec!r} for the encoder {subject.encoder.spec!r}")
     return cache[spec]

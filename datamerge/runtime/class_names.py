@@ -8,11 +8,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from datamerge.runtime.messages import say
 from storage_schemas import ConfigError, shortened
+from storage_schemas.access.local_paths import user_path
 
 # 0: tench | 0,tench | 0 tench | n01440764 tench
 _NUMBERED = re.compile(r"(\d+)(?:\s*[:,;\t]\s*|\s+)(\S.*)")
@@ -42,7 +42,7 @@ def read_class_names(file: str, setting: str = "class_names") -> list[str]:
         ConfigError: no such file, an empty one, a line without a name between others, or numbers with a gap.
     """
     try:
-        text = Path(file).expanduser().read_text("utf-8-sig")
+        text = user_path(file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
         raise ConfigError(f"{setting}: expected one class name a line in {file}, found {reason}") from None

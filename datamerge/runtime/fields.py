@@ -30,7 +30,7 @@ Split = Annotated[
 ]
 ExifSetting = Annotated[
     Literal["transpose", "ignore"] | None,
-    Option(unset="transpose for Parquet and Arrow, as datasets does; else ignore, as torchvision does"),
+    Option(unset="transpose for Parquet and Arrow, else ignore"),
     Field(description="Whether the orientation in images' EXIF data is applied."),
 ]
 Output = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from storage_schemas import ConfigError
+from storage_schemas.access.local_paths import absolute, user_path
 
 
 def local_path(text: str, setting: str) -> Path:
@@ -15,12 +16,13 @@ def local_path(text: str, setting: str) -> Path:
 
     Raises:
         ConfigError: a URL.
+        UserError: what cannot be a path.
     """
     if "://" in text:
         raise ConfigError(
             f"{setting}: expected a folder of this machine, found the URL {text}; copy it there afterwards"
         )
-    return Path(text).expanduser().absolute()
+    return Path(absolute(text))
 
 
 def read_lines(file: str, setting: str, expected: str) -> list[str]:
@@ -34,7 +36,7 @@ def read_lines(file: str, setting: str, expected: str) -> list[str]:
         ConfigError: no such file, or an empty one.
     """
     try:
-        lines = Path(file).expanduser().read_text("utf-8-sig").splitlines()
+        lines = user_path(file).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
         raise ConfigError(f"{setting}: expected {expected} at {file}, found {reason}") from None

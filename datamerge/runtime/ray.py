@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datamerge.runtime.machine import usable_cpus
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError, DatamergeError
 
 CONNECT_SECONDS = 10.0
+UV_RUN = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 
 
 @contextmanager
@@ -42,6 +44,7 @@ def connected(
         return
     if address is not None:
         check_cluster_address(address)
+    _obey_uv_run()
     try:
         _start(cpus, init) if address is None else _join(address, init)
         yield
@@ -61,10 +64,18 @@ def _join(address: str, init: dict[str, Any]) -> None:
         ) from None
 
 
+def _obey_uv_run() -> None:
+    """Tell Ray what the environment says of `uv run`: it has read that when it was imported, perhaps before."""
+    from ray._private import ray_constants
+
+    if hasattr(ray_constants, UV_RUN):
+        setattr(ray_constants, UV_RUN, os.environ[UV_RUN] not in ("", "0", "false", "False"))
+
+
 def _start(cpus: int, init: dict[str, Any]) -> None:
     import ray
 
-    cpus = max(os.cpu_count() or 1, cpus)
+    cpus = max(usable_cpus(), cpus)
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, **init)
     except Exception as error:  # that is what Ray raises where its processes do not come up in time
@@ -98,6 +109,8 @@ def ray_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # No metrics of a driver: ray.init() starts a thread for them that ray.shutdown() leaves running (Ray 2.60).
         "RAY_enable_open_telemetry": "0",
+        # Under `uv run` workers would otherwise start in a copy of the working directory.
+        UV_RUN: "0",
         **(more or {}),
     }
     return {name: value for name, value in settings.items() if name not in os.environ}

@@ -9,12 +9,12 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from storage_schemas import ConfigError, shortened
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.errors import SHOWN_LETTERS
 from storage_schemas.schema.problems import in_words
 
@@ -115,7 +115,7 @@ def load_settings(
 def read_toml(file: str) -> dict[str, Any]:
     """The contents of a TOML file; raises ConfigError."""
     try:
-        with Path(file).expanduser().open("rb") as stream:
+        with user_path(file).open("rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"{file}: expected a TOML file, found {error.strerror}") from None

@@ -58,8 +58,10 @@ def _found(arrays: Mapping[str, Array], column: str | None, usable: Sequence[str
         return f"{found}: flat rows; save {meant}.reshape({axes}) instead"
     if array.ndim in (3, 4) and array.size and array.dtype.kind in "fiub":
         low, high = array.min(), array.max()
-        scaled = "np.round(255 * x)" if array.dtype.kind == "f" and low >= 0 and high <= 1 else "x"
-        if array.dtype.kind == "b" or (low >= 0 and high <= 255):
+        scaled = "x"
+        if low >= 0 and high <= 1:
+            scaled = "np.round(255 * x)" if array.dtype.kind == "f" else "(255 * x)"
+        if low >= 0 and high <= 255:
             return f"{found}, from {low} to {high}; save {scaled}.astype(np.uint8) instead"
         return f"{found}, from {low} to {high}; save pixels from 0 to 255 as uint8 instead"
     return str(found or "no array at all")

@@ -121,6 +121,8 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     column, images = find_images(arrays, columns.image, where)
     if arrays[column].ndim == len(images) == 3:
         say(f"{where}: {column} {list(images.shape)} is taken as 3 grey images, not as one of three channels")
+    if images.max() == 1:
+        say(f"{where}: {column} holds 0 and 1 only, which is black; if 1 is white, save (255 * x).astype(np.uint8)")
     listing = {file: _facts(data)}
     beside = _labels_beside(location, file)
     if beside is not None:

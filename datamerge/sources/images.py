@@ -69,15 +69,12 @@ def decode(
 def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
     """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
     try:
-        if isinstance(data, Image.Image):
-            yield data  # maybe of a file whose pixels are not read yet
-            return
         with warnings.catch_warnings():
             # A palette with transparency only warns; a decompression bomb is refused.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(data, Image.Image):
-                yield data
+                yield data  # maybe of a file whose pixels are not read yet
             else:
                 with Image.open(io.BytesIO(data), formats=_formats()) as image:
                     yield image

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
+from datamerge.sources.depth import bits, to_8_bits
 from datamerge.sources.images import BadImage, opened
 from datamerge.sources.opening import open_source
+from datamerge.sources.orientation import UPRIGHT, orientation, usual_exif
 from datamerge.sources.sample import Sample, Source
 from datamerge.sources.splits import ALL
 from storage_schemas import ConfigError, Location, redact
@@ -20,7 +22,6 @@ from storage_schemas.schema.arguments import check_count
 
 LOOKED_AT = 64  # images
 THUMBNAILS, SIDE = 3, 256  # how many, and pixels of the longer side
-UPRIGHT = 1  # EXIF's orientation of an image that needs no turning
 # What an image may turn out to be when it is decoded; PIL raises anything.
 _BROKEN = (BadImage, OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 
@@ -49,7 +50,8 @@ def inspect_source(
     Returns:
         `kind`, `split` and `splits` with their sizes, `samples`, `unlabelled` ones and, if that is known, why,
         `classes` with their labels, names and sizes, `left_out` files by reason, and of the images `looked_at`:
-        `sizes`, `modes`, `formats`, how many are `turned` by EXIF, and the `unusable` ones with their reasons.
+        `sizes`, `modes`, `formats`, how many EXIF would turn (`turned`), what a merge does about these unless it is
+        told otherwise (`exif`), and the `unusable` ones with their reasons.
 
     Raises:
         ConfigError: no such split; thumbnails that are no .png file.
@@ -77,6 +79,7 @@ def inspect_source(
         **_classes(found),
         "no_labels_because": found.unlabelled or None,
         "left_out": dict(found.left_out),
+        "exif": usual_exif(found.kind),
         "fingerprint": found.fingerprint,
     }
     pictures: list[Image.Image] = []
@@ -110,13 +113,15 @@ def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.I
     for sample in samples:
         try:
             with opened(source.reader.read(sample)) as image:
+                declared_bits = bits(image)
                 image.load()
+                eight = to_8_bits(image, declared_bits)
                 sizes[f"{image.width}x{image.height}"] += 1
                 modes[image.mode] += 1
                 formats[image.format or "pixels"] += 1
-                turned += _orientation(image) != UPRIGHT
+                turned += orientation(image) != UPRIGHT
                 if len(pictures) < THUMBNAILS:
-                    pictures.append(_thumbnail(image))
+                    pictures.append(_thumbnail(eight))
         except _BROKEN as error:
             unusable.append({"name": sample.name, "reason": str(error)})
     return {
@@ -127,11 +132,6 @@ def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.I
         "turned": turned,
         "unusable": unusable,
     }
-
-
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    return value if isinstance(value, int) and 1 <= value <= 8 else UPRIGHT
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from datamerge.sources.images import BadImage
 from datamerge.sources.labels import label_columns
 from datamerge.sources.sample import RawImage
 from storage_schemas import shortened
+from storage_schemas.access.local_paths import user_path
 
 # Keys of images where an item holds several things that could be one, such as masks.
 USUAL_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
@@ -88,7 +88,7 @@ def to_raw(value: Any) -> RawImage:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if _is_path(value):
-        return Path(value).expanduser().read_bytes()
+        return user_path(value).read_bytes()
     if hasattr(value, "detach") and hasattr(value, "is_floating_point"):
         return _of_pixels(_from_tensor(value), channels_first=True)
     if value is None or not hasattr(value, "dtype"):

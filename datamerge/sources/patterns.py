@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import braceexpand
 
@@ -11,6 +10,7 @@ from datamerge.sources.listing import File
 from datamerge.sources.sample import check_listed
 from datamerge.sources.suffixes import ARROW, PARQUET, TAR
 from storage_schemas import Location, SourceError, redact
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.access.redaction import split_query
 
 _SUFFIXES = (*TAR, *PARQUET, *ARROW)
@@ -23,7 +23,7 @@ def is_pattern(url: str) -> bool:
     lower = base.lower()
     if not _SPECIAL.search(base):
         is_tar = lower.endswith(TAR) or query.lower().endswith(TAR)  # …/get?file=x.tar
-        return is_tar and not ("://" not in base and Path(base).expanduser().is_dir())
+        return is_tar and not ("://" not in base and user_path(base).is_dir())
     if not any(suffix in lower for suffix in (*_SUFFIXES, "*")):
         return False
     return not _is_literal(base, query)
@@ -61,7 +61,7 @@ def find_files(url: str) -> tuple[Location, list[File]]:
 
 def _expanded(base: str, query: str) -> list[str]:
     """A pattern without its braces, local ones from the root; folders that are there are called as they are."""
-    base = base if "://" in base else str(Path(base).expanduser().absolute())
+    base = base if "://" in base else str(user_path(base).absolute())
     folder, _, name = base.rpartition("/")
     if _is_literal(folder, query):
         return [f"{folder}/{last}" for last in braceexpand.braceexpand(name)]

@@ -46,7 +46,8 @@ def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     found.append(("files left out", _shortened(left_out) or "none"))
     found.append(("looked at", "all" if looked == facts["samples"] else f"{looked}, drawn at random"))
     found += [(name, _shortened([f"{key} ({count})" for key, count in facts[name].items()])) for name in _COUNTED]
-    found.append(("turned by EXIF", str(facts["turned"])))
+    done = "applied" if facts["exif"] == "transpose" else "ignored"
+    found.append(("turned by EXIF", f"{facts['turned']}; {done} unless --exif says otherwise"))
     unusable = [f"{entry['name']}: {entry['reason']}" for entry in facts["unusable"]]
     found.append(("unusable", f"{len(unusable)}: {_shortened(unusable)}" if unusable else "none"))
     return found

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from storage_schemas.access.local_paths import absolute
 from storage_schemas.access.location import Location
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.manifest import MANIFEST
@@ -42,7 +43,7 @@ class Cache:
     def __post_init__(self) -> None:
         if self.max_bytes < 1:
             raise ConfigError(f"cache: expected a positive limit in bytes, found {self.max_bytes}")
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", Path(absolute(self.folder)))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

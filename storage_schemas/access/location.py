@@ -13,40 +13,48 @@ from typing import Any, TypeVar, cast
 
 import fsspec
 
+from storage_schemas.access import streams
 from storage_schemas.access.atomic import atomic_file
 from storage_schemas.access.devices import refuse_devices
+from storage_schemas.access.driver_options import options_for
+from storage_schemas.access.explaining import ChangedFile, RangeError, Refused, explained, missing_driver
+from storage_schemas.access.local_paths import absolute, local_part
 from storage_schemas.access.redaction import redact, split_query
-from storage_schemas.access.retries import http_status, is_transient, retry
+from storage_schemas.access.retries import retry
+from storage_schemas.access.streams import RemoteStream, read_version
 from storage_schemas.errors import DatamergeError, UserError
 
 T = TypeVar("T")
-
-# Protocol → extra of this package that installs its driver.
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 
 # Failures of this machine's disk while it takes a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 WRITE_ATTEMPTS = 5
-BLOCK = 5 * 2**20  # bytes that a stream over a network requests at least
+# Bytes of a file that a web server without ranges may send for each part of it.
+MOST_WHOLE = 64 * 2**20
 
 
 class Location:
     """A root folder: a local path or any fsspec URL (``s3://``, ``gs://``, ``https://``, ``memory://``).
 
     Paths given to the methods are relative to the root and use ``/``. Transient failures of remote storage are
-    retried. A query string, such as a signature, is kept and added to every path.
+    retried. A query string, such as a signature, is kept and added to every path. A local path means the same for
+    the life of a location and in its copies, whatever the working directory of their process.
 
     Attributes:
-        url: the URL as it may be shown and stored: passwords and query values are masked.
+        url: the path or URL as it may be shown and stored: passwords and query values are masked.
     """
 
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
-        self._url = os.fspath(url)
-        self._options = storage_options
-        base, self._query = split_query(self._url)
+        text = os.fspath(url)
+        base, self._query = split_query(text)
         self._base = base.rstrip("/") or "/"
         self.url = redact(self._base)
+        if (path := local_part(self._base)) is not None:
+            self._base = absolute(path)
+        self._options = options_for(self._base, storage_options)
+        # Of files that are read in several requests: what tells them from others under the same name.
+        self._versions: dict[str, str] = {}
         self._connect()
 
     def _connect(self) -> None:
@@ -55,14 +63,25 @@ class Location:
             # Others write here too: a remembered listing would give sizes of files that were replaced since.
             options.setdefault("use_listings_cache", False)
         try:
-            self._fs, self.root = fsspec.core.url_to_fs(self._base, **options)
+            self._fs, self.root = self._found(options)
         except ImportError as error:
-            raise UserError(f"{self.url}: {_missing_driver(self._base, error)}") from None
+            raise UserError(f"{self.url}: {missing_driver(self._base, error)}") from None
         except ValueError as error:
             raise UserError(f"{self.url}: not a path or URL that fsspec knows ({redact(str(error))})") from None
         except Exception as error:  # drivers look for credentials, and those of archives for the archive
-            raise _explained(error, self.url) from None
+            raise explained(error, self.url) from None
         self._process = os.getpid()
+
+    def _found(self, options: dict[str, Any]) -> tuple[Any, str]:
+        """The file system, and the folder as that spells it."""
+        if "://" not in self._base:  # not by its URL: a path may look like two
+            return fsspec.filesystem("file", **options), self._base
+        if self._base.startswith(("http://", "https://")) and "::" not in self._base:
+            from storage_schemas.access.web import WebFileSystem  # its driver is optional
+
+            return WebFileSystem(**options), self._base
+        found: tuple[Any, str] = fsspec.core.url_to_fs(self._base, **options)
+        return found
 
     @property
     def fs(self) -> Any:
@@ -81,6 +100,8 @@ class Location:
 
     def path(self, relative: str) -> str:
         """The full path of a file in this folder, as its file system spells it."""
+        if self._query or self.is_read_only:
+            relative = relative.replace("?", "%3F")
         return (f"{self.root}/{relative}" if relative else str(self.root)) + self._query
 
     def local_path(self, relative: str) -> str | None:
@@ -142,27 +163,63 @@ class Location:
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
         """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
-        data = self._sent(relative, start, end)
-        if start is not None and end is not None and len(data) > end - start:
-            data = data[start:end]  # a web server that knows no ranges sends the whole file
-        return data
+        return self.sent(relative, start, end)
 
-    def _sent(self, relative: str, start: int | None, end: int | None) -> bytes:
-        """What the file system sends for a range: nothing from behind the end, or all where it knows no ranges."""
+    def sent(self, relative: str, start: int | None, end: int | None, most: int | None = None) -> bytes:
+        """What the file system sends for a range; nothing from behind the end.
+
+        Args:
+            most: bytes of a file that a web server without ranges may send whole, by default `MOST_WHOLE`.
+
+        Raises:
+            SourceError: the file is not the one that was pinned.
+            UserError: a web server that knows no ranges, and a longer file.
+        """
         if self.is_local:
             refuse_devices(self.path(relative))
+        version = self._versions.get(relative)
+        more: dict[str, Any] = {}
+        if self.is_read_only:
+            more |= {"version": version, "most": most or MOST_WHOLE}
+
+        def get(path: str) -> bytes:
+            if version and not more:
+                return read_version(self.fs, path, start, end, version)
+            return cast(bytes, self.fs.cat_file(path, start=start, end=end, **more))
+
         try:
-            return cast(bytes, self._call(relative, lambda path: self.fs.cat_file(path, start=start, end=end)))
-        except _RangeError:
+            return self._call(relative, get)
+        except RangeError:
             return b""
+
+    def pin(self, relative: str) -> int:
+        """Bytes of a file that will be read in several requests: they must all see the same file.
+
+        From now on reads of it, here and in copies of this location, refuse another file of that name. Object
+        stores other than S3, and servers that give neither ETag nor date, cannot tell. Local files are not watched.
+
+        Raises:
+            FileNotFoundError: no such file.
+            SourceError: it was pinned before, and is another one now.
+        """
+        if self.is_local:
+            return self.size(relative)
+        entry = self._call(relative, lambda path: self.fs.info(path))
+        version = str(entry.get("ETag") or "") if self.is_read_only or "s3" in self._fs.protocol else ""
+        if version and version != self._versions.setdefault(relative, version):
+            changed = ChangedFile(f"{version}, expected {self._versions[relative]}")
+            raise explained(changed, self._where(relative))
+        size = entry["size"]
+        return len(self.read(relative)) if size is None else int(size)
 
     def open(self, relative: str) -> Any:
         """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard.
 
-        Over a network every read is a request of its own, with the retries and the errors of `read`.
+        Over a network every read is a request of its own, with the retries and the errors of `read`; the file is
+        pinned.
         """
         if not self.is_local:
-            return io.BufferedReader(_RemoteStream(self, relative), BLOCK)
+            return io.BufferedReader(RemoteStream(self, relative), streams.BLOCK)
         refuse_devices(self.path(relative))
         return self.fs.open(self.path(relative), "rb")
 
@@ -227,25 +284,36 @@ class Location:
     def split(self) -> tuple[Location, str]:
         """The folder that holds this location, and its name there."""
         folder, _, name = self._base.rpartition("/")
-        return Location((folder or ("/" if self._base.startswith("/") else ".")) + self._query, **self._options), name
+        shown, slash, _ = self.url.rpartition("/")
+        return self._at(folder or "/", shown or slash or "."), name
 
     def below(self, relative: str) -> Location:
         """A folder in this one."""
-        return Location(f"{self._base}/{relative}{self._query}", **self._options)
+        return self._at(f"{self._base}/{relative}", f"{self.url}/{relative}")
+
+    def _at(self, base: str, shown: str) -> Location:
+        """Another folder of this file system; `shown`: what to call it if it is local."""
+        location = Location(f"{base}{self._query}", **self._options)
+        if location.is_local:
+            location.url = shown
+        return location
+
+    def _where(self, relative: str) -> str:
+        return f"{self.url}/{relative}" if relative else self.url
 
     def _call(self, relative: str, operation: Callable[[str], T]) -> T:
         """Run an operation on a path, with retries and readable errors where it goes over a network."""
         path = self.path(relative)
         if self.is_local:
             return operation(path)
-        where = f"{self.url}/{relative}" if relative else self.url
         try:
             return retry(lambda: operation(path))
         except Exception as error:
-            if isinstance(error, DatamergeError) or getattr(error, "errno", None) in _LOCAL:
+            said = isinstance(error, DatamergeError) and not isinstance(error, Refused)
+            if said or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
-        raise _explained(failure, where)
+        raise explained(failure, self._where(relative), is_signed=bool(self._query))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_fs", "root", "_process")}
@@ -256,63 +324,3 @@ class Location:
 
     def __repr__(self) -> str:
         return f"Location({self.url!r})"
-
-
-class _RemoteStream(io.RawIOBase):
-    """A file that is not on this machine, a range request a read."""
-
-    def __init__(self, location: Location, relative: str) -> None:
-        self._location, self._relative = location, relative
-        self._size, self._position = location.size(relative), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        start, end = self._position, min(self._position + len(buffer), self._size)
-        if start >= end:
-            return 0
-        data = self._location._sent(self._relative, start, end)
-        if len(data) > end - start:
-            if self._size > BLOCK:
-                raise UserError(
-                    f"{self._location.url}/{self._relative}: expected a server that knows byte ranges, found one "
-                    f"that sends all {self._size} bytes each time; copy the file to this machine"
-                )
-            data = data[start:end]
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-class _RangeError(DatamergeError):
-    """The range begins behind the end of the file."""
-
-
-def _explained(failure: Exception, where: str) -> Exception:
-    """The error to raise for what a driver raised: one line without secrets, FileNotFoundError for a missing file."""
-    status = http_status(failure)
-    if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
-        return FileNotFoundError(errno.ENOENT, "no such file", where)
-    if isinstance(failure, FileNotFoundError) and isinstance(failure.__cause__, Exception):
-        failure = failure.__cause__  # some drivers call every failure a missing file
-    reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
-    if status == 416:
-        return _RangeError(where)
-    if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
-        return UserError(f"{where}: access refused ({reason}); check the credentials in the environment or the URL")
-    return DatamergeError(f"{where}: {type(failure).__name__}: {reason}; run the same command again to continue")
-
-
-def _missing_driver(url: str, error: ImportError) -> str:
-    protocol = url.partition("://")[0]
-    extra = EXTRAS.get(protocol)
-    hint = f"pip install 'datamerge[{extra}]'" if extra else str(error)
-    return f"the driver for {protocol}:// is not installed; {hint}"

@@ -139,18 +139,18 @@ class Preprocessing(BaseModel):
         return self.mean is not None and self.std is not None
 
     def differences(self, other: Preprocessing, *, normalised: bool = True) -> list[str]:
-        """What differs between two, a phrase each: `resize shortest here, squash there`; empty if they agree.
+        """In what this is another one than expected, a phrase each: `resize shortest, not squash`.
 
         What one of them does not say (the normalisation without an encoder, the resizing of images that are taken as
         they are) differs from nothing, and neither does what changes no pixel (the rounding of what is squashed).
 
         Args:
-            other: what is there.
+            other: what was expected.
             normalised: also compare means and standard deviations.
         """
         names = ["shape", *self._decisive(other), *(("mean", "std") if normalised else ())]
         return [
-            f"{name} {_text(name, mine)} here, {_text(name, theirs)} there"
+            f"{name} {_text(name, mine)}, not {_text(name, theirs)}"
             for name in names
             if not _same(mine := getattr(self, name), theirs := getattr(other, name))
         ]
@@ -173,6 +173,10 @@ class Preprocessing(BaseModel):
             *(("fill",) if padded else ()),
             "alpha",
         ]
+
+    def words(self, *names: str) -> dict[str, str]:
+        """Fields as a person writes them, by name."""
+        return {name: _text(name, getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
         """In one line: `3x224x224: shorter side to 256, bicubic, centre cropped, mean (0.485, 0.456, 0.406), …`."""

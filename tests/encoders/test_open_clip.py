@@ -316,3 +316,8 @@ def test_without_a_network_a_tag_says_how_to_do_without(monkeypatch: pytest.Monk
         load_encoder("open_clip:ViT-B-32/openai")
     with refused(ConfigError, "encoder", "'open_clip:hf-hub:chs20/fare2-clip'", "open_clip:local-dir:FOLDER"):
         load_encoder("open_clip:hf-hub:chs20/fare2-clip")
+
+
+def test_a_name_that_no_hub_can_have_is_not_a_download_that_failed() -> None:
+    with refused(ConfigError, "encoder", "'open_clip:hf-hub:a/b/c'", "Repo id must be"):
+        load_encoder("open_clip:hf-hub:a/b/c")

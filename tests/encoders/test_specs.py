@@ -29,6 +29,12 @@ def test_good_specs(text: str, kind: str, model: str, pretrained: str | None) ->
     assert parse_spec(str(spec)) == spec
 
 
+def test_timms_own_spelling_names_its_weights() -> None:
+    """Taken for a model's name alone, timm would build it with random weights."""
+    assert str(parse_spec("timm:resnet50.a1_in1k,image_size=96")) == "timm:resnet50/a1_in1k,image_size=96"
+    assert parse_spec("timm:local-dir:/a.b/c").model == "local-dir:/a.b/c"
+
+
 @pytest.mark.parametrize("text", ["timm:resnet50/random", "timm:resnet50/", "timm:resnet50"])
 def test_random_is_no_tag(text: str) -> None:
     assert str(parse_spec(text)) == "timm:resnet50"
@@ -77,6 +83,9 @@ def test_with_checkpoint_replaces_the_file_and_keeps_the_tag(spec: str, expected
         ("timm:resnet50@nowhere.pt", f" '{Path.cwd()}/nowhere.pt' "),
         ("mlp:1x4x4-2@.", f" '{Path.cwd()}' "),
         ("timm:resnet50,image_size=4097", " 4096 "),
+        ("timm:resnet50,image_size=0", "'0'"),
+        ("hf:org/name,image_size=big", "'big'"),
+        ("open_clip:local-dir:/folder,image_size=", "''"),
     ],
 )
 def test_bad_specs(text: str, fact: str) -> None:

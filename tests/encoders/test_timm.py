@@ -140,8 +140,12 @@ def test_a_file_alone_is_taken_for_timms_first_tag(tmp_path: Path, capsys: pytes
     assert encoder.preprocessing.mean == (0.5, 0.5, 0.5)
     (line,) = capsys.readouterr().err.splitlines()
     assert all(
-        fact in line for fact in (str(file), "0.5 0.5 0.5", "0.485", "mae", "timm:vit_base_patch16_224/TAG@FILE")
+        fact in line
+        for fact in (str(file), "mean 0.5", "(0.485, 0.456, ", "mae", "timm:vit_base_patch16_224/TAG@FILE")
     )
+    load_encoder(f"timm:vit_base_patch16_224,image_size=96@{file}")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "TAG@FILE" in line)
+    assert "shape" not in line  # tags do not differ in what the spec says
     load_encoder(f"timm:test_vit@{_written('test_vit', file)}")  # there is one tag of it
     assert capsys.readouterr().err == ""
 

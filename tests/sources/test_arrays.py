@@ -114,6 +114,15 @@ def test_npy(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
     assert open_source(tmp_path / "x.npy").samples[2].key == "x-00000002"
 
 
+def test_zeros_and_ones_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 bits declare their range, so 1 is black; nobody means that."""
+    for name, images in (("ones", GREY % 2), ("more", GREY % 3), ("none", GREY * 0)):
+        np.save(tmp_path / f"{name}.npy", images)
+        _check(open_source(tmp_path / f"{name}.npy"), images, None)
+        said = [line for line in capsys.readouterr().err.splitlines() if "255 * x" in line]
+        assert len(said) == (name == "ones")
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
 @pytest.mark.parametrize(
     ("images", "facts"),
@@ -125,7 +134,10 @@ def test_npy(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
         (np.zeros((2, 5, 4, 3), np.float64) - 1, ("float64", "-1.0", "from 0 to 255")),
         (np.zeros((2, 5, 4), np.int64) + 255, ("int64", "255", "astype(np.uint8)")),
         (np.zeros((2, 5, 4), np.uint16) + 999, ("uint16", "999", "from 0 to 255")),
-        (np.zeros((2, 5, 4), bool), ("bool", "astype(np.uint8)")),
+        (np.zeros((2, 5, 4), np.uint16) + 200, ("uint16", "200", "x.astype(np.uint8)")),
+        (np.zeros((2, 5, 4), np.float32) + np.nan, ("float32", "nan", "from 0 to 255")),
+        (np.zeros((2, 5, 4), bool), ("bool", "(255 * x).astype(np.uint8)")),
+        (np.ones((2, 5, 4), np.int64), ("int64", "(255 * x).astype(np.uint8)")),
         (np.zeros((2, 3, 5, 3), np.uint8), ([2, 3, 5, 3], "two")),
         (np.zeros((2, 5, 4, 4), np.uint8), ([2, 5, 4, 4], "alpha")),
         (np.zeros((5, 4, 3), np.uint8), ([5, 4, 3], "one image", "[1, H, W, C]")),

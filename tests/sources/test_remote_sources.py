@@ -25,7 +25,7 @@ from merge_service import MergeConfig
 from merge_service.merge import prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, Location, SourceError, UserError
-from storage_schemas.access import location
+from storage_schemas.access import streams
 from storage_schemas.access.retries import ATTEMPTS
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
@@ -218,14 +218,14 @@ def test_a_server_without_ranges_sends_small_files_only(
     """Large ones would come whole for every block."""
     files.ranges = False
     _check(open_source(f"{files.url}/{name}"))
-    monkeypatch.setattr(location, "BLOCK", 1000)
+    monkeypatch.setattr(streams, "BLOCK", 1000)
     with refused(UserError, None, f"{files.url}/{name}", "ranges"):
         _check(open_source(f"{files.url}/{name}"))
 
 
 def test_a_tar_is_listed_in_few_requests(files: Any) -> None:
     open_source(f"{files.url}/all.tar")
-    assert len([span for method, _, span in files.requests if method == "GET"]) <= 3
+    assert len(files.requests) <= 4
 
 
 def test_a_merge_continues_with_another_signature(files: Any, tmp_path: Path) -> None:

@@ -54,12 +54,25 @@ def test_facts_of_a_folder(photos: Path) -> None:
         "no_labels_because": None,
         "classes": [{"label": 0, "name": "cat", "samples": 2}, {"label": 1, "name": "dog", "samples": 3}],
         "left_out": {".txt": 1},
+        "exif": "ignore",
         "looked_at": 5,
         "sizes": {"4x4": 3, "8x4": 1},
         "modes": {"RGB": 3, "L": 1},
         "formats": {"PNG": 3, "JPEG": 1},
         "turned": 1,
     }
+
+
+def test_images_that_a_merge_would_refuse_are_unusable_here(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("F", (4, 4), 0.5).save(stream, "TIFF")
+    put(tmp_path, "a.png", data=photo("PNG"))
+    put(tmp_path, "b.tiff", data=stream.getvalue())
+    facts = dm.inspect_source(tmp_path)
+    (unusable,) = facts["unusable"]
+    assert unusable["name"] == "b.tiff"
+    assert "SMaxSampleValue" in unusable["reason"]
+    assert facts["modes"] == {"RGB": 1}
 
 
 def test_the_choice_of_images_follows_the_seed(tmp_path: Path) -> None:

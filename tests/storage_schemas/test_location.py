@@ -14,7 +14,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from storage_schemas import Location, UserError
+from storage_schemas import Cache, Location, UserError
+from storage_schemas.access.redaction import redact
 from storage_schemas.access.retries import is_transient, retry
 from tests.support.refusals import refused
 
@@ -84,10 +85,75 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_local_files_are_readable_by_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_umask_says_who_may_read(tmp_path: Path, umask: int, mode: int) -> None:
     """A published artifact is read by other accounts; temporary files are private by default."""
-    Location(tmp_path).write("f", b"x")
-    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o644
+    before = os.umask(umask)
+    try:
+        Location(tmp_path).write("f", b"x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == mode
+
+
+def test_names_as_long_as_any(tmp_path: Path) -> None:
+    Location(tmp_path).write("f" * 255, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["f" * 255]
+
+
+@pytest.mark.parametrize("name", ["a::b", "zip::a", "a#b?c=d", "a%20b", "~no-such-user", "-", "a b", "c:x"])
+def test_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """To fsspec some of them are chains of two file systems: the folder before the colons would be read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for place in (name, str(tmp_path / name), f"file://{tmp_path / name}"):
+        Location(place).write("f", place.encode())
+        assert (tmp_path / name / "f").read_bytes() == place.encode()
+        assert Location(place).url == redact(place)
+    parent, last = Location(name).split()
+    assert (parent.root, last) == (str(tmp_path), name)
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Location("~/x").write("f", b"x")
+    assert (tmp_path / "x" / "f").read_bytes() == b"x"
+    monkeypatch.delenv("HOME")
+    Location("~/x")
+
+
+def test_a_relative_path_means_the_same_for_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In copies too, which workers get, whose working directory is another one."""
+    for folder in ("here", "there"):
+        (tmp_path / folder / "x" / "y").mkdir(parents=True)
+        (tmp_path / folder / "x" / "f").write_text(folder)
+        (tmp_path / folder / "x" / "y" / "f").write_text(f"{folder} below")
+    monkeypatch.chdir(tmp_path / "here")
+    location, cache = Location("x"), Cache(Path("cache"), 100)
+    sent = pickle.dumps((location, cache))
+    monkeypatch.chdir(tmp_path / "there")
+    for place in (location, pickle.loads(sent)[0]):  # noqa: S301 - our own bytes
+        assert place.read("f") == b"here"
+        assert place.below("y").read("f") == b"here below"
+        assert place.split()[0].read("x/f") == b"here"
+        assert (place.url, place.below("y").url, place.split()[0].url) == ("x", "x/y", ".")
+    assert pickle.loads(sent)[1].folder == tmp_path / "here" / "cache"  # noqa: S301
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "/".join(["x" * 200] * 25), "a\0b"], ids=len)
+def test_what_cannot_be_a_path(name: str) -> None:
+    with refused(UserError, None, "255", "4095") as caught:
+        Location(name)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with refused(UserError, None, "x: ", "removed"):
+        Location("x")
+    assert Location(tmp_path).names() == []
 
 
 def test_relative_paths_and_trailing_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ A folder of tests that needs them imports the fixtures in its conftest.
 from __future__ import annotations
 
 import functools
+import gzip
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,13 +31,20 @@ class QuietS3(WSGIRequestHandler):
 
 
 class S3Server:
-    """Moto behind a WSGI layer that logs and fails requests."""
+    """Moto behind a WSGI layer that logs and fails requests.
+
+    Attributes:
+        rule: more that a request must fulfil, by its WSGI environment, which has its headers.
+        prefix: of all paths, as of a gateway that has S3 below a path.
+    """
 
     def __init__(self) -> None:
         from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
         self.requests: list[tuple[str, str, str]] = []
         self.fault: Fault | None = None
+        self.rule: Callable[[dict[str, Any]], int | None] | None = None
+        self.prefix = ""
         self._application = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=QuietS3)
         self.url = f"http://127.0.0.1:{self._server.port}"
@@ -45,10 +53,18 @@ class S3Server:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path, environ.get("QUERY_STRING", "")))
         status = self.fault(method, path) if self.fault else None
+        if status is None and self.rule is not None:
+            status = self.rule(environ)
+        if self.prefix and not path.startswith(f"{self.prefix}/"):
+            status = 404
         if status is not None:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(f"{status} Fault", [("Content-Type", "application/xml"), ("Content-Length", "0")])
             return [b""]
+        if self.prefix:
+            environ["PATH_INFO"] = path.removeprefix(self.prefix)
+            for name in ("RAW_URI", "REQUEST_URI"):
+                environ[name] = environ[name].replace(self.prefix, "", 1)
         result: Iterable[bytes] = self._application(environ, start_response)
         return result
 
@@ -67,32 +83,64 @@ class S3Server:
 
 
 class WebHandler(SimpleHTTPRequestHandler):
-    """Files of a folder, with ranges unless the server is told to ignore them, and no listings."""
+    """Files of a folder, in the manners that the server is told, and no listings."""
 
     server: WebServer
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.server.requests.append(("GET", self.path, self.headers.get("Range", "")))
         status = self.server.fault("GET", self.path) if self.server.fault else None
+        file = Path(self.translate_path(self.path))
         if status is not None:
             self.send_error(status)
-            return
-        span = self.headers.get("Range")
-        file = Path(self.translate_path(self.path))
-        if not span or not self.server.ranges or not file.is_file():
+        elif "redirect" in self.server.manners and not self.path.startswith("/there/"):
+            self.send_response(302)
+            self.send_header("Location", f"/there{self.path}")
+            self._end()
+        elif not file.is_file():
             super().do_GET()
-            return
-        data = file.read_bytes()
-        first, _, last = span.removeprefix("bytes=").partition("-")
-        start, end = int(first), min(int(last or len(data)), len(data) - 1)
-        if start >= len(data):
-            self.send_error(416)
-            return
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
-        self.send_header("Content-Length", str(end + 1 - start))
+        else:
+            self._send(file.read_bytes())
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(path.removeprefix("/there"))
+
+    def _send(self, data: bytes) -> None:
+        manners, span = self.server.manners, self.headers.get("Range")
+        asked = "gzip" in self.headers.get("Accept-Encoding", "")
+        is_packed = "gzip" in manners or (asked and "gzip when asked" in manners)
+        if is_packed:
+            data = gzip.compress(data)
+        if span and self.server.ranges:
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or len(data)), len(data) - 1)
+            if start >= len(data):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(data)}")
+                self._end()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{end}/{len(data)}")
+            data = data[start : end + 1]
+        else:
+            self.send_response(200)
+        if is_packed:
+            self.send_header("Content-Encoding", "gzip")
+        if self.server.etag is not None:
+            self.send_header("ETag", self.server.etag())
+        if "chunked" in manners:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n")
+        else:
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    def _end(self) -> None:
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        self.wfile.write(data[start : end + 1])
 
     def do_HEAD(self) -> None:
         self.server.requests.append(("HEAD", self.path, ""))
@@ -107,7 +155,13 @@ class WebHandler(SimpleHTTPRequestHandler):
 
 
 class WebServer(ThreadingHTTPServer):
-    """An HTTP server over a folder."""
+    """An HTTP server over a folder.
+
+    Attributes:
+        ranges: whether it knows any.
+        manners: of `redirect`, `chunked` (no Content-Length), `gzip` (whatever is asked), `gzip when asked`.
+        etag: gives the version of a file for an answer.
+    """
 
     daemon_threads = True
 
@@ -117,7 +171,16 @@ class WebServer(ThreadingHTTPServer):
         self.listed: list[str] = []
         self.fault: Fault | None = None
         self.ranges = ranges
+        self.manners: set[str] = set()
+        self.etag: Callable[[], str] | None = None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fetched(self) -> list[str]:
+        """Paths whose content was asked for since the log was emptied, not only their size."""
+        return [path for method, path, span in self.requests if method == "GET" and span != "bytes=0-0"]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients hang up when they have read enough."""
 
     @contextmanager
     def running(self) -> Iterator[WebServer]:
@@ -144,7 +207,8 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
     # Botocore's own retries would hide ours, and wait.
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3_server.fault = None
+    s3_server.fault = s3_server.rule = None
+    s3_server.prefix = ""
     # Connections are kept for the life of a process, also those to the server of another test.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     return s3_server

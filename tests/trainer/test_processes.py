@@ -22,7 +22,7 @@ from tests.support.ranks import launch
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.data.order import Order
-from trainer.run.distributed import processes
+from trainer.run.distributed import Processes, processes
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
@@ -161,3 +161,52 @@ def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytes
     monkeypatch.setenv("LOCAL_RANK", "2")
     with refused(ConfigError, "device", "GPU", "2"), processes("cuda"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "local_rank", "expected"),
+    [
+        ({}, 4, 3, 3),
+        ({"SLURM_PROCID": "3"}, 4, 3, 3),
+        ({"SLURM_PROCID": "3"}, 1, 3, 0),  # srun --gpus-per-task=1
+        ({"SLURM_PROCID": "0", "TORCHELASTIC_RUN_ID": "x"}, 1, 1, None),  # torchrun with too many processes
+        ({}, 1, 1, None),
+    ],
+)
+def test_the_gpu_of_a_process(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, local_rank: int, expected: int | None
+) -> None:
+    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
+    own = Processes(rank=local_rank, world=4, local_rank=local_rank)
+    if expected is None:
+        with refused(ConfigError, "device", f"found {gpus}"):
+            own.take_gpu()
+    else:
+        assert own.take_gpu() == torch.device("cuda", expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_slurm_tasks_that_know_nothing_of_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], said: bool
+) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with processes("cpu") as own:
+        assert own == Processes()
+    assert ("each of the 4 Slurm tasks trains alone" in capsys.readouterr().err) is said

@@ -36,6 +36,11 @@ class Batch:
         """The attributes by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
         return self._with({name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamerge.runtime.messages import first_line, warn
 from datamerge.runtime.read_ahead import read_ahead
 from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.arms import ARMS, ArmName
 from trainer.data.batches import Batch, Read, pixels, present, stack
 from trainer.data.order import MEMBER, WHOLE, Order, Partition, stream_seeds
+from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, senders
 
 
 class Wanted(NamedTuple):
@@ -44,6 +50,8 @@ class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
             return self._artifact[wanted.group], wanted.word
         except DatamergeError as error:
             return error
+        except OSError as error:
+            return DatamergeError(f"{self._artifact.location.url}: group {wanted.group}: {first_line(error)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +164,14 @@ def stream(
     Raises:
         CorruptShard: bytes that differ from what was committed.
         ConfigError: a label that is missing or out of range.
+        DatamergeError: the artifact cannot be read.
+        RuntimeError: a worker died; see `worker_deaths`.
     """
-    loader: DataLoader[tuple[Record, int] | DatamergeError] = DataLoader(
-        Groups(artifact.only(collate.arrays())),
+    groups = Groups(artifact.only(collate.arrays()))
+    loader: DataLoader[Any] = DataLoader(
+        groups,
         batch_sampler=_Steps(order, partition, start, stop),
-        collate_fn=collate,
+        collate_fn=Shipping(collate, senders(workers)) if workers else collate,
         num_workers=workers,
         # Readers keep threads and locks that do not survive a fork.
         multiprocessing_context="spawn" if workers else None,
@@ -169,10 +180,79 @@ def stream(
         generator=torch.Generator(),
         pin_memory=pin,
     )
-    for batch in loader if workers else read_ahead(loader):
+    for batch in _unpacked(loader, workers, pin) if workers else read_ahead(loader):
         if isinstance(batch, DatamergeError):
             raise batch
         yield batch
+
+
+def _unpacked(loader: DataLoader[Any], workers: int, pin: bool) -> Iterator[Batch | DatamergeError]:
+    """What workers send, as it was before they packed it."""
+    others = set(active_children())
+    said = False
+    try:
+        for sent in loader:
+            if not isinstance(sent, Parcel):
+                yield sent
+                continue
+            if not said:
+                warn(_on_shared_memory(sent, workers))
+                said = True
+            batch = sent.open()
+            yield batch.pin_memory() if pin else batch
+    except (KeyboardInterrupt, GeneratorExit):
+        _end(set(active_children()) - others)
+        raise
+
+
+@contextmanager
+def ended(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """The same batches; their workers end with the block, however that ends, not when they are collected."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Say the death of a data worker in one line. Torch raises it from a signal: anywhere in here, not in `stream`.
+
+    Raises:
+        DatamergeError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in first_line(error):
+            raise
+        raise DatamergeError(
+            f"data_workers: {first_line(error).partition('. ')[0].rstrip('.')}; each needs memory for two batches "
+            "and what it imports: use fewer `data_workers`, or a smaller `batch_size`, and run the same command again"
+        ) from error
+
+
+def _end(workers: Collection[BaseProcess]) -> None:
+    """End workers at once: one that waits for a disk would be waited for, and they ignore milder signals."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # Torch's handler would take their end for an accident.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def _on_shared_memory(parcel: Parcel, workers: int) -> str:
+    needed = parcel.tensors * (senders(workers) * LOADERS + 1)
+    return (
+        f"data_workers: {SHARED_MEMORY} has {parcel.free / 2**20:.0f} MB free, {workers} workers want "
+        f"{needed / 2**20:.0f}: batches come through pipes, which is slower. Give the container more "
+        f"(docker run --shm-size={-(-needed * 2 // 2**30)}g), or use `data_workers=0`"
+    )
 
 
 def _ignore_signals(worker: int) -> None:

@@ -26,6 +26,7 @@ from datamerge.encoders.runs import spec_of_run, started_from
 from datamerge.runtime import Settings, load_settings, local_path
 from datamerge.runtime.options import HELP_FLAGS, Option, options
 from storage_schemas import ConfigError, DatamergeError
+from storage_schemas.access.atomic import writing
 from storage_schemas.schema.run import RunSummary, read_summary
 from trainer.export.hugging_face_folder import write_hugging_face
 from trainer.export.kinds import Folder
@@ -83,7 +84,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
 
     Raises:
         ConfigError: an unfinished run, an encoder that the target has no form for, or an existing folder.
-        DatamergeError: the library would not make the same pixels or embeddings of a photo.
+        DatamergeError: the library would not make the same pixels or embeddings of a photo; or the disk is full.
     """
     out = local_path(output, "output")
     if out.exists():
@@ -92,7 +93,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     summary = read_summary(place, "run")
     encoder = _encoder(place, summary, best)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
+    with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
         folder = WRITERS[to](encoder, started_from(encoder.spec), files)

@@ -54,6 +54,9 @@ def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> Folder:
         raise ConfigError("to: hf needs the package 'transformers': pip install 'datamerge[export]'")
     # transformers imports torchvision wherever that is installed.
     make_torchvision_importable()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     processor = processor_config(encoder)
     model = _own_model(encoder.model) if config is None else _clip(encoder, config)
     model.save_pretrained(files)

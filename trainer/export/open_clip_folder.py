@@ -119,7 +119,7 @@ def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
     if origin.checkpoint and not Path(origin.checkpoint).is_file():
         origin = replace(origin, checkpoint=None)
     try:
-        if not (origin.whole or origin.pretrained or origin.checkpoint):
+        if not (origin.has_weights or origin.checkpoint):
             raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
         origin = known_open_clip(origin)
         texts = open_clip_texts(origin, captions=True)

@@ -91,7 +91,11 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.pt"), key=step_of)
 
     def save(self, state: Mapping[str, Any], keep: int) -> Path:
-        """Write a checkpoint whole or not at all, then remove all but the newest `keep`."""
+        """Write a checkpoint whole or not at all, then remove all but the newest `keep`.
+
+        Raises:
+            DatamergeError: the disk is full; earlier ones are kept.
+        """
         path = self._write_state(f"step-{state['step']:06d}.pt", state)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
@@ -103,8 +107,16 @@ class RunFolder:
 
     def _write_state(self, file_name: str, state: Mapping[str, Any]) -> Path:
         path = self.path / "checkpoints" / file_name
-        with atomic_file(path) as stream:
-            torch.save(dict(state), stream)
+        try:
+            with atomic_file(path) as stream:
+                torch.save(dict(state), stream)
+        except OSError as error:
+            earlier = self.checkpoints()
+            kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier checkpoint"
+            raise DatamergeError(
+                f"{path}: cannot write: {error.strerror or first_line(error)}; {kept}. Make room there, and run the "
+                "same command again to continue"
+            ) from error
         return path
 
     def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -18,10 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from datamerge.runtime.messages import first_line
+from datamerge.runtime.messages import first_line, warn
 from storage_schemas import ConfigError, DatamergeError
 
 T = TypeVar("T")
+
+SLURM_TASK = "SLURM_PROCID"  # in every task of a step
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # in every process of torchrun
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +47,21 @@ class Processes:
         return self.rank == 0
 
     def take_gpu(self) -> torch.device:
-        """The GPU of this process among those of the machine, made the current one.
+        """The GPU of this process among those that it sees, made the current one.
 
         Raises:
             ConfigError: more processes than GPUs.
         """
-        if self.local_rank >= torch.cuda.device_count():
+        count, index = torch.cuda.device_count(), self.local_rank
+        if count == 1 and SLURM_TASK in os.environ and TORCHRUN not in os.environ:
+            index = 0  # Slurm shows each task its own, and all call it 0
+        if index >= count:
             raise ConfigError(
-                f"device: expected a GPU for each process, found {torch.cuda.device_count()} on this machine; "
-                "start at most as many processes there"
+                f"device: expected a GPU for each process, found {count} on this machine; start at most as many "
+                "processes there"
             )
-        torch.cuda.set_device(self.local_rank)
-        return torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
 
     def sum(self, tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
         """Sum tensors in place over all processes.
@@ -127,6 +133,7 @@ def processes(device: str) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _say_alone()
         yield Processes()
         return
     try:
@@ -147,6 +154,16 @@ def processes(device: str) -> Iterator[Processes]:
         yield own
     finally:
         dist.destroy_process_group()
+
+
+def _say_alone() -> None:
+    """Warn, once in a Slurm step, that its tasks know nothing of each other; some want to train alone."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1 and "WORLD_SIZE" not in os.environ and os.environ.get(SLURM_TASK) == "0":
+        warn(
+            f"each of the {tasks} Slurm tasks trains alone: for one run of all start torchrun in one task a node, or "
+            "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        )
 
 
 @contextmanager

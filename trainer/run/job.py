@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, Cache, ConfigError, open_artifact
+from storage_schemas.access.local_paths import user_path
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
@@ -316,7 +316,7 @@ def _resolved(
 
 
 def _open(config: TrainConfig, url: str) -> Artifact:
-    cache = Cache(Path(config.cache).expanduser(), config.cache_bytes) if config.cache is not None else None
+    cache = Cache(user_path(config.cache), config.cache_bytes) if config.cache is not None else None
     return open_artifact(url, cache=cache)
 
 

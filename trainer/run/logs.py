@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from storage_schemas import Location
+from storage_schemas.access.atomic import writing
 from trainer.errors import Stopped
 from trainer.run.checkpoint import LOG
 from trainer.run.wandb_log import WandbLog
@@ -28,13 +31,16 @@ class RunLog:
 
     def __init__(self, folder: Path, start: int, settings: dict[str, Any]) -> None:
         project = settings["wandb_project"]
-        self._wandb = WandbLog(folder, project, settings) if project is not None else None
-        path = folder / LOG
-        if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= start]
-            Location(folder).write(LOG, b"".join(kept))
-        self._stream = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._path = path = folder / LOG
+        with writing(path):
+            self._wandb = WandbLog(folder, project, settings) if project is not None else None
+            if path.exists():
+                kept = [line for line in path.read_bytes().splitlines(keepends=True) if _step(line) <= start]
+                Location(folder).write(LOG, b"".join(kept))
+            self._stream = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._hook = threading.excepthook
+        threading.excepthook = self._without_boards
         self._since = time.monotonic()
         self._waited, self._groups = 0.0, 0
 
@@ -44,17 +50,22 @@ class RunLog:
         self._waited += waited
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Log the values of one step, with the rates since the last line."""
+        """Log the values of one step, with the rates since the last line.
+
+        Raises:
+            DatamergeError: the disk is full.
+        """
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
         if "correction" in values and values["loss"] != 0:
             values = {**values, "correction_share": values["correction"] / values["loss"]}
         values = {**values, "groups_per_second": self._groups / elapsed, "data_wait": self._waited / elapsed}
         self._since, self._waited, self._groups = now, 0.0, 0
-        self._stream.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
-        self._stream.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with writing(self._path):
+            self._stream.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            self._stream.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.write(step, values)
 
@@ -68,11 +79,21 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
-        self._board.close()
+        with ExitStack() as closing:
+            closing.callback(setattr, threading, "excepthook", self._hook)
+            if error is not None:  # what the closing says of the same disk would hide it
+                closing.enter_context(suppress(Exception))
+            closing.enter_context(writing(self._path))
+            closing.callback(self._board.close)
+            closing.callback(self._stream.close)
         if self._wandb is not None:
             # An orderly stop is no failure; the run goes on later.
             self._wandb.close(error is not None and not isinstance(error, Stopped))
+
+    def _without_boards(self, failure: threading.ExceptHookArgs) -> None:
+        """Print what threads raise, except TensorBoard's: `write` raises that again."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
 
 def _step(line: bytes) -> float:

@@ -22,9 +22,11 @@ from datamerge.runtime.messages import say, warn
 from datamerge.runtime.signals import StopSignals
 from datamerge.runtime.threads import torch_threads
 from storage_schemas import DatamergeError, UserError
+from storage_schemas.access.atomic import atomic_file
 from storage_schemas.schema.run import WEIGHTS, RunSummary
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
+from trainer.data.stream import ended, worker_deaths
 from trainer.errors import NotFiniteRun, Stopped
 from trainer.run.checkpoint import RunFolder, step_of
 from trainer.run.distributed import Processes, processes
@@ -93,9 +95,11 @@ class _Run:
         """Train to the end, publish the encoder and the summary."""
         job, config = self.job, self.job.config
         started = time.monotonic() - self.seconds
-        batches = job.feed(self.training.partition, self.step, job.steps)
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
+            stack.enter_context(worker_deaths())
+            # Closed, so that its workers end where this one does, however that is.
+            batches = stack.enter_context(ended(job.feed(self.training.partition, self.step, job.steps)))
             log = self.own.first_alone(
                 lambda: stack.enter_context(RunLog(self.folder.path, self.step, config.model_dump(mode="json")))
             )
@@ -134,9 +138,14 @@ class _Run:
         newest = self.folder.checkpoints()[-1:]
         state = f"the newest checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
         dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
-        torch.save({"step": self.step + 1, "batches": [batch.content() for batch in error.batches]}, dump)
+        try:
+            with atomic_file(dump) as stream:
+                torch.save({"step": self.step + 1, "batches": [batch.content() for batch in error.batches]}, stream)
+            where = f"the batch is in {dump}"
+        except OSError as failure:  # what was found matters more
+            where = f"the batch could not be kept ({failure.strerror})"
         return (
-            f"step {self.step + 1}: {error}; no update was made, {state}, the batch is in {dump}; "
+            f"step {self.step + 1}: {error}; no update was made, {state}, {where}; "
             "try a lower `learning_rate`, a `gradient_clip` or more `warmup_steps` in a new `run`"
         )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datamerge.runtime.ray import call_in_worker, connected
 from storage_schemas import DatamergeError, UserError
+from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.errors import NotFiniteRun
@@ -31,10 +32,10 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    places = ["artifact", "run", "eval_artifact"]
+    places = ["artifact", "run", "eval_artifact", "cache"]
     for name in ("encoder", "head"):
         named = getattr(config, name)
-        if named is not None and Path(named).expanduser().is_dir():  # of a run
+        if named is not None and user_path(named).exists():  # a run's folder, a file
             places.append(name)
     config = config.model_copy(update={name: _absolute(getattr(config, name)) for name in places})
     # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
@@ -94,4 +95,4 @@ def work(config: TrainConfig, outcome: Path) -> None:
 
 def _absolute(url: str | None) -> str | None:
     """Workers have a working directory of their own."""
-    return url if url is None or "://" in url else str(Path(url).expanduser().absolute())
+    return url if url is None or "://" in url else str(user_path(url).absolute())

@@ -306,11 +306,11 @@ def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
         return
     # Releases before 0.2.0 recorded one way of resizing, whichever the encoder needed, and no normalisation.
     if not recorded.is_complete:
-        warn(f"{encoder.spec!r} takes other pixels than those of {where}: {'; '.join(different)} (here: the encoder)")
+        warn(f"{encoder.spec!r} takes other pixels than those of {where}: {'; '.join(different)}")
         return
     raise ConfigError(
         f"encoder: expected one for the pixels of {where}, found other ones of {encoder.spec!r}: "
-        f"{'; '.join(different)} (here: the encoder); choose another `encoder`, or merge again for this one"
+        f"{'; '.join(different)}; choose another `encoder`, or merge again for this one"
     )
 
 

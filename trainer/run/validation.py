@@ -8,6 +8,7 @@ from datamerge.attacks import frozen
 from datamerge.encoders import Encoder
 from trainer.data.noise import Draws
 from trainer.data.order import ESTIMATOR, Partition, stream_seeds
+from trainer.data.stream import ended
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward
 from trainer.run.job import HeldOut, Job
@@ -32,8 +33,7 @@ def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Part
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     total = torch.zeros(1, device=job.device, dtype=torch.float32)
-    batches = held_out.feed(partition, 0, order.steps_per_epoch)
-    with frozen(model):
+    with frozen(model), ended(held_out.feed(partition, 0, order.steps_per_epoch)) as batches:
         for step in range(order.steps_per_epoch):
             for share in order.shares(step, partition):
                 last = share.first + len(share.indices)

@@ -16,6 +16,7 @@ from typing import Any
 from datamerge.evaluation.sampling import draw
 from datamerge.evaluation.store import read_object
 from storage_schemas import SourceError, shortened
+from storage_schemas.access.local_paths import user_path
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _vqa_names(question: Mapping[str, Any], subtype: str, file: str) -> list[str
 
 def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -> list[Path]:
     """The first of each image's names that is a file below the folder."""
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     if not root.is_dir():
         raise SourceError(f"images: expected the folder of the images of {file}, found nothing at {folder!r}")
     for name in (name for names, _ in wanted for name in names):
@@ -143,7 +144,7 @@ def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -
 
 def _read(file: str, needed: str) -> dict[str, Any]:
     try:
-        return read_object(Path(file).expanduser())
+        return read_object(user_path(file))
     except OSError as error:
         raise SourceError(f"{file}: expected a JSON file of {needed}, found {error.strerror}") from None
     except ValueError as error:
