@@ -185,7 +185,7 @@ def test_arms_of_llava_with_other_settings_do_not_share_a_table(
     caption("own")
     with refused(ConfigError, "output", "(fit: 'pad' ", ", 'crop' "):
         caption(make_clip(), fit="crop")
-    caption(make_clip(), batch_size=2, pictures=3)
+    caption(make_clip(), batch_size=2)
 
 
 def embed(run: str, data: Path, output: Path, **flags: Any) -> None:
