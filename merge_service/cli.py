@@ -104,6 +104,13 @@ def _show_plan(prepared: Prepared, price_per_hour: float | None, as_json: bool) 
         f"time: about {_human_seconds(found.seconds)} with {found.workers} workers like this machine{cost} "
         f"(from {found.measured} measured)"
     )
+    here = "" if found.free_bytes is None else f"; {human_bytes(found.free_bytes)} are free here"
+    click.echo(
+        f"memory: about {human_bytes(found.worker_bytes)} a worker, "
+        f"{human_bytes(found.workers * found.worker_bytes)} in all{here}"
+    )
+    if found.shortage is not None:
+        click.echo(found.shortage)
 
 
 def _human_seconds(seconds: float) -> str:

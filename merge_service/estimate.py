@@ -18,11 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamerge.runtime.machine import usable_cpus
+from datamerge.runtime.memory import free_memory
 from datamerge.runtime.threads import torch_threads
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
 from merge_service.planning import ShardTask
 from merge_service.worker import ShardWorker
+from merge_service.worker_memory import worker_memory
 from storage_schemas import ArtifactWriter, DatamergeError, Location
 
 MEASURE_SECONDS = 3.0
@@ -77,6 +79,9 @@ class Estimate:
         flop_per_second: that one worker reached.
         peak_share: of what a large matrix product reaches on the same device and threads.
         measured: groups, or samples, that were measured.
+        worker_bytes: of memory that a worker takes at most.
+        free_bytes: of memory on this machine before there are workers; None where it does not say.
+        shortage: a line for the user where that is too little for as many workers as there are CPUs for.
     """
 
     bytes: int
@@ -87,6 +92,9 @@ class Estimate:
     flop_per_second: float | None
     peak_share: float | None
     measured: int
+    worker_bytes: int
+    free_bytes: int | None
+    shortage: str | None
 
     def cost(self, price_per_hour: float) -> float:
         """Price of the workers' time, in the price's currency."""
@@ -100,7 +108,7 @@ def estimate(prepared: Prepared) -> Estimate:
         DatamergeError: none of the first groups can be used.
     """
     config, plan = prepared.config, prepared.plan
-    device = local_device(config)
+    device, free = local_device(config), free_memory()
     with tempfile.TemporaryDirectory(prefix="datamerge-dry-run-") as folder, torch_threads(config.threads):
         writer = ArtifactWriter(Location(folder), plan.layout, plan.provenance)
         started = time.perf_counter()
@@ -109,7 +117,11 @@ def estimate(prepared: Prepared) -> Estimate:
         start = START_SECONDS + time.perf_counter() - started
         measure = _measure_groups if config.grouping == "adversarial" else _measure_samples
         measured = measure(prepared, worker, writer)
+    memory = worker_memory(config, plan.layout, prepared.encoders, device)
     workers = min(config.max_workers or _fitting(config, device), plan.layout.shards)
+    shortage = memory.shortage(free, workers) if free is not None else None
+    if free is not None and config.max_workers is None:
+        workers = memory.fitting(free, workers)
     total = measured.units_in_all * measured.seconds / measured.units
     per_unit = _flops_per_unit(prepared, worker.model)
     flops = per_unit * measured.units_in_all if per_unit else None
@@ -123,6 +135,9 @@ def estimate(prepared: Prepared) -> Estimate:
         flop_per_second=rate,
         peak_share=rate / _matrix_product_rate(config, device) if rate else None,
         measured=measured.units,
+        worker_bytes=memory.bytes,
+        free_bytes=free,
+        shortage=shortage,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from datamerge.encoders import Head, load_head, pick_device
+from datamerge.encoders import Encoder, Head, load_head, pick_device
 from datamerge.encoders.classes import Classes, match_classes, read_names
 from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.runtime import Progress
@@ -26,6 +26,7 @@ from merge_service.planning import Plan, make_plan, pixels_of
 from merge_service.turning import say_remarks, turning_of
 from merge_service.work_queue import SetAside
 from merge_service.worker import Wanted, WorkerSetup
+from merge_service.worker_memory import worker_memory
 from storage_schemas import (
     ArtifactWriter,
     DatamergeError,
@@ -82,6 +83,11 @@ class Prepared:
     target_encoder: ResolvedEncoder | None
     head: Head | None
     files: Mapping[str, bytes]
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """Those that a worker loads; the attacked one comes first."""
+        return [found.encoder for found in (self.encoder, self.target_encoder) if found is not None]
 
 
 def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack | None = None) -> Prepared:
@@ -196,7 +202,8 @@ def _run_stage(
             Progress("merge", plan.layout.groups, "groups", done) as progress,
         ):
             setup = worker_setup(prepared, writer, ray_stage.device(config, device))
-            for result in ray_stage.run_shards(plan, shards, setup):
+            memory = worker_memory(config, plan.layout, prepared.encoders, setup.device)
+            for result in ray_stage.run_shards(plan, shards, setup, memory):
                 if isinstance(result, SetAside):
                     aside.append(result)
                 else:
@@ -293,6 +300,7 @@ def _clusters(
     identity = fingerprint(
         [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, preprocessing.record()]
         + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
+        + ([encoder.encoder.code] if encoder and encoder.encoder.code else [])
         + ([exif] if exif == "transpose" else [])  # what earlier releases found was of images as they are stored
     )
     location = Location(config.artifact)

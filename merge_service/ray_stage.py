@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from datamerge.runtime.memory import free_memory
 from datamerge.runtime.messages import first_line, say, warn
 from datamerge.runtime.ray import call_in_worker, connected
 from datamerge.sources import Sample
@@ -21,6 +23,7 @@ from merge_service.planning import Items, Plan
 from merge_service.sample_groups import Partial
 from merge_service.work_queue import Piece, SetAside, WorkQueue
 from merge_service.worker import ShardResult, ShardWorker, WorkerSetup
+from merge_service.worker_memory import WorkerMemory
 from storage_schemas import DatamergeError
 
 # Failures after which a shard is set aside, or a worker that never starts ends the job.
@@ -109,8 +112,11 @@ class _Worker:
 class _Pool:
     """Workers on a cluster: replaced when they die, more when nodes join."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, memory: WorkerMemory | None) -> None:
         config = setup.config
+        self._memory, self._said = memory, ""
+        # Of this machine, before there are workers; for a cluster's nodes Ray says it.
+        self._free = free_memory() if config.ray_address is None else None
         self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
         self._cpus, self._limit = config.cpus, config.max_workers
         self._make = call_in_worker(f"{RayWorker.__module__}:{RayWorker.__name__}", setup)
@@ -138,6 +144,8 @@ class _Pool:
             fitting = min(fitting, int(resources.get("GPU", 0) / self._gpus + 1e-9))
         # One is asked for even where none fits: an autoscaler may add a node for it.
         target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
+        if self._memory is not None:
+            target = self._with_room(self._memory, target)
         while len(self.workers) < target:
             # By value, not through ray.put: a later worker must not depend on an object that died with a node.
             actor = self._class.options(**self._options).remote(self._make)
@@ -150,6 +158,20 @@ class _Pool:
                 f"no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster has "
                 f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g} in all"
             )
+
+    def _with_room(self, memory: WorkerMemory, wanted: int) -> int:
+        """How many of so many workers the nodes have memory for, one in any case; says so where it is not all."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room, short = 0, ""
+        for node in nodes:
+            free = self._free if len(nodes) == 1 and self._free is not None else node.get("memory", math.inf)
+            if most := min(int(node.get("CPU", 0)) // self._cpus, wanted):
+                room += memory.fitting(free, most)
+                short = short or memory.shortage(free, most) or ""
+        if short and short != self._said and (len(nodes) == 1 or room < wanted):
+            self._said = short
+            warn(short)
+        return min(wanted, max(1, room))
 
     def started(self, worker: _Worker) -> None:
         """Record that a worker is ready; raises the error of its start."""
@@ -185,8 +207,8 @@ class _Pool:
 class _Stage:
     """Work on a pool: pieces come from a queue, and results go to `_received`."""
 
-    def __init__(self, setup: WorkerSetup, queue: WorkQueue, pieces: int) -> None:
-        self._pool, self._queue, self._left = _Pool(setup), queue, pieces
+    def __init__(self, setup: WorkerSetup, queue: WorkQueue, pieces: int, memory: WorkerMemory | None = None) -> None:
+        self._pool, self._queue, self._left = _Pool(setup, memory), queue, pieces
         self._where = setup.config.artifact
         self._failing: set[int] = set()
         self._succeeded = False
@@ -284,10 +306,11 @@ class _Stage:
 class _Shards(_Stage):
     """The stage of shards: done whole, or in parts that are added up on several workers."""
 
-    def __init__(self, plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> None:
+    def __init__(self, plan: Plan, shards: Sequence[int], setup: WorkerSetup, memory: WorkerMemory | None) -> None:
         counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
         self._counts = {shard: parts for shard, parts in counts.items() if parts > 1}
-        super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), len(shards) + sum(self._counts.values()))
+        pieces = len(shards) + sum(self._counts.values())
+        super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), pieces, memory)
         self._plan, self._first = plan, shards[0]
         self._check = setup.config.precision != "float32"
         # References only: the moments stay where they were made until they are put together.
@@ -358,13 +381,18 @@ class _Clusters(_Stage):
         yield piece.shard, result
 
 
-def run_shards(plan: Plan, shards: Sequence[int], setup: WorkerSetup) -> Iterator[ShardResult | SetAside]:
+def run_shards(
+    plan: Plan, shards: Sequence[int], setup: WorkerSetup, memory: WorkerMemory | None = None
+) -> Iterator[ShardResult | SetAside]:
     """Do these shards on a pool of workers, yielding results as they come, in any order.
+
+    Args:
+        memory: of a worker: no more are started on a node than it has room for.
 
     Raises:
         DatamergeError: a failure that every shard would meet, such as a full disk or other weights.
     """
-    yield from _Shards(plan, shards, setup).run()
+    yield from _Shards(plan, shards, setup, memory).run()
 
 
 def run_clusters(

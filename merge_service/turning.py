@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datamerge.runtime.messages import say
 from datamerge.sources import Source
 from datamerge.sources.images import describe_remarks
-from datamerge.sources.orientation import Exif, usual_exif
+from datamerge.sources.orientation import Exif, exif_of
 from merge_service.config import MergeConfig
 from storage_schemas import Location, Manifest
 from storage_schemas.schema.manifest import MANIFEST, parse
@@ -33,12 +33,17 @@ class Turning:
 
 
 def turning_of(config: MergeConfig, source: Source) -> Turning:
-    """As the settings say, else as the artifact that is there was begun, else as the source's library does."""
+    """As the settings say, else as the artifact that is there was begun, else as the source's library does.
+
+    Raises:
+        ConfigError: a setting for images that have no EXIF data.
+    """
+    exif = exif_of(config.exif, source.kind)
     if config.exif != "transpose" and _begun_without(config.artifact):
-        if config.exif is None and usual_exif(source.kind) == "transpose":
+        if exif == "transpose":
             say(f"{config.artifact} was begun with EXIF orientations ignored, which goes on")
         return Turning("ignore", recorded=False)
-    return Turning(config.exif or usual_exif(source.kind))
+    return Turning(exif)
 
 
 def _begun_without(artifact: str) -> bool:

@@ -39,33 +39,40 @@ class Wanted:
         spec: which to load.
         sha256: of its weights.
         preprocessing: that it has.
+        code: hash of the user's code that makes it, None for that of libraries.
     """
 
     spec: str
     sha256: str
     preprocessing: Preprocessing
+    code: str | None
 
     @classmethod
     def of(cls, encoder: Encoder) -> Wanted:
         """The one that the plan was made with."""
-        return cls(encoder.spec, encoder.sha256, encoder.preprocessing)
+        return cls(encoder.spec, encoder.sha256, encoder.preprocessing, encoder.code)
 
     def load(self, device: str) -> Encoder:
         """Load it, frozen.
 
         Raises:
-            ConfigError: other weights or another preprocessing than the plan was made with.
+            ConfigError: other weights, code or preprocessing than the plan was made with.
         """
-        encoder = load_encoder(self.spec, device)
+        encoder = load_encoder(self.spec, device, aloud=False)
         if encoder.sha256 != self.sha256:
             raise ConfigError(
                 f"encoder: expected weights of {self.spec} with sha256 {self.sha256[:12]}…, found "
                 f"{encoder.sha256[:12]}… on {socket.gethostname()}; give every node the same weights"
             )
+        if encoder.code != self.code:
+            raise ConfigError(
+                f"encoder: expected the code of {self.spec} as it was planned with, found other code on "
+                f"{socket.gethostname()}; give every node the same files, and start again after a change"
+            )
         if different := encoder.preprocessing.differences(self.preprocessing):
             raise ConfigError(
-                f"encoder: expected the preprocessing of {self.spec} as it was planned there, found "
-                f"{'; '.join(different)} ({socket.gethostname()} is here); give every node the same files"
+                f"encoder: expected the preprocessing that {self.spec} was planned with, found "
+                f"{'; '.join(different)} on {socket.gethostname()}; give every node the same files"
             )
         return encoder.requires_grad_(False)
 

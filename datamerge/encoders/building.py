@@ -39,6 +39,7 @@ class Built:
         spec: what was asked for, with everything that was resolved.
         notes: lines for the user: what was resampled.
         doubts: warnings for the user: what was taken where neither spec nor file says.
+        code: hash of the user's code that made the network; None for the code of libraries.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Built:
     spec: EncoderSpec
     notes: Sequence[str] = ()
     doubts: Sequence[str] = ()
+    code: str | None = None
 
 
 @contextmanager

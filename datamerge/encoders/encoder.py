@@ -39,17 +39,26 @@ class Encoder(nn.Module):
         embedding_dim: K.
         sha256: hash of the weights it was loaded with.
         random_weights: whether nobody trained it.
+        code: hash of the user's code that computes it, None for the code of libraries.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, spec: str, preprocessing: Preprocessing, random_weights: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: str,
+        preprocessing: Preprocessing,
+        random_weights: bool,
+        code: str | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.preprocessing = preprocessing
         self.random_weights = random_weights
+        self.code = code
         # None: pixels as they are.
         mean, std = preprocessing.mean or (0.0,), preprocessing.std or (1.0,)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
@@ -62,6 +71,11 @@ class Encoder(nn.Module):
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the pixels it takes."""
         return self.preprocessing.shape
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells what it computes, as far as it is no setting: hashes of weights and, where it is known, code."""
+        return {"sha256": self.sha256, **({} if self.code is None else {"code_sha256": self.code})}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embeddings [B, K], un-normalised, of pixels [B, C, H, W] in [0, 1]."""
@@ -107,7 +121,8 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
         for line in built.doubts:
             warn(line)
     untrained = checkpoint is None and not parsed.has_weights
-    return Encoder(_channels_last(built.model), str(built.spec), built.preprocessing, untrained).to(device)
+    model = _channels_last(built.model)
+    return Encoder(model, str(built.spec), built.preprocessing, untrained, built.code).to(device)
 
 
 def _channels_last(model: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from datamerge.encoders.specs import KINDS, EncoderSpec, parse_spec, refusals_ab
 from datamerge.encoders.timm_models import timm_name
 from datamerge.encoders.zero_shot_heads import zero_shot
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, SchemaError
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.artifact import parse_head
 from storage_schemas.schema.record import Array
@@ -63,6 +63,8 @@ class Head(nn.Module):
         names: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ConfigError(f"head: expected bias [{len(weight)}], one for each class, found {list(bias.shape)}")
         self.register_buffer("weight", weight.detach())
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("scale", None if scale is None else scale.detach())
@@ -116,8 +118,7 @@ def load_head(
         The head, on the CPU.
 
     Raises:
-        ConfigError: no such file, model or run, or class names missing.
-        SchemaError: a file that holds no head.
+        ConfigError: no such file, model or run, a file that holds no head, or class names missing.
     """
     with refusals_about("head"):
         spec = head_spec(spec)
@@ -126,7 +127,10 @@ def load_head(
     path = user_path(spec)
     if not path.is_file():
         raise ConfigError(f"head: expected {FORMS}, found no file {spec!r}")
-    arrays, names = parse_head(path.read_bytes(), spec)
+    try:
+        arrays, names = parse_head(path.read_bytes(), spec)
+    except SchemaError as error:
+        raise ConfigError(f"head: {error}") from error
     return head_from_arrays(arrays, names)
 
 

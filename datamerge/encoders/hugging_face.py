@@ -101,6 +101,11 @@ def _model(spec: EncoderSpec) -> Any:
             f"encoder: expected a vision model of transformers ({', '.join(CLASSES)}) at '{spec}', found "
             f"{config.model_type!r}"
         )
+    if not getattr(getattr(config, "vision_config", config), "vision_use_head", True):
+        raise ConfigError(
+            f"encoder: expected a SigLIP with its pooling head at '{spec}', found one without, which has no "
+            "embedding of an image; name the model that it was taken from"
+        )
     whole, projection = config, getattr(config, "projection_dim", None)
     if config.model_type in ("clip", "siglip"):
         config = config.vision_config

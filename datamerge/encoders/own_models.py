@@ -11,7 +11,8 @@ from torch import nn
 
 from datamerge.encoders.building import Built
 from datamerge.encoders.specs import EncoderSpec
-from datamerge.runtime.factories import NoFactory, find_factory
+from datamerge.runtime.code_identity import code_sha256
+from datamerge.runtime.factories import Failed, NoFactory, call, find_factory, module_of
 from storage_schemas import ConfigError, shortened
 from storage_schemas.schema.preprocessing import Preprocessing
 
@@ -48,9 +49,13 @@ def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
         factory = find_factory(spec.model)
     except NoFactory as error:
         raise ConfigError(f"encoder: {error} ('{spec}')") from None
-    model = factory()
+    try:
+        model = call(factory)
+    except Failed as error:
+        raise ConfigError(f"encoder: the factory failed with {error} ('{spec}')") from error
     own = _declared(model, spec)
-    return Built(model, _checked(recorded or own, own.shape, spec), spec)
+    checked = _checked(recorded or own, own.shape, spec)
+    return Built(model, checked, spec, code=code_sha256(module_of(spec.model)))
 
 
 def _declared(model: object, spec: EncoderSpec) -> Preprocessing:

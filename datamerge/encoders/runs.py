@@ -35,7 +35,7 @@ class ResolvedEncoder:
         """What an artifact says of the encoder."""
         facts: dict[str, Any] = {
             "spec": self.encoder.spec,
-            "sha256": self.encoder.sha256,
+            **self.encoder.identity,
             "random_weights": self.encoder.random_weights,
             "embedding_dim": self.encoder.embedding_dim,
         }

@@ -35,6 +35,7 @@ EXAMPLES = (
 HUB, LOCAL = "hf-hub:", "local-dir:"
 # A file of weights is told from a revision of a hub by these.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".index.json")
+DCP_TO_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 # Pixels: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
 MAX_SIDE = 4096
 
@@ -90,8 +91,12 @@ def parse_spec(text: str) -> EncoderSpec:
         ConfigError: not of one of the forms above, or a file that does not exist.
     """
     spec = split_spec(text)
-    if spec.checkpoint is not None and not Path(spec.checkpoint).is_file():
-        raise ConfigError(f"encoder: expected a weights file at {spec.checkpoint!r} for {text!r}, found none")
+    file = None if spec.checkpoint is None else Path(spec.checkpoint)
+    if file is not None and not file.is_file():
+        found = "a folder; name the file in it" if file.is_dir() else "none"
+        if (file / ".metadata").is_file():
+            found = f"a folder of torch.distributed.checkpoint; make a file of it by `{DCP_TO_FILE}`"
+        raise ConfigError(f"encoder: expected a weights file at {spec.checkpoint!r} for {text!r}, found {found}")
     return spec
 
 
@@ -149,6 +154,10 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     if schema == LOCAL or (not schema and (folder.is_dir() or place.startswith(("/", ".", "~")))):
         return f"{schema}{folder.absolute()}" if place else name, None
     place, _, revision = place.partition("@")
+    if not schema and Path(place).is_dir():
+        raise ConfigError(
+            f"encoder: expected a name on the hub before @{revision}, found the folder {place}; drop it"
+        )
     return f"{schema}{place}", revision or None
 
 

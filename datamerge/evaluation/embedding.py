@@ -38,7 +38,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> Results:
         StudyRow(
             subject,
             {
-                "original_sha256": subject.original.sha256,
+                **{f"original_{name}": value for name, value in subject.original.identity.items()},
                 f"original_{PREPROCESSING}": subject.original.preprocessing.record(),
             },
             partial(

@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> Results:
         StudyRow(
             subject,
             {
-                "original_sha256": subject.original.sha256,
+                **{f"original_{name}": value for name, value in subject.original.identity.items()},
                 f"original_{PREPROCESSING}": subject.original.preprocessing.record(),
                 "head": None if classifier is None else head_sha256(classifier.head),
             },

@@ -25,6 +25,8 @@ from storage_schemas.schema.provenance import changes
 IDENTITY = "identity.json"
 # Entry of the identity: which pixels an encoder took.
 PREPROCESSING = "preprocessing"
+# Entries of encoders that are made by the user's code.
+CODES = ("encoder_code_sha256", "original_code_sha256")
 
 
 class ArmFolder:
@@ -140,6 +142,9 @@ def _read_stored(file: Path) -> dict[str, Any]:
 def _in_present_words(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
     """An identity of a release before 0.2.0, which knew one geometry and said nothing of it."""
     spelt = dict(found)
+    for name in CODES:
+        if name in wanted and name not in found:
+            spelt[name] = wanted[name]  # nor of the code of encoders
     for name in (PREPROCESSING, f"original_{PREPROCESSING}"):
         if name in wanted and name not in found:
             present = Preprocessing.read(wanted[name], IDENTITY)

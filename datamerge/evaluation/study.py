@@ -26,7 +26,7 @@ from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.runtime.messages import say
 from datamerge.sources import Sample, Source, open_source
 from datamerge.sources.images import describe_remarks
-from datamerge.sources.orientation import Exif, usual_exif
+from datamerge.sources.orientation import Exif, exif_of
 from storage_schemas import ConfigError
 from storage_schemas.schema.moments import LEVELS
 
@@ -129,7 +129,7 @@ def run_study(
         SourceError: no image can be used.
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
-    exif = config.exif or usual_exif(source.kind)
+    exif = exif_of(config.exif, source.kind)
     # Results of earlier releases, which ignored it, say nothing of it.
     shared |= {"exif": None if exif == "ignore" else exif}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
@@ -177,7 +177,7 @@ def _claim(config: ImagesConfig, part: str, row: StudyRow, shared: Mapping[str, 
     folder = ArmFolder(config.output, part, row.subject.run.name, row.subject.run.arm)
     own = {
         "encoder": encoder.spec,
-        "encoder_sha256": encoder.sha256,
+        **{f"encoder_{name}": value for name, value in encoder.identity.items()},
         "batch_size": config.batch_size,
         PREPROCESSING: encoder.preprocessing.record(),
     }

@@ -60,8 +60,7 @@ def find_factory(spec: str) -> Callable[[], Any]:
     Raises:
         NoFactory: another form, no such module or function, or a module whose own code fails.
     """
-    place = spec.removeprefix(PREFIX)
-    module_name, _, function_name = _MOVED.get(place, place).partition(":")
+    module_name, function_name = _place(spec)
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
         raise NoFactory(f"expected {PREFIX}MODULE:FACTORY")
     folder = str(Path.cwd())
@@ -85,6 +84,17 @@ def find_factory(spec: str) -> Callable[[], Any]:
         where = getattr(module, "__file__", None) or module_name
         raise NoFactory(f"found no function {function_name} in {where}")
     return factory  # type: ignore[no-any-return]
+
+
+def module_of(spec: str) -> str:
+    """The dotted name of the module that a spec names."""
+    return _place(spec)[0]
+
+
+def _place(spec: str) -> tuple[str, str]:
+    place = spec.removeprefix(PREFIX)
+    module, _, function = _MOVED.get(place, place).partition(":")
+    return module, function
 
 
 def _imported(name: str) -> ModuleType:

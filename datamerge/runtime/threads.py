@@ -7,13 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
+from datamerge.runtime.machine import usable_cpus
+
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
-    """This many CPU threads inside, or as many as torch has now if None; a caller from Python gets its own back."""
+    """This many CPU threads inside; a caller from Python gets its own number back.
+
+    If None as many as torch has now, and no more than the CPUs that the process may use: torch starts with one for
+    each of the machine, of which a container may have a small share.
+    """
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(min(before, usable_cpus()) if number is None else number)
     try:
         yield
     finally:

@@ -115,6 +115,7 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
         SourceError: not such a file, or arrays that do not go together.
     """
     where = f"{location.url}/{file}"
+    location.pin(file)  # readers load it again
     data = location.read(file)
     arrays = _parse(data, where)
     split, splits, columns = _of_split(arrays, columns, split, where)

@@ -27,7 +27,7 @@ DARK = 1 / 4
 DARK_REMARK = "dark"
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _LOWEST, _HIGHEST = 258, 262, 339, 340, 341  # TIFF's tags
-_UNSIGNED = 1
+_UNSIGNED, _SIGNED = 1, 2
 _WHITE_IS_ZERO = 0
 _SIZ = b"\xff\x4f\xff\x51"  # JPEG 2000: start of codestream, and its sizes
 _REMEDY = "store 8 bits, or declare the range in TIFF's SMinSampleValue and SMaxSampleValue"
@@ -91,6 +91,8 @@ def to_8_bits(image: Image.Image, declared_bits: int, remarks: list[str] | None 
     if declared_bits > 8:
         _check_colour(image, declared_bits, remarks)
         _narrow_transparency(image)
+    if image.mode == "L" and _numbers(image, _SAMPLE_FORMAT) == (_SIGNED,):
+        raise BadImage("signed integers of 8 bits, which Pillow reads as unsigned; store unsigned ones")
     if image.mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[image.mode])
     return image.convert("RGB") if image.mode == "LAB" else image  # from there to grey, which Pillow cannot directly

@@ -12,6 +12,8 @@ from typing import Literal
 
 from PIL import ExifTags, Image
 
+from storage_schemas import ConfigError
+
 Exif = Literal["transpose", "ignore"]
 
 UPRIGHT = 1
@@ -30,6 +32,17 @@ _FROM_DATASETS = ("parquet", "arrow")
 def usual_exif(kind: str) -> Exif:
     """What the library does whose layout a kind of source is."""
     return "transpose" if kind in _FROM_DATASETS else "ignore"
+
+
+def exif_of(wanted: Exif | None, kind: str) -> Exif:
+    """What is done about the images of a kind of source: as a user wishes, else what is usual.
+
+    Raises:
+        ConfigError: a wish for pixels that come from no file.
+    """
+    if wanted is not None and kind == "arrays":
+        raise ConfigError("exif: arrays hold pixels without EXIF data; drop `exif`")
+    return wanted or usual_exif(kind)
 
 
 def orientation(image: Image.Image) -> int:

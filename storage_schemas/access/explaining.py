@@ -82,7 +82,10 @@ def _not_as_asked(failure: Exception, where: str) -> DatamergeError:
     if isinstance(failure, Refused) and not isinstance(failure, ChangedFile):
         return UserError(f"{where}: {failure}; copy the file to this machine")
     found = f" (found {failure})" if isinstance(failure, ChangedFile) else ""
-    return SourceError(f"{where}: another file has this name than when it was opened{found}; run the command again")
+    return SourceError(
+        f"{where}: another file has this name than when it was opened{found}; run the command again, or copy "
+        "the file to this machine"
+    )
 
 
 def missing_driver(url: str, error: ImportError) -> str:
@@ -99,10 +102,6 @@ def _credentials(where: str, is_signed: bool) -> str:
     if where.startswith(_S3):
         return (
             "check the credentials in the environment; a public bucket needs FSSPEC_S3_ANON=true, one whose readers "
-            "pay FSSPEC_S3_REQUESTER_PAYS=true, and one bucket of several a table in the file DATAMERGE_STORAGE"
+            "pay FSSPEC_S3_REQUESTER_PAYS=true; where buckets differ, give each its own in a file DATAMERGE_STORAGE"
         )
     return "check the credentials in the environment or the URL"
-
-
-def _numbered(reason: str, status: int | None) -> str:
-    return reason if status is None or str(status) in reason else f"{status}: {reason}"

@@ -74,6 +74,10 @@ class FileRanges:
         try:
             # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
             mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
+        except FileNotFoundError:
+            if self._location.is_local:
+                raise
+            return None  # a copy that another process has evicted since
         except ValueError:  # an empty file cannot be mapped
             raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
         except IsADirectoryError:

@@ -156,16 +156,16 @@ class Preprocessing(BaseModel):
         ]
 
     def _decisive(self, other: Preprocessing) -> list[str]:
-        """Fields of the geometry on which the pixels of either depend."""
+        """Fields of the geometry on which the pixels of both depend; where those of one alone do, others differ."""
         both = (self, other)
         if any(one.resize == "none" for one in both):
             return ["alpha"]
-        proportional = any(one.resize != "squash" for one in both)
-        padded = any(
+        proportional = all(one.resize != "squash" for one in both)
+        padded = all(
             one.resize == "longest" or any(scaled < side for scaled, side in zip(one.scale, one.size, strict=True))
             for one in both
         )
-        cropped = proportional or any(one.scale != one.size for one in both)
+        cropped = all(one.resize != "squash" or one.scale != one.size for one in both)
         return [
             *("resize", "scale", "interpolation"),
             *(("rounding",) if proportional else ()),

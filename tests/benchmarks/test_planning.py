@@ -10,7 +10,10 @@ from merge_service.estimate import Estimate
 
 def outcome(job: Job, planned: float, seconds: float, *, volume: int = 1000) -> Outcome:
     """Of a plan of so many seconds besides the 10 of the start, and 1000 bytes."""
-    estimate = Estimate(1000, 10 + planned, 10, 1, flops=1e12, flop_per_second=1e9, peak_share=0.5, measured=3)
+    rates = {"flops": 1e12, "flop_per_second": 1e9, "peak_share": 0.5}
+    estimate = Estimate(
+        1000, 10 + planned, 10, 1, **rates, measured=3, worker_bytes=10**9, free_bytes=None, shortage=None
+    )
     return Outcome(job, estimate, seconds, volume)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, save_encoder
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
-from storage_schemas import ConfigError, SchemaError
+from storage_schemas import ConfigError
 from storage_schemas.artifact import parse_head
 from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
@@ -95,11 +95,15 @@ def test_specs_without_a_head(spec: str) -> None:
         (b"text", " safetensors "),
         (save({"weight": torch.zeros(3)}), "{'weight': [3]}"),
         (save({"w": torch.zeros(3, 6)}), "{'w': [3, 6]}"),
+        (save({"weight": torch.zeros(3, 6), "bias": torch.zeros(4)}), "bias [3]"),
+        (save({"weight": torch.zeros(3, 6), "bias": torch.zeros(1)}), "found [1]"),
+        (save({"weight": torch.zeros(3, 6), "bias": torch.zeros(3, 1)}), "found [3, 1]"),
+        (save({"weight": torch.zeros(3, 6), "scale": torch.ones(3)}), "scale [1]"),
     ],
 )
 def test_files_that_are_no_head(tmp_path: Path, data: bytes, fact: str) -> None:
     (tmp_path / "h.safetensors").write_bytes(data)
-    with refused(SchemaError, None, tmp_path / "h.safetensors", fact):
+    with refused(ConfigError, "head", tmp_path / "h.safetensors", fact):
         load_head(str(tmp_path / "h.safetensors"))
 
 

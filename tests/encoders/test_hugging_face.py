@@ -261,6 +261,24 @@ def test_folders_without_a_configuration(folder: Path) -> None:
         load_encoder(f"hf:{folder}")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_siglip_without_its_pooling_head_has_no_embedding(tmp_path: Path, whole: bool) -> None:
+    """As vision-language models keep it."""
+    headless = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
+    if whole:
+        transformers.SiglipConfig(text_config=TEXT, vision_config=headless.to_dict()).save_pretrained(tmp_path)
+    else:
+        headless.save_pretrained(tmp_path)
+    with refused(ConfigError, "encoder", f"'hf:{tmp_path}'", "pooling head"):
+        load_encoder(f"hf:{tmp_path}")
+
+
+def test_a_folder_has_no_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    with refused(ConfigError, "encoder", "@main", folder.name):
+        load_encoder(f"hf:{folder.name}@main")
+
+
 def test_weights_that_are_not_the_models(folder: Path) -> None:
     spec, file = f"hf:{folder}", folder / "model.safetensors"
     data, state = file.read_bytes(), load_file(file)

@@ -29,6 +29,15 @@ def test_good_specs(text: str, kind: str, model: str, pretrained: str | None) ->
     assert parse_spec(str(spec)) == spec
 
 
+def test_folders_in_place_of_files(tmp_path: Path) -> None:
+    """FSDP writes folders of shards, which torch itself makes a file of."""
+    with refused(ConfigError, "encoder", tmp_path, "name the file"):
+        parse_spec(f"timm:resnet50@{tmp_path}")
+    (tmp_path / ".metadata").touch()
+    with refused(ConfigError, "encoder", tmp_path, "dcp_to_torch"):
+        parse_spec(f"timm:resnet50@{tmp_path}")
+
+
 def test_timms_own_spelling_names_its_weights() -> None:
     """Taken for a model's name alone, timm would build it with random weights."""
     assert str(parse_spec("timm:resnet50.a1_in1k,image_size=96")) == "timm:resnet50/a1_in1k,image_size=96"

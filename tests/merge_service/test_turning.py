@@ -25,7 +25,7 @@ from merge_service.merge import Prepared, prepare, worker_setup
 from merge_service.planning import pixels_of
 from merge_service.turning import say_remarks
 from merge_service.worker import ShardResult, ShardWorker
-from storage_schemas import ArtifactWriter, Location, NotAnArtifact
+from storage_schemas import ArtifactWriter, ConfigError, Location, NotAnArtifact
 from tests.support.merging import merge_alone
 from tests.support.refusals import refused
 
@@ -186,6 +186,12 @@ def _first_shard(config: MergeConfig) -> ShardResult:
     worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
     worker.prepare()
     return worker.run(prepared.plan.task(0))
+
+
+def test_arrays_have_no_orientation(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", PIXELS[None])
+    with refused(ConfigError, "exif", "arrays", "drop"):
+        prepare(_config(tmp_path / "x.npy", tmp_path / "a", exif="transpose"))
 
 
 def test_what_was_met_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from datamerge.runtime import machine
 from datamerge.runtime.machine import usable_cpus
+from datamerge.runtime.threads import torch_threads
 
 V1 = "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n"
 
@@ -69,6 +71,21 @@ def test_cpus_that_a_process_is_bound_to() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert 1 <= usable_cpus() <= len(before)
+
+
+def test_torch_has_no_more_threads_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for cpus, expected in ((1, 1), (96, 3)):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process, cpus=cpus: set(range(cpus)))
+            with torch_threads(None):
+                assert torch.get_num_threads() == min(expected, usable_cpus())
+            with torch_threads(2):
+                assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_nothing_else_counts_processors() -> None:

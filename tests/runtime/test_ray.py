@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,3 +100,29 @@ def test_a_call_for_a_worker_searches_the_users_folders_last(tmp_path: Path, mon
     assert cloudpickle.loads(sent)() == [1, 2, 3]
     assert sys.path[-2:] == users
     assert sorted(sys.path) == sorted(before)
+
+
+UNDER_UV = """
+import os, sys
+import ray  # before us, as a user's script may
+from datamerge.runtime.ray import _obey_uv_run, ray_environment
+os.environ.update(ray_environment())
+_obey_uv_run()
+from ray._private.worker import _maybe_modify_runtime_env
+sys.exit(7 if "working_dir" in (_maybe_modify_runtime_env({}, False) or {}) else 0)
+"""
+
+
+@pytest.mark.parametrize(("setting", "copied"), [(None, False), ("1", True)])
+def test_uv_run_does_not_copy_the_working_directory(tmp_path: Path, setting: str | None, copied: bool) -> None:
+    """Ray looks for a process above that is called `uv run`; a shell may be called so, with a script `run`."""
+    (tmp_path / "script.py").write_text(UNDER_UV)
+    (tmp_path / "run").write_text(f"{sys.executable} script.py\nexit $?\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("RAY_ENABLE_UV_RUN_RUNTIME_ENV", None)
+    if setting is not None:
+        environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = setting
+    done = subprocess.run(
+        ["uv", "run"], executable="/bin/sh", cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == (7 if copied else 0), done.stderr

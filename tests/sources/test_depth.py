@@ -184,6 +184,7 @@ def test_values_are_scaled_by_the_declared_range(data: bytes, expected: list[int
         pytest.param(
             _forged_tiff(np.full((2, 2, 3), 0.5, "<f4"), 2, 32, 3, 3), ["Pillow", "TIFF"], id="colour in floats"
         ),
+        pytest.param(_forged_tiff(np.array([[-5, 90]], "i1"), 1, 8, 2), ["signed", "8 bits"], id="signed 8 bits"),
         pytest.param(b"Pf\n2 1\n-1.0\n" + np.array([0.5, 1], "<f4").tobytes(), ["floats"], id="PFM"),
         pytest.param(Image.new("F", (2, 2), 0.5), ["0.5"], id="floats from Python"),
         pytest.param(Image.new("I", (2, 2), 90), ["90"], id="32 bits from Python"),

@@ -29,7 +29,7 @@ from storage_schemas.access import streams
 from storage_schemas.access.retries import ATTEMPTS
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
-from tests.support.servers import WebHandler
+from tests.support.servers import MANNERS, WebHandler
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -221,6 +221,29 @@ def test_a_server_without_ranges_sends_small_files_only(
     monkeypatch.setattr(streams, "BLOCK", 1000)
     with refused(UserError, None, f"{files.url}/{name}", "ranges"):
         _check(open_source(f"{files.url}/{name}"))
+
+
+@pytest.mark.parametrize("name", ["all.tar", "t-{0..1}.tar", "x.parquet", "x.npz"])
+@pytest.mark.parametrize("manner", MANNERS)
+def test_servers_of_all_manners(files: Any, manner: str, name: str) -> None:
+    files.manners, files.ranges = MANNERS[manner]
+    source = open_source(f"{files.url}/{name}{SIGNATURE}")
+    _check(source)
+    assert "SECRET" not in _shown(source)
+
+
+@pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
+def test_a_file_that_changes_while_it_is_read(files: Any, name: str) -> None:
+    """Its samples are those of the old file; a worker would read the new one at their places."""
+    tag = ['"1"']
+    files.etag = lambda: tag[0]
+    source = open_source(f"{files.url}/{name}{SIGNATURE}")
+    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    tag[0] = '"2"'
+    with refused(SourceError, None, f"{files.url}/{name}: ", '"1"', '"2"') as caught:
+        reader.read(source.samples[0])
+    assert "SECRET" not in str(caught.value)
+    _check(open_source(f"{files.url}/{name}{SIGNATURE}"))
 
 
 def test_a_tar_is_listed_in_few_requests(files: Any) -> None:

@@ -77,6 +77,8 @@ def test_differences_in_words() -> None:
         "std (0.27, 0.26, 0.28), not 0.5",
     ]
     assert CLIP.differences(SIGLIP, normalised=False) == ["resize shortest, not squash"]
+    # Where the crop begins says nothing of what is not cropped.
+    assert CLIP.model_copy(update={"offset": "down"}).differences(SIGLIP) == CLIP.differences(SIGLIP)
     assert CLIP.differences(BORDER)[0] == "shape 3x224x224, not 3x32x48"
 
 

@@ -24,6 +24,19 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 # A fault answers a request (method, path) with this status, or lets it through with None.
 Fault = Callable[[str, str], int | None]
 
+# How a web server may serve a file: its manners, and whether it knows ranges.
+MANNERS: dict[str, tuple[set[str], bool]] = {
+    "ranges": (set(), True),
+    "no ranges": (set(), False),
+    "redirect": ({"redirect"}, True),
+    "redirect without ranges": ({"redirect"}, False),
+    "no length": ({"chunked"}, True),
+    "no length, no ranges": ({"chunked"}, False),
+    "gzip when asked": ({"gzip when asked"}, True),
+    "gzip, no ranges": ({"gzip"}, False),
+    "gzip, no length": ({"gzip", "chunked"}, False),
+}
+
 
 class QuietS3(WSGIRequestHandler):
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:

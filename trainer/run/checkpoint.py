@@ -35,6 +35,7 @@ BEST = "best.pt"
 _CHANGED_THINGS = {
     "plan_sha256": "an artifact",
     "encoder_sha256": "an encoder",
+    "encoder_code_sha256": "an encoder's code",
     "preprocessing": "a preprocessing",
     "head_sha256": "a class head",
 }
@@ -150,8 +151,9 @@ class RunFolder:
 def _in_present_words(identity: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
     """An identity that an earlier release may have written, spelt as this one does, which would write `present`."""
     spelt = dict(identity)
-    if "preprocessing" not in spelt and "preprocessing" in present:
-        spelt["preprocessing"] = present["preprocessing"]  # it said nothing of it
+    for name in ("preprocessing", "encoder_code_sha256"):
+        if name not in spelt and name in present:
+            spelt[name] = present[name]  # it said nothing of it
     if spelt.get("precision") == "bf16":
         spelt["precision"] = "bfloat16"
     for name in ("epsilon", "refine_step_size"):

@@ -193,7 +193,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         identity={
             **free_of_place(resolved),
             "plan_sha256": artifact.manifest.plan_sha256,
-            "encoder_sha256": encoder.sha256,
+            **{f"encoder_{name}": value for name, value in encoder.identity.items()},
             "preprocessing": encoder.preprocessing.record(),
             "head_sha256": None if head is None else weights_sha256(head),
         },

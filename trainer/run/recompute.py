@@ -15,9 +15,10 @@ import logging
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from datamerge.encoders import Encoder
+from datamerge.runtime.memory import saved_for_backward
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
@@ -78,22 +79,11 @@ def _ask(module: nn.Module) -> bool:
 
 def _kept(encoder: Encoder, device: torch.device) -> int:
     """Bytes that autograd keeps of one image until the gradient of its pixels, which is taken here."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.parameters(), *encoder.buffers())}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            # Kept alive, so that no address is used twice.
-            storages[storage.data_ptr()] = storage
-        return tensor
-
     pixels = torch.full((1, *encoder.input_shape), 0.5, device=device, requires_grad=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            outputs = encoder(pixels)
+        outputs, kept = saved_for_backward(encoder, lambda: encoder(pixels))
         torch.autograd.grad(outputs.sum(), pixels)
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(kept)
 
 
 def _unable(encoder: Encoder, found: str) -> ConfigError:

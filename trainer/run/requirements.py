@@ -321,7 +321,10 @@ def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
             f"encoder: {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found targets of shape "
             f"{target.shape} in {where}; choose the `encoder` that made them"
         )
-    recorded = _recorded_encoder(manifest).get("sha256")
+    found = _recorded_encoder(manifest)
+    recorded = found.get("sha256")
+    if recorded == encoder.sha256 and found.get("code_sha256", encoder.code) != encoder.code:
+        warn(f"the targets of {where} come from other code than that of {encoder.spec} now; its weights are the same")
     if recorded is not None and recorded != encoder.sha256:
         warn(
             f"the targets of {where} come from another encoder ({_recorded_encoder(manifest).get('spec')}, sha256 "

@@ -14,7 +14,7 @@ import pytest
 from storage_schemas import ConfigError, Layout, Location, Record, SourceError, UserError, open_artifact
 from storage_schemas.access import location as location_module
 from tests.support.refusals import refused
-from tests.support.servers import S3Server
+from tests.support.servers import MANNERS, S3Server
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -23,18 +23,6 @@ pytestmark = [
 
 DATA = bytes(range(256)) * 40
 SPANS = [(0, 100), (100, 300), (9_000, 20_000), (20_000, 30_000), (None, None), (0, len(DATA))]
-MANNERS: dict[str, tuple[set[str], bool]] = {
-    "ranges": (set(), True),
-    "no ranges": (set(), False),
-    "redirect": ({"redirect"}, True),
-    "redirect without ranges": ({"redirect"}, False),
-    "no length": ({"chunked"}, True),
-    "no length, no ranges": ({"chunked"}, False),
-    "gzip when asked": ({"gzip when asked"}, True),
-    "gzip, no ranges": ({"gzip"}, False),
-    "gzip, no length": ({"gzip", "chunked"}, False),
-}
-
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]
 

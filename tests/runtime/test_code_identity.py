@@ -1,0 +1,77 @@
+"""The hash of the user's code: what changes it, what does not, and what is kept by it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from datamerge.runtime.code_identity import code_sha256
+
+MODULES = {
+    "own_code.py": "import own_helper, math, numpy\nfrom own_pack.inner import GAIN\ndef make():\n    return GAIN\n",
+    "own_helper.py": "X = 1\n",
+    "own_late.py": "Y = 1\n",
+    "own_pack/__init__.py": "",
+    "own_pack/inner.py": "from . import deep\ndef late():\n    import own_late\nGAIN = deep.GAIN\n",
+    "own_pack/deep.py": "GAIN = 1\n",
+    "own_pack/unused.py": "Z = 1\n",
+    "unused.py": "Z = 1\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def _hash() -> str | None:
+    """As a new process finds it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("own_code", "own_helper", "own_pack")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    importlib.import_module("own_code")
+    return code_sha256("own_code")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "changes"),
+    [
+        ("own_code.py", MODULES["own_code.py"].replace("return GAIN", "return 2 * GAIN"), True),
+        ("own_helper.py", "X = 2\n", True),
+        ("own_late.py", "Y = 2\n", True),
+        ("own_pack/__init__.py", "A = 0\n", True),
+        ("own_pack/deep.py", "GAIN = 2\n", True),
+        ("own_code.py", "# a comment\n" + MODULES["own_code.py"].replace("GAIN\n", "GAIN  # another\n\n"), False),
+        ("own_pack/unused.py", "Z = 2\n", False),
+        ("unused.py", "Z = 2\n", False),
+        ("numpy.py", "", False),
+    ],
+)
+def test_what_changes_it(folder: Path, file: str, text: str, changes: bool) -> None:
+    before = _hash()
+    assert before == _hash()
+    if file == "numpy.py":  # the installed one is in sys.modules by now
+        sys.path.append(sys.path.pop(0))
+    (folder / file).write_text(text)
+    assert (_hash() != before) is changes
+
+
+def test_a_file_that_changes_under_a_process_is_not_what_runs(folder: Path) -> None:
+    before = _hash()
+    (folder / "own_code.py").write_text("def make():\n    return 7\n")
+    assert code_sha256("own_code") == before
+    importlib.reload(sys.modules["own_code"])
+    assert code_sha256("own_code") != before
+
+
+def test_ours_and_what_has_no_file_have_none() -> None:
+    assert code_sha256("datamerge.demo.digits") is None
+    assert code_sha256("sys") is None
+    assert code_sha256("no_such_module") is None
