@@ -105,8 +105,9 @@ def _by_position(labels: Collection[int], classes: Classes, head: Classes, setti
     if classes.names and len(classes.names) != head.count:
         warn(
             f"{classes.where} has {len(classes.names)} classes and {head.where} has {head.count}: labels are taken "
-            "as positions in the head, which is wrong if the source has only some of its classes; a file of the "
-            "head's class names matches them by name"
+            "as positions in the head, which is wrong if the source has only some of its classes; "
+            + ("classes with names are" if head.named else "with a file of the head's class names they are")
+            + " matched by name"
         )
     elif classes.named or head.named:
         nameless = head.where if classes.named else classes.where

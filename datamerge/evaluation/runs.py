@@ -40,8 +40,8 @@ def read_run(text: str) -> Run:
     """
     folder = user_path(text)
     if folder.is_dir():
-        summary = read_summary(folder)
         with refusals_about("runs"):
+            summary = read_summary(folder)
             encoder, original = spec_of_run(summary, folder), with_tag_of_run(summary.original)
         return Run(str(Path(text)), encoder, original, summary.arm, summary)
     if text.partition(":")[0] not in KINDS:

@@ -32,6 +32,7 @@ MISSING = "–"
 NAMES = 2  # columns that say what a row is
 # A pipe or file has no edge to wrap at, unless COLUMNS says so.
 NO_TERMINAL_WIDTH = 200
+ANY_WIDTH = 10_000
 LEAST_NAME = 8  # letters of a name that stand in one line
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
@@ -139,7 +140,8 @@ def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    return console.measure(table, options=console.options.update(width=NO_TERMINAL_WIDTH)).maximum <= console.width
+    room = console.options.update(width=ANY_WIDTH)  # what is measured never exceeds it
+    return console.measure(table, options=room).maximum <= console.width
 
 
 def _table(grid: Sequence[Sequence[str]], columns: Sequence[int], most: int | None) -> Table:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from storage_schemas import ConfigError, shortened
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.errors import SHOWN_LETTERS
+from storage_schemas.schema.problems import in_words
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
     """The setting and what is wrong with it."""
     # The setting is the whole list, also where one item is wrong.
     name = str(problem["loc"][0])[:SHOWN_LETTERS] if problem["loc"] else ""
-    message = re.sub("^[A-Z][a-z]+ should (be|have) ", "expected ", problem["msg"].removeprefix("Value error, "))
+    message = in_words(problem)
     spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""
     if problem["type"] == "extra_forbidden":
         if name in model.renamed:
@@ -153,12 +154,10 @@ def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
         return name, "unknown setting" + (f"; did you mean {close[0]}?" if close else "")
     if spelling in model.renamed:
         return name, f"{problem['input']!r} is written {model.renamed[spelling]} now"
-    if problem["type"] == "missing":
-        return name, "expected a value, found none"
     if problem["type"] == "value_error":
         # Validators of the whole model name the setting themselves.
         found = re.match(r"(\w+): ", message) if not name else None
         return (found[1], message[found.end() :]) if found and found[1] in model.model_fields else (name, message)
     if problem["type"].startswith("byte_size"):
-        message = "expected bytes or a size such as 200GB or 1.5TiB"
-    return name, f"{message}, found {shortened(problem['input'])}"
+        message = f"expected bytes or a size such as 200GB or 1.5TiB, found {shortened(problem['input'])}"
+    return name, message

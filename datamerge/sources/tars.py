@@ -186,6 +186,8 @@ def _note_member(
     if not 0 <= info.size <= tar.offset - info.offset_data:
         raise ValueError(f"{info.name!r} claims {info.size} bytes at {info.offset_data}, next is {tar.offset}")
     if is_image:
+        if parts.image is not None and wanted:
+            raise SourceError(f"{name}: expected one {extension} of each sample, found a second one: {info.name}")
         if parts.image is not None:
             raise SourceError(
                 f"{name}: expected one image a sample, found a second one: {info.name}; name the kind of member as "

@@ -39,7 +39,8 @@ def write_shards(
             try:
                 writer.commit(shard, *make(shard))
             except ValueError as error:  # a key that is there twice, a mean that is no number
-                raise DatamergeError(f"{writer.location.url}, shard {shard}: {error}") from error
+                problem = str(error).removeprefix(f"shard {shard}: ")
+                raise DatamergeError(f"{writer.location.url}, shard {shard}: {problem}") from error
         first = shard * writer.layout.groups_per_shard
         advance(min(writer.layout.groups_per_shard, writer.layout.groups - first))
     return finish(writer)

@@ -28,6 +28,7 @@ from pydantic import (
 
 from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
+from storage_schemas.schema.problems import in_words
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
@@ -345,7 +346,7 @@ def parse(model: type[D], data: bytes, where: str) -> D:
             _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
             raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
     details = "; ".join(
-        f"{_dotted(p['loc'])[:PROBLEM_LETTERS]}: {p['msg'][:PROBLEM_LETTERS]}" for p in problems[:SHOWN_PROBLEMS]
+        f"{_dotted(p['loc'])[:PROBLEM_LETTERS]}: {in_words(p)[:PROBLEM_LETTERS]}" for p in problems[:SHOWN_PROBLEMS]
     )
     more = f"; and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
     raise SchemaError(f"{where}: {len(problems)} problem(s): {details}{more}")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from storage_schemas.errors import ConfigError, shortened
+from storage_schemas.schema.problems import in_words
 
 Resize = Literal["shortest", "longest", "squash", "none"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -109,10 +110,10 @@ class Preprocessing(BaseModel):
         try:
             return cls.model_validate(record)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_url=False)[0]
             name = ".".join(map(str, ("preprocessing", *first["loc"])))
             raise ConfigError(
-                f"{where}: expected a preprocessing, found a problem in {name}: {first['msg']}"
+                f"{where}: expected a preprocessing, found a problem in {name}: {in_words(first)}"
             ) from None
 
     @classmethod

@@ -11,10 +11,12 @@ from storage_schemas.display import one_line
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.plain_json import read_json
 from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.problems import listed
 
 SUMMARY, WEIGHTS = "run.json", "encoder.safetensors"
 BASELINE = "w/o AT"
 """The arm of an encoder that was not trained here."""
+SHOWN_PROBLEMS = 5
 
 
 class RunSummary(BaseModel):
@@ -60,8 +62,12 @@ class RunSummary(BaseModel):
     __str__ = __repr__
 
 
-def read_summary(folder: Path) -> RunSummary:
+def read_summary(folder: Path, setting: str = "encoder") -> RunSummary:
     """The summary of the finished run in a folder.
+
+    Args:
+        folder: that somebody named.
+        setting: where; refusals are about it.
 
     Raises:
         ConfigError: no run, one that is not finished, or a damaged `run.json`; every problem is listed.
@@ -71,13 +77,14 @@ def read_summary(folder: Path) -> RunSummary:
         return RunSummary.model_validate(read_json(file.read_bytes()))
     except FileNotFoundError:
         raise ConfigError(
-            f"{folder}: expected {SUMMARY}, found none: this is no run, or its training is not finished; "
-            "run `datamerge train` to its end first"
+            f"{setting}: expected the folder of a finished run, found no {SUMMARY} in {folder}: it is none, or its "
+            "training is not finished; run `datamerge train` to its end first"
         ) from None
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}" for problem in error.errors()
-        )
-        raise ConfigError(f"{file}: expected the summary of a training run, found problems: {problems}") from None
+        found = f"problems: {listed(error.errors(include_url=False), SHOWN_PROBLEMS)}"
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: expected the summary of a training run, found {error}") from None
+        found = str(error)
+    raise ConfigError(
+        f"{setting}: expected the summary of a training run in {file}, found {found}; restore the file, or train "
+        "again into a new folder"
+    )

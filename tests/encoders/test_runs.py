@@ -86,7 +86,7 @@ def test_a_run_whose_weights_were_replaced_is_refused(trained: Path) -> None:
 
 def test_a_damaged_record_is_named(trained: Path) -> None:
     _change(trained, preprocessing={"shape": [1, 4]})
-    with refused(ConfigError, None, trained / "run.json", "preprocessing.shape"):
+    with refused(ConfigError, "encoder", trained / "run.json", "preprocessing.shape"):
         resolve(str(trained))
 
 

@@ -48,9 +48,7 @@ def read_pixels(folder: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float64
     return np.stack([np.asarray(Image.open(path)).reshape(-1) / 255 for path in sorted(folder.rglob("*.png"))])
 
 
-@pytest.mark.parametrize(
-    ("epsilon", "robust"), [("0", 1.0), ("1/255", 1.0), ("2/255", 0.5), ("7/255", 0.5), ("8/255", 0.0)]
-)
+@pytest.mark.parametrize(("epsilon", "robust"), [("1/255", 1.0), ("2/255", 0.5), ("7/255", 0.5), ("8/255", 0.0)])
 def test_robust_accuracy_of_a_linear_classifier_is_the_worst_case(
     two_class: str, photos: Path, make_head: MakeHead, epsilon: str, robust: float
 ) -> None:

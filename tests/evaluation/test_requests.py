@@ -55,13 +55,13 @@ def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
 def test_unknown_run(two_class: str, photos: Path, tmp_path: Path) -> None:
     with refused(ConfigError, "runs", tmp_path / "nowhere"):
         measure(str(tmp_path / "nowhere"), data=photos)
-    with refused(ConfigError, None, photos, "run.json"):
+    with refused(ConfigError, "runs", photos, "run.json"):
         measure(two_class, str(photos), data=photos)
 
 
 @pytest.mark.parametrize("key", ["encoder", "original", "arm", "artifact", "seconds", "steps", "bytes", "config"])
 def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun, key: str) -> None:
-    with refused(ConfigError, None, "run.json: ", f" {key}: "):
+    with refused(ConfigError, "runs", "run.json", f" {key}: "):
         measure(make_run(two_class, two_class, changes={key: None}), data=photos)
 
 
@@ -69,7 +69,7 @@ def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun,
 def test_run_json_that_is_damaged(photos: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    with refused(ConfigError, None, tmp_path / "run" / "run.json"):
+    with refused(ConfigError, "runs", tmp_path / "run" / "run.json"):
         measure(str(tmp_path / "run"), data=photos)
 
 

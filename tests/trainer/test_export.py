@@ -135,7 +135,7 @@ def test_what_cannot_be_exported_is_refused(make_artifact: MakeArtifact, tmp_pat
         ("mlp", "hf", False, "to", ["hf", "mlp:", "encoder.safetensors"]),
         ("mlp", "open_clip", False, "to", ["open_clip", "mlp:"]),
         ("mlp", "open_clip", True, "best", ["best.pt", "`eval_artifact`"]),
-        ("nowhere", "hf", False, None, ["nowhere", "run.json"]),
+        ("nowhere", "hf", False, "run", ["nowhere", "run.json"]),
     ]
     for run, to, best, field, facts in cases:
         with refused(ConfigError, field, *facts):

@@ -90,7 +90,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     if out.exists():
         raise ConfigError(f"output: expected a new folder, found {output}, which exists; choose another `output`")
     place = local_path(run, "run")
-    summary = read_summary(place)
+    summary = read_summary(place, "run")
     encoder = _encoder(place, summary, best)
     out.parent.mkdir(parents=True, exist_ok=True)
     with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:

@@ -81,7 +81,7 @@ class RunFolder:
         """The summary of a finished run; None while it is not finished."""
         if not (self.path / SUMMARY).exists() or not (self.path / WEIGHTS).exists():
             return None
-        return read_summary(self.path)
+        return read_summary(self.path, "run")
 
     def publish(self, summary: RunSummary) -> None:
         """Mark the run as finished."""
