@@ -7,6 +7,7 @@ listed once by their headers; readers then fetch single images by their byte ran
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
         SourceError: a file is no tar, or none has images.
     """
     found: dict[str, _Parts] = {}
-    others: dict[str, str] = {}
+    others: Counter[str] = Counter()
     for name, _ in files:
         with (
             _refused(location, name),
@@ -104,7 +105,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         expected = f"members {columns.image!r}" if columns.image else f"images ({' '.join(EXTENSIONS[:4])} …)"
-        inside = f": {shown(others.values())}" if others else ""
+        inside = f": {shown(f'{count} .{extension}' for extension, count in others.items())}" if others else ""
         inside += "; unpack them, and name the folder of the tars inside" if "tar" in others else ""
         raise SourceError(
             f"{url}: expected tars with {expected}, found none in {len(found)} samples of {len(files)}{inside}"
@@ -112,7 +113,13 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     if len(complete) < len(found):
         first = next(key for key, parts in found.items() if parts.image is None)
         say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
-    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], others, columns, url)
+    images = {extension: count for extension, count in others.items() if kind_of(f"x.{extension}") == "image"}
+    if images:  # of kinds that the user did not name
+        some = shown(f"{count} {extension}" for extension, count in images.items())
+        say(f"{url}: {sum(images.values())} other images of the samples are left out: {some}")
+    (labels, names), unlabelled = _labels(
+        [(key, parts) for key, parts, _ in complete], others.keys() - images.keys(), columns, url
+    )
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
@@ -180,7 +187,7 @@ def _note_member(
     info: tarfile.TarInfo,
     tar: tarfile.TarFile,
     found: dict[str, _Parts],
-    others: dict[str, str],
+    others: Counter[str],
     columns: Columns,
 ) -> None:
     """Remember an image's place, the content of a member with labels or groups, or that there are others."""
@@ -195,7 +202,7 @@ def _note_member(
     is_image = extension == wanted if wanted else kind_of(f"x.{extension}") == "image"
     is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
-        others.setdefault(extension, info.name)
+        others[extension] += 1
         return
     if info.issparse():
         raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
@@ -207,7 +214,7 @@ def _note_member(
         if parts.image is not None:
             raise SourceError(
                 f"{name}: expected one image a sample, found a second one: {info.name}; name the kind of member as "
-                f"`image_column`, such as {extension}"
+                f"`image_column`, such as {extension}, or write no dot into the names of samples"
             )
         parts.image = _Member(name, info.offset_data, info.size)
     else:
@@ -266,7 +273,7 @@ def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tup
 def _no_label_member(samples: Sequence[tuple[str, _Parts]], others: Collection[str], columns: Columns) -> str:
     """Why no member holds labels: there are others, or images only, whose folders and tars are no classes."""
     fields = next((_fields(parts) for _, parts in samples if "json" in parts.texts), [])
-    some = [name for name in (*others, *fields) if name != columns.group]
+    some = [name for name in (*sorted(others), *fields) if name != columns.group]
     if some:
         return f"none of the members and fields {shown(some)} is called cls or label; name one as `label_column`"
     return "the tars hold images only; add a member KEY.cls to each, or unpack them into a folder for each class"
