@@ -267,9 +267,7 @@ def _alphabetical(texts: Mapping[Any, str], where: str) -> tuple[dict[Any, int],
         form.setdefault(unicodedata.normalize("NFC", text), text)
     ordered = sorted(form.values())
     if joined := sorted(set(texts.values()) - set(ordered)):
-        say(
-            f"{where}: {len(joined)} class names are written in two forms of Unicode and taken as one: {shown(joined)}"
-        )
+        say(f"{where}: {len(joined)} class names are written in two forms of Unicode, taken as one: {shown(joined)}")
     index = {name: position for position, name in enumerate(ordered)}
     return {key: index[form[unicodedata.normalize("NFC", text)]] for key, text in texts.items()}, ordered
 

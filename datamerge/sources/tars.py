@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,13 +113,8 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     if len(complete) < len(found):
         first = next(key for key, parts in found.items() if parts.image is None)
         say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
-    images = {extension: count for extension, count in others.items() if kind_of(f"x.{extension}") == "image"}
-    if images:  # of kinds that the user did not name
-        some = shown(f"{count} {extension}" for extension, count in images.items())
-        say(f"{url}: {sum(images.values())} other images of the samples are left out: {some}")
-    (labels, names), unlabelled = _labels(
-        [(key, parts) for key, parts, _ in complete], others.keys() - images.keys(), columns, url
-    )
+    may_label = _say_other_images(others, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], may_label, columns, url)
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
@@ -134,6 +129,15 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
     return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
+
+
+def _say_other_images(others: Mapping[str, int], url: str) -> list[str]:
+    """Say how many images are left out, of kinds that the user did not name; the other kinds of members."""
+    images = {extension: count for extension, count in others.items() if kind_of(f"x.{extension}") == "image"}
+    if images:
+        some = shown(f"{count} {extension}" for extension, count in images.items())
+        say(f"{url}: {sum(images.values())} other images of the samples are left out: {some}")
+    return sorted(others.keys() - images.keys())
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -273,7 +277,7 @@ def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tup
 def _no_label_member(samples: Sequence[tuple[str, _Parts]], others: Collection[str], columns: Columns) -> str:
     """Why no member holds labels: there are others, or images only, whose folders and tars are no classes."""
     fields = next((_fields(parts) for _, parts in samples if "json" in parts.texts), [])
-    some = [name for name in (*sorted(others), *fields) if name != columns.group]
+    some = [name for name in (*others, *fields) if name != columns.group]
     if some:
         return f"none of the members and fields {shown(some)} is called cls or label; name one as `label_column`"
     return "the tars hold images only; add a member KEY.cls to each, or unpack them into a folder for each class"
