@@ -21,10 +21,11 @@ from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
 from datamerge.tools.source_inspection import SourceSettings
 from datamerge.tools.source_inspection import rows as source_rows
-from storage_schemas import ConfigError, Location, UserError, printable
+from storage_schemas import ConfigError, Location, NotAnArtifact, UserError, printable
 from storage_schemas.access.redaction import split_query
 from storage_schemas.card.contact_sheet import ROWS
 from storage_schemas.card.dataset_card import recorded_preprocessing
+from storage_schemas.schema.manifest import MANIFEST
 from storage_schemas.verify import Report
 
 SHOWN_PROBLEMS = 8  # of one file
@@ -61,7 +62,12 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
         given = next((name for name, value in settings.model_dump().items() if value is not None), None)
         if given is not None:
             raise ConfigError(f"{given}: an artifact has none; drop `{given}`, or name raw images with --source")
-        facts = library.inspect(str(artifact))
+        try:
+            facts = library.inspect(str(artifact))
+        except NotAnArtifact as error:
+            if Location(str(artifact)).exists(MANIFEST):
+                raise
+            raise NotAnArtifact(f"{error}; raw images are shown by --source {artifact}") from None
         rows = _rows(facts)
     if as_json:
         click.echo(json.dumps(facts))

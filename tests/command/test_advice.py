@@ -118,6 +118,14 @@ def test_columns_that_a_source_does_not_have(tmp_path: Path) -> None:
     assert "name it with" not in done.stderr
 
 
+def test_raw_images_in_place_of_an_artifact(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    done = run_command("inspect", tmp_path)
+    assert done.returncode == 2
+    assert f"--source {tmp_path}" in done.stderr
+    assert run_command("inspect", "--source", tmp_path).returncode == 0
+
+
 @pytest.mark.parametrize("named", ["head", "source", "neither"])
 def test_names_are_advised_where_there_are_none(named: str, capsys: pytest.CaptureFixture[str]) -> None:
     numbers, names = ["0", "1", "2"], ["ant", "bee", "cat"]
