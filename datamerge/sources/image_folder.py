@@ -7,6 +7,7 @@ columns can name groups. Without it, first-level sub-folders are classes.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from datamerge.sources.sample import (
     make_keys,
     make_listing,
 )
+from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import ConfigError, Location, SourceError
 
 TABLE = "labels.csv"
@@ -114,6 +116,7 @@ def open_image_folder(
 
 def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> tuple[Labels, str]:
     """Labels from a column of labels.csv, and why there are none."""
+    _warn_of_columns(table, names, columns)
     others = [name for name in table.columns if name not in (table.file_column, columns.group)]
     if columns.label is not None:
         column, why = wanted_column(columns.label, table.columns, table.where), ""
@@ -136,6 +139,17 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
         raise SourceError(f"{table.where}, {column!r}: expected whole numbers or names, found {error}") from None
     warn_of_twins(classes, table.where)
     return (labels, classes), ""
+
+
+def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) -> None:
+    """Say which columns have one name, and which say a split: all splits are taken."""
+    for name, times in Counter(table.columns).items():
+        if times > 1:
+            warn(f"{table.where}: {times} columns are called {name!r}, of which the first is used; rename the others")
+        if is_split_column(name) and name not in (columns.label, columns.group):
+            place = table.columns.index(name)
+            said = Counter(table.rows[image][0][1][place] for image in names if image in table.rows)
+            warn_of_split_column(name, said, table.where)
 
 
 def _folder_labels(location: Location, names: Sequence[str], skipped: int | None) -> Labels:

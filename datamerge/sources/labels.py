@@ -43,6 +43,8 @@ _ABSENT_AMONG_NUMBERS = _ABSENT | {"none", "na", "nil", "unknown", "unlabeled", 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 # 3,0 or 1,000 or several labels: as names they would be numbered anew.
 _WITH_COMMAS = re.compile(r"[+-]?\d+(\s*,\s*\d+)+")
+# How Python, NumPy and torch print a list of one, and a number.
+_WRAPPED = re.compile(r"(?:tensor|array|np\.\w+)?[\[(]\s*([^\[\]()]*?)\s*,?\s*[\])]")
 _SHOWN = 5
 
 
@@ -242,6 +244,8 @@ def number_in(text: str, digits_only: bool = False) -> int | None:
     if text.removeprefix("-").isdecimal():
         # Python refuses to read thousands of digits.
         return int(text) if len(text) < 100 else LARGEST_LABEL + 1
+    if not digits_only and (inside := _WRAPPED.fullmatch(text)):
+        text = inside[1]
     if not digits_only and _WITH_COMMAS.fullmatch(text):
         raise NotWhole(f"{text}, with a comma")
     if digits_only or not _NUMBER.fullmatch(text):

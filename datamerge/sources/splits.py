@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from datamerge.runtime.messages import say
+from datamerge.runtime.messages import say, warn
 from datamerge.sources.listing import File
 from storage_schemas import ConfigError, SourceError
 
@@ -30,6 +30,7 @@ _CANONICAL = {word: meaning for meaning, words in _MEANINGS.items() for word in 
 # A folder of a split: `train`, `val2017`, `test_set`.
 _FOLDER = re.compile(rf"({'|'.join(_CANONICAL)})([-_ ]?(\d+|set|data|images|imgs))?")
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
+_COLUMNS = ("split", "subset", "partition", "set")
 # Names of numbered files that say nothing.
 _PLAIN = {"data", "part", "shard", "dataset", "output", "file", "images"}
 DEEPEST = 3  # level of folders at which splits are looked for
@@ -162,6 +163,21 @@ def meaning(name: str) -> str | None:
     """`train`, `validation` or `test`, as a name of a split means; None for another name."""
     found = _FOLDER.fullmatch(name.lower())
     return _CANONICAL[found[1]] if found else None
+
+
+def is_split_column(name: str) -> bool:
+    """Whether a column of a table is called as those that say a split."""
+    return name.strip().lower() in _COLUMNS
+
+
+def warn_of_split_column(name: str, counts: Mapping[str, int], where: str) -> None:
+    """Say so where the values of such a column are several splits: nothing is chosen by it."""
+    if len({meaning(value) for value in counts} - {None}) > 1:
+        found = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items()))
+        warn(
+            f"{where}: the column {name!r} tells splits, {found}, which are all taken; to take one, write each to a "
+            "folder or file of its name"
+        )
 
 
 def _counted(count: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -20,18 +21,13 @@ from datamerge.sources.labels import (
     warn_of_twins,
 )
 from datamerge.sources.sample import as_text
+from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import SourceError, read_json, shortened
 
 Read = Callable[[str], Iterable[Any]]
 """Column → its values, one a row."""
-_NUMBERS_AND_TEXT = (
-    pa.types.is_integer,
-    pa.types.is_boolean,
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_null,
-)
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_NUMBERS_AND_TEXT = (pa.types.is_integer, pa.types.is_boolean, *_TEXT, pa.types.is_null)
 _OTHERS = (
     pa.types.is_floating,
     pa.types.is_decimal,
@@ -60,6 +56,7 @@ class TableLabels:
         self._files = self._rows = 0
         self._without: list[str] = []
         self._raw: list[Any] = []
+        self._splits: dict[str, Counter[str]] = {}
         self.unlabelled = ""
 
     def add(self, schema: pa.Schema, rows: int, read: Read, where: str, image: str) -> None:
@@ -70,6 +67,9 @@ class TableLabels:
         """
         self._files += 1
         self._rows += rows
+        for name in schema.names:
+            if is_split_column(name) and name not in self._left_out and _is_one_of(schema.field(name).type, _TEXT):
+                self._splits.setdefault(name, Counter()).update(value for value in read(name) if value is not None)
         if self._files == 1:
             self._left_out.add(image)
             self._column = self._choose(schema, read, where)
@@ -100,6 +100,9 @@ class TableLabels:
         Raises:
             SourceError: values that are no labels.
         """
+        for name, counts in self._splits.items():
+            if name != self._column:
+                warn_of_split_column(name, counts, self._where)
         if self._column is not None:
             try:
                 labels, names = read_labels(self._raw, f"{self._where}, {self._column!r}", self._names, row)

@@ -263,6 +263,14 @@ def test_columns_of_types_that_hold_no_labels(
     assert source.unlabelled in capsys.readouterr().err
 
 
+def test_a_column_that_tells_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_source(_columns(tmp_path, label=[1, 2, 3], split=["train", "test", "train"]))
+    assert "'split' tells splits, test (1), train (2)" in capsys.readouterr().err
+    for values in (["train"] * 3, ["red", "blue", "red"]):
+        open_source(_columns(tmp_path, label=[1, 2, 3], split=values))
+        assert "splits" not in capsys.readouterr().err
+
+
 def test_labels_can_be_left_out(tmp_path: Path) -> None:
     odd = ["0", "1", "cat"]
     for source in (

@@ -60,6 +60,7 @@ def _forms() -> dict[str, str | bytes]:
         "NFD": unicodedata.normalize("NFD", table),
         "rows of missing files": table + "gone.png,7\n",
         "the same row twice": table + "a.png,3\n",
+        "lists of one": "file,label\na.png,[3]\nb.png,[11]\nsub/c.jpg,tensor(0)\ncaf\u00e9.png,np.int64(2)\n",
         "floats": "file,label\na.png,3.0\nb.png,11.0\nsub/c.jpg,0.0\ncaf\u00e9.png,2.0\n",
     }
 
@@ -128,3 +129,11 @@ def test_columns_that_are_not_labels(folder: Path, capsys: pytest.CaptureFixture
     assert {sample.label for sample in source.samples} == {None}
     assert "author, place" in source.unlabelled
     assert "author, place" in capsys.readouterr().err
+
+
+def test_columns_that_change_what_the_table_means(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "labels.csv").write_text("file,label,label,split\na.png,3,1,train\nb.png,4,1,test\n")
+    assert {sample.name: sample.label for sample in open_source(folder).samples}["b.png"] == 4
+    said = capsys.readouterr().err
+    assert "2 columns are called 'label'" in said
+    assert "'split' tells splits, test (1), train (1)" in said
