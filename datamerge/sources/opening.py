@@ -271,8 +271,10 @@ def _say_tables(listing: Listing) -> None:
     """Say which tables may have been meant to give the labels."""
     tables = sorted(name for name in listing.others if name.lower().endswith(TABLES) and name.count("/") < DEEPEST)
     if tables:
-        url = listing.location.url
-        say(f"{url}: labels are not taken from {shown(tables)}; a table of them is {url}/{TABLE}")
+        say(
+            f"{listing.location.url}: labels are not taken from {shown(tables)}; call one that holds them {TABLE}, "
+            "its header file,label"
+        )
 
 
 def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:

@@ -307,6 +307,15 @@ def test_an_artifact_on_an_object_store_is_no_class(tmp_path: Path) -> None:
         files.rm("/listing-test", recursive=True)
 
 
+def test_a_table_beside_the_images_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "train/a.png", "train/b.png")
+    put(tmp_path, "train/metadata.csv", data=b"file_name,label\na.png,1\nb.png,0\n")
+    open_source(tmp_path)
+    assert "call one that holds them labels.csv" in capsys.readouterr().err
+    (tmp_path / "train" / "metadata.csv").rename(tmp_path / "train" / "labels.csv")
+    assert [sample.label for sample in open_source(tmp_path).samples] == [1, 0]
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "train.csv", "Labels.csv", "metadata.jsonl", "meta/list_attr.tsv"])
 def test_tables_that_are_not_read_are_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "a.png", "b.png")
