@@ -1,6 +1,6 @@
 """What a label is, wherever it comes from: a class index from 0 to 2³¹ − 1, or the name of a class, or none.
 
-    whole numbers, also as 3.0, "3", "003", "[3]", True, NumPy's, lists of one    the index itself; negative: none
+    whole numbers, also as 3.0, "003", b"3", "[3]", True, NumPy's, lists of one   the index itself; negative: none
     one-hot rows                                                                  the index of the 1; all 0: none
     text                                                                          names, numbered alphabetically
     null, NaN, empty text; among numbers also "unknown", "None", …                none, and the count is said
