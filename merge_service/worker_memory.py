@@ -31,7 +31,7 @@ COPIES = {"pgd": 10, "apgd": 18}
 LAYER = 4
 # glibc gives freed pieces of this size back at once. Smaller ones leave holes: with these, encoders took 1.2 (a
 # ResNet) to 1.7 times (ViT-B/32) the memory of what they kept.
-GIVEN_BACK, HOLES = 32 * 2**20, 1.6
+GIVEN_BACK, HOLES = 32 * 2**20, 1.7
 # Of the free memory: Ray kills workers where less than a twentieth of the machine's is left.
 USABLE = 0.9
 

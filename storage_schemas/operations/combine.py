@@ -28,6 +28,7 @@ from storage_schemas.operations.compatibility import (
     combined_provenance,
     is_under,
     origins,
+    settle_exif,
     settle_preprocessing,
 )
 from storage_schemas.operations.shards import Advance, head_file, write_shards
@@ -127,10 +128,11 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
         for artifact in inputs
         for part in origins(artifact.manifest.provenance, artifact.manifest.plan_sha256, len(artifact))
     ]
-    for part, settled in zip(parts, settle_preprocessing([part["leaves"] for part in parts]), strict=True):
-        part["leaves"] = settled
+    settled = settle_exif(settle_preprocessing([part["leaves"] for part in parts]))
+    for part, own in zip(parts, settled, strict=True):
+        part["leaves"] = own
     flat = [leaves(artifact.manifest.provenance) | _stored(artifact) for artifact in inputs]
-    flat = settle_preprocessing(flat)
+    flat = settle_exif(settle_preprocessing(flat))
     check_names(flat, allow_different)
     attacked = any("attack.kind" in part["leaves"] for part in parts)
     union = _collect(inputs, [() if attacked else _identities(one) for one in flat])

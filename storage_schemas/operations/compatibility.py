@@ -21,9 +21,10 @@ FREE = ("seed", "numerics", "versions", "attacked_encoder", "grouping.members", 
 # Of an input, not of the whole, even where all inputs agree.
 OWN = ("grouping.members",)
 # Sources may differ where no group has members from several, or where members are samples, not attacks on one.
-SOURCE = ("source.fingerprint", "source.samples")
+SOURCE = ("source.fingerprint", "source.samples", "source.exif")
 
 _PIXELS = "preprocessing"
+_EXIF = "source.exif"
 _MISSING = object()
 
 
@@ -90,6 +91,19 @@ def settle_preprocessing(flat: Sequence[Leaves]) -> list[Leaves]:
         return list(flat)
     settled = leaves({_PIXELS: fullest.record()})
     return [{path: value for path, value in one.items() if not is_under(path, [_PIXELS])} | settled for one in flat]
+
+
+def settle_exif(flat: Sequence[Leaves]) -> list[Leaves]:
+    """The same provenances, with what was done about EXIF's orientation; where some say it, the others ignored it."""
+    if not any(_EXIF in one for one in flat):
+        return list(flat)
+    return [one if _EXIF in one or _differs_within(one) else {**one, _EXIF: "ignore"} for one in flat]
+
+
+def _differs_within(flat: Leaves) -> bool:
+    """Whether an input was combined of some that do not agree about it."""
+    parts = flat.get(COMBINED)
+    return isinstance(parts, list) and any(_EXIF in leaves(part["provenance"]) for part in parts)  # type: ignore[call-overload, index, arg-type]
 
 
 def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:

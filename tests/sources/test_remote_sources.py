@@ -223,7 +223,7 @@ def test_a_server_without_ranges_sends_small_files_only(
         _check(open_source(f"{files.url}/{name}"))
 
 
-@pytest.mark.parametrize("name", ["all.tar", "t-{0..1}.tar", "x.parquet", "x.npz"])
+@pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
 @pytest.mark.parametrize("manner", MANNERS)
 def test_servers_of_all_manners(files: Any, manner: str, name: str) -> None:
     files.manners, files.ranges = MANNERS[manner]

@@ -53,6 +53,25 @@ def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
     ]
 
 
+def test_rounds_from_before_orientations_were_recorded_ignored_them(tmp_path: Path) -> None:
+    """Of one group all members are of an image that is turned, or none is."""
+    rounds = [
+        make(tmp_path / "1", attacked(["k0", "k1"], 1)),
+        make(tmp_path / "2", attacked(["k0", "k1"], 2), changes={"seed": 1, "source.exif": "ignore"}),
+        make(tmp_path / "3", attacked(["k0", "k1"], 3), changes={"seed": 2, "source.exif": "transpose"}),
+    ]
+    unions = [combine(tmp_path / "a", *rounds[:2]), combine(tmp_path / "b", *rounds[1::-1])]
+    for union in unions:
+        provenance: Any = union.manifest.provenance
+        assert provenance["source"]["exif"] == "ignore"
+    for other in (*rounds[:2], unions[0]):
+        with refused(UserError, None, "source.exif", "transpose"):
+            combine(tmp_path / "no", other, rounds[2])
+    apart = make(tmp_path / "4", attacked(["k8"], 4), changes={"seed": 3, "source.exif": "transpose"})
+    parts: Any = combine(tmp_path / "apart", rounds[1], apart).manifest.provenance["combined"]
+    assert [part["provenance"]["source"]["exif"] for part in parts] == ["ignore", "transpose"]
+
+
 def test_pixels_in_the_words_of_an_earlier_release_are_the_same(tmp_path: Path) -> None:
     """It named one way of resizing, and no normalisation; the union says all that is known."""
     earlier = {"shape": [1, 3, 4], "resize": "bicubic, shorter side", "crop": "centre"}

@@ -307,6 +307,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def _save_hugging_face(name: str, folder: Path) -> str:
     """Spec of a small vision model of transformers with its image processor."""
+    make_torchvision_importable()
     import transformers
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -322,14 +323,17 @@ def _save_hugging_face(name: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str) -> None:
+def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     import transformers
 
     spec = _save_hugging_face(name, tmp_path / "start")
     encoder = _tuned(spec, tmp_path)
     out = tmp_path / "out"
     out.mkdir()
+    transformers.utils.logging.enable_progress_bar()
+    capsys.readouterr()
     folder = write_hugging_face(encoder, spec, out)
+    assert "%|" not in capsys.readouterr().err, "bars of transformers"
     assert f"import AutoImageProcessor, {name}" in folder.usage
     assert folder.note == "", "everything is as it was"
     again = load_encoder(f"hf:{out}")
