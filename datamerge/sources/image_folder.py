@@ -80,6 +80,12 @@ def open_image_folder(
             "drop `image_column`"
         )
     names = [name for name, _ in files]
+    broken = [name for name in names if "\\" in name]
+    if broken:
+        warn(
+            f"{location.url}: {len(broken)} of {len(names)} names hold a backslash, such as {broken[0]}, which was a "
+            "folder on Windows and is none here; unpack the archive again with a program that makes folders of them"
+        )
     groups: list[str | None] = [None] * len(names)
     labels: list[int | None] = [None] * len(names)
     class_names: list[str] = []

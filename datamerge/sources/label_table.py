@@ -122,7 +122,7 @@ def read_label_table(data: bytes, images: Sequence[str], where: str) -> LabelTab
         such = f", such as {missing[0][1]!r}" if missing else ""
         raise SourceError(
             f"{where}: expected paths below its folder in the column {columns[place]!r}, found none in {len(lines)} "
-            f"rows{such}; correct the table"
+            f"rows{such}; correct the table: images are called such as {min(images, default='none')}"
         )
     _say_differences(where, images, rows, missing)
     return LabelTable(where, columns, columns[place], rows)

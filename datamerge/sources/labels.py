@@ -41,6 +41,8 @@ LABEL_NAMES = frozenset((*USUAL, *OTHERS))
 _ABSENT = frozenset({"nan", "null", "n/a", "#n/a", "<na>"})
 _ABSENT_AMONG_NUMBERS = _ABSENT | {"none", "na", "nil", "unknown", "unlabeled", "unlabelled", "missing", "?", "-"}
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
+# 3,0 or 1,000 or several labels: as names they would be numbered anew.
+_WITH_COMMAS = re.compile(r"[+-]?\d+(\s*,\s*\d+)+")
 _SHOWN = 5
 
 
@@ -240,6 +242,8 @@ def number_in(text: str, digits_only: bool = False) -> int | None:
     if text.removeprefix("-").isdecimal():
         # Python refuses to read thousands of digits.
         return int(text) if len(text) < 100 else LARGEST_LABEL + 1
+    if not digits_only and _WITH_COMMAS.fullmatch(text):
+        raise NotWhole(f"{text}, with a comma")
     if digits_only or not _NUMBER.fullmatch(text):
         return None
     try:

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from datamerge.runtime.factories import PREFIX
-from datamerge.runtime.messages import first_line
+from datamerge.runtime.messages import first_line, say
 from datamerge.sources.factories import open_factory
 from datamerge.sources.image_folder import TABLE, open_image_folder
-from datamerge.sources.labels import NONE
+from datamerge.sources.labels import NONE, shown
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
 from datamerge.sources.patterns import find_files, is_pattern
 from datamerge.sources.sample import Columns, Source, check_listed
-from datamerge.sources.splits import ALL, choose, file_splits, image_splits, sizes
+from datamerge.sources.splits import ALL, DEEPEST, choose, file_splits, image_splits, sizes
 from datamerge.sources.suffixes import (
     CONTENT_BYTES,
     EXTENSIONS,
@@ -36,6 +36,7 @@ from storage_schemas.schema.arguments import check_count
 EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
 # Files of a folder that describe its data, and are used where they are known.
 DESCRIPTIONS = ("classnames.txt", "state.json", "dataset_info.json", "dataset_dict.json")
+TABLES = (".csv", ".tsv", ".jsonl")  # such as metadata.csv, train.csv, Labels.csv
 LOOKED_INTO = 20  # tables and arrays beside other data, to know whether they hold images
 NOUNS: dict[Kind, str] = {
     "image": "image",
@@ -261,7 +262,17 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
         [] if location is not listing.location else sorted({file for file, _ in files} - {file for file, _ in chosen})
     )
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
+    if columns.label is None and not location.exists(TABLE):
+        _say_tables(listing)
     return replace(source, split=name, splits=sizes(splits))
+
+
+def _say_tables(listing: Listing) -> None:
+    """Say which tables may have been meant to give the labels."""
+    tables = sorted(name for name in listing.others if name.lower().endswith(TABLES) and name.count("/") < DEEPEST)
+    if tables:
+        url = listing.location.url
+        say(f"{url}: labels are not taken from {shown(tables)}; if it holds some, make it {url}/{TABLE}")
 
 
 def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from datamerge.sources.labels import (
     warn_of_twins,
 )
 from datamerge.sources.sample import as_text
-from storage_schemas import SourceError, read_json
+from storage_schemas import SourceError, read_json, shortened
 
 Read = Callable[[str], Iterable[Any]]
 """Column → its values, one a row."""
@@ -134,7 +134,7 @@ class TableLabels:
                     fitting.remove(name)
         column, why = choose_column(fitting, where)
         if column is None and not why:
-            column, why = _by_type(schema, fitting, where)
+            column, why = _by_type(schema, fitting, self._left_out, where)
         self.unlabelled = why
         return column
 
@@ -157,12 +157,19 @@ class TableLabels:
         ) from None
 
 
-def _by_type(schema: pa.Schema, fitting: Sequence[str], where: str) -> tuple[str | None, str]:
+def _by_type(
+    schema: pa.Schema, fitting: Sequence[str], left_out: Collection[str], where: str
+) -> tuple[str | None, str]:
     """The one column whose features are Hugging Face's ClassLabel; else which columns may be meant."""
     classes = [name for name in fitting if class_names(schema, name)]
     if len(classes) == 1:
         say(f"{where}: labels are taken from {classes[0]!r}, the only column with class names")
         return classes[0], ""
+    called = [name for names in label_columns(schema.names, left_out) for name in names]
+    if odd := [name for name in called if not _may_hold_labels(schema.field(name).type)]:
+        why = f"the column {odd[0]!r} holds no labels of one class: {shortened(str(schema.field(odd[0]).type))}"
+        warn(f"{where}: no labels are read: {why}")
+        return None, why
     likely = [name for name in fitting if _is_one_of(schema.field(name).type, _NUMBERS_AND_TEXT)]
     if not likely:
         return None, ""

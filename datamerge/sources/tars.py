@@ -7,7 +7,7 @@ listed once by their headers; readers then fetch single images by their byte ran
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,16 @@ from typing import Any
 from datamerge.runtime.class_names import parse_class_names
 from datamerge.runtime.messages import first_line, say, warn
 from datamerge.sources.images import BadImage
-from datamerge.sources.labels import LABEL_NAMES, NONE, Labels, NoClass, choose_column, read_labels, warn_of_twins
+from datamerge.sources.labels import (
+    LABEL_NAMES,
+    NONE,
+    Labels,
+    NoClass,
+    choose_column,
+    read_labels,
+    shown,
+    warn_of_twins,
+)
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -83,6 +92,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
         SourceError: a file is no tar, or none has images.
     """
     found: dict[str, _Parts] = {}
+    others: dict[str, str] = {}
     for name, _ in files:
         with (
             _refused(location, name),
@@ -90,15 +100,19 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
             tarfile.open(fileobj=stream, mode="r:", errors=NAMES) as tar,
         ):
             for info in _members(tar):
-                _note_member(name, info, tar, found, columns)
+                _note_member(name, info, tar, found, others, columns)
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         expected = f"members {columns.image!r}" if columns.image else f"images ({' '.join(EXTENSIONS[:4])} …)"
-        raise SourceError(f"{url}: expected tars with {expected}, found none in {len(found)} samples of {len(files)}")
+        inside = f": {shown(others.values())}" if others else ""
+        inside += "; unpack them, and name the folder of the tars inside" if "tar" in others else ""
+        raise SourceError(
+            f"{url}: expected tars with {expected}, found none in {len(found)} samples of {len(files)}{inside}"
+        )
     if len(complete) < len(found):
         first = next(key for key, parts in found.items() if parts.image is None)
         say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
-    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], columns, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], others, columns, url)
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
@@ -166,9 +180,10 @@ def _note_member(
     info: tarfile.TarInfo,
     tar: tarfile.TarFile,
     found: dict[str, _Parts],
+    others: dict[str, str],
     columns: Columns,
 ) -> None:
-    """Remember an image's place, or the content of a member that labels and groups come from."""
+    """Remember an image's place, the content of a member with labels or groups, or that there are others."""
     folder, _, base = info.name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not info.isfile() or not dot or base.startswith(".") or folder.startswith("__MACOSX"):
@@ -180,6 +195,7 @@ def _note_member(
     is_image = extension == wanted if wanted else kind_of(f"x.{extension}") == "image"
     is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
+        others.setdefault(extension, info.name)
         return
     if info.issparse():
         raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
@@ -201,7 +217,9 @@ def _note_member(
         parts.texts[extension] = stream.read() if stream else b""
 
 
-def _labels(samples: Sequence[tuple[str, _Parts]], columns: Columns, url: str) -> tuple[Labels, str]:
+def _labels(
+    samples: Sequence[tuple[str, _Parts]], others: Collection[str], columns: Columns, url: str
+) -> tuple[Labels, str]:
     """Labels from a member or a JSON field of each sample, and why there are none.
 
     Raises:
@@ -212,6 +230,9 @@ def _labels(samples: Sequence[tuple[str, _Parts]], columns: Columns, url: str) -
     column = wanted
     if wanted is None:
         column, why = _label_column([parts for _, parts in samples], columns.group, url)
+        if column is None and not why:
+            why = _no_label_member(samples, others, columns)
+            say(f"{url}: no labels are read: {why}")
     if column is None or column == NONE:
         return (none, []), why
     raw = [_value(parts, column) for _, parts in samples]
@@ -240,6 +261,15 @@ def _label_column(samples: Sequence[_Parts], group: str | None, url: str) -> tup
     members = dict.fromkeys(extension for parts in samples for extension in parts.texts if extension != "json")
     fields = next((_fields(parts) for parts in samples if "json" in parts.texts), [])
     return choose_column([name for name in (*members, *fields) if name != group], url)
+
+
+def _no_label_member(samples: Sequence[tuple[str, _Parts]], others: Collection[str], columns: Columns) -> str:
+    """Why no member holds labels: there are others, or images only, whose folders and tars are no classes."""
+    fields = next((_fields(parts) for _, parts in samples if "json" in parts.texts), [])
+    some = [name for name in (*others, *fields) if name != columns.group]
+    if some:
+        return f"none of the members and fields {shown(some)} is called cls or label; name one as `label_column`"
+    return "the tars hold images only; add a member KEY.cls to each, or unpack them into a folder for each class"
 
 
 def _fields(parts: _Parts) -> list[str]:

@@ -39,6 +39,13 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert list(source.class_names) == []
 
 
+def test_names_with_backslashes_are_no_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_source(_make(tmp_path, ["cat\\a.png", "dog\\a.png", "b.png"]))
+    assert {sample.label for sample in source.samples} == {None}
+    said = capsys.readouterr().err
+    assert "2 of 3 names hold a backslash, such as cat\\a.png" in said
+
+
 def test_first_level_folders_are_classes_when_every_image_is_in_one(tmp_path: Path) -> None:
     names = ["dog/1.png", "cat/x/deep/2.png", "cat/3.png", "ant eater/4.png"]
     source = open_source(_make(tmp_path, names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import tarfile
@@ -45,7 +46,8 @@ def _folders(place: Path, labels: Sequence[Any]) -> Path:
 
 def _csv(place: Path, labels: Sequence[Any]) -> Path:
     _images(place, len(labels))
-    rows = [f"{number:02d}.png,{'' if label is None else label}" for number, label in enumerate(labels)]
+    texts = [f'"{label}"' if "," in str(label) else "" if label is None else str(label) for label in labels]
+    rows = [f"{number:02d}.png,{text}" for number, text in enumerate(texts)]
     (place / "labels.csv").write_text("\n".join(["file,label", *rows]))
     return place
 
@@ -165,10 +167,11 @@ def test_names_are_numbered_alphabetically(tmp_path: Path, write: Write) -> None
     [
         (["0", "1", "2", "cat"], (3, 1, "cat")),
         (["0", "1", "0.5"], ("0.5",)),
+        (["0", "1", "2,0"], ("2,0", "comma")),
         (["0", str(2**31)], (2**31 - 1, 2**31)),
         (["0", "1", "9" * 5000], (2**31 - 1,)),
     ],
-    ids=["names among numbers", "a fraction", "33 bits", "thousands of digits"],
+    ids=["names among numbers", "a fraction", "a comma", "33 bits", "thousands of digits"],
 )
 def test_odd_labels_are_refused_with_their_row(
     tmp_path: Path, write: Write, labels: list[str], facts: tuple[object, ...]
@@ -239,6 +242,25 @@ def test_no_column_that_is_called_like_labels(tmp_path: Path, capsys: pytest.Cap
     assert [sample.label for sample in source.samples] == [None] * 3
     assert "breed" in source.unlabelled
     assert "breed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [datetime.datetime(2020, 1, day) for day in (1, 2, 3)],
+        [datetime.date(2020, 1, day) for day in (1, 2, 3)],
+        [{"id": 1, "name": "cat"}] * 3,
+        [[{"id": 1}]] * 3,
+    ],
+    ids=["times", "dates", "structs", "lists of structs"],
+)
+def test_columns_of_types_that_hold_no_labels(
+    tmp_path: Path, values: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source(_columns(tmp_path, label=values))
+    assert [sample.label for sample in source.samples] == [None] * 3
+    assert "'label'" in source.unlabelled
+    assert source.unlabelled in capsys.readouterr().err
 
 
 def test_labels_can_be_left_out(tmp_path: Path) -> None:

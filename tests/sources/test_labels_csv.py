@@ -79,7 +79,7 @@ def test_tables_that_are_read_as_meant(folder: Path, form: str) -> None:
         ("file,label\na.png,3\n./a.png,4\n", ("a.png", "line 2", "line 3")),
         ("file,label\na.png,3\nA.PNG,4\n", ("a.png", "line 2", "line 3")),
         ("file,label\na.png,tench, Tinca tinca\n", ("line 2", 3, 2)),
-        ("file,label\ngone.png,3\n", ("'gone.png'", " 1 ")),
+        ("file,label\ngone.png,3\n", ("'gone.png'", " 1 ", "a.png")),
         ("file,label\n", ("'file'", " 0 ")),
         ("", ("file,label",)),
         ("author,label\nx,1\n", ("'file'", ["author", "label"])),

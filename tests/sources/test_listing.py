@@ -305,3 +305,15 @@ def test_an_artifact_on_an_object_store_is_no_class(tmp_path: Path) -> None:
             open_source("memory://listing-test/in/adv")
     finally:
         files.rm("/listing-test", recursive=True)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "train.csv", "Labels.csv", "metadata.jsonl", "meta/list_attr.tsv"])
+def test_tables_that_are_not_read_are_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a.png", "b.png")
+    put(tmp_path, name, data=b"file_name,label\na.png,1\nb.png,0\n")
+    source = open_source(tmp_path)
+    assert {sample.label for sample in source.samples} == {None}
+    assert f"not taken from {name}" in capsys.readouterr().err
+    put(tmp_path, "labels.csv", data=b"file_name,label\na.png,1\nb.png,0\n")
+    assert [sample.label for sample in open_source(tmp_path).samples] == [1, 0]
+    assert "not taken" not in capsys.readouterr().err

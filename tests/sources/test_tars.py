@@ -132,6 +132,36 @@ def test_a_tar_without_images(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("member", ["jpg.cls", "cls.txt", "index"])
+def test_members_that_may_hold_labels_are_named(
+    tmp_path: Path, member: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for key, label in (("a", b"3"), ("b", b"1")):
+            writer.write({"__key__": key, "jpg": b"x", member: label})
+    source = open_source(tmp_path)
+    assert [sample.label for sample in source.samples] == [None, None]
+    assert member in source.unlabelled
+    assert source.unlabelled in capsys.readouterr().err
+    named = open_source(tmp_path, label_column=member)
+    assert [sample.label for sample in named.samples] == [3, 1]
+
+
+def test_tars_of_images_alone_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("n01440764", "n01443537"):
+        with webdataset.TarWriter(str(tmp_path / f"{name}.tar")) as writer:
+            writer.write({"__key__": f"{name}_1", "jpeg": b"x"})
+    assert "folder for each class" in open_source(tmp_path).unlabelled
+    assert "folder for each class" in capsys.readouterr().err
+
+
+def test_tars_in_a_tar(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("n01440764.tar"), io.BytesIO())
+    with refused(SourceError, None, "n01440764.tar", "unpack"):
+        open_source(tmp_path)
+
+
 def test_a_command_is_refused_and_its_secret_not_shown(tmp_path: Path) -> None:
     """Earlier releases ran it."""
     with refused(SourceError, None, "pipe:") as caught:
