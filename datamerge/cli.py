@@ -126,6 +126,9 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
 def run() -> NoReturn:
     """Entry point: `main`, and an end of the process that the threads of others cannot disturb."""
+    from datamerge.runtime.messages import speak_as
+
+    speak_as(_as_flags)
     try:
         main()
     except SystemExit as end:
@@ -156,6 +159,13 @@ def main() -> NoReturn:
         sys.exit(130)
     except Exception as error:
         sys.exit(_report(error))
+
+
+def _as_flags(message: str) -> str:
+    """A message with settings as flags; it begins with a place, which may be called like one."""
+    from datamerge.runtime.options import as_flags
+
+    return as_flags(message, in_front=False)
 
 
 def _report(error: Exception) -> int:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import click
 
 QUIET = "DATAMERGE_QUIET"
+_spell: Callable[[str], str] = str
+
+
+def speak_as(spell: Callable[[str], str]) -> None:
+    """From now on messages are spelt so: the command line calls settings by their flags, Python by their names."""
+    global _spell
+    _spell = spell
 
 
 def quiet() -> bool:
@@ -21,13 +29,13 @@ def quiet() -> bool:
 def say(message: str) -> None:
     """Progress or a hint; nothing after `--quiet`."""
     if _speaks() and not quiet():
-        click.echo(message, err=True)
+        click.echo(_spell(message), err=True)
 
 
 def warn(message: str) -> None:
     """A warning, which is always shown."""
     if _speaks():
-        click.secho(f"WARNING: {message}", err=True, fg="yellow", bold=True)
+        click.secho(f"WARNING: {_spell(message)}", err=True, fg="yellow", bold=True)
 
 
 def first_line(error: BaseException) -> str:

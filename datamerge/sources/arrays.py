@@ -231,6 +231,8 @@ def _label_array(
     others = [name for name in arrays if name not in taken]
     usual = next((name for name in LABEL_ARRAYS if name in others), None)
     if usual is not None:
+        if usual == LABEL_ARRAYS[-1]:  # it has no name of its own
+            say(f"{where}: labels are taken from {usual!r}; `label_column` names another array")
         return usual, ""
     return choose_column([name for name in others if arrays[name].shape[:1] == (count,)], where)
 

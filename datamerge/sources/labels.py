@@ -103,7 +103,7 @@ def read_labels(
     if texts and numbers:
         texts = _all_names(numbers, texts, first, where, row)
     if texts:
-        indices, names = _alphabetical(texts)
+        indices, names = _alphabetical(texts, where)
     else:
         _check_range(numbers, first, where, row)
         indices = {key: value for key, value in numbers.items() if value >= 0}
@@ -260,12 +260,14 @@ def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Seq
     return {**numbers, **{key: index[plain_name(text)] for key, text in texts.items()}}, {}
 
 
-def _alphabetical(texts: Mapping[Any, str]) -> tuple[dict[Any, int], list[str]]:
-    """Names numbered alphabetically; two forms of one in Unicode are one name."""
+def _alphabetical(texts: Mapping[Any, str], where: str) -> tuple[dict[Any, int], list[str]]:
+    """Names numbered alphabetically; two forms of one in Unicode are one name, which is said."""
     form: dict[str, str] = {}
     for text in sorted(set(texts.values())):
         form.setdefault(unicodedata.normalize("NFC", text), text)
     ordered = sorted(form.values())
+    if joined := sorted(set(texts.values()) - set(ordered)):
+        say(f"{where}: {len(joined)} class names are written in two forms of Unicode, taken as one: {shown(joined)}")
     index = {name: position for position, name in enumerate(ordered)}
     return {key: index[form[unicodedata.normalize("NFC", text)]] for key, text in texts.items()}, ordered
 

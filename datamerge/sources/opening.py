@@ -272,7 +272,7 @@ def _say_tables(listing: Listing) -> None:
     tables = sorted(name for name in listing.others if name.lower().endswith(TABLES) and name.count("/") < DEEPEST)
     if tables:
         url = listing.location.url
-        say(f"{url}: labels are not taken from {shown(tables)}; if it holds some, make it {url}/{TABLE}")
+        say(f"{url}: labels are not taken from {shown(tables)}; a table of them is {url}/{TABLE}")
 
 
 def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:

@@ -39,7 +39,8 @@ def image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
     found = ", ".join(f"{field.name} {_shortened(field.type)}" for field in list(schema)[:SHOWN_COLUMNS])
     if wanted is None:
         raise SourceError(
-            f"{where}: expected a column of images (encoded bytes, or a struct of bytes and path), found {found}"
+            f"{where}: expected a column of images (encoded bytes, or a struct of bytes and path), found {found}; "
+            "name files that have one, or store an image's bytes in each row"
         )
     images = f"; images are in {candidates}" if candidates else ""
     if wanted not in schema.names:

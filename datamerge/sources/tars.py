@@ -7,7 +7,8 @@ listed once by their headers; readers then fetch single images by their byte ran
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
         SourceError: a file is no tar, or none has images.
     """
     found: dict[str, _Parts] = {}
-    others: dict[str, str] = {}
+    others: Counter[str] = Counter()
     for name, _ in files:
         with (
             _refused(location, name),
@@ -104,7 +105,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     complete = [(key, parts, parts.image) for key, parts in found.items() if parts.image is not None]
     if not complete:
         expected = f"members {columns.image!r}" if columns.image else f"images ({' '.join(EXTENSIONS[:4])} …)"
-        inside = f": {shown(others.values())}" if others else ""
+        inside = f": {shown(f'{count} .{extension}' for extension, count in others.items())}" if others else ""
         inside += "; unpack them, and name the folder of the tars inside" if "tar" in others else ""
         raise SourceError(
             f"{url}: expected tars with {expected}, found none in {len(found)} samples of {len(files)}{inside}"
@@ -112,7 +113,8 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     if len(complete) < len(found):
         first = next(key for key, parts in found.items() if parts.image is None)
         say(f"{url}: {len(found) - len(complete)} of {len(found)} samples have no image and are left out, as {first}")
-    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], others, columns, url)
+    may_label = _say_other_images(others, url)
+    (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], may_label, columns, url)
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
     samples = [
@@ -127,6 +129,15 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
     return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
+
+
+def _say_other_images(others: Mapping[str, int], url: str) -> list[str]:
+    """Say how many images are left out, of kinds that the user did not name; the other kinds of members."""
+    images = {extension: count for extension, count in others.items() if kind_of(f"x.{extension}") == "image"}
+    if images:
+        some = shown(f"{count} {extension}" for extension, count in images.items())
+        say(f"{url}: {sum(images.values())} other images of the samples are left out: {some}")
+    return sorted(others.keys() - images.keys())
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -180,7 +191,7 @@ def _note_member(
     info: tarfile.TarInfo,
     tar: tarfile.TarFile,
     found: dict[str, _Parts],
-    others: dict[str, str],
+    others: Counter[str],
     columns: Columns,
 ) -> None:
     """Remember an image's place, the content of a member with labels or groups, or that there are others."""
@@ -195,7 +206,7 @@ def _note_member(
     is_image = extension == wanted if wanted else kind_of(f"x.{extension}") == "image"
     is_label = extension in LABEL_NAMES if columns.label is None else extension == columns.label
     if not (is_image or is_label or extension in (columns.group, "json")):
-        others.setdefault(extension, info.name)
+        others[extension] += 1
         return
     if info.issparse():
         raise ValueError(f"{info.name!r} is sparse; make the tar without --sparse")
@@ -207,7 +218,7 @@ def _note_member(
         if parts.image is not None:
             raise SourceError(
                 f"{name}: expected one image a sample, found a second one: {info.name}; name the kind of member as "
-                f"`image_column`, such as {extension}"
+                f"`image_column`, such as {extension}, or write no dot into the names of samples"
             )
         parts.image = _Member(name, info.offset_data, info.size)
     else:

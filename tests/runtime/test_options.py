@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import click
@@ -199,3 +202,18 @@ def test_several_problems_are_told_at_once_and_the_first_is_the_field() -> None:
     with refused(ConfigError, "minutes", 0, "'wide'", "'far'") as caught:
         Bake(dough="rye", minutes=0, radii=["wide", "far"])  # type: ignore[list-item]
     assert as_flags(str(caught.value)).count("--radii: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("from datamerge.cli import run; run()", "name one as --label-column"),
+        ("import sys; from datamerge.sources import open_source; open_source(sys.argv[-1])", "as `label_column`"),
+    ],
+    ids=["command", "library"],
+)
+def test_what_is_said_names_flags_on_the_command_line_alone(tmp_path: Path, code: str, named: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "labels.csv").write_text("file,species,size\na.png,cat,3\n")
+    command = [sys.executable, "-c", code, "inspect", "--source", str(tmp_path)]
+    assert named in subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr

@@ -279,3 +279,9 @@ def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("author,label\nx,1\n")
     with refused(SourceError, None, tmp_path / "labels.csv", "'file'", ["author", "label"]):
         open_source(tmp_path)
+
+
+def test_labels_without_a_name_of_their_own_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4), np.uint8), np.array([5, 7]))
+    assert [sample.label for sample in open_source(tmp_path / "x.npz").samples] == [5, 7]
+    assert "labels are taken from 'arr_1'" in capsys.readouterr().err

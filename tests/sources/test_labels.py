@@ -316,7 +316,9 @@ def test_one_form_of_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     source = open_source(_csv(tmp_path / "x", ["caf\u00e9", "cafe\u0301", "Dog", "dog"]))
     assert [sample.label for sample in source.samples] == [1, 1, 0, 2]
     assert source.class_names == ["Dog", "cafe\u0301", "dog"]
-    assert "'Dog', 'dog'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'Dog', 'dog'" in said
+    assert "1 class names are written in two forms of Unicode" in said
 
 
 def test_members_that_hold_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

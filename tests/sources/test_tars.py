@@ -155,10 +155,21 @@ def test_tars_of_images_alone_have_no_labels(tmp_path: Path, capsys: pytest.Capt
     assert "folder for each class" in capsys.readouterr().err
 
 
+def test_images_of_another_kind_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for key in "ab":
+            writer.write({"__key__": key, "input.jpg": b"x", "target.png": b"x", "cls": b"1"})
+    with refused(SourceError, None, "target.png", "image_column", "dot"):
+        open_source(tmp_path)
+    source = open_source(tmp_path, image_column="input.jpg")
+    assert [sample.label for sample in source.samples] == [1, 1]
+    assert "2 other images of the samples are left out: 2 target.png" in capsys.readouterr().err
+
+
 def test_tars_in_a_tar(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("n01440764.tar"), io.BytesIO())
-    with refused(SourceError, None, "n01440764.tar", "unpack"):
+    with refused(SourceError, None, "1 .tar", "unpack"):
         open_source(tmp_path)
 
 
