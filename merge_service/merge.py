@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from datamerge.encoders import Encoder, Head, load_head, pick_device
-from datamerge.encoders.classes import Classes, match_classes, read_names
+from datamerge.encoders import Encoder, Head, pick_device
 from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
@@ -22,6 +21,7 @@ from merge_service.config import MergeConfig
 from merge_service.encoders import check_pair, named_encoder
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
+from merge_service.heads import named_head, with_labels_of_head
 from merge_service.planning import Plan, make_plan, pixels_of
 from merge_service.turning import say_remarks, turning_of
 from merge_service.work_queue import SetAside
@@ -115,8 +115,8 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     of_pixels = target_encoder or encoder or named_encoder(config, "preprocessing_of")
     turning = turning_of(config, source)
     preprocessing = pixels_of(config, source, of_pixels.encoder if of_pixels else None, turning.exif)
-    head = _load_head(config, encoder)
-    source = _with_labels_of_head(config, source, encoder, head)
+    head = named_head(config, encoder)
+    source = with_labels_of_head(config, source, encoder, head)
     files = {LISTING: source.listing_bytes()}
     clusters = None
     if config.grouping == "cluster":
@@ -370,36 +370,3 @@ def _check_rejects(prepared: Prepared, count: int, latest: Sequence[Reject]) -> 
             f"{count} samples could not be used, more than the {allowed} allowed; {last}. Fix the source and merge "
             "again, or raise `max_rejected` and run again"
         )
-
-
-def _load_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
-    if config.head is None:
-        return None
-    names = read_names(config.class_names)
-    head = load_head(config.head, names)
-    head.names = names or head.names
-    if encoder is not None:
-        head.check_width(encoder.encoder.embedding_dim, repr(config.head))
-    return head
-
-
-def _with_labels_of_head(
-    config: MergeConfig, source: Source, encoder: ResolvedEncoder | None, head: Head | None
-) -> Source:
-    """The source with the head's rows as labels, matched by name where both have names.
-
-    Raises:
-        ConfigError: classes that the head does not have.
-    """
-    attacked = encoder if config.objective == "cross_entropy" and config.grouping == "adversarial" else None
-    if head is None and attacked is None:
-        return source
-    if head is not None:
-        rows = Classes(head.names, len(head.weight), f"head {config.head!r}")
-    elif attacked is not None:
-        rows = Classes((), attacked.encoder.embedding_dim, f"the outputs of {attacked.encoder.spec}")
-    used = {sample.label for sample in source.samples if sample.label is not None}
-    classes = Classes(source.class_names, len(source.class_names), source.url)
-    remedy = "use another `head`, or name its rows as the source does with `class_names`"
-    match = match_classes(used, classes, rows, "head", remedy)
-    return source.relabelled(match.rows, match.names) if any(match.rows[label] != label for label in used) else source

@@ -68,7 +68,6 @@ def inspect_source(
             raise
         found = open_source(source, split=ALL, image_column=image_column, label_column=label_column)
         choose = str(error)
-    looked = _drawn(found.samples, images, seed)
     facts = {
         "url": redact(found.url),
         "kind": found.kind,
@@ -83,7 +82,7 @@ def inspect_source(
         "fingerprint": found.fingerprint,
     }
     pictures: list[Image.Image] = []
-    facts |= _looked_at(found, looked, pictures)
+    facts |= _looked_at(found, _drawn(found.samples, images, seed), pictures)
     if thumbnails is not None:
         _write(pictures, thumbnails)
     return facts

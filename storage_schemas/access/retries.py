@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import random
+import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0
+# What a server asks for is granted up to this many seconds a wait.
+LONGEST_ASKED = 60.0
 
 _STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _ERRNOS = {errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EREMOTEIO}
@@ -30,6 +33,8 @@ def is_transient(error: BaseException) -> bool:
 
     Causes count too: some drivers call every failure a missing file.
     """
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _chain(error)):
+        return False  # what nobody trusts will not be trusted later; the drivers call it a lost connection
     for cause in _chain(error):
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return True
@@ -49,7 +54,7 @@ def retry(
     transient: Callable[[Exception], bool] = is_transient,
     delays: Iterable[float] | None = None,
 ) -> T:
-    """Call `operation`, again after every transient failure.
+    """Call `operation`, again after every transient failure, not before the time that a server asks for.
 
     Args:
         operation: may be called several times.
@@ -66,6 +71,7 @@ def retry(
         except Exception as error:
             if not transient(error):
                 raise
+            delay = max(delay, _asked_for(error))
         time.sleep(delay)
     return operation()
 
@@ -92,6 +98,20 @@ def http_status(error: BaseException) -> int | None:
             if isinstance(status, int):
                 return status
     return None
+
+
+def _asked_for(error: BaseException) -> float:
+    """Seconds that a server asks to be left alone for (RFC 9110, Retry-After), up to `LONGEST_ASKED`; else 0."""
+    for cause in _chain(error):
+        response = getattr(cause, "response", None)
+        headers = response.get("ResponseMetadata", {}).get("HTTPHeaders") if isinstance(response, dict) else None
+        headers = headers or getattr(cause, "headers", None)
+        if not isinstance(headers, Mapping):
+            continue
+        text = str({str(name).lower(): value for name, value in headers.items()}.get("retry-after", ""))
+        if text.isdecimal():
+            return min(float(text), LONGEST_ASKED)
+    return 0.0
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

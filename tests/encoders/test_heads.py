@@ -153,5 +153,5 @@ def test_a_tuned_network_has_the_classifier_of_its_tag(tmp_path: Path, monkeypat
 
 
 def test_a_folder_that_is_no_run_has_no_head(tmp_path: Path) -> None:
-    with refused(ConfigError, None, tmp_path, "run.json"):
+    with refused(ConfigError, "head", tmp_path, "run.json"):
         load_head(str(tmp_path))

@@ -361,7 +361,7 @@ def test_requests_that_are_refused(
     settings: dict[str, Any],
     changes: dict[str, Any],
     kind: type[DatamergeError],
-    field: str | None,
+    field: str,
     fact: str,
     tmp_path: Path,
 ) -> None:

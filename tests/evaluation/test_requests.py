@@ -211,7 +211,7 @@ def test_cli_prints_json_and_writes_the_same_file(
 def test_cli_prints_a_table_without_a_terminal(two_class: str, photos: Path, make_run: MakeRun) -> None:
     run = make_run(two_class, two_class)
     arguments = [two_class, run, "--data", str(photos), "--head", "outputs"]
-    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False, env={"COLUMNS": "200"})
     rows = [line.split() for line in result.stdout.splitlines()]
     (row,) = [" ".join(row) for row in rows if row[:1] == ["avg"]]
     assert re.fullmatch(r"avg my-run .* 100\.0 ± 0\.0 50\.0 ± 25\.0 4 [\d.]+ s 12\.5 s 3\.0 MB", row)

@@ -88,11 +88,11 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
         resolve(str(moved))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", "[" * 100_000])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", pytest.param("[" * 100_000, id="deep")])
 def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
-    with refused(ConfigError, None, tmp_path, "run.json"):
+    with refused(ConfigError, "encoder", tmp_path, "run.json"):
         resolve(str(tmp_path))
 
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import merge_service.estimate
-import merge_service.ray_stage
+import merge_service.ray_pool
 from datamerge.encoders import load_encoder
 from merge_service import MergeConfig, merge
 from merge_service.cli import merge as command
@@ -115,7 +115,7 @@ def test_a_merge_starts_as_many_as_have_room(
     photos: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, artifact = photos
-    monkeypatch.setattr(merge_service.ray_stage, "free_memory", lambda: 800 * 10**6)
+    monkeypatch.setattr(merge_service.ray_pool, "free_memory", lambda: 800 * 10**6)
     config = MergeConfig(
         source=source, artifact=artifact, encoder=ENCODER, members=2, groups_per_shard=2, max_workers=2, device="cpu"
     )

@@ -105,7 +105,11 @@ class WebHandler(SimpleHTTPRequestHandler):
         self.server.requests.append(("GET", self.path, self.headers.get("Range", "")))
         status = self.server.fault("GET", self.path) if self.server.fault else None
         file = Path(self.translate_path(self.path))
-        if status is not None:
+        if status is not None and self.server.retry_after:
+            self.send_response(status)
+            self.send_header("Retry-After", self.server.retry_after)
+            self._end()
+        elif status is not None:
             self.send_error(status)
         elif "redirect" in self.server.manners and not self.path.startswith("/there/"):
             self.send_response(302)
@@ -174,6 +178,7 @@ class WebServer(ThreadingHTTPServer):
         ranges: whether it knows any.
         manners: of `redirect`, `chunked` (no Content-Length), `gzip` (whatever is asked), `gzip when asked`.
         etag: gives the version of a file for an answer.
+        retry_after: sent with the status of a fault.
     """
 
     daemon_threads = True
@@ -186,6 +191,7 @@ class WebServer(ThreadingHTTPServer):
         self.ranges = ranges
         self.manners: set[str] = set()
         self.etag: Callable[[], str] | None = None
+        self.retry_after = ""
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def fetched(self) -> list[str]:

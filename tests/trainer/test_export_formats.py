@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from datamerge.encoders import Encoder, load_encoder, save_encoder
+from datamerge.encoders import Encoder, load_encoder
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from datamerge.sources import decode
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
+from tests.support.exports import embed, odd_photos, run_card, tuned
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
-from trainer.export.command import Target, export
+from trainer.export.command import export
 from trainer.export.hugging_face_folder import in_transformers, write_hugging_face
 from trainer.export.open_clip_folder import write_open_clip
 from trainer.export.timm_folder import write_timm
@@ -111,46 +112,23 @@ def tags(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return zoo
 
 
-def _tuned(spec: str, folder: Path) -> Encoder:
-    """The encoder of a spec with other weights, as a run would leave it."""
-    encoder = load_encoder(spec)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in encoder.model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_encoder(encoder, folder / "encoder.safetensors")
-    return load_encoder(f"{spec}@{folder / 'encoder.safetensors'}")
-
-
-def _photos() -> list[Image.Image]:
-    rng = np.random.default_rng(7)
-    sizes = ((61, 83), (97, 50), (200, 33), (181, 243))
-    return [Image.fromarray(rng.integers(0, 256, (*size, 3)).astype(np.uint8)) for size in sizes]
-
-
-def _embed(encoder: Encoder, photos: list[Image.Image]) -> Tensor:
-    pixels = np.stack([decode(photo, encoder.preprocessing) for photo in photos])
-    with torch.no_grad():
-        embeddings: Tensor = encoder(torch.from_numpy(pixels).float() / 255)
-    return embeddings
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_a_folder_of_open_clip_is_the_tuned_model(
     tags: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import open_clip
 
-    encoder = _tuned(f"open_clip:{name}/{TAG}", tmp_path)
+    encoder = tuned(f"open_clip:{name}/{TAG}", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
     write_open_clip(encoder, f"open_clip:{name}/{TAG}", out)
     assert capsys.readouterr().err == ""
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{out}")
-    photos = _photos()
+    photos = odd_photos()
     with torch.no_grad():
         found = model.eval().encode_image(torch.stack([preprocess(photo) for photo in photos]), normalize=False)
-    torch.testing.assert_close(found, _embed(encoder, photos), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, embed(encoder, photos), rtol=1e-4, atol=1e-5)
     # All but the image tower is the original's, to the bit.
     original = torch.load(tags / f"{name}.pt", weights_only=True)
     exported = model.state_dict()
@@ -164,7 +142,7 @@ def test_a_folder_of_open_clip_is_the_tuned_model(
         again = load_encoder(spec)
         assert again.sha256 == encoder.sha256
         assert again.preprocessing == encoder.preprocessing
-        torch.testing.assert_close(_embed(again, photos), _embed(encoder, photos))
+        torch.testing.assert_close(embed(again, photos), embed(encoder, photos))
 
 
 def test_without_a_text_tower_the_image_tower_is_written(
@@ -172,7 +150,7 @@ def test_without_a_text_tower_the_image_tower_is_written(
 ) -> None:
     import open_clip
 
-    encoder = _tuned("open_clip:zoo-laion", tmp_path)
+    encoder = tuned("open_clip:zoo-laion", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
     folder = write_open_clip(encoder, "open_clip:zoo-laion", out)
@@ -185,10 +163,10 @@ def test_without_a_text_tower_the_image_tower_is_written(
     model, _, preprocess = open_clip.create_model_and_transforms(
         f"local-dir:{out}", pretrained_image_path=str(out / "visual.pt")
     )
-    photos = _photos()
+    photos = odd_photos()
     with torch.no_grad():
         found = model.eval().encode_image(torch.stack([preprocess(photo) for photo in photos]))
-    torch.testing.assert_close(found, _embed(encoder, photos), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, embed(encoder, photos), rtol=1e-4, atol=1e-5)
     again = load_encoder(f"open_clip:local-dir:{out}@{out / 'visual.pt'}")
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
 
@@ -212,7 +190,7 @@ def test_an_export_is_a_start_like_any_other(tags: Path, tmp_path: Path) -> None
     spec = f"open_clip:zoo-siglip/{TAG}"
     for folder in folders:
         folder.mkdir()
-        write_open_clip(_tuned(spec, tmp_path), spec, folder)
+        write_open_clip(tuned(spec, tmp_path), spec, folder)
         spec = f"open_clip:local-dir:{folder}"
     first, second = (load_file(folder / "open_clip_model.safetensors") for folder in folders)
     changed = {name.partition(".")[0] for name in first if not torch.equal(first[name], second[name])}
@@ -260,12 +238,12 @@ def test_a_run_computes_the_same_wherever_it_goes(
     """Saved, moved, loaded, exported, loaded again: one function of photos."""
     start = load_encoder(f"open_clip:{name}/{TAG}")
     artifact = make_artifact(name="artifact", shape=start.input_shape, width=start.embedding_dim, encoder=start.spec)
-    run, photos = tmp_path / "run", _photos()
+    run, photos = tmp_path / "run", odd_photos()
     summary = train(TrainConfig(artifact=artifact, run=str(run), steps=2, batch_size=5, learning_rate=1e-3))
     encoder = load_encoder(summary.encoder)
-    expected = _embed(encoder, photos)
+    expected = embed(encoder, photos)
     assert encoder.preprocessing.mean == ZOO[name][1]["mean"]
-    assert not torch.allclose(expected, _embed(start, photos), rtol=1e-3)
+    assert not torch.allclose(expected, embed(start, photos), rtol=1e-3)
 
     moved = tmp_path / "elsewhere" / "moved"
     shutil.move(run, moved)
@@ -274,8 +252,8 @@ def test_a_run_computes_the_same_wherever_it_goes(
     for spec in (f"open_clip:{name}/{TAG}@{moved / 'encoder.safetensors'}", f"open_clip:local-dir:{out}"):
         again = load_encoder(spec)
         assert (again.sha256, again.preprocessing) == (summary.encoder_sha256, encoder.preprocessing)
-        torch.testing.assert_close(_embed(again, photos), expected, rtol=0, atol=0)
-    _run_card(out, photos[0], monkeypatch, expected[:1])
+        torch.testing.assert_close(embed(again, photos), expected, rtol=0, atol=0)
+    run_card(out, photos[0], monkeypatch, expected[:1])
 
     card = (out / "README.md").read_text()
     assert f"Pixels: {encoder.preprocessing}." in card
@@ -292,88 +270,8 @@ def test_a_run_computes_the_same_wherever_it_goes(
     # Where transformers cuts the same square, it computes the same.
     same = [photo for photo in photos if _agree(photo, encoder.preprocessing, again.preprocessing)]
     assert len(same) >= 2
-    torch.testing.assert_close(_embed(again, same), _embed(encoder, same), rtol=1e-4, atol=1e-5)
-    _run_card(tmp_path / "hf", same[0], monkeypatch, _embed(encoder, same[:1]), 0.05)
-
-
-HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
-    "CLIPVisionModelWithProjection": ("CLIPImageProcessor", {"image_mean": [0.5, 0.4, 0.3]}),
-    "CLIPVisionModel": ("CLIPImageProcessor", {"size": {"shortest_edge": 40}}),
-    "SiglipVisionModel": ("SiglipImageProcessor", {"size": {"height": 32, "width": 32}, "resample": 2}),
-    "Dinov2WithRegistersModel": ("BitImageProcessor", {"size": {"shortest_edge": 37}}),
-    "ViTModel": ("ViTImageProcessor", {"size": {"height": 32, "width": 32}}),
-}
-
-
-def _save_hugging_face(name: str, folder: Path) -> str:
-    """Spec of a small vision model of transformers with its image processor."""
-    make_torchvision_importable()
-    import transformers
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    options = {"image_size": 32, "patch_size": 8, **({"projection_dim": 24} if "Projection" in name else {})}
-    configuration = getattr(transformers, name).config_class(**sizes, **options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        getattr(transformers, name)(configuration).save_pretrained(folder)
-    processor, changes = HUGGING_FACE[name]
-    cut = {"height": 32, "width": 32}
-    getattr(transformers, processor)(**{"crop_size": cut, **changes}).save_pretrained(folder)
-    return f"hf:{folder}"
-
-
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import transformers
-
-    spec = _save_hugging_face(name, tmp_path / "start")
-    encoder = _tuned(spec, tmp_path)
-    out = tmp_path / "out"
-    out.mkdir()
-    transformers.utils.logging.enable_progress_bar()
-    capsys.readouterr()
-    folder = write_hugging_face(encoder, spec, out)
-    assert "%|" not in capsys.readouterr().err, "bars of transformers"
-    assert f"import AutoImageProcessor, {name}" in folder.usage
-    assert folder.note == "", "everything is as it was"
-    again = load_encoder(f"hf:{out}")
-    assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
-    # By transformers' own resampling with Pillow, which is ours.
-    processor: Any = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
-    photos = _photos()
-    pixels = processor(photos, return_tensors="pt").pixel_values
-    ours = torch.stack([torch.from_numpy(decode(photo, encoder.preprocessing)) for photo in photos]).float() / 255
-    torch.testing.assert_close(pixels, (ours - encoder.mean) / encoder.std, rtol=0, atol=1e-5)
-    model: Any = getattr(transformers, name).from_pretrained(out).eval()
-    with torch.no_grad():
-        output = model(pixel_values=pixels)
-    found = {"CLIPVisionModelWithProjection": "image_embeds", "ViTModel": None}.get(name, "pooler_output")
-    embeddings = output.last_hidden_state[:, 0] if found is None else output[found]
-    torch.testing.assert_close(embeddings, _embed(encoder, photos), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("model", "options"), [("test_vit", {"tag": "r160_in1k"}), ("test_resnet", {"size": 96})])
-def test_a_model_of_timm_is_given_back(
-    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, options: dict[str, Any]
-) -> None:
-    import timm
-
-    save_file(timm.create_model(model, num_classes=0).state_dict(), tmp_path / "start.safetensors")
-    size = f",image_size={options['size']}" if "size" in options else ""
-    tag = f"/{options['tag']}" if "tag" in options else ""
-    start = load_encoder(f"timm:{model}{tag}{size}@{tmp_path / 'start.safetensors'}")
-    artifact = make_artifact(name="artifact", shape=start.input_shape, width=start.embedding_dim, encoder=start.spec)
-    run, out, photos = tmp_path / "run", tmp_path / "out", _photos()
-    summary = train(TrainConfig(artifact=artifact, run=str(run), steps=1, batch_size=5, learning_rate=1e-3))
-    export(str(run), "timm", str(out))
-    encoder, again = load_encoder(summary.encoder), load_encoder(f"timm:local-dir:{out}")
-    assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
-    torch.testing.assert_close(_embed(again, photos), _embed(encoder, photos))
-    _run_card(out, photos[0], monkeypatch, _embed(encoder, photos[:1]))
-    others: tuple[Target, ...] = ("open_clip", "hf")
-    for target in others:
-        with refused(ConfigError, "to", target, f"timm:{model}", '`to="timm"`'):
-            export(str(run), target, str(tmp_path / "no"))
+    torch.testing.assert_close(embed(again, same), embed(encoder, same), rtol=1e-4, atol=1e-5)
+    run_card(tmp_path / "hf", same[0], monkeypatch, embed(encoder, same[:1]), 0.05)
 
 
 def _odd(encoder: Encoder, **changes: Any) -> Encoder:
@@ -426,7 +324,7 @@ def test_a_library_that_sees_other_pixels_is_noticed(
     monkeypatch.setattr(
         open_clip, "create_model_and_transforms", lambda name, **rest: create(name, **rest, **{names[field]: value})
     )
-    encoder = _tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
+    encoder = tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
     (tmp_path / "out").mkdir()
     with refused(DatamergeError, None, fact):
         write_open_clip(encoder, f"open_clip:zoo-laion/{TAG}", tmp_path / "out")
@@ -441,7 +339,7 @@ def test_weights_that_changed_on_the_way_are_noticed(
         )
 
     monkeypatch.setattr("trainer.export.open_clip_folder.save_file", damaged)
-    encoder = _tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
+    encoder = tuned(f"open_clip:zoo-laion/{TAG}", tmp_path)
     (tmp_path / "out").mkdir()
     with refused(DatamergeError, None, "visual.pt"):
         write_open_clip(encoder, f"open_clip:zoo-laion/{TAG}", tmp_path / "out")
@@ -449,15 +347,3 @@ def test_weights_that_changed_on_the_way_are_noticed(
 
 def _agree(photo: Image.Image, one: Preprocessing, other: Preprocessing) -> bool:
     return np.array_equal(decode(photo, one), decode(photo, other))
-
-
-def _run_card(
-    folder: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, expected: Tensor, tolerance: float = 1e-4
-) -> None:
-    """The lines of the model card do what they say."""
-    photo.save(folder / "photo.png")
-    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    monkeypatch.chdir(folder)
-    names: dict[str, Any] = {}
-    exec(code.replace("photo.jpg", "photo.png"), names)
-    torch.testing.assert_close(names["embeddings"], expected, rtol=tolerance, atol=tolerance)

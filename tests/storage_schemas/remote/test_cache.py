@@ -233,8 +233,11 @@ def test_what_killed_processes_left_makes_room(tmp_path: Path, web: Any, lock: s
 def test_a_fetch_in_progress_is_not_evicted(tmp_path: Path, web: Any) -> None:
     Location(tmp_path / "web").write("f", b"x" * 80)
     cache = Cache(tmp_path / "cache", 100)
-    with cache.lock("0123456789abcdef" * 4):
-        busy = cache.reserve("0123456789abcdef" * 4, 60)
+    # Copies whose names share a lock cannot be fetched at the same time, and the server's port is in the name of f.
+    wanted = hashlib.sha256(f"{web.url}/f".encode()).hexdigest()
+    name = f"{(int(wanted[:8], 16) + 1) % 2**32:08x}{wanted[8:]}"
+    with cache.lock(name):
+        busy = cache.reserve(name, 60)
         assert busy is not None
         assert CachedLocation.of(Location(web.url), cache).local_path("f") is None  # ranges, then
         assert busy.exists()

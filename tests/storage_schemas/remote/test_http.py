@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import aiohttp
 import pytest
 
 from storage_schemas import (
@@ -20,7 +22,7 @@ from storage_schemas import (
     open_artifact,
 )
 from storage_schemas.access.redaction import redact
-from storage_schemas.access.retries import ATTEMPTS, LONGEST_DELAY
+from storage_schemas.access.retries import ATTEMPTS, LONGEST_DELAY, is_transient
 from tests.support.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -95,6 +97,28 @@ def test_failures_that_pass_are_waited_for(
     assert len(quick) == 3
     assert 0.2 <= quick[1] / quick[0] <= 4  # doubles, and the jitter takes up to half
     assert all(0 < wait <= LONGEST_DELAY for wait in quick)
+
+
+@pytest.mark.parametrize(("asked", "shortest", "longest"), [("7", 7, 7), ("86400", 60, 60), ("Sun, 29 Nov", 0, 1)])
+def test_a_server_says_when_to_come_back(
+    tmp_path: Path, web: Any, quick: list[float], asked: str, shortest: float, longest: float
+) -> None:
+    (tmp_path / "web").mkdir(exist_ok=True)
+    (tmp_path / "web" / "a").write_bytes(b"here")
+    answers = [429, None]
+    web.fault, web.retry_after = lambda method, path: answers.pop(0) if answers else None, asked
+    assert Location(web.url).read("a") == b"here"
+    assert len(quick) == 1
+    assert shortest <= quick[0] <= longest
+
+
+def test_a_certificate_that_nobody_trusts_stays_so() -> None:
+    """aiohttp calls it a lost connection; botocore and others have the library's own error as the cause."""
+    failure = ssl.SSLCertVerificationError("self-signed certificate")
+    assert not is_transient(aiohttp.ClientConnectorCertificateError(cast(Any, None), failure))
+    wrapped = ConnectionError("cannot connect")
+    wrapped.__cause__ = failure
+    assert not is_transient(wrapped)
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, UserError), (404, NotAnArtifact), (400, DatamergeError)])
