@@ -183,7 +183,8 @@ def open_tables(
     labels, names = found.finish(lambda index: places[index][1])
     samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
     if not samples or column is None:
-        raise SourceError(f"{location.url}: expected rows with images, found {len(files)} files without rows")
+        without = "a file" if len(files) == 1 else f"{len(files)} files, such as {files[0][0]},"
+        raise SourceError(f"{place}: expected rows with images, found {without} without rows")
     listing = make_listing(location, [*files, *beside.items()])
     identity = fingerprint([column, entries, listing, labels, groups])
     source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)

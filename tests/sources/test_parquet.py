@@ -151,6 +151,13 @@ def test_empty_tables(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "x.parquet", range(0))
     with refused(SourceError, None, tmp_path / "x.parquet", "image null", "label int64"):
         open_source(tmp_path)
+    image = pa.array([], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": image}), tmp_path / "x.parquet")
+    with refused(SourceError, None, tmp_path / "x.parquet", "a file without rows"):
+        open_source(tmp_path)
+    pq.write_table(pa.table({"image": image}), tmp_path / "y.parquet")
+    with refused(SourceError, None, tmp_path, "2 files, such as x.parquet, without rows"):
+        open_source(tmp_path)
 
 
 def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
