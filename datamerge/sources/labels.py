@@ -1,6 +1,7 @@
 """What a label is, wherever it comes from: a class index from 0 to 2³¹ − 1, or the name of a class, or none.
 
     whole numbers, also as 3.0, "003", b"3", "[3]", True, NumPy's, lists of one   the index itself; negative: none
+    text that is all 0x1, 0xA, … or numbers                                       the index itself, and it is said
     one-hot rows                                                                  the index of the 1; all 0: none
     text                                                                          names, numbered alphabetically
     null, NaN, empty text; among numbers also "unknown", "None", …                none, and the count is said
@@ -45,6 +46,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
 _WITH_COMMAS = re.compile(r"[+-]?\d+(\s*,\s*\d+)+")
 # How Python, NumPy and torch print a list of one, and a number.
 _WRAPPED = re.compile(r"(?:tensor|array|np\.\w+)?[\[(]\s*([^\[\]()]*?)\s*,?\s*[\])]")
+_HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
 _SHOWN = 5
 
 
@@ -102,6 +104,8 @@ def read_labels(
     numbers, texts = _meant(first, where, row, folders)
     if texts and names:
         numbers, texts = _from_names(numbers, texts, names)
+    if texts and not folders:
+        numbers, texts = _from_hexadecimal(numbers, texts, where)
     if texts and numbers:
         texts = _all_names(numbers, texts, first, where, row)
     if texts:
@@ -262,6 +266,15 @@ def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Seq
     if any(plain_name(text) not in index for text in texts.values()):
         return numbers, texts
     return {**numbers, **{key: index[plain_name(text)] for key, text in texts.items()}}, {}
+
+
+def _from_hexadecimal(numbers: Mapping[Any, int], texts: Mapping[Any, str], where: str) -> Any:
+    """Texts such as 0xA as the numbers that they write, all of them or none: as names they would be numbered anew."""
+    present = {key: text for key, text in texts.items() if text.lower() not in _ABSENT_AMONG_NUMBERS}
+    if not present or not all(map(_HEXADECIMAL.fullmatch, present.values())):
+        return numbers, texts
+    say(f"{where}: {len(present)} different labels are hexadecimal, taken as numbers: {shown(present.values())}")
+    return {**numbers, **{key: int(text, 16) for key, text in present.items()}}, {}
 
 
 def _alphabetical(texts: Mapping[Any, str], where: str) -> tuple[dict[Any, int], list[str]]:

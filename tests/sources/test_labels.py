@@ -119,6 +119,11 @@ SAME: list[tuple[str, Write, Any, Sequence[int | None]]] = [
     *((f"one-hot in {name}", TEXT[name], ONE_HOT.tolist(), [3, 0, 2, 3]) for name in TYPED),
     *((f"booleans in {name}", TEXT[name], [True, False], [1, 0]) for name in TYPED),
     *((f"lists of one in {name}", TEXT[name], [[7], [11]], [7, 11]) for name in TYPED),
+    *((f"hexadecimal in {name}", write, ["0x1", "0xA", "0X9"], [1, 10, 9]) for name, write in TEXT.items()),
+    *(
+        (f"hexadecimal and others in {name}", write, ["0x1", "11", "unknown"], [1, 11, None])
+        for name, write in TEXT.items()
+    ),
     *((f"missing in {name}", TEXT[name], ["3", None, "11"], [3, None, 11]) for name in ("csv", "parquet", "python")),
     *(
         (f"NaN in {name}", TEXT[name], [3.0, float("nan"), 11.0], [3, None, 11])
