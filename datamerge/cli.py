@@ -66,6 +66,10 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
+        # Imported here, as the commands are: `--help` must not wait for pydantic.
+        from datamerge.runtime.options import spell_flags_of
+
+        spell_flags_of(command)
         return command
 
     def resolve_command(

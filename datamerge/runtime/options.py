@@ -66,6 +66,13 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
     return decorate
 
 
+def spell_flags_of(command: click.Command) -> None:
+    """Have messages name the options that a command has without a model of settings as flags, too."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name is not None:
+            _spellings.setdefault(parameter.name, max(parameter.opts, key=len))
+
+
 def as_flags(message: str, *, in_front: bool = True) -> str:
     """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
 
