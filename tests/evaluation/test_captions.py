@@ -376,15 +376,9 @@ def test_a_large_model_needs_a_gpu(settings: dict[str, Any], tmp_path: Path, mon
     folder = tmp_path / "7b"
     folder.mkdir()
     config = json.loads((Path(settings["llava"]) / "config.json").read_text())
-    config["text_config"] |= {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "vocab_size": 32064,
-    }
+    of_32 = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 32)
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "head_dim": 128, "vocab_size": 32064}
+    config["text_config"] |= sizes | of_32
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with refused(ConfigError, "device", " 6.8 billion ", " 34 GB"):
