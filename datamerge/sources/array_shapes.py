@@ -20,6 +20,7 @@ Array = npt.NDArray[Any]
 
 IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
+NAME_ARRAYS = ("class_names", "classes")
 # Rows of data sets that are shipped flat → how to shape them.
 _FLAT = {784: "-1, 28, 28", 1024: "-1, 32, 32", 3072: "-1, 3, 32, 32", 12288: "-1, 3, 64, 64"}
 

@@ -1,7 +1,8 @@
 """Arrays of 8-bit images: MNIST's IDX files (also .gz) and NumPy .npz archives.
 
     IDX    NAME-images-idx3-ubyte[.gz], labels beside it in NAME-labels-idx1-ubyte[.gz]
-    .npz   one uint8 array [M, H, W], [M, H, W, C] or [M, C, H, W] of images, one array [M] of labels, others [M]
+    .npz   one uint8 array [M, H, W], [M, H, W, C] or [M, C, H, W] of images, one array [M] of labels, others [M];
+           names of the classes by index in `class_names` or `classes`
 
 Every worker reads the file once.
 """
@@ -23,15 +24,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from datamerge.runtime.messages import say
+from datamerge.runtime.messages import say, warn
 from datamerge.sources.array_shapes import (
     IMAGE_ARRAYS,
     LABEL_ARRAYS,
+    NAME_ARRAYS,
     arrays_of_splits,
     choose_arrays,
     find_images,
 )
-from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels
+from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels, shown
 from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
 from datamerge.sources.splits import split_of_name
 from datamerge.sources.unpack import gunzip, refuse_bomb
@@ -131,13 +133,18 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
     label_name, unlabelled = _label_array(arrays, (column, columns.group), columns.label, len(images), where)
+    given, told = _class_names(arrays, (column, label_name, columns.group), where)
     try:
-        labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}")
+        labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}", told)
     except NoClass as error:
         raise SourceError(
             f"{where}: expected whole numbers or text in {label_name!r}, found {error}; name another array, or use "
             f"`label_column={NONE!r}`"
         ) from None
+    if told and names == told:
+        say(f"{where}: the names of {len(names)} classes are taken from {given!r}: {shown(names)}")
+    elif told and names:  # numbers that do not go with the names are said where labels are read
+        warn(f"{where}: labels are not all among the {len(told)} names in {given!r}, which are left out")
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
@@ -235,6 +242,22 @@ def _label_array(
             say(f"{where}: labels are taken from {usual!r}; `label_column` names another array")
         return usual, ""
     return choose_column([name for name in others if arrays[name].shape[:1] == (count,)], where)
+
+
+def _class_names(arrays: Mapping[str, Array], taken: tuple[str | None, ...], where: str) -> tuple[str, list[str]]:
+    """Name of an array of class names by index, and these; none where there are no labels that they could be of."""
+    given = next((name for name in NAME_ARRAYS if name in arrays and name not in taken), None)
+    if given is None or taken[1] is None or arrays[given].dtype.kind not in "US":
+        return "", []
+    texts = arrays[given].ravel().tolist()
+    names = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+    if arrays[given].ndim != 1 or len(set(names)) < len(names):
+        warn(
+            f"{where}: {given} {list(arrays[given].shape)} with {len(set(names))} different texts is no list of "
+            "class names, one a class; it is left out"
+        )
+        return "", []
+    return given, names
 
 
 def _values(arrays: dict[str, Array], column: str | None, count: int, where: str) -> list[Any]:

@@ -285,3 +285,37 @@ def test_labels_without_a_name_of_their_own_are_said(tmp_path: Path, capsys: pyt
     np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4), np.uint8), np.array([5, 7]))
     assert [sample.label for sample in open_source(tmp_path / "x.npz").samples] == [5, 7]
     assert "labels are taken from 'arr_1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("array", ["class_names", "classes"])
+@pytest.mark.parametrize(
+    ("labels", "given", "expected", "indices"),
+    [
+        ([2, 0, 1, 1], ["dog", "cat", "eel"], ["dog", "cat", "eel"], [2, 0, 1, 1]),
+        ([2, 0, 1, 1], [b"dog", b"cat", b"eel", b"ant"], ["dog", "cat", "eel", "ant"], [2, 0, 1, 1]),
+        (["eel", "dog", "cat", "cat"], ["dog", "cat", "eel"], ["dog", "cat", "eel"], [2, 0, 1, 1]),
+        ([2, 0, 1, 1], ["dog", "cat"], [], [2, 0, 1, 1]),
+        ([2, 0, 1, 1], ["eel", "dog", "cat", "cat"], [], [2, 0, 1, 1]),
+        ([2, 0, 1, 1], [["dog"], ["cat"], ["eel"]], [], [2, 0, 1, 1]),
+        (["eel", "dog", "cat", "cat"], ["dog", "cat"], ["cat", "dog", "eel"], [2, 1, 0, 0]),
+    ],
+    ids=["as many", "bytes, one more", "labels by name", "too few", "one an image", "two axes", "other names"],
+)
+def test_names_of_classes_beside_labels(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    array: str,
+    labels: list[Any],
+    given: list[Any],
+    expected: list[str],
+    indices: list[int],
+) -> None:
+    arrays: dict[str, Any] = {"images": COLOUR[:4], "labels": np.array(labels), array: np.array(given)}
+    np.savez(tmp_path / "x.npz", **arrays)
+    source = open_source(tmp_path / "x.npz")
+    assert ([sample.label for sample in source.samples], list(source.class_names)) == (indices, expected)
+    (line,) = capsys.readouterr().err.splitlines()
+    taken = f"the names of {len(given)} classes are taken from {array!r}"
+    assert (taken in line) == (len(expected) == len(given)), line
+    if taken not in line:
+        assert "left out" in line
