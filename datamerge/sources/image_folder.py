@@ -1,7 +1,8 @@
 """A folder of image files, nested as you like. Classes come from labels.csv, or from sub-folders.
 
 labels.csv has a column `file` (a path below the folder, or below its sub-folder `images`) and usually `label`; other
-columns can name groups. Without it, first-level sub-folders are classes.
+columns can name groups. Columns of 0 and 1, one a class, will do as well. Without labels.csv, first-level
+sub-folders are classes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from datamerge.sources.labels import (
     Labels,
     NoClass,
     choose_column,
+    label_columns,
     number_in,
     read_labels,
     shown,
@@ -27,6 +30,7 @@ from datamerge.sources.labels import (
     warn_of_twins,
 )
 from datamerge.sources.listing import is_artifact, is_folder, is_junk
+from datamerge.sources.one_hot import OneHotColumns, find_one_hot
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -120,6 +124,8 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
     others = [name for name in table.columns if name not in (table.file_column, columns.group)]
     if columns.label is not None:
         column, why = wanted_column(columns.label, table.columns, table.where), ""
+        if column in others and column not in label_columns(others)[0]:
+            _warn_of_one_of_several(table, names, others, column)
     elif len(others) == 1:
         (column,), why = others, ""
         if column != USUAL[0]:
@@ -128,8 +134,7 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
         column, why = choose_column(others, table.where)
     if column is None:
         if not why and others and columns.label is None:
-            why = f"none of the columns {', '.join(others)} of {TABLE} is called label; name one as `label_column`"
-            say(f"{table.where}: no labels are read: {why}")
+            return _one_hot_labels(table, names, others)
         return ([None] * len(names), []), why
     try:
         labels, classes = read_labels(
@@ -139,6 +144,51 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
         raise SourceError(f"{table.where}, {column!r}: expected whole numbers or names, found {error}") from None
     warn_of_twins(classes, table.where)
     return (labels, classes), ""
+
+
+def _one_hot_labels(table: LabelTable, names: Sequence[str], others: Sequence[str]) -> tuple[Labels, str]:
+    """Labels from columns of 0 and 1, one a class, where no column is called label; and why there are none."""
+    hot = _find_one_hot(table, names, others)
+    if hot is not None and not hot.odd:
+        say(f"{table.where}: the columns {shown(hot.names)} hold one 1 a row, taken as {len(hot.names)} classes")
+        if missing := sum(label is None for name, label in zip(names, hot.labels, strict=True) if name in table.rows):
+            say(f"{table.where}: {missing} of {len(names)} samples have no label: their cells are empty")
+        warn_of_twins(hot.names, table.where)
+        return (list(hot.labels), list(hot.names)), ""
+    rest = [name for name in others if hot is None or name not in hot.names]
+    reasons = []
+    if hot is not None:
+        reasons.append(
+            f"the columns {shown(hot.names)} of {TABLE} hold 0 and 1, but not one 1 each in {len(hot.odd)} of "
+            f"{len(names)} images, first {table.line(names[hot.odd[0]])}, so that they are no label of one class"
+        )
+    if rest:
+        reasons.append(
+            f"none of the columns {', '.join(rest)} of {TABLE} is called label; name one as `label_column`"
+        )
+    why = "; ".join(reasons)
+    say(f"{table.where}: no labels are read: {why}")
+    return ([None] * len(names), []), why
+
+
+def _find_one_hot(table: LabelTable, names: Sequence[str], others: Sequence[str]) -> OneHotColumns | None:
+    values = {}
+    for name in others:
+        with suppress(SourceError):  # rows of one image that differ, as captions do
+            values[name] = table.values(name, names)
+    return find_one_hot(values)
+
+
+def _warn_of_one_of_several(table: LabelTable, names: Sequence[str], others: Sequence[str], column: str) -> None:
+    """Say so where the named column is one of several of 0 and 1: it says one class or not, not which."""
+    hot = _find_one_hot(table, names, others)
+    if hot is None or column not in hot.names:
+        return
+    instead = f"{len(hot.odd)} images do not have one 1 in these" if hot.odd else "without `label_column` all are read"
+    warn(
+        f"{table.where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
+        f"are 0 and 1 of it alone; {instead}"
+    )
 
 
 def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) -> None:

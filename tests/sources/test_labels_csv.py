@@ -137,3 +137,38 @@ def test_columns_that_change_what_the_table_means(folder: Path, capsys: pytest.C
     said = capsys.readouterr().err
     assert "2 columns are called 'label'" in said
     assert "'split' tells splits, test (1), train (1)" in said
+
+
+ONE_HOT = "image,age,MEL,NV,BCC\na.png,7,0,1,0\nb.png,8,0,0,1\nsub/c.jpg,9,0,1,0\n"
+
+
+@pytest.mark.parametrize("table", [ONE_HOT, ONE_HOT.replace(",0", ",0.0").replace(",1", ",1.0")], ids=["0", "0.0"])
+def test_a_column_a_class(folder: Path, capsys: pytest.CaptureFixture[str], table: str) -> None:
+    (folder / "labels.csv").write_text(table)
+    source = open_source(folder)
+    assert {sample.name: sample.label for sample in source.samples} == {
+        **{"a.png": 1, "b.png": 2},
+        **{"sub/c.jpg": 1, "caf\u00e9.png": None},
+    }
+    assert (source.class_names, source.unlabelled) == (["MEL", "NV", "BCC"], "")
+    assert "MEL, NV, BCC hold one 1 a row, taken as 3 classes" in capsys.readouterr().err
+    source = open_source(folder, label_column="NV")
+    assert [sample.label for sample in source.samples if sample.name == "b.png"] == [0]
+    assert "'NV' is one of 3 columns of 0 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cells", ["0,0,0", "1,0,1", "1,,0"], ids=["none", "two", "empty"])
+def test_columns_of_several_classes_are_no_label(
+    folder: Path, capsys: pytest.CaptureFixture[str], cells: str
+) -> None:
+    (folder / "labels.csv").write_text(ONE_HOT.replace("8,0,0,1", f"8,{cells}"))
+    source = open_source(folder)
+    assert ({sample.label for sample in source.samples}, source.class_names) == ({None}, [])
+    assert source.unlabelled in capsys.readouterr().err
+    for fact in ("MEL, NV, BCC", "1 of 4", "line 3", "age"):
+        assert fact in source.unlabelled
+
+
+def test_captions_are_no_columns_of_classes(folder: Path) -> None:
+    (folder / "labels.csv").write_text("file,caption,author\na.png,a dog,x\na.png,a cat,x\n")
+    assert {sample.label for sample in open_source(folder).samples} == {None}
