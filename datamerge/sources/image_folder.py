@@ -184,7 +184,9 @@ def _warn_of_one_of_several(table: LabelTable, names: Sequence[str], others: Seq
     hot = _find_one_hot(table, names, others)
     if hot is None or column not in hot.names:
         return
-    instead = f"{len(hot.odd)} images do not have one 1 in these" if hot.odd else "without `label_column` all are read"
+    instead = (
+        f"{len(hot.odd)} images do not have one 1 in these" if hot.odd else "without `label_column` all are read"
+    )
     warn(
         f"{table.where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
         f"are 0 and 1 of it alone; {instead}"

@@ -20,6 +20,7 @@ from datamerge.sources.labels import (
     wanted_column,
     warn_of_twins,
 )
+from datamerge.sources.one_hot import OneHotColumns, find_one_hot
 from datamerge.sources.sample import as_text
 from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import SourceError, read_json, shortened
@@ -28,6 +29,7 @@ Read = Callable[[str], Iterable[Any]]
 """Column → its values, one a row."""
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _NUMBERS_AND_TEXT = (pa.types.is_integer, pa.types.is_boolean, *_TEXT, pa.types.is_null)
+_BITS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
 _OTHERS = (
     pa.types.is_floating,
     pa.types.is_decimal,
@@ -53,6 +55,7 @@ class TableLabels:
         self._left_out = {name for name in left_out if name is not None}
         self._column: str | None = None
         self._names: list[str] = []
+        self._one_hot: list[str] = []  # columns, one a class, of which the first stands for all
         self._files = self._rows = 0
         self._without: list[str] = []
         self._raw: list[Any] = []
@@ -79,7 +82,7 @@ class TableLabels:
             self._without.append(where)
             self._raw += [None] * rows
             return
-        names = class_names(schema, self._column)
+        names = self._one_hot or class_names(schema, self._column)
         if names and self._names and names != self._names:
             raise SourceError(
                 f"{where}: expected the classes of the files before it in {self._column!r}, "
@@ -124,6 +127,8 @@ class TableLabels:
             column = wanted_column(self._wanted, schema.names, where)
             if column is not None and not _may_hold_labels(schema.field(column).type):
                 self._refuse(column, schema.field(column).type, where)
+            if column is not None and not label_columns([column])[0]:
+                self._warn_of_one_of_several(column, schema, read, where)
             return column
         fitting = [
             field.name for field in schema if _may_hold_labels(field.type) and field.name not in self._left_out
@@ -137,11 +142,49 @@ class TableLabels:
                     fitting.remove(name)
         column, why = choose_column(fitting, where)
         if column is None and not why:
+            column, why = self._choose_one_hot(schema, fitting, read, where)
+        if column is None and not why:
             column, why = _by_type(schema, fitting, self._left_out, where)
         self.unlabelled = why
         return column
 
+    def _choose_one_hot(
+        self, schema: pa.Schema, fitting: Sequence[str], read: Read, where: str
+    ) -> tuple[str | None, str]:
+        """The first of columns of 0 and 1, one a class, or why these are none."""
+        hot = find_one_hot({name: list(read(name)) for name in fitting if _is_one_of(schema.field(name).type, _BITS)})
+        if hot is None or any(class_names(schema, name) for name in fitting):
+            return None, ""
+        if hot.odd:
+            rest = [name for name in _likely(schema, fitting) if name not in hot.names]
+            why = "; ".join([_not_one_hot(hot), *([_none_called_label(rest)] if rest else [])])
+            say(f"{where}: no labels are read: {why}")
+            return None, why
+        self._one_hot = list(hot.names)
+        say(f"{where}: the columns {shown(hot.names)} hold one 1 a row, taken as {len(hot.names)} classes")
+        return self._one_hot[0], ""
+
+    def _warn_of_one_of_several(self, column: str, schema: pa.Schema, read: Read, where: str) -> None:
+        """Say so where the named column is one of several of 0 and 1: it says one class or not, not which."""
+        names = [field.name for field in schema if field.name not in self._left_out and _is_one_of(field.type, _BITS)]
+        if column not in names or not set(read(column)) <= {0, 1}:
+            return
+        hot = find_one_hot({name: list(read(name)) for name in names})
+        if hot is not None:
+            warn(
+                f"{where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
+                "are 0 and 1 of it alone"
+            )
+
     def _values(self, schema: pa.Schema, column: str, read: Read) -> list[Any]:
+        if self._one_hot:
+            if missing := [name for name in self._one_hot if name not in schema.names]:
+                raise NoClass(f"no columns {shown(missing)} beside it")
+            values = {name: list(read(name)) for name in self._one_hot}
+            hot = find_one_hot(values)
+            if values[column] and (hot is None or hot.odd or hot.names != self._one_hot):
+                raise NoClass(_not_one_hot(hot) if hot and hot.odd else "no 0 and 1 in columns beside it")
+            return [] if hot is None else list(hot.labels)
         is_list = any(check(schema.field(column).type) for check in _LISTS)
         # One-hot rows of a thousand numbers are kept as one.
         return [meaning(value) for value in read(column)] if is_list else list(read(column))
@@ -173,12 +216,27 @@ def _by_type(
         why = f"the column {odd[0]!r} holds no labels of one class: {shortened(str(schema.field(odd[0]).type))}"
         warn(f"{where}: no labels are read: {why}")
         return None, why
-    likely = [name for name in fitting if _is_one_of(schema.field(name).type, _NUMBERS_AND_TEXT)]
+    likely = _likely(schema, fitting)
     if not likely:
         return None, ""
-    why = f"none of the columns {shown(likely)} is called label; name one as `label_column`"
+    why = _none_called_label(likely)
     say(f"{where}: no labels are read: {why}")
     return None, why
+
+
+def _likely(schema: pa.Schema, names: Sequence[str]) -> list[str]:
+    return [name for name in names if _is_one_of(schema.field(name).type, _NUMBERS_AND_TEXT)]
+
+
+def _none_called_label(names: Sequence[str]) -> str:
+    return f"none of the columns {shown(names)} is called label; name one as `label_column`"
+
+
+def _not_one_hot(hot: OneHotColumns) -> str:
+    return (
+        f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 each in {len(hot.odd)} of {len(hot.labels)} "
+        f"rows, first row {hot.odd[0]}, so that they are no label of one class"
+    )
 
 
 def _may_hold_labels(kind: pa.DataType) -> bool:

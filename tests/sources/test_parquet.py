@@ -217,3 +217,27 @@ def test_a_column_of_several_labels_is_no_label_column_by_itself(tmp_path: Path)
     assert open_source(tmp_path).samples[0].label == 3
     pq.write_table(pa.table({"image": [b"x"], "labels": [[1, 2]]}), tmp_path / "x.parquet")
     assert open_source(tmp_path).samples[0].label is None
+
+
+@pytest.mark.parametrize("kind", [pa.int8(), pa.float32(), pa.bool_()], ids=str)
+def test_a_column_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: pa.DataType) -> None:
+    def write(name: str, *rows: tuple[int, int, int]) -> None:
+        columns = {name: pa.array([row[place] for row in rows]).cast(kind) for place, name in enumerate("zab")}
+        table = {"image": [_bytes(n) for n in range(len(rows))], "age": [7] * len(rows), **columns}
+        pq.write_table(pa.table(table), tmp_path / name)
+
+    write("0.parquet", (0, 1, 0), (0, 0, 1))
+    write("1.parquet", (1, 0, 0), (1, 0, 0))
+    source = open_source(tmp_path)
+    assert [sample.label for sample in source.samples] == [1, 2, 0, 0]
+    assert (source.class_names, source.unlabelled) == (["z", "a", "b"], "")
+    assert "z, a, b hold one 1 a row, taken as 3 classes" in capsys.readouterr().err
+    assert [sample.label for sample in open_source(tmp_path, label_column="a").samples] == [1, 0, 0, 0]
+    assert "'a' is one of 3 columns of 0 and 1" in capsys.readouterr().err
+    for name in ("1.parquet", "0.parquet"):
+        write(name, (0, 1, 0), (1, 0, 1))
+        source = open_source(tmp_path)
+        assert ({sample.label for sample in source.samples}, source.class_names) == ({None}, [])
+        assert "z, a, b hold 0 and 1, but not one 1 each in 1 of 2 rows, first row 1" in source.unlabelled
+        assert ("columns age is called label" in source.unlabelled) == (name == "0.parquet")
+        assert source.unlabelled in capsys.readouterr().err
