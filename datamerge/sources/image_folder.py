@@ -124,7 +124,7 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
     others = [name for name in table.columns if name not in (table.file_column, columns.group)]
     if columns.label is not None:
         column, why = wanted_column(columns.label, table.columns, table.where), ""
-        if column in others and column not in label_columns(others)[0]:
+        if column in others and not any(label_columns([column])):
             _warn_of_one_of_several(table, names, others, column)
     elif len(others) == 1:
         (column,), why = others, ""

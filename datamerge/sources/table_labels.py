@@ -127,7 +127,7 @@ class TableLabels:
             column = wanted_column(self._wanted, schema.names, where)
             if column is not None and not _may_hold_labels(schema.field(column).type):
                 self._refuse(column, schema.field(column).type, where)
-            if column is not None and not label_columns([column])[0]:
+            if column is not None and not any(label_columns([column])):
                 self._warn_of_one_of_several(column, schema, read, where)
             return column
         fitting = [

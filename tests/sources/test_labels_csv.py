@@ -167,6 +167,8 @@ def test_columns_of_several_classes_are_no_label(
     assert source.unlabelled in capsys.readouterr().err
     for fact in ("MEL, NV, BCC", "1 of 4", "line 3", "age"):
         assert fact in source.unlabelled
+    open_source(folder, label_column="MEL")
+    assert "1 images do not have one 1" in capsys.readouterr().err
 
 
 def test_captions_are_no_columns_of_classes(folder: Path) -> None:
