@@ -53,7 +53,13 @@ class CannotLoad(click.ClickException):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules that are imported on first use."""
+    """A group whose commands live in modules that are imported on first use.
+
+    Attributes:
+        alone: whether this process does nothing else: its messages call settings by their flags then.
+    """
+
+    alone = False
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -66,10 +72,13 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
-        # Imported here, as the commands are: `--help` must not wait for pydantic.
+        # Imported behind the command: `--help` must not wait for pydantic, and what hides our packages is known now.
+        from datamerge.runtime.messages import speak_as
         from datamerge.runtime.options import spell_flags_of
 
         spell_flags_of(command)
+        if self.alone:
+            speak_as(_as_flags)
         return command
 
     def resolve_command(
@@ -130,9 +139,7 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
 def run() -> NoReturn:
     """Entry point: `main`, and an end of the process that the threads of others cannot disturb."""
-    from datamerge.runtime.messages import speak_as
-
-    speak_as(_as_flags)
+    LazyGroup.alone = True
     try:
         main()
     except SystemExit as end:
