@@ -28,7 +28,6 @@ from merge_service.merge import prepare, worker_setup
 from merge_service.reading import PixelReader
 from merge_service.worker import ShardWorker
 from storage_schemas import (
-    Artifact,
     ArtifactWriter,
     ConfigError,
     DatamergeError,
@@ -40,6 +39,7 @@ from storage_schemas import (
 )
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.bench import Bench, tree
+from tests.support.merging import merge_here
 from tests.support.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -69,21 +69,6 @@ def _config(digits: Path, artifact: Path, **settings: Any) -> MergeConfig:
     )
 
 
-def _merge_here(config: MergeConfig) -> Artifact:
-    """The merge without Ray: shards one after the other, in this process."""
-    prepared = prepare(config)
-    writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
-    writer.begin(prepared.files)
-    worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
-    threads = torch.get_num_threads()
-    worker.prepare()
-    for shard in range(prepared.plan.layout.shards):
-        worker.run(prepared.plan.task(shard))
-    torch.set_num_threads(threads)
-    writer.finish()
-    return open_artifact(config.artifact)
-
-
 def _check_moments(record: Record, indices: npt.NDArray[np.intp]) -> None:
     """Mean and variance of these images, in float64."""
     members = IMAGES[indices][:, None] / 255
@@ -94,7 +79,7 @@ def _check_moments(record: Record, indices: npt.NDArray[np.intp]) -> None:
 
 
 def test_whole_classes(digits: Path, tmp_path: Path) -> None:
-    artifact = _merge_here(_config(digits, tmp_path / "a"))
+    artifact = merge_here(_config(digits, tmp_path / "a"))
     assert [record.label for record in artifact] == [0, 1, 2]
     for record in artifact:
         _check_moments(record, np.flatnonzero(record.label == LABELS))
@@ -103,7 +88,7 @@ def test_whole_classes(digits: Path, tmp_path: Path) -> None:
 
 def test_chunks_of_a_class(digits: Path, tmp_path: Path) -> None:
     """Runs of N in a random order: every sample once, and the members as they are stored."""
-    artifact = _merge_here(_config(digits, tmp_path / "a", members=4, keep_members=True, groups_per_shard=3))
+    artifact = merge_here(_config(digits, tmp_path / "a", members=4, keep_members=True, groups_per_shard=3))
     names = [name for record in artifact for name in record.samples]
     assert sorted(names) == sorted(f"digits.npz#{index}" for index in range(COUNT))
     assert names != sorted(names)
@@ -117,7 +102,7 @@ def test_chunks_of_a_class(digits: Path, tmp_path: Path) -> None:
 
 def test_groups_from_a_column(digits: Path, tmp_path: Path) -> None:
     settings = {"grouping": "column", "group_column": "site", "label_column": "labels"}
-    artifact = _merge_here(_config(digits, tmp_path / "a", **settings, targets="embedding", encoder=ENCODER))
+    artifact = merge_here(_config(digits, tmp_path / "a", **settings, targets="embedding", encoder=ENCODER))
     encoder = load_encoder(ENCODER)
     assert len({record.key for record in artifact}) == 4
     for record in artifact:
@@ -136,7 +121,7 @@ def test_groups_from_a_column(digits: Path, tmp_path: Path) -> None:
 
 
 def test_both_targets(digits: Path, tmp_path: Path) -> None:
-    artifact = _merge_here(_config(digits, tmp_path / "a", targets="both", encoder=ENCODER))
+    artifact = merge_here(_config(digits, tmp_path / "a", targets="both", encoder=ENCODER))
     assert all(record.target is not None and record.label is not None for record in artifact)
 
 
@@ -148,7 +133,7 @@ def test_an_adversarial_merge_with_label_targets_stores_the_head_once(digits: Pa
     settings |= {"objective": "cross_entropy", "head": str(tmp_path / "head.safetensors")}
     for targets, stored in (("label", False), (None, True)):
         more = {"targets": targets} if targets else {}
-        artifact = _merge_here(_config(digits, tmp_path / f"a-{targets}", **settings, **more))
+        artifact = merge_here(_config(digits, tmp_path / f"a-{targets}", **settings, **more))
         assert [record.label for record in artifact] == LABELS[:4].tolist()
         assert [record.target is not None for record in artifact] == [stored] * 4
         head = artifact.head()
@@ -159,12 +144,12 @@ def test_an_adversarial_merge_with_label_targets_stores_the_head_once(digits: Pa
 @pytest.mark.parametrize("attack", ["apgd", "pgd"])
 def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: str) -> None:
     base = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 4, "limit": 6, "attack": attack}
-    plain = _merge_here(_config(digits, tmp_path / "a", **base))
-    strong = _merge_here(_config(digits, tmp_path / "b", **base, restarts=4))
+    plain = merge_here(_config(digits, tmp_path / "a", **base))
+    strong = merge_here(_config(digits, tmp_path / "b", **base, restarts=4))
     for one, four in zip(plain, strong, strict=True):
         assert four.info["attack_loss"] >= one.info["attack_loss"]
     assert any(four.info["attack_loss"] > one.info["attack_loss"] for one, four in zip(plain, strong, strict=True))
-    narrow = _merge_here(_config(digits, tmp_path / "c", **base | {"steps": 0}, start_radius="1/255"))
+    narrow = merge_here(_config(digits, tmp_path / "c", **base | {"steps": 0}, start_radius="1/255"))
     assert narrow.manifest.provenance["attack"]["kind"] == attack  # type: ignore[index,call-overload]
     for record in narrow:
         assert record.variance.max() <= (1 / 255) ** 2 * 1.0001  # ±1 level at most
@@ -204,7 +189,7 @@ def test_parts_on_a_cluster_give_the_bytes_of_one_piece(
 ) -> None:
     """One class over many work items, two workers, any order; rejects stay where they were."""
     bench.switch()
-    whole = _merge_here(_config(digits, tmp_path / "whole"))
+    whole = merge_here(_config(digits, tmp_path / "whole"))
     monkeypatch.setattr(planning, "PART_SAMPLES", 7)
     merge(_config(digits, tmp_path / "parts", ray_address=bench.address))
     parts, golden = tree(tmp_path / "parts"), tree(tmp_path / "whole")
@@ -272,7 +257,7 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((4, 4), value, np.uint8)).save(path)
     config = MergeConfig(source=str(folder), artifact=str(tmp_path / "x"), grouping="label")
-    _merge_here(config)
+    merge_here(config)
     prepare(config)
     (folder / "b" / "3.png").rename(folder / "b" / "4.png")
     Image.fromarray(np.full((4, 4), 99, np.uint8)).save(folder / "a" / "1.png")
@@ -281,7 +266,7 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None
     (folder / "b" / "4.png").rename(folder / "b" / "3.png")
     Image.fromarray(np.full((4, 4), 10, np.uint8)).save(folder / "a" / "1.png")
     with refused(NotAnArtifact, None, tmp_path / "x", "seed: 0 ", " 1 "):
-        _merge_here(config.model_copy(update={"seed": 1}))
+        merge_here(config.model_copy(update={"seed": 1}))
 
 
 def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:

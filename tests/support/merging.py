@@ -19,8 +19,13 @@ def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
     config = MergeConfig.model_validate(
         {"source": str(photos), "artifact": str(artifact), "members": 2, "device": "cpu"} | attack | settings
     )
+    return merge_here(config)
+
+
+def merge_here(config: MergeConfig) -> Artifact:
+    """The merge without Ray: shards one after the other, in this process."""
     prepared = prepare(config)
-    writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)
+    writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
     writer.begin(prepared.files)
     worker = ShardWorker(worker_setup(prepared, writer, "cpu"))
     threads = torch.get_num_threads()
@@ -29,4 +34,4 @@ def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
         worker.run(prepared.plan.task(shard))
     torch.set_num_threads(threads)
     writer.finish()
-    return open_artifact(artifact)
+    return open_artifact(config.artifact)
