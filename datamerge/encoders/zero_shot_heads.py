@@ -2,16 +2,14 @@
 
 CACHE/heads/KEY.safetensors      weight [classes, K], scale [1], and for SigLIP bias [classes]
 
-CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes
-into a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and
-prompts. The files may be removed at any time.
+CACHE is the user's (`user_cache`). The key is a hash of all that goes into a head: weights and configuration of the
+text tower, what its tokeniser makes of the words, class names and prompts. The files may be removed at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from datamerge.encoders.text_towers import TextTower, load_text_tower
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 from storage_schemas.access.atomic import atomic_file
+from storage_schemas.access.local_paths import user_cache
 
 # All of ImageNet's 80,000 prompts at once would not fit any memory.
 CLASSES_AT_ONCE = 10
@@ -107,12 +106,8 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
 
 def _cache() -> Path | None:
     """The folder for heads; None for somebody without a home."""
-    own, shared = os.environ.get("DATAMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(own).expanduser() if own else Path(shared or "~/.cache").expanduser() / "datamerge"
-    except RuntimeError:
-        return None
-    return base.absolute() / "heads"
+    base = user_cache()
+    return None if base is None else base / "heads"
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:
