@@ -94,7 +94,7 @@ class Artifact:
                 f"{location.url}: the merge is not finished ({len(self.manifest.shards)} of "
                 f"{self.manifest.layout.shards} shards in the manifest); run the command that made it again"
             )
-        self.shard_sizes = [shard.groups for shard in self.manifest.shards]
+        self.shard_sizes: list[int] = list(self.manifest.shards.column("groups"))
         self._specs = self.manifest.layout.arrays
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
         self._reset()
@@ -196,8 +196,8 @@ class Artifact:
         return int(self._starts[position]) + offset
 
     def _find(self, key: str) -> tuple[int, int]:
-        for position, entry in enumerate(self.manifest.shards):
-            if entry.key_range is None or not entry.key_range[0] <= key <= entry.key_range[1]:
+        for position, span in enumerate(self.manifest.shards.column("key_range")):
+            if span is None or not span[0] <= key <= span[1]:
                 continue
             for offset, record in enumerate(self.commit(position).records):
                 if record.key == key:
