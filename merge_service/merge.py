@@ -170,7 +170,7 @@ def run(prepared: Prepared) -> MergeResult:
         writer.begin(prepared.files)
         committed = writer.committed()
         # Rejects of earlier runs count towards the limit.
-        earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
+        earlier = sum(writer.finish().shards.column("rejected")) if committed else 0
     except OSError as error:
         raise (explain(error, config.artifact) if is_hopeless(error) else error) from error
     _check_rejects(prepared, earlier, ())

@@ -96,8 +96,7 @@ class Artifact:
                 f"{location.url}: the merge is not finished ({len(self.manifest.shards)} of "
                 f"{self.manifest.layout.shards} shards in the manifest); run the command that made it again"
             )
-        self.shard_sizes = [shard.groups for shard in self.manifest.shards]
-        self._shards = [shard.shard for shard in self.manifest.shards]
+        self.shard_sizes: list[int] = list(self.manifest.shards.column("groups"))
         self._index_is_sound = False
         self._specs = self.manifest.layout.arrays
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
@@ -204,8 +203,8 @@ class Artifact:
         index = self._listed(KEYS)
         if index is not None:
             return self._find_in(index, key)
-        for position, entry in enumerate(self.manifest.shards):
-            if entry.key_range is None or not entry.key_range[0] <= key <= entry.key_range[1]:
+        for position, span in enumerate(self.manifest.shards.column("key_range")):
+            if span is None or not span[0] <= key <= span[1]:
                 continue
             for offset, record in enumerate(self.commit(position).records):
                 if record.key == key:
@@ -214,10 +213,11 @@ class Artifact:
 
     def _find_in(self, index: FileEntry, key: str) -> tuple[int, int]:
         """By the index of keys; its bytes are compared with their hash before a key is said not to be there."""
+        numbers = self.manifest.shards.column("shard")
         for row in rows_of(self.location, index, key):
             shard, offset = divmod(row, self.manifest.layout.groups_per_shard)
-            position = bisect.bisect_left(self._shards, shard)
-            if position < len(self._shards) and self._shards[position] == shard:
+            position = bisect.bisect_left(numbers, shard)
+            if position < len(numbers) and numbers[position] == shard:
                 records = self.commit(position).records
                 if offset < len(records) and records[offset].key == key:
                     return position, offset
