@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from math import inf
 from typing import Any
 
@@ -38,7 +37,7 @@ from storage_schemas.schema.manifest import (
     parse,
     shard_of_sidecar,
 )
-from storage_schemas.schema.provenance import changes, plan_sha256, without_locations
+from storage_schemas.schema.provenance import changes, own_version, plan_sha256, without_locations
 from storage_schemas.schema.record import Record, checksums
 from storage_schemas.stores import store_of
 
@@ -226,7 +225,7 @@ class ArtifactWriter:
     def _manifest(self, shards: Columns[ShardEntry], files: tuple[FileEntry, ...]) -> Manifest:
         return Manifest(
             schema_version=SCHEMA_VERSION,
-            writer=f"datamerge {version('datamerge')}",
+            writer=f"datamerge {own_version()}",
             complete=len(shards) == self.layout.shards,
             layout=self.layout,
             plan_sha256=self.plan,
