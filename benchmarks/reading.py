@@ -37,6 +37,7 @@ from storage_schemas import (
     Record,
     open_artifact,
 )
+from storage_schemas.schema.columns import Columns
 from storage_schemas.schema.manifest import Manifest, ShardEntry, dump
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.record import encode_exact
@@ -232,7 +233,7 @@ def open_seconds(folder: Path, manifest: Manifest, shards: int) -> tuple[float, 
 
     Only the sidecars that a look-up needs would have to exist.
     """
-    entries = tuple(
+    entries = (
         ShardEntry(
             shard=number,
             groups=256,
@@ -244,7 +245,7 @@ def open_seconds(folder: Path, manifest: Manifest, shards: int) -> tuple[float, 
         for number in range(shards)
     )
     layout = manifest.layout.model_copy(update={"groups": 256 * shards, "groups_per_shard": 256})
-    data = dump(manifest.model_copy(update={"shards": entries, "layout": layout}))
+    data = dump(manifest.model_copy(update={"shards": Columns(ShardEntry, entries), "layout": layout}))
     Location(folder).write("manifest.json", data)
     started = time.perf_counter()
     artifact = open_artifact(folder)

@@ -119,7 +119,7 @@ def _human_seconds(seconds: float) -> str:
 
 def _show_result(config: MergeConfig, result: MergeResult, as_json: bool) -> None:
     manifest = result.manifest
-    rejected = sum(shard.rejected for shard in manifest.shards)
+    rejected = sum(manifest.shards.column("rejected"))
     if as_json:
         facts = {
             "artifact": config.artifact,

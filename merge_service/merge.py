@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import ModuleType
+
+import torch
 
 from datamerge.encoders import Encoder, Head, pick_device
 from datamerge.encoders.runs import ResolvedEncoder
@@ -16,7 +19,7 @@ from datamerge.runtime.signals import sigterm_raises
 from datamerge.sources import LISTING, Source, open_source
 from datamerge.sources.orientation import Exif
 from datamerge.sources.sample import fingerprint
-from merge_service import clustering, ray_stage
+from merge_service import clustering
 from merge_service.config import MergeConfig
 from merge_service.encoders import check_pair, named_encoder
 from merge_service.failures import explain, is_hopeless
@@ -164,13 +167,13 @@ def merge(config: MergeConfig) -> MergeResult:
 def run(prepared: Prepared) -> MergeResult:
     """Carry out a prepared merge."""
     config, plan = prepared.config, prepared.plan
-    device = local_device(config)  # refused before anything is written
+    device, _ = local_device(config), _ray_stage()  # refused before anything is written
     writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
     try:
         writer.begin(prepared.files)
         committed = writer.committed()
         # Rejects of earlier runs count towards the limit.
-        earlier = sum(shard.rejected for shard in writer.finish().shards) if committed else 0
+        earlier = sum(writer.finish().shards.column("rejected")) if committed else 0
     except OSError as error:
         raise (explain(error, config.artifact) if is_hopeless(error) else error) from error
     _check_rejects(prepared, earlier, ())
@@ -194,6 +197,7 @@ def _run_stage(
     remarks: Counter[str] = Counter()
     attack_seconds = 0.0
     done = plan.layout.groups - sum(len(plan.groups_of(shard)) for shard in shards)
+    ray_stage = _ray_stage()
     try:
         # SIGTERM last: Ray sets a handler of its own when it starts.
         with (
@@ -251,9 +255,26 @@ def local_device(config: MergeConfig) -> str:
     Raises:
         ConfigError: a GPU is asked for, and there is none.
     """
-    if config.device == "cuda" and config.ray_address is not None:
-        return "cuda"  # of the cluster's nodes; this machine may have none
+    if config.device == "cuda" and (config.ray_address is not None or torch.cuda.is_available()):
+        # The cluster's nodes may have what this machine has not. What this one has is the workers', and not touched:
+        # that would take half a gigabyte of it, and all of a GPU that admits one process.
+        return "cuda"
     return pick_device(config.device).type
+
+
+def _ray_stage() -> ModuleType:
+    """The module that does work on Ray; what only plans or measures does without it.
+
+    Raises:
+        DatamergeError: Ray is not installed.
+    """
+    try:
+        from merge_service import ray_stage
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        raise DatamergeError("a merge runs on Ray, which is not installed: pip install 'datamerge[merge]'") from None
+    return ray_stage
 
 
 def check_source(artifact: str, source: Source) -> None:
@@ -309,7 +330,7 @@ def _clusters(
         known = clustering.from_bytes(data, identity)
         if known is not None:
             return known, data
-    here, classes = local_device(config), by_class(source)
+    ray_stage, here, classes = _ray_stage(), local_device(config), by_class(source)
     found: dict[int, list[int]] = {}
     ray.enter_context(ray_stage.on_ray(config))
     ray.enter_context(sigterm_raises())

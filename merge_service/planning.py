@@ -23,10 +23,11 @@ from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
 from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.factors import factor_spec
 from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.provenance import own_version
 from storage_schemas.schema.record import moment_specs
 
-# Bytes depend on these: decoding, resizing and arithmetic.
-VERSIONED = ("datamerge", "numpy", "pillow", "torch")
+# Bytes depend on these, as on our own code: decoding, resizing and arithmetic.
+VERSIONED = ("numpy", "pillow", "torch")
 # A shard of given samples is cut into parts of this many, which different workers add up.
 PART_SAMPLES = 4096
 
@@ -251,7 +252,7 @@ def _provenance(
             "dtype": config.precision,
             "compiled": config.compile,
         },
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": {"datamerge": own_version(), **{name: version(name) for name in VERSIONED}},
     }
     if config.needs_encoder and encoder is not None:
         provenance["encoder"] = (target_encoder or encoder).provenance()

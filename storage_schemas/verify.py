@@ -21,10 +21,12 @@ from storage_schemas.access.threads import in_threads
 from storage_schemas.artifact import read_arrays
 from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
+from storage_schemas.schema.columns import Columns
 from storage_schemas.schema.manifest import (
     CARD,
     CROISSANT,
     HEAD,
+    KEYS,
     MANIFEST,
     PREVIEW,
     Commit,
@@ -156,10 +158,10 @@ def fix(location: Location, report: Report) -> None:
             _remove(location, MANIFEST, report)
         return
     manifest = parse(Manifest, location.read(MANIFEST), MANIFEST)
-    kept = tuple(entry for entry in manifest.shards if entry.shard not in bad_shards)
+    kept = [entry for entry in manifest.shards if entry.shard not in bad_shards]
     files = tuple(file for file in manifest.files if file.path not in bad_files)
-    if kept != manifest.shards or files != manifest.files:
-        changes = {"complete": False, "shards": kept, "files": files}
+    if len(kept) < len(manifest.shards) or files != manifest.files:
+        changes = {"complete": False, "shards": Columns(ShardEntry, kept), "files": files}
         location.write(MANIFEST, dump(manifest.model_copy(update=changes)))
 
 
@@ -278,7 +280,7 @@ def _shard_of(store: Store, path: str) -> int | None:
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
     store = store_of(manifest.layout)
-    expected = {CARD, CROISSANT, PREVIEW}  # every merge writes them, over whatever is there
+    expected = {CARD, CROISSANT, KEYS, PREVIEW}  # every merge writes them, over whatever is there
     if not manifest.complete:
         expected |= {HEAD, *store.metadata_files()}
     for path in sorted(paths - expected):

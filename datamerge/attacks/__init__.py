@@ -1,13 +1,13 @@
 """What attacks maximise, and the attacks."""
 
 from datamerge.attacks.apgd import APGD, apgd
-from datamerge.attacks.arithmetic import arithmetic
+from datamerge.attacks.arithmetic import arithmetic, quotient
 from datamerge.attacks.autoattack import Survival, auto_attack, check_masking, targeted_dlr
 from datamerge.attacks.ball import Attacked, Ball, NonFiniteGradient, Precision, frozen, sample_generators
 from datamerge.attacks.euclidean import Norm
 from datamerge.attacks.objectives import OBJECTIVES, Objective, ObjectiveName, cross_entropy, squared_error
 from datamerge.attacks.pgd import PGD, ascend, attack
-from datamerge.attacks.restarts import gradient_sign, run_attack
+from datamerge.attacks.restarts import draw_starts, gradient_sign, run_attack
 
 __all__ = [
     "APGD",
@@ -28,8 +28,10 @@ __all__ = [
     "auto_attack",
     "check_masking",
     "cross_entropy",
+    "draw_starts",
     "frozen",
     "gradient_sign",
+    "quotient",
     "run_attack",
     "sample_generators",
     "squared_error",

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamerge.attacks.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen, parse_lengths
+from datamerge.attacks.ball import (
+    Attacked,
+    Ball,
+    Gradients,
+    Precision,
+    check_ball,
+    frozen,
+    parse_lengths,
+    radius_of_starts,
+)
 from datamerge.attacks.euclidean import EuclideanBall, Norm
 from datamerge.attacks.objectives import Objective
 from storage_schemas import ConfigError
@@ -75,6 +84,7 @@ def apgd(
     *,
     precision: Precision = "float32",
     initial: Tensor | None = None,
+    draws: Tensor | None = None,
 ) -> Attacked:
     """Attack a batch; other arguments, result and errors are those of `datamerge.attacks.attack`.
 
@@ -83,14 +93,13 @@ def apgd(
     Args:
         initial: pixels [B, C, H, W] to start from, e.g. the best of an earlier attack, instead of a random start;
             projected onto the ball.
+        draws: of the random start, as `draw_starts` gives them; taken from `generators` if None.
     """
-    kind = EuclideanBall if settings.norm == "l2" else Ball
-    ball = kind.around(clean, settings.epsilon, settings.grid)
+    ball = ball_of(settings).around(clean, settings.epsilon, settings.grid)
     if initial is not None:
         start = ball.clamp_(initial * ball.scale)
     else:
-        radius = settings.epsilon if settings.start_radius is None else settings.start_radius
-        start = ball.start(settings.random_start, radius, generators)
+        start = ball.start(settings.random_start, radius_of_starts(settings), generators, draws)
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):
         if settings.steps == 0:
@@ -108,6 +117,11 @@ def apgd(
             start_loss = gradients.start_loss(start, search.start_loss)
     gradients.check(names)
     return ball.choose(start, start_loss, points, loss)
+
+
+def ball_of(settings: APGD) -> type[Ball]:
+    """The ball of a norm."""
+    return EuclideanBall if settings.norm == "l2" else Ball
 
 
 class _Search:

@@ -16,10 +16,11 @@ from fractions import Fraction
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from datamerge.attacks.arithmetic import arithmetic
+from datamerge.attacks.arithmetic import arithmetic, in_fixed_order, quotient
 from datamerge.attacks.objectives import Objective
 from storage_schemas import LEVELS, ConfigError, DatamergeError, Radius
 from storage_schemas.schema.seeds import group_seed
@@ -88,20 +89,60 @@ class Ball:
         upper = torch.where(upper.double() - wide > radius64, torch.nextafter(upper, clean), upper)
         return cls(lower.clamp_min(0), upper.clamp_max(1), clean, 1.0, False)
 
-    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
-        """The centre, or random points around it."""
-        return self.random_start(radius, generators) if random else self.centre
+    @classmethod
+    def draw(
+        cls,
+        shape: tuple[int, ...],
+        radius: Fraction,
+        grid: bool,
+        generators: Sequence[np.random.Generator],
+        pinned: bool = False,
+    ) -> Tensor:
+        """What random starts are made of, [B, C, H, W]: drawn on the CPU so that they are the same on every device.
 
-    def random_start(self, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
-        """Uniform points around the centre, drawn on the CPU so that they are the same on every device."""
-        shape, device = tuple(self.centre.shape[1:]), self.centre.device
-        if self.grid:
-            levels = math.floor(radius * LEVELS)
-            draws = [generator.integers(-levels, levels, shape, np.int16, endpoint=True) for generator in generators]
-            offsets = torch.from_numpy(np.stack(draws)).to(device, torch.float32)
-        else:
-            uniform = [generator.random(shape, np.float32) for generator in generators]
-            offsets = (torch.from_numpy(np.stack(uniform)).to(device) * 2 - 1) * float(radius)
+        Args:
+            shape: C, H, W.
+            radius: of the starts.
+            grid: see the class.
+            generators: one a sample.
+            pinned: whether the memory is pinned, from which a GPU copies while other work goes on.
+        """
+        levels = math.floor(radius * LEVELS)
+        drawn = torch.empty(
+            (len(generators), *shape), dtype=torch.int16 if grid else torch.float32, pin_memory=pinned
+        )
+        for row, generator in zip(drawn.numpy(), generators, strict=True):
+            row[:] = cls._one(shape, levels if grid else None, generator)
+        return drawn
+
+    @staticmethod
+    def _one(
+        shape: tuple[int, ...], levels: int | None, generator: np.random.Generator
+    ) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
+        """The draws of one sample: within so many grey levels on the grid, in [0, 1) off it."""
+        if levels is None:
+            return generator.random(shape, np.float32)
+        return generator.integers(-levels, levels, shape, np.int16, endpoint=True)
+
+    def start(
+        self,
+        random: bool,
+        radius: Fraction,
+        generators: Sequence[np.random.Generator],
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """The centre, or random points around it, made of what `draw` gave before, or gives now."""
+        if not random:
+            return self.centre
+        if draws is None:
+            draws = self.draw(self.centre.shape[1:], radius, self.grid, generators)
+        return self.placed(draws, radius)
+
+    def placed(self, draws: Tensor, radius: Fraction) -> Tensor:
+        """Points of the ball, made of draws."""
+        # The conversion comes after the copy: few bytes cross, and nothing waits for pinned ones.
+        there = draws.to(self.centre.device, non_blocking=True)
+        offsets = there.float() if self.grid else (there * 2 - 1) * float(radius)
         return self.clamp_(offsets.add_(self.centre))
 
     def clamp_(self, points: Tensor) -> Tensor:
@@ -116,7 +157,7 @@ class Ball:
         """`points`, or the start where that has the higher loss: an attack never makes things easier."""
         worse = loss < start_loss
         chosen = torch.where(worse.view(-1, 1, 1, 1), start, points)
-        return Attacked(chosen.div_(self.scale), start_loss, torch.maximum(loss, start_loss))
+        return Attacked(quotient(chosen, self.scale), start_loss, torch.maximum(loss, start_loss))
 
 
 def parse_lengths(settings: Any, *names: str) -> None:
@@ -133,6 +174,12 @@ def parse_lengths(settings: Any, *names: str) -> None:
             object.__setattr__(settings, name, Radius(value))
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
+
+
+def radius_of_starts(settings: Any) -> Fraction:
+    """That of an attack's random starts: epsilon, unless its settings say another."""
+    radius: Fraction = settings.epsilon if settings.start_radius is None else settings.start_radius
+    return radius
 
 
 def check_ball(epsilon: Fraction, grid: bool, start_radius: Fraction | None) -> None:
@@ -154,6 +201,8 @@ class Gradients:
 
     Whether numbers are finite is noted where they are computed and read once, at the end: a look at every step
     would make the CPU wait for the GPU at every step.
+
+    On a GPU gradients come from kernels that add in one order, where the model's operations have such kernels.
     """
 
     def __init__(
@@ -161,29 +210,38 @@ class Gradients:
     ) -> None:
         self._model, self._target, self._objective = model, target, objective
         self._scale, self._precision = scale, precision
+        # Losses tell which of two points is worse, and go into the record as a number to look at: three more digits
+        # than bfloat16's are enough for both, and float32's took longer on a GPU than the steps in bfloat16.
+        exact = precision == "float32" or target.device.type != "cuda"
+        self._loss_precision: Precision = "float32" if exact else "tf32"
         self._first_bad: Tensor | None = None
         self._step = 0
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Loss [B] and gradient [B, C, H, W] at points in the ball's units."""
-        pixels = (points / self._scale).requires_grad_()
-        with arithmetic(pixels.device, tf32=self._precision == "tf32"):
-            loss = self._objective(forward(self._model, pixels, self._precision), self._target)
-            (gradient,) = torch.autograd.grad(loss.sum(), pixels)
-        loss = loss.detach()
+        pixels = quotient(points, self._scale).requires_grad_()
+
+        def passes() -> tuple[Tensor, Tensor]:
+            with arithmetic(pixels.device, tf32=self._precision == "tf32"):
+                loss = self._objective(forward(self._model, pixels, self._precision), self._target)
+                (gradient,) = torch.autograd.grad(loss.sum(), pixels)
+            return loss.detach(), gradient
+
+        loss, gradient = in_fixed_order(self._model, pixels.device, passes)
         self._note(torch.isfinite(loss) & torch.isfinite(gradient.sum(dim=(1, 2, 3))))
         return loss, gradient
 
     def loss_at(self, points: Tensor) -> Tensor:
-        """Loss [B] in float32, whatever the gradients' precision: it goes into the record."""
+        """Loss [B] as it goes into the record: in float32, in TF32 on a GPU whose gradients have less."""
         with torch.no_grad():
-            loss = self._objective(forward(self._model, points / self._scale, "float32"), self._target)
+            pixels = quotient(points, self._scale)
+            loss = self._objective(forward(self._model, pixels, self._loss_precision), self._target)
         self._note(torch.isfinite(loss))
         return loss
 
     def start_loss(self, start: Tensor, loss: Tensor) -> Tensor:
-        """Loss at the start in float32, given the one that came with its gradient."""
-        return loss if self._precision == "float32" else self.loss_at(start)
+        """`loss_at` the start, given the loss that came with its gradient."""
+        return loss if self._precision == self._loss_precision else self.loss_at(start)
 
     def check(self, names: Sequence[str]) -> None:
         """Raise NonFiniteGradient if any number so far was not finite."""

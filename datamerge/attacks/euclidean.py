@@ -6,12 +6,12 @@ Shapes: B samples, C H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,13 +39,13 @@ class EuclideanBall(Ball):
             raise ValueError("the ℓ2 ball has no grid")
         return cls(torch.zeros_like(clean), torch.ones_like(clean), clean, 1.0, False, float(epsilon))
 
-    def start(self, random: bool, radius: Fraction, generators: Sequence[np.random.Generator]) -> Tensor:
-        """The centre, or points at distance `radius` in random directions, drawn on the CPU for all devices."""
-        if not random:
-            return self.centre
-        shape = tuple(self.centre.shape[1:])
-        normal = np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
-        offsets = self.direction(torch.from_numpy(normal).to(self.centre.device)) * float(radius)
+    @staticmethod
+    def _one(shape: tuple[int, ...], levels: int | None, generator: np.random.Generator) -> npt.NDArray[np.float32]:
+        return generator.standard_normal(shape, np.float32)
+
+    def placed(self, draws: Tensor, radius: Fraction) -> Tensor:
+        """Points at distance `radius` in random directions."""
+        offsets = self.direction(draws.to(self.centre.device, non_blocking=True)) * float(radius)
         return self.clamp_(self.centre + offsets)
 
     def clamp_(self, points: Tensor) -> Tensor:

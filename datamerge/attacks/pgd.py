@@ -20,7 +20,16 @@ from fractions import Fraction
 import numpy as np
 from torch import Tensor, nn
 
-from datamerge.attacks.ball import Attacked, Ball, Gradients, Precision, check_ball, frozen, parse_lengths
+from datamerge.attacks.ball import (
+    Attacked,
+    Ball,
+    Gradients,
+    Precision,
+    check_ball,
+    frozen,
+    parse_lengths,
+    radius_of_starts,
+)
 from datamerge.attacks.objectives import Objective
 from storage_schemas import LEVELS
 
@@ -60,6 +69,7 @@ def attack(
     names: Sequence[str] = (),
     *,
     precision: Precision = "float32",
+    draws: Tensor | None = None,
 ) -> Attacked:
     """Attack a batch.
 
@@ -72,13 +82,13 @@ def attack(
         generators: one source of randomness per sample.
         names: how errors call the samples; their positions by default.
         precision: of the forward passes; the perturbation is float32 always.
+        draws: of the random start, as `draw_starts` gives them; taken from `generators` if None.
 
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
     ball = Ball.around(clean, settings.epsilon, settings.grid)
-    radius = settings.epsilon if settings.start_radius is None else settings.start_radius
-    start = ball.start(settings.random_start, radius, generators)
+    start = ball.start(settings.random_start, radius_of_starts(settings), generators, draws)
     step = float(settings.step_size) * ball.scale
     gradients = Gradients(model, target, objective, ball.scale, precision)
     with frozen(model):

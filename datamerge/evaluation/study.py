@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,7 +110,8 @@ def open_sample(config: ImagesConfig) -> Source:
         raise ConfigError(
             f"sample: expected at most the {len(source.samples)} samples of {source.url}, found {config.sample}"
         )
-    return replace(source, samples=draw(source.samples, config.sample, config.sample_seed))
+    chosen = draw(range(len(source.samples)), config.sample, config.sample_seed)
+    return replace(source, samples=source.samples.take(np.array(chosen)), blocks=None)
 
 
 def run_study(
@@ -137,7 +139,7 @@ def run_study(
     batches = -(-len(source.samples) // config.batch_size)
     stored = [[folder.read(f"{index:06d}") if folder else None for index in range(batches)] for folder in folders]
     first = next((i for i in range(batches) if any(column[i] is None for column in stored)), batches)
-    remaining = replace(source, samples=source.samples[first * config.batch_size :])
+    remaining = source.take(np.arange(first * config.batch_size, len(source.samples)))
     # Encoders that differ in the normalisation alone share their pixels.
     shown = [row.subject.encoder.preprocessing.geometry for row in rows]
     distinct = list(dict.fromkeys(shown))

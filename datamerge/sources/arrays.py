@@ -33,7 +33,9 @@ from datamerge.sources.array_shapes import (
     choose_arrays,
     find_images,
 )
+from datamerge.sources.columns import Samples, Values, label_column
 from datamerge.sources.labels import NONE, NoClass, choose_column, read_labels, shown
+from datamerge.sources.naming import Rows
 from datamerge.sources.sample import Columns, Sample, Source, fingerprint, make_keys
 from datamerge.sources.splits import split_of_name
 from datamerge.sources.unpack import gunzip, refuse_bomb
@@ -148,10 +150,8 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
-    samples = [
-        Sample(f"{stem}-{index:08d}", f"{of_split}#{index}", labels[index], None if group is None else str(group))
-        for index, group in enumerate(groups)
-    ]
+    values = None if columns.group is None else Values.of(None if group is None else str(group) for group in groups)
+    samples = Samples(Rows.of([of_split], [stem], [len(images)]), label_column(labels), values)
     identity = fingerprint([column, label_name, columns.group, listing])
     reader = ArrayReader(location, file, column)
     source = Source(where, "arrays", samples, names, identity, reader, listing, unlabelled=unlabelled)

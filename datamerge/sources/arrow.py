@@ -81,6 +81,11 @@ class _ArrowFile:
             return schema
         return schema.with_metadata({HUGGING_FACE: json.dumps({"info": self._info}).encode()})
 
+    @property
+    def blocks(self) -> list[int]:
+        """Files are opened, and remote ones fetched, as a whole."""
+        return [self._table.num_rows]
+
     def read(self, columns: Sequence[str]) -> pa.Table:
         return self._table.select(list(columns))
 

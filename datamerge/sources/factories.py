@@ -17,9 +17,11 @@ import numpy as np
 
 from datamerge.runtime.factories import Failed, NoFactory, call, find_factory
 from datamerge.runtime.messages import warn
+from datamerge.sources.columns import Samples, label_column
 from datamerge.sources.images import BadImage
 from datamerge.sources.items import label_key, parts, to_raw
 from datamerge.sources.labels import Labels, NoClass, read_labels
+from datamerge.sources.naming import Rows
 from datamerge.sources.sample import HASHED_FILES, RawImage, Sample, Source, fingerprint, make_keys
 from storage_schemas import SourceError, shortened
 from storage_schemas.access.retries import retry
@@ -72,7 +74,7 @@ def open_factory(url: str, limit: int | None, labelled: bool = True) -> Source:
     if labelled:
         (labels, names), unlabelled = _labels(dataset, count, total, url)
     (stem,) = make_keys([url.rpartition(":")[2]])
-    samples = [Sample(f"{stem}-{index:08d}", f"{url}#{index}", labels[index]) for index in range(count)]
+    samples = Samples(Rows.of([url], [stem], [count]), label_column(labels))
     # A data set has no files: a fixed choice of its images stands for their content.
     # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
     chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})

@@ -14,8 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from datamerge.runtime.messages import say, warn
-from datamerge.sources.label_table import LabelTable, read_label_table
+from datamerge.sources.columns import Samples, Values, label_column
+from datamerge.sources.label_table import TABLE, LabelTable, read_label_table
 from datamerge.sources.labels import (
     NONE,
     USUAL,
@@ -30,19 +33,17 @@ from datamerge.sources.labels import (
     warn_of_twins,
 )
 from datamerge.sources.listing import is_artifact, is_folder, is_junk
+from datamerge.sources.naming import Paths
 from datamerge.sources.one_hot import OneHotColumns, find_one_hot
 from datamerge.sources.sample import (
     Columns,
     Sample,
     Source,
     fingerprint,
-    make_keys,
     make_listing,
 )
 from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import ConfigError, Location, SourceError
-
-TABLE = "labels.csv"
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,8 @@ def open_image_folder(
         )
     elif columns.label != NONE:
         labels, class_names = _folder_labels(location, names, skipped)
-    samples = [
-        Sample(key, name, label, group)
-        for key, name, label, group in zip(make_keys(names), names, labels, groups, strict=True)
-    ]
+    values = None if columns.group is None else Values.of(groups)
+    samples = Samples(Paths.of(pa.array(names, pa.large_string())), label_column(labels), values)
     listing = make_listing(location, files)
     identity = fingerprint([listing, labels, groups])
     reader = FolderReader(location)

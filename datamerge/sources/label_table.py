@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datamerge.runtime.messages import say, warn
 from storage_schemas import SourceError
 
+TABLE = "labels.csv"
 FILE_COLUMNS = (
     "file",
     "filename",

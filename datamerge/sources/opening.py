@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from datamerge.runtime.factories import PREFIX
 from datamerge.runtime.messages import first_line, say
-from datamerge.sources.factories import open_factory
-from datamerge.sources.image_folder import TABLE, open_image_folder
+from datamerge.sources.label_table import TABLE
 from datamerge.sources.labels import NONE, shown
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
 from datamerge.sources.patterns import find_files, is_pattern
@@ -27,7 +26,6 @@ from datamerge.sources.suffixes import (
     packed_suffix,
     suffix_of,
 )
-from datamerge.sources.tars import open_tars
 from storage_schemas import ConfigError, DatamergeError, Location, SourceError, redact
 from storage_schemas.access.redaction import split_query
 from storage_schemas.access.retries import is_transient
@@ -99,6 +97,8 @@ def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, spli
             raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
         if split is not None:
             raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
+        from datamerge.sources.factories import open_factory
+
         return open_factory(text, limit, labelled=columns.label is None)
     if text.startswith("pipe:"):
         raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
@@ -261,6 +261,8 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
     known = (
         [] if location is not listing.location else sorted({file for file, _ in files} - {file for file, _ in chosen})
     )
+    from datamerge.sources.image_folder import open_image_folder
+
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
     if columns.label is None and not location.exists(TABLE):
         _say_tables(listing)
@@ -295,9 +297,9 @@ def _read_array(location: Location, name: str, columns: Columns, split: str | No
 
 
 def _read(kind: Kind, location: Location, url: str, files: Sequence[File], columns: Columns) -> Source:
-    """The samples of files."""
+    """The samples of files. All kinds need pyarrow, which takes half a second, and exports do without."""
     if kind == "parquet":
-        from datamerge.sources.parquet import open_parquet  # pyarrow takes half a second
+        from datamerge.sources.parquet import open_parquet
 
         return open_parquet(location, files, columns)
     if kind == "arrow":
@@ -305,5 +307,9 @@ def _read(kind: Kind, location: Location, url: str, files: Sequence[File], colum
 
         return open_arrow(location, files, columns)
     if kind == "tar":
+        from datamerge.sources.tars import open_tars
+
         return open_tars(location, url, files, columns)
+    from datamerge.sources.image_folder import open_image_folder
+
     return open_image_folder(location, sorted(files), columns)

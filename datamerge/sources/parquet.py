@@ -7,11 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamerge.runtime.messages import first_line
+from datamerge.sources.columns import Samples, Values, label_column
 from datamerge.sources.images import BadImage
+from datamerge.sources.naming import Rows
 from datamerge.sources.sample import (
     Columns,
     RawImage,
@@ -41,6 +44,11 @@ class TableFile(Protocol):
         """Names and types of its columns."""
         ...
 
+    @property
+    def blocks(self) -> list[int]:
+        """Rows of the parts that are read as one."""
+        ...
+
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Some of its columns."""
         ...
@@ -52,6 +60,10 @@ class TableFile(Protocol):
 
 class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]
     """A Parquet file."""
+
+    @property
+    def blocks(self) -> list[int]:
+        return [self.metadata.row_group(group).num_rows for group in range(self.num_row_groups)]
 
     def paths(self, column: str) -> list[str | None] | None:
         kind = self.schema_arrow.field(column).type
@@ -160,13 +172,13 @@ def open_tables(
         SourceError: a file of another kind, or one without such columns.
     """
     beside: dict[str, int] = {}
-    places: list[tuple[str, str]] = []
+    blocks: list[int] = []
     entries: list[tuple[str, int, int]] = []
     place = f"{location.url}/{files[0][0]}" if len(files) == 1 else location.url
     found = TableLabels(columns.label, place, [columns.group])
     groups: list[str | None] = []
     column = columns.image
-    for (name, size), stem in zip(files, make_keys([name for name, _ in files]), strict=True):
+    for name, size in files:
         where = f"{location.url}/{name}"
         try:
             file = opened(location, name, size)
@@ -178,17 +190,20 @@ def open_tables(
                 beside.update(check_paths(location, name, paths, where))
         except BROKEN as error:
             raise SourceError(f"{where}: expected {_CALLED[kind]} file: {first_line(error)}") from None
-        places += [(f"{stem}-{row:08d}", f"{name}#{row}") for row in range(rows)]
+        blocks += file.blocks
         entries.append((name, size, rows))
-    labels, names = found.finish(lambda index: places[index][1])
-    samples = [Sample(*row, label, group) for row, label, group in zip(places, labels, groups, strict=True)]
-    if not samples or column is None:
+    stored = [name for name, _, _ in entries]
+    naming = Rows.of(stored, make_keys(stored), [rows for _, _, rows in entries])
+    labels, names = found.finish(lambda index: naming.names(index, index + 1)[0])
+    samples = Samples(naming, label_column(labels), None if columns.group is None else Values.of(groups))
+    if not len(samples) or column is None:
         without = "a file" if len(files) == 1 else f"{len(files)} files, such as {files[0][0]},"
         raise SourceError(f"{place}: expected rows with images, found {without} without rows")
     listing = make_listing(location, [*files, *beside.items()])
     identity = fingerprint([column, entries, listing, labels, groups])
     source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
-    return replace(source, unlabelled=found.unlabelled)
+    sizes = np.array([size for size in blocks if size], np.int64)
+    return replace(source, unlabelled=found.unlabelled, blocks=sizes)
 
 
 def holds_images(location: Location, name: str) -> bool:
@@ -205,13 +220,13 @@ def _opened(location: Location, name: str, size: int) -> TableFile:
     return file
 
 
-def _check_rows(file: pq.ParquetFile, size: int) -> None:
+def _check_rows(file: _ParquetFile, size: int) -> None:
     """Raises ValueError where a file of `size` bytes cannot have the rows that it claims.
 
     A footer of 200 bytes may claim any number, and we keep something of every row. No image fits into one byte.
     """
     rows = int(file.metadata.num_rows)
-    groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    groups = file.blocks
     if not 0 <= rows <= size:
         raise ValueError(f"{size} bytes that claim {rows} rows")
     if rows != sum(groups) or min(groups, default=0) < 0:

@@ -10,14 +10,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from datamerge.sources.unpack import gunzip
 from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
 from storage_schemas.access.devices import refuse_devices
 from storage_schemas.display import one_line
+
+if TYPE_CHECKING:
+    from datamerge.sources.columns import Samples  # pyarrow takes half a second
 
 RawImage = bytes | Image.Image
 """What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
@@ -99,11 +104,13 @@ class Source:
         split: what was chosen where there are splits.
         splits: how many files or images each has.
         left_out: how many files of its folder are not read, by reason.
+        blocks: sizes of the runs of samples that the reader reads together, such as row groups; None where every
+            sample is read by itself.
     """
 
     url: str
     kind: str
-    samples: Sequence[Sample]
+    samples: Samples
     class_names: Sequence[str]
     fingerprint: str
     reader: Reader
@@ -113,6 +120,7 @@ class Source:
     split: str | None = None
     splits: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
+    blocks: npt.NDArray[np.int64] | None = None
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
@@ -125,14 +133,19 @@ class Source:
 
     def limited(self, limit: int | None) -> Source:
         """The first `limit` samples."""
-        return self if limit is None else replace(self, samples=self.samples[:limit])
+        return self if limit is None else self.take(np.arange(min(limit, len(self.samples))))
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Source:
+        """The samples at these places, which have to increase."""
+        blocks = self.blocks
+        if blocks is not None:
+            taken = np.bincount(np.searchsorted(np.cumsum(blocks), indices, side="right"), minlength=1)
+            blocks = taken[taken > 0]
+        return replace(self, samples=self.samples.take(indices), blocks=blocks)
 
     def relabelled(self, rows: Mapping[int, int], names: Sequence[str]) -> Source:
         """The same samples with other numbers for their labels, whose names are `names`."""
-        samples = [
-            sample if sample.label is None else replace(sample, label=rows[sample.label]) for sample in self.samples
-        ]
-        return replace(self, samples=samples, class_names=names)
+        return replace(self, samples=self.samples.relabelled(rows), class_names=names)
 
     def listing_bytes(self) -> bytes:
         """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
@@ -220,12 +233,19 @@ def make_keys(names: Sequence[str]) -> list[str]:
 
     A key depends on its name and on the names it clashes with, not on the position in the list.
     """
-    plain = [_NO_KEY.sub("_", _SUFFIX.sub("", name)) or "_" for name in names]
+    plain = plain_keys(names)
     times = Counter(plain)
-    return [
-        key if times[key] == 1 else f"{key}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        for key, name in zip(plain, names, strict=True)
-    ]
+    return [key if times[key] == 1 else f"{key}{clash_suffix(name)}" for key, name in zip(plain, names, strict=True)]
+
+
+def plain_keys(names: Sequence[str]) -> list[str]:
+    """Names without their extensions, other characters than those of keys replaced; these may clash."""
+    return [_NO_KEY.sub("_", _SUFFIX.sub("", name)) or "_" for name in names]
+
+
+def clash_suffix(name: str) -> str:
+    """What tells a key from that of another name."""
+    return f"-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def as_text(value: object) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from datamerge.runtime.class_names import parse_class_names
 from datamerge.runtime.messages import first_line, say, warn
+from datamerge.sources.columns import Samples, Values, label_column
 from datamerge.sources.images import BadImage
 from datamerge.sources.labels import (
     LABEL_NAMES,
@@ -26,6 +27,7 @@ from datamerge.sources.labels import (
     shown,
     warn_of_twins,
 )
+from datamerge.sources.naming import Listed
 from datamerge.sources.sample import (
     Columns,
     Sample,
@@ -117,15 +119,11 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     (labels, names), unlabelled = _labels([(key, parts) for key, parts, _ in complete], may_label, columns, url)
     names = names or _class_names_beside(location, files[0][0], labels)
     keys = make_keys([f"{key.replace('.tar#', '-').replace('#', '-')}.image" for key, _, _ in complete])
-    samples = [
-        Sample(
-            key,
-            f"{image.tar}#{image.start}+{image.size} {name.rpartition('#')[2]}",
-            label,
-            None if columns.group is None else _text(parts, columns.group),
-        )
-        for key, label, (name, parts, image) in zip(keys, labels, complete, strict=True)
-    ]
+    places = [f"{image.tar}#{image.start}+{image.size} {name.rpartition('#')[2]}" for name, _, image in complete]
+    values = None
+    if columns.group is not None:
+        values = Values.of(_text(parts, columns.group) for _, parts, _ in complete)
+    samples = Samples(Listed.of(places, keys), label_column(labels), values)
     listing = make_listing(location, files)
     identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
     return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)

@@ -28,12 +28,14 @@ from pydantic import (
 
 from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, SchemaError, UnknownVersion
+from storage_schemas.schema.columns import Columns
 from storage_schemas.schema.problems import in_words
 
 SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 CARD, CROISSANT, PREVIEW = "README.md", "croissant.json", "preview.png"
+KEYS = "keys.bin"  # see storage_schemas.key_index
 COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
 PROBLEM_LETTERS: Final = 200  # of each
@@ -267,15 +269,15 @@ class Manifest(Sealed):
     plan_sha256: Sha256
     provenance: dict[str, JsonValue]
     files: tuple[FileEntry, ...]
-    shards: tuple[ShardEntry, ...]
+    shards: Columns[ShardEntry]
 
     @model_validator(mode="after")
     def _shards_are_of_the_layout(self) -> Manifest:
-        numbers = [entry.shard for entry in self.shards]
+        numbers = self.shards.column("shard")
         planned = range(self.layout.shards)
         if any(b <= a for a, b in pairwise(numbers)) or not all(number in planned for number in numbers):
             raise ValueError(f"shards: expected ascending numbers below {self.layout.shards}")
-        if any(entry.groups > self.layout.groups_per_shard for entry in self.shards):
+        if any(groups > self.layout.groups_per_shard for groups in self.shards.column("groups")):
             raise ValueError(f"shards: expected at most {self.layout.groups_per_shard} groups in each")
         if self.complete and len(numbers) < len(planned):
             raise ValueError(f"shards: expected all {len(planned)} where complete is true, found {len(numbers)}")
@@ -302,12 +304,12 @@ class Manifest(Sealed):
     @property
     def groups(self) -> int:
         """Groups that are committed."""
-        return sum(shard.groups for shard in self.shards)
+        return sum(self.shards.column("groups"))
 
     @property
     def bytes(self) -> int:
         """Bytes of all committed shards."""
-        return sum(shard.bytes for shard in self.shards)
+        return sum(self.shards.column("bytes"))
 
 
 def commit_path(shard: int) -> str:

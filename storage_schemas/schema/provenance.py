@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import JsonValue
@@ -15,6 +16,14 @@ from storage_schemas.schema.manifest import Layout
 Leaves = dict[str, JsonValue]
 # Names of leaves that say where things were; hashes say what they were.
 LOCATIONS = ("url", "spec")
+
+
+def own_version() -> str:
+    """The version of the installed distribution; `0+unknown` for a copy of the code that is not installed."""
+    try:
+        return version("datamerge")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:

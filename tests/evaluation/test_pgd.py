@@ -17,6 +17,7 @@ from datamerge.evaluation import EvaluateConfig, Results, evaluate
 from datamerge.evaluation.batches import read_batches
 from datamerge.evaluation.uncertainty import BOOTSTRAP_SEED, RESAMPLES, bootstrap_interval
 from datamerge.sources import Sample, Source
+from datamerge.sources.columns import Samples
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
@@ -254,7 +255,7 @@ class _Flaky:
 def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, failures: int, lost: bool) -> None:
     """It would be left out of this encoder's rows, and not of the next one's."""
     monkeypatch.setattr("storage_schemas.access.retries.FIRST_DELAY", 0.0)
-    source = Source("s3://b", "image_folder", [Sample("a", "a.png", None)], [], "", _Flaky(failures))
+    source = Source("s3://b", "image_folder", Samples.of([Sample("a", "a.png", None)]), [], "", _Flaky(failures))
     if lost:
         with refused(DatamergeError, None, "a.png: reset"):
             list(read_batches(source, [Preprocessing(shape=(1, 2, 2))], 1))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 from datamerge.encoders import Encoder, weights_sha256
+from storage_schemas.schema.provenance import own_version
 from storage_schemas.schema.run import RunSummary
 from trainer.export.kinds import Folder
 
@@ -36,7 +36,7 @@ tags: [adversarial-robustness, clip, vision]
 # {Path(summary.original.partition(":")[2]).name}, {summary.arm}
 
 An image encoder, fine-tuned from `{summary.original}` on precomputed groups of adversarial images
-(arm **{summary.arm}**), exported by datamerge {version("datamerge")}.
+(arm **{summary.arm}**), exported by datamerge {own_version()}.
 
 | provenance | |
 |---|---|

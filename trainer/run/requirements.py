@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from datamerge.encoders.classes import Classes, match_classes
 from datamerge.encoders.runs import with_tag_of_run
 from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
+from storage_schemas.access.threads import in_threads
+from storage_schemas.schema.manifest import RecordEntry
 from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS
@@ -21,6 +23,7 @@ from trainer.run.refine import Refinement
 
 # Shards whose labels are checked before anything starts; those of the others are checked as they are read.
 EAGER_SHARDS = 64
+SIDECARS_AT_ONCE = 16  # small files: what a read takes is the way to the store and back
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,16 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
     if not collate.labels:
         _check_targets(encoder, artifact.location.url, artifact.manifest)
         return
-    for position in range(min(len(artifact.shard_sizes), EAGER_SHARDS)):
-        for entry in artifact.commit(position).records:
-            check_label(entry.key, entry.label, collate.classes, collate.rows)
+    for entry in _first_records(artifact):
+        check_label(entry.key, entry.label, collate.classes, collate.rows)
+
+
+def _first_records(artifact: Artifact) -> Iterator[RecordEntry]:
+    """Records of the first `EAGER_SHARDS` shards; their sidecars are asked for at once."""
+    positions = range(min(len(artifact.shard_sizes), EAGER_SHARDS))
+    with in_threads(SIDECARS_AT_ONCE, artifact.commit, positions) as commits:
+        for commit in commits:
+            yield from commit.records
 
 
 def label_names(artifact: Artifact) -> list[str]:
@@ -146,9 +156,7 @@ def matched_rows(artifact: Artifact, classes: Classes, setting: str) -> Mapping[
     Raises:
         ConfigError: a class that is not trained.
     """
-    positions = range(min(len(artifact.shard_sizes), EAGER_SHARDS))
-    records = (entry for position in positions for entry in artifact.commit(position).records)
-    labels = {entry.label for entry in records if entry.label is not None}
+    labels = {entry.label for entry in _first_records(artifact) if entry.label is not None}
     names = label_names(artifact)
     own = Classes(names, len(names), artifact.location.url)
     match = match_classes(labels, own, classes, setting, f"choose another `{setting}`")

@@ -1,0 +1,7 @@
+"""Servers to train from."""
+
+from __future__ import annotations
+
+from tests.support.servers import bucket, quick, s3, s3_server, web
+
+__all__ = ["bucket", "quick", "s3", "s3_server", "web"]
