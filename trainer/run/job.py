@@ -23,11 +23,11 @@ from datamerge.encoders import (
 from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
-from storage_schemas import Artifact, Cache, ConfigError, open_artifact
-from storage_schemas.access.local_paths import user_path
+from storage_schemas import Artifact, ConfigError
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
+from trainer.data.caching import check_room, opened
 from trainer.data.order import Order, Partition
 from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
@@ -156,7 +156,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     """
     own = own or Processes()
     device = choose_device(config.device, own)
-    artifact = _open(config, config.artifact)
+    artifact = opened(config.artifact, config.cache, config.cache_bytes)
     found = check(config, artifact.manifest)
     order = _order(artifact, config)
     steps = length(config, order, own)
@@ -254,6 +254,8 @@ def _order(artifact: Artifact, config: TrainConfig, setting: str = "artifact") -
 
 
 def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+    check_room(artifact.only(collate.arrays()))
+
     def feed(partition: Partition, start: int, stop: int) -> Iterator[Batch]:
         return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
 
@@ -273,7 +275,7 @@ def _held_out(
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
-    artifact = _open(config, config.eval_artifact)
+    artifact = opened(config.eval_artifact, config.cache, config.cache_bytes)
     check_apart(config, trained.manifest, artifact.manifest)
     members = check_held_out(other, found, artifact.manifest)
     rows = matched_rows(artifact, classes, "eval_artifact") if classes else None
@@ -313,11 +315,6 @@ def _resolved(
             "epochs": None,
         }
     )
-
-
-def _open(config: TrainConfig, url: str) -> Artifact:
-    cache = Cache(user_path(config.cache), config.cache_bytes) if config.cache is not None else None
-    return open_artifact(url, cache=cache)
 
 
 def choose_device(name: str, own: Processes) -> torch.device:
