@@ -21,6 +21,7 @@ from datamerge.runtime.read_ahead import read_ahead
 from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.arms import ARMS, ArmName
 from trainer.data.batches import Batch, Read, pixels, present, stack
+from trainer.data.blend import Blend
 from trainer.data.order import MEMBER, WHOLE, Order, Partition, stream_seeds
 from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, senders
 
@@ -33,25 +34,25 @@ class Wanted(NamedTuple):
 
 
 class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
-    """The artifact as a map-style dataset, asked by `Wanted`.
+    """Artifacts as a map-style dataset, asked by `Wanted`.
 
     A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
     message in its own traceback.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+    def __init__(self, artifacts: Artifact | Blend) -> None:
+        self._groups = Blend.of(artifacts)
 
     def __len__(self) -> int:
-        return len(self._artifact)
+        return len(self._groups)
 
     def __getitem__(self, wanted: Wanted) -> tuple[Record, int] | DatamergeError:
         try:
-            return self._artifact[wanted.group], wanted.word
+            return self._groups[wanted.group], wanted.word
         except DatamergeError as error:
             return error
         except OSError as error:
-            return DatamergeError(f"{self._artifact.location.url}: group {wanted.group}: {first_line(error)}")
+            return DatamergeError(f"{self._groups.where(wanted.group)}: {first_line(error)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class _Steps(Sampler[list[Wanted]]):
 
 
 def stream(
-    artifact: Artifact,
+    artifacts: Artifact | Blend,
     order: Order,
     collate: Collate,
     *,
@@ -152,7 +153,7 @@ def stream(
     """Micro-batches of the steps [start, stop), as `order.shares` lists them.
 
     Args:
-        artifact: where the groups are.
+        artifacts: where the groups are.
         order: which groups form which step.
         collate: what to deliver of each.
         start: first step, counted from 0.
@@ -167,7 +168,7 @@ def stream(
         DatamergeError: the artifact cannot be read.
         RuntimeError: a worker died; see `worker_deaths`.
     """
-    groups = Groups(artifact.only(collate.arrays()))
+    groups = Groups(artifacts.only(collate.arrays()))
     loader: DataLoader[Any] = DataLoader(
         groups,
         batch_sampler=_Steps(order, partition, start, stop),
