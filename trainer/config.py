@@ -70,9 +70,7 @@ class TrainConfig(Settings):
             lambda own: own.eval_artifact is not None,
             "there is nothing to evaluate on; set `eval_artifact`, or drop `{name}`",
         ),
-        Effect(
-            ("cache_bytes",), lambda own: own.cache is not None, "there is no cache; set `cache`, or drop `{name}`"
-        ),
+        Effect(("cache_bytes",), lambda own: own.cache != "none", "there is no cache; set `cache`, or drop `{name}`"),
     )
 
     artifact: Annotated[str | list[str], Option(argument=True, metavar="ARTIFACT…")] = Field(
@@ -211,11 +209,14 @@ class TrainConfig(Settings):
     data_workers: int = Field(
         default=0, ge=0, description="Processes that read ahead; 0 reads ahead in a thread of the training process."
     )
-    cache: Annotated[str | None, Option(metavar="DIR", unset="none")] = Field(
-        default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."
+    cache: Annotated[str | None, Option(metavar="DIR|none", unset="a folder of your cache directory")] = Field(
+        default=None,
+        min_length=1,
+        description="Local folder for copies of what is read of a remote artifact, which several runs may share; "
+        "none: keep nothing.",
     )
-    cache_bytes: ByteSize = Field(
-        default=ByteSize(100 * 10**9),
+    cache_bytes: Annotated[ByteSize | None, Option(unset="100GB, or 80 % of what the disk has")] = Field(
+        default=None,
         ge=1,
         description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
     )

@@ -104,8 +104,8 @@ class Fetcher:
         self._inodes: dict[str, int] = {}  # of the copies that were read
         self._calls: deque[_Call] = deque()
         self._expected: dict[Range, None] = {}
-        self._fills: deque[str] = deque()
-        self._elsewhere: list[str] = []  # to be filled, and just being fetched by other processes
+        self._fills: deque[Range] = deque()
+        self._elsewhere: list[Range] = []  # to be filled, and just being fetched by other processes
         self._active = {"call": 0, "expected": 0, "fill": 0}
         self._flying: set[Range] = set()
         self._pieces: dict[Range, Bytes] = {}
@@ -133,8 +133,8 @@ class Fetcher:
                     self._expected.setdefault(item)
             self._start_threads()
 
-    def fill(self, paths: Iterable[str], sizes: Mapping[str, int]) -> None:
-        """Queue the rest of files, in order of first use; without a cache nothing happens.
+    def fill(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
+        """Queue whole files, or large parts of them, in order of first use; without a cache nothing happens.
 
         Args:
             sizes: bytes of these files, as the artifact says.
@@ -144,7 +144,7 @@ class Fetcher:
             self._sizes.update(sizes)
             if self._disk is not None:
                 known = {*self._fills, *self._elsewhere}
-                self._fills.extend(path for path in dict.fromkeys(paths) if path not in known)
+                self._fills.extend(item for item in dict.fromkeys(ranges) if item not in known)
                 self._start_threads()
 
     def forget_expected(self) -> None:
@@ -247,8 +247,8 @@ class Fetcher:
         if self._expected and may_expect and (work := self._expected_work()) is not None:
             return self._begin("expected", work)
         if self._fills:
-            path = self._fills.popleft()
-            return self._begin("fill", lambda: self._fill(path))
+            item = self._fills.popleft()
+            return self._begin("fill", lambda: self._fill(item))
         if self._elsewhere and not self._active["fill"]:
             return self._begin("fill", self._look_again)
         return None
@@ -359,8 +359,8 @@ class Fetcher:
                 continue
             if end - start > LARGEST:  # the other threads help
                 with self._changed:
-                    if path not in self._fills:
-                        self._fills.appendleft(path)
+                    if (item := Range(path, start, end)) not in self._fills:
+                        self._fills.appendleft(item)
             come = self._wait_for(path, functools.partial(self._fetch, file, path, *self._wanted(start, end, size)))
             if come is None:
                 with copies.changed:
@@ -455,29 +455,30 @@ class Fetcher:
                 copies.put(name, data)
         return data
 
-    def _fill(self, path: str) -> None:
-        """Fetch the next part of a file that is missing."""
+    def _fill(self, item: Range) -> None:
+        """Fetch the next part of a range that is missing."""
+        path, start, end = item
         size = self._sizes.get(path)
         if self._disk is None or size is None:
             return
         with self._on_disk() as copies:
             file = copies.open(self._name(path), size)
-        if file is None or not file.missing(0, size):
+        if file is None or not file.missing(start, end):
             return
         if not self._has_ranges:
             self._download(path, size)
             return
         with self._changed:
-            self._fills.appendleft(path)
+            self._fills.appendleft(item)
             self._start_threads()  # of which the next takes the part after this one
-        come = self._fetch(file, path, 0, size, self._began)
+        come = self._fetch(file, path, start, end, self._began)
         if come:
             return
         with self._changed:
-            if path in self._fills:
-                self._fills.remove(path)
-            if come is None and file.missing(0, size) and path not in self._elsewhere:
-                self._elsewhere.append(path)
+            if item in self._fills:
+                self._fills.remove(item)
+            if come is None and file.missing(start, end) and item not in self._elsewhere:
+                self._elsewhere.append(item)
 
     def _look_again(self) -> None:
         """Queue once more what other processes were fetching: one that was killed has not."""

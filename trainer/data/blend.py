@@ -52,13 +52,6 @@ class Blend:
             raise IndexError(f"record {index} of {len(self)}")
         return number, index - (self._ends[number - 1] if number else 0)
 
-    def located(self, indices: Iterable[int]) -> list[list[int]]:
-        """For each artifact, the indices there of those of these groups that are in it, in the same order."""
-        found: list[list[int]] = [[] for _ in self.artifacts]
-        for number, own in map(self.locate, indices):
-            found[number].append(own)
-        return found
-
     def where(self, index: int) -> str:
         """A group in messages: the place of its artifact, and its index there."""
         number, own = self.locate(index)
@@ -68,6 +61,42 @@ class Blend:
         """A record in messages: its key, and its artifact where there are several."""
         return f"{key} of {self.artifacts[number].location.url}" if len(self.artifacts) > 1 else key
 
-    def only(self, names: Collection[str]) -> Blend:
-        """The same groups, reading these arrays alone."""
-        return Blend([artifact.only(names) for artifact in self.artifacts])
+    def only(self, names: Collection[str], *, facts: bool = True) -> Blend:
+        """The same groups, reading these arrays alone; see `Artifact.only`."""
+        return Blend([artifact.only(names, facts=facts) for artifact in self.artifacts])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of them are on this machine."""
+        return all(artifact.location.is_local for artifact in self.artifacts)
+
+    def expect(self, indices: Iterable[int]) -> int:
+        """Have these groups fetched ahead, of each artifact in this order; see `Artifact.expect`."""
+        return sum(artifact.expect(own) for artifact, own in self._located(indices))
+
+    def fill(self, indices: Iterable[int]) -> None:
+        """Have these groups fetched into the cache behind all that is expected; see `Artifact.fill`."""
+        for artifact, own in self._located(indices):
+            artifact.fill(own)
+
+    def expect_nothing(self) -> None:
+        """Fetch nothing more of what was expected and not read."""
+        for artifact in self.artifacts:
+            artifact.expect_nothing()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache of the remote ones may hold, which they share; 0 without one."""
+        return max(artifact.cache_bytes for artifact in self.artifacts)
+
+    @property
+    def bytes_read(self) -> int:
+        """About how many bytes of remote files hold the arrays that are read."""
+        return sum(artifact.bytes_read for artifact in self.artifacts if not artifact.location.is_local)
+
+    def _located(self, indices: Iterable[int]) -> list[tuple[Artifact, list[int]]]:
+        """The artifacts that these groups are in, with the indices there, in the same order."""
+        found: list[list[int]] = [[] for _ in self.artifacts]
+        for number, own in map(self.locate, indices):
+            found[number].append(own)
+        return [(artifact, own) for artifact, own in zip(self.artifacts, found, strict=True) if own]

@@ -26,13 +26,13 @@ from datamerge.encoders import (
 from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
-from storage_schemas import Artifact, Cache, ConfigError, open_artifact
-from storage_schemas.access.local_paths import user_path
+from storage_schemas import Artifact, ConfigError
 from storage_schemas.schema.run import TrainedArtifact
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
 from trainer.data.blend import Blend
+from trainer.data.caching import check_room, opened
 from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
@@ -167,7 +167,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     """
     own = own or Processes()
     device = choose_device(config.device, own)
-    blend = Blend([_open(config, one.url) for one in config.artifacts])
+    blend = Blend([opened(one.url, config.cache, config.cache_bytes) for one in config.artifacts])
     artifact = blend.artifacts[0]
     found = check_all(config, blend.artifacts)
     order = _order(blend, config)
@@ -277,6 +277,8 @@ def _order(blend: Blend, config: TrainConfig, setting: str = "artifact") -> Orde
 
 
 def _feed(blend: Blend, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+    check_room(blend.only(collate.arrays()))
+
     def feed(partition: Partition, start: int, stop: int) -> Iterator[Batch]:
         return stream(blend, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
 
@@ -296,7 +298,7 @@ def _held_out(
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
-    artifact = _open(config, config.eval_artifact)
+    artifact = opened(config.eval_artifact, config.cache, config.cache_bytes)
     for number, own in enumerate(trained.artifacts):
         check_apart(of_artifact(config, number), own.manifest, artifact.manifest)
     members = check_held_out(other, found, artifact.manifest)
@@ -356,11 +358,6 @@ def _resolved(
             "epochs": None,
         }
     )
-
-
-def _open(config: TrainConfig, url: str) -> Artifact:
-    cache = Cache(user_path(config.cache), config.cache_bytes) if config.cache is not None else None
-    return open_artifact(url, cache=cache)
 
 
 def choose_device(name: str, own: Processes) -> torch.device:
