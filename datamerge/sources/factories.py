@@ -84,7 +84,7 @@ def open_factory(url: str, limits: Limits = EVERYTHING, labelled: bool = True) -
     # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
     hashed = sorted({items[int(place)] for place in np.linspace(0, count - 1, min(count, HASHED_FILES))})
     listing = {f"image {index}": [1, _hash(dataset, index)] for index in hashed}
-    identity = fingerprint([total, labels, listing])
+    identity = fingerprint([total, samples.json_of_labels(), listing])
     source = Source(url, "python", samples, names, identity, FactoryReader(url), listing, unlabelled=unlabelled)
     return replace(source, drawn_from=None if chosen is None or limits.drawn is None else total)
 
