@@ -189,7 +189,7 @@ def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWr
     _check_usable(result.groups, prepared)
     return _Measured(
         units=len(items),
-        units_in_all=sum(len(group.samples) for group in plan.groups),
+        units_in_all=plan.samples(range(plan.layout.shards)),
         seconds=seconds,
         attack_seconds=seconds,
         bytes_per_group=_bytes(writer) / result.groups,

@@ -124,7 +124,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     clusters = None
     if config.grouping == "cluster":
         classes = by_class(source)
-        counts = {label: clusters_of(config, len(samples)) for label, samples in classes.items()}
+        counts = {label: clusters_of(config, len(places)) for label, places in classes.items()}
         if planning_only:
             clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
         else:
@@ -196,7 +196,7 @@ def _run_stage(
     aside: list[SetAside] = []
     remarks: Counter[str] = Counter()
     attack_seconds = 0.0
-    done = plan.layout.groups - sum(len(plan.groups_of(shard)) for shard in shards)
+    done = plan.layout.groups - sum(plan.count(shard) for shard in shards)
     ray_stage = _ray_stage()
     try:
         # SIGTERM last: Ray sets a handler of its own when it starts.
@@ -214,7 +214,7 @@ def _run_stage(
                     rejects += result.rejects
                     remarks.update(result.remarks)
                     attack_seconds += result.attack_seconds
-                progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
+                progress.advance(plan.count(result.shard), _note(earlier + len(rejects), aside))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # What is committed stays; say so in the manifest before anything else is said, if there is room to.
@@ -223,8 +223,7 @@ def _run_stage(
         except OSError:
             pass
         raise
-    read = sum(len(group.samples) for shard in shards for group in plan.groups_of(shard))
-    say_remarks(remarks, read, prepared.source, plan.exif)
+    say_remarks(remarks, plan.samples(shards), prepared.source, plan.exif)
     if aside:
         writer.finish()
         raise DatamergeError(_describe(aside, plan, config))
@@ -343,7 +342,7 @@ def _clusters(
             encoder=Wanted.of(encoder.encoder) if encoder else None,
             device=ray_stage.device(config, here),
         )
-        for label, clusters in ray_stage.run_clusters(setup, classes, counts):
+        for label, clusters in ray_stage.run_clusters(setup, source.samples, classes, counts):
             found[label] = clusters
             progress.advance(len(clusters))
     found = {label: found[label] for label in sorted(found)}

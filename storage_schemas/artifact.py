@@ -21,9 +21,11 @@ from storage_schemas.access.lru import Lru
 from storage_schemas.access.ranges import damage
 from storage_schemas.display import one_line, table
 from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, SchemaError, shortened
+from storage_schemas.key_index import rows_of
 from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.manifest import (
     HEAD,
+    KEYS,
     MANIFEST,
     PREVIEW,
     ArraySpec,
@@ -95,6 +97,7 @@ class Artifact:
                 f"{self.manifest.layout.shards} shards in the manifest); run the command that made it again"
             )
         self.shard_sizes: list[int] = list(self.manifest.shards.column("groups"))
+        self._index_is_sound = False
         self._specs = self.manifest.layout.arrays
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
         self._reset()
@@ -187,21 +190,40 @@ class Artifact:
         return commit
 
     def index_of(self, key: str) -> int:
-        """Index of the record with this key; reads the sidecars whose range of keys holds it, as a rule one.
+        """Index of the record with this key; reads a sidecar, and a small range of the index of keys if there is one.
 
         Raises:
             KeyError: no such key.
+            CorruptShard: the index of keys is not as it was committed.
         """
         position, offset = self._find(key)
         return int(self._starts[position]) + offset
 
     def _find(self, key: str) -> tuple[int, int]:
+        index = self._listed(KEYS)
+        if index is not None:
+            return self._find_in(index, key)
         for position, span in enumerate(self.manifest.shards.column("key_range")):
             if span is None or not span[0] <= key <= span[1]:
                 continue
             for offset, record in enumerate(self.commit(position).records):
                 if record.key == key:
                     return position, offset
+        raise KeyError(f"{self.location.url}: no record with key {key!r}")
+
+    def _find_in(self, index: FileEntry, key: str) -> tuple[int, int]:
+        """By the index of keys; its bytes are compared with their hash before a key is said not to be there."""
+        numbers = self.manifest.shards.column("shard")
+        for row in rows_of(self.location, index, key):
+            shard, offset = divmod(row, self.manifest.layout.groups_per_shard)
+            position = bisect.bisect_left(numbers, shard)
+            if position < len(numbers) and numbers[position] == shard:
+                records = self.commit(position).records
+                if offset < len(records) and records[offset].key == key:
+                    return position, offset
+        if not self._index_is_sound:
+            self._read_committed(KEYS, index.sha256)
+            self._index_is_sound = True
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
 
     def _check_files(self, commit: Commit) -> None:

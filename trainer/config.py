@@ -174,8 +174,8 @@ class TrainConfig(Settings):
     )
     precision: Precision = Field(
         default="float32",
-        description="tf32 lets a GPU round the factors of products to 10 bits; bfloat16 runs the encoder under "
-        "autocast; weights, moments, losses and corrections stay float32.",
+        description="tf32 lets a GPU round the factors of products to 10 bits; bfloat16 runs the encoder, except for "
+        "its first layer, under autocast; weights, moments, losses and corrections stay float32.",
     )
     compile: bool = Field(
         default=False, description="torch.compile the encoder; for estimators without a double backward."

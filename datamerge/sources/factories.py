@@ -79,7 +79,7 @@ def open_factory(url: str, limit: int | None, labelled: bool = True) -> Source:
     # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
     chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})
     listing = {f"image {index}": [1, _hash(dataset, index)] for index in chosen}
-    identity = fingerprint([total, labels, listing])
+    identity = fingerprint([total, samples.json_of_labels(), listing])
     return Source(url, "python", samples, names, identity, FactoryReader(url), listing, unlabelled=unlabelled)
 
 

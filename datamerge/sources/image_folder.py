@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from datamerge.runtime.messages import say, warn
 from datamerge.sources.columns import Samples, Values, label_column
+from datamerge.sources.file_list import FileList
 from datamerge.sources.label_table import TABLE, LabelTable, read_label_table
 from datamerge.sources.labels import (
     NONE,
@@ -40,7 +41,6 @@ from datamerge.sources.sample import (
     Sample,
     Source,
     fingerprint,
-    make_listing,
 )
 from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import ConfigError, Location, SourceError
@@ -109,10 +109,11 @@ def open_image_folder(
         )
     elif columns.label != NONE:
         labels, class_names = _folder_labels(location, names, skipped)
+    texts = pa.array(names, pa.large_string())
     values = None if columns.group is None else Values.of(groups)
-    samples = Samples(Paths.of(pa.array(names, pa.large_string())), label_column(labels), values)
-    listing = make_listing(location, files)
-    identity = fingerprint([listing, labels, groups])
+    samples = Samples(Paths.of(texts), label_column(labels), values)
+    listing = FileList.of(location, files, texts)
+    identity = fingerprint([listing, samples.json_of_labels(), samples.json_of_groups()])
     reader = FolderReader(location)
     return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location, unlabelled)
 

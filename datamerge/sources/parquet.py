@@ -200,7 +200,7 @@ def open_tables(
         without = "a file" if len(files) == 1 else f"{len(files)} files, such as {files[0][0]},"
         raise SourceError(f"{place}: expected rows with images, found {without} without rows")
     listing = make_listing(location, [*files, *beside.items()])
-    identity = fingerprint([column, entries, listing, labels, groups])
+    identity = fingerprint([column, entries, listing, samples.json_of_labels(), samples.json_of_groups()])
     source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
     sizes = np.array([size for size in blocks if size], np.int64)
     return replace(source, unlabelled=found.unlabelled, blocks=sizes)

@@ -17,7 +17,7 @@ from storage_schemas.access import streams
 from storage_schemas.access.atomic import atomic_file
 from storage_schemas.access.devices import refuse_devices
 from storage_schemas.access.driver_options import options_for
-from storage_schemas.access.explaining import ChangedFile, RangeError, Refused, explained, missing_driver
+from storage_schemas.access.explaining import ChangedFile, NoRanges, RangeError, Refused, explained, missing_driver
 from storage_schemas.access.local_paths import absolute, local_part
 from storage_schemas.access.redaction import redact, split_query
 from storage_schemas.access.retries import retry
@@ -150,7 +150,7 @@ class Location:
     def size(self, relative: str) -> int:
         """Bytes of one file; raises FileNotFoundError."""
         size = self._call(relative, lambda path: self.fs.size(path))
-        return len(self.read(relative)) if size is None else int(size)  # some web servers do not tell
+        return len(self.sent(relative, None, None)) if size is None else int(size)  # some web servers do not tell
 
     def names(self, relative: str = "") -> list[str]:
         """Sorted names of the entries of a folder, empty when there is no such folder."""
@@ -212,7 +212,7 @@ class Location:
             changed = ChangedFile(f"{version}, expected {self._versions[relative]}")
             raise explained(changed, self._where(relative))
         size = entry["size"]
-        return len(self.read(relative)) if size is None else int(size)
+        return len(self.sent(relative, None, None)) if size is None else int(size)
 
     def open(self, relative: str) -> Any:
         """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard.
@@ -315,10 +315,13 @@ class Location:
             if said or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
-        raise explained(failure, self._where(relative), is_signed=bool(self._query))
+        # Without the driver's own error, which may show a secret.
+        cause = failure if isinstance(failure, NoRanges) else None
+        raise explained(failure, self._where(relative), is_signed=bool(self._query)) from cause
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_fs", "root", "_process")}
+        of_this_process = ("_fs", "root", "_process", "_fetcher")
+        return {name: value for name, value in vars(self).items() if name not in of_this_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -1,19 +1,18 @@
-"""Byte ranges of an artifact's files: memory maps where they are local, range requests elsewhere."""
+"""Byte ranges of an artifact's files: memory maps where they are local, else what the location's fetcher gives."""
 
 from __future__ import annotations
 
 import hashlib
 
 import numpy as np
-import numpy.typing as npt
 
+from storage_schemas.access.blocks import Bytes
 from storage_schemas.access.devices import refuse_devices
+from storage_schemas.access.fetching import fetcher_of
 from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import FileEntry
-
-Bytes = npt.NDArray[np.uint8]
 
 # More than the 8 shards of the trainer's window, times the arrays it reads of a Zarr shard.
 OPEN_MAPS = 32
@@ -43,18 +42,20 @@ class FileRanges:
         self._location = location
         self._maps = Lru[str, Bytes](OPEN_MAPS)
 
-    def read(self, path: str, start: int, size: int) -> Bytes:
+    def read(self, path: str, start: int, size: int, file_bytes: int | None = None) -> Bytes:
         """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
+
+        Args:
+            file_bytes: of the whole file, as the artifact says; without it a cache asks the server, once a file.
 
         Raises:
             CorruptShard: the file is missing or too short.
         """
         try:
-            mapped = self._map(path)
-            if mapped is not None:
-                data = mapped[start : start + size]
+            if self._location.is_local:
+                data = self._map(path)[start : start + size]
             else:
-                data = np.frombuffer(self._location.read(path, start, start + size), np.uint8)
+                data = fetcher_of(self._location).read(path, start, start + size, file_bytes)
         except FileNotFoundError:
             raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
         if len(data) != size:
@@ -63,21 +64,15 @@ class FileRanges:
             )
         return data
 
-    def _map(self, path: str) -> Bytes | None:
+    def _map(self, path: str) -> Bytes:
         mapped = self._maps.get(path)
         if mapped is not None:
             return mapped
-        local = self._location.local_path(path)
-        if local is None:
-            return None
+        local = self._location.path(path)
         refuse_devices(local)
         try:
             # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
             mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
-        except FileNotFoundError:
-            if self._location.is_local:
-                raise
-            return None  # a copy that another process has evicted since
         except ValueError:  # an empty file cannot be mapped
             raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None
         except IsADirectoryError:

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
+from storage_schemas.access.blocks import Bytes
 from storage_schemas.access.location import Location
-from storage_schemas.access.ranges import Bytes
 from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
 from storage_schemas.schema.record import Record
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from storage_schemas.access.blocks import Bytes
 from storage_schemas.access.location import Location
-from storage_schemas.access.ranges import Bytes, FileRanges
+from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
 from storage_schemas.schema.record import Record

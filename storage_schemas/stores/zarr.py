@@ -22,9 +22,10 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from storage_schemas.access.blocks import Bytes
 from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
-from storage_schemas.access.ranges import Bytes, FileRanges
+from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
 from storage_schemas.schema.record import Record

@@ -150,7 +150,7 @@ def test_what_float32_means_in_every_pass(
         run_job(job, RunFolder(config.run), Processes())
         assert {found.backward for found in notes} == {False, True}
         assert all(found.deterministic and found.products == "highest" for found in notes)
-        assert {found.tf32 for found in notes} == {precision == "tf32"}
+        assert {found.tf32 for found in notes} == {precision != "float32"}
         assert (torch.bfloat16 in {found.dtype for found in notes}) == (precision == "bfloat16")
 
 

@@ -120,14 +120,14 @@ class RunFolder:
             ) from error
         return path
 
-    def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """Read a checkpoint. Only tensors and plain values are unpickled.
+    def load(self, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU. Only tensors and plain values are unpickled.
 
         Raises:
             ConfigError: it was made by a run with other settings.
             DatamergeError: it is damaged.
         """
-        state = read_state(path, device)
+        state = read_state(path)
         if changes(_in_present_words(state["identity"], identity), identity):
             raise ConfigError(
                 f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
@@ -167,14 +167,17 @@ def _in_present_words(identity: Mapping[str, Any], present: Mapping[str, Any]) -
     return spelt
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """A checkpoint. Only tensors and plain values are unpickled.
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU. Only tensors and plain values are unpickled.
+
+    Whoever loads a state moves what belongs on a GPU there; AdamW leaves its step counters where they are, and on a
+    GPU would wait for it at every parameter of every step.
 
     Raises:
         DatamergeError: it is damaged.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"identity", "model", "average", "optimizer", "step"} - state.keys()
     except Exception as error:  # zipfile, pickle and torch each raise their own
         reason = first_line(error)

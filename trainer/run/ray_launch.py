@@ -19,6 +19,7 @@ from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.errors import NotFiniteRun
 from trainer.run.checkpoint import RunFolder
+from trainer.run.distributed import BACKENDS
 from trainer.run.loop import train_here
 
 MAX_FAILURES = 3
@@ -47,12 +48,13 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
 def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
         call_in_worker("trainer.run.ray_launch:work", config, outcome),
+        torch_config=TorchConfig(backend=BACKENDS if gpus else None),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES)

@@ -1,0 +1,473 @@
+"""Copies of remote files on a disk, block by block, for all processes of a machine and any number of artifacts.
+
+A file that is not complete is `NAME.SIZE.blocks`: `SIZE` bytes, sparse, then a byte a block of 4 KiB that is 1 once
+the block is there. Whoever wants blocks claims a run of them, by a lock of the system on as many bytes of `claims`,
+so that a killed process lets go of them; looks whether they have come meanwhile; fetches them with one request,
+writes them at their place, and marks them. Others wait for the marks, or for the claim to fall free. Once all marks
+are set they are cut off, and the file is called `NAME`: a copy like any other file, to be memory-mapped. NAME is a
+hash.
+
+Who reads or fetches a file has it open under a shared lock, which lasts as long as any view of its map. What is not
+in use may be evicted, the least recently used first, as soon as the limit demands it. A process is granted bytes
+before it writes them, many at a time, in a `grant-…` file that it keeps locked; those of the dead are void.
+A power cut may leave a mark without its block. That, and any other damage, is found as in other files: the record's
+checksum fails, the copy is dropped and fetched again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+BLOCK = 4096  # bytes; little more is fetched than is asked for, and a page of sparse files is as large
+OPEN_FILES = 128  # a process keeps open; each has a map and descriptors
+LARGEST_GRANT, GRANTS = 256 * 2**20, 64  # bytes that a process may be granted at a time: that, or the limit / GRANTS
+REFUSED_SECONDS = 1.0  # before a full cache is looked through again
+ABANDONED = 3600  # seconds after which what the previous release was fetching is taken for left behind
+
+_COPY = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.(blocks|part))?")
+_GRANT = re.compile(r"grant-[0-9a-f]{12}")
+
+
+class BlockFile:
+    """An open copy, complete or not. What is shared among threads is guarded by its folder's `changed`."""
+
+    def __init__(self, name: str, size: int, descriptor: int, path: Path) -> None:
+        self.name, self.size, self.path = name, size, path
+        self._descriptor = descriptor
+        self.inode = os.fstat(descriptor).st_ino
+        # The map has a copy of the descriptor, and the lock on it lasts while any view does.
+        self.view: Bytes = (
+            np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
+            if size
+            else np.empty(0, np.uint8)
+        )
+        self.here = np.zeros(-(-size // BLOCK), np.bool_)
+        self.busy = np.zeros(len(self.here), np.bool_)  # being fetched by this process
+        self.refresh(0, len(self.here))
+
+    def refresh(self, first: int, last: int) -> None:
+        """Take over the marks of blocks [first, last) that other processes have set."""
+        marks = os.pread(self._descriptor, last - first, self.size + first)
+        if marks:
+            self.here[first:last] |= np.frombuffer(marks, np.bool_)[: last - first]
+        else:  # cut off: all are set
+            self.here[:] = True
+
+    def missing(self, start: int, end: int) -> bool:
+        """Whether any of the bytes [start, end) has not come, as far as is known here."""
+        return not self.here[start // BLOCK : -(-end // BLOCK)].all()
+
+    def write(self, first: int, data: bytes) -> None:
+        """Fill blocks from `first` on, and mark them."""
+        view, at = memoryview(data).cast("B"), first * BLOCK
+        while view:
+            written = os.pwrite(self._descriptor, view, at)
+            view, at = view[written:], at + written
+        last = -(-at // BLOCK)
+        os.pwrite(self._descriptor, bytes([1]) * (last - first), self.size + first)
+        self.here[first:last] = True
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the copy is still in its folder: not evicted, nor forgotten by another process."""
+        return os.fstat(self._descriptor).st_nlink > 0
+
+    def touch(self) -> None:
+        """Mark the copy as used now; access times proper are off on many machines."""
+        os.utime(self._descriptor)
+
+    def cut(self) -> None:
+        """Take the marks off."""
+        os.ftruncate(self._descriptor, self.size)
+
+    def __del__(self) -> None:
+        if (descriptor := vars(self).pop("_descriptor", None)) is not None:
+            os.close(descriptor)
+
+
+class Folder:
+    """The copies in one folder, as this process sees them; all its threads share one `Folder` a folder.
+
+    Attributes:
+        changed: guards the open files; notified when blocks have come or are given up.
+    """
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        self.path, self.max_bytes = path, max_bytes
+        self.changed = threading.Condition()
+        self.failed = False
+        self._open: OrderedDict[str, BlockFile] = OrderedDict()
+        self._claims: int | None = None
+        self._grant: tuple[Path, int] | None = None
+        self._granted = self._flying = 0
+        self._refused = 0.0
+
+    def open(self, name: str, size: int | None) -> BlockFile | None:
+        """A copy to read or to fill; made if there is none.
+
+        Args:
+            size: bytes of the file; None for those of whatever complete copy is there, and None if none is.
+
+        Raises:
+            OSError: the disk.
+        """
+        with self.changed:
+            file = self._open.get(name)
+            if file is not None and file.is_kept and (file.here.all() if size is None else size == file.size):
+                self._open.move_to_end(name)
+                return file
+        file = self._opened(name, size)
+        if file is None:
+            return None
+        if file.here.all():
+            self.finish(file)  # whoever filled it was killed before
+        with self.changed:
+            other = self._open.get(name)
+            if other is not None and other.inode == file.inode:
+                return other  # of another thread, which may be fetching
+            self._open[name] = file
+            while len(self._open) > OPEN_FILES and (idle := self._idle()) is not None:
+                del self._open[idle]
+        return file
+
+    def _idle(self) -> str | None:
+        return next((name for name, file in self._open.items() if not file.busy.any()), None)
+
+    def _opened(self, name: str, size: int | None) -> BlockFile | None:
+        if (file := self._existing(name, size)) is not None or size is None:
+            return file
+        with self._names():
+            if (file := self._existing(name, size)) is not None:
+                return file
+            path = self._partial(name, size)
+            new = path.with_name(f".{secrets.token_hex(6)}.tmp")
+            with new.open("xb") as stream:
+                stream.truncate(size + -(-size // BLOCK))
+            new.replace(path)
+            return self._existing(name, size)
+
+    def _existing(self, name: str, size: int | None) -> BlockFile | None:
+        for path in [self.path / name, *([] if size is None else [self._partial(name, size)])]:
+            while True:
+                try:
+                    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    break
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    status = os.fstat(descriptor)
+                    if not status.st_nlink:
+                        continue  # evicted between the two
+                    found = status.st_size
+                    whole = found if size is None else size
+                    if found == whole or (path.name != name and found == whole + -(-whole // BLOCK)):
+                        file = BlockFile(name, whole, os.dup(descriptor), path)
+                        return file
+                finally:
+                    os.close(descriptor)
+                path.unlink(missing_ok=True)  # cut short, or of an artifact that was replaced
+                break
+        return None
+
+    def _partial(self, name: str, size: int) -> Path:
+        return self.path / f"{name}.{size}.blocks"
+
+    @contextmanager
+    def _names(self) -> Iterator[None]:
+        """While files are made, renamed or forgotten."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / "lock-names"):
+            yield
+
+    def claim(self, file: BlockFile, start: int, end: int, most: int) -> tuple[int, int] | None:
+        """Claim the first run of missing blocks of the bytes [start, end) that nobody is fetching.
+
+        Args:
+            most: bytes of the run.
+
+        Returns:
+            The run, blocks [first, last), which the caller gives back with `release`; None if there is none.
+        """
+        at, stop, step = start // BLOCK, -(-end // BLOCK), 1
+        with self.changed:
+            while at < stop:
+                free = np.flatnonzero(~(file.here[at:stop] | file.busy[at:stop]))
+                if not len(free):
+                    return None
+                first = at + int(free[0])
+                taken = np.flatnonzero(file.here[first:stop] | file.busy[first:stop])
+                last = min(first + int(taken[0]) if len(taken) else stop, first + max(1, most // BLOCK))
+                while not self._lock(file.name, first, last):
+                    if last - first == 1:
+                        file.refresh(first, stop)
+                        break
+                    last = (first + last) // 2
+                else:
+                    file.refresh(first, last)
+                    come = np.flatnonzero(file.here[first:last])
+                    if len(come):
+                        self._unlock(file.name, first, last)
+                        continue  # some of them came before the claim
+                    file.busy[first:last] = True
+                    return first, last
+                at, step = first + step, 2 * step  # another process has a run from here on, of unknown length
+        return None
+
+    def release(self, file: BlockFile, run: tuple[int, int]) -> None:
+        """Give a claimed run back, filled or not; a file that is complete now gets its name."""
+        first, last = run
+        with self.changed:
+            file.busy[first:last] = False
+            self._unlock(file.name, first, last)
+            self.changed.notify_all()
+        if file.here[first:last].all():
+            file.refresh(0, len(file.here))
+            if file.here.all():
+                self.finish(file)
+
+    def finish(self, file: BlockFile) -> None:
+        if file.path.name == file.name:
+            return
+        with self._names():
+            try:
+                if file.path.stat().st_ino == file.inode:  # not one made since this was forgotten
+                    file.cut()
+                    file.path = file.path.replace(self.path / file.name)
+            except FileNotFoundError:
+                pass  # another process was first
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Be the only one, of all threads and processes, that fetches a file of unknown size."""
+        with _locked(self.path / f"lock-{int(name[:8], 16) % 64:02d}"):
+            yield
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a whole file, if there is room for it.
+
+        Raises:
+            OSError: the disk.
+        """
+        if not self.reserve(len(data)):
+            return
+        new = self.path / f".{secrets.token_hex(6)}.tmp"
+        try:
+            new.write_bytes(data)
+            new.replace(self.path / name)
+        finally:
+            new.unlink(missing_ok=True)
+            self.written(len(data))
+
+    def forget(self, name: str, inode: int | None) -> bool:
+        """Drop a copy; whether there was one.
+
+        Args:
+            inode: of the copy that is damaged, which another process may have replaced since; None for any.
+        """
+        with self.changed:
+            dropped = self._open.pop(name, None) is not None
+        with self._names():
+            for path in [self.path / name, *self.path.glob(f"{name}.*.blocks")]:
+                try:
+                    if inode in (None, path.stat().st_ino):
+                        path.unlink()
+                        dropped = True
+                except FileNotFoundError:
+                    continue
+        return dropped
+
+    def reserve(self, size: int, unused_since: int | None = None) -> bool:
+        """Be granted bytes to write; `written` gives them back.
+
+        Args:
+            unused_since: only copies that nobody has used since may be evicted for them, ns; None for any.
+
+        Returns:
+            False if there is no room.
+        """
+        with self.changed:
+            if self._granted < size and (time.monotonic() < self._refused or not self._ask(size, unused_since)):
+                return False
+            self._granted -= size
+            self._flying += size
+            return True
+
+    def written(self, size: int) -> None:
+        """End a reservation: the bytes are on the disk, or will not be."""
+        with self.changed:
+            self._flying -= size
+
+    def _ask(self, size: int, unused_since: int | None) -> bool:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / "lock-space"):
+            for wanted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
+                if self._make_room(wanted + self._flying, unused_since):
+                    self._granted = wanted
+                    break
+            else:
+                self._granted = 0
+                self._refused = time.monotonic() + REFUSED_SECONDS
+            self._write_grant()
+        return self._granted >= size
+
+    def _write_grant(self) -> None:
+        if self._grant is None or not os.fstat(self._grant[1]).st_nlink:
+            path = self.path / f"grant-{secrets.token_hex(6)}"
+            self._grant = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fcntl.flock(self._grant[1], fcntl.LOCK_EX)
+        os.pwrite(self._grant[1], b"%020d" % (self._granted + self._flying), 0)
+
+    def _make_room(self, size: int, unused_since: int | None) -> bool:
+        """Evict the least recently used copies that nobody uses, until so many more bytes fit; whether they do."""
+        if size > self.max_bytes:
+            return False
+        copies: list[tuple[int, int, str]] = []
+        excess = size - self.max_bytes
+        for entry in os.scandir(self.path):
+            if _GRANT.fullmatch(entry.name):
+                excess += self._others(Path(entry.path))
+            # Else a lock, or a file of somebody else, who chose a folder that was not empty.
+            elif found := _COPY.fullmatch(entry.name):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue  # dropped by another process
+                taken = status.st_size
+                if found[3] == "blocks":
+                    taken = min(taken, 512 * status.st_blocks)
+                elif found[3] == "part":  # of the previous release, which counted what was still to come
+                    taken = int(found[2])
+                    if time.time() - status.st_mtime > ABANDONED:
+                        Path(entry.path).unlink(missing_ok=True)
+                        continue
+                copies.append((status.st_mtime_ns, taken, entry.name))
+                excess += taken
+        for used, taken, name in sorted(copies):
+            if excess <= 0 or (unused_since is not None and used > unused_since):
+                break
+            if not name.endswith(".part") and self._evict(name):
+                excess -= taken
+        return excess <= 0
+
+    def _others(self, grant: Path) -> int:
+        """Bytes granted to another process; a dead one's are void."""
+        if self._grant is not None and grant == self._grant[0]:
+            return 0
+        try:
+            descriptor = os.open(grant, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return 0
+        try:
+            if _is_free(descriptor):
+                grant.unlink(missing_ok=True)
+                return 0
+            return int(os.pread(descriptor, 20, 0) or 0)
+        finally:
+            os.close(descriptor)
+
+    def _evict(self, copy: str) -> bool:
+        name = copy.partition(".")[0]
+        own = self._open.get(name)
+        if own is not None:
+            if own.busy.any():
+                return False
+            del self._open[name], own
+        try:
+            descriptor = os.open(self.path / copy, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            if not _is_free(descriptor):
+                return False
+            (self.path / copy).unlink(missing_ok=True)
+            return True
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, name: str, first: int, last: int) -> bool:
+        if self._claims is None or not os.fstat(self._claims).st_nlink:
+            # Never closed: a process that closes any descriptor of a file lets go of all its locks on it.
+            self._claims = os.open(self.path / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, _place(name) + first)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _unlock(self, name: str, first: int, last: int) -> None:
+        assert self._claims is not None
+        fcntl.lockf(self._claims, fcntl.LOCK_UN, last - first, _place(name) + first)
+
+    def give_up(self, error: OSError, url: str) -> None:
+        """Say once that the disk does not work, and that it is left alone from now on."""
+        with self.changed:
+            said, self.failed = self.failed, True
+        if not said:
+            warnings.warn(
+                f"cache {self.path}: {error.strerror or error}; reading {url} without it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Be the only one here, of all threads and processes."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _place(name: str) -> int:
+    """Where the claims of a file are; where two share a place they wait for each other without need."""
+    return int(name[:8], 16) << 28
+
+
+def _is_free(descriptor: int) -> bool:
+    """Whether nobody else has a lock on this file; the caller has it now, until it closes the descriptor."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+_FOLDERS: dict[Path, Folder] = {}
+_MAKING = threading.Lock()
+
+
+def folder_of(path: Path, max_bytes: int) -> Folder:
+    """This process's `Folder` for a path."""
+    with _MAKING:
+        folder = _FOLDERS.setdefault(path, Folder(path, max_bytes))
+        folder.max_bytes = max_bytes
+        return folder
+
+
+def _after_fork() -> None:
+    """A child begins anew: its parent's threads, and what they hold, are not there."""
+    global _MAKING
+    _MAKING = threading.Lock()
+    _FOLDERS.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
