@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import merge_scaling, pgd, planning, reading, storage, training
+from benchmarks import many_shards, merge_scaling, pgd, planning, reading, storage, training
 from benchmarks.report import NOT_COMPARED, Bar, Circumstances, Curve, Findings, Table, plot, render, spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,6 +38,7 @@ class Sizes:
         repeats: interleaved rounds.
         records: read from each format.
         most_shards: of the largest job with nothing to attack.
+        many_shards: of the largest manifest.
         scale: multiplies the groups of the jobs that are planned.
     """
 
@@ -53,6 +54,7 @@ class Sizes:
     records: int = 128
     photos: int = 4
     most_shards: int = 1000
+    many_shards: int = 200_000
     groups_per_shard: int = 4
     scale: int = 1
 
@@ -78,6 +80,7 @@ TINY = Sizes(
     records=8,
     photos=2,
     most_shards=10,
+    many_shards=100,
     groups_per_shard=1,
 )
 
@@ -111,7 +114,7 @@ def bytes_stored(sizes: Sizes, photos: Path | None) -> Findings:
     """Bytes a value of a real merge of photos."""
     found, rows = Findings(), []
     settings = {"encoder": sizes.encoder, "epsilon": "2/255", "device": sizes.device}
-    counts = {"steps": sizes.steps, "limit": sizes.photos, "members": sizes.members}
+    counts = {"steps": sizes.steps, "limit_first": sizes.photos, "members": sizes.members}
     volumes = []
     for format in ("zarr", "webdataset") if photos is not None else ():
         volumes.append(storage.bytes_a_value(str(photos), format=format, **settings, **counts))
@@ -147,10 +150,25 @@ def read(sizes: Sizes, photos: Path | None) -> Findings:
         for shards in (10, 100, 1000, 10_000):
             opened = reading.open_seconds(Path(scratch, f"many-{shards}"), artifact.manifest, shards)[0]
             line.append((float(shards), opened))
+        _many_shards(found, Path(scratch), sizes.many_shards)
     found.bars.append(Bar("seconds to open 10,000 shards", [line[-1][1]], 1.0))
     found.tables.append(Table("Records per CPU second", ("format", "reader", "median", "range (rounds)"), rows))
     found.curves.append(Curve("shards", "s to open", {"open_artifact": line}))
     return found
+
+
+def _many_shards(found: Findings, scratch: Path, shards: int) -> None:
+    """A manifest of very many, opened in a process of its own, and the trainer started on it."""
+    folder = many_shards.write(scratch / "very-many", shards)
+    opened = many_shards.opened(folder)
+    seconds, memory = many_shards.started(folder, scratch / "run")
+    found.bars.append(Bar(f"seconds to open {shards:,} shards", [opened.open], 3.0))
+    found.bars.append(Bar(f"MB to open {shards:,} shards", [opened.peak], 1000))
+    found.bars.append(Bar(f"seconds of `train` for a step on {shards:,} shards", [seconds], 10))
+    found.notes.append(
+        f"{shards:,} shards: {opened.sent:.0f} MB are sent to each data worker, packed in {opened.pack:.2f} s and "
+        f"unpacked in {opened.unpack:.2f} s; `train` takes {memory:.0f} MB, imports included."
+    )
 
 
 def merge(sizes: Sizes, photos: Path | None) -> Findings:

@@ -16,6 +16,10 @@ COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt --no-deps --index-url "${TORCH_INDEX}" torch torchvision \
     && pip install --constraint constraints.txt torch torchvision
+# On GPUs torch.compile calls a C compiler.
+# hadolint ignore=DL3008
+RUN case "${TORCH_INDEX}" in */cpu) ;; *) \
+    apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* ;; esac
 ARG EXTRAS=train,s3
 COPY pyproject.toml docker/requirements.py ./
 RUN --mount=type=cache,target=/root/.cache/pip \

@@ -26,6 +26,7 @@ from storage_schemas.schema.manifest import (
     CARD,
     CROISSANT,
     HEAD,
+    KEYS,
     MANIFEST,
     PREVIEW,
     Commit,
@@ -279,7 +280,7 @@ def _shard_of(store: Store, path: str) -> int | None:
 def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
     """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
     store = store_of(manifest.layout)
-    expected = {CARD, CROISSANT, PREVIEW}  # every merge writes them, over whatever is there
+    expected = {CARD, CROISSANT, KEYS, PREVIEW}  # every merge writes them, over whatever is there
     if not manifest.complete:
         expected |= {HEAD, *store.metadata_files()}
     for path in sorted(paths - expected):

@@ -23,8 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _status: list[int] = []
 
 
-def pytest_configure() -> None:
-    """Ctrl-C works in here and in the processes that tests start, also where a shell started us in the background."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Ctrl-C works in here and in the processes that tests start, also where a shell started us in the background.
+
+    GPUs are out of sight of all tests but those that `-m gpu` asks for: golden numbers are the CPU's, and tests of
+    several processes start more of them than a machine has GPUs.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(ray_environment())

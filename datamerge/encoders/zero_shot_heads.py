@@ -2,8 +2,9 @@
 
 CACHE/heads/KEY.safetensors      weight [classes, K], scale [1], and for SigLIP bias [classes]
 
-CACHE is the user's (`user_cache`). The key is a hash of all that goes into a head: weights and configuration of the
-text tower, what its tokeniser makes of the words, class names and prompts. The files may be removed at any time.
+CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes
+into a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and
+prompts. The files may be removed at any time.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from datamerge.encoders.checkpoints import weights_sha256
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.text_towers import TextTower, load_text_tower
 from datamerge.runtime.messages import first_line
+from datamerge.runtime.user_cache import user_cache
 from storage_schemas import ConfigError
 from storage_schemas.access.atomic import atomic_file
-from storage_schemas.access.local_paths import user_cache
 
 # All of ImageNet's 80,000 prompts at once would not fit any memory.
 CLASSES_AT_ONCE = 10
@@ -57,7 +58,7 @@ def zero_shot(
     import open_clip
 
     prompts = list(templates) or [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    folders = [folder for folder in (shelf, _cache()) if folder is not None]
+    folders = [folder for folder in (shelf, user_cache("heads")) if folder is not None]
     try:
         name = f"{_key(tower, class_names, prompts)}.safetensors"
         tensors = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
@@ -102,12 +103,6 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
         open_clip.__version__,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _cache() -> Path | None:
-    """The folder for heads; None for somebody without a home."""
-    base = user_cache()
-    return None if base is None else base / "heads"
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

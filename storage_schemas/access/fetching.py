@@ -77,8 +77,8 @@ class Fetcher(RequestThreads):
         self._ahead_bytes = ahead_bytes
         self._sizes: dict[str, int] = {}
         self._expected: dict[Range, None] = {}
-        self._fills: OrderedDict[str, None] = OrderedDict()
-        self._elsewhere: dict[str, None] = {}  # to be filled, and just being fetched by other processes
+        self._fills: OrderedDict[Range, None] = OrderedDict()
+        self._elsewhere: dict[Range, None] = {}  # to be filled, and just being fetched by other processes
         self._complete: set[str] = set()  # files whose copy was seen to be
         self._flying: set[Range] = set()
         self._pieces: dict[Range, Bytes] = {}
@@ -104,8 +104,8 @@ class Fetcher(RequestThreads):
                     self._expected.setdefault(item)
             self._start_threads()
 
-    def fill(self, paths: Iterable[str], sizes: Mapping[str, int]) -> None:
-        """Queue the rest of files, in order of first use; without a cache nothing happens.
+    def fill(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
+        """Queue whole files, or large parts of them, in order of first use; without a cache nothing happens.
 
         Args:
             sizes: bytes of these files, as the artifact says.
@@ -114,9 +114,9 @@ class Fetcher(RequestThreads):
             self._is_told = True
             self._sizes.update(sizes)
             if self._copies is not None:
-                for path in paths:
-                    if path not in self._elsewhere and path not in self._complete:
-                        self._fills.setdefault(path)
+                for item in ranges:
+                    if item not in self._elsewhere and item.path not in self._complete:
+                        self._fills.setdefault(item)
                 self._start_threads()
 
     def forget_expected(self) -> None:
@@ -196,8 +196,8 @@ class Fetcher(RequestThreads):
         if self._expected and may_expect and (work := self._expected_work()) is not None:
             return "expected", work
         if self._fills:
-            path, _ = self._fills.popitem(last=False)
-            return "fill", lambda: self._fill(path)
+            item, _ = self._fills.popitem(last=False)
+            return "fill", lambda: self._fill(item)
         if self._elsewhere and not self._active["fill"]:
             return "fill", self._look_again
         return None
@@ -236,7 +236,7 @@ class Fetcher(RequestThreads):
                     return None
                 continue
             if end - start > LARGEST:  # the other threads help
-                self._fill_first(path)
+                self._fill_first(Range(path, start, end))
             come = self._wait_for(path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size)))
             if come is None:
                 for _ in range(POLLS):
@@ -255,31 +255,33 @@ class Fetcher(RequestThreads):
         first = start // LARGEST * LARGEST
         return first, min(max(end, first + LARGEST), size)
 
-    def _fill(self, path: str) -> None:
-        """Fetch the next part of a file that is missing."""
+    def _fill(self, item: Range) -> None:
+        """Fetch the next part of a range that is missing."""
+        path, start, end = item
         size, copies = self._sizes.get(path), self._copies
         if copies is None or size is None:
             return
         file = copies.open(path, size)
         if file.is_complete:
             self._complete.add(path)
+        if not file.missing(start, end):
             return
         if not copies.has_ranges:
             copies.download(path, size)
             return
-        self._fill_first(path)  # the next thread takes the part after this one
-        come = copies.fetch(path, file, 0, size, self._began)
+        self._fill_first(item)  # the next thread takes the part after this one
+        come = copies.fetch(path, file, start, end, self._began)
         if come:
             return
         with self._changed:
-            self._fills.pop(path, None)
-            if come is None and file.missing(0, size):
-                self._elsewhere[path] = None
+            self._fills.pop(item, None)
+            if come is None and file.missing(start, end):
+                self._elsewhere[item] = None
 
-    def _fill_first(self, path: str) -> None:
+    def _fill_first(self, item: Range) -> None:
         with self._changed:
-            self._fills[path] = None
-            self._fills.move_to_end(path, last=False)
+            self._fills[item] = None
+            self._fills.move_to_end(item, last=False)
             self._start_threads()
 
     def _look_again(self) -> None:

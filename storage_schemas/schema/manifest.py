@@ -35,6 +35,7 @@ SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 CARD, CROISSANT, PREVIEW = "README.md", "croissant.json", "preview.png"
+KEYS = "keys.bin"  # see storage_schemas.key_index
 COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
 SHOWN_PROBLEMS: Final = 20  # a message is read by a person
 PROBLEM_LETTERS: Final = 200  # of each

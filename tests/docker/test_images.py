@@ -244,3 +244,30 @@ def test_slurm() -> None:
 def test_a_wrong_line_is_found(line: str) -> None:
     with pytest.raises(click.UsageError):
         parse(line.split())
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize(("index", "expected"), [("whl/cpu", []), ("whl/cu130", ["update", "install"])])
+def test_images_for_gpus_have_the_compiler_that_torch_compile_calls(
+    image: Path, tmp_path: Path, index: str, expected: list[str]
+) -> None:
+    """The step is run, with something that writes its arguments down in the place of apt-get."""
+    (step,) = (rest for rest in arguments_of(image, "RUN") if "gcc" in rest)
+    said = tmp_path / "said"
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    (tmp_path / "rm").symlink_to("/bin/true")
+    environment = {"PATH": f"{tmp_path}:/bin:/usr/bin", "TORCH_INDEX": f"https://download.pytorch.org/{index}"}
+    subprocess.run(["sh", "-c", step], env=environment, check=True)
+    lines = said.read_text().splitlines() if said.exists() else []
+    assert [line.split()[0] for line in lines] == expected
+    if lines:
+        assert {"gcc", "libc6-dev"} <= set(lines[-1].split())
+
+
+def test_batches_fit_the_shared_memory_of_the_trainer() -> None:
+    """128 groups of a mean and a variance of 224 x 224 pixels, two batches for each of four workers."""
+    needed = 128 * 2 * 3 * 224 * 224 * 4 * 2 * 4
+    for name in ("trainer", "evaluate"):
+        (gigabytes,) = re.findall(r"^(\d+)g$", str(SERVICES[name]["shm_size"]))
+        assert int(gigabytes) * 1024**3 > needed

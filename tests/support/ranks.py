@@ -11,7 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,26 @@ def launch(world: int, entries: Sequence[Mapping[str, Any]], folder: Path) -> li
     Returns:
         Exit code and stderr of each rank.
     """
+    return _run(world, folder, _sit, entries)
+
+
+def exchange(world: int, folder: Path, patience: float, absent: bool) -> list[tuple[int, str]]:
+    """Sum tensors once in `world` processes.
+
+    Args:
+        world: number of processes.
+        folder: for what the processes print: the sums, or the error and the seconds until it.
+        patience: of `Processes`.
+        absent: the last process gives the sign of life, and then waits for process 0 to end.
+
+    Returns:
+        Exit code and stderr of each rank.
+    """
+    return _run(world, folder, _sum, patience, absent)
+
+
+def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> list[tuple[int, str]]:
+    """`work(environment, file for what is said, *arguments)` in each process."""
     _FORKS.set_forkserver_preload(["trainer.run.job", "torch.distributed"])
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -41,7 +63,9 @@ def launch(world: int, entries: Sequence[Mapping[str, Any]], folder: Path) -> li
     }
     said = [folder / f"rank-{rank}.txt" for rank in range(world)]
     ranks = [
-        _FORKS.Process(target=_sit, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, entries, said[rank]))
+        _FORKS.Process(
+            target=work, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, said[rank], *arguments)
+        )
         for rank in range(world)
     ]
     for process in ranks:
@@ -58,18 +82,50 @@ def _port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _sit(environment: dict[str, str], entries: Sequence[Mapping[str, Any]], said: Path) -> None:
-    """One process's part in all the runs."""
+@contextmanager
+def _joined(environment: dict[str, str], said: Path) -> Iterator[None]:
+    """This process is one of those over gloo, and what it says goes to a file."""
     import torch.distributed
 
     os.environ.update(environment)
     with said.open("wb") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.distributed.init_process_group("gloo")
-    for entry in entries:
-        _train(dict(entry))
+    yield
     # Else threads of gloo may be alive when the process ends, which C++ answers with an abort.
     torch.distributed.destroy_process_group()
+
+
+def _sit(environment: dict[str, str], said: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """One process's part in all the runs."""
+    with _joined(environment, said):
+        for entry in entries:
+            _train(dict(entry))
+
+
+def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool) -> None:
+    import torch
+
+    from storage_schemas import DatamergeError
+    from trainer.run.distributed import Processes
+
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    ended = said.with_name("ended")
+    with _joined(environment, said):
+        if absent and rank == world - 1:
+            torch.distributed.all_reduce(torch.zeros(1))
+            while not ended.exists():
+                time.sleep(0.01)
+            return
+        tensors = [torch.full((2,), rank + 1.0), torch.full((1,), 10.0 * (rank + 1))]
+        started = time.monotonic()
+        try:
+            numbers = Processes(rank, world, rank, patience).sum(tensors, torch.tensor([rank + 2.0]))
+        except DatamergeError as error:
+            _tell(f"ERROR {error} AFTER {time.monotonic() - started}")
+            ended.touch()
+            return
+        _tell(json.dumps({"tensors": [tensor.tolist() for tensor in tensors], "numbers": numbers.tolist()}))
 
 
 def _train(entry: dict[str, Any]) -> None:

@@ -60,10 +60,11 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.first = nn.Linear(16, 16)  # trained in float32, whatever the precision
         self.layer = nn.Linear(16, 6)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        outputs: Tensor = _Noted.apply(self.layer(pixels.flatten(1)))  # type: ignore[no-untyped-call]
+        outputs: Tensor = _Noted.apply(self.layer(self.first(pixels.flatten(1))))  # type: ignore[no-untyped-call]
         return outputs
 
 

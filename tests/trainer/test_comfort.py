@@ -174,7 +174,7 @@ def test_compiled_is_the_same_run(
     calls: list[int] = []
     original = torch.compile
 
-    def compile_eagerly(function: Callable[..., Any]) -> Any:
+    def compile_eagerly(function: Callable[..., Any], **_: Any) -> Any:
         calls.append(1)
         return original(function, backend="eager")
 

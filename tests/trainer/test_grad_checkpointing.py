@@ -202,7 +202,7 @@ def test_arms_train_to_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path
 def test_compiled_too(make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without code generation, which takes a compiler and a minute.
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="aot_eager"))
     _both(make_artifact, tmp_path, "python:networks_to_checkpoint:Own", compile=True)
 
 

@@ -3,7 +3,8 @@
 What the trainer is made of is not used here: the tar shards are opened with tarfile and NumPy, the network is two
 matrices, the losses and their gradients are autograd's. Two things do not follow from the method and are repeated:
 
-* the order of groups: SeedSequence([seed, 1, epoch]) permutes the shards, then the groups of eight of them together;
+* the order of groups, all of them in one window: a permutation by index whose key comes of the third word of
+  SeedSequence([seed, 1, epoch]);
 * the draws of the group at position p of step s (counted from 0): a generator seeded by word p of
   SeedSequence([seed, 2, s]); signs are its bits, highest first. The member that random-member takes is word p of
   SeedSequence([seed, 4, s]) modulo their number.
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from datamerge.encoders import load_encoder
+from tests.support.permutation import key_of, sent
 from trainer import TrainConfig, train
 
 MakeArtifact = Callable[..., str]
@@ -128,9 +130,9 @@ def _decoded(record: dict[str, Any], labels: bool) -> Group:
 
 def _ordered(shards: list[list[Group]], epoch: int) -> list[Group]:
     assert len(shards) <= 8
-    rng = np.random.default_rng(np.random.SeedSequence([SEED, 1, epoch]))
-    groups = [group for shard in rng.permutation(len(shards)) for group in shards[shard]]
-    return [groups[i] for i in rng.permutation(len(groups))]
+    key = key_of(int(np.random.SeedSequence([SEED, 1, epoch]).generate_state(3, np.uint64)[2]), 0)
+    groups = [group for shard in shards for group in shard]
+    return [groups[sent(place, len(groups), key)] for place in range(len(groups))]
 
 
 def _word(purpose: int, step: int, position: int) -> int:

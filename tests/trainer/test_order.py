@@ -2,36 +2,177 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.order import Order, Partition, epoch_order, stream_seeds
+from tests.support.permutation import looks_uniform
+from trainer.data.order import SHUFFLE_WINDOW, Order, Partition, stream_seeds
 
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(any)
 SEEDS = st.integers(0, 2**32 - 1)
+WINDOWS = st.one_of(st.none(), st.integers(1, 40))
+# ImageNet's training set in shards of 256, as sorted by its 1,000 classes as a folder is.
+IMAGENET, CLASSES, BATCH = [256] * 5005, 1000, 128
 
 
-@given(SIZES, SEEDS, st.integers(0, 1000), st.integers(1, 5))
-def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, epoch: int, window: int) -> None:
-    order = epoch_order(sizes, seed, epoch, window).tolist()
+def _epoch(order: Order, number: int = 0) -> list[int]:
+    steps = range(number * order.steps_per_epoch, (number + 1) * order.steps_per_epoch)
+    return [index for step in steps for index in order.batch(step).tolist()]
+
+
+@given(SIZES, SEEDS, st.integers(0, 1000), WINDOWS)
+def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, epoch: int, window: int | None) -> None:
+    order = _epoch(Order(sizes, 4, seed, window), epoch)
     assert sorted(order) == list(range(sum(sizes)))
-    assert order == epoch_order(sizes, seed, epoch, window).tolist()
+    assert order == _epoch(Order(sizes, 4, seed, window), epoch)
 
 
-@given(SEEDS, SEEDS, st.integers(0, 50), st.integers(0, 50))
-def test_seeds_and_epochs_have_orders_of_their_own(seed: int, other: int, epoch: int, later: int) -> None:
+@given(SEEDS, SEEDS, st.integers(0, 50), st.integers(0, 50), WINDOWS)
+def test_seeds_and_epochs_have_orders_of_their_own(
+    seed: int, other: int, epoch: int, later: int, window: int | None
+) -> None:
     sizes = [16] * 8
-    same = epoch_order(sizes, seed, epoch).tolist() == epoch_order(sizes, other, later).tolist()
+    same = _epoch(Order(sizes, 8, seed, window), epoch) == _epoch(Order(sizes, 8, other, window), later)
     assert same == ((seed, epoch) == (other, later))
 
 
-@given(SEEDS, st.integers(1, 4), st.integers(1, 20))
-def test_only_a_window_of_shards_is_open_at_a_time(seed: int, window: int, shards: int) -> None:
+@given(SIZES, SEEDS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(0, 60))
+def test_the_batch_size_cuts_the_same_order(
+    sizes: list[int], seed: int, window: int, batch: int, other: int, epoch: int
+) -> None:
+    assert _epoch(Order(sizes, batch, seed, window), epoch) == _epoch(Order(sizes, other, seed, window), epoch)
+
+
+@given(SEEDS, st.integers(1, 30), st.integers(1, 200))
+def test_only_the_shards_of_a_window_are_open_at_a_time(seed: int, shards: int, window: int) -> None:
     size = 5
-    touched = [int(index) // size for index in epoch_order([size] * shards, seed, 0, window)]
-    windows = [set(touched[i : i + window * size]) for i in range(0, len(touched), window * size)]
-    assert all(len(shards_of_window) <= window for shards_of_window in windows)
-    assert sum(len(shards_of_window) for shards_of_window in windows) == shards
+    windows = min(-(-shards * size // window), shards)
+    touched = np.array(_epoch(Order([size] * shards, 3, seed, window))) // size
+    places = [np.flatnonzero(touched == shard) for shard in range(shards)]
+    at_most = -(-shards // windows)  # shards of a window
+    assert all(place[-1] - place[0] < at_most * size for place in places)
+    begun = np.array([place[0] for place in places])
+    ended = np.array([place[-1] for place in places])
+    assert all(((begun <= at) & (at <= ended)).sum() <= at_most for at in range(shards * size))
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(2, 6))
+def test_every_window_has_one_of_each_turn_of_shards(seed: int, turns: int, windows: int) -> None:
+    """Of `windows` shards that follow one another, from where the epoch begins to deal, each window has one."""
+    size, shards = 4, turns * windows
+    touched = np.array(_epoch(Order([size] * shards, 3, seed, turns * size))) // size
+    window_of = {int(shard): at // (turns * size) for at, shard in enumerate(touched)}
+    rotations = [
+        [{window_of[(first + turn * windows + i) % shards] for i in range(windows)} for turn in range(turns)]
+        for first in range(windows)
+    ]
+    assert any(all(len(turn) == windows for turn in turns_of) for turns_of in rotations)
+
+
+@pytest.mark.parametrize(("shards", "window"), [(6, None), (7, 6), (7, 1)])
+def test_every_place_is_as_likely_as_any_other(shards: int, window: int | None) -> None:
+    size, seeds = 2, 1000
+    found = np.zeros((shards * size, shards * size), np.int64)
+    for seed in range(seeds):
+        found[np.arange(shards * size), _epoch(Order([size] * shards, shards * size, seed, window))] += 1
+    # Rows and columns each add up to the number of seeds.
+    assert looks_uniform(found, seeds / len(found), (len(found) - 1) ** 2)
+
+
+@pytest.mark.parametrize("window", [SHUFFLE_WINDOW, None])
+def test_a_batch_of_a_sorted_source_has_nearly_as_many_classes_as_a_draw(window: int | None) -> None:
+    """A draw of 128 from 1,000 classes has 120.2 of them, a batch of eight shards had 8 to 9."""
+    order = Order(IMAGENET, BATCH, 0, window)
+    steps = range(0, order.steps_per_epoch, 25)
+    distinct = np.array([len(np.unique(order.batch(step) * CLASSES // order.groups)) for step in steps])
+    assert distinct.mean() > 117
+    assert np.quantile(distinct, 0.02) >= 110
+
+
+def test_batches_that_follow_one_another_are_not_correlated() -> None:
+    order, classes = Order(IMAGENET, BATCH, 3), 20
+    found = np.zeros((classes, classes), np.int64)
+    for step in range(1000, 1400):
+        now, then = (order.batch(at) * classes // order.groups for at in (step, step + 1))
+        np.add.at(found, (now, then), 1)
+    expected = np.outer(found.sum(1), found.sum(0)) / found.sum()
+    assert looks_uniform(found, expected, (classes - 1) ** 2)
+
+
+def test_what_is_kept_does_not_grow_with_the_groups() -> None:
+    tracemalloc.start()
+    order = Order([25_000] * 4_000, BATCH, 0)
+    batches = [order.batch(step) for step in (0, 1, order.steps_per_epoch - 1, 10 * order.steps_per_epoch)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert order.groups == 10**8
+    assert peak < 4 * 2**20  # an array of the epoch has 800 MB
+    assert all(len(np.unique(batch)) == len(batch) and 0 <= batch.min() <= batch.max() < 10**8 for batch in batches)
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.floats(0.05, 3.5)), min_size=1, max_size=4
+    ),
+    SEEDS,
+    WINDOWS,
+    st.integers(0, 3),
+)
+def test_a_group_comes_as_often_as_its_artifact_weighs(
+    artifacts: list[tuple[list[int], float]], seed: int, window: int | None, epoch: int
+) -> None:
+    sizes = [size for own, _ in artifacts for size in own]
+    order = Order(sizes, 4, seed, window, [(len(own), weight) for own, weight in artifacts])
+    if not order.groups:
+        return
+    times = Counter(_epoch(order, epoch))
+    first = 0
+    for own, weight in artifacts:
+        found = [times.pop(index, 0) for index in range(first, first + sum(own))]
+        first += sum(own)
+        assert abs(sum(found) - weight * sum(own)) <= 0.5 + 1e-9
+        assert {*found} <= {int(weight), int(weight) + 1}
+        # Of every shard the same share, up to rounding.
+        ends = np.cumsum(own)
+        for size, end in zip(own, ends, strict=True):
+            taken = sum(found[end - size : end])
+            assert abs(taken - size * sum(found) / sum(own)) < 1
+    assert not times
+
+
+def test_a_share_is_another_one_each_epoch_and_leaves_nobody_out() -> None:
+    sizes, epochs = [1, 2, 3, 4] * 4, 600
+    order = Order(sizes, 10, 0, weights=[(len(sizes), 0.3)])
+    seen = [frozenset(_epoch(order, epoch)) for epoch in range(epochs)]
+    assert {len(share) for share in seen} == {order.groups} == {12}
+    times = np.bincount([index for share in seen for index in share], minlength=sum(sizes))
+    # Draws without replacement vary less than independent ones.
+    assert looks_uniform(times, epochs * 0.3, len(times) - 1)
+    assert len(set(seen)) > epochs * 0.99
+
+
+def test_artifacts_are_blended_evenly() -> None:
+    """An artifact of a tenth of the groups, in other shards, is a tenth of every window."""
+    sizes, weights = [100] * 10 + [10] * 900, [(10, 1.0), (900, 1.0)]
+    order = Order(sizes, 100, 0, 1000, weights)
+    indices = np.array(_epoch(order)).reshape(10, 1000)
+    assert ((indices < 1000).sum(1) == 100).all()
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    """Pinned: with another order, runs that are continued would meet some groups twice and others never."""
+    small = Order([3, 4, 5], 5, 7)
+    assert small.batch(0).tolist() == [9, 7, 4, 1, 2]
+    assert small.batch(4).tolist() == [1, 4, 10, 6, 5]
+    large = Order(IMAGENET, 4, 0)
+    assert large.batch(12345).tolist() == [581592, 1005235, 281613, 966880]
+    assert large.batch(123456789).tolist() == [475013, 754603, 47110, 756835]
+    assert Order([3, 4, 5], 5, 7, 4, [(1, 1.5), (2, 0.4)]).batch(0).tolist() == [4, 5, 0, 1, 2]
 
 
 @given(SIZES, SEEDS, st.integers(1, 9), st.integers(0, 3))

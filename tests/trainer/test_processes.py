@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from storage_schemas import ConfigError, open_artifact
-from tests.support.ranks import launch
+from tests.support.ranks import exchange, launch
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.data.order import Order
@@ -144,18 +145,38 @@ def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+class Gpus:
+    """What a machine with GPUs, and torch.distributed on it, would be asked; joins no processes.
+
+    Attributes:
+        calls: in their order.
+        taken: the GPU of each process.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, count: int, **environment: str) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.taken = [f"GPU-{index}" for index in range(int(environment["WORLD_SIZE"]))]
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: count)
+        patch.setattr(torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index)))
+        patch.setattr(torch.cuda, "current_device", lambda: self.calls[0][1])
+        patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU"))
+        patch.setattr(dist, "init_process_group", lambda backend: self.calls.append(("init", backend)))
+        patch.setattr(dist, "all_gather_object", lambda values, _: values.__setitem__(slice(None), self.taken))
+        patch.setattr(dist, "destroy_process_group", lambda: self.calls.append(("destroy", None)))
+        patch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: self.calls.append(("abort", None)))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+
+
 def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL exchanges through the current GPU, which is the first in every process until somebody sets it."""
-    calls: list[tuple[str, Any]] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(("set_device", index)))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: calls.append((backend, device_id)))
-    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with processes("auto"):
-        assert calls == [("set_device", 1), ("nccl", torch.device("cuda", 1))]
+    gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    with processes("auto") as own:
+        assert gpus.calls == [("set_device", 1), ("init", "cpu:gloo,cuda:nccl")]
+        assert own.patience is not None
+        assert own.patience < 30
+    assert gpus.calls[2:] == [("destroy", None)]
     with refused(ConfigError, "device", "auto", "cuda:0"), processes("cuda:0"):
         pass
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -163,23 +184,31 @@ def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytes
         pass
 
 
+def test_an_error_leaves_the_other_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To leave NCCL in order takes all processes; those that wait for a sum will never come."""
+    gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    with pytest.raises(KeyError), processes("auto"):
+        raise KeyError
+    assert [name for name, _ in gpus.calls] == ["set_device", "init", "abort"]
+
+
+def test_processes_that_see_one_gpu_each_are_told_from_those_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(monkeypatch, 1, WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
+    with processes("auto"):
+        assert gpus.calls[0] == ("set_device", 0)
+    gpus.taken = ["GPU-1", "GPU-0", "GPU-0"]
+    gpus.calls.clear()
+    with refused(ConfigError, "device", "processes 1 and 2", "CUDA_VISIBLE_DEVICES"), processes("auto"):
+        pass
+    assert gpus.calls[-1] == ("abort", None)
+
+
 @pytest.mark.parametrize(
-    ("environment", "gpus", "local_rank", "expected"),
-    [
-        ({}, 4, 3, 3),
-        ({"SLURM_PROCID": "3"}, 4, 3, 3),
-        ({"SLURM_PROCID": "3"}, 1, 3, 0),  # srun --gpus-per-task=1
-        ({"SLURM_PROCID": "0", "TORCHELASTIC_RUN_ID": "x"}, 1, 1, None),  # torchrun with too many processes
-        ({}, 1, 1, None),
-    ],
+    ("gpus", "local_rank", "expected"), [(4, 3, 3), (1, 3, 0), (2, 2, None)], ids=["each", "its own", "too few"]
 )
 def test_the_gpu_of_a_process(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], gpus: int, local_rank: int, expected: int | None
+    monkeypatch: pytest.MonkeyPatch, gpus: int, local_rank: int, expected: int | None
 ) -> None:
-    for name in ("SLURM_PROCID", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
     own = Processes(rank=local_rank, world=4, local_rank=local_rank)
@@ -188,6 +217,17 @@ def test_the_gpu_of_a_process(
             own.take_gpu()
     else:
         assert own.take_gpu() == torch.device("cuda", expected)
+
+
+def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
+    """NCCL's, in place of which stands gloo: process 1 gives a sign of life, and then never comes to the sum."""
+    ((_, first), (_, second)) = exchange(2, tmp_path, patience=0.5, absent=False)
+    assert json.loads(first) == json.loads(second) == {"tensors": [[3.0, 3.0], [30.0]], "numbers": [5.0]}
+    ((code, text), _) = exchange(2, tmp_path, patience=0.5, absent=True)
+    assert code == 0, text
+    assert re.search(r"ERROR lost contact with the other processes of this run \(no sum after 0.5 s\)", text)
+    seconds = float(text.rpartition("AFTER ")[2])
+    assert 0.5 <= seconds < 20
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Shapes: B groups, M images of all groups of a batch, k factors, C H W pixels, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -96,7 +97,15 @@ class ImageBatch(Batch):
 
     def per_image(self, values: Tensor) -> Tensor:
         """One row for each image, [M, …], from one for each group, [B, …]."""
-        return values.repeat_interleave(torch.tensor(self.counts, device=values.device), dim=0)
+        return repeated(values, self.counts)
+
+
+def repeated(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Row b of `values` [B, …] `counts[b]` times, [M, …]; a GPU is not waited for."""
+    if len(set(counts)) == 1:
+        return values[:, None].expand(-1, counts[0], *values.shape[1:]).flatten(0, 1)
+    rows = torch.repeat_interleave(torch.tensor(counts))
+    return values[rows.to(values.device, non_blocking=True)]
 
 
 class Read(NamedTuple):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Draws:
@@ -42,12 +43,10 @@ class Draws:
     def signs(self, like: Tensor) -> Tensor:
         """Independent −1 or +1 (Rademacher): mean 0, variance 1 and, of all such laws, the smallest 4th moment."""
         count = like[0].numel()
-        bits = [
-            np.unpackbits(np.frombuffer(rng.bytes(-(-count // 8)), np.uint8), count=count) for rng in self._of(like)
-        ]
-        # One byte a value crosses to the device, not four.
-        zero_one = torch.from_numpy(np.stack(bits)).to(like.device, like.dtype).reshape(like.shape)
-        return 2 * zero_one - 1
+        packed = [np.frombuffer(rng.bytes(-(-count // 8)), np.uint8) for rng in self._of(like)]
+        # One bit a value crosses to the device.
+        eights = functional.embedding(_moved(torch.from_numpy(np.stack(packed)), like).int(), _signs_of_bytes(like))
+        return eights.flatten(1)[:, :count].reshape(like.shape)
 
     def _of(self, like: Tensor) -> list[np.random.Generator]:
         if len(like) != len(self._generators):
@@ -56,4 +55,18 @@ class Draws:
 
     @staticmethod
     def _stack(rows: list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]], like: Tensor) -> Tensor:
-        return torch.from_numpy(np.stack(rows)).to(like.device, like.dtype).reshape(like.shape)
+        return _moved(torch.from_numpy(np.stack(rows)).to(like.dtype), like).reshape(like.shape)
+
+
+def _moved(values: Tensor, like: Tensor) -> Tensor:
+    """Values as they are on the device of `like`; a GPU is not waited for."""
+    if like.is_cuda:
+        return values.pin_memory().to(like.device, non_blocking=True)
+    return values.to(like.device)
+
+
+def _signs_of_bytes(like: Tensor) -> Tensor:
+    """The eight bits of every byte, the highest first, as −1 and +1: [256, 8]."""
+    every, places = (torch.arange(count, device=like.device) for count in (256, 8))
+    bits = (every[:, None] >> (7 - places)) & 1
+    return 2 * bits.to(like.dtype) - 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from trainer.data.batches import repeated
 from trainer.estimators.base import GroupLoss, Model, evaluate
 from trainer.losses import Loss
 
@@ -23,8 +24,7 @@ def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target
         target: one per group, embeddings [B, K] or class indices [B].
         loss: the loss at one image.
     """
-    outputs = evaluate(model, members)
-    repeated = target.repeat_interleave(torch.tensor(counts, device=target.device), dim=0)
-    values = loss.value(outputs, repeated)
-    mean = torch.stack([group.mean() for group in values.split(list(counts))])
-    return GroupLoss(mean, None)
+    values = loss.value(evaluate(model, members), repeated(target, counts))
+    if len(set(counts)) == 1:
+        return GroupLoss(values.view(len(counts), -1).mean(dim=1), None)
+    return GroupLoss(torch.stack([group.mean() for group in values.split(list(counts))]), None)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -113,7 +112,7 @@ def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
     path = folder / "checkpoints" / BEST
     if not path.exists():
         raise ConfigError(f"best: expected {path}, found none; a run keeps it when it is given `eval_artifact`")
-    state = read_state(path, torch.device("cpu"))
+    state = read_state(path)
     average = state["average"]
     weights = state["model"] if average is None else _without_prefix(average, "module.")
     encoder.load_state_dict(weights)

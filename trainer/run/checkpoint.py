@@ -66,6 +66,13 @@ class RunFolder:
             self._write_json(IDENTITY, identity)
             return
         found = _in_present_words(self._read_json(IDENTITY), identity)
+        if "order" not in found and "order" in identity:
+            if self.summary() is None:
+                raise ConfigError(
+                    f"run: {self.path} was started by datamerge 0.1, which takes groups in another order than this "
+                    "release; finish it with that one, or choose another `run`"
+                )
+            found |= {name: identity[name] for name in ("order", "shuffle_window") if name in identity}
         different = changes(found, identity)
         if not different:
             return
@@ -120,15 +127,15 @@ class RunFolder:
             ) from error
         return path
 
-    def load(self, path: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-        """Read a checkpoint. Only tensors and plain values are unpickled.
+    def load(self, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU. Only tensors and plain values are unpickled.
 
         Raises:
             ConfigError: it was made by a run with other settings.
             DatamergeError: it is damaged.
         """
-        state = read_state(path, device)
-        if changes(_in_present_words(state["identity"], identity), identity):
+        state = read_state(path)
+        if changes(state["identity"], identity):
             raise ConfigError(
                 f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
                 "another `run`"
@@ -167,14 +174,17 @@ def _in_present_words(identity: Mapping[str, Any], present: Mapping[str, Any]) -
     return spelt
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """A checkpoint. Only tensors and plain values are unpickled.
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU. Only tensors and plain values are unpickled.
+
+    Whoever loads a state moves what belongs on a GPU there; AdamW leaves its step counters where they are, and on a
+    GPU would wait for it at every parameter of every step.
 
     Raises:
         DatamergeError: it is damaged.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"identity", "model", "average", "optimizer", "step"} - state.keys()
     except Exception as error:  # zipfile, pickle and torch each raise their own
         reason = first_line(error)

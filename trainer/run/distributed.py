@@ -4,14 +4,18 @@ Gradients are exchanged once a step, summed as one flat tensor, after all micro-
 DistributedDataParallel wrapper: its hooks fire during every backward pass, and the curvature estimators
 differentiate twice. The same exchange carries the numbers all processes must agree on (loss, stop request,
 non-finite values), so they leave the loop at the same step.
+
+Only the sums of GPUs' tensors go through NCCL, everything else through gloo. gloo raises at once when a peer is gone.
+NCCL waits for it, so an exchange begins with a sign of life over gloo, and may then take `EXCHANGE_SECONDS`.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,7 +28,10 @@ from storage_schemas import ConfigError, DatamergeError
 T = TypeVar("T")
 
 SLURM_TASK = "SLURM_PROCID"  # in every task of a step
-TORCHRUN = "TORCHELASTIC_RUN_ID"  # in every process of torchrun
+BACKENDS = "cpu:gloo,cuda:nccl"
+# A GPU is never more than some thousand kernels behind its process, and all processes are there when this begins.
+EXCHANGE_SECONDS = 20.0
+LOOK_SECONDS = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,14 @@ class Processes:
         rank: counted from 0; process 0 writes everything that is written.
         world: how many there are.
         local_rank: counted on this machine; which GPU is ours.
+        patience: seconds that a sum may take once all processes have come to it; None where the transport itself
+            notices a dead peer.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    patience: float | None = None
 
     @property
     def first(self) -> bool:
@@ -50,11 +60,10 @@ class Processes:
         """The GPU of this process among those that it sees, made the current one.
 
         Raises:
-            ConfigError: more processes than GPUs.
+            ConfigError: more processes than GPUs, where there are several.
         """
-        count, index = torch.cuda.device_count(), self.local_rank
-        if count == 1 and SLURM_TASK in os.environ and TORCHRUN not in os.environ:
-            index = 0  # Slurm shows each task its own, and all call it 0
+        count = torch.cuda.device_count()
+        index = 0 if count == 1 else self.local_rank  # Slurm and MPI can show each process its own, and all call it 0
         if index >= count:
             raise ConfigError(
                 f"device: expected a GPU for each process, found {count} on this machine; start at most as many "
@@ -80,11 +89,24 @@ class Processes:
             return numbers
         flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), numbers.to(tensors[0].dtype)])
         with _peers():
-            dist.all_reduce(flat)
+            self._all_reduce(flat)
         pieces = flat.split([*(tensor.numel() for tensor in tensors), len(numbers)])
         for tensor, piece in zip(tensors, pieces, strict=False):
             tensor.copy_(piece.view_as(tensor))
         return cast(Tensor, pieces[-1])
+
+    def _all_reduce(self, flat: Tensor) -> None:
+        if self.patience is None:
+            dist.all_reduce(flat)
+            return
+        dist.all_reduce(torch.zeros(1))  # waits for the slowest, and raises where one is gone
+        work = dist.all_reduce(flat, async_op=True)
+        end = time.monotonic() + self.patience
+        while not work.is_completed():
+            if time.monotonic() > end:
+                raise RuntimeError(f"no sum after {self.patience:g} s")
+            time.sleep(LOOK_SECONDS)
+        work.wait()
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, by rank; raises as `sum`."""
@@ -130,7 +152,8 @@ def processes(device: str) -> Iterator[Processes]:
         ConfigError: torchrun's variables are incomplete.
     """
     if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        own = Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        yield replace(own, patience=EXCHANGE_SECONDS if dist.get_backend_config() == BACKENDS else None)
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _say_alone()
@@ -143,17 +166,39 @@ def processes(device: str) -> Iterator[Processes]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: expected RANK and LOCAL_RANK beside it, found none "
             f"({error}); start several processes with torchrun"
         ) from None
-    gpu = None
-    if device != "cpu" and torch.cuda.is_available():
-        if device not in ("auto", "cuda"):
-            raise ConfigError(f"device: expected auto or cuda for several, found {device}")
-        gpu = own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
+    if device == "cpu" or not torch.cuda.is_available():
+        with _peers():
+            dist.init_process_group("gloo")
+        try:
+            yield own
+        finally:
+            dist.destroy_process_group()
+        return
+    if device not in ("auto", "cuda"):
+        raise ConfigError(f"device: expected auto or cuda for several, found {device}")
+    own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
     with _peers():
-        dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu)
+        dist.init_process_group(BACKENDS)
     try:
+        own = replace(own, patience=EXCHANGE_SECONDS)
+        _check_gpus_apart(own)
         yield own
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Leaving NCCL in order takes all processes, and after an error some may be waiting elsewhere, or gone.
+        dist.distributed_c10d._abort_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _check_gpus_apart(own: Processes) -> None:
+    """Raises ConfigError, in all processes, where two take one GPU, which NCCL would refuse in its own words."""
+    taken = own.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
+    if len(set(taken)) < own.world:
+        first, second = next((taken.index(one), i) for i, one in enumerate(taken) if taken.index(one) < i)
+        raise ConfigError(
+            f"device: expected a GPU for each process, found processes {first} and {second} on the same one; show "
+            "each its own in CUDA_VISIBLE_DEVICES, or start at most as many processes as GPUs"
+        )
 
 
 def _say_alone() -> None:

@@ -6,7 +6,8 @@ Shapes: B groups, C H W pixels, K outputs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from datamerge.attacks import Precision
 from datamerge.encoders import Encoder, Head
+from datamerge.runtime.compilers import check_compiler
 from storage_schemas import ConfigError
 from trainer.estimators.base import BATCH_NORMS
 
@@ -25,7 +27,7 @@ class Forward(nn.Module):
     Args:
         encoder: trained.
         head: frozen classifier behind it, if any; runs in float32.
-        precision: bfloat16 runs the encoder under autocast.
+        precision: bfloat16 runs the encoder under autocast, all but its first layer (see `pixels_in_float32`).
         compiled: run the encoder through torch.compile.
     """
 
@@ -36,14 +38,79 @@ class Forward(nn.Module):
         self.encoder = encoder
         self.head = head
         self._bfloat16 = precision == "bfloat16"
+        if self._bfloat16:
+            pixels_in_float32(encoder)
         # A function and not a module of ours: state_dict() keeps the encoder's own names.
-        self._run = torch.compile(encoder.forward) if compiled else encoder
+        self._run = compile_forward(encoder) if compiled else encoder
 
     def forward(self, pixels: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16):
             embeddings = self._run(pixels)
         embeddings = embeddings.float() if self._bfloat16 else embeddings
         return cast(Tensor, embeddings if self.head is None else self.head(embeddings))
+
+
+class _InFloat32(nn.Module):
+    """Mixed into the class of a layer, which autocast then leaves in float32."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            return cast(Tensor, super().forward(values.float()))  # of the layer's class
+
+
+def pixels_in_float32(encoder: Encoder) -> None:
+    """Keep autocast from the encoder's first convolution or linear layer; once is as good as twice.
+
+    bfloat16 has 8 bits: normalised pixels between 1 and 2 come in steps of half a grey level, while means of ten
+    members differ by tenths, and deviations along factors by one. What the first layer sums up is rounded no more
+    than any other activation. It is 1 to 3 % of the work of a vision transformer.
+    """
+    layer = first_layer(encoder)
+    if layer is not None and not isinstance(layer, _InFloat32):
+        kind = type(layer)
+        # A class and no hook or wrapper: names of weights stay, and copies (of an average) compute with their own.
+        layer.__class__ = type(kind.__name__, (_InFloat32, kind), {})
+
+
+def first_layer(encoder: Encoder) -> nn.Module | None:
+    """The convolution or linear layer that an encoder applies first; None if it applies none."""
+    met: list[nn.Module] = []
+    layers = [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    handles = [layer.register_forward_pre_hook(lambda module, _: met.append(module)) for layer in layers]
+    try:
+        with torch.no_grad(), seeded_layers(0, encoder.mean.device):
+            encoder(torch.full((1, *encoder.input_shape), 0.5, device=encoder.mean.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return met[0] if met else None
+
+
+def compile_forward(encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    """The encoder's forward pass through torch.compile.
+
+    Dropout draws what it draws without compilation, so that a run may change between the two.
+
+    Raises:
+        ConfigError: no compiler here.
+    """
+    check_compiler("compile", encoder.mean.device.type)
+    return cast(Callable[[Tensor], Tensor], torch.compile(encoder.forward, options={"fallback_random": True}))
+
+
+@contextmanager
+def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout and the like draw from this seed inside; torch's global generators are as before afterwards."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        # torch.manual_seed() would seed those of other GPUs as well, which nobody restores.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type != "cpu":
+            torch.manual_seed(seed)
+        yield
 
 
 def train_mode(encoder: nn.Module) -> None:
@@ -93,8 +160,7 @@ def check_rows_apart(encoder: Encoder, device: torch.device) -> None:
     outputs = []
     with torch.no_grad():
         for company in (second, third):
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(0)
+            with seeded_layers(0, device):
                 outputs.append(encoder(torch.stack([first, company]))[0])
     difference = float((outputs[0] - outputs[1]).abs().max())
     # Kernels may sum in another order, but not for equal shapes; a little room costs nothing.

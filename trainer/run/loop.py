@@ -73,7 +73,8 @@ def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
     if finished is not None:
         say(f"{folder.path} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
         return finished
-    with arithmetic(job.device, tf32=job.config.precision == "tf32"):
+    # What autocast leaves in float32, the first layer and attention that is differentiated twice, need not be slow.
+    with arithmetic(job.device, tf32=job.config.precision != "float32"):
         return _Run(job, folder, own).finish()
 
 
@@ -198,7 +199,7 @@ class _Run:
         path = newest[0]
         if path is None:
             return
-        state = self.own.together(lambda: self.folder.load(path, self.job.identity, self.job.device))
+        state = self.own.together(lambda: self.folder.load(path, self.job.identity))
         self.job.encoder.load_state_dict(state["model"])
         self.training.optimizer.load_state_dict(state["optimizer"])
         if self.training.average is not None:
@@ -232,10 +233,11 @@ class _Run:
             arm=job.origin.arm,
             artifact=job.origin.url,
             plan_sha256=job.origin.sha256,
+            artifacts=job.origin.artifacts,
             steps=job.steps,
             groups=groups,
             seconds=round(self.seconds, 3),
-            bytes=groups * job.origin.bytes_per_group,
+            bytes=round(groups * job.origin.bytes_per_group),
             config=job.config.model_dump(mode="json"),
             preprocessing=job.encoder.preprocessing,
         )

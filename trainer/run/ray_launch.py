@@ -17,8 +17,10 @@ from storage_schemas import DatamergeError, UserError
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
+from trainer.data.caching import NONE
 from trainer.errors import NotFiniteRun
 from trainer.run.checkpoint import RunFolder
+from trainer.run.distributed import BACKENDS
 from trainer.run.loop import train_here
 
 MAX_FAILURES = 3
@@ -32,7 +34,9 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    places = ["artifact", "run", "eval_artifact", "cache"]
+    places = ["artifact", "run", "eval_artifact"]
+    if config.cache != NONE:
+        places.append("cache")
     for name in ("encoder", "head"):
         named = getattr(config, name)
         if named is not None and user_path(named).exists():  # a run's folder, a file
@@ -47,12 +51,13 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
 def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
     import ray
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
     outcome = Path(config.run).parent / f".{Path(config.run).name}-{os.getpid()}.error"
     trainer = TorchTrainer(
         call_in_worker("trainer.run.ray_launch:work", config, outcome),
+        torch_config=TorchConfig(backend=BACKENDS if gpus else None),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=ray.train.RunConfig(
             storage_path=storage, failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES)
@@ -93,6 +98,8 @@ def work(config: TrainConfig, outcome: Path) -> None:
             outcome.write_bytes(pickle.dumps(error))
 
 
-def _absolute(url: str | None) -> str | None:
+def _absolute(url: str | list[str] | None) -> str | list[str] | None:
     """Workers have a working directory of their own."""
+    if isinstance(url, list):
+        return [str(_absolute(one)) for one in url]
     return url if url is None or "://" in url else str(user_path(url).absolute())

@@ -11,12 +11,13 @@ Shapes: B images, C H W pixels, K outputs.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from datamerge.attacks import Ball, ascend
+from datamerge.attacks import Ball, ascend, frozen
 from trainer.estimators.base import Model, evaluate
 from trainer.losses import Loss
 
@@ -53,12 +54,13 @@ def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Lo
     def at(points: Tensor) -> tuple[Tensor, Tensor]:
         pixels = points.detach().requires_grad_()
         losses = loss.value(evaluate(model, pixels), target)
-        # Only the pixels are asked for, so no kernel computes gradients of weights, and none need be frozen.
         (gradient,) = torch.autograd.grad(losses.sum(), pixels)
         return losses.detach(), gradient
 
     lower, upper = (clean - how.epsilon).clamp_(min=0), (clean + how.epsilon).clamp_(max=1)
     ball = Ball(lower, upper, clean, scale=1.0, grid=False)
     refined = torch.clamp(points, lower, upper)
-    ascend(ball, at, refined, how.step_size, how.steps)
+    # A compiled backward pass is one piece, and computes what is not asked for: gradients of all that could have one.
+    with frozen(model) if isinstance(model, nn.Module) else nullcontext():
+        ascend(ball, at, refined, how.step_size, how.steps)
     return refined

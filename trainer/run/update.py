@@ -26,6 +26,7 @@ from trainer.data.noise import Draws
 from trainer.data.order import ESTIMATOR, LAYERS, Partition, Share, stream_seeds
 from trainer.estimators import GroupLoss
 from trainer.run.distributed import Processes
+from trainer.run.forward import seeded_layers
 from trainer.run.job import Job
 from trainer.run.objective import group_losses
 
@@ -110,31 +111,36 @@ class Optimisation:
                 losses = self._backward(step, share, batch, size)
             seen.append(batch)
             results.append(losses)
-        totals = self._exchange(results, stopping())
+        stop = stopping()
+        totals = self._exchange(results, stop)
         # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
         limit = job.config.gradient_clip if job.config.gradient_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The only wait for the device in a step.
-        loss, correction, corrected, bad, stop, norm_value = torch.cat(
-            [totals[:5], norm.detach().reshape(1).to(totals)]
+        norm_value, loss, correction, corrected, bad, stops, *used = torch.cat(
+            [norm.detach().reshape(1).to(totals), totals]
         ).tolist()
         if bad or not math.isfinite(norm_value):
             self._not_finite(bool(bad), norm_value, seen, results)
+        for parameter, count in zip(self.parameters, used, strict=self.own.world > 1):
+            if not count:  # in all processes: AdamW leaves it alone, as it does in a single process
+                parameter.grad = None
+        # Signals of several processes must not add up to another one.
+        stop = max(self.own.gather(stop)) if stops else 0
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(job.encoder)
         values = {"loss": loss / size}
         if corrected:
             values["correction"] = correction / size
-        return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, int(stop))
+        return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, stop)
 
     def _backward(self, step: int, share: Share, batch: Batch, size: int) -> GroupLoss:
         """Losses of one micro-batch, detached, after its gradients were added."""
         job, last = self.job, share.first + len(batch.keys)
         # Dropout and stochastic depth draw from torch's global generators and take no other. They get a state
         # that depends on step and position alone, for the length of the micro-batch alone.
-        with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
-            torch.manual_seed(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1])
+        with seeded_layers(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1], job.device):
             seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
             batch = batch.to(job.device)
             losses = group_losses(job.model, batch, Draws(seeds), job.loss, job.config, job.refinement)
@@ -143,7 +149,12 @@ class Optimisation:
         return GroupLoss(losses.loss.detach(), None if correction is None else correction.detach())
 
     def _exchange(self, results: list[GroupLoss], stop: int) -> Tensor:
-        """Sum gradients over the processes; the sums of [loss, correction, corrected groups, non-finite, stop]."""
+        """Sum gradients over the processes.
+
+        Returns:
+            The sums of [loss, correction, corrected groups, non-finite, stop], and, of several processes, for each
+            parameter in how many it had a gradient.
+        """
         device = self.job.device
         numbers = torch.zeros(5, device=device)
         for losses in results:
@@ -155,20 +166,13 @@ class Optimisation:
         numbers[4] = stop
         if self.own.world == 1:
             return numbers
-        # A parameter without a gradient here may have one elsewhere. Where none has one it stays None, so that
-        # AdamW leaves it alone as it does in a single process.
-        used = torch.tensor([p.grad is not None for p in self.parameters], device=device, dtype=numbers.dtype)
+        # A parameter without a gradient here may have one elsewhere.
+        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=numbers.dtype)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        totals = self.own.sum(gradients, torch.cat([numbers, used]))
-        for parameter, count in zip(self.parameters, totals[5:].tolist(), strict=True):
-            if not count:
-                parameter.grad = None
-        # Signals of several processes must not add up to another one.
-        totals[4] = max(self.own.gather(stop)) if float(totals[4]) else 0
-        return totals
+        return self.own.sum(gradients, torch.cat([numbers, used.to(device, non_blocking=True)]))
 
     def _not_finite(self, bad_loss: bool, norm: float, seen: list[Batch], results: list[GroupLoss]) -> None:
         found: list[tuple[str, float]] = []

@@ -18,7 +18,7 @@ import pytest
 from storage_schemas import Cache, Location
 from storage_schemas.access.blocks import BLOCK, Folder
 from storage_schemas.access.cache import CachedLocation
-from storage_schemas.access.fetching import Fetcher, fetcher_of
+from storage_schemas.access.fetching import Fetcher, Range, fetcher_of
 from storage_schemas.access.room import ABANDONED
 from tests.support.servers import WebServer
 
@@ -58,7 +58,9 @@ def _read_all(url: str, folder: Path, seed: int, barrier: Any, results: Any) -> 
     fetchers = {name: Fetcher(Location(f"{url}/{name}"), cache) for name in ("one", "two")}
     barrier.wait()
     for name in rng.permutation(["one", "two"]):
-        fetchers[name].fill(rng.permutation(list("abc")).tolist(), dict.fromkeys("abc", SIZE))
+        fetchers[name].fill(
+            [Range(path, 0, SIZE) for path in rng.permutation(list("abc"))], dict.fromkeys("abc", SIZE)
+        )
     digests = {}
     for path in rng.permutation(["one/a", "one/b", "one/c", "two/a", "two/b", "two/c"]).tolist():
         artifact, name = path.split("/")
@@ -113,7 +115,7 @@ def test_what_a_killed_process_was_fetching_is_fetched_again_and_nothing_else(
     killed.start()
     assert asked.wait(60)
     other = Fetcher(Location(web.url), Cache(folder, PLENTY))
-    other.fill(["one/a"], {"one/a": SIZE})
+    other.fill([Range("one/a", 0, SIZE)], {"one/a": SIZE})
     while len(web.requests) < 4:  # all the rest, on both sides of what the other is fetching
         time.sleep(0.01)
     assert killed.pid is not None

@@ -113,7 +113,7 @@ def test_a_file_is_filled_with_large_requests_and_every_byte_once(
     whole = np.random.default_rng(1).integers(0, 256, size, np.uint8)
     whole.tofile(tmp_path / "web" / "long")
     fetcher = make(cached=True)
-    fetcher.fill(["long"], {"long": size})
+    fetcher.fill([Range("long", 0, size)], {"long": size})
     fetcher.expect([Range("long", LARGEST - 5, LARGEST + 5)], {})
     assert np.array_equal(fetcher.read("long", 0, size, size), whole)
     spans = _spans(web, "long")
@@ -155,7 +155,7 @@ def test_who_waits_goes_first(web: WebServer, data: bytes, make: MakeFetcher, ca
     web.fault = lambda method, path: None if path == "/c" or go.wait(20) else 500
     fetcher = make(cached=cached, requests=3)
     sizes = dict.fromkeys("abc", SIZE)
-    fetcher.fill(["a", "b"], sizes)
+    fetcher.fill([Range("a", 0, SIZE), Range("b", 0, SIZE)], sizes)
     fetcher.expect(
         [Range("a", 0, 10), Range("b", 50_000, 50_010), Range("c", 0, 10), Range("c", 50_000, 50_010)], sizes
     )
@@ -227,7 +227,7 @@ def test_a_server_without_ranges_sends_files_whole(
 ) -> None:
     web.ranges, web.manners = False, {"chunked"} if "length" in manner else set()
     fetcher = make(cached=True)
-    fetcher.fill("abc", dict.fromkeys("abc", SIZE))
+    fetcher.fill([Range(path, 0, SIZE) for path in "abc"], dict.fromkeys("abc", SIZE))
     fetcher.expect([Range(path, 5000 * part, 5000 * part + 9) for part in range(9) for path in "abc"], {})
     for path in "abc":
         assert fetcher.read(path, 40_000, 50_000, SIZE).tobytes() == data[40_000:50_000]
@@ -240,7 +240,7 @@ def test_a_server_without_ranges_sends_files_whole(
 
 def test_a_file_that_is_shorter_than_the_artifact_says(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher = make(cached=True)
-    fetcher.fill(["a"], {"a": SIZE + 5000})
+    fetcher.fill([Range("a", 0, SIZE + 5000)], {"a": SIZE + 5000})
     with pytest.raises(CorruptShard, match=f"{web.url}/a: .*cut short"):
         fetcher.read("a", SIZE - 10, SIZE + 10, SIZE + 5000)
     with pytest.raises(FileNotFoundError):
@@ -249,7 +249,7 @@ def test_a_file_that_is_shorter_than_the_artifact_says(web: WebServer, data: byt
 
 def test_no_thread_is_left(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher = make(cached=True)
-    fetcher.fill("abc", dict.fromkeys("abc", SIZE))
+    fetcher.fill([Range(path, 0, SIZE) for path in "abc"], dict.fromkeys("abc", SIZE))
     fetcher.read("a", 0, 10, SIZE)
     fetcher.close()
     _until(lambda: not [thread for thread in threading.enumerate() if thread.name == "fetch"])
@@ -260,7 +260,7 @@ import sys
 from storage_schemas import Cache, Location
 from storage_schemas.access.fetching import Fetcher, Range
 fetcher = Fetcher(Location(sys.argv[1]), Cache(sys.argv[2], 10**9) if sys.argv[3] == "cached" else None)
-fetcher.fill(["b"], {"b": 100_000})
+fetcher.fill([Range("b", 0, 100_000)], {"b": 100_000})
 fetcher.expect([Range("b", 0, 10)], {})
 print("begun", flush=True)
 if sys.argv[4] == "waits":

@@ -1,0 +1,33 @@
+"""Whether torch.compile can work here: it writes source code, and calls a compiler of the system for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from storage_schemas import ConfigError
+
+# Environment variable that names the compiler, and what is sought without it. On GPUs it is Triton that calls one.
+_COMPILERS = {"cuda": ("CC", ("gcc", "clang"))}
+_ELSEWHERE = ("CXX", ("g++", "clang++"))
+
+
+def check_compiler(setting: str, device_type: str) -> None:
+    """Refuse compilation where its first step would end in a traceback.
+
+    Args:
+        setting: that asks for it.
+        device_type: cpu, cuda, …: where the compiled network runs.
+
+    Raises:
+        ConfigError: there is no compiler.
+    """
+    variable, names = _COMPILERS.get(device_type, _ELSEWHERE)
+    named = os.environ.get(variable)
+    sought = (named,) if named else names
+    if any(shutil.which(name) for name in sought):
+        return
+    raise ConfigError(
+        f"{setting}: torch.compile calls a compiler ({' or '.join(sought)}), found none here; install one (Debian: "
+        f"apt-get install g++), name it in {variable}, or drop `{setting}`"
+    )

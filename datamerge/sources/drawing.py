@@ -1,0 +1,53 @@
+"""Part of a source: drawn evenly over it, or its first samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas import ConfigError
+from storage_schemas.schema.arguments import check_count
+from storage_schemas.schema.seeds import LIMIT, purpose_seed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many samples to use.
+
+    Attributes:
+        drawn: so many, one of each of so many equal runs of the source; a source that is sorted by class gives all
+            classes alike.
+        first: the first so many.
+        seed: of the draw.
+
+    Raises:
+        ConfigError: a number below 1, or both.
+    """
+
+    drawn: int | None = None
+    first: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in (("limit", self.drawn), ("limit_first", self.first)):
+            if count is not None:
+                check_count(name, count)
+        if None not in (self.drawn, self.first):
+            raise ConfigError(
+                f"limit_first: expected no other limit, found `limit={self.drawn}`, which draws; drop one of them"
+            )
+
+    def of(self, total: int) -> npt.NDArray[np.int64] | None:
+        """Indices of the samples of a source of `total`, ascending; None for all of them."""
+        count = self.first if self.drawn is None else self.drawn
+        if count is None or count >= total:
+            return None
+        if self.drawn is None:
+            return np.arange(count)
+        ends = np.arange(count + 1) * total // count
+        return np.random.default_rng(purpose_seed(self.seed, LIMIT)).integers(ends[:-1], ends[1:])
+
+
+EVERYTHING = Limits()

@@ -1,0 +1,103 @@
+"""`keys.bin`: in which place each key is, for artifacts whose shards hold keys from everywhere.
+
+    {hash: uint32, row: uint64} of every record, little endian, ascending: `hash` is the first four bytes of the
+    sha256 of the key, as a big-endian number, and `row` is shard · groups_per_shard + place in the shard
+
+Hashes are spread evenly, so a key's entry is near hash / 2³² of the file: one small range is read, whatever the size
+of the artifact. Entries of one hash are candidates; the sidecar tells which of them has the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from storage_schemas.access.location import Location
+from storage_schemas.errors import CorruptShard
+from storage_schemas.schema.manifest import KEYS, Commit, FileEntry, Manifest
+
+ENTRY = np.dtype([("hash", "<u4"), ("row", "<u8")])
+HASHES = 2**32
+# Sidecars that a lookup by ranges of keys reads on average, beyond which an index is worth its file.
+MOST_SIDECARS = 4
+
+
+class KeyIndex:
+    """Takes in sidecars, and gives the file; 12 bytes a record in memory."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, npt.NDArray[np.uint32]]] = []
+
+    def add(self, commit: Commit) -> None:
+        """Take in a shard."""
+        hashes = np.fromiter((key_hash(record.key) for record in commit.records), np.uint32, len(commit.records))
+        self._found.append((commit.shard, hashes))
+
+    def files(self, manifest: Manifest) -> dict[str, bytes]:
+        """The file, where the ranges of keys in the manifest do not do."""
+        if sidecars_of_a_lookup(manifest) <= MOST_SIDECARS:
+            return {}
+        entries = np.empty(sum(len(hashes) for _, hashes in self._found), ENTRY)
+        start = 0
+        for shard, hashes in self._found:
+            part = entries[start : start + len(hashes)]
+            part["hash"] = hashes
+            part["row"] = np.arange(len(hashes), dtype=np.uint64) + shard * manifest.layout.groups_per_shard
+            start += len(hashes)
+        entries = entries[np.lexsort((entries["row"], entries["hash"]))]
+        return {KEYS: entries.tobytes()}
+
+
+def sidecars_of_a_lookup(manifest: Manifest) -> float:
+    """In how many shards' ranges of keys a key is, on average over the least key of every shard."""
+    ranges = [span for span in manifest.shards.column("key_range") if span is not None]
+    least, greatest = sorted(low for low, _ in ranges), sorted(high for _, high in ranges)
+    holding = sum(bisect_right(least, key) - bisect_left(greatest, key) for key in least)
+    return holding / len(ranges) if ranges else 0.0
+
+
+def key_hash(key: str) -> int:
+    """What the index knows a key by."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+
+
+def rows_of(location: Location, entry: FileEntry, key: str) -> Iterator[int]:
+    """Where a key may be, by the index; of a sound one some row has it, unless no row has.
+
+    Args:
+        location: of the artifact.
+        entry: what the manifest says of the index.
+        key: to look for.
+
+    Raises:
+        CorruptShard: the file is missing, or of another length.
+    """
+    count, wanted = entry.bytes // ENTRY.itemsize, key_hash(key)
+    # Four standard deviations of where the entry is.
+    reach = 2 * math.isqrt(count) + 64
+    start = max(0, wanted * count // HASHES - reach)
+    stop = min(count, start + 2 * reach)
+    while True:
+        part = _read(location, start, stop)
+        before, after = start > 0 and part["hash"][0] >= wanted, stop < count and part["hash"][-1] <= wanted
+        if not before and not after:
+            break
+        reach *= 2
+        start, stop = max(0, start - reach * before), min(count, stop + reach * after)
+    yield from part["row"][part["hash"] == wanted].tolist()
+
+
+def _read(location: Location, start: int, stop: int) -> npt.NDArray[np.void]:
+    size = (stop - start) * ENTRY.itemsize
+    try:
+        data = location.read(KEYS, start * ENTRY.itemsize, stop * ENTRY.itemsize)
+    except FileNotFoundError:
+        raise CorruptShard(f"{location.url}/{KEYS}: the manifest lists this file, it is missing") from None
+    if len(data) != size:
+        raise CorruptShard(f"{location.url}/{KEYS}: expected {size} bytes at {start}, found {len(data)}")
+    return np.frombuffer(data, ENTRY)

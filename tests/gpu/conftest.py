@@ -1,0 +1,33 @@
+"""Tests that need a GPU, which `make gpu` runs; everywhere else they are skipped and say so.
+
+With DATAMERGE_REHEARSE=1 those that take `device` run on the CPU, so that a GPU is not the first to run them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+REHEARSE = os.environ.get("DATAMERGE_REHEARSE") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test in this folder is marked; without a GPU it is skipped."""
+    for item in items:
+        if HERE not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        rehearsed = REHEARSE and "device" in getattr(item, "fixturenames", ())
+        if not torch.cuda.is_available() and not rehearsed:
+            item.add_marker(pytest.mark.skip(reason="no GPU to be seen here; `make gpu` runs it where there is one"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU, or the CPU in a rehearsal."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
