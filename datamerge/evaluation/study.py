@@ -134,6 +134,7 @@ def run_study(
     exif = exif_of(config.exif, source.kind)
     # Results of earlier releases, which ignored it, say nothing of it.
     shared |= {"exif": None if exif == "ignore" else exif}
+    shared |= {"precision": None if config.precision == "float32" else config.precision}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
     folders = [_claim(config, part, row, shared) for row in rows]
     batches = -(-len(source.samples) // config.batch_size)
