@@ -136,8 +136,8 @@ class Llava:
         words = self.model.get_input_embeddings()(tokens.ids)
         features = self._features(pixels).to(words.dtype)
         behind = words[:, tokens.image + features.shape[1] :]
-        # No mask, at which it would look as well: no token sees those on its right, where the padding is. Without a mask
-        # it looks for several texts in a row, but not where it keeps a cache.
+        # No mask, at which it would look as well: no token sees those on its right, where the padding is. Without a
+        # mask it looks for several texts in a row, but not where it keeps a cache.
         logits = self.model(
             inputs_embeds=torch.cat([words[:, : tokens.image], features, behind], dim=1),
             logits_to_keep=tokens.ids.shape[1] - tokens.first + 1,  # those before the first answer are not needed
