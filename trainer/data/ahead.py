@@ -25,7 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from storage_schemas import Artifact, DatamergeError
-from trainer.data.order import IntArray, Order, Partition, Share
+from trainer.data.order import Order, Partition, Share
+from trainer.data.permutation import IntArray
 
 # Bytes of records that are expected and not read yet, of all data workers of a process. Without a cache they are
 # held in memory; with one, what is further ahead comes in larger requests.
