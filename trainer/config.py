@@ -14,9 +14,11 @@ from datamerge.runtime import Settings
 from datamerge.runtime.fields import Device, Seed, Threads
 from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, shortened
 from storage_schemas.schema.pixel_length import PixelLength
 from trainer.arms import ARMS, Arm, ArmName, EstimatorName
+from trainer.data.order import SHUFFLE_WINDOW
+from trainer.weights import Weighted, weighted
 
 LossName = Literal["auto", "squared_error", "cross_entropy"]
 
@@ -71,8 +73,9 @@ class TrainConfig(Settings):
         Effect(("cache_bytes",), lambda own: own.cache != "none", "there is no cache; set `cache`, or drop `{name}`"),
     )
 
-    artifact: Annotated[str, Option(argument=True)] = Field(
-        description="Folder or fsspec URL of the artifact to train on.", min_length=1
+    artifact: Annotated[str | list[str], Option(argument=True, metavar="ARTIFACT…")] = Field(
+        description="Folder or fsspec URL of the artifact to train on, or several; URL=0.7 takes 0.7 of its groups "
+        "in each epoch, URL=2 each group twice."
     )
     run: Annotated[str, Option(argument=True)] = Field(
         description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
@@ -139,6 +142,11 @@ class TrainConfig(Settings):
     )
     batch_size: int = Field(
         default=1, ge=1, description="Groups (not images) per optimiser step, over all processes and micro-batches."
+    )
+    shuffle_window: Annotated[int | Literal["all"], Option(metavar="GROUPS|all")] = Field(
+        default=SHUFFLE_WINDOW,
+        description="Groups that are shuffled together, about; a run reads the shards of so many at a time. 1 takes "
+        "shard after shard, in random order.",
     )
     accumulate: int = Field(
         default=1,
@@ -224,6 +232,26 @@ class TrainConfig(Settings):
         default=None, min_length=1, description="Weights & Biases project that gets the same numbers as the log."
     )
 
+    @field_validator("artifact", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> str | list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(
+                f"expected the folder or URL of an artifact, or a list of them, found {shortened(value)}"
+            )
+        for text in texts:
+            weighted(text)
+        return texts[0] if len(texts) == 1 else list(texts)
+
+    @field_validator("shuffle_window", mode="before")
+    @classmethod
+    def _window(cls, value: Any) -> int | str:
+        number = int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() else value
+        if number == "all" or (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+            return number
+        raise ValueError(f"expected a number of groups of 1 or more, or all, found {shortened(value)}")
+
     @field_validator("loss_scale")
     @classmethod
     def _known_scale(cls, value: float) -> float:
@@ -255,6 +283,11 @@ class TrainConfig(Settings):
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
         return self
+
+    @property
+    def artifacts(self) -> list[Weighted]:
+        """The artifacts with their weights."""
+        return [weighted(text) for text in ([self.artifact] if isinstance(self.artifact, str) else self.artifact)]
 
     def _check_arm(self, arm: Arm[Any]) -> None:
         """Refuse what the arm cannot be combined with."""

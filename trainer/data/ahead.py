@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from storage_schemas import Artifact, DatamergeError
+from storage_schemas import DatamergeError
+from trainer.data.blend import Blend
 from trainer.data.order import Order, Partition, Share
 from trainer.data.permutation import IntArray
 
@@ -95,14 +96,14 @@ class Ahead:
     """Has the records of a course fetched before one of its readers asks for them.
 
     Args:
-        artifact: what is read, on other machines.
+        groups: what is read, some of it on other machines.
         course: in what order.
         worker: number of the reader among those of its process, which take micro-batches in turn.
         workers: how many there are.
     """
 
-    def __init__(self, artifact: Artifact, course: Course, worker: int = 0, workers: int = 1) -> None:
-        self._artifact, self._course = artifact, course
+    def __init__(self, groups: Blend, course: Course, worker: int = 0, workers: int = 1) -> None:
+        self._groups, self._course = groups, course
         self._worker, self._workers = worker, workers
         self._changed = threading.Condition()
         self._expected = self._reached = -1  # positions
@@ -130,7 +131,7 @@ class Ahead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._artifact.expect_nothing()
+        self._groups.expect_nothing()
         for thread in self._threads:
             thread.join()
 
@@ -156,7 +157,7 @@ class Ahead:
             last = block[-1].position
             size, is_sound = 0, True
             try:
-                size = self._artifact.expect([index for piece in block for index in piece.share.indices])
+                size = self._groups.expect([index for piece in block for index in piece.share.indices])
             except (DatamergeError, OSError):
                 is_sound = False
             with self._changed:
@@ -177,24 +178,24 @@ class Ahead:
         with self._changed:
             if not self._wait(lambda: self._expected >= 0):
                 return
-        room = self._artifact.cache_bytes
+        room = self._groups.cache_bytes
         if not room:
             return
-        needed = max(1, self._artifact.bytes_read)
-        groups = min(SECTION, 2 * self._course.order.groups, room // 2 * len(self._artifact) // needed)
-        ends = np.cumsum(self._artifact.shard_sizes)
+        needed = max(1, self._groups.bytes_read)
+        groups = min(SECTION, 2 * self._course.order.groups, room // 2 * len(self._groups) // needed)
+        ends = np.cumsum(self._groups.shard_sizes)
         rank, processes = _on_this_machine(self._course.partition)
         part, parts = rank * self._workers + self._worker, processes * self._workers
         start = self._course.start
         while start < self._course.stop and groups:
             stop, wanted = self._course.groups_here(start, groups)
             places = np.unique(wanted)
-            is_all = len(places) == len(self._artifact) and needed <= room
+            is_all = len(places) == len(self._groups) and needed <= room
             for indices in _by_shard(wanted, places, ends, part, parts):
                 if self._closed:
                     return
                 with suppress(DatamergeError, OSError):
-                    self._artifact.fill(indices)
+                    self._groups.fill(indices)
             if is_all:
                 return
             middle = (start + stop) // 2

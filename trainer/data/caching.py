@@ -10,6 +10,7 @@ from datamerge.runtime.user_cache import user_cache
 from storage_schemas import Artifact, Cache, ConfigError, Location, open_artifact, printable
 from storage_schemas.access.local_paths import user_path
 from trainer.data.ahead import NEAR_BYTES
+from trainer.data.blend import Blend
 
 NONE = "none"
 LIMIT = 100 * 10**9
@@ -40,12 +41,14 @@ def opened(url: str, cache: str | None, cache_bytes: int | None) -> Artifact:
     return open_artifact(location, cache=kept)
 
 
-def check_room(artifact: Artifact) -> None:
-    """Warn if the cache cannot hold all that is read of an artifact."""
-    room, needed = artifact.cache_bytes, artifact.bytes_read
+def check_room(groups: Blend) -> None:
+    """Warn if the cache cannot hold all that is read of remote artifacts."""
+    room = groups.cache_bytes
+    needed = groups.bytes_read if room else 0
     if 0 < room < needed:
+        urls = ", ".join(artifact.location.url for artifact in groups.artifacts if not artifact.location.is_local)
         warn(
-            f"cache_bytes: the cache may hold {_size(room)}, what is read of {artifact.location.url} takes "
+            f"cache_bytes: the cache may hold {_size(room)}, what is read of {urls} takes "
             f"{_size(needed)}: some is fetched again every epoch; `cache_bytes={-(-needed // 10**9)}GB` holds all"
         )
 

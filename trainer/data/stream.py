@@ -22,6 +22,7 @@ from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.arms import ARMS, ArmName
 from trainer.data.ahead import Ahead, Course
 from trainer.data.batches import Batch, Read, pixels, present, stack
+from trainer.data.blend import Blend
 from trainer.data.order import MEMBER, WHOLE, Order, Partition, stream_seeds
 from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, senders
 
@@ -42,29 +43,29 @@ class Asked(NamedTuple):
 
 
 class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
-    """The artifact as a map-style dataset, asked by `Wanted`.
+    """Artifacts as a map-style dataset, asked by `Wanted`.
 
     A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
     message in its own traceback.
 
     Args:
-        artifact: on another machine what will be asked is fetched ahead, by the process that is asked.
+        artifacts: on another machine what will be asked is fetched ahead, by the process that is asked.
         course: in what order it is asked; None for one that nobody knows.
     """
 
-    def __init__(self, artifact: Artifact, course: Course | None = None) -> None:
-        self._artifact = artifact
-        self._course = None if artifact.location.is_local else course
+    def __init__(self, artifacts: Artifact | Blend, course: Course | None = None) -> None:
+        self._groups = Blend.of(artifacts)
+        self._course = None if self._groups.is_local else course
         self._ahead: Ahead | None = None
 
     def __len__(self) -> int:
-        return len(self._artifact)
+        return len(self._groups)
 
     def __getitems__(self, asked: Asked) -> list[tuple[Record, int] | DatamergeError]:
         if self._course is not None:
             if self._ahead is None:
                 info = get_worker_info()
-                self._ahead = Ahead(self._artifact, self._course, *((info.id, info.num_workers) if info else ()))
+                self._ahead = Ahead(self._groups, self._course, *((info.id, info.num_workers) if info else ()))
             self._ahead.reach(asked.position, asked.step)
         return [self[wanted] for wanted in asked.wanted]
 
@@ -75,11 +76,11 @@ class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
 
     def __getitem__(self, wanted: Wanted) -> tuple[Record, int] | DatamergeError:
         try:
-            return self._artifact[wanted.group], wanted.word
+            return self._groups[wanted.group], wanted.word
         except DatamergeError as error:
             return error
         except OSError as error:
-            return DatamergeError(f"{self._artifact.location.url}: group {wanted.group}: {first_line(error)}")
+            return DatamergeError(f"{self._groups.where(wanted.group)}: {first_line(error)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class _Pieces(Sampler[Any]):  # the loader hands on whatever this gives, a list 
 
 
 def stream(
-    artifact: Artifact,
+    artifacts: Artifact | Blend,
     order: Order,
     collate: Collate,
     *,
@@ -179,7 +180,7 @@ def stream(
     """Micro-batches of the steps [start, stop), as `order.shares` lists them.
 
     Args:
-        artifact: where the groups are.
+        artifacts: where the groups are.
         order: which groups form which step.
         collate: what to deliver of each.
         start: first step, counted from 0.
@@ -195,7 +196,7 @@ def stream(
         RuntimeError: a worker died; see `worker_deaths`.
     """
     course = Course(order, partition, start, stop)
-    groups = Groups(artifact.only(collate.arrays(), facts=False), course)
+    groups = Groups(Blend.of(artifacts).only(collate.arrays(), facts=False), course)
     loader: DataLoader[Any] = DataLoader(
         groups,
         batch_sampler=_Pieces(course),

@@ -98,6 +98,8 @@ def work(config: TrainConfig, outcome: Path) -> None:
             outcome.write_bytes(pickle.dumps(error))
 
 
-def _absolute(url: str | None) -> str | None:
+def _absolute(url: str | list[str] | None) -> str | list[str] | None:
     """Workers have a working directory of their own."""
+    if isinstance(url, list):
+        return [str(_absolute(one)) for one in url]
     return url if url is None or "://" in url else str(user_path(url).absolute())
