@@ -252,11 +252,6 @@ class Artifact:
         """Sidecar of the shard at `position` in the manifest's list."""
         return self._commits.get(position, lambda: self._read_commit(position))
 
-    def commits(self, positions: Iterable[int]) -> Iterator[Commit]:
-        """Sidecars of these shards, in that order, several requested at a time."""
-        with in_threads(1 if self.location.is_local else REQUESTS, self.commit, positions) as commits:
-            yield from commits
-
     def _sidecars(self, positions: Collection[int]) -> dict[int, Sidecar]:
         """What a reader needs of the sidecars of some shards; those that are missing are requested together."""
         known = self._commits if self._facts else self._packed
