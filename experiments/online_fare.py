@@ -29,6 +29,7 @@ from datamerge.runtime.settings import Effect
 from datamerge.sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
 from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.run import TrainedArtifact
 from trainer import RunSummary, SquaredError, Stopped, TrainConfig
 from trainer.data.batches import ImageBatch, pixels
 from trainer.data.order import Order, Partition
@@ -147,7 +148,7 @@ def train_online(
     """
     with processes(config.device) as own:
         device = choose_device(config.device, own)
-        source = open_source(config.artifact, limit=limit, limit_first=limit_first, seed=config.seed)
+        source = open_source(config.artifacts[0].url, limit=limit, limit_first=limit_first, seed=config.seed)
         sizes = [min(BLOCK, len(source.samples) - first) for first in range(0, len(source.samples), BLOCK)]
         order = Order(sizes, config.batch_size, config.seed)
         steps = length(config, order, own)
@@ -161,6 +162,7 @@ def train_online(
 def _job(
     config: TrainConfig, settings: PGD, source: Source, encoder: Encoder, order: Order, device: torch.device
 ) -> Job:
+    images = TrainedArtifact(url=source.url, plan_sha256=source.fingerprint, weight=1, groups=len(source.samples))
     attacked = {"epsilon": str(settings.epsilon), "step_size": str(settings.step_size), "steps": settings.steps}
     return Job(
         config=config,
@@ -170,7 +172,7 @@ def _job(
         order=order,
         feed=OnlineFeed(source, encoder, order, settings, config.seed, device),
         held_out=None,
-        origin=Origin(source.url, source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
+        origin=Origin((images,), source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
         device=device,
         identity={
             **free_of_place(config),

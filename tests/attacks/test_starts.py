@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from datamerge.attacks import APGD, PGD, Ball, draw_starts, run_attack, sample_generators, squared_error
 from datamerge.encoders import load_encoder
@@ -43,28 +43,27 @@ def test_an_attack_from_draws_is_the_attack_that_draws(settings: PGD | APGD, res
         assert torch.equal(drawn, itself)
 
 
-class _Crossing(TorchDispatchMode):
-    """Notes how tensors come to another device."""
+class _Moves(TorchFunctionMode):
+    """Notes what else is asked for where a tensor is moved to a device."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.copies: list[tuple[torch.dtype, torch.dtype]] = []
+        super().__init__()
+        self.asked: list[set[type]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
-            self.copies.append((args[0].dtype, result.dtype))
-        return result
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.to:
+            self.asked.append({type(value) for value in (*args[1:], *(kwargs or {}).values())})
+        return function(*args, **(kwargs or {}))
 
 
 def test_starts_cross_as_they_were_drawn() -> None:
     """A conversion in the same call would happen before the copy, on the CPU."""
     (draws,) = draw_starts(ATTACKS[0], SHAPE, sample_generators(0, "group", 2))
-    zeros = torch.zeros(2, *SHAPE, device="meta")
-    ball = Ball(zeros, zeros, zeros, 255.0, True)
-    with _Crossing() as crossing:
+    assert draws.element_size() == 2
+    ball = Ball.around(torch.zeros(2, *SHAPE), EPSILON, grid=True)
+    with _Moves() as moves:
         ball.placed(draws, EPSILON)
-    assert crossing.copies == [(torch.int16, torch.int16)]
+    assert moves.asked == [{torch.device, bool}]
 
 
 def test_starts_of_a_device() -> None:
