@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from datamerge.sources.orientation import Exif
 from merge_service.config import MergeConfig
+from merge_service.dealing import Dealing, dealt
 from merge_service.grouping import Group, Groups, Places, assignment_sha256, make_groups
 from merge_service.turning import Turning
 from merge_service.work_queue import Piece
@@ -33,6 +34,7 @@ VERSIONED = ("numpy", "pillow", "torch")
 # A shard of given samples is cut into parts of this many, which different workers add up.
 PART_SAMPLES = 4096
 
+T = TypeVar("T")
 
 Items = tuple[tuple[int, int, Sample], ...]
 """Samples of a shard in the source's order: (index of the group, position in the group, sample)."""
@@ -47,11 +49,22 @@ class ShardTask:
     Attributes:
         groups: without their samples where these are added up as items.
         items: all its samples, if they are added up and few enough for one piece.
+        reading: places of the groups in the order in which their images are read; empty for theirs.
     """
 
     shard: int
     groups: tuple[Group, ...]
     items: Items = ()
+    reading: tuple[int, ...] = ()
+
+    def as_read(self) -> list[Sample]:
+        """The sample of each group, as they are read."""
+        return [self.groups[place].samples[0] for place in self.reading or range(len(self.groups))]
+
+    def in_place(self, read: Sequence[T]) -> list[T]:
+        """What was made of these samples, group by group."""
+        found = dict(zip(self.reading or range(len(self.groups)), read, strict=True))
+        return [found[place] for place in range(len(self.groups))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +76,7 @@ class Plan:
         preprocessing: which pixels are made of the images.
         exif: whether EXIF turns them.
         in_parts: whether a shard's samples may be added up on several workers.
+        dealing: of groups that are a sample each, where they are not in the source's order.
     """
 
     groups: Groups
@@ -71,6 +85,7 @@ class Plan:
     preprocessing: Preprocessing
     exif: Exif
     in_parts: bool
+    dealing: Dealing | None = None
     _sorted: dict[int, _Sorted] = field(default_factory=dict)
 
     def groups_of(self, shard: int) -> tuple[Group, ...]:
@@ -89,9 +104,13 @@ class Plan:
     def task(self, shard: int) -> ShardTask:
         """A shard as a worker gets it."""
         if not self.in_parts:
-            return ShardTask(shard, self.groups_of(shard))
+            return self._task(shard, *self._span(shard))
         outline = self.groups.outline(*self._span(shard))
         return ShardTask(shard, outline, self.part(shard, 0) if self.parts(shard) == 1 else ())
+
+    def beginning(self, groups: int) -> ShardTask:
+        """The first groups, as a shard of their own."""
+        return self._task(0, 0, groups)
 
     def parts(self, shard: int) -> int:
         """Parts that the samples of a shard are cut into; 1 for a shard that is done in one go."""
@@ -117,6 +136,10 @@ class Plan:
                 yield Piece(shard)
             else:
                 yield from (Piece(shard, part) for part in range(parts))
+
+    def _task(self, shard: int, start: int, stop: int) -> ShardTask:
+        reading = () if self.dealing is None else tuple(self.dealing.as_read(start, stop).tolist())
+        return ShardTask(shard, tuple(self.groups[start:stop]), reading=reading)
 
     def _span(self, shard: int) -> tuple[int, int]:
         first = shard * self.layout.groups_per_shard
@@ -163,6 +186,9 @@ def make_plan(
     )
     if config.grouping == "cluster":
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
+    dealing = None
+    if config.order == "shuffled":
+        groups, dealing = dealt(groups, source.blocks, layout.groups_per_shard, config.seed)
     return Plan(
         groups=groups,
         layout=layout,
@@ -170,6 +196,7 @@ def make_plan(
         preprocessing=preprocessing,
         exif=turning.exif,
         in_parts=config.grouping != "adversarial",
+        dealing=dealing,
     )
 
 
@@ -254,6 +281,7 @@ def _provenance(
             "url": source.url,
             "kind": source.kind,
             "samples": len(source.samples),
+            **({"drawn_from": source.drawn_from} if source.drawn_from is not None else {}),
             "fingerprint": source.fingerprint,
             "class_names": list(source.class_names),
         },
@@ -261,6 +289,7 @@ def _provenance(
         "grouping": _grouping(config),
         "targets": config.resolved_targets,
         "seed": config.seed,
+        **({"order": config.order} if config.order != "source" else {}),  # plans of 0.1.0 say nothing of theirs
         "numerics": {
             "batch_size": config.batch_size,
             "threads": config.threads,

@@ -157,7 +157,7 @@ class ShardWorker:
             return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
         remarks: list[str] = []
-        images = self._reader.read([group.samples[0] for group in task.groups], remarks)
+        images = task.in_place(self._reader.read(task.as_read(), remarks))
         usable = []
         for group, image in zip(task.groups, images, strict=True):
             if isinstance(image, str):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import ItemsView, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 import numpy as np
@@ -70,23 +70,28 @@ class FileList(Mapping[str, Sequence[Any]]):
     def json(self) -> Iterator[str]:
         """What `json.dumps` writes of it as a dict, in pieces."""
         yield "{"
-        for number, part in enumerate(self._parts()):
-            yield ", " * (number > 0) + json.dumps(part)[1:-1]
+        for start in range(0, len(self), CHUNK):
+            # Without a list a file, which the garbage collector would look through.
+            names = map(encode_basestring_ascii, self.names[start : start + CHUNK].to_pylist())
+            hashes = [f'"{digest}"' if digest else "null" for digest in self._hashes(start, start + CHUNK)]
+            facts = zip(names, self.sizes[start : start + CHUNK].tolist(), hashes, strict=True)
+            yield ", " * (start > 0) + ", ".join([f"{name}: [{size}, {digest}]" for name, size, digest in facts])
         yield "}"
 
     def _parts(self) -> Iterator[dict[str, list[Any]]]:
         return (self._part(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
     def _part(self, start: int, stop: int) -> dict[str, list[Any]]:
-        part = {
-            name: [size, None]
-            for name, size in zip(self.names[start:stop].to_pylist(), self.sizes[start:stop].tolist(), strict=True)
-        }
+        names, sizes = self.names[start:stop].to_pylist(), self.sizes[start:stop].tolist()
+        hashes = self._hashes(start, stop)
+        return {name: [size, digest] for name, size, digest in zip(names, sizes, hashes, strict=True)}
+
+    def _hashes(self, start: int, stop: int) -> list[str | None]:
+        hashes: list[str | None] = [None] * (min(stop, len(self)) - start)
         first, last = np.searchsorted(self.hashed, (start, stop)).tolist()
-        names = self.names.take(pa.array(self.hashed[first:last])).to_pylist()
-        for name, digest in zip(names, self.digests[first:last], strict=True):
-            part[name][1] = digest.tobytes().hex()
-        return part
+        for place, digest in zip(self.hashed[first:last].tolist(), self.digests[first:last], strict=True):
+            hashes[place - start] = digest.tobytes().hex()
+        return hashes
 
 
 class _Items(ItemsView[str, Sequence[Any]]):

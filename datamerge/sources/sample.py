@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from datamerge.sources.drawing import Limits
 from datamerge.sources.unpack import gunzip
 from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
 from storage_schemas.access.devices import refuse_devices
@@ -109,6 +110,7 @@ class Source:
         left_out: how many files of its folder are not read, by reason.
         blocks: sizes of the runs of samples that the reader reads together, such as row groups; None where every
             sample is read by itself.
+        drawn_from: how many samples there were, where some were drawn.
     """
 
     url: str
@@ -124,6 +126,7 @@ class Source:
     splits: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
     blocks: npt.NDArray[np.int64] | None = None
+    drawn_from: int | None = None
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
@@ -134,9 +137,12 @@ class Source:
         """Why no sample has a label, in brackets, for messages of what needs labels; mostly empty."""
         return f" ({self.unlabelled})" if self.unlabelled else ""
 
-    def limited(self, limit: int | None) -> Source:
-        """The first `limit` samples."""
-        return self if limit is None else self.take(np.arange(min(limit, len(self.samples))))
+    def limited(self, limits: Limits) -> Source:
+        """Some of the samples."""
+        chosen, total = limits.of(len(self.samples)), len(self.samples)
+        if chosen is None:
+            return self
+        return replace(self.take(chosen), drawn_from=total if limits.drawn is not None else None)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Source:
         """The samples at these places, which have to increase."""

@@ -90,7 +90,7 @@ CASES: list[Case] = [
             model,
             ["evaluate", name],
             {**LLAVA, **more},
-            {"epsilon": "2/255", "steps": 3, "save_images": True, "pictures": 8},
+            {"epsilon": "2/255", "steps": 3, "precision": "tf32", "save_images": True, "pictures": 8},
         )
         for model, name, more in ((CaptionsConfig, "captions", {}), (VqaConfig, "vqa", {"annotations": "a.json"}))
     ),
