@@ -96,7 +96,7 @@ def jobs(scale: int) -> list[Job]:
 def measure(encoder: str, job: Job, photos: Path, folder: Path, device: str, batch_size: int) -> Outcome:
     """Plan a merge of that size, or of all photos where they are fewer, then run it on one worker."""
     settings: dict[str, object] = {"encoder": encoder, "members": job.members, "steps": job.steps}
-    settings |= {"groups_per_shard": job.groups // job.shards, "limit": job.groups, "max_workers": 1}
+    settings |= {"groups_per_shard": job.groups // job.shards, "limit_first": job.groups, "max_workers": 1}
     prepared = make_prepared(photos, folder, settings | {"device": device, "batch_size": batch_size})
     planned = estimate(prepared)
     seconds, _ = run_on_ray(prepared, 1)

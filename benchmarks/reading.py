@@ -87,7 +87,7 @@ def _images(photos: str | None, count: int) -> Iterator[npt.NDArray[np.uint8]]:
             smooth = sum(np.roll(fine, (i, j), (1, 2)) for i in range(0, 16, 5) for j in range(0, 16, 5)) / 16
             yield np.asarray(smooth)[:, 8:232, 8:232].round().astype(np.uint8)
         return
-    source = open_source(photos, limit=count)
+    source = open_source(photos, limit_first=count)
     for sample in source.samples:
         yield decode(source.reader.read(sample), Preprocessing(shape=SHAPE))
 

@@ -48,7 +48,7 @@ def strength(
     torch.set_num_threads(threads)
     network = load_encoder(encoder)
     model = nn.Sequential(network, load_head(head)).eval().requires_grad_(False)
-    listed = open_source(data, limit=images)
+    listed = open_source(data, limit_first=images)
     names = [sample.name for sample in listed.samples]
     decoded = [decode(listed.reader.read(sample), network.preprocessing) for sample in listed.samples]
     pixels = torch.from_numpy(np.stack(decoded))

@@ -114,7 +114,7 @@ def bytes_stored(sizes: Sizes, photos: Path | None) -> Findings:
     """Bytes a value of a real merge of photos."""
     found, rows = Findings(), []
     settings = {"encoder": sizes.encoder, "epsilon": "2/255", "device": sizes.device}
-    counts = {"steps": sizes.steps, "limit": sizes.photos, "members": sizes.members}
+    counts = {"steps": sizes.steps, "limit_first": sizes.photos, "members": sizes.members}
     volumes = []
     for format in ("zarr", "webdataset") if photos is not None else ():
         volumes.append(storage.bytes_a_value(str(photos), format=format, **settings, **counts))

@@ -21,13 +21,13 @@ from storage_schemas.card.summary import summarise
 @click.option("--members", default=10, show_default=True)
 @click.option("--epsilon", default="2/255", show_default=True)
 @click.option("--steps", default=10, show_default=True)
-@click.option("--limit", default=8, show_default=True, help="Photos to merge.")
-def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limit: int) -> None:
+@click.option("--limit-first", default=8, show_default=True, help="Photos to merge.")
+def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limit_first: int) -> None:
     """Merge PHOTOS four times; print the bytes of all shards, targets included, over the number of values."""
     for format in ("zarr", "webdataset"):
         for encoding in ("uint8_moments", "float32"):
             attack = {"encoder": encoder, "members": members, "epsilon": epsilon, "steps": steps}
-            found = bytes_a_value(photos, format=format, encoding=encoding, limit=limit, **attack)
+            found = bytes_a_value(photos, format=format, encoding=encoding, limit_first=limit_first, **attack)
             click.echo(f"{format:10} {encoding:13} {found:.2f} bytes a value")
 
 

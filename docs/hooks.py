@@ -12,7 +12,8 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import click
 
@@ -76,6 +77,8 @@ def _type(annotation: Any) -> str:
         return _type(parts[0])
     if hasattr(annotation, "__metadata__"):
         return _type(annotation.__origin__)
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_type, parts))
     if isinstance(annotation, type) and not parts:
         return annotation.__name__
     return re.sub(r"\w+\.", "", str(annotation)).replace("|", "or")

@@ -211,7 +211,7 @@ class ArmsExperiment:
         attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
         arm = {"arm": "ind", "members": 1} | ({} if learning_rate is None else {"learning_rate": learning_rate})
         config = self._train_config(self.prepared.train, run, seed, **arm)
-        return train_online(config, attack, wanted.get("limit"))
+        return train_online(config, attack, limit_first=wanted.get("limit_first"))
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str, again: bool = False) -> Path:
         """Attack the encoder as it has become, add the new members to the earlier ones, train; again and again.
@@ -270,13 +270,13 @@ class ArmsExperiment:
         """
         # An online arm may have an attack of its own.
         attacked = self.settings["merge"] | (arm if arm.get("online") else {})
-        members, steps, limit = (int(attacked[name]) for name in ("members", "steps", "limit"))
+        members, steps, images = (int(attacked[name]) for name in ("members", "steps", "limit_first"))
         attack = 2.0 * steps + 2  # the target's forward pass and the last loss
         if arm.get("online"):
             return attack + 3
         if "rounds" in arm:
             seen = int(self.settings["train"]["steps"]) * int(self.settings["train"]["batch_size"])
-            return 3 + int(arm["rounds"]) * attack * limit / seen
+            return 3 + int(arm["rounds"]) * attack * images / seen
         if "arm" not in arm:
             return None
         return ARMS[arm["arm"]].forward_passes(

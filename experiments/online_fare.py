@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any, ClassVar
 
 import click
 import numpy as np
@@ -23,10 +23,13 @@ from pydantic import Field
 from datamerge.attacks import PGD, attack, sample_generators, squared_error
 from datamerge.encoders import Encoder, load_encoder
 from datamerge.runtime import Settings, load_settings
-from datamerge.runtime.options import Option, as_flags, options
+from datamerge.runtime.fields import LIMITS, Limit, LimitFirst
+from datamerge.runtime.options import as_flags, options
+from datamerge.runtime.settings import Effect
 from datamerge.sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
 from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.run import TrainedArtifact
 from trainer import RunSummary, SquaredError, Stopped, TrainConfig
 from trainer.data.batches import ImageBatch, pixels
 from trainer.data.order import Order, Partition
@@ -97,14 +100,15 @@ class OnlineFeed:
 
 
 class OnlineAttack(Settings):
-    """The attack of every step."""
+    """The attack of every step, and which images it is made of."""
+
+    effects: ClassVar[tuple[Effect, ...]] = (LIMITS,)
 
     epsilon: PixelLength = Field(default=PixelLength("2/255"), description="Radius of the ball.")
     step_size: PixelLength = Field(default=PixelLength("1/255"), description="Length of a step.")
     attack_steps: int = Field(default=10, ge=0, description="Gradient steps.")
-    limit: Annotated[int | None, Option(unset="all")] = Field(
-        default=None, ge=1, description="Use the first so many images."
-    )
+    limit: Limit = None
+    limit_first: LimitFirst = None
 
 
 @click.command()
@@ -121,7 +125,7 @@ def main(data: str, run: str, **flags: Any) -> None:
         preset = {name: value for name, value in DEFAULTS.items() if name != "steps" or flags["epochs"] is None}
         config = load_settings(TrainConfig, None, {"artifact": data, "run": run, **flags}, preset)
         settings = PGD(wanted.epsilon, wanted.step_size, wanted.attack_steps)
-        summary = train_online(config, settings, wanted.limit)
+        summary = train_online(config, settings, wanted.limit, wanted.limit_first)
     except Stopped as stopped:
         click.echo(str(stopped), err=True)
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
@@ -131,17 +135,20 @@ def main(data: str, run: str, **flags: Any) -> None:
     click.echo(summary.encoder)
 
 
-def train_online(config: TrainConfig, settings: PGD, limit: int | None = None) -> RunSummary:
+def train_online(
+    config: TrainConfig, settings: PGD, limit: int | None = None, limit_first: int | None = None
+) -> RunSummary:
     """Train on attacks of the encoder as it is at each step.
 
     Args:
         config: arm `ind` with one member; `artifact` is the source of the raw images.
         settings: of the attack.
-        limit: use the first so many images.
+        limit: draw so many images by the run's seed, evenly over the source.
+        limit_first: use the first so many images.
     """
     with processes(config.device) as own:
         device = choose_device(config.device, own)
-        source = open_source(config.artifact, limit=limit)
+        source = open_source(config.artifacts[0].url, limit=limit, limit_first=limit_first, seed=config.seed)
         sizes = [min(BLOCK, len(source.samples) - first) for first in range(0, len(source.samples), BLOCK)]
         order = Order(sizes, config.batch_size, config.seed)
         steps = length(config, order, own)
@@ -155,6 +162,7 @@ def train_online(config: TrainConfig, settings: PGD, limit: int | None = None) -
 def _job(
     config: TrainConfig, settings: PGD, source: Source, encoder: Encoder, order: Order, device: torch.device
 ) -> Job:
+    images = TrainedArtifact(url=source.url, plan_sha256=source.fingerprint, weight=1, groups=len(source.samples))
     attacked = {"epsilon": str(settings.epsilon), "step_size": str(settings.step_size), "steps": settings.steps}
     return Job(
         config=config,
@@ -164,12 +172,13 @@ def _job(
         order=order,
         feed=OnlineFeed(source, encoder, order, settings, config.seed, device),
         held_out=None,
-        origin=Origin(source.url, source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
+        origin=Origin((images,), source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
         device=device,
         identity={
             **free_of_place(config),
             "attack": attacked,
             "images": len(source.samples),
+            **({"drawn_from": source.drawn_from} if source.drawn_from is not None else {}),
             "plan_sha256": source.fingerprint,
             "encoder_sha256": encoder.sha256,
         },

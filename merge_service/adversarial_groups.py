@@ -1,11 +1,17 @@
 """Groups of adversarial images of one photo: attacked in batches that hold whole groups.
 
+A batch goes through three hands: `inputs` are made on the CPU and `records` wait for what the device has left to do,
+both in any thread; only `attack` needs the encoder, and one thread at a time calls it.
+
 Shapes: G groups of a batch, N members, C H W pixels, K embedding.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +23,8 @@ from datamerge.attacks import (
     NonFiniteGradient,
     Precision,
     arithmetic,
+    draw_starts,
+    quotient,
     run_attack,
     sample_generators,
 )
@@ -25,12 +33,52 @@ from datamerge.runtime.compilers import check_compiler
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
-from storage_schemas import ExactMoments, Layout, Record, Reject, two_pass_moments
-from storage_schemas.schema.factors import stored_factors
+from merge_service.stored_arrays import factor_array, grid_levels, moment_arrays, on_host
+from storage_schemas import Layout, Record, Reject, two_pass_moments
+from storage_schemas.schema.factors import sign_generator
 from storage_schemas.schema.moments import LEVELS
-from storage_schemas.schema.record import Array, encode_exact
+from storage_schemas.schema.record import Array
 
 Batch = Sequence[tuple[Group, Pixels]]
+# Inductor's advice to allow what we do not, at the first compilation for a GPU.
+_ADVICE = "TensorFloat32 tensor cores"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a batch is attacked from, on the CPU; pinned where a GPU will copy it.
+
+    Attributes:
+        clean: uint8 [G, C, H, W].
+        draws: of the random starts, one tensor [G·N, C, H, W] a restart.
+    """
+
+    clean: Tensor
+    draws: Sequence[Tensor]
+
+    def of(self, groups: Sequence[int]) -> Inputs:
+        """Those of some of the groups."""
+        some = torch.tensor(groups, dtype=torch.int64)
+        return Inputs(
+            self.clean[some],
+            [draws.unflatten(0, (len(self.clean), -1))[some].flatten(0, 1) for draws in self.draws],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttackedBatch:
+    """An attack that is over for the CPU; a GPU may still have the last kernels of it to run.
+
+    Attributes:
+        result: on [G·N, C, H, W].
+        embeddings: of the clean images, [G, K].
+        done: comes after its last kernel on a GPU.
+    """
+
+    batch: Batch
+    result: Attacked
+    embeddings: Tensor
+    done: torch.cuda.Event | None
 
 
 class Attacker:
@@ -52,32 +100,55 @@ class Attacker:
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
             check_compiler("compile", self._device.type)
+            warnings.filterwarnings("ignore", _ADVICE, UserWarning)
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         self.precision: Precision = config.precision
         self.objective = config.objective
+        self._members = config.group_size or 1
+        self.groups_per_batch = max(1, config.batch_size // self._members)
+        # Records are made beside the next attack, whose kernels are in the way on the stream of all.
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
-    def records(self, batch: Batch, rejects: list[Reject]) -> Iterator[Record]:
-        """Attack G groups; those whose gradient is not finite are rejected, the others attacked again without."""
-        members = self._config.group_size or 1
+    def inputs(self, batch: Batch) -> Inputs:
+        """What G groups are attacked from."""
+        shape, pinned = batch[0][1].shape, self._device.type == "cuda"
+        clean = torch.empty((len(batch), *shape), dtype=torch.uint8, pin_memory=pinned)
+        np.stack([image for _, image in batch], out=clean.numpy())
+        seed, members = self._config.seed, self._members
+        generators = [one for group, _ in batch for one in sample_generators(seed, group.key, members)]
+        settings, restarts = self._config.attack_settings, self._config.restarts
+        return Inputs(clean, draw_starts(settings, shape, generators, restarts=restarts, pinned=pinned))
+
+    def attack_finite(self, batch: Batch, inputs: Inputs, rejects: list[Reject]) -> AttackedBatch | None:
+        """Attack G groups; those whose gradient is not finite are rejected, the others attacked again without.
+
+        Returns:
+            None if all were rejected.
+        """
         while batch:
             try:
-                yield from self._records(batch, members)
-                return
+                result, embeddings = self.attack(batch, inputs)
             except NonFiniteGradient as error:
-                bad = {index // members for index in error.indices}
+                bad = {index // self._members for index in error.indices}
                 rejects += [
                     Reject(key=batch[i][0].key, sample=batch[i][0].samples[0].name, reason="non-finite gradient")
                     for i in sorted(bad)
                 ]
-                batch = [item for i, item in enumerate(batch) if i not in bad]
+                left = [i for i in range(len(batch)) if i not in bad]
+                batch, inputs = [batch[i] for i in left], inputs.of(left)
+            else:
+                done = torch.cuda.current_stream().record_event() if self._stream is not None else None
+                return AttackedBatch(batch, result, embeddings, done)
+        return None
 
-    def attack(self, batch: Batch, members: int) -> tuple[Attacked, Tensor]:
+    def attack(self, batch: Batch, inputs: Inputs) -> tuple[Attacked, Tensor]:
         """Attack G groups at once: the clean images are encoded once, their N members run together.
 
         Returns:
             The attack's result on [G·N, C, H, W], and the clean embeddings [G, K].
         """
-        clean = torch.from_numpy(np.stack([image for _, image in batch])).to(self._device).float() / LEVELS
+        members = self._members
+        clean = quotient(inputs.clean.to(self._device, non_blocking=True).float(), LEVELS)
         with torch.no_grad(), arithmetic(self._device):
             embeddings = self._target_encoder(clean)
         target = self.targets(batch, embeddings)
@@ -87,10 +158,11 @@ class Attacker:
             target.repeat_interleave(members, dim=0),
             OBJECTIVES[self._config.objective],
             self._config.attack_settings,
-            [g for group, _ in batch for g in sample_generators(self._config.seed, group.key, members)],
+            (),
             [f"{group.samples[0].name} (member {i})" for group, _ in batch for i in range(members)],
             restarts=self._config.restarts,
             precision=self.precision,
+            draws=inputs.draws,
         )
         return result, embeddings
 
@@ -100,44 +172,77 @@ class Attacker:
             return embeddings
         return torch.tensor([group.label for group, _ in batch], device=self._device)
 
-    def _records(self, batch: Batch, members: int) -> list[Record]:
-        result, embeddings = self.attack(batch, members)
-        pixels = result.pixels.cpu().unflatten(0, (len(batch), members))
-        start = result.start_loss.view(-1, members).mean(dim=1).tolist()
-        end = result.loss.view(-1, members).mean(dim=1).tolist()
-        targets = embeddings.float().cpu().numpy()
+    def records(self, attacked: AttackedBatch) -> list[Record]:
+        """The records of a batch, in its order; waits for the device."""
+        batch, members = attacked.batch, self._members
+        with self._beside(attacked.done):
+            numbers = on_host(
+                {
+                    "start": attacked.result.start_loss.view(-1, members).mean(dim=1),
+                    "end": attacked.result.loss.view(-1, members).mean(dim=1),
+                    "targets": attacked.embeddings.float(),
+                }
+            )
+            pixels = attacked.result.pixels.unflatten(0, (len(batch), members))
+            # A GPU takes all groups at once, a CPU one after the other through its caches.
+            some = len(batch) if self._stream is not None else 1
+            arrays = [
+                found
+                for first in range(0, len(batch), some)
+                for found in self._arrays(batch[first : first + some], pixels[first : first + some])
+            ]
+        start, end = numbers["start"].tolist(), numbers["end"].tolist()
+        if self._config.keep_clean:
+            for found, (_, clean) in zip(arrays, batch, strict=True):
+                found["clean"] = clean
+        if self._config.stores_embedding:
+            for found, target in zip(arrays, numbers["targets"].numpy(), strict=True):
+                found["target"] = target
         return [
             Record(
                 key=group.key,
                 count=members,
                 encoding=self._layout.encoding,
-                arrays=self._arrays(group.key, clean, pixels[i], targets[i]),
+                arrays=arrays[i],
                 label=group.label,
                 samples=(group.samples[0].name,),
                 info={"attack_loss_start": start[i], "attack_loss": end[i]},
             )
-            for i, (group, clean) in enumerate(batch)
+            for i, (group, _) in enumerate(batch)
         ]
 
-    def _arrays(self, key: str, clean: Pixels, pixels: Tensor, target: Array) -> dict[str, Array]:
-        arrays: dict[str, Array]
-        if self._config.grid:
-            members = (pixels * LEVELS).round().to(torch.uint8).numpy()
-            arrays = encode_exact(ExactMoments.of(members), self._layout)
-            if self._config.keep_members:
-                arrays["members"] = members
-            if self._config.factors is not None:
-                arrays["factors"] = stored_factors(
-                    members, self._layout, self._config.factor_kind, self._config.seed, key
-                )
-        else:
-            mean, mean_square = two_pass_moments(pixels.numpy())
-            arrays = {"mean": mean.astype(np.float32), "mean_square": mean_square.astype(np.float32)}
-        if self._config.keep_clean:
-            arrays["clean"] = clean
-        if self._config.stores_embedding:
-            arrays["target"] = target
-        return arrays
+    def _arrays(self, batch: Batch, pixels: Tensor) -> list[dict[str, Array]]:
+        """Of every group, what its members [G, N, C, H, W] become."""
+        if not self._config.grid:
+            moments = (two_pass_moments(group) for group in on_host({"pixels": pixels})["pixels"].numpy())
+            return [
+                {"mean": mean.astype(np.float32), "mean_square": square.astype(np.float32)}
+                for mean, square in moments
+            ]
+        members = grid_levels(pixels)
+        stored = moment_arrays(members, self._layout)
+        if self._config.keep_members:
+            stored["members"] = members
+        spec = self._layout.array("factors")
+        if spec is not None:
+            generators = [sign_generator(self._config.seed, group.key) for group, _ in batch]
+            found = factor_array(members, spec.shape[0], self._config.factor_kind, generators)
+            stored["factors"] = found.to(getattr(torch, spec.dtype))
+        arrays = {name: array.numpy() for name, array in on_host(stored).items()}
+        return [{name: array[i] for name, array in arrays.items()} for i in range(len(batch))]
+
+    @contextmanager
+    def _beside(self, done: torch.cuda.Event | None) -> Iterator[None]:
+        """On a GPU what is called inside comes after `done`, and not after the attack that has begun since.
+
+        All of it has ended when the block does: `on_host` waits. So whatever it reads may be freed.
+        """
+        if self._stream is None or done is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(done)
+            yield
 
 
 def _on_embeddings(config: MergeConfig) -> bool:

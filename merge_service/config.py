@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD, PGD, ObjectiveName, Precision
 from datamerge.runtime import Settings
-from datamerge.runtime.fields import ExifSetting, ImageColumn, LabelColumn, Limit, Split
+from datamerge.runtime.fields import LIMITS, ExifSetting, ImageColumn, LabelColumn, Limit, LimitFirst, Split
 from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
 from storage_schemas.schema.factors import FactorKind
@@ -18,6 +18,7 @@ from storage_schemas.schema.pixel_length import PixelLength, lost_levels, rounde
 PositiveInt = Annotated[int, Field(ge=1)]
 Grouping = Literal["adversarial", "label", "cluster", "column"]
 Targets = Literal["embedding", "label", "both"]
+Order = Literal["shuffled", "source"]
 
 DEFAULT_MEMBERS = 10
 _ATTACK = ("attack", "epsilon", "steps", "step_size", "random_start", "start_radius", "restarts", "objective")
@@ -83,6 +84,7 @@ class MergeConfig(Settings):
             lambda own: own.needs_encoder and own.device != "cpu",
             "no encoder runs on a GPU; drop `{name}`",
         ),
+        LIMITS,
     )
 
     source: Annotated[str, Option(argument=True)] = Field(
@@ -157,6 +159,11 @@ class MergeConfig(Settings):
         None, description="How moments are stored."
     )
     groups_per_shard: PositiveInt = Field(256, description="Groups in a shard, the unit of work and of retry.")
+    order: Order = Field(
+        "shuffled",
+        description="Order of the groups: shuffled by `seed`, as far as no part of the source is read more often for "
+        "it, or the source's.",
+    )
     keep_members: bool = Field(False, description="Store the members too, as 8-bit images.")
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
     factors: Annotated[PositiveInt | None, Option(unset="none")] = Field(
@@ -188,6 +195,7 @@ class MergeConfig(Settings):
         description="Licence for the dataset card, as the Hugging Face Hub spells it, e.g. cc-by-4.0.",
     )
     limit: Limit = None
+    limit_first: LimitFirst = None
     # What follows changes how fast the work is done, never what is written.
     max_workers: Annotated[PositiveInt | None, Option(unset="as many as fit")] = Field(
         None, description="Ray workers at most."

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from merge_service.grouping import Groups
 from storage_schemas.schema.seeds import ORDER, purpose_seed
 
 IntArray = npt.NDArray[np.int64]
@@ -81,6 +82,16 @@ class Dealing:
         return np.lexsort((indices, self.blocks.places[self.blocks.of_samples(indices)]))
 
 
+def dealt(groups: Groups, sizes: IntArray | None, per_shard: int, seed: int) -> tuple[Groups, Dealing | None]:
+    """Groups in the order of their shards, and, where each is one sample, how they were dealt; as `deal` and
+    `deal_groups` take the rest."""
+    if groups.starts is None or groups.members is None:
+        dealing = deal(len(groups), sizes, per_shard, seed)
+        return groups.take(dealing.order), dealing
+    order = deal_groups(groups.starts, groups.members, sizes, per_shard, seed)
+    return (groups if order is None else groups.take(order)), None
+
+
 def deal(count: int, sizes: Sequence[int] | IntArray | None, per_shard: int, seed: int) -> Dealing:
     """Deal samples to shards.
 
@@ -121,12 +132,13 @@ def _arranged(blocks: Blocks, per_shard: int, rng: np.random.Generator) -> IntAr
     Where most have a size of their own, as those of writers that count bytes, they are permuted freely. A block may
     then lie across the end of a shard that it missed before, and another one miss it.
     """
-    facts = np.stack([blocks.sizes, shards_of(blocks.ends - blocks.sizes, blocks.ends, per_shard)], axis=1)
-    _, alike, times = np.unique(facts, axis=0, return_inverse=True, return_counts=True)
-    alike = alike.reshape(-1)
-    if 2 * blocks.sizes[times[alike] > 1].sum() < blocks.sizes.sum():
-        return rng.permutation(len(blocks.sizes))
-    arranged = np.empty(len(alike), np.int64)
+    sizes, ends = blocks.sizes, blocks.ends
+    _, of_size, times = np.unique(sizes, return_inverse=True, return_counts=True)
+    if 2 * sizes[times[of_size] > 1].sum() < sizes.sum():
+        return rng.permutation(len(sizes))
+    shards = shards_of(ends - sizes, ends, per_shard)
+    alike = of_size * (shards.max() + 1) + shards
+    arranged: IntArray = np.empty_like(alike)
     arranged[np.argsort(alike, kind="stable")] = np.lexsort((rng.random(len(alike)), alike))
     return arranged
 

@@ -22,7 +22,6 @@ from datamerge.runtime.memory import free_memory
 from datamerge.runtime.threads import torch_threads
 from merge_service.config import MergeConfig
 from merge_service.merge import Prepared, local_device, worker_setup
-from merge_service.planning import ShardTask
 from merge_service.worker import ShardWorker
 from merge_service.worker_memory import worker_memory
 from storage_schemas import ArtifactWriter, DatamergeError, Location
@@ -154,12 +153,12 @@ class _Measured:
 
 def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWriter) -> _Measured:
     config, plan = prepared.config, prepared.plan
-    first = worker.run(ShardTask(0, tuple(plan.groups[:1])))  # warms up caches and allocators
+    first = worker.run(plan.beginning(1))  # warms up caches and allocators
     size, most = 1, plan.layout.groups_per_shard
     while True:
-        groups = tuple(plan.groups[:size])
+        task = plan.beginning(size)
         started = time.perf_counter()
-        result = worker.run(ShardTask(0, groups))
+        result = worker.run(task)
         seconds = time.perf_counter() - started
         if seconds > MEASURE_SECONDS or size >= most:
             break
@@ -169,7 +168,7 @@ def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWri
     if config.device != "cpu" and torch.cuda.is_available():
         seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU they overlap
     return _Measured(
-        units=len(groups),
+        units=len(task.groups),
         units_in_all=plan.layout.groups,
         seconds=seconds,
         attack_seconds=result.attack_seconds,
@@ -189,7 +188,7 @@ def _measure_samples(prepared: Prepared, worker: ShardWorker, writer: ArtifactWr
     _check_usable(result.groups, prepared)
     return _Measured(
         units=len(items),
-        units_in_all=sum(len(group.samples) for group in plan.groups),
+        units_in_all=plan.samples(range(plan.layout.shards)),
         seconds=seconds,
         attack_seconds=seconds,
         bytes_per_group=_bytes(writer) / result.groups,

@@ -40,7 +40,7 @@ def with_labels_of_head(
         rows = Classes(head.names, len(head.weight), f"head {config.head!r}")
     elif attacked is not None:
         rows = Classes((), attacked.encoder.embedding_dim, f"the outputs of {attacked.encoder.spec}")
-    used = {sample.label for sample in source.samples if sample.label is not None}
+    used = set(source.samples.used_labels())
     classes = Classes(source.class_names, len(source.class_names), source.url)
     remedy = "use another `head`, or name its rows as the source does with `class_names`"
     match = match_classes(used, classes, rows, "head", remedy)

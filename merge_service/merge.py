@@ -17,10 +17,12 @@ from datamerge.runtime import Progress
 from datamerge.runtime.messages import warn
 from datamerge.runtime.signals import sigterm_raises
 from datamerge.sources import LISTING, Source, open_source
+from datamerge.sources.labels import shown
 from datamerge.sources.orientation import Exif
 from datamerge.sources.sample import fingerprint
 from merge_service import clustering
 from merge_service.config import MergeConfig
+from merge_service.continuing import as_begun, check_source
 from merge_service.encoders import check_pair, named_encoder
 from merge_service.failures import explain, is_hopeless
 from merge_service.grouping import Group, by_class, clusters_of
@@ -36,11 +38,10 @@ from storage_schemas import (
     Location,
     Manifest,
     Reject,
-    SourceError,
 )
 from storage_schemas.card.finish import finish
 from storage_schemas.display import one_line
-from storage_schemas.schema.manifest import HEAD, MANIFEST, parse
+from storage_schemas.schema.manifest import HEAD
 from storage_schemas.schema.preprocessing import Preprocessing
 
 MIN_REJECTED = 10
@@ -103,9 +104,12 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     Raises:
         UserError: anything that would make the merge fail later and can be known now.
     """
+    config = as_begun(config)
     source = open_source(
         config.source,
         limit=config.limit,
+        limit_first=config.limit_first,
+        seed=config.seed,
         image_column=config.image_column,
         label_column=config.label_column,
         group_column=config.group_column,
@@ -124,7 +128,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
     clusters = None
     if config.grouping == "cluster":
         classes = by_class(source)
-        counts = {label: clusters_of(config, len(samples)) for label, samples in classes.items()}
+        counts = {label: clusters_of(config, len(places)) for label, places in classes.items()}
         if planning_only:
             clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
         else:
@@ -196,7 +200,7 @@ def _run_stage(
     aside: list[SetAside] = []
     remarks: Counter[str] = Counter()
     attack_seconds = 0.0
-    done = plan.layout.groups - sum(len(plan.groups_of(shard)) for shard in shards)
+    done = plan.layout.groups - sum(plan.count(shard) for shard in shards)
     ray_stage = _ray_stage()
     try:
         # SIGTERM last: Ray sets a handler of its own when it starts.
@@ -214,7 +218,7 @@ def _run_stage(
                     rejects += result.rejects
                     remarks.update(result.remarks)
                     attack_seconds += result.attack_seconds
-                progress.advance(len(plan.groups_of(result.shard)), _note(earlier + len(rejects), aside))
+                progress.advance(plan.count(result.shard), _note(earlier + len(rejects), aside))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # What is committed stays; say so in the manifest before anything else is said, if there is room to.
@@ -223,8 +227,7 @@ def _run_stage(
         except OSError:
             pass
         raise
-    read = sum(len(group.samples) for shard in shards for group in plan.groups_of(shard))
-    say_remarks(remarks, read, prepared.source, plan.exif)
+    say_remarks(remarks, plan.samples(shards), prepared.source, plan.exif)
     if aside:
         writer.finish()
         raise DatamergeError(_describe(aside, plan, config))
@@ -277,37 +280,6 @@ def _ray_stage() -> ModuleType:
     return ray_stage
 
 
-def check_source(artifact: str, source: Source) -> None:
-    """Refuse to continue an artifact whose source has changed since; warn if nobody can tell.
-
-    Raises:
-        SourceError: names the files that differ.
-    """
-    location = Location(artifact)
-    if not location.exists(MANIFEST) or not location.exists(LISTING):
-        return
-    manifest = parse(Manifest, location.read(MANIFEST), f"{location.url}/{MANIFEST}")
-    recorded = manifest.provenance.get("source")
-    if not isinstance(recorded, dict):
-        return
-    if recorded.get("fingerprint") == source.fingerprint:
-        written = [] if manifest.complete else source.written_since(location.fs.modified(location.path(LISTING)))
-        if written:
-            warn(
-                f"{source.url}: {len(written)} files, such as {written[0]}, were written after {artifact} was begun; "
-                "their sizes are the same, their content is not known. If they are other images, choose another "
-                "output"
-            )
-        return
-    changes = source.changes(location.read(LISTING))
-    if changes:
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        raise SourceError(
-            f"{source.url} is not what {artifact} was begun from: {'; '.join(changes[:5])}{more}; restore it, or "
-            "choose another output"
-        )
-
-
 def _clusters(
     config: MergeConfig,
     source: Source,
@@ -343,7 +315,7 @@ def _clusters(
             encoder=Wanted.of(encoder.encoder) if encoder else None,
             device=ray_stage.device(config, here),
         )
-        for label, clusters in ray_stage.run_clusters(setup, classes, counts):
+        for label, clusters in ray_stage.run_clusters(setup, source.samples, classes, counts):
             found[label] = clusters
             progress.advance(len(clusters))
     found = {label: found[label] for label in sorted(found)}
@@ -367,8 +339,7 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
     """One line on the shards that could not be done: which samples, how often tried, why."""
 
     def names(groups: Sequence[Group]) -> str:
-        first, last = groups[0].samples[0].name, groups[-1].samples[-1].name
-        return first if first == last else f"{first} … {last}"
+        return shown(sample.name for group in groups for sample in group.samples)
 
     def one_line(one: SetAside) -> str:
         times = "once" if one.tries == 1 else f"{one.tries} times"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
@@ -16,7 +18,8 @@ from datamerge.encoders.runs import ResolvedEncoder
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from datamerge.sources.orientation import Exif
 from merge_service.config import MergeConfig
-from merge_service.grouping import Group, assignment_sha256, make_groups
+from merge_service.dealing import Dealing, dealt
+from merge_service.grouping import Group, Groups, Places, assignment_sha256, make_groups
 from merge_service.turning import Turning
 from merge_service.work_queue import Piece
 from storage_schemas import ArraySpec, ConfigError, Layout, SourceError
@@ -31,9 +34,12 @@ VERSIONED = ("numpy", "pillow", "torch")
 # A shard of given samples is cut into parts of this many, which different workers add up.
 PART_SAMPLES = 4096
 
+T = TypeVar("T")
 
 Items = tuple[tuple[int, int, Sample], ...]
 """Samples of a shard in the source's order: (index of the group, position in the group, sample)."""
+_Sorted = tuple[Places, Places, Places]
+"""The same as columns, with the places of the samples in the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,24 @@ class ShardTask:
     """One unit of work: the groups of one shard.
 
     Attributes:
-        items: all its samples, if they are given and few enough for one piece.
+        groups: without their samples where these are added up as items.
+        items: all its samples, if they are added up and few enough for one piece.
+        reading: places of the groups in the order in which their images are read; empty for theirs.
     """
 
     shard: int
     groups: tuple[Group, ...]
     items: Items = ()
+    reading: tuple[int, ...] = ()
+
+    def as_read(self) -> list[Sample]:
+        """The sample of each group, as they are read."""
+        return [self.groups[place].samples[0] for place in self.reading or range(len(self.groups))]
+
+    def in_place(self, read: Sequence[T]) -> list[T]:
+        """What was made of these samples, group by group."""
+        found = dict(zip(self.reading or range(len(self.groups)), read, strict=True))
+        return [found[place] for place in range(len(self.groups))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +73,60 @@ class Plan:
 
     Attributes:
         groups: in the order that defines shards.
-        order: key of a sample → its place in the source; empty for adversarial groups.
         preprocessing: which pixels are made of the images.
         exif: whether EXIF turns them.
         in_parts: whether a shard's samples may be added up on several workers.
+        dealing: of groups that are a sample each, where they are not in the source's order.
     """
 
-    groups: Sequence[Group]
-    order: Mapping[str, int]
+    groups: Groups
     layout: Layout
     provenance: dict[str, Any]
     preprocessing: Preprocessing
     exif: Exif
     in_parts: bool
-    _sorted: dict[int, Items] = field(default_factory=dict)
+    dealing: Dealing | None = None
+    _sorted: dict[int, _Sorted] = field(default_factory=dict)
 
     def groups_of(self, shard: int) -> tuple[Group, ...]:
         """The groups of a shard."""
-        first = shard * self.layout.groups_per_shard
-        return tuple(self.groups[first : first + self.layout.groups_per_shard])
+        return tuple(self.groups[slice(*self._span(shard))])
+
+    def count(self, shard: int) -> int:
+        """How many groups a shard has."""
+        first, last = self._span(shard)
+        return last - first
+
+    def samples(self, shards: Iterable[int]) -> int:
+        """How many samples shards have."""
+        return sum(int(self.groups.sizes(*self._span(shard)).sum()) for shard in shards)
 
     def task(self, shard: int) -> ShardTask:
         """A shard as a worker gets it."""
-        whole = self.in_parts and self.parts(shard) == 1
-        return ShardTask(shard, self.groups_of(shard), self.part(shard, 0) if whole else ())
+        if not self.in_parts:
+            return self._task(shard, *self._span(shard))
+        outline = self.groups.outline(*self._span(shard))
+        return ShardTask(shard, outline, self.part(shard, 0) if self.parts(shard) == 1 else ())
+
+    def beginning(self, groups: int) -> ShardTask:
+        """The first groups, as a shard of their own."""
+        return self._task(0, 0, groups)
 
     def parts(self, shard: int) -> int:
         """Parts that the samples of a shard are cut into; 1 for a shard that is done in one go."""
         if not self.in_parts:
             return 1
-        return max(1, -(-sum(len(group.samples) for group in self.groups_of(shard)) // PART_SAMPLES))
+        return max(1, -(-self.samples([shard]) // PART_SAMPLES))
 
     def part(self, shard: int, part: int) -> Items:
         """Part of a shard: a run of its samples in the source's order, so that files are read from front to back."""
         if shard not in self._sorted:
             self._sorted.clear()  # one shard's list is enough: its parts are handed out one after the other
-            self._sorted[shard] = self._in_order(self.groups_of(shard))
-        return self._sorted[shard][part * PART_SAMPLES : (part + 1) * PART_SAMPLES]
+            self._sorted[shard] = self._in_order(shard)
+        group, position, place = (
+            column[part * PART_SAMPLES : (part + 1) * PART_SAMPLES] for column in self._sorted[shard]
+        )
+        return tuple(zip(group.tolist(), position.tolist(), self.groups.samples.take(place), strict=True))
 
     def pieces(self, shards: Sequence[int]) -> Iterator[Piece]:
         """The pieces of work that these shards begin with."""
@@ -102,13 +137,20 @@ class Plan:
             else:
                 yield from (Piece(shard, part) for part in range(parts))
 
-    def _in_order(self, groups: Sequence[Group]) -> Items:
-        items = [
-            (index, position, sample)
-            for index, group in enumerate(groups)
-            for position, sample in enumerate(group.samples)
-        ]
-        return tuple(sorted(items, key=lambda item: self.order[item[2].key]))
+    def _task(self, shard: int, start: int, stop: int) -> ShardTask:
+        reading = () if self.dealing is None else tuple(self.dealing.as_read(start, stop).tolist())
+        return ShardTask(shard, tuple(self.groups[start:stop]), reading=reading)
+
+    def _span(self, shard: int) -> tuple[int, int]:
+        first = shard * self.layout.groups_per_shard
+        return first, min(first + self.layout.groups_per_shard, self.layout.groups)
+
+    def _in_order(self, shard: int) -> _Sorted:
+        sizes, places = self.groups.sizes(*self._span(shard)), self.groups.places(*self._span(shard))
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        position = np.arange(len(places)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        order = np.argsort(places)
+        return group[order], position[order], places[order]
 
 
 def make_plan(
@@ -144,32 +186,35 @@ def make_plan(
     )
     if config.grouping == "cluster":
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
-    in_parts = config.grouping != "adversarial"
-    order = {sample.key: index for index, sample in enumerate(source.samples)} if in_parts else {}
+    dealing = None
+    if config.order == "shuffled":
+        groups, dealing = dealt(groups, source.blocks, layout.groups_per_shard, config.seed)
     return Plan(
         groups=groups,
-        order=order,
         layout=layout,
         provenance=provenance,
         preprocessing=preprocessing,
         exif=turning.exif,
-        in_parts=in_parts,
+        in_parts=config.grouping != "adversarial",
+        dealing=dealing,
     )
 
 
-def _check_classes(groups: Sequence[Group], encoder: Encoder | None, head: Head | None, source: Source) -> None:
+def _check_classes(groups: Groups, encoder: Encoder | None, head: Head | None, source: Source) -> None:
     classes = len(head.weight) if head else (encoder.embedding_dim if encoder else 0)
-    for group in groups:
-        if group.label is None:
-            raise ConfigError(
-                f"objective: cross_entropy needs labels, {group.samples[0].name} has none{source.why}; give it one, "
-                'or use `objective="squared_error"`'
-            )
-        if not 0 <= group.label < classes:
-            raise ConfigError(
-                f"objective: cross_entropy expects labels of the {classes} classes of the head, "
-                f"{group.samples[0].name} has label {group.label}; use another `head`"
-            )
+    unfit = (groups.labels < 0) | (groups.labels >= classes)
+    if not unfit.any():
+        return
+    group = groups[int(unfit.argmax())]
+    if group.label is None:
+        raise ConfigError(
+            f"objective: cross_entropy needs labels, {group.samples[0].name} has none{source.why}; give it one, "
+            'or use `objective="squared_error"`'
+        )
+    raise ConfigError(
+        f"objective: cross_entropy expects labels of the {classes} classes of the head, "
+        f"{group.samples[0].name} has label {group.label}; use another `head`"
+    )
 
 
 def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None, exif: Exif) -> Preprocessing:
@@ -206,13 +251,10 @@ def _shape(config: MergeConfig, source: Source, exif: Exif) -> tuple[int, int, i
 
 
 def _arrays(
-    config: MergeConfig, shape: tuple[int, int, int], groups: Sequence[Group], encoder: Encoder | None, spread: int
+    config: MergeConfig, shape: tuple[int, int, int], groups: Groups, encoder: Encoder | None, spread: int
 ) -> list[ArraySpec]:
     """The arrays of a record; `spread`: largest difference of two members of a group, in grey levels."""
-    if config.grouping == "adversarial":
-        largest = config.group_size or 1
-    else:
-        largest = max(len(group.samples) for group in groups)
+    largest = (config.group_size or 1) if config.grouping == "adversarial" else int(groups.sizes().max())
     arrays = moment_specs(config.resolved_encoding, shape, largest, spread)
     if config.stores_embedding and encoder is not None:
         arrays.append(ArraySpec(name="target", dtype="float32", shape=(encoder.embedding_dim,)))
@@ -239,6 +281,7 @@ def _provenance(
             "url": source.url,
             "kind": source.kind,
             "samples": len(source.samples),
+            **({"drawn_from": source.drawn_from} if source.drawn_from is not None else {}),
             "fingerprint": source.fingerprint,
             "class_names": list(source.class_names),
         },
@@ -246,6 +289,7 @@ def _provenance(
         "grouping": _grouping(config),
         "targets": config.resolved_targets,
         "seed": config.seed,
+        **({"order": config.order} if config.order != "source" else {}),  # plans of 0.1.0 say nothing of theirs
         "numerics": {
             "batch_size": config.batch_size,
             "threads": config.threads,

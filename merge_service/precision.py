@@ -8,25 +8,27 @@ from datamerge.attacks import OBJECTIVES, gradient_sign
 from merge_service.adversarial_groups import Attacker, Batch
 
 
-def compare(attacker: Attacker, batch: Batch, members: int) -> str:
+def compare(attacker: Attacker, batch: Batch) -> str:
     """One line: how many gradient signs agree at the same points, and what both attacks reach.
 
     Raises:
         NonFiniteGradient: in either precision.
     """
     chosen = attacker.precision
-    result, embeddings = attacker.attack(batch, members)
+    inputs = attacker.inputs(batch)
+    result, embeddings = attacker.attack(batch, inputs)
     attacker.precision = "float32"
     try:
-        exact, _ = attacker.attack(batch, members)
+        exact, _ = attacker.attack(batch, inputs)
     finally:
         attacker.precision = chosen
-    target = attacker.targets(batch, embeddings).repeat_interleave(members, dim=0)
+    images = len(result.pixels)
+    target = attacker.targets(batch, embeddings).repeat_interleave(images // len(batch), dim=0)
     objective = OBJECTIVES[attacker.objective]
     signs = [gradient_sign(attacker.model, exact.pixels, target, objective, p) for p in (chosen, "float32")]
     agreement = float((signs[0] == signs[1]).to(torch.float32).mean())
     reached, wanted = float(result.loss.mean()), float(exact.loss.mean())
     return (
         f"precision {chosen}: {100 * agreement:.1f} % of gradient signs as in float32; attack loss {reached:.6g}, "
-        f"in float32 {wanted:.6g} ({100 * reached / wanted:.1f} %), on {len(batch) * members} images"
+        f"in float32 {wanted:.6g} ({100 * reached / wanted:.1f} %), on {images} images"
     )

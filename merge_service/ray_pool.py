@@ -41,6 +41,12 @@ class RayWorker(ShardWorker):
         self.prepare()
         return str(ray.get_runtime_context().get_node_id())
 
+    def _machine(self) -> tuple[float, float]:
+        """CPUs and GPUs of this node, as Ray deals them out; a worker of a GPU does not see the others."""
+        here = ray.get_runtime_context().get_node_id()
+        resources: dict[str, float] = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+        return resources.get("CPU", 1), resources.get("GPU", 0)
+
     def part_apart(self, items: Items) -> tuple[None, Partial]:
         """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
         return None, self.part(items)

@@ -11,9 +11,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from datamerge.runtime.messages import first_line, say, warn
 from datamerge.runtime.ray import connected
-from datamerge.sources import Sample
+from datamerge.sources.columns import Samples
 from merge_service.config import MergeConfig
 from merge_service.failures import cause_of_death, explain, is_hopeless, is_lasting
+from merge_service.grouping import Places
 from merge_service.planning import Plan
 from merge_service.ray_pool import LOOK_SECONDS, PIECES_PER_WORKER, TRIES, Pool, Worker
 from merge_service.work_queue import Piece, SetAside, WorkQueue
@@ -212,13 +213,14 @@ class _Clusters(_Stage):
     """The stage of k-means; a class takes the place of a shard."""
 
     def __init__(
-        self, setup: WorkerSetup, classes: Mapping[int, Sequence[Sample]], counts: Mapping[int, int]
+        self, setup: WorkerSetup, samples: Samples, classes: Mapping[int, Places], counts: Mapping[int, int]
     ) -> None:
         super().__init__(setup, WorkQueue((Piece(label) for label in classes), TRIES), len(classes))
-        self._classes, self._counts = classes, counts
+        self._samples, self._classes, self._counts = samples, classes, counts
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
-        return actor.call.remote("cluster", piece.shard, self._classes[piece.shard], self._counts[piece.shard])
+        samples = self._samples.take(self._classes[piece.shard])
+        return actor.call.remote("cluster", piece.shard, samples, self._counts[piece.shard])
 
     def _received(self, piece: Piece, result: Any) -> Iterator[tuple[int, list[int]]]:
         self._dropped(piece.shard)
@@ -240,14 +242,19 @@ def run_shards(
 
 
 def run_clusters(
-    setup: WorkerSetup, classes: Mapping[int, Sequence[Sample]], counts: Mapping[int, int]
+    setup: WorkerSetup, samples: Samples, classes: Mapping[int, Places], counts: Mapping[int, int]
 ) -> Iterator[tuple[int, list[int]]]:
     """Label and clusters of every class's samples, as they come, in any order.
+
+    Args:
+        samples: of the source.
+        classes: their places by label.
+        counts: of clusters.
 
     Raises:
         DatamergeError: a class cannot be clustered.
     """
-    for found in _Clusters(setup, classes, counts).run():
+    for found in _Clusters(setup, samples, classes, counts).run():
         if isinstance(found, SetAside):
             raise DatamergeError(f"class {found.shard} cannot be clustered: {found.reason}")
         yield found

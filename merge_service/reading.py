@@ -13,6 +13,7 @@ import numpy.typing as npt
 from datamerge.runtime.messages import first_line
 from datamerge.sources import BadImage, RawImage, Reader, Sample, decode
 from datamerge.sources.orientation import Exif
+from merge_service.config import MergeConfig
 from merge_service.failures import may_pass
 from storage_schemas import CorruptShard, DatamergeError
 from storage_schemas.access.retries import is_transient, retry
@@ -23,8 +24,23 @@ Pixels = npt.NDArray[np.uint8]
 # Seconds between the tries of a source's read; `Location` has its own for requests.
 WAITS = (0.25, 1.0, 5.0)
 
+# More than a GPU's worker has use for: an image takes a thread some 4 ms.
+MOST_DECODERS = 16
+
 # A remote store answers in tens of milliseconds, whatever the number of requests.
 REMOTE_REQUESTS = 16
+
+
+def decoders_of_a_gpu(config: MergeConfig, cpus: float, gpus: float) -> int:
+    """Threads that decode for one worker on a GPU: its share of the machine's CPUs, unless `num_cpus` is set.
+
+    Args:
+        cpus, gpus: of the machine.
+    """
+    if config.num_cpus is not None:
+        return config.num_cpus
+    share = cpus * (config.num_gpus or 1.0) / max(gpus, 1.0)
+    return max(config.cpus, min(MOST_DECODERS, int(share)))
 
 
 class PixelReader:

@@ -1,7 +1,8 @@
 """What a worker does, as a plain object without Ray: whole shards, parts of shards, clusters of a class.
 
 Two calls may run at the same time, in two threads: while one attacks, the other writes what it has attacked and
-decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most.
+decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most. A third thread
+works for the attack: it draws the starts of its next batch and turns the last one into records.
 """
 
 from __future__ import annotations
@@ -11,21 +12,24 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from datamerge.encoders import Encoder, Head, load_encoder
+from datamerge.runtime.machine import usable_cpus
 from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Reader, Sample
 from datamerge.sources.orientation import Exif
 from merge_service.adversarial_groups import Attacker
+from merge_service.attack_ahead import AttackAhead
 from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
 from merge_service.planning import Items, ShardTask
 from merge_service.precision import compare
-from merge_service.reading import PixelReader
+from merge_service.reading import PixelReader, decoders_of_a_gpu
 from merge_service.sample_groups import Accumulator, Partial
 from storage_schemas import ArtifactWriter, ConfigError, Record, Reject
 from storage_schemas.schema.preprocessing import Preprocessing
@@ -117,7 +121,10 @@ class ShardWorker:
         self._setup = setup
         self._config = setup.config
         self._attack_lock, self._write_lock = threading.Lock(), threading.Lock()
-        self._reader = PixelReader(setup.reader, setup.preprocessing, setup.config.cpus, setup.exif)
+        self._beside = ThreadPoolExecutor(1, "beside", self._use_threads)
+        on_gpu = setup.device.startswith("cuda")
+        decoders = decoders_of_a_gpu(setup.config, *self._machine()) if on_gpu else setup.config.cpus
+        self._reader = PixelReader(setup.reader, setup.preprocessing, decoders, setup.exif)
         self._encoder: Encoder | None = None
         self._attacker: Attacker | None = None
         self._accumulator: Accumulator | None = None
@@ -150,7 +157,7 @@ class ShardWorker:
             return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
         remarks: list[str] = []
-        images = self._reader.read([group.samples[0] for group in task.groups], remarks)
+        images = task.in_place(self._reader.read(task.as_read(), remarks))
         usable = []
         for group, image in zip(task.groups, images, strict=True):
             if isinstance(image, str):
@@ -158,16 +165,14 @@ class ShardWorker:
             else:
                 usable.append((group, image))
         del images
-        with self._attack_lock:
-            started = time.monotonic()
-            self._use_threads()
-            per_batch = max(1, self._config.batch_size // (self._config.group_size or 1))
-            records: list[Record] = []
-            with out_of_memory_advice(self._advice):
-                while usable:
-                    records += self._attacker.records(usable[:per_batch], rejects)
-                    del usable[:per_batch]
-            seconds = time.monotonic() - started
+        with out_of_memory_advice(self._advice):
+            attack = AttackAhead(self._attacker, usable, self._beside, rejects)
+            with self._attack_lock:
+                started = time.monotonic()
+                self._use_threads()
+                attack.run()
+                seconds = time.monotonic() - started
+            records = attack.records()
         return self._commit(task, records, rejects, remarks, seconds)
 
     def part(self, items: Items) -> Partial:
@@ -197,13 +202,12 @@ class ShardWorker:
         """How far the chosen precision is from float32, on the first groups of a shard; a line to print."""
         if self._attacker is None:
             return ""
-        members = self._config.group_size or 1
-        groups = task.groups[: max(1, self._config.batch_size // members)]
+        groups = task.groups[: self._attacker.groups_per_batch]
         images = self._reader.read([group.samples[0] for group in groups])
         batch = [(g, image) for g, image in zip(groups, images, strict=True) if not isinstance(image, str)]
         with self._attack_lock:
             self._use_threads()
-            return compare(self._attacker, batch, members) if batch else ""
+            return compare(self._attacker, batch) if batch else ""
 
     @property
     def model(self) -> nn.Module | None:
@@ -231,6 +235,10 @@ class ShardWorker:
         with self._write_lock:
             commit = writer.commit(task.shard, _drained(records), rejects)
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds, Counter(remarks))
+
+    def _machine(self) -> tuple[float, float]:
+        """CPUs and GPUs of this machine that workers share."""
+        return usable_cpus(), torch.cuda.device_count()
 
     def _advice(self) -> str:
         config = self._config

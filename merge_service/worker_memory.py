@@ -25,8 +25,11 @@ from storage_schemas import Layout
 
 # A worker of Ray with torch and a library of encoders, without weights.
 LIBRARIES = 550 * 2**20
-# float32 copies of the pixels of a batch: bounds, points, gradients; APGD's momentum and best points too.
-COPIES = {"pgd": 10, "apgd": 18}
+# float32 copies of the pixels of a batch: bounds, points, gradients; APGD's momentum and best points too. One is that
+# of the last batch, which becomes records meanwhile.
+COPIES = {"pgd": 11, "apgd": 19}
+# Bytes of a pixel's draw, for this batch and the next, each restart.
+DRAWS = 2 * 2
 # Of the largest activation, which a layer has as input, output and gradients while it runs.
 LAYER = 4
 # glibc gives freed pieces of this size back at once. Smaller ones leave holes: with these, encoders took 1.2 (a
@@ -98,12 +101,13 @@ def worker_memory(config: MergeConfig, layout: Layout, encoders: Sequence[Encode
     # A record and its clean image, or the sums that it is made from.
     group = layout.bytes_per_record + values * (1 if attacks else 16)
     per_batch = max(1, config.batch_size // members) * members if attacks else min(config.batch_size, READ_AT_ONCE)
+    draws = (DRAWS if config.grid else 2 * DRAWS) if attacks and config.random_start else 0
     on_cpu = bool(encoders) and not device.startswith("cuda")
     kept, copies = _kept(config, encoders[0]) if on_cpu else ((), 0)
     weights = sum(tensor.nbytes for one in encoders for tensor in (*one.parameters(), *one.buffers()))
     return WorkerMemory(
         fixed=LIBRARIES + weights + copies + 2 * layout.groups_per_shard * group,
-        pixels=4 * values * COPIES[config.attack] if on_cpu else 0,
+        pixels=values * (4 * COPIES[config.attack] + draws * config.restarts) if on_cpu else 0,
         kept=kept if attacks else (),
         layer=max(kept, default=0),
         images=min(per_batch, layout.groups_per_shard * members) if attacks else per_batch,

@@ -7,7 +7,7 @@ whole artifacts has rooms of its own: `storage_schemas.operations`, `storage_sch
 from storage_schemas.access.cache import Cache
 from storage_schemas.access.location import Location
 from storage_schemas.access.redaction import redact
-from storage_schemas.artifact import Artifact, open_artifact, parse_head
+from storage_schemas.artifact import Artifact, open_artifact
 from storage_schemas.errors import (
     ConfigError,
     CorruptShard,
@@ -22,6 +22,7 @@ from storage_schemas.errors import (
 )
 from storage_schemas.schema.exact import pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
+from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.manifest import ArraySpec, Commit, EncodingName, Format, Layout, Manifest, Reject
 from storage_schemas.schema.moments import LEVELS, ExactMoments, two_pass_moments
 from storage_schemas.schema.pixel_length import PixelLength, Radius

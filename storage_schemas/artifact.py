@@ -7,22 +7,24 @@ import copy
 import hashlib
 import operator
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 
 from storage_schemas.access.cache import Cache, CachedLocation
+from storage_schemas.access.fetching import fetcher_of
 from storage_schemas.access.location import Location
-from storage_schemas.access.lru import Lru
+from storage_schemas.access.once import Once
 from storage_schemas.access.ranges import damage
+from storage_schemas.access.threads import in_threads
 from storage_schemas.display import one_line, table
-from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, SchemaError, shortened
+from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, shortened
 from storage_schemas.key_index import rows_of
 from storage_schemas.schema.arguments import check_choice
+from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.manifest import (
     HEAD,
     KEYS,
@@ -35,11 +37,14 @@ from storage_schemas.schema.manifest import (
     commit_path,
     parse,
 )
-from storage_schemas.schema.plain_json import read_json
+from storage_schemas.schema.packed import PackedCommit, Sidecar
 from storage_schemas.schema.record import Array, Record, crc32c
 from storage_schemas.stores import Reader, store_of
 
 CACHED_COMMITS = 64
+# Records whose sidecars are kept by those that leave facts out, at about 110 bytes.
+PACKED_RECORDS = 2**20
+REQUESTS = 16  # sidecars that are requested at a time
 LARGEST_SHEET = 8 * 2**20  # bytes of a contact sheet that a notebook is given
 
 Verify = Literal["off", "record", "shard"]
@@ -98,7 +103,7 @@ class Artifact:
             )
         self.shard_sizes: list[int] = list(self.manifest.shards.column("groups"))
         self._index_is_sound = False
-        self._specs = self.manifest.layout.arrays
+        self._specs, self._facts = self.manifest.layout.arrays, True
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
         self._reset()
 
@@ -121,8 +126,7 @@ class Artifact:
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
         index %= len(self)
-        position = bisect.bisect_right(self._starts, index) - 1
-        return self.read(position, index - self._starts[position])
+        return self.read(*self._place(index))
 
     def __iter__(self) -> Iterator[Record]:
         for position, size in enumerate(self.shard_sizes):
@@ -139,7 +143,7 @@ class Artifact:
         return self._read(position, offset)
 
     def _read(self, position: int, offset: int) -> Record:
-        commit = self.commit(position)
+        commit = self._sidecar(position)
         if self._verify == "shard" and position not in self._checked_shards:
             self._check_files(commit)
             self._checked_shards.add(position)
@@ -163,22 +167,113 @@ class Artifact:
         if position in self._fetched_again:
             return False
         self._fetched_again.add(position)
-        dropped = self.location.forget(file.path for file in self.commit(position).files)
+        dropped = self.location.forget(file.path for file in self._sidecar(position).files)
         if dropped:
             self._reader = store_of(self.manifest.layout).reader(self.location)
         return dropped
 
-    def only(self, names: Collection[str]) -> Artifact:
-        """The same artifact, reading these arrays alone; a record then lacks what the others would give."""
+    def only(self, names: Collection[str], *, facts: bool = True) -> Artifact:
+        """The same artifact, reading these arrays alone; a record then lacks what the others would give.
+
+        Without `facts` it lacks `samples` and `info` too, and the sidecars of thousands of shards stay in memory:
+        for those who read in random order.
+        """
         selected = copy.copy(self)
         selected._specs = tuple(spec for spec in self.manifest.layout.arrays if spec.name in names)
+        selected._facts = facts
         return selected
+
+    def expect(self, indices: Sequence[int]) -> int:
+        """Have what reading these records asks for fetched ahead, in this order, many requests at a time.
+
+        Waits for sidecars and shard indices, which say where records are, and not for the records. A local artifact
+        needs none of this.
+
+        Returns:
+            Bytes that were asked for.
+        """
+        if self.location.is_local:
+            return 0
+        wanted = [self._place(index) for index in indices]
+        sidecars = self._sidecars({position for position, _ in wanted})
+        # The reader is asked when it is due: others may have begun to read what it knows now.
+        fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
+        fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
+        ranges = [one for position, at in wanted for one in reader.ranges(sidecars[position], at, self._specs)]
+        fetcher.expect(ranges, sizes)
+        return sum(one.end - one.start for one in ranges)
+
+    def fill(self, indices: Sequence[int]) -> None:
+        """Have these records fetched into the cache behind all that is expected, shard by shard, in large requests.
+
+        Waits as `expect` does. Without a cache nothing happens.
+        """
+        if not isinstance(self.location, CachedLocation) or self.location.is_local:
+            return
+        wanted: dict[int, list[int]] = {}
+        for position, at in map(self._place, indices):
+            wanted.setdefault(position, []).append(at)
+        sidecars = self._sidecars(wanted)
+        partial = [one for position, one in sidecars.items() if len(wanted[position]) < len(one.records)]
+        fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
+        fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in partial), sizes)
+        rest = (reader.joined_ranges(one, wanted[position], self._specs) for position, one in sidecars.items())
+        fetcher.fill(list(chain.from_iterable(rest)), sizes)
+
+    def expect_nothing(self) -> None:
+        """Fetch nothing more of what was expected and not read."""
+        if not self.location.is_local:
+            fetcher_of(self.location).forget_expected()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache of a remote artifact may hold; 0 without one."""
+        location = self.location
+        return location.cache.max_bytes if isinstance(location, CachedLocation) and not location.is_local else 0
+
+    @property
+    def bytes_read(self) -> int:
+        """About how many bytes of files hold the arrays that are read; all of a tar file's."""
+        if not self.shard_sizes:
+            return 0
+        sidecar, store = self._sidecar(0), store_of(self.manifest.layout)
+        names = {spec.name for spec in self._specs}
+        specs_of = store.shard_files(sidecar.shard)
+        read = sum(
+            file.bytes for file in sidecar.files if names & {spec.name for spec in specs_of.get(file.path, ())}
+        )
+        return self.manifest.bytes * read // max(1, sum(file.bytes for file in sidecar.files))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        position = bisect.bisect_right(self._starts, index) - 1
+        return position, index - self._starts[position]
 
     def commit(self, position: int) -> Commit:
         """Sidecar of the shard at `position` in the manifest's list."""
-        cached = self._commits.get(position)
-        if cached is not None:
-            return cached
+        return self._commits.get(position, lambda: self._read_commit(position))
+
+    def commits(self, positions: Iterable[int]) -> Iterator[Commit]:
+        """Sidecars of these shards, in that order, several requested at a time."""
+        with in_threads(1 if self.location.is_local else REQUESTS, self.commit, positions) as commits:
+            yield from commits
+
+    def _sidecars(self, positions: Collection[int]) -> dict[int, Sidecar]:
+        """What a reader needs of the sidecars of some shards; those that are missing are requested together."""
+        known = self._commits if self._facts else self._packed
+        missing = [position for position in positions if position not in known]
+        found: dict[int, Sidecar] = {}
+        if missing:
+            with in_threads(REQUESTS, self._sidecar, missing) as requested:
+                found = dict(zip(missing, requested, strict=True))
+        return {position: found.get(position) or self._sidecar(position) for position in positions}
+
+    def _sidecar(self, position: int) -> Sidecar:
+        """What a reader needs of the sidecar of the shard at `position`."""
+        if self._facts:
+            return self.commit(position)
+        return self._packed.get(position, lambda: PackedCommit(self._read_commit(position)))
+
+    def _read_commit(self, position: int) -> Commit:
         entry = self.manifest.shards[position]
         path = commit_path(entry.shard)
         where = f"{self.location.url}/{path}"
@@ -186,7 +281,6 @@ class Artifact:
         commit = parse(Commit, self._read_committed(path, entry.commit_sha256), where)
         if len(commit.records) != entry.groups or commit.plan_sha256 != self.manifest.plan_sha256:
             raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
-        self._commits.put(position, commit)
         return commit
 
     def index_of(self, key: str) -> int:
@@ -226,7 +320,7 @@ class Artifact:
             self._index_is_sound = True
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
 
-    def _check_files(self, commit: Commit) -> None:
+    def _check_files(self, commit: Sidecar) -> None:
         for file in commit.files:
             found = damage(self.location, file)
             if found is not None:
@@ -267,12 +361,14 @@ class Artifact:
         return data
 
     def _reset(self) -> None:
-        self._commits = Lru[int, Commit](CACHED_COMMITS)
+        self._commits = Once[int, Commit](CACHED_COMMITS)
+        packed = max(CACHED_COMMITS, PACKED_RECORDS // self.manifest.layout.groups_per_shard)
+        self._packed = Once[int, PackedCommit](packed)
         self._fetched_again: set[int] = set()
         self._reader = store_of(self.manifest.layout).reader(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_commits", "_reader")}
+        return {key: value for key, value in vars(self).items() if key not in ("_commits", "_packed", "_reader")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -297,8 +393,13 @@ class Artifact:
         return table(self.location.url, facts, sheet)
 
 
+def _sizes(sidecars: Iterable[Sidecar]) -> dict[str, int]:
+    """Bytes of the shards' files, by path."""
+    return {file.path: file.bytes for sidecar in sidecars for file in sidecar.files}
+
+
 def read_arrays(
-    reader: Reader, commit: Commit, index: int, specs: Sequence[ArraySpec], check: bool
+    reader: Reader, commit: Sidecar, index: int, specs: Sequence[ArraySpec], check: bool
 ) -> dict[str, Array]:
     """Arrays of record `index` of a shard, compared with their checksums if `check`.
 
@@ -315,51 +416,3 @@ def read_arrays(
             )
         arrays[spec.name] = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(spec.shape)
     return arrays
-
-
-def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
-    """Read a class head in safetensors form.
-
-    Tensors: `weight` [classes, K], optionally `bias` [classes], optionally `scale` [1] (embeddings are then
-    normalised to length 1 and logits multiplied by it). Class names: JSON list in the metadata entry `names`.
-
-    Raises:
-        SchemaError: not safetensors, no two-dimensional `weight`, other shapes, or numbers that are not finite.
-    """
-    try:
-        tensors: dict[str, Array] = load_safetensors(data)
-    except SafetensorError as error:
-        raise SchemaError(f"{where}: expected a safetensors file with `weight`, found {error}") from None
-    except KeyError as error:
-        raise SchemaError(f"{where}: expected tensors of dtypes that NumPy has, such as F32, found {error}") from None
-    weight = tensors.get("weight")
-    if weight is None or weight.ndim != 2 or not set(tensors) <= {"weight", "bias", "scale"}:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise SchemaError(f"{where}: expected weight [classes, K] and optional bias and scale, found {shapes}")
-    _check_head(tensors, where)
-    header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # sound, or safetensors had refused it
-    try:
-        names = read_json(header.get("__metadata__", {}).get("names", "[]"))
-    except ValueError as error:
-        raise SchemaError(f"{where}: expected a JSON list of class names, found {error}") from None
-    if not isinstance(names, list):
-        raise SchemaError(f"{where}: expected a JSON list of class names, found {type(names).__name__}")
-    if names and len(names) != len(weight):
-        raise SchemaError(f"{where}: expected the names of {len(weight)} classes, found {len(names)}")
-    return tensors, [str(name) for name in names]
-
-
-def _check_head(tensors: Mapping[str, Array], where: str) -> None:
-    """Raise SchemaError for a bias or a scale that no logits come of, or that turns them round."""
-    weight = tensors["weight"]
-    for name, size in (("bias", len(weight)), ("scale", 1)):
-        if name in tensors and (tensors[name].ndim > 1 or tensors[name].size != size):
-            raise SchemaError(
-                f"{where}: expected {name} [{size}] beside weight {list(weight.shape)}, found "
-                f"{list(tensors[name].shape)}"
-            )
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise SchemaError(f"{where}: expected finite numbers, found others in {name}")
-    if "scale" in tensors and not tensors["scale"].item() > 0:
-        raise SchemaError(f"{where}: expected a scale above 0, found {tensors['scale'].item():g}")

@@ -55,7 +55,7 @@ class KeyIndex:
 
 def sidecars_of_a_lookup(manifest: Manifest) -> float:
     """In how many shards' ranges of keys a key is, on average over the least key of every shard."""
-    ranges = [entry.key_range for entry in manifest.shards if entry.key_range is not None]
+    ranges = [span for span in manifest.shards.column("key_range") if span is not None]
     least, greatest = sorted(low for low, _ in ranges), sorted(high for _, high in ranges)
     holding = sum(bisect_right(least, key) - bisect_left(greatest, key) for key in least)
     return holding / len(ranges) if ranges else 0.0

@@ -3,6 +3,10 @@
 A shard exists when `commits/NNNNN.json` does. Whatever dies between two steps leaves at most files that no
 sidecar names; the next run writes the same bytes over them. For the same reason two writers of one plan may work
 on an artifact at once: each file is replaced whole, by a file with the same bytes.
+
+Where the bytes are not the same, as on GPUs that add in any order, the last of two writers to commit a shard writes
+all of its files again before its sidecar, so that none of the other's are left among them. Two that commit within
+the time of one small write may still leave a mixture, which `verify` finds and the next merge makes anew.
 """
 
 from __future__ import annotations
@@ -111,15 +115,16 @@ class ArtifactWriter:
             record = replace(record, samples=tuple(map(redact, record.samples)))
             entries[record.key] = _record_entry(record, self.layout, encoder.add(record))
             spread.add(record)
-        files = []
+        # Kept until the sidecar is there: compressed, they take less than the rows that were let go for them.
+        contents = []
         for path, data in encoder.files():
             self.location.write(path, data)
-            files.append(_entry(path, data))
+            contents.append((path, data))
         commit = Commit(
             schema_version=SCHEMA_VERSION,
             shard=shard,
             plan_sha256=self.plan,
-            files=tuple(sorted(files, key=lambda entry: entry.path)),
+            files=tuple(sorted((_entry(path, data) for path, data in contents), key=lambda entry: entry.path)),
             records=tuple(entries.values()),
             rejects=tuple(
                 reject.model_copy(update={"reason": redact(reject.reason), "sample": redact(reject.sample)})
@@ -128,6 +133,10 @@ class ArtifactWriter:
             ranges=spread.ranges(),
             self_sha256=UNSEALED,
         )
+        other = self._committed(shard)
+        if other is not None and other.files != commit.files:
+            for path, data in contents:
+                self.location.write(path, data)
         self.location.write(commit_path(shard), dump(commit))
         return commit
 

@@ -25,13 +25,14 @@ def train(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Fine-tune an encoder on the groups of ARTIFACT; everything it writes goes to the folder RUN.
+    """Fine-tune an encoder on the groups of ARTIFACT, or of several; everything it writes goes to the folder RUN.
 
     \b
     datamerge train my-artifact my-run --preset paper
     datamerge train my-artifact my-baseline --preset paper --arm ind --members 2
     datamerge train my-artifact quick-look --epochs 1 --batch-size 16 --lr 1e-4
     datamerge train my-artifact my-run --preset fare2 --arm avg --ema 0.999 --freeze 'conv1.*'
+    datamerge train photos s3://bucket/drawings=0.5 my-run --preset paper
     torchrun --nproc-per-node 8 -m datamerge train my-artifact my-run --preset fare2
 
     The same command again continues an interrupted run, and does nothing for a finished one. RUN/run.json and
@@ -39,6 +40,8 @@ def train(
     `tensorboard --logdir RUN`.
     """
     values = read_preset(preset) if preset else {}
+    if flags.get("artifact") is None:  # a single place is the artifact's; a file says where RUN is
+        flags |= {"artifact": flags.get("run"), "run": None}
     if flags.get("epochs") is not None:
         # The flag asks for another length in another unit; only one of the two can hold.
         values.pop("steps", None)

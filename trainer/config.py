@@ -14,9 +14,11 @@ from datamerge.runtime import Settings
 from datamerge.runtime.fields import Device, Seed, Threads
 from datamerge.runtime.options import Option
 from datamerge.runtime.settings import Effect
-from storage_schemas import ConfigError
+from storage_schemas import ConfigError, shortened
 from storage_schemas.schema.pixel_length import PixelLength
 from trainer.arms import ARMS, Arm, ArmName, EstimatorName
+from trainer.data.order import SHUFFLE_WINDOW
+from trainer.weights import Weighted, weighted
 
 LossName = Literal["auto", "squared_error", "cross_entropy"]
 
@@ -68,13 +70,12 @@ class TrainConfig(Settings):
             lambda own: own.eval_artifact is not None,
             "there is nothing to evaluate on; set `eval_artifact`, or drop `{name}`",
         ),
-        Effect(
-            ("cache_bytes",), lambda own: own.cache is not None, "there is no cache; set `cache`, or drop `{name}`"
-        ),
+        Effect(("cache_bytes",), lambda own: own.cache != "none", "there is no cache; set `cache`, or drop `{name}`"),
     )
 
-    artifact: Annotated[str, Option(argument=True)] = Field(
-        description="Folder or fsspec URL of the artifact to train on.", min_length=1
+    artifact: Annotated[str | list[str], Option(argument=True, metavar="ARTIFACT…")] = Field(
+        description="Folder or fsspec URL of the artifact to train on, or several; URL=0.7 takes 0.7 of its groups "
+        "in each epoch, URL=2 each group twice."
     )
     run: Annotated[str, Option(argument=True)] = Field(
         description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
@@ -142,6 +143,11 @@ class TrainConfig(Settings):
     batch_size: int = Field(
         default=1, ge=1, description="Groups (not images) per optimiser step, over all processes and micro-batches."
     )
+    shuffle_window: Annotated[int | Literal["all"], Option(metavar="GROUPS|all")] = Field(
+        default=SHUFFLE_WINDOW,
+        description="Groups that are shuffled together, about; a run reads the shards of so many at a time. 1 takes "
+        "shard after shard, in random order.",
+    )
     accumulate: int = Field(
         default=1,
         ge=1,
@@ -203,11 +209,14 @@ class TrainConfig(Settings):
     data_workers: int = Field(
         default=0, ge=0, description="Processes that read ahead; 0 reads ahead in a thread of the training process."
     )
-    cache: Annotated[str | None, Option(metavar="DIR", unset="none")] = Field(
-        default=None, description="Local folder for copies of a remote artifact's files; several runs may share it."
+    cache: Annotated[str | None, Option(metavar="DIR|none", unset="a folder of your cache directory")] = Field(
+        default=None,
+        min_length=1,
+        description="Local folder for copies of what is read of a remote artifact, which several runs may share; "
+        "none: keep nothing.",
     )
-    cache_bytes: ByteSize = Field(
-        default=ByteSize(100 * 10**9),
+    cache_bytes: Annotated[ByteSize | None, Option(unset="100GB, or 80 % of what the disk has")] = Field(
+        default=None,
         ge=1,
         description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
     )
@@ -222,6 +231,26 @@ class TrainConfig(Settings):
     wandb_project: Annotated[str | None, Option(metavar="NAME", unset="none")] = Field(
         default=None, min_length=1, description="Weights & Biases project that gets the same numbers as the log."
     )
+
+    @field_validator("artifact", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> str | list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(
+                f"expected the folder or URL of an artifact, or a list of them, found {shortened(value)}"
+            )
+        for text in texts:
+            weighted(text)
+        return texts[0] if len(texts) == 1 else list(texts)
+
+    @field_validator("shuffle_window", mode="before")
+    @classmethod
+    def _window(cls, value: Any) -> int | str:
+        number = int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() else value
+        if number == "all" or (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+            return number
+        raise ValueError(f"expected a number of groups of 1 or more, or all, found {shortened(value)}")
 
     @field_validator("loss_scale")
     @classmethod
@@ -254,6 +283,11 @@ class TrainConfig(Settings):
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
         return self
+
+    @property
+    def artifacts(self) -> list[Weighted]:
+        """The artifacts with their weights."""
+        return [weighted(text) for text in ([self.artifact] if isinstance(self.artifact, str) else self.artifact)]
 
     def _check_arm(self, arm: Arm[Any]) -> None:
         """Refuse what the arm cannot be combined with."""

@@ -33,7 +33,7 @@ from datamerge.encoders.zero_shot_heads import zero_shot
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError, SchemaError
 from storage_schemas.access.local_paths import user_path
-from storage_schemas.artifact import parse_head
+from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.record import Array
 
 # Kinds of encoders that have text towers.

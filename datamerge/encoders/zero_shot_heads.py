@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from datamerge.encoders.checkpoints import weights_sha256
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.encoders.text_towers import TextTower, load_text_tower
 from datamerge.runtime.messages import first_line
+from datamerge.runtime.user_cache import user_cache
 from storage_schemas import ConfigError
 from storage_schemas.access.atomic import atomic_file
 
@@ -58,7 +58,7 @@ def zero_shot(
     import open_clip
 
     prompts = list(templates) or [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    folders = [folder for folder in (shelf, _cache()) if folder is not None]
+    folders = [folder for folder in (shelf, user_cache("heads")) if folder is not None]
     try:
         name = f"{_key(tower, class_names, prompts)}.safetensors"
         tensors = next((found for folder in folders if (found := _read(folder / name)) is not None), None)
@@ -103,16 +103,6 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
         open_clip.__version__,
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _cache() -> Path | None:
-    """The folder for heads; None for somebody without a home."""
-    own, shared = os.environ.get("DATAMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(own).expanduser() if own else Path(shared or "~/.cache").expanduser() / "datamerge"
-    except RuntimeError:
-        return None
-    return base.absolute() / "heads"
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -11,11 +11,13 @@ from pydantic import Field, model_validator
 from datamerge.attacks import APGD, PGD, Norm
 from datamerge.runtime import Settings
 from datamerge.runtime.fields import (
+    LIMITS,
     Device,
     ExifSetting,
     ImageColumn,
     LabelColumn,
     Limit,
+    LimitFirst,
     Output,
     SampleSeed,
     Seed,
@@ -48,7 +50,7 @@ _TEMPLATES = Effect(
 class ImagesConfig(Settings):
     """What all evaluations on raw images share."""
 
-    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED,)
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS)
 
     runs: Annotated[list[str], Option(argument=True, metavar="RUN…")] = Field(
         min_length=1, description="Folders of finished training runs, or encoder specs as baselines; one row each."
@@ -60,13 +62,14 @@ class ImagesConfig(Settings):
         None, ge=1, description="Side of the input of encoders that are given as specs, in pixels."
     )
     limit: Limit = None
+    limit_first: LimitFirst = None
     sample: Annotated[int | None, Option(unset="all")] = Field(
         None, ge=1, description="Draw so many samples at random, the same for every run."
     )
     sample_seed: SampleSeed = 42
     steps: int = Field(100, ge=1, description="Gradient steps of each attack.")
     restarts: int = Field(1, ge=1, description="Random starts of each attack; the strongest result counts.")
-    seed: Seed = Field(0, description="Seed of the attack's random starts.")
+    seed: Seed = Field(0, description="Seed of the attack's random starts, and of the draw of `limit`.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
     precision: SearchPrecision = Field(
         "float32",
@@ -88,7 +91,7 @@ class EvaluateConfig(ImagesConfig):
     """Settings of `datamerge evaluate` without a sub-command: embedding loss and accuracy under PGD."""
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
-    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, _CLASS_NAMES)
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _CLASS_NAMES)
 
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
@@ -178,7 +181,7 @@ class RadiiConfig(ImagesConfig):
 class ZeroShotConfig(RadiiConfig):
     """Settings of `datamerge evaluate zero-shot`."""
 
-    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, _TEMPLATES)
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _TEMPLATES)
 
     epsilons: list[Radius] = Field(
         [Radius("1/255"), Radius("2/255"), Radius("4/255")],

@@ -96,7 +96,7 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     Raises:
         ConfigError: a label that no row stands for.
     """
-    used = {sample.label for sample in source.samples if sample.label is not None}
+    used = set(source.samples.used_labels())
     classes = Classes(source.class_names, len(source.class_names), source.url)
     rows = Classes(head.names, len(head.weight), f"head {where!r}")
     remedy = "choose a head of these classes, or name its rows as the source does with `class_names`"

@@ -82,7 +82,7 @@ def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: So
     """What classifies each encoder's embeddings; says so where head or labels are missing."""
     encoders = [subject.encoder for subject in subjects]
     heads = make_heads(config.head, config.class_names, encoders) if config.head is not None else []
-    labelled = any(sample.label is not None for sample in source.samples)
+    labelled = bool(source.samples.used_labels())
     if heads and labelled:
         return classify(encoders, heads, source, str(config.head))
     if labelled:

@@ -32,7 +32,7 @@ from storage_schemas import ConfigError
 from storage_schemas.schema.moments import LEVELS
 
 # Settings that determine the numbers, of those that a part has.
-DECISIVE = {"limit", "sample", "sample_seed", "seed", "steps", "restarts"}
+DECISIVE = {"sample", "sample_seed", "seed", "steps", "restarts"}
 DECISIVE |= {"epsilons", "norm", "epsilon", "step_size", "grid"}
 
 
@@ -100,6 +100,8 @@ def open_sample(config: ImagesConfig) -> Source:
     source = open_source(
         config.data,
         limit=config.limit,
+        limit_first=config.limit_first,
+        seed=config.seed,
         image_column=config.image_column,
         label_column=config.label_column,
         split=config.split,
@@ -136,6 +138,8 @@ def run_study(
     shared |= {"exif": None if exif == "ignore" else exif}
     shared |= {"precision": None if config.precision == "float32" else config.precision}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
+    # Results of earlier releases call it `limit`; nothing was drawn then.
+    shared |= {"limit": config.limit_first, "limit_drawn": config.limit}
     folders = [_claim(config, part, row, shared) for row in rows]
     batches = -(-len(source.samples) // config.batch_size)
     stored = [[folder.read(f"{index:06d}") if folder else None for index in range(batches)] for folder in folders]

@@ -46,7 +46,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
     device = pick_device(config.device)
     runs = [read_run(text) for text in config.runs]
     source = open_sample(config)
-    if all(sample.label is None for sample in source.samples):
+    if not source.samples.used_labels():
         raise ConfigError(
             f"data: expected images with labels, found none at {config.data}{source.why}; one folder a "
             "class gives them"
@@ -54,7 +54,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
     subjects = load_subjects(runs, device, image_size=config.image_size)
     specs = [_head_spec(config, subject) for subject in subjects]
     cache: dict[str, Head] = {}
-    first = {sample.key for sample in source.samples[: config.batch_size]} if config.check_masking else set()
+    first = set(source.samples[: config.batch_size].keys) if config.check_masking else set()
     rows = []
     for subject, spec in zip(subjects, specs, strict=True):
         head = _head(config, spec, subject, templates, cache)

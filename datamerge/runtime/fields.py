@@ -7,11 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from datamerge.runtime.options import Option
+from datamerge.runtime.settings import Effect
 
 Device = Annotated[str, Field(description="A torch device such as cpu or cuda:1; auto takes a GPU if there is one.")]
 Threads = Annotated[int | None, Option(unset="torch's choice"), Field(ge=1, description="CPU threads of torch.")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of all random choices.")]
-Limit = Annotated[int | None, Option(unset="all"), Field(ge=1, description="Use the first so many samples.")]
+Limit = Annotated[
+    int | None,
+    Option(unset="all"),
+    Field(ge=1, description="Draw so many samples by `seed`, evenly over the source."),
+]
+LimitFirst = Annotated[int | None, Option(unset="all"), Field(ge=1, description="Use the first so many samples.")]
+LIMITS = Effect(("limit_first",), lambda own: own.limit is None, "`limit` draws others; drop one of the two")
 SampleSeed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of the draw of `sample`.")]
 ImageColumn = Annotated[
     str | None,

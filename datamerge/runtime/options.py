@@ -116,7 +116,8 @@ def _dashed(name: str) -> str:
 
 
 def _argument(name: str, field: FieldInfo) -> Callable[[F], F]:
-    several = get_origin(_plain(field.annotation)) is list
+    kind = _plain(field.annotation)
+    several = any(get_origin(part) is list for part in (kind, *get_args(kind)))  # a list, or one or a list
     # Never required here: a TOML file may hold it, and the model says what is missing.
     look: dict[str, Any] = {"nargs": -1, "callback": _listed} if several else {}
     return click.argument(name, required=False, metavar=_spelling(name, field), **look)

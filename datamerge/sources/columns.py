@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from datamerge.sources.naming import CHUNK, Indices, Listed, Naming
-from datamerge.sources.sample import Sample
+from datamerge.sources.sample import JsonList, Sample
 from storage_schemas.display import one_line
 
 NO_LABEL = -1
@@ -81,6 +81,11 @@ class Samples(Sequence[Sample]):
         """Keys, as a list."""
         return self.naming.keys(0, len(self))
 
+    @property
+    def group_values(self) -> list[str | None]:
+        """Values of the group column, as a list."""
+        return [None] * len(self) if self.groups is None else self.groups.part(0, len(self))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -101,11 +106,8 @@ class Samples(Sequence[Sample]):
         return sample
 
     def __iter__(self) -> Iterator[Sample]:
-        for start in range(0, len(self), CHUNK):
-            stop = min(start + CHUNK, len(self))
-            labels = optional_labels(self.labels[start:stop])
-            groups = [None] * len(labels) if self.groups is None else self.groups.part(start, stop)
-            yield from map(Sample, self.naming.keys(start, stop), self.naming.names(start, stop), labels, groups)
+        for part in self.parts():
+            yield from map(Sample, part.keys, part.names, optional_labels(part.labels), part.group_values)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Samples):
@@ -120,6 +122,18 @@ class Samples(Sequence[Sample]):
     def parts(self) -> Iterator[Samples]:
         """All of them, a few at a time."""
         return (self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
+
+    def json_of(self, values: Callable[[Samples], Sequence[Any]]) -> JsonList:
+        """A list of a value a sample, for `fingerprint`; `values` gives those of a few samples."""
+        return JsonList(map(values, self.parts()))
+
+    def json_of_labels(self) -> JsonList:
+        """Their labels, likewise."""
+        return self.json_of(lambda part: optional_labels(part.labels))
+
+    def json_of_groups(self) -> JsonList:
+        """Values of the group column, likewise."""
+        return self.json_of(lambda part: part.group_values)
 
     def take(self, indices: Indices) -> Samples:
         """Those at these places, in this order."""

@@ -48,3 +48,6 @@ class Limits:
             return np.arange(count)
         ends = np.arange(count + 1) * total // count
         return np.random.default_rng(purpose_seed(self.seed, LIMIT)).integers(ends[:-1], ends[1:])
+
+
+EVERYTHING = Limits()

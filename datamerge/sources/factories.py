@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from datamerge.runtime.factories import Failed, NoFactory, call, find_factory
 from datamerge.runtime.messages import warn
 from datamerge.sources.columns import Samples, label_column
+from datamerge.sources.drawing import EVERYTHING, Limits
 from datamerge.sources.images import BadImage
 from datamerge.sources.items import label_key, parts, to_raw
 from datamerge.sources.labels import Labels, NoClass, read_labels
@@ -57,7 +59,7 @@ class FactoryReader:
         return {"_url": self._url, "_dataset": None}
 
 
-def open_factory(url: str, limit: int | None, labelled: bool = True) -> Source:
+def open_factory(url: str, limits: Limits = EVERYTHING, labelled: bool = True) -> Source:
     """List a data set, with its labels or without.
 
     Raises:
@@ -65,22 +67,26 @@ def open_factory(url: str, limit: int | None, labelled: bool = True) -> Source:
     """
     dataset = _make(url)
     total = _length(dataset, url)
-    count = total if limit is None else min(limit, total)
-    if not count:
+    if not total:
         raise SourceError(f"{url}: expected samples, found an empty data set")
+    chosen = limits.of(total)
+    items: Sequence[int] = range(total) if chosen is None else chosen.tolist()
+    count = len(items)
     labels: list[int | None] = [None] * count
     names: list[str] = []
     unlabelled = ""
     if labelled:
-        (labels, names), unlabelled = _labels(dataset, count, total, url)
+        (labels, names), unlabelled = _labels(dataset, items, total, url)
     (stem,) = make_keys([url.rpartition(":")[2]])
-    samples = Samples(Rows.of([url], [stem], [count]), label_column(labels))
+    rows = Rows.of([url], [stem], [total])
+    samples = Samples(rows if chosen is None else rows.take(chosen), label_column(labels))
     # A data set has no files: a fixed choice of its images stands for their content.
     # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
-    chosen = sorted({int(index) for index in np.linspace(0, count - 1, min(count, HASHED_FILES))})
-    listing = {f"image {index}": [1, _hash(dataset, index)] for index in chosen}
-    identity = fingerprint([total, labels, listing])
-    return Source(url, "python", samples, names, identity, FactoryReader(url), listing, unlabelled=unlabelled)
+    hashed = sorted({items[int(place)] for place in np.linspace(0, count - 1, min(count, HASHED_FILES))})
+    listing = {f"image {index}": [1, _hash(dataset, index)] for index in hashed}
+    identity = fingerprint([total, samples.json_of_labels(), listing])
+    source = Source(url, "python", samples, names, identity, FactoryReader(url), listing, unlabelled=unlabelled)
+    return replace(source, drawn_from=None if chosen is None or limits.drawn is None else total)
 
 
 def _make(url: str) -> Any:
@@ -135,26 +141,29 @@ def _attempt(operation: Callable[[], T]) -> T | BadImage:
         return error.__cause__ if isinstance(error.__cause__, BadImage) else BadImage(str(error))
 
 
-def _labels(dataset: Any, count: int, total: int, url: str) -> tuple[Labels, str]:
+def _labels(dataset: Any, items: Sequence[int], total: int, url: str) -> tuple[Labels, str]:
     """Labels and class names, and why there are none: captions and boxes are no labels, and may be none needed."""
     column = _column(dataset)
-    known = _known(dataset, count, total, column)
+    known = _known(dataset, items, total, column)
     if known is None:
-        known = _from_items(dataset, count, url)
+        known = _from_items(dataset, items, url)
     names = _class_names(dataset, column)
     try:
-        return read_labels(known, url, names, "item {}".format), ""
+        return read_labels(known, url, names, lambda place: f"item {items[place]}"), ""
     except NoClass as error:
         why = f"expected whole numbers or names as labels, found {error}"
         warn(f"{url}: no labels are read: {why}")
-        return ([None] * count, names), why
+        return ([None] * len(items), names), why
 
 
-def _known(dataset: Any, count: int, total: int, column: str | None) -> list[Any] | None:
-    """The first labels, where the data set tells them without its items; None where it does not, or fails to."""
+def _known(dataset: Any, items: Sequence[int], total: int, column: str | None) -> list[Any] | None:
+    """The labels of some items, where the data set tells them without; None where it does not, or fails to."""
 
     def told(values: Any) -> list[Any] | None:
-        return list(values[:count]) if values is not None and len(values) == total else None
+        if values is None or len(values) != total:
+            return None
+        first = list(values[: items[-1] + 1])
+        return [first[index] for index in items]
 
     for name in ("targets", "labels"):
         with suppress(Failed):
@@ -165,18 +174,19 @@ def _known(dataset: Any, count: int, total: int, column: str | None) -> list[Any
     return None
 
 
-def _from_items(dataset: Any, count: int, url: str) -> list[Any]:
+def _from_items(dataset: Any, items: Sequence[int], url: str) -> list[Any]:
     """A label an item; None for those that cannot be read, whose number is said.
 
     Raises:
         SourceError: there are no others.
     """
-    found = [_attempt(lambda index=index: parts(dataset[index])[1]) for index in range(count)]  # type: ignore[misc]
-    failed = [index for index, label in enumerate(found) if isinstance(label, BadImage)]
-    if len(failed) == count:
-        raise SourceError(f"{url}: none of {count} items can be read; item 0: {found[0]}")
+    found = [_attempt(lambda index=index: parts(dataset[index])[1]) for index in items]  # type: ignore[misc]
+    failed = [place for place, label in enumerate(found) if isinstance(label, BadImage)]
+    if len(failed) == len(items):
+        raise SourceError(f"{url}: none of {len(items)} items can be read; item {items[0]}: {found[0]}")
     if failed:
-        warn(f"{url}: {len(failed)} of {count} items cannot be read; item {failed[0]}: {found[failed[0]]}")
+        first = failed[0]
+        warn(f"{url}: {len(failed)} of {len(items)} items cannot be read; item {items[first]}: {found[first]}")
     return [None if isinstance(label, BadImage) else label for label in found]
 
 

@@ -14,10 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from datamerge.runtime.messages import say, warn
-from datamerge.sources.columns import Samples, Values, label_column
+from datamerge.sources.coded import Coded
+from datamerge.sources.columns import NO_LABEL, Samples, Values, label_column
+from datamerge.sources.file_list import FileList
 from datamerge.sources.label_table import TABLE, LabelTable, read_label_table
 from datamerge.sources.labels import (
     NONE,
@@ -40,7 +44,6 @@ from datamerge.sources.sample import (
     Sample,
     Source,
     fingerprint,
-    make_listing,
 )
 from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import ConfigError, Location, SourceError
@@ -93,15 +96,16 @@ def open_image_folder(
             f"{location.url}: {len(broken)} of {len(names)} names hold a backslash, such as {broken[0]}, which was a "
             "folder on Windows and is none here; unpack the archive again with a program that makes folders of them"
         )
-    groups: list[str | None] = [None] * len(names)
-    labels: list[int | None] = [None] * len(names)
+    values: Values | None = None
+    labels = np.full(len(names), NO_LABEL, np.int32)
     class_names: list[str] = []
     unlabelled = ""
     if location.exists(TABLE):
         table = read_label_table(location.read(TABLE), [*names, *known], f"{location.url}/{TABLE}")
-        (labels, class_names), unlabelled = _table_labels(table, names, columns)
+        (found, class_names), unlabelled = _table_labels(table, names, columns)
+        labels = label_column(found)
         if columns.group is not None:
-            groups = table.values(columns.group, names)
+            values = Values.of(table.values(columns.group, names))
     elif wanted := columns.group or (columns.label if columns.label != NONE else None):
         raise SourceError(
             f"{location.url}: expected a {TABLE} with the column {wanted!r}, found none; add it (its header: "
@@ -109,10 +113,10 @@ def open_image_folder(
         )
     elif columns.label != NONE:
         labels, class_names = _folder_labels(location, names, skipped)
-    values = None if columns.group is None else Values.of(groups)
-    samples = Samples(Paths.of(pa.array(names, pa.large_string())), label_column(labels), values)
-    listing = make_listing(location, files)
-    identity = fingerprint([listing, labels, groups])
+    texts = pa.array(names, pa.large_string())
+    samples = Samples(Paths.of(texts), labels, values)
+    listing = FileList.of(location, files, texts)
+    identity = fingerprint([listing, samples.json_of_labels(), samples.json_of_groups()])
     reader = FolderReader(location)
     return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location, unlabelled)
 
@@ -203,30 +207,38 @@ def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) 
             warn_of_split_column(name, said, table.where)
 
 
-def _folder_labels(location: Location, names: Sequence[str], skipped: int | None) -> Labels:
+def _folder_labels(
+    location: Location, names: Sequence[str], skipped: int | None
+) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Labels from the sub-folders of the first level at which there are several, `skipped` left aside.
 
     Images beside them have none. Folders that are all called by whole numbers are the labels by value.
     """
-    parts = [name.split("/") for name in names]
+    places: dict[str, int] = {}  # of the folders that hold images
+    of_image = np.array([places.setdefault(name.rpartition("/")[0], len(places)) for name in names], np.int32)
+    parts = [folder.split("/") if folder else [] for folder in places]
+    images = np.bincount(of_image).tolist()
     splits = set() if skipped is None else {part.pop(skipped) for part in parts}
     level = _level(parts)
-    folders = [part[level] if len(part) > level + 1 else None for part in parts]
+    folders = [part[level] if len(part) > level else None for part in parts]
     distinct = sorted({folder for folder in folders if folder is not None})
-    beside = folders.count(None)
+    beside = sum(count for count, folder in zip(images, folders, strict=True) if folder is None)
     if beside and (len(distinct) < 2 or beside * 2 >= len(names)):
         if distinct:
             say(
                 f"{location.url}: {beside} of {len(names)} images are beside {len(distinct)} sub-folders: these are "
                 "not taken as classes"
             )
-        return [None] * len(names), []
+        return np.full(len(names), NO_LABEL, np.int32), []
     if beside:
+        first = min(int((of_image == place).argmax()) for place, folder in enumerate(folders) if folder is None)
         warn(
             f"{location.url}: {beside} of {len(names)} images are beside the {len(distinct)} class folders and have "
-            f"no label, such as {names[folders.index(None)]}"
+            f"no label, such as {names[first]}"
         )
-    labels, classes = read_labels(folders, location.url, row=names.__getitem__, folders=True)
+    coded = Coded()
+    coded.add_coded(folders, of_image)
+    labels, classes = coded.labels(location.url, (), names.__getitem__, folders=True)
     if distinct and not classes:
         classes = _numbered(distinct, location.url)
     if skipped is None or (len(splits) == 1 and skipped <= level):  # others have folders of their own
@@ -234,7 +246,7 @@ def _folder_labels(location: Location, names: Sequence[str], skipped: int | None
         if skipped is not None:
             above.insert(skipped, *splits)
         _say_folders(location, "/".join(above), distinct)
-    deeper = sum(len(part) > level + 2 for part in parts)
+    deeper = sum(count for count, part in zip(images, parts, strict=True) if len(part) > level + 1)
     if deeper:
         say(f"{location.url}: {deeper} of {len(names)} images are in folders below their class folder")
     warn_of_twins(classes, location.url)
@@ -242,12 +254,15 @@ def _folder_labels(location: Location, names: Sequence[str], skipped: int | None
 
 
 def _level(parts: Sequence[Sequence[str]]) -> int:
-    """How deep the class folders are: below folders that all images share, where these hold several folders."""
+    """How deep the class folders are: below folders that all images share, where these hold several folders.
+
+    Args:
+        parts: of the folders that hold images.
+    """
     level = 0
-    while all(len(part) > level + 2 and part[level] == parts[0][level] for part in parts):
+    while all(len(part) > level + 1 and part[level] == parts[0][level] for part in parts):
         level += 1
-    several = len({part[level] for part in parts}) > 1
-    return level if several else 0
+    return level if level and len({part[level] for part in parts}) > 1 else 0
 
 
 def _numbered(folders: Sequence[str], where: str) -> list[str]:

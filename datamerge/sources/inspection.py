@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datamerge.sources.columns import NO_LABEL, Samples
 from datamerge.sources.depth import bits, to_8_bits
 from datamerge.sources.images import BadImage, opened
 from datamerge.sources.opening import open_source
@@ -88,18 +89,20 @@ def inspect_source(
     return facts
 
 
-def _drawn(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+def _drawn(samples: Samples, count: int, seed: int) -> Samples:
     chosen = np.random.default_rng(seed).choice(len(samples), min(count, len(samples)), replace=False)
-    return [samples[int(index)] for index in sorted(chosen)]
+    return samples.take(np.sort(chosen))
 
 
 def _classes(source: Source) -> dict[str, Any]:
     """Sizes of classes in the order of their labels, also of those that only have a name."""
-    counts = Counter(sample.label for sample in source.samples)
-    unlabelled = counts.pop(None, 0)
+    labels, times = np.unique(source.samples.labels, return_counts=True)
+    counts = Counter(dict(zip(labels.tolist(), times.tolist(), strict=True)))
+    unlabelled = counts.pop(NO_LABEL, 0)
     names = dict(enumerate(source.class_names))
-    labels = sorted({*counts, *names})  # type: ignore[type-var]
-    classes = [{"label": label, "name": names.get(label), "samples": counts[label]} for label in labels]  # type: ignore[arg-type]
+    classes = [
+        {"label": label, "name": names.get(label), "samples": counts[label]} for label in sorted({*counts, *names})
+    ]
     return {"unlabelled": unlabelled, "classes": classes}
 
 

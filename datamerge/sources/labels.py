@@ -97,10 +97,28 @@ def read_labels(
         SourceError: numbers among names, or numbers that are none of a class.
     """
     plain = set(map(type, raw)) <= {int, bool, str, type(None)}
-    keys = raw if plain else [_key(value) for value in raw]
+    keys = raw if plain else [hashable(value) for value in raw]
     first: dict[Any, int] = {}
     for position, key in enumerate(keys):
         first.setdefault(key, position)
+    indices, found = read_distinct(first, Counter(keys), where, names, row, folders)
+    return [indices.get(key) for key in keys], found
+
+
+def read_distinct(
+    first: Mapping[Any, int],
+    times: Mapping[Any, int],
+    where: str,
+    names: Sequence[str],
+    row: Callable[[int], str],
+    folders: bool,
+) -> tuple[dict[Any, int], list[str]]:
+    """Class indices by value, without those that say nothing, and class names; the other arguments of `read_labels`.
+
+    Args:
+        first: of the different values where each is first, in this order; they are `hashable`.
+        times: how often each is there.
+    """
     numbers, texts = _meant(first, where, row, folders)
     if texts and names:
         numbers, texts = _from_names(numbers, texts, names)
@@ -118,9 +136,8 @@ def read_labels(
                 f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names; they are left out"
             )
             names = []
-    labels = [indices.get(key) for key in keys]
-    _say_missing(keys, labels, where, first, row)
-    return labels, list(names)
+    _say_missing(times, indices, where, first, row)
+    return indices, list(names)
 
 
 def _meant(
@@ -213,12 +230,12 @@ def _of_several(values: Sequence[Any]) -> Meaning:
     return OneHot(len(values), next((index for index, value in enumerate(values) if value), None))
 
 
-def _key(value: Any) -> Hashable:
+def hashable(value: Any) -> Hashable:
     """Something hashable that means the same; NumPy scalars and tensors would be slow, or equal by identity."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):
-        return tuple(_key(item) for item in value)
+        return tuple(hashable(item) for item in value)
     if isinstance(value, float) and value != value:
         return None  # NaN is not equal to itself
     try:
@@ -307,23 +324,23 @@ def _check_range(numbers: Mapping[Any, int], first: Mapping[Any, int], where: st
 
 
 def _say_missing(
-    keys: Sequence[Any],
-    labels: Sequence[int | None],
+    times: Mapping[Any, int],
+    indices: Mapping[Any, int],
     where: str,
     first: Mapping[Any, int],
     row: Callable[[int], str],
 ) -> None:
     """Say how many samples have no label although others have, and what stands there."""
-    missing = [position for position, label in enumerate(labels) if label is None]
-    if not missing or (len(missing) == len(labels) and keys.count(None) == len(keys)):
+    found = Counter({key: times[key] for key in first if key not in indices})
+    missing, total = found.total(), sum(times.values())
+    if not missing or found[None] == total:
         return
-    found = Counter(keys[position] for position in missing)
     some = shown(
         f"{'nothing' if key is None else shortened(key)} in {count}, first {row(first[key])}"
         for key, count in found.most_common()
     )
     written = any(isinstance(key, str) and key.strip() and number_in(key, True) is None for key in found)
-    (warn if written else say)(f"{where}: {len(missing)} of {len(labels)} samples have no label: {some}")
+    (warn if written else say)(f"{where}: {missing} of {total} samples have no label: {some}")
 
 
 def shown(items: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from datamerge.runtime.factories import PREFIX
 from datamerge.runtime.messages import first_line, say
+from datamerge.sources.drawing import Limits
 from datamerge.sources.label_table import TABLE
 from datamerge.sources.labels import NONE, shown
 from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
@@ -29,7 +30,6 @@ from datamerge.sources.suffixes import (
 from storage_schemas import ConfigError, DatamergeError, Location, SourceError, redact
 from storage_schemas.access.redaction import split_query
 from storage_schemas.access.retries import is_transient
-from storage_schemas.schema.arguments import check_count
 
 EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
 # Files of a folder that describe its data, and are used where they are known.
@@ -49,6 +49,8 @@ def open_source(
     url: str | os.PathLike[str],
     *,
     limit: int | None = None,
+    limit_first: int | None = None,
+    seed: int = 0,
     image_column: str | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
@@ -58,20 +60,27 @@ def open_source(
 
     Args:
         url: path, fsspec URL, pattern of files, or `python:MODULE:FACTORY`.
-        limit: use the first `limit` samples only.
+        limit: draw so many samples by `seed`, evenly over the source.
+        limit_first: use the first so many samples.
+        seed: of the draw.
         image_column: column or array of images; needed when there are several.
         label_column: column, array or tar member of labels; the usual names by default.
         group_column: column, array or tar member whose values name groups.
         split: the split to use where there are several, as `train`, `train+validation` or `all`.
 
     Raises:
-        ConfigError: a limit below 1; no such split, or several and none named.
+        ConfigError: a limit below 1, or both; no such split, or several and none named.
         SourceError: nothing there, or nothing of these kinds.
     """
-    if limit is not None:
-        check_count("limit", limit)
+    limits = Limits(limit, limit_first, seed)
     with _in_one_line(os.fspath(url)):
-        return _open(url, limit, Columns(image_column, label_column, group_column), split)
+        source = _open(url, limits, Columns(image_column, label_column, group_column), split)
+    if source.drawn_from is not None:
+        say(
+            f"{source.url}: {len(source.samples)} of {source.drawn_from} samples, drawn evenly over all by the seed "
+            f"{seed}; `limit_first` takes the first"
+        )
+    return source
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def _in_one_line(url: str) -> Iterator[None]:
         raise SourceError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, split: str | None) -> Source:
+def _open(url: str | os.PathLike[str], limits: Limits, columns: Columns, split: str | None) -> Source:
     text = os.fspath(url)
     if text.startswith(PREFIX):
         if columns not in (Columns(), Columns(label=NONE)):
@@ -99,14 +108,14 @@ def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, spli
             raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
         from datamerge.sources.factories import open_factory
 
-        return open_factory(text, limit, labelled=columns.label is None)
+        return open_factory(text, limits, labelled=columns.label is None)
     if text.startswith("pipe:"):
         raise SourceError(f"{redact(text)}: expected files, found a command; give the path or URL of its tars")
     if is_pattern(text):
         parent, files = find_files(text)
         base, query = split_query(text)
         by_query: Kind | None = "tar" if query.lower().endswith(".tar") else None  # …/get?file=x.tar
-        return _open_files(parent, redact(base), files, columns, split, by_query).limited(limit)
+        return _open_files(parent, redact(base), files, columns, split, by_query).limited(limits)
     location = Location(url)
     if not location.exists():
         raise SourceError(f"{location.url}: expected {EXPECTED}, found nothing there")
@@ -114,8 +123,8 @@ def _open(url: str | os.PathLike[str], limit: int | None, columns: Columns, spli
         parent, name = location.split()
         check_listed(parent, name)
         kind = kind_of(name) or _kind_by_content(location, name)
-        return _open_files(parent, location.url, [(name, parent.size(name))], columns, split, kind).limited(limit)
-    return _open_folder(list_folder(location), columns, split).limited(limit)
+        return _open_files(parent, location.url, [(name, parent.size(name))], columns, split, kind).limited(limits)
+    return _open_folder(list_folder(location), columns, split).limited(limits)
 
 
 def _open_files(

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datamerge.runtime.messages import first_line
-from datamerge.sources.columns import Samples, Values, label_column
+from datamerge.sources.coded import Coded
+from datamerge.sources.columns import Samples
 from datamerge.sources.images import BadImage
 from datamerge.sources.naming import Rows
 from datamerge.sources.sample import (
@@ -176,7 +177,7 @@ def open_tables(
     entries: list[tuple[str, int, int]] = []
     place = f"{location.url}/{files[0][0]}" if len(files) == 1 else location.url
     found = TableLabels(columns.label, place, [columns.group])
-    groups: list[str | None] = []
+    groups = Coded()
     column = columns.image
     for name, size in files:
         where = f"{location.url}/{name}"
@@ -185,7 +186,8 @@ def open_tables(
             rows, schema = file.metadata.num_rows, file.schema_arrow
             column = image_column(schema, column, where)
             found.add(schema, rows, partial(_values, file), where, column)
-            groups += _group_values(file, columns.group, where)
+            if columns.group is not None:
+                groups.add_column(_group_values(file, columns.group, where), _as_group)
             if (paths := file.paths(column)) is not None:
                 beside.update(check_paths(location, name, paths, where))
         except BROKEN as error:
@@ -195,12 +197,12 @@ def open_tables(
     stored = [name for name, _, _ in entries]
     naming = Rows.of(stored, make_keys(stored), [rows for _, _, rows in entries])
     labels, names = found.finish(lambda index: naming.names(index, index + 1)[0])
-    samples = Samples(naming, label_column(labels), None if columns.group is None else Values.of(groups))
+    samples = Samples(naming, labels, None if columns.group is None else groups.values())
     if not len(samples) or column is None:
         without = "a file" if len(files) == 1 else f"{len(files)} files, such as {files[0][0]},"
         raise SourceError(f"{place}: expected rows with images, found {without} without rows")
     listing = make_listing(location, [*files, *beside.items()])
-    identity = fingerprint([column, entries, listing, labels, groups])
+    identity = fingerprint([column, entries, listing, samples.json_of_labels(), samples.json_of_groups()])
     source = Source(location.url, kind, samples, names, identity, reader(location, column), listing, location)
     sizes = np.array([size for size in blocks if size], np.int64)
     return replace(source, unlabelled=found.unlabelled, blocks=sizes)
@@ -233,19 +235,21 @@ def _check_rows(file: _ParquetFile, size: int) -> None:
         raise ValueError(f"{rows} rows in row groups of {sum(groups)}")
 
 
-def _group_values(file: TableFile, column: str | None, where: str) -> list[str | None]:
-    """Values of the group column as text, a value a row."""
-    if column is not None and column not in file.schema_arrow.names:
+def _group_values(file: TableFile, column: str, where: str) -> pa.ChunkedArray:
+    """Values of the group column, a value a row."""
+    if column not in file.schema_arrow.names:
         raise SourceError(f"{where}: expected a group column {column!r}, found {file.schema_arrow.names}")
-    return [None if value is None else str(value) for value in _values(file, column)]
+    return _values(file, column)
 
 
-def _values(file: TableFile, column: str | None) -> list[Any]:
-    """A value a row; None of each where no column is meant."""
+def _as_group(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _values(file: TableFile, column: str) -> pa.ChunkedArray:
+    """A value a row."""
     rows = file.metadata.num_rows
-    if column is None:
-        return [None] * rows
-    values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
+    values = file.read(columns=[column]).column(column)
     if len(values) != rows:
         raise ValueError(f"column {column} holds {len(values)} values for {rows} rows")
     return values

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import heapq
 import json
 import re
+import struct
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from datamerge.sources.drawing import Limits
 from datamerge.sources.unpack import gunzip
 from storage_schemas import CorruptShard, Location, SourceError, read_json, redact
 from storage_schemas.access.devices import refuse_devices
@@ -106,6 +110,7 @@ class Source:
         left_out: how many files of its folder are not read, by reason.
         blocks: sizes of the runs of samples that the reader reads together, such as row groups; None where every
             sample is read by itself.
+        drawn_from: how many samples there were, where some were drawn.
     """
 
     url: str
@@ -121,6 +126,7 @@ class Source:
     splits: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, int] = field(default_factory=dict)
     blocks: npt.NDArray[np.int64] | None = None
+    drawn_from: int | None = None
 
     def __repr__(self) -> str:
         classes = (f"{len(self.class_names)} classes",) if self.class_names else ()
@@ -131,9 +137,12 @@ class Source:
         """Why no sample has a label, in brackets, for messages of what needs labels; mostly empty."""
         return f" ({self.unlabelled})" if self.unlabelled else ""
 
-    def limited(self, limit: int | None) -> Source:
-        """The first `limit` samples."""
-        return self if limit is None else self.take(np.arange(min(limit, len(self.samples))))
+    def limited(self, limits: Limits) -> Source:
+        """Some of the samples."""
+        chosen, total = limits.of(len(self.samples)), len(self.samples)
+        if chosen is None:
+            return self
+        return replace(self.take(chosen), drawn_from=total if limits.drawn is not None else None)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Source:
         """The samples at these places, which have to increase."""
@@ -149,7 +158,10 @@ class Source:
 
     def listing_bytes(self) -> bytes:
         """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
-        return gzip.compress(json.dumps(dict(self.listing), sort_keys=True).encode(), mtime=0)
+        listing = self.listing
+        if isinstance(listing, InPieces):  # sorted
+            return _gzip(piece.encode() for piece in listing.json())
+        return gzip.compress(json.dumps(dict(listing), sort_keys=True).encode(), mtime=0)
 
     def changes(self, earlier: bytes) -> list[str]:
         """How the files differ from an earlier `listing_bytes`, a line each."""
@@ -173,7 +185,7 @@ class Source:
         location = self.location
         if location is None or not location.is_local:
             return []
-        if _is_small(location, [size for size, *_ in self.listing.values()]):
+        if _is_small(location, (facts[0] for _, facts in self.listing.items())):
             return []  # hashed whole
         return [name for name in self.listing if location.fs.modified(location.path(name)) > when]
 
@@ -205,11 +217,17 @@ def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[s
     In others it is the sha256 of the first and the last 64 KiB, for a fixed choice of up to `HASHED_FILES` files that
     depends on their names alone.
     """
-    if _is_small(location, [size for _, size in files]):
-        return {name: [size, hashlib.sha256(location.read(name)).hexdigest()] for name, size in files}
-    chosen = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]
-    hashes = {name: _content_hash(location, name, size) for name, size in chosen}
-    return {name: [size, hashes.get(name)] for name, size in files}
+    hashes = hash_contents(location, files)
+    return {name: [size, hashes.get(place)] for place, (name, size) in enumerate(files)}
+
+
+def hash_contents(location: Location, files: Sequence[tuple[str, int]]) -> dict[int, str]:
+    """The hashes of `make_listing` by the file's place."""
+    if _is_small(location, (size for _, size in files)):
+        return {place: hashlib.sha256(location.read(name)).hexdigest() for place, (name, _) in enumerate(files)}
+    ranked = ((hashlib.sha256(name.encode()).digest(), place) for place, (name, _) in enumerate(files))
+    chosen = heapq.nsmallest(HASHED_FILES, ranked)
+    return {place: _content_hash(location, *files[place]) for _, place in chosen}
 
 
 def _is_small(location: Location, sizes: Iterable[int]) -> bool:
@@ -223,9 +241,48 @@ def _content_hash(location: Location, name: str, size: int) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(entries: Any) -> str:
-    """Hash of a JSON-like listing."""
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+@runtime_checkable
+class InPieces(Protocol):
+    """Something that is too long to be written as JSON in one go."""
+
+    def json(self) -> Iterator[str]:
+        """What `json.dumps` would write of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class JsonList:
+    """A list that comes in parts, none of which is empty."""
+
+    parts: Iterable[Sequence[Any]]
+
+    def json(self) -> Iterator[str]:
+        yield "["
+        for number, part in enumerate(self.parts):
+            yield ", " * (number > 0) + json.dumps(part)[1:-1]
+        yield "]"
+
+
+def fingerprint(entries: Sequence[Any]) -> str:
+    """Hash of the JSON of a list, of which some entries may be `InPieces`."""
+    digest = hashlib.sha256(b"[")
+    for number, entry in enumerate(entries):
+        digest.update(b", " * (number > 0))
+        for piece in entry.json() if isinstance(entry, InPieces) else (json.dumps(entry),):
+            digest.update(piece.encode())
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _gzip(pieces: Iterable[bytes]) -> bytes:
+    """As `gzip.compress` with no time writes all pieces at once."""
+    header, packer = gzip.compress(b"", mtime=0)[:10], zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed, checksum, size = [header], 0, 0
+    for piece in pieces:
+        packed.append(packer.compress(piece))
+        checksum, size = zlib.crc32(piece, checksum), size + len(piece)
+    packed += [packer.flush(), struct.pack("<2L", checksum, size & 0xFFFFFFFF)]
+    return b"".join(packed)
 
 
 def make_keys(names: Sequence[str]) -> list[str]:

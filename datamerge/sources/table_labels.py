@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from datamerge.runtime.messages import say, warn
+from datamerge.sources.coded import Coded
+from datamerge.sources.columns import NO_LABEL
 from datamerge.sources.labels import (
-    Labels,
     NoClass,
     choose_column,
     label_columns,
@@ -25,7 +28,7 @@ from datamerge.sources.sample import as_text
 from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import SourceError, read_json, shortened
 
-Read = Callable[[str], Iterable[Any]]
+Read = Callable[[str], pa.ChunkedArray]
 """Column → its values, one a row."""
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _NUMBERS_AND_TEXT = (pa.types.is_integer, pa.types.is_boolean, *_TEXT, pa.types.is_null)
@@ -58,7 +61,7 @@ class TableLabels:
         self._one_hot: list[str] = []  # columns, one a class, of which the first stands for all
         self._files = self._rows = 0
         self._without: list[str] = []
-        self._raw: list[Any] = []
+        self._raw = Coded()
         self._splits: dict[str, Counter[str]] = {}
         self.unlabelled = ""
 
@@ -72,7 +75,9 @@ class TableLabels:
         self._rows += rows
         for name in schema.names:
             if is_split_column(name) and name not in self._left_out and _is_one_of(schema.field(name).type, _TEXT):
-                self._splits.setdefault(name, Counter()).update(value for value in read(name) if value is not None)
+                self._splits.setdefault(name, Counter()).update(
+                    value for value in read(name).to_pylist() if value is not None
+                )
         if self._files == 1:
             self._left_out.add(image)
             self._column = self._choose(schema, read, where)
@@ -80,7 +85,7 @@ class TableLabels:
             return
         if self._column not in schema.names:
             self._without.append(where)
-            self._raw += [None] * rows
+            self._raw.add([None] * rows)
             return
         names = self._one_hot or class_names(schema, self._column)
         if names and self._names and names != self._names:
@@ -90,12 +95,15 @@ class TableLabels:
             )
         self._names = self._names or names
         try:
-            self._raw += self._values(schema, self._column, read)
+            if self._is_plain(schema):
+                self._raw.add_column(read(self._column))
+            else:
+                self._raw.add(self._values(schema, self._column, read))
         except NoClass as error:
             self._give_up(self._column, error, where)
 
-    def finish(self, row: Callable[[int], str]) -> Labels:
-        """Labels of all rows, and class names.
+    def finish(self, row: Callable[[int], str]) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Labels of all rows as a column, and class names.
 
         Args:
             row: how messages call a row, from its position.
@@ -108,7 +116,7 @@ class TableLabels:
                 warn_of_split_column(name, counts, self._where)
         if self._column is not None:
             try:
-                labels, names = read_labels(self._raw, f"{self._where}, {self._column!r}", self._names, row)
+                labels, names = self._raw.labels(f"{self._where}, {self._column!r}", self._names, row)
             except NoClass as error:
                 self._give_up(self._column, error, self._where)
             else:
@@ -119,7 +127,7 @@ class TableLabels:
                     )
                 warn_of_twins(names, self._where)
                 return labels, names
-        return [None] * self._rows, []
+        return np.full(self._rows, NO_LABEL, np.int32), []
 
     def _choose(self, schema: pa.Schema, read: Read, where: str) -> str | None:
         """The column of labels; says which, where that is no matter of course."""
@@ -152,7 +160,7 @@ class TableLabels:
         self, schema: pa.Schema, fitting: Sequence[str], read: Read, where: str
     ) -> tuple[str | None, str]:
         """The first of columns of 0 and 1, one a class, or why these are none."""
-        hot = find_one_hot({name: list(read(name)) for name in fitting if _is_one_of(schema.field(name).type, _BITS)})
+        hot = find_one_hot(_lists(read, [name for name in fitting if _is_one_of(schema.field(name).type, _BITS)]))
         if hot is None or any(class_names(schema, name) for name in fitting):
             return None, ""
         if hot.odd:
@@ -167,9 +175,9 @@ class TableLabels:
     def _warn_of_one_of_several(self, column: str, schema: pa.Schema, read: Read, where: str) -> None:
         """Say so where the named column is one of several of 0 and 1: it says one class or not, not which."""
         names = [field.name for field in schema if field.name not in self._left_out and _is_one_of(field.type, _BITS)]
-        if column not in names or not set(read(column)) <= {0, 1}:
+        if column not in names or not set(read(column).to_pylist()) <= {0, 1}:
             return
-        hot = find_one_hot({name: list(read(name)) for name in names})
+        hot = find_one_hot(_lists(read, names))
         if hot is not None:
             warn(
                 f"{where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
@@ -180,14 +188,17 @@ class TableLabels:
         if self._one_hot:
             if missing := [name for name in self._one_hot if name not in schema.names]:
                 raise NoClass(f"no columns {shown(missing)} beside it")
-            values = {name: list(read(name)) for name in self._one_hot}
+            values = _lists(read, self._one_hot)
             hot = find_one_hot(values)
             if values[column] and (hot is None or hot.odd or hot.names != self._one_hot):
                 raise NoClass(_not_one_hot(hot) if hot and hot.odd else "no 0 and 1 in columns beside it")
             return [] if hot is None else list(hot.labels)
-        is_list = any(check(schema.field(column).type) for check in _LISTS)
         # One-hot rows of a thousand numbers are kept as one.
-        return [meaning(value) for value in read(column)] if is_list else list(read(column))
+        return [meaning(value) for value in read(column).to_pylist()]
+
+    def _is_plain(self, schema: pa.Schema) -> bool:
+        """Whether labels are a value each."""
+        return not self._one_hot and not any(check(schema.field(self._column).type) for check in _LISTS)
 
     def _give_up(self, column: str, error: NoClass, where: str) -> None:
         """Do without a column that is called like labels; refuse one that the user named."""
@@ -222,6 +233,10 @@ def _by_type(
     why = _none_called_label(likely)
     say(f"{where}: no labels are read: {why}")
     return None, why
+
+
+def _lists(read: Read, columns: Sequence[str]) -> dict[str, list[Any]]:
+    return {name: read(name).to_pylist() for name in columns}
 
 
 def _likely(schema: pa.Schema, names: Sequence[str]) -> list[str]:

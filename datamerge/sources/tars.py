@@ -125,7 +125,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
         values = Values.of(_text(parts, columns.group) for _, parts, _ in complete)
     samples = Samples(Listed.of(places, keys), label_column(labels), values)
     listing = make_listing(location, files)
-    identity = fingerprint([listing, [(s.name, s.label, s.group) for s in samples]])
+    identity = fingerprint([listing, samples.json_of(lambda part: [(s.name, s.label, s.group) for s in part])])
     return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
 
 

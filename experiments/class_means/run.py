@@ -58,7 +58,11 @@ def main(data: str, work: str, seeds: int, datasets: str) -> None:
     results: dict[str, Any] = {}
     for name in datasets.split(","):
         root, source = Path(work) / name, Path(data) / name
-        merge(MergeConfig(source=str(source / "train.parquet"), artifact=str(root / "means"), grouping="label"))
+        merge(
+            MergeConfig(
+                source=str(source / "train.parquet"), artifact=str(root / "means"), grouping="label", order="source"
+            )
+        )
         accuracies = {arm: [_accuracy(root, source, name, arm, seed) for seed in range(seeds)] for arm in ARMS}
         results[name] = {arm: _summary(values, PAPER[name].get(arm)) for arm, values in accuracies.items()}
         click.echo(json.dumps({name: {arm: row["mean"] for arm, row in results[name].items()}}))
@@ -123,7 +127,7 @@ def _random_images(root: Path, source: Path, seed: int) -> Path:
         pixels = decode(data, Preprocessing(shape=native_shape(data))).transpose(1, 2, 0)
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.squeeze()).save(target)
-    merge(MergeConfig(source=str(folder), artifact=str(artifact), grouping="label"))
+    merge(MergeConfig(source=str(folder), artifact=str(artifact), grouping="label", order="source"))
     return artifact
 
 

@@ -128,13 +128,18 @@ class Study:
                     artifact=str(target),
                     grouping="cluster",
                     clusters=k,
+                    order="source",
                 )
             )
         else:
             if not (target / "manifest.json").exists():
                 chosen = self._medoids(k) if kind == "medoids" else self._random(k, seed)
                 self._write(chosen, Path(f"{target}-images"))
-            merge(MergeConfig(source=f"{target}-images", artifact=str(target), grouping="label", members=1))
+            merge(
+                MergeConfig(
+                    source=f"{target}-images", artifact=str(target), grouping="label", members=1, order="source"
+                )
+            )
         return str(target)
 
     @property

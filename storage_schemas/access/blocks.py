@@ -8,10 +8,8 @@ are set they are cut off, and the file is called `NAME`: a copy like any other f
 hash.
 
 Who reads or fetches a file has it open under a shared lock, which lasts as long as any view of its map. What is not
-in use may be evicted, the least recently used first, as soon as the limit demands it. A process is granted bytes
-before it writes them, many at a time, in a `grant-…` file that it keeps locked; those of the dead are void.
-A power cut may leave a mark without its block. That, and any other damage, is found as in other files: the record's
-checksum fails, the copy is dropped and fetched again.
+in use may be evicted as soon as the limit demands it (`room`). A power cut may leave a mark without its block. That,
+and any other damage, is found as in other files: the record's checksum fails, the copy is dropped and fetched again.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import re
 import secrets
 import threading
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -32,16 +28,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from storage_schemas.access.room import Room, locked
+
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 4096  # bytes; little more is fetched than is asked for, and a page of sparse files is as large
 OPEN_FILES = 128  # a process keeps open; each has a map and descriptors
-LARGEST_GRANT, GRANTS = 256 * 2**20, 64  # bytes that a process may be granted at a time: that, or the limit / GRANTS
-REFUSED_SECONDS = 1.0  # before a full cache is looked through again
-ABANDONED = 3600  # seconds after which what the previous release was fetching is taken for left behind
-
-_COPY = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.(blocks|part))?")
-_GRANT = re.compile(r"grant-[0-9a-f]{12}")
 
 
 class BlockFile:
@@ -59,6 +51,7 @@ class BlockFile:
         )
         self.here = np.zeros(-(-size // BLOCK), np.bool_)
         self.busy = np.zeros(len(self.here), np.bool_)  # being fetched by this process
+        self._complete = False
         self.refresh(0, len(self.here))
 
     def refresh(self, first: int, last: int) -> None:
@@ -69,9 +62,15 @@ class BlockFile:
         else:  # cut off: all are set
             self.here[:] = True
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blocks are here, as far as is known in this process."""
+        self._complete = self._complete or bool(self.here.all())
+        return self._complete
+
     def missing(self, start: int, end: int) -> bool:
         """Whether any of the bytes [start, end) has not come, as far as is known here."""
-        return not self.here[start // BLOCK : -(-end // BLOCK)].all()
+        return not self._complete and not self.here[start // BLOCK : -(-end // BLOCK)].all()
 
     def write(self, first: int, data: bytes) -> None:
         """Fill blocks from `first` on, and mark them."""
@@ -109,14 +108,11 @@ class Folder:
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
-        self.path, self.max_bytes = path, max_bytes
+        self.path, self.room = path, Room(path, max_bytes, self._let_go)
         self.changed = threading.Condition()
         self.failed = False
         self._open: OrderedDict[str, BlockFile] = OrderedDict()
         self._claims: int | None = None
-        self._grant: tuple[Path, int] | None = None
-        self._granted = self._flying = 0
-        self._refused = 0.0
 
     def open(self, name: str, size: int | None) -> BlockFile | None:
         """A copy to read or to fill; made if there is none.
@@ -129,13 +125,13 @@ class Folder:
         """
         with self.changed:
             file = self._open.get(name)
-            if file is not None and file.is_kept and (file.here.all() if size is None else size == file.size):
+            if file is not None and file.is_kept and (file.is_complete if size is None else size == file.size):
                 self._open.move_to_end(name)
                 return file
         file = self._opened(name, size)
         if file is None:
             return None
-        if file.here.all():
+        if file.is_complete:
             self.finish(file)  # whoever filled it was killed before
         with self.changed:
             other = self._open.get(name)
@@ -145,6 +141,15 @@ class Folder:
             while len(self._open) > OPEN_FILES and (idle := self._idle()) is not None:
                 del self._open[idle]
         return file
+
+    def _let_go(self, name: str) -> bool:
+        """Close a copy; False if it is being fetched."""
+        with self.changed:
+            file = self._open.get(name)
+            if file is not None and file.busy.any():
+                return False
+            self._open.pop(name, None)
+        return True
 
     def _idle(self) -> str | None:
         return next((name for name, file in self._open.items() if not file.busy.any()), None)
@@ -192,7 +197,7 @@ class Folder:
     def _names(self) -> Iterator[None]:
         """While files are made, renamed or forgotten."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / "lock-names"):
+        with locked(self.path / "lock-names"):
             yield
 
     def claim(self, file: BlockFile, start: int, end: int, most: int) -> tuple[int, int] | None:
@@ -238,7 +243,7 @@ class Folder:
             self.changed.notify_all()
         if file.here[first:last].all():
             file.refresh(0, len(file.here))
-            if file.here.all():
+            if file.is_complete:
                 self.finish(file)
 
     def finish(self, file: BlockFile) -> None:
@@ -255,7 +260,7 @@ class Folder:
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
         """Be the only one, of all threads and processes, that fetches a file of unknown size."""
-        with _locked(self.path / f"lock-{int(name[:8], 16) % 64:02d}"):
+        with locked(self.path / f"lock-{int(name[:8], 16) % 64:02d}"):
             yield
 
     def put(self, name: str, data: bytes) -> None:
@@ -264,15 +269,19 @@ class Folder:
         Raises:
             OSError: the disk.
         """
-        if not self.reserve(len(data)):
-            return
-        new = self.path / f".{secrets.token_hex(6)}.tmp"
+        with self.room.reserved(len(data)) as may_write, self.temporary() as new:
+            if may_write:
+                new.write_bytes(data)
+                new.replace(self.path / name)
+
+    @contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """Where to write a file that is renamed once it is whole; what is there in the end is removed."""
+        path = self.path / f".{secrets.token_hex(6)}.tmp"
         try:
-            new.write_bytes(data)
-            new.replace(self.path / name)
+            yield path
         finally:
-            new.unlink(missing_ok=True)
-            self.written(len(data))
+            path.unlink(missing_ok=True)
 
     def forget(self, name: str, inode: int | None) -> bool:
         """Drop a copy; whether there was one.
@@ -291,114 +300,6 @@ class Folder:
                 except FileNotFoundError:
                     continue
         return dropped
-
-    def reserve(self, size: int, unused_since: int | None = None) -> bool:
-        """Be granted bytes to write; `written` gives them back.
-
-        Args:
-            unused_since: only copies that nobody has used since may be evicted for them, ns; None for any.
-
-        Returns:
-            False if there is no room.
-        """
-        with self.changed:
-            if self._granted < size and (time.monotonic() < self._refused or not self._ask(size, unused_since)):
-                return False
-            self._granted -= size
-            self._flying += size
-            return True
-
-    def written(self, size: int) -> None:
-        """End a reservation: the bytes are on the disk, or will not be."""
-        with self.changed:
-            self._flying -= size
-
-    def _ask(self, size: int, unused_since: int | None) -> bool:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / "lock-space"):
-            for wanted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
-                if self._make_room(wanted + self._flying, unused_since):
-                    self._granted = wanted
-                    break
-            else:
-                self._granted = 0
-                self._refused = time.monotonic() + REFUSED_SECONDS
-            self._write_grant()
-        return self._granted >= size
-
-    def _write_grant(self) -> None:
-        if self._grant is None or not os.fstat(self._grant[1]).st_nlink:
-            path = self.path / f"grant-{secrets.token_hex(6)}"
-            self._grant = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._grant[1], fcntl.LOCK_EX)
-        os.pwrite(self._grant[1], b"%020d" % (self._granted + self._flying), 0)
-
-    def _make_room(self, size: int, unused_since: int | None) -> bool:
-        """Evict the least recently used copies that nobody uses, until so many more bytes fit; whether they do."""
-        if size > self.max_bytes:
-            return False
-        copies: list[tuple[int, int, str]] = []
-        excess = size - self.max_bytes
-        for entry in os.scandir(self.path):
-            if _GRANT.fullmatch(entry.name):
-                excess += self._others(Path(entry.path))
-            # Else a lock, or a file of somebody else, who chose a folder that was not empty.
-            elif found := _COPY.fullmatch(entry.name):
-                try:
-                    status = entry.stat()
-                except FileNotFoundError:
-                    continue  # dropped by another process
-                taken = status.st_size
-                if found[3] == "blocks":
-                    taken = min(taken, 512 * status.st_blocks)
-                elif found[3] == "part":  # of the previous release, which counted what was still to come
-                    taken = int(found[2])
-                    if time.time() - status.st_mtime > ABANDONED:
-                        Path(entry.path).unlink(missing_ok=True)
-                        continue
-                copies.append((status.st_mtime_ns, taken, entry.name))
-                excess += taken
-        for used, taken, name in sorted(copies):
-            if excess <= 0 or (unused_since is not None and used > unused_since):
-                break
-            if not name.endswith(".part") and self._evict(name):
-                excess -= taken
-        return excess <= 0
-
-    def _others(self, grant: Path) -> int:
-        """Bytes granted to another process; a dead one's are void."""
-        if self._grant is not None and grant == self._grant[0]:
-            return 0
-        try:
-            descriptor = os.open(grant, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return 0
-        try:
-            if _is_free(descriptor):
-                grant.unlink(missing_ok=True)
-                return 0
-            return int(os.pread(descriptor, 20, 0) or 0)
-        finally:
-            os.close(descriptor)
-
-    def _evict(self, copy: str) -> bool:
-        name = copy.partition(".")[0]
-        own = self._open.get(name)
-        if own is not None:
-            if own.busy.any():
-                return False
-            del self._open[name], own
-        try:
-            descriptor = os.open(self.path / copy, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            if not _is_free(descriptor):
-                return False
-            (self.path / copy).unlink(missing_ok=True)
-            return True
-        finally:
-            os.close(descriptor)
 
     def _lock(self, name: str, first: int, last: int) -> bool:
         if self._claims is None or not os.fstat(self._claims).st_nlink:
@@ -426,29 +327,9 @@ class Folder:
             )
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Be the only one here, of all threads and processes."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _place(name: str) -> int:
     """Where the claims of a file are; where two share a place they wait for each other without need."""
     return int(name[:8], 16) << 28
-
-
-def _is_free(descriptor: int) -> bool:
-    """Whether nobody else has a lock on this file; the caller has it now, until it closes the descriptor."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 _FOLDERS: dict[Path, Folder] = {}
@@ -459,7 +340,7 @@ def folder_of(path: Path, max_bytes: int) -> Folder:
     """This process's `Folder` for a path."""
     with _MAKING:
         folder = _FOLDERS.setdefault(path, Folder(path, max_bytes))
-        folder.max_bytes = max_bytes
+        folder.room.max_bytes = max_bytes
         return folder
 
 

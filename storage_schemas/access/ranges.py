@@ -52,10 +52,13 @@ class FileRanges:
             CorruptShard: the file is missing or too short.
         """
         try:
-            if self._location.is_local:
-                data = self._map(path)[start : start + size]
+            mapped = self._maps.get(path)
+            if mapped is None and self._location.is_local:
+                mapped = self._map(path)
+            if mapped is not None:
+                data = mapped[start : start + size]
             else:
-                data = fetcher_of(self._location).read(path, start, start + size, file_bytes)
+                data = self._fetched(path, start, start + size, file_bytes)
         except FileNotFoundError:
             raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
         if len(data) != size:
@@ -64,10 +67,14 @@ class FileRanges:
             )
         return data
 
+    def _fetched(self, path: str, start: int, end: int, file_bytes: int | None) -> Bytes:
+        fetcher = fetcher_of(self._location)
+        data = fetcher.read(path, start, end, file_bytes)
+        if (whole := fetcher.whole(path)) is not None:
+            self._maps.put(path, whole)
+        return data
+
     def _map(self, path: str) -> Bytes:
-        mapped = self._maps.get(path)
-        if mapped is not None:
-            return mapped
         local = self._location.path(path)
         refuse_devices(local)
         try:

@@ -17,11 +17,11 @@ from storage_schemas.schema.provenance import LOCATIONS, Leaves, differences, le
 
 # Differences that say nothing about what the groups mean: where things were, and how they were computed.
 # A later round attacks the tuned encoder; what its groups share with the first round is that of their targets.
-FREE = ("seed", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
+FREE = ("seed", "order", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
 # Of an input, not of the whole, even where all inputs agree.
 OWN = ("grouping.members",)
 # Sources may differ where no group has members from several, or where members are samples, not attacks on one.
-SOURCE = ("source.fingerprint", "source.samples", "source.exif")
+SOURCE = ("source.fingerprint", "source.samples", "source.drawn_from", "source.exif")
 
 _PIXELS = "preprocessing"
 _EXIF = "source.exif"

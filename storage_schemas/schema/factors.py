@@ -51,6 +51,11 @@ def factors(members: Members, count: int, kind: FactorKind, generator: np.random
     return _principal(centred, count)
 
 
+def sign_generator(seed: int, key: str) -> np.random.Generator:
+    """Source of the signs of group `key`."""
+    return np.random.default_rng(group_seed(seed, key))
+
+
 def stored_factors(
     members: Members, layout: Layout, kind: FactorKind, seed: int, key: str
 ) -> npt.NDArray[np.generic]:
@@ -62,7 +67,7 @@ def stored_factors(
     spec = layout.array("factors")
     if spec is None:
         raise ValueError("the layout has no factors")
-    return factors(members, spec.shape[0], kind, np.random.default_rng(group_seed(seed, key))).astype(spec.dtype)
+    return factors(members, spec.shape[0], kind, sign_generator(seed, key)).astype(spec.dtype)
 
 
 def factor_spec(count: int, members: int, pixel_range: int, shape: tuple[int, ...]) -> ArraySpec:
@@ -88,9 +93,28 @@ def decode_factors(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     return (stored.astype(np.float64) / (LEVELS * math.sqrt(len(stored)))).astype(np.float32)
 
 
+def sketch_signs(count: int, members: int, generator: np.random.Generator) -> IntArray:
+    """ξ of a sketch, int64 [k, N]."""
+    return 2 * generator.integers(0, 2, (count, members), np.int64) - 1
+
+
+def principal_weights(gram: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """What the members' deviations are weighted with in the principal directions, float64 [at most k, N].
+
+    Args:
+        gram: products of N(x_i − x̄), [N, N].
+        count: k.
+    """
+    members = len(gram)
+    vectors = np.linalg.eigh(gram / members**3).eigenvectors  # ascending
+    rows = [vectors[:, -1 - j] for j in range(min(count, members - 1))]
+    # √λ_j v_j = Σ_i w_i (x_i − x̄)/√N for a unit vector w; which end is positive is a convention.
+    return np.array([w * (1.0 if w[np.argmax(np.abs(w))] > 0 else -1.0) for w in rows]).reshape(len(rows), members)
+
+
 def _sketch(centred: IntArray, count: int, generator: np.random.Generator) -> IntArray:
     members = len(centred)
-    signs = 2 * generator.integers(0, 2, (count, members), np.int64) - 1
+    signs = sketch_signs(count, members, generator)
     # The sums are exact; only the last division is rounded.
     sums = np.stack([sum((sign * image for sign, image in zip(row, centred, strict=True))) for row in signs.tolist()])
     scaled: npt.NDArray[np.float64] = sums / members**1.5
@@ -101,13 +125,9 @@ def _principal(centred: IntArray, count: int) -> IntArray:
     """From the N×N Gram matrix: its eigenvectors are the directions' coordinates in the members."""
     members, shape = len(centred), centred.shape[1:]
     flat = centred.reshape(members, -1)
-    gram = np.array([[int(np.dot(a, b)) for b in flat] for a in flat], np.float64) / members**3
-    vectors = np.linalg.eigh(gram).eigenvectors  # ascending
+    gram = np.array([[int(np.dot(a, b)) for b in flat] for a in flat], np.float64)
     directions = np.zeros((count, *shape))
-    for j in range(min(count, members - 1)):
-        weights = vectors[:, -1 - j]
-        # √λ_j v_j = Σ_i w_i (x_i − x̄)/√N for a unit vector w; which end is positive is a convention.
-        weights = weights * (1.0 if weights[np.argmax(np.abs(weights))] > 0 else -1.0)
+    for j, weights in enumerate(principal_weights(gram, count)):
         for weight, image in zip(weights.tolist(), centred, strict=True):
             directions[j] += weight * image
     scaled: npt.NDArray[np.float64] = directions * (math.sqrt(count) / members**1.5)

@@ -19,6 +19,24 @@ BASELINE = "w/o AT"
 SHOWN_PROBLEMS = 5
 
 
+class TrainedArtifact(BaseModel):
+    """One of the artifacts of a run.
+
+    Attributes:
+        url: where its groups came from.
+        plan_sha256: identity of what was there.
+        weight: how often each of its groups occurred in an epoch.
+        groups: that it has.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+    plan_sha256: str
+    weight: float
+    groups: int
+
+
 class RunSummary(BaseModel):
     """What `run.json` says of a finished run.
 
@@ -28,8 +46,9 @@ class RunSummary(BaseModel):
         original: spec of the encoder the run started from.
         original_sha256: hash of its weights.
         arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
-        artifact: where the groups came from.
-        plan_sha256: identity of that artifact.
+        artifact: where the groups came from; of several artifacts all, with commas between them.
+        plan_sha256: identity of that artifact; of several, or of one with a weight, a hash of all of them.
+        artifacts: the artifacts, with their weights; runs of releases before 0.2.0 do not say.
         steps: optimiser steps.
         groups: groups consumed, repetitions counted.
         seconds: wall time of all sittings, without loading the encoder.
@@ -48,6 +67,7 @@ class RunSummary(BaseModel):
     arm: str
     artifact: str
     plan_sha256: str
+    artifacts: tuple[TrainedArtifact, ...] = ()
     steps: int
     groups: int
     seconds: float

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
-from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
+from storage_schemas.schema.manifest import ArraySpec, Layout
+from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Record
 
 
@@ -29,14 +31,34 @@ class ShardEncoder(ABC):
 
 
 class Reader(ABC):
-    """Reads the bytes of single records. One that has been used belongs to one thread."""
+    """Reads the bytes of single records, and says beforehand where they are. Threads may share one."""
 
     @abstractmethod
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
         """The bytes of some arrays of record `index` of a shard, in the order of `specs`.
 
         Raises:
             CorruptShard: a file is missing or cut short, or what it holds cannot be such a record.
+        """
+
+    def index_ranges(self, commit: Sidecar, specs: Sequence[ArraySpec]) -> list[Range]:
+        """What has to be read of a shard, and was not yet, before `ranges` can tell where its records are."""
+        return []
+
+    @abstractmethod
+    def ranges(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> list[Range]:
+        """What `read` asks for: a range an array.
+
+        Raises:
+            CorruptShard: as `read`.
+        """
+
+    @abstractmethod
+    def joined_ranges(self, commit: Sidecar, indices: Sequence[int], specs: Sequence[ArraySpec]) -> list[Range]:
+        """What reading these arrays of some records of a shard asks for, in few ranges.
+
+        Raises:
+            CorruptShard: as `read`.
         """
 
 
@@ -69,3 +91,15 @@ class Store(ABC):
     @abstractmethod
     def reader(self, location: Location) -> Reader:
         """A reader of an artifact at a location."""
+
+
+def joined(ranges: Iterable[Range], gap: int = 0) -> list[Range]:
+    """The same bytes in fewer ranges, by path and position; up to `gap` bytes between two of them come with them."""
+    merged: list[Range] = []
+    for one in sorted(ranges):
+        last = merged[-1] if merged else None
+        if last is not None and one.path == last.path and one.start <= last.end + gap:
+            merged[-1] = last._replace(end=max(last.end, one.end))
+        else:
+            merged.append(one)
+    return merged

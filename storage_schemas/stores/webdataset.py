@@ -15,12 +15,17 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
 from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
-from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
+from storage_schemas.schema.manifest import ArraySpec, Layout
+from storage_schemas.schema.packed import Sidecar, file_bytes
 from storage_schemas.schema.record import Record
-from storage_schemas.stores.base import Reader, ShardEncoder, Store
+from storage_schemas.stores.base import Reader, ShardEncoder, Store, joined
+
+# Bytes between two arrays that nobody reads and that are not worth a request: tar headers, a record's JSON.
+HEADERS = 8 * 1024
 
 
 class WebDatasetStore(Store):
@@ -89,15 +94,26 @@ class WebDatasetReader(Reader):
     def __init__(self, location: Location) -> None:
         self._files = FileRanges(location)
 
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
         """The bytes of arrays of record `index` of a shard: views of the file's map where it is local.
 
         Raises:
             CorruptShard: the tar file is missing or shorter than committed.
         """
+        for path, start, end in self._ranges(commit, index, specs):
+            yield self._files.read(path, start, end - start, file_bytes(commit, path))
+
+    def ranges(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> list[Range]:
+        return list(self._ranges(commit, index, specs))
+
+    def joined_ranges(self, commit: Sidecar, indices: Sequence[int], specs: Sequence[ArraySpec]) -> list[Range]:
+        return joined((one for index in indices for one in self._ranges(commit, index, specs)), HEADERS)
+
+    @staticmethod
+    def _ranges(commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Range]:
         path, record = _shard_file(commit.shard), commit.records[index]
         for spec in specs:
             start = (record.offsets or {}).get(spec.name)
             if start is None:
                 raise CorruptShard(f"{path}, record {record.key}: the commit has no offset for {spec.name}")
-            yield self._files.read(path, start, spec.nbytes)
+            yield Range(path, start, start + spec.nbytes)

@@ -23,18 +23,21 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
-from storage_schemas.access.lru import Lru
+from storage_schemas.access.once import Once
 from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
-from storage_schemas.schema.manifest import ArraySpec, Commit, Layout
+from storage_schemas.schema.manifest import ArraySpec, Layout
+from storage_schemas.schema.packed import Sidecar, file_bytes
 from storage_schemas.schema.record import Record
-from storage_schemas.stores.base import Reader, ShardEncoder, Store
+from storage_schemas.stores.base import Reader, ShardEncoder, Store, joined
 
 FOLDER = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
-CACHED_INDICES = 64
+# Shard indices that are kept, 16 bytes a record of each: 64 MB.
+CACHED_RECORDS = 2**22
 # Axes of a stored array, for readers that go by names, such as xarray.
 PIXELS = ("channel", "height", "width")
 AXES = {
@@ -109,49 +112,76 @@ class ZarrReader(Reader):
     def __init__(self, location: Location, layout: Layout) -> None:
         self._files = FileRanges(location)
         self._layout = layout
-        self._indices = Lru[str, npt.NDArray[np.uint64]](CACHED_INDICES)
+        self._indices = Once[str, npt.NDArray[np.uint64]](-(-CACHED_RECORDS // layout.groups_per_shard))
 
-    def read(self, commit: Commit, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
         """The bytes of arrays of record `index` of a shard.
 
         Raises:
             CorruptShard: a file is missing, cut short, or fails its crc32c.
         """
-        sizes = {file.path: file.bytes for file in commit.files}
-        return (self._chunk(spec, commit.shard, index, sizes) for spec in specs)
+        for spec, place in zip(specs, self._ranges(commit, index, specs), strict=True):
+            size = place.end - place.start
+            data = self._files.read(place.path, place.start, size, file_bytes(commit, place.path))
+            yield _decoded(data, spec, f"{place.path}, record {index}")
 
-    def _chunk(self, spec: ArraySpec, shard: int, index: int, sizes: dict[str, int]) -> Bytes:
-        path = _shard_file(spec.name, shard, len(spec.shape))
-        where = f"{path}, record {index}"
-        start, size = (int(value) for value in self._index(path, sizes.get(path, 0))[index])
-        if size > MAX_CHUNK_OVERHEAD + 2 * spec.nbytes:  # also the mark of an inner chunk that was never written
-            raise CorruptShard(f"{where}: the shard index has no such record")
-        payload = _checked(self._files.read(path, start, size), where)
-        # Blosc's header says in bytes 4 to 8 how much comes out; asked first, a bomb is refused before it goes off.
-        # And in bytes 12 to 16 how long it is itself, which the decoder believes and would read beyond the end.
-        declared, own = (int.from_bytes(payload[at : at + 4].tobytes(), "little") for at in (4, 12))
-        if (declared, own) != (spec.nbytes, len(payload)):
-            raise CorruptShard(
-                f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, "
-                f"the header says {declared} of {own}"
-            )
-        try:
-            return np.frombuffer(Blosc().decode(payload), np.uint8)
-        except (RuntimeError, ValueError) as error:
-            raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
+    def index_ranges(self, commit: Sidecar, specs: Sequence[ArraySpec]) -> list[Range]:
+        paths = [path for path in self._paths(commit, specs) if path not in self._indices]
+        places = (self._index_range(path, file_bytes(commit, path)) for path in paths)
+        return [place for place in places if place.start >= 0]
+
+    def ranges(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> list[Range]:
+        return list(self._ranges(commit, index, specs))
+
+    def joined_ranges(self, commit: Sidecar, indices: Sequence[int], specs: Sequence[ArraySpec]) -> list[Range]:
+        if len(indices) < len(commit.records):
+            return joined(one for index in indices for one in self._ranges(commit, index, specs))
+        # All: where each of them is need not be known.
+        return [Range(path, 0, file_bytes(commit, path)) for path in self._paths(commit, specs)]
+
+    @staticmethod
+    def _paths(commit: Sidecar, specs: Sequence[ArraySpec]) -> list[str]:
+        return [_shard_file(spec.name, commit.shard, len(spec.shape)) for spec in specs]
+
+    def _ranges(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Range]:
+        for spec, path in zip(specs, self._paths(commit, specs), strict=True):
+            start, size = (int(value) for value in self._index(path, file_bytes(commit, path))[index])
+            if size > MAX_CHUNK_OVERHEAD + 2 * spec.nbytes:  # also the mark of an inner chunk that was never written
+                raise CorruptShard(f"{path}, record {index}: the shard index has no such record")
+            yield Range(path, start, start + size)
 
     def _index(self, path: str, file_size: int) -> npt.NDArray[np.uint64]:
         """(offset, size) of every inner chunk: the last 16 bytes a chunk of the file, and their crc32c."""
-        cached = self._indices.get(path)
-        if cached is not None:
-            return cached
-        size = 16 * self._layout.groups_per_shard + CRC_BYTES
-        if file_size < size:
-            raise CorruptShard(f"{path}: expected at least {size} bytes, the commit says {file_size}")
-        payload = _checked(self._files.read(path, file_size - size, size), f"{path}, shard index")
-        index = payload.view("<u8").astype(np.uint64).reshape(-1, 2)
-        self._indices.put(path, index)
-        return index
+
+        def read() -> npt.NDArray[np.uint64]:
+            place = self._index_range(path, file_size)
+            if place.start < 0:
+                raise CorruptShard(f"{path}: expected at least {place.end - place.start} bytes, found {file_size}")
+            data = self._files.read(path, place.start, place.end - place.start, file_size)
+            payload = _checked(data, f"{path}, shard index")
+            return payload.view("<u8").astype(np.uint64).reshape(-1, 2)
+
+        return self._indices.get(path, read)
+
+    def _index_range(self, path: str, file_size: int) -> Range:
+        """Where a shard's index is; begins below 0 for a file that is too short to have one."""
+        return Range(path, file_size - 16 * self._layout.groups_per_shard - CRC_BYTES, file_size)
+
+
+def _decoded(data: Bytes, spec: ArraySpec, where: str) -> Bytes:
+    """The array that a stored inner chunk holds."""
+    payload = _checked(data, where)
+    # Blosc's header says in bytes 4 to 8 how much comes out; asked first, a bomb is refused before it goes off.
+    # And in bytes 12 to 16 how long it is itself, which the decoder believes and would read beyond the end.
+    declared, own = (int.from_bytes(payload[at : at + 4].tobytes(), "little") for at in (4, 12))
+    if (declared, own) != (spec.nbytes, len(payload)):
+        raise CorruptShard(
+            f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, the header says {declared} of {own}"
+        )
+    try:
+        return np.frombuffer(Blosc().decode(payload), np.uint8)
+    except (RuntimeError, ValueError) as error:
+        raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
 
 
 def _checked(data: Bytes, where: str) -> Bytes:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from datamerge.attacks import APGD, PGD, Precision, arithmetic, gradient_sign, run_attack, squared_error
+from datamerge.attacks import APGD, PGD, Precision, arithmetic, gradient_sign, quotient, run_attack, squared_error
+from datamerge.attacks.arithmetic import fixed_order, in_fixed_order
 from datamerge.encoders import load_encoder
 from tests.support.recorder import SPEC, note, recording
 
@@ -50,3 +52,51 @@ def test_products_use_tf32_on_a_gpu_that_is_asked_for_it() -> None:
 def test_an_error_inside_changes_nothing_outside() -> None:
     with recording(), pytest.raises(KeyError), arithmetic(torch.device("cpu")):
         raise KeyError
+
+
+def _order() -> tuple[bool, bool, bool]:
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fills
+
+
+def test_a_gpus_kernels_add_in_one_order_and_a_cpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = _order()
+    with fixed_order(torch.device("cpu")):
+        assert _order() == before
+    with fixed_order(torch.device("cuda")):
+        assert _order() == (True, False, False)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert _order() == before
+    with pytest.raises(KeyError), fixed_order(torch.device("cuda")):
+        raise KeyError
+    assert _order() == before
+
+
+def test_a_model_without_such_kernels_runs_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    tried = []
+
+    def pooling() -> str:
+        tried.append(torch.are_deterministic_algorithms_enabled())
+        if tried[-1]:  # as torch says it
+            raise RuntimeError("max_pool2d_with_indices_backward_cuda does not have a deterministic implementation")
+        return "gradient"
+
+    def broken() -> str:
+        raise RuntimeError("shapes do not match")
+
+    model, other = torch.nn.Identity(), torch.nn.Identity()
+    assert [in_fixed_order(model, torch.device("cuda"), pooling) for _ in range(2)] == ["gradient"] * 2
+    assert tried == [True, False, False]
+    in_fixed_order(other, torch.device("cuda"), lambda: tried.append(torch.are_deterministic_algorithms_enabled()))
+    assert tried[3:] == [True]
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_fixed_order(other, torch.device("cuda"), broken)
+
+
+def test_quotients_are_rounded_once() -> None:
+    levels = torch.arange(256, dtype=torch.float32)
+    expected = (np.arange(256) / 255).astype(np.float32)
+    assert quotient(levels, 255.0).numpy().tobytes() == expected.tobytes()

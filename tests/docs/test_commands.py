@@ -74,7 +74,7 @@ def test_examples_of_help_parse() -> None:
     [
         "datamerge mrege a b",
         "datamerge merge a b --memebrs 3",
-        "datamerge train a b c",
+        "datamerge merge a b c",
         "datamerge train a b --arm avgs",
     ],
 )
@@ -101,7 +101,7 @@ def test_settings_tables_have_every_field() -> None:
     assert len(rows) == len(TrainConfig.model_fields)
     assert any(row.startswith("| `learning_rate` | float | `1e-05` | Peak") for row in rows)
     assert any("`avg`, `factors`" in row for row in rows)
-    assert rows[0].startswith("| `artifact` | str | required |")
+    assert rows[0].startswith("| `artifact` | str or list[str] | required |")
 
 
 def _split(text: str) -> list[str]:

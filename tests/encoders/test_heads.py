@@ -16,7 +16,7 @@ from torch import Tensor
 from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, save_encoder
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
-from storage_schemas.artifact import parse_head
+from storage_schemas.schema.head import parse_head
 from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
 

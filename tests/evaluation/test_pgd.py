@@ -174,7 +174,7 @@ def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, te
     first = loss(0)
     assert loss(0) == first
     assert loss(1) != first
-    (alone,) = measure(spec, data=textures, limit=1, steps=1, step_size="1/2550")
+    (alone,) = measure(spec, data=textures, limit_first=1, steps=1, step_size="1/2550")
     for path in sorted(textures.iterdir())[1:]:
         path.unlink()
     (only,) = measure(spec, data=textures, steps=1, step_size="1/2550")

@@ -198,7 +198,8 @@ def embed(run: str, data: Path, output: Path, **flags: Any) -> None:
     [
         ({"steps": 3}, ["(steps: 2 ", ", 3 "]),
         ({"norm": "l2"}, ["(norm: ", "l2"]),
-        ({"limit": 2}, ["(limit: ", ", 2 "]),
+        ({"limit_first": 2}, ["(limit: ", ", 2 "]),
+        ({"limit": 2}, ["(limit_drawn: ", ", 2 "]),
         ({"seed": 1}, ["(seed: ", ", 1 "]),
     ],
 )

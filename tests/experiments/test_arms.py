@@ -22,7 +22,7 @@ members = 3
 epsilon = "2/255"
 step_size = "1/255"
 steps = 2
-limit = 12
+limit_first = 12
 groups_per_shard = 6
 batch_size = 6
 

@@ -54,10 +54,12 @@ def test_the_second_round_attacks_the_tuned_encoder_towards_the_original_targets
     with torch.no_grad():
         tuned_embeddings, embeddings = tuned(images), original(images)
     assert not torch.allclose(tuned_embeddings, embeddings, atol=1e-3)
-    for record, before, expected in zip(second, first, embeddings, strict=True):
+    for record in second:
+        before, expected = first[record.key], embeddings[int(record.key.rpartition("-")[2])]
         assert record.target is not None
         assert before.target is not None
-        np.testing.assert_array_equal(record.target, before.target)
+        # Of other batches: every seed has an order of its own.
+        np.testing.assert_allclose(record.target, before.target, atol=1e-6)
         np.testing.assert_allclose(record.target, expected.numpy(), atol=1e-6)
         assert not np.array_equal(record.mean, before.mean)
 

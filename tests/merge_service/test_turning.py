@@ -104,6 +104,7 @@ def test_what_a_source_s_library_does_is_recorded_and_done(
         resize=False,
         keep_clean=True,
         exif=wanted,
+        order="source",
     )
     assert _recorded(artifact.manifest.provenance) == exif
     expected = [pixels for pixels in _upright(exif) if pixels.shape == (3, 6, 8)]

@@ -41,15 +41,18 @@ def test_by_hand() -> None:
     assert found.kept == (4 * 400, 4 * 16)
     assert found.fixed == LIBRARIES + 4 * weights + 2 * 256 * (record + values)
     assert (found.images, found.least) == (60, 10)  # whole groups of 10 in a batch of 64
-    assert found.of_images(2) == round(HOLES * 2 * 4 * 416) + 2 * (4 * 4 * 400 + 10 * 4 * values)
+    pixels = 11 * 4 * values + 2 * 2 * values
+    assert found.of_images(2) == round(HOLES * 2 * 4 * 416) + 2 * (4 * 4 * 400 + pixels)
     many = GIVEN_BACK // (4 * 400) + 1
-    assert found.of_images(many) == round(many * 4 * (400 + HOLES * 16)) + many * (4 * 4 * 400 + 10 * 4 * values)
+    assert found.of_images(many) == round(many * 4 * (400 + HOLES * 16)) + many * (4 * 4 * 400 + pixels)
 
 
 def test_by_settings() -> None:
     plain = _memory()
     assert _memory(batch_size=8).images == 10
     assert _memory(attack="apgd").bytes > plain.bytes
+    assert _memory(restarts=3).pixels - plain.pixels == 2 * 2 * 2 * math.prod(SHAPE)
+    assert _memory(grid=False).pixels - plain.pixels == 2 * 2 * math.prod(SHAPE)
     # On a GPU there are weights and shards alone.
     assert _memory("cuda").bytes == plain.fixed
     embeds = _memory(encoder=ENCODER, grouping="label", targets="embedding", members=None)

@@ -230,7 +230,7 @@ def test_factories() -> None:
     _check(source, GREY, list(Digits.targets))
     assert source.class_names == ["zero", "one"]
     _check(open_source("python:my_data:Plain"), COLOUR, LABELS.tolist())
-    _check(open_source("python:my_data:Plain", limit=2), COLOUR[:2], LABELS.tolist()[:2])
+    _check(open_source("python:my_data:Plain", limit_first=2), COLOUR[:2], LABELS.tolist()[:2])
 
 
 def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:

@@ -120,10 +120,10 @@ def test_new_files_leave_other_keys_alone(names: list[str], more: list[str]) -> 
 def test_limit_takes_the_first(tmp_path: Path) -> None:
     names = [f"{number:02d}.png" for number in range(20)]
     whole = open_source(_make(tmp_path, names))
-    part = open_source(tmp_path, limit=7)
+    part = open_source(tmp_path, limit_first=7)
     assert list(part.samples) == list(whole.samples)[:7]
     assert part.fingerprint == whole.fingerprint
-    assert len(open_source(tmp_path, limit=100).samples) == 20
+    assert len(open_source(tmp_path, limit_first=100).samples) == 20
 
 
 def test_the_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:

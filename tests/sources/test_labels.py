@@ -343,5 +343,5 @@ def test_members_that_hold_labels(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_text_labels_are_not_numbered_anew_by_a_limit(tmp_path: Path) -> None:
     for name, write in TEXT.items():
         if name != "python":
-            source = open_source(write(tmp_path / name, ["dog", "cat", "ant"]), limit=1)
+            source = open_source(write(tmp_path / name, ["dog", "cat", "ant"]), limit_first=1)
             assert [sample.label for sample in source.samples] == [2], name

@@ -183,7 +183,7 @@ def test_a_row_beyond_the_end(tmp_path: Path) -> None:
 
 def test_limit_and_fingerprint(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "one" / "x.parquet", range(6))
-    whole, part = open_source(tmp_path / "one"), open_source(tmp_path / "one", limit=2)
+    whole, part = open_source(tmp_path / "one"), open_source(tmp_path / "one", limit_first=2)
     assert list(part.samples) == list(whole.samples)[:2]
     assert part.fingerprint == whole.fingerprint
     _hugging_face(tmp_path / "two" / "x.parquet", range(7))

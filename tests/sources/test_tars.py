@@ -61,7 +61,7 @@ def test_folders_globs_and_braces(tars: Path, pattern: str) -> None:
 
 def test_one_file_and_a_limit(tars: Path) -> None:
     _check(open_source(tars / "train-01.tar"), range(4, 8))
-    _check(open_source(tars, limit=5), range(5))
+    _check(open_source(tars, limit_first=5), range(5))
 
 
 def test_any_file_system(tars: Path) -> None:

@@ -28,8 +28,8 @@ from storage_schemas import (
     redact,
 )
 from storage_schemas.access.redaction import redact_tree
-from storage_schemas.artifact import parse_head
 from storage_schemas.operations.convert import convert
+from storage_schemas.schema.head import parse_head
 from storage_schemas.verify import verify
 from tests.support.forging import forge, replace_file
 from tests.support.paths import GOLDEN

@@ -37,8 +37,8 @@ from storage_schemas import (
     open_artifact,
     redact,
 )
-from storage_schemas.artifact import parse_head
 from storage_schemas.operations.combine import plan_combination
+from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.manifest import UNSEALED
 from storage_schemas.schema.provenance import plan_sha256
 from storage_schemas.verify import fix, verify

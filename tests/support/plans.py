@@ -44,7 +44,7 @@ def cases() -> list[tuple[str, str]]:
 
 def plan_of(folder: Path, source: str, grouping: str) -> dict[str, str]:
     """The hash of each part of a plan, of what does not depend on versions or on where the source is."""
-    settings = {"groups_per_shard": 3, "shape": "1x4x4", **GROUPINGS[grouping]}
+    settings = {"groups_per_shard": 3, "shape": "1x4x4", "order": "source", **GROUPINGS[grouping]}
     if "encoder" in settings:
         del settings["shape"]
     place = source if source.startswith("python:") else str(folder / source)

@@ -100,6 +100,7 @@ class WebHandler(SimpleHTTPRequestHandler):
 
     server: WebServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which holds every answer back for 40 ms
 
     def do_GET(self) -> None:
         self.server.requests.append(("GET", self.path, self.headers.get("Range", "")))

@@ -48,6 +48,8 @@ Weight = tuple[int, float]
 
 SHUFFLE_WINDOW = 2**18
 """Groups that are shuffled together; as MosaicML's streaming. In a window of this size no class is scarce."""
+ORDER_VERSION = 2
+"""Of releases before 0.2.0: 1. Those shuffled eight shards together."""
 ORDER, ESTIMATOR, LAYERS, MEMBER = 1, 2, 3, 4
 
 
@@ -166,28 +168,17 @@ def _dealt(counts: Sequence[int], windows: int, rotation: int, dealing: int) -> 
 def _shares(sizes: IntArray, fraction: float, keys: WordArray) -> IntArray:
     """Groups to take of each shard; of all the same proportion, rounded at random so that the sum is fixed."""
     total = int(sizes.sum())
-    line = np.argsort(
-        keys, kind="stable"
-    )  # shards laid end to end at random, marks at equal distances: how many hit each?
-    marks = (np.cumsum(sizes[line]) * share_of(total, fraction) + int(keys[0]) % max(total, 1)) // max(total, 1)
+    # Shards are laid end to end at random, and marks at equal distances: how many are on each?
+    line = np.argsort(keys, kind="stable")
+    marks = (np.cumsum(sizes[line]) * groups_taken(total, fraction) + int(keys[0]) % total) // total
     taken = np.empty_like(sizes)
     taken[line] = np.diff(marks, prepend=0)
     return taken
 
 
-def share_of(groups: int, fraction: float) -> int:
-    """How many groups a fraction of them is."""
-    return math.floor(groups * fraction + 0.5)
-
-
-def epoch_groups(shard_sizes: Sequence[int] | IntArray, weights: Sequence[Weight]) -> int:
-    """Groups of an epoch."""
-    total, first = 0, 0
-    for count, weight in weights:
-        groups = int(np.sum(shard_sizes[first : first + count]))
-        total += int(weight) * groups + share_of(groups, weight % 1)
-        first += count
-    return total
+def groups_taken(groups: int, weight: float) -> int:
+    """How many groups an epoch takes of an artifact with so many."""
+    return int(weight) * groups + math.floor(groups * (weight % 1) + 0.5)
 
 
 class Order:
@@ -219,7 +210,11 @@ class Order:
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._weights = tuple(weights or [(len(self._sizes), 1.0)])
         self._batch_size, self.seed = batch_size, seed
-        self.groups = epoch_groups(self._sizes, self._weights)
+        firsts = np.cumsum([0, *(count for count, _ in self._weights)]).tolist()
+        self.groups = sum(
+            groups_taken(int(self._sizes[first : first + count].sum()), weight)
+            for first, (count, weight) in zip(firsts, self._weights, strict=False)
+        )
         self._window = window or max(self.groups, 1)
         self.steps_per_epoch = -(-self.groups // batch_size)
         self._recent: tuple[tuple[int, _Epoch], ...] = ()

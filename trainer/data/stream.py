@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from datamerge.runtime.messages import first_line, warn
 from datamerge.runtime.read_ahead import read_ahead
 from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.arms import ARMS, ArmName
+from trainer.data.ahead import Ahead, Course
 from trainer.data.batches import Batch, Read, pixels, present, stack
+from trainer.data.blend import Blend
 from trainer.data.order import MEMBER, WHOLE, Order, Partition, stream_seeds
 from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, senders
 
@@ -32,26 +34,53 @@ class Wanted(NamedTuple):
     word: int
 
 
+class Asked(NamedTuple):
+    """A micro-batch as the loader asks for it: see `Piece`, and its groups."""
+
+    position: int
+    step: int
+    wanted: list[Wanted]
+
+
 class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
-    """The artifact as a map-style dataset, asked by `Wanted`.
+    """Artifacts as a map-style dataset, asked by `Wanted`.
 
     A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
     message in its own traceback.
+
+    Args:
+        artifacts: on another machine what will be asked is fetched ahead, by the process that is asked.
+        course: in what order it is asked; None for one that nobody knows.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+    def __init__(self, artifacts: Artifact | Blend, course: Course | None = None) -> None:
+        self._groups = Blend.of(artifacts)
+        self._course = None if self._groups.is_local else course
+        self._ahead: Ahead | None = None
 
     def __len__(self) -> int:
-        return len(self._artifact)
+        return len(self._groups)
+
+    def __getitems__(self, asked: Asked) -> list[tuple[Record, int] | DatamergeError]:
+        if self._course is not None:
+            if self._ahead is None:
+                info = get_worker_info()
+                self._ahead = Ahead(self._groups, self._course, *((info.id, info.num_workers) if info else ()))
+            self._ahead.reach(asked.position, asked.step)
+        return [self[wanted] for wanted in asked.wanted]
+
+    def close(self) -> None:
+        """Fetch nothing ahead any more."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def __getitem__(self, wanted: Wanted) -> tuple[Record, int] | DatamergeError:
         try:
-            return self._artifact[wanted.group], wanted.word
+            return self._groups[wanted.group], wanted.word
         except DatamergeError as error:
             return error
         except OSError as error:
-            return DatamergeError(f"{self._artifact.location.url}: group {wanted.group}: {first_line(error)}")
+            return DatamergeError(f"{self._groups.where(wanted.group)}: {first_line(error)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +155,19 @@ def check_label(key: str, label: int | None, classes: int | None, rows: Mapping[
     return label
 
 
-class _Steps(Sampler[list[Wanted]]):
-    def __init__(self, order: Order, partition: Partition, start: int, stop: int) -> None:
-        self._order, self._partition, self._start, self._stop = order, partition, start, stop
+class _Pieces(Sampler[Any]):  # the loader hands on whatever this gives, a list or not
+    def __init__(self, course: Course) -> None:
+        self._course = course
 
-    def __iter__(self) -> Iterator[list[Wanted]]:
-        for step in range(self._start, self._stop):
-            for share in self._order.shares(step, self._partition):
-                last = share.first + len(share.indices)
-                words = stream_seeds(self._order.seed, MEMBER, step, last)[share.first :]
-                yield [Wanted(index, word) for index, word in zip(share.indices, words, strict=True)]
+    def __iter__(self) -> Iterator[Asked]:
+        for position, step, share in self._course.pieces():
+            last = share.first + len(share.indices)
+            words = stream_seeds(self._course.order.seed, MEMBER, step, last)[share.first :]
+            yield Asked(position, step, [Wanted(*pair) for pair in zip(share.indices, words, strict=True)])
 
 
 def stream(
-    artifact: Artifact,
+    artifacts: Artifact | Blend,
     order: Order,
     collate: Collate,
     *,
@@ -152,7 +180,7 @@ def stream(
     """Micro-batches of the steps [start, stop), as `order.shares` lists them.
 
     Args:
-        artifact: where the groups are.
+        artifacts: where the groups are.
         order: which groups form which step.
         collate: what to deliver of each.
         start: first step, counted from 0.
@@ -167,10 +195,11 @@ def stream(
         DatamergeError: the artifact cannot be read.
         RuntimeError: a worker died; see `worker_deaths`.
     """
-    groups = Groups(artifact.only(collate.arrays()))
+    course = Course(order, partition, start, stop)
+    groups = Groups(Blend.of(artifacts).only(collate.arrays(), facts=False), course)
     loader: DataLoader[Any] = DataLoader(
         groups,
-        batch_sampler=_Steps(order, partition, start, stop),
+        batch_sampler=_Pieces(course),
         collate_fn=Shipping(collate, senders(workers)) if workers else collate,
         num_workers=workers,
         # Readers keep threads and locks that do not survive a fork.
@@ -180,10 +209,13 @@ def stream(
         generator=torch.Generator(),
         pin_memory=pin,
     )
-    for batch in _unpacked(loader, workers, pin) if workers else read_ahead(loader):
-        if isinstance(batch, DatamergeError):
-            raise batch
-        yield batch
+    try:
+        for batch in _unpacked(loader, workers, pin) if workers else read_ahead(loader):
+            if isinstance(batch, DatamergeError):
+                raise batch
+            yield batch
+    finally:
+        groups.close()
 
 
 def _unpacked(loader: DataLoader[Any], workers: int, pin: bool) -> Iterator[Batch | DatamergeError]:

@@ -66,6 +66,13 @@ class RunFolder:
             self._write_json(IDENTITY, identity)
             return
         found = _in_present_words(self._read_json(IDENTITY), identity)
+        if "order" not in found and "order" in identity:
+            if self.summary() is None:
+                raise ConfigError(
+                    f"run: {self.path} was started by datamerge 0.1, which takes groups in another order than this "
+                    "release; finish it with that one, or choose another `run`"
+                )
+            found |= {name: identity[name] for name in ("order", "shuffle_window") if name in identity}
         different = changes(found, identity)
         if not different:
             return
@@ -128,7 +135,7 @@ class RunFolder:
             DatamergeError: it is damaged.
         """
         state = read_state(path)
-        if changes(_in_present_words(state["identity"], identity), identity):
+        if changes(state["identity"], identity):
             raise ConfigError(
                 f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
                 "another `run`"

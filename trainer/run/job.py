@@ -6,7 +6,10 @@ Nothing is written here and nothing is trained; a request that cannot work fails
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,21 +26,23 @@ from datamerge.encoders import (
 from datamerge.encoders.classes import Classes
 from datamerge.encoders.runs import resolve
 from datamerge.runtime.messages import say, warn
-from storage_schemas import Artifact, Cache, ConfigError, open_artifact
-from storage_schemas.access.local_paths import user_path
+from storage_schemas import Artifact, ConfigError
+from storage_schemas.schema.run import TrainedArtifact
 from trainer.arms import ARMS
 from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
-from trainer.data.order import Order, Partition
+from trainer.data.blend import Blend
+from trainer.data.caching import check_room, opened
+from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.run.agreement import check_all, of_artifact
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.run.recompute import recompute_activations
 from trainer.run.refine import Refinement
 from trainer.run.requirements import (
     Checked,
-    check,
     check_apart,
     check_groups,
     check_held_out,
@@ -45,6 +50,7 @@ from trainer.run.requirements import (
     label_names,
     matched_rows,
 )
+from trainer.weights import spelt
 
 # Settings that say where and how fast, not what comes out; they may differ when a run is continued.
 _FREE = {
@@ -80,16 +86,21 @@ class Origin:
     """Where the groups come from, for the summary.
 
     Attributes:
-        url: of the artifact.
+        artifacts: with their weights.
         sha256: identity of what is there.
         arm: in the words of the paper.
-        bytes_per_group: uncompressed, of the arrays that are read.
+        bytes_per_group: uncompressed, of the arrays that are read; the mean over an epoch.
     """
 
-    url: str
+    artifacts: tuple[TrainedArtifact, ...]
     sha256: str
     arm: str
-    bytes_per_group: int
+    bytes_per_group: float
+
+    @property
+    def url(self) -> str:
+        """All artifacts in one line."""
+        return ", ".join(spelt(one.url, one.weight) for one in self.artifacts)
 
 
 @dataclass(frozen=True)
@@ -156,14 +167,16 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     """
     own = own or Processes()
     device = choose_device(config.device, own)
-    artifact = _open(config, config.artifact)
-    found = check(config, artifact.manifest)
-    order = _order(artifact, config)
+    blend = Blend([opened(one.url, config.cache, config.cache_bytes) for one in config.artifacts])
+    artifact = blend.artifacts[0]
+    found = check_all(config, blend.artifacts)
+    order = _order(blend, config)
     steps = length(config, order, own)
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
-    check_recorded(config, artifact.manifest, encoder)
-    head = _head(config, artifact) if found.labels else None
-    classes = _classes(config, artifact, encoder, head) if found.labels else None
+    first = of_artifact(config, 0)
+    check_recorded(first, artifact.manifest, encoder)
+    head = _head(first, artifact) if found.labels else None
+    classes = _classes(first, artifact, encoder, head) if found.labels else None
     collate = Collate(
         arm=config.arm,
         labels=found.labels,
@@ -174,25 +187,28 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         if classes and config.head not in (None, ARTIFACT_HEAD)
         else None,
     )
-    check_groups(artifact, encoder, collate)
+    for one in blend.artifacts:
+        check_groups(one, encoder, collate)
     pin = device.type == "cuda"
-    held_out = _held_out(config, artifact, found, encoder, collate, pin, classes)
+    held_out = _held_out(config, blend, found, encoder, collate, pin, classes)
     warn_of_start(encoder)
-    resolved = _resolved(config, artifact, found.loss, encoder, head, steps)
+    resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
+    origin = _origin(resolved, blend, collate, found.title)
     return Job(
         config=resolved,
         encoder=encoder,
         model=ready(encoder, head, config, device),
         loss=CrossEntropy() if found.labels else SquaredError(config.loss_scale),
         order=order,
-        feed=_feed(artifact, order, collate, config.data_workers, pin),
+        feed=_feed(blend, order, collate, config.data_workers, pin),
         held_out=held_out,
-        origin=_origin(resolved, artifact, collate, found.title),
+        origin=origin,
         device=device,
         identity={
             **free_of_place(resolved),
-            "plan_sha256": artifact.manifest.plan_sha256,
+            "plan_sha256": origin.sha256,
+            **({"weights": [one.weight for one in config.artifacts]} if len(blend.artifacts) > 1 else {}),
             **{f"encoder_{name}": value for name, value in encoder.identity.items()},
             "preprocessing": encoder.preprocessing.record(),
             "head_sha256": None if head is None else weights_sha256(head),
@@ -216,8 +232,9 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
 
 
 def free_of_place(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result."""
-    return {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+    """The settings that determine the result, and how they are turned into an order."""
+    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
+    return {**settings, "order": ORDER_VERSION}
 
 
 def warn_of_start(encoder: Encoder) -> None:
@@ -247,22 +264,30 @@ def length(config: TrainConfig, order: Order, own: Processes) -> int:
     return steps
 
 
-def _order(artifact: Artifact, config: TrainConfig, setting: str = "artifact") -> Order:
-    if not len(artifact):
-        raise ConfigError(f"{setting}: expected groups to train on, found none in {artifact.location.url}")
-    return Order(artifact.shard_sizes, config.batch_size, config.seed)
+def _order(blend: Blend, config: TrainConfig, setting: str = "artifact") -> Order:
+    weights = [(len(artifact.shard_sizes), 1.0) for artifact in blend.artifacts]
+    if setting == "artifact":
+        weights = [(shards, one.weight) for (shards, _), one in zip(weights, config.artifacts, strict=True)]
+    for artifact, (_, weight) in zip(blend.artifacts, weights, strict=True):
+        if not groups_taken(len(artifact), weight):
+            few = f" of {len(artifact)} with a weight of {weight:g}" if len(artifact) else ""
+            raise ConfigError(f"{setting}: expected groups to train on, found none{few} in {artifact.location.url}")
+    window = None if config.shuffle_window == "all" else config.shuffle_window
+    return Order(blend.shard_sizes, config.batch_size, config.seed, window, weights)
 
 
-def _feed(artifact: Artifact, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+def _feed(blend: Blend, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+    check_room(blend.only(collate.arrays()))
+
     def feed(partition: Partition, start: int, stop: int) -> Iterator[Batch]:
-        return stream(artifact, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
+        return stream(blend, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
 
     return feed
 
 
 def _held_out(
     config: TrainConfig,
-    trained: Artifact,
+    trained: Blend,
     found: Checked,
     encoder: Encoder,
     collate: Collate,
@@ -273,14 +298,16 @@ def _held_out(
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
-    artifact = _open(config, config.eval_artifact)
-    check_apart(config, trained.manifest, artifact.manifest)
+    artifact = opened(config.eval_artifact, config.cache, config.cache_bytes)
+    for number, own in enumerate(trained.artifacts):
+        check_apart(of_artifact(config, number), own.manifest, artifact.manifest)
     members = check_held_out(other, found, artifact.manifest)
     rows = matched_rows(artifact, classes, "eval_artifact") if classes else None
     collate = dataclasses.replace(collate, members=members, rows=rows)
     check_groups(artifact, encoder, collate)
-    order = _order(artifact, other, "eval_artifact")
-    feed = _feed(artifact, order, collate, config.data_workers, pin)
+    blend = Blend.of(artifact)
+    order = _order(blend, other, "eval_artifact")
+    feed = _feed(blend, order, collate, config.data_workers, pin)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
         # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.
@@ -288,23 +315,41 @@ def _held_out(
     return HeldOut(order, feed, measure)
 
 
-def _origin(config: TrainConfig, artifact: Artifact, collate: Collate, title: str) -> Origin:
-    wanted = collate.arrays()
+def _origin(config: TrainConfig, blend: Blend, collate: Collate, title: str) -> Origin:
+    artifacts, bytes_read, wanted = [], [], collate.arrays()
+    for one, artifact in zip(config.artifacts, blend.artifacts, strict=True):
+        manifest = artifact.manifest
+        artifacts.append(
+            TrainedArtifact(url=one.url, plan_sha256=manifest.plan_sha256, weight=one.weight, groups=len(artifact))
+        )
+        bytes_read.append(sum(spec.nbytes for spec in manifest.layout.arrays if spec.name in wanted))
+    groups = [groups_taken(one.groups, one.weight) for one in artifacts]
     return Origin(
-        url=config.artifact,
-        sha256=artifact.manifest.plan_sha256,
+        artifacts=tuple(artifacts),
+        sha256=_identity(artifacts),
         arm=title,
-        bytes_per_group=sum(spec.nbytes for spec in artifact.manifest.layout.arrays if spec.name in wanted),
+        bytes_per_group=sum(map(operator.mul, groups, bytes_read)) / sum(groups),
     )
 
 
+def _identity(artifacts: Sequence[TrainedArtifact]) -> str:
+    """What is trained on: an artifact's own hash, or a hash of the artifacts and their weights, in this order."""
+    if len(artifacts) == 1 and artifacts[0].weight == 1:
+        return artifacts[0].plan_sha256
+    parts = [[one.plan_sha256, one.weight] for one in artifacts]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def _resolved(
-    config: TrainConfig, artifact: Artifact, loss: LossName, encoder: Encoder, head: Head | None, steps: int
+    config: TrainConfig, blend: Blend, loss: LossName, encoder: Encoder, head: Head | None, steps: int
 ) -> TrainConfig:
     """The settings with what the defaults turned out to mean."""
+    locations = [artifact.location for artifact in blend.artifacts]
+    places = [location.root if location.is_local else location.url for location in locations]
+    texts = [spelt(place, one.weight) for place, one in zip(places, config.artifacts, strict=True)]
     return config.model_copy(
         update={
-            "artifact": artifact.location.root if artifact.location.is_local else artifact.location.url,
+            "artifact": texts[0] if len(texts) == 1 else texts,
             "loss": loss,
             "encoder": encoder.spec,
             "image_size": None,  # stands in the spec
@@ -313,11 +358,6 @@ def _resolved(
             "epochs": None,
         }
     )
-
-
-def _open(config: TrainConfig, url: str) -> Artifact:
-    cache = Cache(user_path(config.cache), config.cache_bytes) if config.cache is not None else None
-    return open_artifact(url, cache=cache)
 
 
 def choose_device(name: str, own: Processes) -> torch.device:

@@ -233,10 +233,11 @@ class _Run:
             arm=job.origin.arm,
             artifact=job.origin.url,
             plan_sha256=job.origin.sha256,
+            artifacts=job.origin.artifacts,
             steps=job.steps,
             groups=groups,
             seconds=round(self.seconds, 3),
-            bytes=groups * job.origin.bytes_per_group,
+            bytes=round(groups * job.origin.bytes_per_group),
             config=job.config.model_dump(mode="json"),
             preprocessing=job.encoder.preprocessing,
         )

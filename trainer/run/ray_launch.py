@@ -17,6 +17,7 @@ from storage_schemas import DatamergeError, UserError
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
+from trainer.data.caching import NONE
 from trainer.errors import NotFiniteRun
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import BACKENDS
@@ -33,7 +34,9 @@ def train_on_ray(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
     """
-    places = ["artifact", "run", "eval_artifact", "cache"]
+    places = ["artifact", "run", "eval_artifact"]
+    if config.cache != NONE:
+        places.append("cache")
     for name in ("encoder", "head"):
         named = getattr(config, name)
         if named is not None and user_path(named).exists():  # a run's folder, a file
@@ -95,6 +98,8 @@ def work(config: TrainConfig, outcome: Path) -> None:
             outcome.write_bytes(pickle.dumps(error))
 
 
-def _absolute(url: str | None) -> str | None:
+def _absolute(url: str | list[str] | None) -> str | list[str] | None:
     """Workers have a working directory of their own."""
+    if isinstance(url, list):
+        return [str(_absolute(one)) for one in url]
     return url if url is None or "://" in url else str(user_path(url).absolute())

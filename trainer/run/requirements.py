@@ -13,7 +13,7 @@ from datamerge.encoders.runs import with_tag_of_run
 from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.access.threads import in_threads
-from storage_schemas.schema.manifest import RecordEntry
+from storage_schemas.schema.manifest import ArraySpec, RecordEntry
 from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS
@@ -122,7 +122,7 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
         _check_targets(encoder, artifact.location.url, artifact.manifest)
         return
     for entry in _first_records(artifact):
-        check_label(entry.key, entry.label, collate.classes, collate.rows)
+        check_label(f"{entry.key} of {artifact.location.url}", entry.label, collate.classes, collate.rows)
 
 
 def _first_records(artifact: Artifact) -> Iterator[RecordEntry]:
@@ -174,11 +174,11 @@ def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) ->
     spec = encoder.spec
     parsed = parse_spec(spec)
     named = config.encoder is None and (parsed.checkpoint is not None or parsed.whole)
-    if named and encoder.sha256 != _recorded_encoder(manifest).get("sha256"):
+    if named and encoder.sha256 != recorded_encoder(manifest).get("sha256"):
         raise _unverified(config, "the weights that its targets come from", f"others in {spec}")
 
 
-def _recorded_encoder(manifest: Manifest) -> dict[str, Any]:
+def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
     """What the artifact says of the encoder its targets come from."""
     encoder = manifest.provenance.get("encoder")
     return encoder if isinstance(encoder, dict) else {}
@@ -192,7 +192,7 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
     """
     if config.encoder is not None:
         return config.encoder
-    spec = _recorded_encoder(manifest).get("spec")
+    spec = recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
         raise ConfigError(f"encoder: expected the name of one in {config.artifact}, found none; set `encoder`")
     # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
@@ -263,7 +263,7 @@ def _group_size(manifest: Manifest) -> int | None:
 
 def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
     """Whether the members were made within the radius that the settings expect, if they expect one."""
-    found = _attacked_within(manifest)
+    found = attacked_within(manifest)
     if config.epsilon is not None and (found is None or PixelLength(found) != config.epsilon):
         raise ConfigError(
             f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
@@ -271,7 +271,7 @@ def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
         )
 
 
-def _attacked_within(manifest: Manifest) -> Any:
+def attacked_within(manifest: Manifest) -> Any:
     """The radius of the attack that made the members, as it is written; None if there was none."""
     attack = manifest.provenance.get("attack")
     return attack.get("epsilon") if isinstance(attack, dict) else None
@@ -285,7 +285,7 @@ def _refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
     """
     if not config.refine_steps:
         return None
-    found = _attacked_within(manifest)
+    found = attacked_within(manifest)
     if manifest.layout.array("clean") is None or found is None:
         raise ConfigError(
             f"refine_steps: expected an artifact of attacks that keeps the clean images, found "
@@ -299,8 +299,13 @@ def _refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
     return Refinement(config.refine_steps, size, epsilon)
 
 
+def pixel_moments(manifest: Manifest) -> ArraySpec | None:
+    """The array of either encoding that has the pixels' shape, if any is listed."""
+    return manifest.layout.array("sum") or manifest.layout.array("mean")
+
+
 def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
-    moments = manifest.layout.array("sum") or manifest.layout.array("mean")
+    moments = pixel_moments(manifest)
     if moments is None:
         raise DatamergeError(f"{where}: its manifest lists neither sum nor mean; the artifact is not usable")
     if moments.shape != tuple(encoder.input_shape):
@@ -329,12 +334,12 @@ def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
             f"encoder: {encoder.spec!r} gives embeddings of width {encoder.embedding_dim}, found targets of shape "
             f"{target.shape} in {where}; choose the `encoder` that made them"
         )
-    found = _recorded_encoder(manifest)
+    found = recorded_encoder(manifest)
     recorded = found.get("sha256")
     if recorded == encoder.sha256 and found.get("code_sha256", encoder.code) != encoder.code:
         warn(f"the targets of {where} come from other code than that of {encoder.spec} now; its weights are the same")
     if recorded is not None and recorded != encoder.sha256:
         warn(
-            f"the targets of {where} come from another encoder ({_recorded_encoder(manifest).get('spec')}, sha256 "
+            f"the targets of {where} come from another encoder ({recorded_encoder(manifest).get('spec')}, sha256 "
             f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 {encoder.sha256[:12]})"
         )

@@ -1,0 +1,149 @@
+"""One reader of a stream, in a process of its own: a line when it begins, a line a batch, then a summary.
+
+python -m benchmarks.streaming_reader URL --steps 64 --cache DIR
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import click
+import torch
+
+from benchmarks.remote_server import Remote
+from trainer import TrainConfig
+from trainer.data.order import WHOLE
+from trainer.run.job import make_job
+
+BATCH = 32
+FIRST_WINDOW = 8  # batches
+S3 = {
+    "AWS_ACCESS_KEY_ID": "KEY",
+    "AWS_SECRET_ACCESS_KEY": "SECRET",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_ALLOW_HTTP": "true",
+}
+
+
+@dataclass
+class Seen:
+    """What a reader says of itself.
+
+    Attributes:
+        started: when it began to open the artifact, by the machine's clock.
+        batches: when each batch was there, and for how long it was waited for.
+        cpu: seconds of all its processes, until the last batch, start and imports aside.
+        peak: MB of its main process.
+    """
+
+    started: float = 0.0
+    batches: list[tuple[float, float]] = field(default_factory=list)
+    cpu: float = 0.0
+    peak: float = 0.0
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first batch."""
+        return self.batches[0][0] - self.started
+
+    def speed(self, steps: int, epoch: int = 0) -> float:
+        """Groups a second of an epoch of so many steps; the first begins with opening the artifact."""
+        ends = [self.started, *(when for when, _ in self.batches)]
+        return steps * BATCH / (ends[(epoch + 1) * steps] - ends[epoch * steps])
+
+    def waiting(self) -> float:
+        """Share of the time after the first window that was spent waiting."""
+        waits = [wait for _, wait in self.batches[FIRST_WINDOW:]]
+        return sum(waits) / (self.batches[-1][0] - self.batches[FIRST_WINDOW - 1][0])
+
+
+@click.command()
+@click.argument("url")
+@click.option("--steps", default=64, show_default=True)
+@click.option("--start", default=0, show_default=True, help="First step.")
+@click.option("--pause", default=0.0, show_default=True, help="Seconds that the consumer takes for a batch.")
+@click.option("--workers", default=0, show_default=True)
+@click.option("--cache", default="none", show_default=True)
+def main(url: str, steps: int, start: int, pause: float, workers: int, cache: str) -> None:
+    """Read the steps [start, steps) of a run."""
+    torch.set_num_threads(1)
+    before, began = _cpu(), time.monotonic()
+    config = TrainConfig(
+        artifact=url,
+        run=f"{cache}-run",
+        arm="factors",
+        batch_size=BATCH,
+        steps=steps,
+        data_workers=workers,
+        cache=cache,
+    )
+    batches = make_job(config).feed(WHOLE, start, steps)
+    report(began, batches, pause)
+    click.echo(json.dumps({"cpu": _cpu() - before, "peak": _peak()}))
+
+
+def report(began: float, batches: Iterable[object], pause: float) -> None:
+    """Print when each batch came and how long it was waited for."""
+    click.echo(json.dumps(began))
+    asked = began
+    for _ in batches:
+        now = time.monotonic()
+        click.echo(json.dumps([now, now - asked]))
+        sys.stdout.flush()
+        time.sleep(pause)
+        asked = time.monotonic()
+
+
+def _cpu() -> float:
+    return sum(os.times()[:4])
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def seen(command: list[str], environment: Mapping[str, str], kill_after: int | None = None) -> Seen:
+    """Run a reader; it is killed after so many batches, if asked for."""
+    found = Seen()
+    # What it says on the screen is no part of the figures, and must not fill a pipe that nobody reads.
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            said = json.loads(line)
+            if isinstance(said, dict):
+                found.cpu, found.peak = said["cpu"], said["peak"]
+            elif isinstance(said, list):
+                found.batches.append((said[0], said[1]))
+            else:
+                found.started = said
+            if len(found.batches) == kill_after:
+                process.kill()
+                return found
+        if process.wait():
+            errors.seek(0)
+            raise click.ClickException(errors.read().decode()[-2000:])
+    return found
+
+
+def ours(url: str, remote: Remote | None, options: Mapping[str, object], kill_after: int | None = None) -> Seen:
+    """A reader of an artifact, see `main`; `remote` is where S3 is."""
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    endpoint = {} if remote is None else {"AWS_ENDPOINT_URL": remote.url}
+    command = [sys.executable, "-m", "benchmarks.streaming_reader", url, *arguments]
+    return seen(command, {**S3, **endpoint}, kill_after)
+
+
+if __name__ == "__main__":
+    main()

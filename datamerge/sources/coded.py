@@ -1,0 +1,77 @@
+"""A column of any values as numbers: the different values once, and for each sample which of them it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from datamerge.sources.columns import NO_LABEL, Values
+from datamerge.sources.labels import hashable, read_distinct
+
+
+class Coded:
+    """Collects a column, file by file; M values in the end."""
+
+    def __init__(self) -> None:
+        self._places: dict[Any, int] = {}
+        self._codes: list[npt.NDArray[np.int32]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._codes))
+
+    def add(self, values: Iterable[Any]) -> None:
+        """Add values that are Python's.
+
+        Raises:
+            NoClass: a value that could be no label.
+        """
+        places = self._places
+        codes = [places.setdefault(hashable(value), len(places)) for value in values]
+        self._codes.append(np.array(codes, np.int32))
+
+    def add_coded(self, distinct: Sequence[Any], codes: npt.NDArray[np.integer[Any]]) -> None:
+        """Add values that are given by their places among some, which need not all be used, or differ."""
+        places = self._places
+        table = [places.setdefault(hashable(value), len(places)) for value in distinct]
+        self._codes.append(np.array(table, np.int32)[codes])
+
+    def add_column(self, column: pa.ChunkedArray, to_value: Callable[[Any], Any] = lambda value: value) -> None:
+        """Add Arrow's values; `to_value` makes of Python's form of each what is kept."""
+        try:
+            encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # lists, views
+            self.add(to_value(value) for value in column.to_pylist())
+            return
+        for chunk in encoded.chunks:
+            distinct = [*map(to_value, chunk.dictionary.to_pylist()), None]
+            self.add_coded(distinct, chunk.indices.fill_null(len(distinct) - 1).to_numpy())
+
+    def labels(
+        self, where: str, names: Sequence[str], row: Callable[[int], str], folders: bool = False
+    ) -> tuple[npt.NDArray[np.int32], list[str]]:
+        """Labels as a column, and class names; see `read_labels`, also for what is raised."""
+        codes = self._joined()
+        counts = np.bincount(codes, minlength=len(self._places))
+        positions = np.zeros(len(counts), np.int64)
+        positions[codes[::-1]] = np.arange(len(codes) - 1, -1, -1, dtype=np.int32)  # of several the last one stays
+        keys = list(self._places)
+        used = sorted(np.flatnonzero(counts).tolist(), key=positions.__getitem__)
+        first = {keys[code]: int(positions[code]) for code in used}
+        times = {keys[code]: int(counts[code]) for code in used}
+        indices, names = read_distinct(first, times, where, names, row, folders)
+        return np.array([indices.get(key, NO_LABEL) for key in keys], np.int32)[codes], names
+
+    def values(self) -> Values:
+        """Texts and None as a column."""
+        codes, distinct = self._joined(), list(self._places)
+        if None in self._places:
+            codes = np.where(codes == self._places[None], np.int32(-1), codes)
+        return Values(["" if value is None else value for value in distinct], codes)
+
+    def _joined(self) -> npt.NDArray[np.int32]:
+        self._codes = [np.concatenate(self._codes or [np.empty(0, np.int32)])]
+        return self._codes[0]

@@ -1,0 +1,73 @@
+"""A sidecar in little memory: readers that go from shard to shard keep thousands of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+
+from storage_schemas.schema.manifest import Commit, FileEntry, RecordEntry
+
+NO_LABEL = np.iinfo(np.int64).min  # below the least that a label may be
+
+
+class PackedRecords(Sequence[RecordEntry]):
+    """What a commit says of its records, in about 100 bytes each; without `samples` and `info`."""
+
+    def __init__(self, records: Sequence[RecordEntry]) -> None:
+        self._names = sorted({name for record in records for name in (*record.checksums, *(record.offsets or ()))})
+        self._keys = np.array([record.key.encode() for record in records], np.bytes_)
+        self._counts = np.array([record.count for record in records], np.int64)
+        labels = [NO_LABEL if record.label is None else record.label for record in records]
+        self._labels = np.array(labels, np.int64)
+        sums = [[int(record.checksums.get(name, "-1"), 16) for name in self._names] for record in records]
+        self._checksums = np.array(sums, np.int64)
+        offsets = [[(record.offsets or {}).get(name, -1) for name in self._names] for record in records]
+        self._offsets = np.array(offsets, np.int64) if any(record.offsets for record in records) else None
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> RecordEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RecordEntry]: ...
+    def __getitem__(self, index: int | slice) -> RecordEntry | Sequence[RecordEntry]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        label = int(self._labels[index])
+        sums = zip(self._names, self._checksums[index].tolist(), strict=True)
+        offsets = None if self._offsets is None else zip(self._names, self._offsets[index].tolist(), strict=True)
+        return RecordEntry.model_construct(
+            key=self._keys[index].decode(),
+            count=int(self._counts[index]),
+            label=None if label == NO_LABEL else label,
+            samples=(),
+            checksums={name: f"{value:08x}" for name, value in sums if value >= 0},
+            offsets=None if offsets is None else {name: value for name, value in offsets if value >= 0},
+            info={},
+        )
+
+
+class PackedCommit:
+    """A `Commit` as readers of records know it.
+
+    Attributes:
+        shard: its number.
+        files: of the shard.
+        records: without what no reader of arrays asks for.
+    """
+
+    def __init__(self, commit: Commit) -> None:
+        self.shard: int = commit.shard
+        self.files: tuple[FileEntry, ...] = commit.files
+        self.records = PackedRecords(commit.records)
+
+
+Sidecar = Commit | PackedCommit
+
+
+def file_bytes(sidecar: Sidecar, path: str) -> int:
+    """Bytes of a shard's file, as its sidecar says; 0 for one that it does not list."""
+    return next((file.bytes for file in sidecar.files if file.path == path), 0)

@@ -1,0 +1,233 @@
+"""Fetching what a run will read before it is read. The order is a function, so all of it is known.
+
+Two threads of the process that reads go through the order before the reader does:
+
+near    asks for the records of the next batches, in their order, some tens of megabytes ahead;
+far     with a cache, has the rest come behind them: of a section of the run, a few hundred thousand groups, what each
+        shard will be asked for, in order of first use, in requests of megabytes. The shards are dealt to the
+        processes of the machine that share the cache.
+
+Nothing is asked for that the run does not read before its last step. What cannot be fetched ahead is left to the
+reader, who meets the same error and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from storage_schemas import DatamergeError
+from trainer.data.blend import Blend
+from trainer.data.order import Order, Partition, Share
+from trainer.data.permutation import IntArray
+
+# Bytes of records that are expected and not read yet, of all data workers of a process. Without a cache they are
+# held in memory; with one, what is further ahead comes in larger requests.
+NEAR_BYTES = 256 * 2**20
+# Micro-batches that are expected together at most: their sidecars are requested at the same time.
+NEAR_PIECES = 16
+SECTION = 2**18  # groups, about as many as are shuffled together
+SHARDS = 32  # whose sidecars are requested together
+PATIENCE = 0.2  # seconds between two looks at whether to go on, should a notification be missed
+
+
+class Piece(NamedTuple):
+    """A micro-batch of a process.
+
+    Attributes:
+        position: among those of the process, counted from 0.
+        step: that it belongs to.
+        share: the groups.
+    """
+
+    position: int
+    step: int
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The part of a run that one process reads: its micro-batches of the steps [start, stop)."""
+
+    order: Order
+    partition: Partition
+    start: int
+    stop: int
+
+    def pieces(self) -> Iterator[Piece]:
+        """The micro-batches, in order."""
+        position = 0
+        for step in range(self.start, self.stop):
+            for share in self.order.shares(step, self.partition):
+                yield Piece(position, step, share)
+                position += 1
+
+    def groups_here(self, start: int, groups: int) -> tuple[int, IntArray]:
+        """What all processes of this machine read from a step on.
+
+        Args:
+            start: the step.
+            groups: about how many to list.
+
+        Returns:
+            The step after the last one, and the indices, in order of use.
+        """
+        own, (rank, processes) = self.partition, _on_this_machine(self.partition)
+        cuts = np.array([own.rank - rank, own.rank - rank + processes])
+        step, count, found = start, 0, []
+        while step < self.stop and count < groups:
+            batch = self.order.batch(step)
+            first, last = cuts * len(batch) // own.world
+            found.append(batch[first:last])
+            count += int(last - first)
+            step += 1
+        return step, np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+class Ahead:
+    """Has the records of a course fetched before one of its readers asks for them.
+
+    Args:
+        groups: what is read, some of it on other machines.
+        course: in what order.
+        worker: number of the reader among those of its process, which take micro-batches in turn.
+        workers: how many there are.
+    """
+
+    def __init__(self, groups: Blend, course: Course, worker: int = 0, workers: int = 1) -> None:
+        self._groups, self._course = groups, course
+        self._worker, self._workers = worker, workers
+        self._changed = threading.Condition()
+        self._expected = self._reached = -1  # positions
+        self._step = course.start
+        self._ahead: deque[tuple[int, int]] = deque()  # positions and bytes of what is expected and not reached
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=f"datamerge-{work.__name__[1:]}", daemon=True)
+            for work in (self._near, self._far)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def reach(self, position: int, step: int) -> None:
+        """Say that the reader has come to a micro-batch; returns once that is expected."""
+        with self._changed:
+            self._reached, self._step = position, step
+            while self._ahead and self._ahead[0][0] < position:
+                self._ahead.popleft()
+            self._changed.notify_all()
+            self._wait(lambda: self._expected >= position)
+
+    def close(self) -> None:
+        """Fetch nothing more; what is on its way is waited for."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._groups.expect_nothing()
+        for thread in self._threads:
+            thread.join()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            if work == self._near:
+                with self._changed:
+                    self._expected = np.iinfo(np.int64).max  # the reader need not wait for anything
+                    self._changed.notify_all()
+
+    def _wait(self, until: Callable[[], bool]) -> bool:
+        """Wait with `_changed`, which the caller holds; False if it is closed."""
+        while not self._closed and not until():
+            self._changed.wait(PATIENCE)
+        return not self._closed
+
+    def _near(self) -> None:
+        mine = islice(self._course.pieces(), self._worker, None, self._workers)
+        budget, count = NEAR_BYTES // self._workers, 1
+        while block := list(islice(mine, count)):
+            last = block[-1].position
+            size, is_sound = 0, True
+            try:
+                size = self._groups.expect([index for piece in block for index in piece.share.indices])
+            except (DatamergeError, OSError):
+                is_sound = False
+            with self._changed:
+                self._expected = last
+                self._ahead.append((last, size))
+                self._changed.notify_all()
+                # As many together as fit several times; two blocks, however large, so that there is one to come.
+                count = max(1, min(2 * count, NEAR_PIECES, budget * len(block) // (4 * max(size, 1))))
+                # After a failure, not before the reader has been there and found it passed.
+                least = -1 if is_sound else last
+                if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]
+                    return
+
+    def _has_room(self, budget: int) -> bool:
+        return len(self._ahead) < 2 or sum(size for _, size in self._ahead) < budget
+
+    def _far(self) -> None:
+        with self._changed:
+            if not self._wait(lambda: self._expected >= 0):
+                return
+        room = self._groups.cache_bytes
+        if not room:
+            return
+        needed = max(1, self._groups.bytes_read)
+        groups = min(SECTION, 2 * self._course.order.groups, room // 2 * len(self._groups) // needed)
+        ends = np.cumsum(self._groups.shard_sizes)
+        rank, processes = _on_this_machine(self._course.partition)
+        part, parts = rank * self._workers + self._worker, processes * self._workers
+        start = self._course.start
+        while start < self._course.stop and groups:
+            stop, wanted = self._course.groups_here(start, groups)
+            places = np.unique(wanted)
+            is_all = len(places) == len(self._groups) and needed <= room
+            for indices in _by_shard(wanted, places, ends, part, parts):
+                if self._closed:
+                    return
+                with suppress(DatamergeError, OSError):
+                    self._groups.fill(indices)
+            if is_all:
+                return
+            middle = (start + stop) // 2
+            with self._changed:
+                if not self._wait(lambda middle=middle: self._step >= middle):  # type: ignore[misc]
+                    return
+            start = stop
+
+
+def _by_shard(wanted: IntArray, places: IntArray, ends: IntArray, part: int, parts: int) -> Iterator[list[int]]:
+    """Indices of a process's part of the shards, some shards at a time, in order of first use.
+
+    Args:
+        wanted: indices in order of use.
+        places: the same, sorted, each once.
+        ends: of the shards.
+        part: number of the process.
+        parts: of all processes.
+    """
+    shards, first = np.unique(np.searchsorted(ends, wanted, "right"), return_index=True)
+    mine = shards[np.argsort(first)][part::parts]
+    starts = np.concatenate([[0], ends])
+    for at in range(0, len(mine), SHARDS):
+        indices: list[int] = []
+        for shard in mine[at : at + SHARDS]:
+            span = np.searchsorted(places, [starts[shard], starts[shard + 1]])
+            indices += places[span[0] : span[1]].tolist()
+        yield indices
+
+
+def _on_this_machine(partition: Partition) -> tuple[int, int]:
+    """Number of this process among those of the run on this machine, and how many there are, as torchrun says."""
+    processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    is_known = processes <= partition.world and 0 <= partition.rank - rank <= partition.world - processes
+    return (rank, processes) if is_known and rank < processes else (0, 1)

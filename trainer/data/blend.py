@@ -1,0 +1,102 @@
+"""Several artifacts as one sequence of records: those of the first, then those of the second, and so on."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+from storage_schemas import Artifact, Record
+
+
+class Blend:
+    """Artifacts end to end; index i counts the groups of all of them. Nothing is copied.
+
+    A record of one of several says in its key where it is from: keys may repeat, and errors name records by them.
+
+    Args:
+        artifacts: one or more.
+    """
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        self.artifacts = tuple(artifacts)
+        self._ends: list[int] = []
+        for artifact in self.artifacts:
+            self._ends.append(len(self) + len(artifact))
+
+    @classmethod
+    def of(cls, groups: Artifact | Blend) -> Blend:
+        """The same groups as a blend."""
+        return groups if isinstance(groups, Blend) else cls([groups])
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Record:
+        """The record with this index, at least 0; raises as `Artifact` does."""
+        number, own = self.locate(index)
+        record = self.artifacts[number][own]
+        if len(self.artifacts) == 1:
+            return record
+        return dataclasses.replace(record, key=self.name(number, record.key))
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Groups of each shard, in the order of indices."""
+        return [size for artifact in self.artifacts for size in artifact.shard_sizes]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Number of the artifact that a group is in, and its index there."""
+        number = bisect.bisect_right(self._ends, index)
+        if number == len(self._ends):
+            raise IndexError(f"record {index} of {len(self)}")
+        return number, index - (self._ends[number - 1] if number else 0)
+
+    def where(self, index: int) -> str:
+        """A group in messages: the place of its artifact, and its index there."""
+        number, own = self.locate(index)
+        return f"{self.artifacts[number].location.url}: group {own}"
+
+    def name(self, number: int, key: str) -> str:
+        """A record in messages: its key, and its artifact where there are several."""
+        return f"{key} of {self.artifacts[number].location.url}" if len(self.artifacts) > 1 else key
+
+    def only(self, names: Collection[str], *, facts: bool = True) -> Blend:
+        """The same groups, reading these arrays alone; see `Artifact.only`."""
+        return Blend([artifact.only(names, facts=facts) for artifact in self.artifacts])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of them are on this machine."""
+        return all(artifact.location.is_local for artifact in self.artifacts)
+
+    def expect(self, indices: Iterable[int]) -> int:
+        """Have these groups fetched ahead, of each artifact in this order; see `Artifact.expect`."""
+        return sum(artifact.expect(own) for artifact, own in self._located(indices))
+
+    def fill(self, indices: Iterable[int]) -> None:
+        """Have these groups fetched into the cache behind all that is expected; see `Artifact.fill`."""
+        for artifact, own in self._located(indices):
+            artifact.fill(own)
+
+    def expect_nothing(self) -> None:
+        """Fetch nothing more of what was expected and not read."""
+        for artifact in self.artifacts:
+            artifact.expect_nothing()
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the cache of the remote ones may hold, which they share; 0 without one."""
+        return max(artifact.cache_bytes for artifact in self.artifacts)
+
+    @property
+    def bytes_read(self) -> int:
+        """About how many bytes of remote files hold the arrays that are read."""
+        return sum(artifact.bytes_read for artifact in self.artifacts if not artifact.location.is_local)
+
+    def _located(self, indices: Iterable[int]) -> list[tuple[Artifact, list[int]]]:
+        """The artifacts that these groups are in, with the indices there, in the same order."""
+        found: list[list[int]] = [[] for _ in self.artifacts]
+        for number, own in map(self.locate, indices):
+            found[number].append(own)
+        return [(artifact, own) for artifact, own in zip(self.artifacts, found, strict=True) if own]
