@@ -79,15 +79,14 @@ def auto_attack(
         names: how errors call the samples.
         targeted: whether the targeted attacks follow.
         restarts: starts of each attack.
-        precision: of the forward passes.
+        precision: of the search; whether an image is classified correctly is decided in float32.
 
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
     if settings.grid:
         raise ValueError("auto_attack counts every iterate, which are not all on the grid")
-    with torch.no_grad(), arithmetic(clean.device, tf32=precision == "tf32"):
-        logits = model(clean)
+    logits = _logits(model, clean)
     right = torch.eq(logits.argmax(dim=1), labels)
     robust, pixels = right.clone(), clean.clone()
     called = list(names) or [f"sample {row}" for row in range(len(clean))]
@@ -101,7 +100,11 @@ def auto_attack(
         watch = _Watch(model, labels[rows], clean[rows])
         draws, who = [generators[row] for row in chosen], [called[row] for row in chosen]
         apgd(watch, clean[rows], target[rows], objective, settings, draws, who, precision=precision)
-        pixels[rows], robust[rows] = watch.pixels, ~watch.fooled
+        fooled = watch.fooled
+        if precision != "float32":
+            fooled = fooled & (_logits(model, watch.pixels).argmax(dim=1) != labels[rows])
+        pixels[rows] = torch.where(fooled.view(-1, 1, 1, 1), watch.pixels, pixels[rows])
+        robust[rows] = ~fooled
 
     for _ in range(restarts):
         attack(cross_entropy, labels)
@@ -113,6 +116,13 @@ def auto_attack(
             for _ in range(restarts):
                 attack(targeted_dlr, torch.stack([labels, target], dim=1))
     return Survival(right, robust, pixels, after_cross_entropy)
+
+
+def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
+    """In float32, [B, classes]."""
+    with torch.no_grad(), arithmetic(pixels.device):
+        logits: Tensor = model(pixels)
+    return logits
 
 
 class _Watch(nn.Module):
@@ -140,6 +150,7 @@ def check_masking(
     robust: Tensor,
     keys: Sequence[str],
     seed: int,
+    precision: Precision = "float32",
 ) -> list[str]:
     """Signs that gradients are masked, so that the robust accuracy found is too high (Athalye et al. 2018).
 
@@ -151,6 +162,7 @@ def check_masking(
         robust: bool [B].
         keys: of the samples.
         seed: of the attacks so far; the checks derive others from it.
+        precision: of the search.
 
     Returns:
         One sentence per failed check: four times the steps from other starts break significantly more images, or
@@ -166,7 +178,9 @@ def check_masking(
 
     def surviving(stronger: APGD, salt: int) -> int:
         generators = [sample_generators(seed + salt, key, 1)[0] for key in keep]
-        result = auto_attack(model, clean[rows], labels[rows], stronger, generators, targeted=False)
+        result = auto_attack(
+            model, clean[rows], labels[rows], stronger, generators, targeted=False, precision=precision
+        )
         return int(result.robust.sum())
 
     left = surviving(replace(settings, steps=4 * settings.steps), 1)

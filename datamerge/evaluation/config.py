@@ -29,6 +29,7 @@ from datamerge.runtime.settings import Effect
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.pixel_length import PixelLength, Radius, rounded_level
 
+SearchPrecision = Literal["float32", "tf32"]
 LEVEL = Fraction(1, LEVELS)
 OUTPUT = "evaluation-results"
 SAMPLE_SEED = Effect(("sample_seed",), lambda own: own.sample is not None, "nothing is drawn; set `sample`")
@@ -70,6 +71,11 @@ class ImagesConfig(Settings):
     restarts: int = Field(1, ge=1, description="Random starts of each attack; the strongest result counts.")
     seed: Seed = Field(0, description="Seed of the attack's random starts, and of the draw of `limit`.")
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
+    precision: SearchPrecision = Field(
+        "float32",
+        description="Of the attacks' search: tf32 lets a GPU round the factors of products to 10 bits. Losses and "
+        "classifications of what they find are float32's.",
+    )
     split: Split = None
     exif: ExifSetting = None
     image_column: ImageColumn = None

@@ -48,6 +48,7 @@ def evaluate_embedding(config: EmbeddingConfig) -> Results:
                 attacks=attacks,
                 seed=config.seed,
                 restarts=config.restarts,
+                precision=config.precision,
             ),
         )
         for subject in subjects

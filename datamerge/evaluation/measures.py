@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamerge.attacks import APGD, PGD, auto_attack, cross_entropy, run_attack, sample_generators, squared_error
+from datamerge.attacks import (
+    APGD,
+    PGD,
+    Precision,
+    auto_attack,
+    cross_entropy,
+    run_attack,
+    sample_generators,
+    squared_error,
+)
 from datamerge.encoders import Encoder, Head
 from datamerge.sources import Sample
 from storage_schemas import DatamergeError
@@ -92,6 +101,7 @@ def embedding_losses(
     attacks: Attacks,
     seed: int,
     restarts: int = 1,
+    precision: Precision = "float32",
 ) -> Measured:
     """‖f(x) − f_original(x)‖² and, for every attack, ‖f(x') − f_original(x)‖² with the x' that it finds.
 
@@ -105,6 +115,7 @@ def embedding_losses(
         attacks: on the squared distance.
         seed: the evaluation's.
         restarts: random starts of each attack.
+        precision: of the search; losses are float32's.
 
     Raises:
         DatamergeError: a loss is not finite; names the samples.
@@ -117,15 +128,35 @@ def embedding_losses(
     columns: Measured = {CLEAN_LOSS: worst.tolist()}
     for text, settings in attacks.items():
         generators = _generators(samples, seed)
-        found = run_attack(encoder, pixels, target, squared_error, settings, generators, names, restarts=restarts)
-        check_finite(found.loss, names, "the embedding loss under attack")
-        worst = torch.maximum(worst, found.loss)
+        found = run_attack(
+            encoder,
+            pixels,
+            target,
+            squared_error,
+            settings,
+            generators,
+            names,
+            restarts=restarts,
+            precision=precision,
+        )
+        loss = found.loss
+        if precision != "float32":
+            with torch.no_grad():
+                loss = squared_error(encoder(found.pixels), target)
+        check_finite(loss, names, "the embedding loss under attack")
+        worst = torch.maximum(worst, loss)
         columns[text] = worst.tolist()
     return columns
 
 
 def classifications(
-    batch: LabelledBatch, *, attacks: Attacks, seed: int, restarts: int = 1, targeted: bool = True
+    batch: LabelledBatch,
+    *,
+    attacks: Attacks,
+    seed: int,
+    restarts: int = 1,
+    targeted: bool = True,
+    precision: Precision = "float32",
 ) -> Measured:
     """Whether images are classified correctly: clean, among the best five, and under every attack.
 
@@ -138,6 +169,7 @@ def classifications(
         seed: the evaluation's.
         restarts: random starts of each attack.
         targeted: whether targeted attacks follow APGD's on the cross entropy.
+        precision: of the search; what an image is classified as is float32's.
 
     Returns:
         Columns `top-1`, `top-5`, one per radius, and for APGD `RADIUS APGD-CE`: before the targeted attacks.
@@ -159,9 +191,9 @@ def classifications(
             left = batch.take(rows)
             generators = _generators(left.samples, seed)
             if isinstance(settings, APGD):
-                robust[rows], after[rows] = _survive_apgd(left, settings, generators, restarts, targeted)
+                robust[rows], after[rows] = _survive_apgd(left, settings, generators, restarts, targeted, precision)
             else:
-                robust[rows] = _survive_pgd(left, settings, generators, restarts)
+                robust[rows] = _survive_pgd(left, settings, generators, restarts, precision)
         columns[text] = robust.tolist()
         if isinstance(settings, APGD):
             columns[f"{text} APGD-CE"] = after.tolist()
@@ -169,16 +201,33 @@ def classifications(
 
 
 def _survive_pgd(
-    batch: LabelledBatch, settings: PGD, generators: Sequence[np.random.Generator], restarts: int
+    batch: LabelledBatch,
+    settings: PGD,
+    generators: Sequence[np.random.Generator],
+    restarts: int,
+    precision: Precision,
 ) -> Tensor:
     found = run_attack(
-        batch.model, batch.pixels, batch.labels, cross_entropy, settings, generators, batch.names, restarts=restarts
+        batch.model,
+        batch.pixels,
+        batch.labels,
+        cross_entropy,
+        settings,
+        generators,
+        batch.names,
+        restarts=restarts,
+        precision=precision,
     )
     return torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
 
 
 def _survive_apgd(
-    batch: LabelledBatch, settings: APGD, generators: Sequence[np.random.Generator], restarts: int, targeted: bool
+    batch: LabelledBatch,
+    settings: APGD,
+    generators: Sequence[np.random.Generator],
+    restarts: int,
+    targeted: bool,
+    precision: Precision,
 ) -> tuple[Tensor, Tensor]:
     """What survives all attacks, and what the first one."""
     survival = auto_attack(
@@ -190,6 +239,7 @@ def _survive_apgd(
         batch.names,
         targeted=targeted,
         restarts=restarts,
+        precision=precision,
     )
     return survival.robust, survival.after_cross_entropy
 

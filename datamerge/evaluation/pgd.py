@@ -62,7 +62,13 @@ def evaluate(config: EvaluateConfig) -> Results:
                 "head": None if classifier is None else head_sha256(classifier.head),
             },
             partial(
-                _measure, subject, classifier, attacks={radius: attack}, seed=config.seed, restarts=config.restarts
+                _measure,
+                subject,
+                classifier,
+                attacks={radius: attack},
+                seed=config.seed,
+                restarts=config.restarts,
+                precision=config.precision,
             ),
         )
         for subject, classifier in zip(subjects, classifiers, strict=True)

@@ -136,6 +136,7 @@ def run_study(
     exif = exif_of(config.exif, source.kind)
     # Results of earlier releases, which ignored it, say nothing of it.
     shared |= {"exif": None if exif == "ignore" else exif}
+    shared |= {"precision": None if config.precision == "float32" else config.precision}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
     # Results of earlier releases call it `limit`; nothing was drawn then.
     shared |= {"limit": config.limit_first, "limit_drawn": config.limit}

@@ -129,7 +129,12 @@ def _measure(
             return {}
         targeted = config.attack == "autoattack"
         columns = classifications(
-            labelled, attacks=attacks, seed=config.seed, restarts=config.restarts, targeted=targeted
+            labelled,
+            attacks=attacks,
+            seed=config.seed,
+            restarts=config.restarts,
+            targeted=targeted,
+            precision=config.precision,
         )
         if samples[0].key in checked:
             columns["masking"] = _masking(config, labelled, columns)
@@ -150,6 +155,7 @@ def _masking(config: ZeroShotConfig, batch: LabelledBatch, columns: Measured) ->
         torch.tensor(columns[f"{text} APGD-CE"][few]),
         [sample.key for sample in batch.samples[few]],
         config.seed,
+        config.precision,
     )
     return list(found)
 

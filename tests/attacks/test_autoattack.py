@@ -232,3 +232,23 @@ def test_the_grid_is_for_the_maximum_norm() -> None:
         APGD(Fraction(1), 5, norm="l2")
     with pytest.raises(ValueError, match="iterate"):
         auto_attack(nn.Identity(), torch.zeros(1, 1, 1, 1), torch.zeros(1).long(), APGD(Fraction(1, 255), 1), [])
+
+
+class _DeceivedByTf32(nn.Module):
+    """Calls everything class 0, and class 1 while products may be in TF32."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        margin = 1 + pixels.flatten(1).sum(dim=1)
+        found = torch.stack([margin, -margin], dim=1)
+        return -found if torch.backends.cudnn.allow_tf32 else found
+
+
+def test_no_image_is_broken_by_the_precision_of_the_search_alone() -> None:
+    clean, labels = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    generators = [np.random.default_rng(row) for row in range(3)]
+    found = auto_attack(
+        _DeceivedByTf32(), clean, labels, APGD(Fraction(1, 255), 3, grid=False), generators, precision="tf32"
+    )
+    assert found.clean.all()
+    assert found.robust.all()
+    assert torch.equal(found.pixels, clean)

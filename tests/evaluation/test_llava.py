@@ -17,6 +17,7 @@ from datamerge.evaluation.llava.coco import Captioned
 from datamerge.evaluation.llava.model import IGNORED, SYSTEM, Llava
 from datamerge.evaluation.llava.vision_towers import OWN, OpenClipTower, identify_tower, read_tower_run
 from storage_schemas import ConfigError
+from tests.support.operations import Operations
 from tests.support.refusals import refused
 
 CPU = torch.device("cpu")
@@ -79,9 +80,23 @@ def test_padding_changes_nothing(llava: Llava, pixels: Tensor) -> None:
 def test_the_loss_is_transformers_own(llava: Llava, pixels: Tensor) -> None:
     tokens = llava.answers([QUESTION], [ANSWER])
     expected = llava.model(
-        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=normalised(pixels[:1]), labels=tokens.labels
+        input_ids=tokens.ids,
+        attention_mask=torch.ones_like(tokens.ids),
+        pixel_values=normalised(pixels[:1]),
+        labels=tokens.labels,
     ).loss
     torch.testing.assert_close(llava.losses(pixels[:1], tokens)[0], expected)
+
+
+def test_a_pass_does_not_wait_for_the_device(llava: Llava, pixels: Tensor) -> None:
+    """Nothing asks for the value of a tensor: on a GPU that takes as long as the pass."""
+    tokens = llava.answers([QUESTION, "Where?"], ["yes", "a long answer about a street"])
+    point = pixels.clone().requires_grad_()
+    with Operations() as seen:
+        torch.autograd.grad(llava.losses(point, tokens).sum(), point)
+    waiting = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten.nonzero")
+    assert not [name for name in seen.names if name.startswith(waiting)]
+    assert any(name.startswith("aten.embedding") for name in seen.names)
 
 
 def test_the_loss_leads_to_the_pixels(llava: Llava, pixels: Tensor) -> None:
@@ -232,7 +247,10 @@ def test_a_tower_has_the_pixels_that_its_checkpoint_says(llava: Llava, llava_pat
     tokens, pixels = llava.answers([QUESTION], [ANSWER]), torch.rand(1, 3, 32, 32)
     mean, std = (torch.tensor(changes[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
     expected = llava.model(
-        input_ids=tokens.ids, attention_mask=tokens.mask, pixel_values=(pixels - mean) / std, labels=tokens.labels
+        input_ids=tokens.ids,
+        attention_mask=torch.ones_like(tokens.ids),
+        pixel_values=(pixels - mean) / std,
+        labels=tokens.labels,
     ).loss
     torch.testing.assert_close(other.losses(pixels, tokens)[0], expected)
     assert llava.preprocessing.mean == (0.48145466, 0.4578275, 0.40821073), "those of LLaVA's own image processor"

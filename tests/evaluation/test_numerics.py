@@ -27,9 +27,10 @@ KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_clean_passes_and_attacks_compute_alike(
-    make_run: Callable[..., str], make_head: Callable[..., str], tmp_path: Path, kind: str
+def test_what_is_counted_is_computed_alike_clean_and_under_attack(
+    make_run: Callable[..., str], make_head: Callable[..., str], tmp_path: Path, kind: str, precision: str
 ) -> None:
     """Or accuracies clean and under attack would be of two encoders that differ in the third digit."""
     rng = np.random.default_rng(0)
@@ -43,9 +44,15 @@ def test_clean_passes_and_attacks_compute_alike(
         "data": str(tmp_path / "photos"),
         "output": str(tmp_path / "out"),
         "steps": 2,
+        "precision": precision,
     }
     with recording() as notes:
         KINDS[kind]({**values, "head": head})
     _, *measured = notes  # the first finds out how wide the embedding is, when the encoder is loaded
     assert {note.backward for note in measured} == {False, True}
-    assert all(note.deterministic and note.products == "highest" and not note.tf32 for note in measured)
+    assert all(note.deterministic and note.products == "highest" for note in measured)
+    search = [note for note in measured if note.backward]
+    assert {note.tf32 for note in search} == {precision == "tf32"}
+    # The first pass is a clean one, and the last judges what was found.
+    assert not measured[0].tf32
+    assert not measured[-1].tf32

@@ -6,10 +6,14 @@ With DATAMERGE_REHEARSE=1 those that take `device` run on the CPU, so that a GPU
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.trainer.conftest import make_artifact as make_artifact
 
 HERE = Path(__file__).parent
 REHEARSE = os.environ.get("DATAMERGE_REHEARSE") == "1"
@@ -31,3 +35,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU, or the CPU in a rehearsal."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def waits(device: torch.device) -> Callable[[Callable[[], object]], list[str]]:
+    """A function: the places at which some work waits for the GPU. In a rehearsal there are none."""
+
+    def count(work: Callable[[], object]) -> list[str]:
+        if device.type == "cpu":
+            work()
+            return []
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                work()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+
+    return count

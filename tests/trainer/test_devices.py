@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamerge.encoders import Encoder, load_encoder
 from storage_schemas import ConfigError
+from tests.support.operations import Operations
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.data.batches import repeated
@@ -27,26 +27,6 @@ from trainer.run.forward import Forward, seeded_layers
 from trainer.run.refine import Refinement, refine
 
 MakeArtifact = Callable[..., str]
-
-
-class Operations(TorchDispatchMode):
-    """Notes what is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-        self.conversions_in_copies: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        self.names.append(str(func))
-        if self.names[-1].startswith("aten._to_copy") and args[0].device != found.device:
-            self.names[-1] = "to another device"
-            if args[0].dtype != found.dtype:
-                self.conversions_in_copies.append(f"{args[0].dtype} to {found.dtype}")
-        return found
 
 
 @pytest.mark.parametrize("kind", ["signs", "normal", "exponential"])

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from datamerge.attacks import APGD, Attacked, NonFiniteGradient, apgd
+from datamerge.attacks import APGD, Attacked, NonFiniteGradient, Precision, apgd
 from datamerge.evaluation.llava.model import Llava, Tokens
 
 Stage = Literal["half", "float32"]
@@ -110,6 +110,7 @@ def attack_answers(
     *,
     targeted: bool,
     initial: Tensor | None = None,
+    precision: Precision = "float32",
 ) -> list[Attempt]:
     """APGD on each image's answer; images whose gradients overflow are reported and hold nobody up.
 
@@ -121,6 +122,7 @@ def attack_answers(
         names: how errors call the images.
         targeted: make the answers likely instead of unlikely.
         initial: where to start, [B, 3, S, S]; at `clean` if None.
+        precision: of the passes.
     """
     sign = -1.0 if targeted else 1.0
     rows = list(range(len(clean)))
@@ -138,6 +140,7 @@ def attack_answers(
                 [],
                 [names[row] for row in rows],
                 initial=start[rows].clone(),
+                precision=precision,
             )
         except NonFiniteGradient as error:
             # Half precision overflows on some images; the float32 passes still attack them.

@@ -35,7 +35,7 @@ class PassRecord(BaseModel):
 
     Attributes:
         name: of the pass.
-        arithmetic: float16, bfloat16 or float32.
+        arithmetic: float16, bfloat16 or float32; tf32 where the search, and nothing else, was in it.
         reference: index of the attacked reference, None for other passes.
         target: answer whose likelihood was raised, None for other passes.
         start_loss, loss: of the attacked answer, None without an attack.

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from datamerge.attacks import APGD
-from datamerge.evaluation.config import OUTPUT
+from datamerge.evaluation.config import OUTPUT, SearchPrecision
 from datamerge.runtime import Settings
 from datamerge.runtime.fields import Device, Output, SampleSeed, Threads
 from datamerge.runtime.options import Option
@@ -21,7 +21,7 @@ class LlavaSettings(Settings):
 
     effects: ClassVar[tuple[Effect, ...]] = (
         Effect(
-            ("epsilon", "steps", "save_images", "pictures"),
+            ("epsilon", "steps", "precision", "save_images", "pictures"),
             lambda own: own.attack,
             "nothing is attacked; drop `{name}` or `attack=False`",
         ),
@@ -59,6 +59,11 @@ class LlavaSettings(Settings):
     half: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, Option(unset="float16 on a GPU, float32 elsewhere")
     ] = Field(None, description="Arithmetic of all passes but the last.")
+    precision: SearchPrecision = Field(
+        "float32",
+        description="Of the attacks' search where the model is in float32: tf32 lets a GPU round the factors of "
+        "products to 10 bits. Answers are generated in float32.",
+    )
     save_images: bool = Field(False, description="Keep every adversarial image, as an 8-bit PNG.")
     pictures: int = Field(8, ge=0, description="Images shown in the report.")
     device: Device = "auto"

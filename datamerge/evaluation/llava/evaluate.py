@@ -50,6 +50,7 @@ def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Seque
     studies = [ArmStudy(config, task, run, device) for run in config.runs]
     shared = {
         **config.model_dump(mode="json", include={"llava", "image_size", "fit", "attack", "epsilon", "steps"}),
+        "precision": None if config.precision == "float32" else config.precision,  # as in results of earlier releases
         "items": [item.key for item in task.items],
         "content_sha256": _content_sha256(task.items),
         "scorer": task.scorer,

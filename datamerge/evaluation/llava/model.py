@@ -42,17 +42,19 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Tokens:
-    """A conversation as token ids; padding is on the right for losses.
+    """Conversations as token ids; padding is on the right.
 
     Attributes:
         ids: int64 [B, L], the image token repeated once per patch.
-        mask: 1 where a token is, [B, L].
         labels: the ids of answers, `IGNORED` elsewhere, [B, L].
+        image: position of the first image token, in all rows.
+        first: position of the first token of an answer, over all rows.
     """
 
     ids: Tensor
-    mask: Tensor
     labels: Tensor
+    image: int
+    first: int
 
 
 class Llava:
@@ -92,10 +94,10 @@ class Llava:
         tower = load_tower(run, model.model.vision_tower, path, layer, image_size)
         check_width(tower, model, run)
         model.model.vision_tower = tower.module
-        # Buffers, such as the rotary embedding's frequencies, stay in float32.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
         self.model = model.eval().requires_grad_(False).to(device)
+        # There, so that only stored bytes travel. Buffers, such as the rotary embedding's frequencies, stay float32.
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)
         self.preprocessing, self.tower_sha256 = tower.preprocessing, tower.sha256
         self._device, self._dtype = device, dtype
         full = model.config.vision_feature_select_strategy == "full"
@@ -123,23 +125,25 @@ class Llava:
             labels.append([IGNORED] * len(prompt) + kept + [self.tokenizer.eos_token_id])
         length = max(len(row) for row in rows)
         padded = [row + [self._padding] * (length - len(row)) for row in rows]
-        masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
         targets = [row + [IGNORED] * (length - len(row)) for row in labels]
-        return Tokens(*(torch.tensor(part, device=self._device) for part in (padded, masks, targets)))
+        first = min(next(i for i, label in enumerate(row) if label != IGNORED) for row in labels)
+        ids, answered = (torch.tensor(part, device=self._device) for part in (padded, targets))
+        return Tokens(ids, answered, rows[0].index(self._image_token), first)
 
     def losses(self, pixels: Tensor, tokens: Tokens) -> Tensor:
         """Mean cross entropy of each answer's tokens, float32 [B], of pixels [B, 3, S, S] in [0, 1]."""
-        # Logits before the first answer's first token are not needed.
-        first = int((tokens.labels != IGNORED).int().argmax(dim=1).min())
-        kept = tokens.ids.shape[1] - first + 1
+        # Put together here: transformers would look at the ids, and wait for the device, in every pass.
+        words = self.model.get_input_embeddings()(tokens.ids)
+        features = self._features(pixels).to(words.dtype)
+        behind = words[:, tokens.image + features.shape[1] :]
+        # No mask, at which it would look as well: no token sees those on its right, where the padding is. Without a
+        # mask it looks for several texts in a row, but not where it keeps a cache.
         logits = self.model(
-            input_ids=tokens.ids,
-            attention_mask=tokens.mask,
-            pixel_values=self._normalise(pixels),
-            logits_to_keep=kept,
-            use_cache=False,
+            inputs_embeds=torch.cat([words[:, : tokens.image], features, behind], dim=1),
+            logits_to_keep=tokens.ids.shape[1] - tokens.first + 1,  # those before the first answer are not needed
+            use_cache=True,
         ).logits
-        targets = tokens.labels[:, first:]
+        targets = tokens.labels[:, tokens.first :]
         losses = nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
         )
@@ -177,6 +181,16 @@ class Llava:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         return [*start, *ids, *[self._image_token] * self._image_tokens]
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """What the language model sees of pixels [B, 3, S, S], [B, image tokens, width]."""
+        config = self.model.config
+        found = self.model.model.get_image_features(
+            pixel_values=self._normalise(pixels),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+        return torch.stack(list(getattr(found, "pooler_output", found)))
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         return ((pixels - self._mean) / self._std).to(self._dtype)

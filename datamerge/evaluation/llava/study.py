@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from datamerge.attacks import Precision
 from datamerge.evaluation.llava.attack import CLEAN, Attempt, Pass, Stage, attack_answers, plan_passes
 from datamerge.evaluation.llava.cases import Case, CaseRecord, EightBit, Item, PassRecord
 from datamerge.evaluation.llava.config import LlavaSettings
@@ -161,7 +162,7 @@ class ArmStudy:
         for case, attempt, pixels in zip(cases, attempts, clean, strict=True):
             found = PassRecord(
                 name=step.name,
-                arithmetic=self.half if step.stage == "half" else "float32",
+                arithmetic=self._search(step) if step.attacks else self._arithmetic(step.stage),
                 reference=_reference(step, case) if step.reference is not None else None,
                 target=step.target,
                 start_loss=attempt.start_loss,
@@ -207,6 +208,7 @@ class ArmStudy:
             [case.item.image.name for case in cases],
             targeted=step.target is not None,
             initial=initial,
+            precision=self._precision(step),
         )
 
     def _finish(self, llava: Llava, case: Case, found: PassRecord, attempt: Attempt, clean: Tensor) -> None:
@@ -255,8 +257,19 @@ class ArmStudy:
     def _pixels(self, item: Item, llava: Llava) -> npt.NDArray[np.uint8]:
         return read_image(item.image, llava.preprocessing, self._config.fit)
 
+    def _arithmetic(self, stage: Stage) -> Arithmetic:
+        return self.half if stage == "half" else "float32"
+
+    def _precision(self, step: Pass) -> Precision:
+        """Of a pass' search; float32 means that of the weights."""
+        return self._config.precision if self._arithmetic(step.stage) == "float32" else "float32"
+
+    def _search(self, step: Pass) -> str:
+        """What the search of a pass computes in."""
+        return "tf32" if self._precision(step) == "tf32" else self._arithmetic(step.stage)
+
     def _load(self, stage: Stage) -> Llava:
-        arithmetic: Arithmetic = self.half if stage == "half" else "float32"
+        arithmetic = self._arithmetic(stage)
         if self._llava is None or self._llava[0] != arithmetic:
             # The old model goes first: two would not fit.
             self._llava = None
