@@ -7,7 +7,7 @@ PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs expe
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test slow check lint format docs clean experiments-small bench
+.PHONY: help demo test slow check lint format docs clean experiments-small bench gpu gpu-wheels
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
@@ -17,6 +17,8 @@ help:
 	@echo "make format  reformat the code"
 	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
 	@echo "make bench   every performance bar against its peers (15 minutes; BENCH_FLAGS=--gpu on a GPU)"
+	@echo "make gpu     what only a GPU can say: its tests and figures (8 minutes, no network; PYTHON=… with a torch for it)"
+	@echo "make gpu-wheels  what make gpu needs on a machine without a network, as wheels in .gpu-wheels"
 	@echo "make docs    build the documentation into site/"
 
 $(VENV)/bin/python:
@@ -78,6 +80,13 @@ $(VENV)/.bench: $(VENV)/.dev
 bench: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 
+# Not in .venv: torch for the GPU is where the GPU is.
+gpu:
+	PYTHON=$(PYTHON) .ci/gpu.sh
+
+gpu-wheels:
+	PYTHON=$(PYTHON) .ci/gpu-wheels.sh
+
 $(VENV)/.docs: $(VENV)/.dev
 	@echo "installing mkdocs into $(VENV) …"
 	$(PIP) -e '.[docs]'
@@ -87,4 +96,4 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .gpu-wheels .gpu-site demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

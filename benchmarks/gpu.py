@@ -1,0 +1,98 @@
+"""What a GPU does with the hot loops, in at most four minutes; `make gpu` runs it after the tests of tests/gpu.
+
+    python -m benchmarks.gpu                all parts; the report goes to benchmarks/results/gpu_DEVICE_DATE.md
+    python -m benchmarks.gpu attack feed    some of them
+    python -m benchmarks.gpu --rehearse     the same on this CPU with tiny networks: figures that mean nothing
+
+Every part of `benchmarks.gpu_parts` runs in a process of its own, with a limit, and its rows are printed as they
+come: a part that fails, hangs or takes its GPU's context with it leaves a row that says so, and the next one starts.
+Shares are of the rates that the first part measures on this GPU. Figures are medians of five (attacks and networks in
+float32: of two); one warms up before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks.gpu_parts import PARTS, RATES, Row
+from benchmarks.report import Circumstances, Findings, Table, render
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("part", "what", "ms", "share of measured peak", "a second", "GB")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[PART]…", type=click.Choice(list(PARTS)))
+@click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU.")
+@click.option("--seconds", default=240.0, show_default=True, help="After which no further part is started.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the report.")
+@click.option("--only", hidden=True, type=click.Choice(list(PARTS)), help="In this process; prints JSON.")
+@click.option("--rates", hidden=True, default="{}")
+def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, only: str | None, rates: str) -> None:
+    """Time attacks, merges and training on a GPU."""
+    if only is not None:
+        for row in PARTS[only].work(rehearse, json.loads(rates)):
+            click.echo(row.to_json())
+        return
+    started, load = time.monotonic(), os.getloadavg()[0]
+    click.echo(" | ".join(COLUMNS))
+    rows: list[Row] = []
+    for name in names or PARTS:
+        left = seconds - (time.monotonic() - started)
+        rows += (
+            _run(name, rehearse, rows, min(PARTS[name].limit, left)) if left > 0 else [_failed(name, "no time left")]
+        )
+    where = Circumstances.here("cpu" if rehearse else "cuda")
+    found = Findings(tables=[Table("Measured", COLUMNS, [row.cells() for row in rows])])
+    command = " ".join(["python -m benchmarks.gpu", *names, *(["--rehearse"] if rehearse else [])])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"gpu_{where.slug}_{where.day}.md"
+    path.write_text(render("gpu", found, where, command, time.monotonic() - started, load), "utf-8")
+    click.echo(f"{path}: {len(rows)} rows, {sum(row.failed for row in rows)} of them failures")
+
+
+def _run(name: str, rehearse: bool, before: Sequence[Row], limit: float) -> list[Row]:
+    """One part in a process of its own; its rows, and one more where it ended early."""
+    rates = {row.what: row.rate for row in before if row.part == RATES and row.rate is not None}
+    command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--rates", json.dumps(rates)]
+    rows: list[Row] = []
+    said: list[str] = []
+    with subprocess.Popen(
+        [*command, *(["--rehearse"] if rehearse else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        listener = threading.Thread(target=lambda: said.extend(process.stderr or ()))  # or a full pipe would stop it
+        listener.start()
+        for line in process.stdout or ():
+            try:
+                rows.append(Row.from_json(line))
+            except ValueError:  # what a library prints
+                continue
+            click.echo(" | ".join(rows[-1].cells()))
+        code = process.wait()
+        late = not timer.is_alive()
+        timer.cancel()
+        listener.join()
+    if code:
+        last = next((line.strip() for line in reversed(said) if line.strip()), f"exit code {code}")
+        rows.append(_failed(name, f"ended after {limit:.0f} s" if late else last[:300]))
+        click.echo(" | ".join(rows[-1].cells()))
+    return rows
+
+
+def _failed(name: str, reason: str) -> Row:
+    return Row(name, f"failed: {reason.replace('|', '/')}", failed=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`make gpu` without a GPU: every part on tiny networks, so that its first run is not the first run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gpu import _run, main
+from benchmarks.gpu_parts import PARTS, RATES, Row, share, teraflops
+
+PEAKS = {"bfloat16": 4.0, "tf32": 2.0, "float32": 1.0}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_measures_something(name: str) -> None:
+    threads = torch.get_num_threads()
+    rows = list(PARTS[name].work(True, PEAKS))
+    torch.set_num_threads(threads)
+    assert len({row.what for row in rows}) == len(rows) >= 2 - (name == "merge")
+    for row in rows:
+        assert row.part == name
+        assert not row.failed
+        assert row.ms is not None
+        assert row.ms > 0
+        assert all(math.isfinite(value) for value in (row.ms, row.share or 0, row.rate or 0))
+        assert Row.from_json(row.to_json()) == row
+    # Attacks and steps of training are compared with what the GPU can do.
+    assert any(row.share is not None for row in rows) == (name in ("attack", "train", "layers"))
+
+
+def test_operations_are_counted_through_both_passes() -> None:
+    """Two products of a layer of 6 × 4 weights on 5 rows: forward, and back to the rows."""
+    weight, rows = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True)
+
+    def work() -> None:
+        torch.autograd.grad((rows @ weight.T).sum(), rows)
+
+    assert teraflops(work) * 1e12 == pytest.approx(2 * 2 * 5 * 4 * 6)
+    assert share(500.0, 1.0, PEAKS, "bfloat16") == pytest.approx(0.5)
+    assert share(500.0, 1.0, {}, "bfloat16") is None
+
+
+def test_the_command_writes_a_report(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [RATES, "--rehearse", "--output", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    (report,) = tmp_path.iterdir()
+    assert report.name.startswith("gpu_")
+    lines = report.read_text().splitlines()
+    rows = [line for line in lines if line.startswith(f"| {RATES} |")]
+    assert [line.split(" | ")[1] for line in rows][:3] == ["bfloat16", "tf32", "float32"]
+    assert result.output.splitlines()[-1].endswith("6 rows, 0 of them failures")
+
+
+def test_a_part_that_hangs_leaves_a_row_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    (row,) = _run("train", True, [], 0.01)
+    assert row.failed
+    assert row.part == "train"
+    assert "ended after 0 s" in row.what
+    assert "ended after 0 s" in capfd.readouterr().out
+
+
+def test_without_time_left_no_part_starts(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--rehearse", "--seconds", "0", "--output", str(tmp_path)])
+    assert result.exit_code == 0
+    assert f"{len(PARTS)} rows, {len(PARTS)} of them failures" in result.output
