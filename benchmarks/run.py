@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import many_shards, merge_scaling, pgd, planning, reading, storage, training
+from benchmarks import many_shards, merge_scaling, pgd, planning, reading, storage, streaming, training
 from benchmarks.report import NOT_COMPARED, Bar, Circumstances, Curve, Findings, Table, plot, render, spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +39,7 @@ class Sizes:
         records: read from each format.
         most_shards: of the largest job with nothing to attack.
         many_shards: of the largest manifest.
+        streamed: groups read from a server, in 16 shards.
         scale: multiplies the groups of the jobs that are planned.
     """
 
@@ -55,6 +56,7 @@ class Sizes:
     photos: int = 4
     most_shards: int = 1000
     many_shards: int = 200_000
+    streamed: int = 2048
     groups_per_shard: int = 4
     scale: int = 1
 
@@ -81,6 +83,7 @@ TINY = Sizes(
     photos=2,
     most_shards=10,
     many_shards=100,
+    streamed=512,
     groups_per_shard=1,
 )
 
@@ -271,6 +274,12 @@ def plan(sizes: Sizes, photos: Path | None) -> Findings:
     return planning.run(sizes.small_encoder, photos, sizes.device, scale=sizes.scale, batch_size=batch)
 
 
+def stream(sizes: Sizes, photos: Path | None) -> Findings:
+    """Training data from a slow server, in both formats, against local files, the link and other libraries."""
+    shape = sizes.streamed, sizes.streamed // 16, min(sizes.repeats, 3)
+    return streaming.run(("webdataset", "zarr"), *shape, str(photos) if photos else None)
+
+
 THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {
     "attack": attack,
     "storage": bytes_stored,
@@ -278,6 +287,7 @@ THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {
     "merge": merge,
     "training": train,
     "planning": plan,
+    "streaming": stream,
 }
 
 

@@ -226,7 +226,7 @@ def run(formats: Iterable[str], groups: int, per_shard: int, rounds: int, photos
     found.notes.append(
         f"{groups} groups, {per_shard} a shard, batches of {BATCH}; the server answers after {NEAR * 1000:.0f} ms, "
         f"at {RATE / 1e6:.0f} MB/s a connection, on the same cores. Speeds begin with opening the artifact. "
-        f"The arm reads {', '.join(NEEDED)}; the artifact holds scatter and clean too. Of the other libraries: "
+        f"The arm reads {', '.join(NEEDED)}; the artifact holds scatter too. Of the other libraries: "
         f"{', '.join(name for name, variable in PEERS.items() if os.environ.get(variable)) or 'none'}, with their "
         "default settings and shuffle on; they store the arm's arrays alone and verify nothing."
     )
@@ -245,12 +245,11 @@ def _save(path: Path, artifact: Path) -> None:
 
 
 def write(folder: Path, format: str, groups: int, per_shard: int, photos: str | None) -> Layout:
-    """An artifact of photos with ten close members each, as a merge with `factors` and `keep_clean` makes it."""
+    """An artifact of photos with ten close members each, as a merge with `factors=1` makes it."""
     arrays = (
         ArraySpec(name="sum", dtype="uint16", shape=SHAPE),
         ArraySpec(name="scatter", dtype="uint16", shape=SHAPE),
         ArraySpec(name="target", dtype="float32", shape=(WIDTH,)),
-        ArraySpec(name="clean", dtype="uint8", shape=SHAPE),
         factor_spec(1, MEMBERS, 4, SHAPE),
     )
     layout = Layout.model_validate(
@@ -281,7 +280,6 @@ def _arrays(layout: Layout, photos: str | None, count: int) -> Iterator[dict[str
         yield {
             **encode_exact(ExactMoments.of(members), layout),
             "target": rng.normal(size=WIDTH).astype(np.float32),
-            "clean": image,
             "factors": stored_factors(members, layout, "sketch", 0, f"photo-{number:06d}"),
         }
 

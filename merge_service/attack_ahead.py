@@ -8,6 +8,7 @@ One thread beside makes all inputs and records, in this order, so that a slow on
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from merge_service.adversarial_groups import Attacker, Batch, Inputs
@@ -33,7 +34,7 @@ class AttackAhead:
         rejects: list[Reject],
     ) -> None:
         self._attacker, self._groups, self._beside, self._rejects = attacker, groups, beside, rejects
-        self._made: list[Future[list[Record]]] = []
+        self._made: deque[Future[list[Record]]] = deque()
         self._upcoming = self._next()
 
     def run(self) -> None:
@@ -44,8 +45,11 @@ class AttackAhead:
             self._attack(batch, inputs)
 
     def records(self) -> list[Record]:
-        """All records, in the order of the groups; waits for the last ones."""
-        return [record for made in self._made for record in made.result()]
+        """All records, in the order of the groups; waits for the last ones. Nothing here holds them afterwards."""
+        records: list[Record] = []
+        while self._made:
+            records += self._made.popleft().result()
+        return records
 
     def _attack(self, batch: Batch, inputs: Inputs) -> None:
         attacked = self._attacker.attack_finite(batch, inputs, self._rejects)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ class Blocks:
         found = found[found > 0]
         return cls(found, np.arange(len(found)))
 
-    @property
+    @cached_property
     def ends(self) -> IntArray:
         """int64 [B], where each ends in the source."""
         return np.cumsum(self.sizes)
@@ -83,8 +84,12 @@ class Dealing:
 
 
 def dealt(groups: Groups, sizes: IntArray | None, per_shard: int, seed: int) -> tuple[Groups, Dealing | None]:
-    """Groups in the order of their shards, and, where each is one sample, how they were dealt; as `deal` and
-    `deal_groups` take the rest."""
+    """Groups in the order of their shards, and how they were dealt where each is one sample.
+
+    Args:
+        groups: in the source's order.
+        sizes, per_shard, seed: as `deal` takes them.
+    """
     if groups.starts is None or groups.members is None:
         dealing = deal(len(groups), sizes, per_shard, seed)
         return groups.take(dealing.order), dealing

@@ -226,7 +226,7 @@ def _matrix_product_rate(config: MergeConfig, device: str) -> float:
     """FLOP/s of a large matrix product, the best a device does, in the attack's precision."""
     size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)  # of equal numbers a GPU makes more, with less power
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     try:

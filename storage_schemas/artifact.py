@@ -30,7 +30,6 @@ from storage_schemas.schema.manifest import (
     KEYS,
     MANIFEST,
     PREVIEW,
-    ArraySpec,
     Commit,
     FileEntry,
     Manifest,
@@ -38,8 +37,9 @@ from storage_schemas.schema.manifest import (
     parse,
 )
 from storage_schemas.schema.packed import PackedCommit, Sidecar
-from storage_schemas.schema.record import Array, Record, crc32c
-from storage_schemas.stores import Reader, store_of
+from storage_schemas.schema.record import Array, Record
+from storage_schemas.stores import store_of
+from storage_schemas.stores.arrays import read_arrays
 
 CACHED_COMMITS = 64
 # Records whose sidecars are kept by those that leave facts out, at about 110 bytes.
@@ -252,11 +252,6 @@ class Artifact:
         """Sidecar of the shard at `position` in the manifest's list."""
         return self._commits.get(position, lambda: self._read_commit(position))
 
-    def commits(self, positions: Iterable[int]) -> Iterator[Commit]:
-        """Sidecars of these shards, in that order, several requested at a time."""
-        with in_threads(1 if self.location.is_local else REQUESTS, self.commit, positions) as commits:
-            yield from commits
-
     def _sidecars(self, positions: Collection[int]) -> dict[int, Sidecar]:
         """What a reader needs of the sidecars of some shards; those that are missing are requested together."""
         known = self._commits if self._facts else self._packed
@@ -396,23 +391,3 @@ class Artifact:
 def _sizes(sidecars: Iterable[Sidecar]) -> dict[str, int]:
     """Bytes of the shards' files, by path."""
     return {file.path: file.bytes for sidecar in sidecars for file in sidecar.files}
-
-
-def read_arrays(
-    reader: Reader, commit: Sidecar, index: int, specs: Sequence[ArraySpec], check: bool
-) -> dict[str, Array]:
-    """Arrays of record `index` of a shard, compared with their checksums if `check`.
-
-    Raises:
-        CorruptShard: names the record and the first array that is not as it was committed.
-    """
-    arrays: dict[str, Array] = {}
-    record = commit.records[index]
-    for spec, data in zip(specs, reader.read(commit, index, specs), strict=True):
-        if check and (found := crc32c(data)) != record.checksums.get(spec.name):
-            raise CorruptShard(
-                f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, "
-                f"expected {record.checksums.get(spec.name)}"
-            )
-        arrays[spec.name] = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(spec.shape)
-    return arrays

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from storage_schemas.access.location import Location
 from storage_schemas.access.ranges import damage
 from storage_schemas.access.threads import in_threads
-from storage_schemas.artifact import read_arrays
 from storage_schemas.display import one_line
 from storage_schemas.errors import CorruptShard, NotAnArtifact, SchemaError, UnknownVersion, UserError
 from storage_schemas.schema.columns import Columns
@@ -39,6 +38,7 @@ from storage_schemas.schema.manifest import (
 )
 from storage_schemas.schema.provenance import plan_sha256
 from storage_schemas.stores import Store, store_of
+from storage_schemas.stores.arrays import read_arrays
 
 THREADS = 4
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# cuBLAS wants workspaces of its own to add in one order: eight of 4 MB, what torch takes on recent GPUs anyway.
-_CUBLAS = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# cuBLAS adds in one order with workspaces of a fixed number and size, these being what torch takes on recent GPUs
+# anyway. torch looks once, at the process's first matrix product on a GPU, so it is set before there can be one.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Models that run operations for which torch has no kernel that adds in one order, such as max-pooling's backward.
 _IN_ANY_ORDER: WeakSet[nn.Module] = WeakSet()
 
@@ -49,7 +50,6 @@ def fixed_order(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault(*_CUBLAS)
     fills: Any = torch.utils.deterministic
     strict, warns = (
         torch.are_deterministic_algorithms_enabled(),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_schemas import ConfigError
-from storage_schemas.schema.arguments import check_count
+from storage_schemas.schema.arguments import check_count, check_not_negative
 from storage_schemas.schema.seeds import LIMIT, purpose_seed
 
 
@@ -23,7 +23,7 @@ class Limits:
         seed: of the draw.
 
     Raises:
-        ConfigError: a number below 1, or both.
+        ConfigError: a number below 1, both, or a negative seed.
     """
 
     drawn: int | None = None
@@ -34,6 +34,7 @@ class Limits:
         for name, count in (("limit", self.drawn), ("limit_first", self.first)):
             if count is not None:
                 check_count(name, count)
+        check_not_negative("seed", self.seed)
         if None not in (self.drawn, self.first):
             raise ConfigError(
                 f"limit_first: expected no other limit, found `limit={self.drawn}`, which draws; drop one of them"

@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,6 @@ from storage_schemas.access.request_threads import Job, Patience, RequestThreads
 
 if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
-
-T = TypeVar("T")
 
 REQUESTS = 16
 AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from storage_schemas.errors import UserError, shortened
@@ -41,16 +40,3 @@ def absolute(text: str | os.PathLike[str]) -> str:
             f"{shortened(os.fspath(text))}"
         )
     return path
-
-
-def user_cache() -> Path | None:
-    """The folder of this program in the user's caches; None for somebody without a home.
-
-    $DATAMERGE_CACHE, else `datamerge` in $XDG_CACHE_HOME, else in ~/Library/Caches (macOS) or ~/.cache.
-    """
-    own, shared = os.environ.get("DATAMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    try:
-        return (Path(own) if own else Path(shared or usual) / "datamerge").expanduser().absolute()
-    except RuntimeError:
-        return None

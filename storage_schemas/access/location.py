@@ -59,6 +59,11 @@ class Location:
 
     def _connect(self) -> None:
         options = dict(self._options)
+        is_s3 = self._base.startswith(("s3://", "s3a://"))
+        if is_s3:
+            # Botocore's own retries, and those of s3fs around them, would multiply with ours.
+            config = dict(options.get("config_kwargs") or {})
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **config}
         if "://" in self._base and "::" not in self._base:
             # Others write here too: a remembered listing would give sizes of files that were replaced since.
             options.setdefault("use_listings_cache", False)
@@ -70,6 +75,8 @@ class Location:
             raise UserError(f"{self.url}: not a path or URL that fsspec knows ({redact(str(error))})") from None
         except Exception as error:  # drivers look for credentials, and those of archives for the archive
             raise explained(error, self.url) from None
+        if is_s3:
+            self._fs.retries = 1
         self._process = os.getpid()
 
     def _found(self, options: dict[str, Any]) -> tuple[Any, str]:

@@ -1,8 +1,8 @@
 """The byte limit of a cache's folder, kept by all processes together.
 
 A process is granted bytes before it writes them, many at a time, in a `grant-…` file that it keeps locked; those of
-the dead are void. Bytes that were granted and are written count twice until the next grant, so that the limit is
-never passed. To make room the least recently used copies are evicted that nobody has open.
+the dead are void. Bytes that were granted and are written may count twice for a while, so that the limit is never
+passed. To make room the least recently used copies are evicted that nobody has open.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Room:
         self._path, self.max_bytes, self._let_go = path, max_bytes, let_go
         self._lock = threading.Lock()
         self._grant: tuple[Path, int] | None = None
-        self._granted = self._flying = 0
+        self._granted = self._flying = self._said = 0  # bytes; the last are those in the file
         self._refused = {True: 0.0, False: 0.0}  # until when, by whether any copy may be evicted
 
     @contextmanager
@@ -68,6 +68,9 @@ class Room:
             if may:
                 with self._lock:
                     self._flying -= size
+                    if self._granted + self._flying <= self._said // 2:  # what is written counts as that alone
+                        with locked(self._path / "lock-space"):
+                            self._write_grant()
 
     def _ask(self, size: int, unused_since: int | None) -> bool:
         self._path.mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,8 @@ class Room:
             path = self._path / f"grant-{secrets.token_hex(6)}"
             self._grant = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._grant[1], fcntl.LOCK_EX)
-        os.pwrite(self._grant[1], b"%020d" % (self._granted + self._flying), 0)
+        self._said = self._granted + self._flying
+        os.pwrite(self._grant[1], b"%020d" % self._said, 0)
 
     def _make_room(self, size: int, unused_since: int | None) -> bool:
         """Evict copies until so many more bytes fit; whether they do."""

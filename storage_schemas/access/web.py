@@ -18,7 +18,7 @@ from storage_schemas.access.explaining import ChangedFile, NoRanges, Refused
 
 Headers = Any  # a mapping of aiohttp's, whose keys have no case
 # Of a connection, and of every piece of an answer; an answer as a whole may take as long as it has bytes.
-CONNECT_SECONDS, PIECE_SECONDS = 30, 60
+CONNECT_SECONDS, PIECE_SECONDS = 15, 30
 # All that may stand in a URL; a percent sign too where it escapes something.
 _LEGAL = "%/:=&?~+!$,;'@()*[]-._"
 

@@ -66,6 +66,15 @@ CASES: list[Case] = [
         {"start_radius": "1/255", "restarts": 1},
     ),
     (MergeConfig, ["merge"], {**ATTACK, "device": "cpu"}, {"num_gpus": 0.5, "class_names": "names.txt"}),
+    *(
+        (model, words, {**base, "limit": 5}, {"limit_first": 5})
+        for model, words, base in (
+            (MergeConfig, ["merge"], LABEL),
+            (EvaluateConfig, ["evaluate"], IMAGES),
+            (ZeroShotConfig, ["evaluate", "zero-shot"], ZERO_SHOT),
+            (EmbeddingConfig, ["evaluate", "embedding"], IMAGES),
+        )
+    ),
     (
         TrainConfig,
         ["train"],
@@ -75,9 +84,9 @@ CASES: list[Case] = [
             "deviation": 1.0,
             "refine_step_size": "1/255",
             "eval_every": 500,
-            "cache_bytes": 10**9,
         },
     ),
+    (TrainConfig, ["train"], {**TRAIN, "cache": "none"}, {"cache_bytes": 10**9}),
     (TrainConfig, ["train"], {**TRAIN, "arm": "ind"}, {"samples": 1, "estimator": "sampled"}),
     (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5}),
     (EvaluateConfig, ["evaluate"], IMAGES, {"sample_seed": 42, "class_names": "imagenet"}),
@@ -144,7 +153,7 @@ def test_every_effect_of_every_command_is_tried() -> None:
         for other in model.__subclasses__():
             yield from all_settings(other)
 
-    ours = [model for model in all_settings(Settings) if not model.__module__.startswith("tests.")]
+    ours = [model for model in all_settings(Settings) if not model.__module__.startswith(("tests.", "experiments."))]
     named = {(model, name) for model in ours for effect in model.effects for name in effect.of}
     tried = {(model, name) for model, _, _, name, _ in EACH}
     leaves = {(model, name) for model, name in named if not model.__subclasses__()}

@@ -159,9 +159,8 @@ def test_twice_the_same(
 
     def once() -> Tensor:
         generators = sample_generators(0, "group", batch)
-        found = attack(
-            model, clean, target, squared_error, PGD(EPSILON, STEP, steps), generators, precision=precision
-        )
+        settings = PGD(EPSILON, STEP, steps)
+        found = attack(model, clean, target, squared_error, settings, generators, precision=precision)
         return (255 * found.pixels).round().to(torch.uint8)
 
     assert torch.equal(once(), once())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,15 @@ from torch import Tensor, nn
 from merge_service import MergeConfig
 from merge_service.reading import decoders_of_a_gpu
 from merge_service.stored_arrays import moment_arrays
-from storage_schemas import ExactMoments, Layout, encode_exact, moment_specs, stored_factors
+from storage_schemas import (
+    ArtifactWriter,
+    ExactMoments,
+    Layout,
+    Record,
+    encode_exact,
+    moment_specs,
+    stored_factors,
+)
 from tests.support.merging import merge_alone
 from tests.support.on_device import SHAPE, assert_stored_arrays_are_numpys
 
@@ -107,6 +118,31 @@ def test_a_group_without_a_gradient_takes_no_other_with_it(tmp_path: Path, monke
             {record.key: {name: array.tobytes() for name, array in record.arrays.items()} for record in artifact}
         )
     assert found[0] == found[1] == found[2]
+
+
+def test_records_are_let_go_one_by_one_while_a_shard_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a shard that is written and one that is attacked do not take the memory of three."""
+    alive: list[weakref.ref[Any]] = []
+    held = []
+
+    def commit(writer: ArtifactWriter, shard: int, records: Iterator[Record], rejects: Any) -> Any:
+        def seen() -> Iterator[Record]:
+            for record in records:
+                alive.append(weakref.ref(record.arrays["sum"]))
+                yield record
+                del record
+                gc.collect()
+                held.append(sum(array() is not None for array in alive))
+
+        return original(writer, shard, seen(), rejects)
+
+    original = ArtifactWriter.commit
+    monkeypatch.setattr(ArtifactWriter, "commit", commit)
+    merge_alone(photos, tmp_path / "out", encoder=ENCODER, members=2, batch_size=2)
+    assert len(held) == 5
+    assert max(held) <= 2  # the writer's own name for the last one
 
 
 @pytest.mark.parametrize(

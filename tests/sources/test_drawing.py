@@ -85,6 +85,8 @@ def test_all_or_the_first_samples_are_no_matter_of_chance(
 def test_both_limits_are_refused(tmp_path: Path) -> None:
     with refused(ConfigError, "limit_first", 4):
         open_source(_by_class(tmp_path), limit=4, limit_first=3)
+    with refused(ConfigError, "seed", -1):
+        open_source(tmp_path, limit=4, seed=-1)
     for name in ("limit", "limit_first"):
         with refused(ConfigError, name, 0):
             open_source(tmp_path, **dict[str, Any]({name: 0}))

@@ -80,16 +80,16 @@ class Course:
         Returns:
             The step after the last one, and the indices, in order of use.
         """
-        own, (rank, processes) = self.partition, _on_this_machine(self.partition)
-        cuts = np.array([own.rank - rank, own.rank - rank + processes])
-        step, count, found = start, 0, []
-        while step < self.stop and count < groups:
-            batch = self.order.batch(step)
-            first, last = cuts * len(batch) // own.world
-            found.append(batch[first:last])
-            count += int(last - first)
-            step += 1
-        return step, np.concatenate(found) if found else np.empty(0, np.int64)
+        order, own, (rank, processes) = self.order, self.partition, _on_this_machine(self.partition)
+        share = processes / own.world
+        stop = min(self.stop, start + max(1, int(groups / share * order.steps_per_epoch / order.groups)))
+        wanted = order.batches_joined(start, stop)
+        if processes < own.world:
+            sizes = np.array([order.batch_size_of(step) for step in range(start, stop)])
+            place = np.arange(len(wanted)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            first, last = ((own.rank - rank + more) * np.repeat(sizes, sizes) // own.world for more in (0, processes))
+            wanted = wanted[(first <= place) & (place < last)]
+        return stop, wanted
 
 
 class Ahead:

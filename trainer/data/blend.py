@@ -38,7 +38,7 @@ class Blend:
         record = self.artifacts[number][own]
         if len(self.artifacts) == 1:
             return record
-        return dataclasses.replace(record, key=self.name(number, record.key))
+        return dataclasses.replace(record, key=f"{record.key} of {self.artifacts[number].location.url}")
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -56,10 +56,6 @@ class Blend:
         """A group in messages: the place of its artifact, and its index there."""
         number, own = self.locate(index)
         return f"{self.artifacts[number].location.url}: group {own}"
-
-    def name(self, number: int, key: str) -> str:
-        """A record in messages: its key, and its artifact where there are several."""
-        return f"{key} of {self.artifacts[number].location.url}" if len(self.artifacts) > 1 else key
 
     def only(self, names: Collection[str], *, facts: bool = True) -> Blend:
         """The same groups, reading these arrays alone; see `Artifact.only`."""

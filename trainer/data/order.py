@@ -225,9 +225,18 @@ class Order:
 
     def batch(self, step: int) -> IntArray:
         """Indices of the groups of one step; threads may ask at the same time."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        first = position * self._batch_size
-        return self._epoch(epoch).at(np.arange(first, min(first + self._batch_size, self.groups)))
+        return self.batches_joined(step, step + 1)
+
+    def batches_joined(self, start: int, stop: int) -> IntArray:
+        """Indices of the groups of the steps [start, stop), laid end to end."""
+        epoch, first = self.epoch(start), start
+        pieces = []
+        while first < stop:
+            last = min(stop, (epoch + 1) * self.steps_per_epoch)
+            ends = (self.groups_until(step) - epoch * self.groups for step in (first, last))
+            pieces.append(self._epoch(epoch).at(np.arange(*ends)))
+            epoch, first = epoch + 1, last
+        return np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
     def _epoch(self, number: int) -> _Epoch:
         recent = self._recent

@@ -1,0 +1,171 @@
+"""What the list of a source's samples and the plan of its merge take: CPU time and memory a sample.
+
+    rows      Parquet files of a million rows, of one byte an image and 1,000 classes in order
+    folder    files called as ImageNet's are, of which only those exist whose content goes into the fingerprint; the
+              walk over the disk, which hands over names and sizes, is not measured
+
+Each measurement is a process of its own: what one frees, the next would find. CPU time, because others may run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+from benchmarks.merge_scaling import MEMORY
+from benchmarks.report import Bar, Findings, Table, spread
+from datamerge.sources import Source, open_source
+from datamerge.sources.sample import HASHED_FILES, Columns
+from merge_service import MergeConfig
+from merge_service.planning import make_plan
+from merge_service.turning import Turning
+from storage_schemas import Location
+from storage_schemas.schema.preprocessing import Preprocessing
+
+KINDS = ("rows", "folder")
+ROWS, ROWS_A_GROUP = 1_000_000, 1_000
+PER_CLASS, CLASSES = 1_300, 1_000
+MOST_MICROSECONDS, MOST_BYTES = 2.0, 80
+WARM = 20_000  # too many bytes in all for a folder whose files would all be hashed
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one source and its plan took.
+
+    Attributes:
+        samples: M.
+        opened, listed, planned: CPU seconds: until there is a source, for the listing that the artifact keeps, and
+            for groups and plan.
+        held: bytes that are still held with the plan.
+        peak: bytes at most.
+    """
+
+    samples: int
+    opened: float
+    listed: float
+    planned: float
+    held: int
+    peak: int
+
+
+def measure(kind: str, samples: int, grouping: str) -> Taken:
+    """In a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.lists", "--one", kind, str(samples), grouping]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
+    return Taken(**json.loads(ran.stdout.splitlines()[-1]))
+
+
+def take(kind: str, samples: int, grouping: str) -> Taken:
+    """In this process."""
+    settings = {"encoder": "mlp:3x4x4-8-4", "steps": 1, "members": 2} if grouping == "adversarial" else {}
+    config = MergeConfig.model_validate({"source": kind, "artifact": "none", "grouping": grouping} | settings)
+    folder = Path(tempfile.mkdtemp(prefix="datamerge-lists-", dir=MEMORY if MEMORY.is_dir() else None))
+    try:
+        prepare = {"rows": _rows, "folder": _folder}[kind]
+        prepare(folder / "warm", WARM)().listing_bytes()  # imports, and what libraries set up once
+        source_of = prepare(folder / "source", samples)
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before, _ = _memory()
+        times = [time.process_time()]
+        source = source_of()
+        times.append(time.process_time())
+        source.listing_bytes()
+        times.append(time.process_time())
+        plan = make_plan(config, source, None, None, None, Preprocessing(shape=(3, 224, 224)), Turning("ignore"))
+        times.append(time.process_time())
+        held, peak = _memory()
+        assert sum(plan.count(shard) for shard in range(plan.layout.shards)) == plan.layout.groups
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    opened, listed, planned = np.diff(times).tolist()
+    return Taken(len(source.samples), opened, listed, planned, held - before, peak - before)
+
+
+def _rows(folder: Path, samples: int) -> Callable[[], Source]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    for number, start in enumerate(range(0, samples, ROWS)):
+        places = np.arange(start, min(start + ROWS, samples))
+        table = pa.table({"image": pa.array([b"x"] * len(places)), "label": places * CLASSES // samples})
+        path = folder / f"data-{number:05d}.parquet"
+        pq.write_table(table, path, row_group_size=ROWS_A_GROUP, use_dictionary=False, compression="none")
+    del table, places
+    return lambda: open_source(folder)
+
+
+def _folder(folder: Path, samples: int) -> Callable[[], Source]:
+    from datamerge.sources.image_folder import open_image_folder
+
+    files = [
+        (f"train/n{place // PER_CLASS:08d}/n{place // PER_CLASS:08d}_{place % PER_CLASS}.JPEG", 110_000)
+        for place in range(samples)
+    ]
+    files.sort()
+    for name, _ in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return lambda: open_image_folder(Location(folder), files, Columns(), skipped=0)
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of this process that are in memory, and that were at most."""
+    status = Path("/proc/self/status").read_text()
+    held, peak = (int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[index]
+    return held, peak
+
+
+def findings(counts: Sequence[int], repeats: int) -> Findings:
+    """Bars and a table of all kinds and groupings."""
+    found, rows = Findings(), []
+    for kind in KINDS:
+        for grouping in ("adversarial", "label"):
+            for count in counts:
+                taken = [measure(kind, count, grouping) for _ in range(repeats)]
+                micro = {
+                    what: [getattr(one, what) / one.samples * 1e6 for one in taken]
+                    for what in ("opened", "listed", "planned")
+                }
+                held, peak = ([getattr(one, what) / one.samples for one in taken] for what in ("held", "peak"))
+                label = f"{kind}, {grouping}, {count:,}"
+                whole = [sum(each) for each in zip(micro["opened"], micro["planned"], strict=True)]
+                found.bars += [
+                    Bar(f"µs a sample, {label}", whole, MOST_MICROSECONDS),
+                    Bar(f"bytes a sample, {label}", held, MOST_BYTES),
+                ]
+                cells = [" ".join(spread(values)) for values in (*micro.values(), held, peak)]
+                rows.append([label, *cells])
+    columns = ("source, groups, samples", "µs to open", "to write the listing", "to plan", "bytes held", "at most")
+    found.tables.append(Table("A sample in lists and plans", columns, rows))
+    return found
+
+
+@click.command()
+@click.option("--one", type=(click.Choice(KINDS), int, str), help="Kind, samples and grouping to measure here.")
+@click.option("--samples", "counts", type=int, multiple=True, default=(1_000_000, 5_000_000), show_default=True)
+@click.option("--repeats", default=3, show_default=True)
+def main(one: tuple[str, int, str] | None, counts: Sequence[int], repeats: int) -> None:
+    """Print what a sample takes."""
+    if one is not None:
+        click.echo(json.dumps(asdict(take(*one))))
+        return
+    found = findings(counts, repeats)
+    click.echo("\n".join([*(" | ".join(bar.cells()) for bar in found.bars), found.tables[0].markdown()]))
+
+
+if __name__ == "__main__":
+    main()

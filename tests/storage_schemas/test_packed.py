@@ -1,0 +1,77 @@
+"""Sidecars in little memory, and values that threads share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from storage_schemas import Layout, Record, open_artifact
+from storage_schemas.access.once import Once
+from storage_schemas.schema.packed import PackedCommit
+
+
+def test_nothing_is_lost_but_samples_and_info(
+    tmp_path: Path,
+    make_layout: Callable[..., Layout],
+    write_artifact: Callable[..., list[Record]],
+    format_name: str,
+) -> None:
+    write_artifact(tmp_path, make_layout(format_name))
+    artifact = open_artifact(tmp_path)
+    for position in range(len(artifact.shard_sizes)):
+        commit = artifact.commit(position)
+        packed = PackedCommit(commit)
+        bare = [record.model_copy(update={"samples": (), "info": {}}) for record in commit.records]
+        assert (packed.shard, packed.files, list(packed.records)) == (commit.shard, commit.files, bare)
+        assert packed.records[1:] == bare[1:]
+        assert packed.records[-1] == bare[-1]
+
+
+def test_records_without_facts_are_otherwise_the_same(
+    tmp_path: Path,
+    make_layout: Callable[..., Layout],
+    write_artifact: Callable[..., list[Record]],
+    same_record: Callable[[Record, Record], None],
+    format_name: str,
+) -> None:
+    records = write_artifact(tmp_path, make_layout(format_name))
+    names = [spec.name for spec in make_layout(format_name).arrays]
+    for found, stored in zip(open_artifact(tmp_path).only(names, facts=False), records, strict=True):
+        assert (found.samples, dict(found.info)) == ((), {})
+        assert (found.key, found.count, found.label) == (stored.key, stored.count, stored.label)
+        assert all((found.arrays[name] == stored.arrays[name]).all() for name in names)
+
+
+def test_threads_make_a_value_once() -> None:
+    made, everybody = [], threading.Barrier(4)
+
+    def make() -> str:
+        made.append(1)
+        return "value"
+
+    def get(once: Once[str, str]) -> str:
+        everybody.wait(20)
+        return once.get("key", make)
+
+    once = Once[str, str](2)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(get, [once] * 4)) == ["value"] * 4
+    assert made == [1]
+    for key in ("b", "c"):
+        once.get(key, make)
+    assert ("key" in once, "c" in once) == (False, True)
+
+
+def test_what_fails_is_tried_again() -> None:
+    once = Once[str, str](2)
+
+    def fail() -> str:
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        once.get("key", fail)
+    assert once.get("key", lambda: "value") == "value"

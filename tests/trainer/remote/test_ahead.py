@@ -1,0 +1,200 @@
+"""Fetching ahead: the same batches, no byte twice, none that the run does not read; nothing is left at the end."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import trainer.data.ahead
+from storage_schemas import Artifact, Cache, UserError, open_artifact
+from storage_schemas.access.blocks import BLOCK
+from tests.support.refusals import refused
+from tests.support.servers import WebServer
+from trainer.data.ahead import Course
+from trainer.data.order import Order, Partition
+from trainer.data.stream import Collate, ended, stream
+
+MakeArtifact = Callable[..., str]
+# Large enough for a record to be several blocks of the cache: 128 KiB of sums and scatter each.
+SHAPE = (1, 128, 256)
+COLLATE = Collate("avg", labels=False, members=1)
+BATCH, SEED = 3, 5
+
+
+@pytest.fixture
+def there(tmp_path: Path, web: WebServer, make_artifact: MakeArtifact) -> Callable[[str], str]:
+    """Writes an artifact of 10 groups in 3 shards for the web server; gives its URL."""
+
+    def make(form: str) -> str:
+        make_artifact(name="web/a", format=form, shape=SHAPE)
+        web.requests.clear()
+        return f"{web.url}/a"
+
+    return make
+
+
+def _stream(artifact: Artifact, start: int, stop: int, workers: int = 0, partition: Partition | None = None) -> Any:
+    order = Order(artifact.shard_sizes, BATCH, SEED)
+    partition = partition or Partition()
+    return stream(artifact, order, COLLATE, start=start, stop=stop, workers=workers, pin=False, partition=partition)
+
+
+def _same(found: Iterator[Any], expected: Iterator[Any]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.mean, other.mean)
+        assert torch.equal(one.variance, other.variance)
+        assert torch.equal(one.target, other.target)
+
+
+def _spans(web: WebServer) -> dict[str, list[tuple[int, int]]]:
+    """By path, the bytes [first, last] of the shards' files that were sent."""
+    found = defaultdict(list)
+    for method, path, span in web.requests:
+        if method == "GET" and ("/shards/" in path or "/c/" in path):
+            first, _, last = span.removeprefix("bytes=").partition("-")
+            found[path].append((int(first), int(last)))
+    return {path: sorted(spans) for path, spans in found.items()}
+
+
+def _none_twice(web: WebServer) -> None:
+    for path, spans in _spans(web).items():
+        assert all(last < first for (_, last), (first, _) in pairwise(spans)), (path, spans)
+
+
+def _sent(web: WebServer) -> int:
+    return sum(last + 1 - first for spans in _spans(web).values() for first, last in spans)
+
+
+def _needed(artifact: Artifact, stop: int) -> int:
+    """Bytes of all that the steps before `stop` read, each once: of Zarr the indices of the shards too."""
+    order = Order(artifact.shard_sizes, BATCH, SEED)
+    own = artifact.only(COLLATE.arrays())
+    ranges = set()
+    for index in order.batches_joined(0, stop).tolist():
+        position, at = own._place(index)
+        commit = own.commit(position)
+        if artifact.manifest.layout.format == "zarr":
+            ranges |= {*own._reader.index_ranges(commit, own._specs)}
+        ranges |= {*own._reader.ranges(commit, at, own._specs)}
+    return sum(one.end - one.start for one in ranges)
+
+
+def _no_threads() -> None:
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("datamerge-")]
+
+
+@pytest.mark.parametrize("form", ["webdataset", "zarr"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_same_batches_and_no_byte_twice(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str, cached: bool
+) -> None:
+    url, cache = there(form), Cache(tmp_path / "cache", 10**9) if cached else None
+    local, steps = open_artifact(tmp_path / "web/a"), 4
+    artifact = open_artifact(url, cache=cache)
+    _same(_stream(artifact, 0, steps), _stream(local, 0, steps))
+    _none_twice(web)
+    assert _sent(web) <= 1.05 * artifact.only(COLLATE.arrays()).bytes_read
+    web.requests.clear()
+    cut = Partition(1, 2, 2)
+    _same(_stream(artifact, 3, 2 * steps, 0, cut), _stream(local, 3, 2 * steps, 0, cut))
+    assert (_sent(web) == 0) is cached  # a later epoch is read from the copies
+    _no_threads()
+
+
+@pytest.mark.parametrize("form", ["webdataset", "zarr"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_nothing_is_fetched_that_the_run_does_not_read(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str, cached: bool
+) -> None:
+    url, cache = there(form), Cache(tmp_path / "cache", 10**9) if cached else None
+    list(_stream(open_artifact(url, cache=cache), 0, 2))
+    needed = _needed(open_artifact(tmp_path / "web/a"), 2)
+    # A range of a copy is rounded to blocks; of a tar, headers between two arrays come with them.
+    slack = 2 * BATCH * 3 * 2 * BLOCK
+    assert needed <= _sent(web) <= needed + slack
+    _none_twice(web)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "zarr"])
+def test_a_run_that_was_stopped_fetches_nothing_twice(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str
+) -> None:
+    url, local = there(form), open_artifact(tmp_path / "web/a")
+    for start, stop in ((0, 2), (2, 4)):
+        artifact = open_artifact(url, cache=Cache(tmp_path / "cache", 10**9))
+        with ended(_stream(artifact, start, 4)) as batches:
+            for expected in _stream(local, start, stop):
+                assert next(batches).keys == expected.keys
+        _no_threads()
+    _none_twice(web)
+
+
+def test_workers_fetch_for_themselves_through_one_cache(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str]
+) -> None:
+    artifact = open_artifact(there("zarr"), cache=Cache(tmp_path / "cache", 10**9))
+    _same(_stream(artifact, 1, 8, 2), _stream(open_artifact(tmp_path / "web/a"), 1, 8))
+    _none_twice(web)
+
+
+def test_sidecars_and_records_of_a_batch_are_asked_for_at_once(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str]
+) -> None:
+    """The server answers none of the three sidecars before all are asked for, nor one record before six are."""
+    url, stages = there("webdataset"), {"/commits/": threading.Barrier(3), "/shards/": threading.Barrier(3)}
+
+    def fault(method: str, path: str) -> None:
+        for part, barrier in stages.items():
+            if part in path:
+                barrier.wait(20)
+
+    web.fault = fault
+    order = Order([4, 4, 2], BATCH, SEED)
+    first = next(step for step in range(40) if len({index // 4 for index in order.batch(step)}) == 3)
+    with ended(_stream(open_artifact(url), first, first + 1)) as batches:
+        assert len(next(batches).keys) == BATCH
+
+
+def test_what_cannot_be_fetched_is_one_error(web: WebServer, there: Callable[[str], str]) -> None:
+    artifact = open_artifact(there("webdataset"))
+    web.fault = lambda method, path: 403 if "/shards/" in path else None
+    with refused(UserError, None, web.url, "shards", 403), ended(_stream(artifact, 0, 4)) as batches:
+        next(batches)
+    _no_threads()
+    # What was fetched ahead and failed is not asked for without end.
+    assert len([path for _, path, _ in web.requests if "/shards/" in path]) <= 4 * BATCH * 2
+
+
+@pytest.mark.parametrize("start", [0, 2, 5])
+@pytest.mark.parametrize(("rank", "world", "here"), [(0, 1, 1), (3, 4, 4), (2, 4, 2), (1, 3, 1), (2, 6, 3)])
+def test_the_groups_of_a_machine_are_those_of_its_processes(
+    monkeypatch: pytest.MonkeyPatch, start: int, rank: int, world: int, here: int
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(rank % here))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    order = Order([7, 5, 9, 4], 8, SEED)  # 25 groups: the last batch of an epoch is short
+    stop, found = Course(order, Partition(rank, world, 2), start, 9).groups_here(start, 1000)
+    processes = range(rank - rank % here, rank - rank % here + here)
+    expected = [
+        index
+        for step in range(start, stop)
+        for process in processes
+        for share in order.shares(step, Partition(process, world, 2))
+        for index in share.indices
+    ]
+    assert (stop, found.tolist()) == (9, expected)
+
+
+def test_shards_are_dealt_in_order_of_first_use() -> None:
+    wanted, ends = np.array([9, 2, 8, 3, 0, 9, 5]), np.array([4, 6, 10])
+    dealt = [list(trainer.data.ahead._by_shard(wanted, np.unique(wanted), ends, part, 2)) for part in (0, 1)]
+    assert dealt == [[[8, 9, 5]], [[0, 2, 3]]]
