@@ -22,9 +22,9 @@ def write_artifact(path: Path, options: dict[str, Any]) -> None:
 
     Options: `seed`, `format`, `targets`, `labels`, `members`, `encoder` (None leaves it out of the provenance),
     `sha256` (of the encoder; None for the true one), `shape`, `width` and `scale` (of the target), `attack`, `clean`
-    (the first member), `spread` (grey levels between clean image and members, which are independent images otherwise),
-    `factors` (how many sketches of the covariance), `huge` (key of a record whose target overflows the loss), `head`
-    (bytes of a head.safetensors).
+    (the first member), `spread` (grey levels between clean image and members, which are independent images
+    otherwise), `factors` (how many sketches of the covariance), `huge` (key of a record whose target overflows the
+    loss), `head` (bytes of a head.safetensors).
     """
     shape, width = options.get("shape", SHAPE), options.get("width", WIDTH)
     arrays = [
