@@ -39,7 +39,7 @@ class FileList(Mapping[str, Sequence[Any]]):
     @classmethod
     def of(cls, location: Location, files: Files) -> FileList:
         """Of sorted files."""
-        hashes = hash_contents(location, files)
+        hashes = hash_contents(location, files.paths(), files.sizes)
         digests = b"".join(bytes.fromhex(hashes[place]) for place in sorted(hashes))
         return cls(
             files.names,

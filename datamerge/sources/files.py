@@ -62,16 +62,23 @@ class Files(Sequence[File]):
         for start in range(0, len(self), CHUNK):
             yield from self[start : start + CHUNK]
 
+    def paths(self) -> Iterator[str]:
+        """Their paths, few of which exist as Python's texts at a time."""
+        for start in range(0, len(self), CHUNK):
+            yield from self.names[start : start + CHUNK].to_pylist()
+
     def where(self, chosen: npt.NDArray[np.bool_]) -> Files:
         """Those that a mask [F] chooses."""
-        if chosen.all():
-            return self
         of_folder = self.of_folder[chosen]
         used = np.flatnonzero(np.bincount(of_folder, minlength=len(self.folders)))
         places = np.zeros(len(self.folders), np.int32)
         places[used] = np.arange(len(used))
         names = self.names.filter(pa.array(chosen))
         return Files(names, self.sizes[chosen], [self.folders[place] for place in used.tolist()], places[of_folder])
+
+    def in_folders(self, chosen: Sequence[bool]) -> Files:
+        """Those in some of the folders, for each of which `chosen` says so."""
+        return self if all(chosen) else self.where(np.array(chosen, np.bool_)[self.of_folder])
 
     def below(self, folder: str) -> Files:
         """The same, called by their paths below a folder that holds them all."""

@@ -97,7 +97,6 @@ def open_image_folder(
             "folder on Windows and is none here; unpack the archive again with a program that makes folders of them"
         )
     values: Values | None = None
-    labels = np.full(len(files), NO_LABEL, np.int32)
     class_names: list[str] = []
     unlabelled = ""
     if location.exists(TABLE):
@@ -114,6 +113,8 @@ def open_image_folder(
         )
     elif columns.label != NONE:
         labels, class_names = _folder_labels(location, files, skipped)
+    else:
+        labels = np.full(len(files), NO_LABEL, np.int32)
     samples = Samples(Paths.of(files.names), labels, values)
     listing = FileList.of(location, files)
     identity = fingerprint([listing, samples.json_of_labels(), samples.json_of_groups()])

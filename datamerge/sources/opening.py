@@ -274,8 +274,7 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
     for part, count in zip(split_of, np.bincount(files.of_folder).tolist(), strict=True):
         counts[part] += count
     wanted, name = choose_names(counts, split, location.url, NOUNS["image"])
-    is_chosen = np.array([part in wanted for part in split_of])[files.of_folder]
-    chosen, known = files.where(is_chosen), []
+    chosen, known = files.in_folders([part in wanted for part in split_of]), []
     if name is None or (name == ALL and "" in counts):
         skipped = None  # what is called like a split is a class
     else:
@@ -288,7 +287,7 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
             chosen = chosen.below(folder)
             listing.take([f"{folder}/{TABLE}"])
     if location is listing.location and TABLE in listing.others:
-        known = files.where(~is_chosen).names.to_pylist()
+        known = files.in_folders([part not in wanted for part in split_of]).names.to_pylist()
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
     if columns.label is None and not location.exists(TABLE):
         _say_tables(listing)
