@@ -41,8 +41,7 @@ KINDS = ("rows", "folder")
 SAMPLES = 1_000_000
 NOTE = (
     "CPU time and memory of a process, above those with everything imported. The bar of time is of opening and "
-    "planning. "
-    "Folders: with collecting paths and sizes, without the file system's own work."
+    "planning. Folders: with collecting paths and sizes, without the file system's own work."
 )
 ROWS, ROWS_A_GROUP = 1_000_000, 1_000
 PER_CLASS, CLASSES = 1_300, 1_000

@@ -58,6 +58,7 @@ class Sizes:
     most_shards: int = 1000
     many_shards: int = 200_000
     streamed: int = 1024
+    listed: int = lists.SAMPLES
     groups_per_shard: int = 4
     scale: int = 1
 
