@@ -14,6 +14,6 @@ export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu-site/inductor"
 # Warnings of libraries that are newer than those of constraints.txt are no failures here.
 timeout 200 "$python" -m pytest -m gpu tests/gpu -o filterwarnings=default -p no:cacheprovider --durations=10 -ra
 tests=$?
-timeout 260 "$python" -m benchmarks.gpu "$@"
+timeout 275 "$python" -m benchmarks.gpu "$@"
 benchmark=$?
 exit $((tests != 0 ? tests : benchmark))
