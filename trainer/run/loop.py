@@ -141,7 +141,9 @@ class _Run:
         dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
         try:
             with atomic_file(dump) as stream:
-                torch.save({"step": self.step + 1, "batches": [batch.content() for batch in error.batches]}, stream)
+                torch.save(
+                    {"step": self.step + 1, "batches": [batch.floats().content() for batch in error.batches]}, stream
+                )
             where = f"the batch is in {dump}"
         except OSError as failure:  # what was found matters more
             where = f"the batch could not be kept ({failure.strerror})"

@@ -142,7 +142,7 @@ class Optimisation:
         # that depends on step and position alone, for the length of the micro-batch alone.
         with seeded_layers(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1], job.device):
             seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
-            batch = batch.to(job.device)
+            batch = batch.to(job.device).floats()
             losses = group_losses(job.model, batch, Draws(seeds), job.loss, job.config, job.refinement)
         (losses.loss.sum() / size).backward()
         correction = losses.correction
