@@ -8,10 +8,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.training import ARMS, make_artifact
-from datamerge.attacks import PGD, Precision, arithmetic, attack, sample_generators, squared_error
+from datamerge.attacks import Ball, Precision, arithmetic, ascend, frozen, squared_error
+from datamerge.attacks.ball import Gradients
 from datamerge.encoders import Encoder, load_encoder
 from trainer import TrainConfig
 from trainer.data.order import WHOLE
@@ -184,13 +187,16 @@ def rate_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def attack_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """A step of PGD, from the difference of attacks of one and of three steps; the rest of an attack drops out."""
+    """Steps of PGD, without the random starts and the losses of its result."""
     size = sizes(rehearse)
     for name, spec in (("base", size.base), ("large", size.large)):
         encoder = load_encoder(spec, str(size.device)).requires_grad_(False)
         for precision in PRECISIONS:
             for count in size.images[:1] if precision == "float32" else size.images[: 3 if name == "base" else 2]:
                 yield _attack(f"{name}, {precision}, {count} images", encoder, count, precision, size, rates)
+        with patch("datamerge.attacks.arithmetic.fixed_order", lambda _: nullcontext()):
+            what = f"{name}, bfloat16, {size.images[0]} images, sums in any order"
+            yield _attack(what, encoder, size.images[0], "bfloat16", size, rates)
         compiled = torch.compile(encoder, backend="eager" if rehearse else "inductor")
         what = f"{name}, bfloat16, {size.images[0]} images, compiled"
         yield _attack(what, encoder, size.images[0], "bfloat16", size, rates, compiled)  # type: ignore[arg-type]
@@ -207,20 +213,17 @@ def _attack(
 ) -> Row:
     clean = (torch.rand(count, *encoder.input_shape) * 255).round().to(size.device) / 255
     target = torch.zeros(count, encoder.embedding_dim, device=size.device)
-    attacked = encoder if model is None else model
+    steps, repeats = 3, 2 if precision == "float32" else size.repeats
 
-    def run(steps: int, model: nn.Module, images: Tensor) -> None:
-        generators = sample_generators(0, "benchmark", len(images))
-        settings = PGD(Fraction(2, 255), Fraction(1, 255), steps)
-        attack(model, images, target[: len(images)], squared_error, settings, generators, precision=precision)
+    def run(model: nn.Module, count: int, steps: int) -> None:
+        ball = Ball.around(clean[:count], Fraction(2, 255), grid=True)
+        gradients = Gradients(model, target[:count], squared_error, ball.scale, precision)
+        with frozen(model):
+            ascend(ball, gradients.at, ball.centre.clone(), 1.0, steps)
 
-    repeats = 2 if precision == "float32" else size.repeats
-    (short, _), (long, memory) = (
-        timed(lambda: run(steps, attacked, clean), size.device, repeats)  # noqa: B023 - at once
-        for steps in (1, 3)
-    )
-    operations = (teraflops(lambda: run(3, encoder, clean[:1])) - teraflops(lambda: run(1, encoder, clean[:1]))) / 2
-    ms = max(long - short, 1e-6) / 2 / count
+    ms, memory = timed(lambda: run(encoder if model is None else model, count, steps), size.device, repeats)
+    ms /= steps * count
+    operations = teraflops(lambda: run(encoder, 1, 1))
     return Row(
         "attack",
         f"{what}: an image and step",

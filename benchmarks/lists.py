@@ -10,6 +10,7 @@ Each measurement is a process of its own: what one frees, the next would find. C
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ import numpy as np
 from benchmarks.merge_scaling import MEMORY
 from benchmarks.report import Bar, Findings, Table, spread
 from datamerge.sources import Source, open_source
+from datamerge.sources.listing import Listing
+from datamerge.sources.opening import open_folder
 from datamerge.sources.sample import HASHED_FILES, Columns
 from merge_service import MergeConfig
 from merge_service.planning import make_plan
@@ -109,17 +112,25 @@ def _rows(folder: Path, samples: int) -> Callable[[], Source]:
 
 
 def _folder(folder: Path, samples: int) -> Callable[[], Source]:
-    from datamerge.sources.image_folder import open_image_folder
+    from datamerge.sources.files import Files
 
-    files = [
-        (f"train/n{place // PER_CLASS:08d}/n{place // PER_CLASS:08d}_{place % PER_CLASS}.JPEG", 110_000)
-        for place in range(samples)
-    ]
-    files.sort()
-    for name, _ in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())[:HASHED_FILES]:
+    ranked = heapq.nsmallest(HASHED_FILES, _names(samples), lambda name: hashlib.sha256(name.encode()).digest())
+    for name in ranked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
-    return lambda: open_image_folder(Location(folder), files, Columns(), skipped=0)
+
+    def opened() -> Source:
+        files = Files.of((name, 110_000) for name in _names(samples))
+        return open_folder(Listing(Location(folder), {"image": files}), Columns(), None)
+
+    return opened
+
+
+def _names(samples: int) -> Iterator[str]:
+    """Paths as ImageNet's, sorted."""
+    for start in range(0, samples, PER_CLASS):
+        folder = f"n{start // PER_CLASS:08d}"
+        yield from sorted(f"train/{folder}/{folder}_{place}.JPEG" for place in range(min(PER_CLASS, samples - start)))
 
 
 def _memory() -> tuple[int, int]:

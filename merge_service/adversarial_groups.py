@@ -29,7 +29,7 @@ from datamerge.attacks import (
     sample_generators,
 )
 from datamerge.encoders import Encoder, Head
-from datamerge.runtime.compilers import check_compiler
+from datamerge.runtime.compilers import prepare_compilation
 from merge_service.config import MergeConfig
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
@@ -99,7 +99,7 @@ class Attacker:
         self._device = encoder.mean.device
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
-            check_compiler("compile", self._device.type)
+            prepare_compilation("compile", self._device.type)
             warnings.filterwarnings("ignore", _ADVICE, UserWarning)
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         self.precision: Precision = config.precision

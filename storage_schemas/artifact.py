@@ -228,9 +228,11 @@ class Artifact:
         fetcher.fill(list(chain.from_iterable(rest)), sizes)
 
     def expect_nothing(self) -> None:
-        """Fetch nothing more of what was expected and not read."""
+        """Fetch nothing more of what was expected and not read; who waits for it elsewhere gets a DatamergeError."""
         if not self.location.is_local:
-            fetcher_of(self.location).forget_expected()
+            fetcher = fetcher_of(self.location)
+            fetcher.forget_expected()
+            fetcher.abandon()
 
     @property
     def cache_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 
 from storage_schemas import ConfigError
 
@@ -12,8 +13,10 @@ _COMPILERS = {"cuda": ("CC", ("gcc", "clang"))}
 _ELSEWHERE = ("CXX", ("g++", "clang++"))
 
 
-def check_compiler(setting: str, device_type: str) -> None:
-    """Refuse compilation where its first step would end in a traceback.
+def prepare_compilation(setting: str, device_type: str) -> None:
+    """Refuse compilation where its first step would end in a traceback; else keep torch from advising TF32 for it.
+
+    Whether products are in TF32 is `precision`, which has a value already.
 
     Args:
         setting: that asks for it.
@@ -25,9 +28,9 @@ def check_compiler(setting: str, device_type: str) -> None:
     variable, names = _COMPILERS.get(device_type, _ELSEWHERE)
     named = os.environ.get(variable)
     sought = (named,) if named else names
-    if any(shutil.which(name) for name in sought):
-        return
-    raise ConfigError(
-        f"{setting}: torch.compile calls a compiler ({' or '.join(sought)}), found none here; install one (Debian: "
-        f"apt-get install g++), name it in {variable}, or drop `{setting}`"
-    )
+    if not any(shutil.which(name) for name in sought):
+        raise ConfigError(
+            f"{setting}: torch.compile calls a compiler ({' or '.join(sought)}), found none here; install one "
+            f"(Debian: apt-get install g++), name it in {variable}, or drop `{setting}`"
+        )
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)

@@ -23,19 +23,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from storage_schemas.access.blocks import BLOCK, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.location import Location
-from storage_schemas.access.request_threads import Job, Patience, RequestThreads
+from storage_schemas.access.request_threads import Job, RequestThreads
 
 if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
-
-T = TypeVar("T")
 
 REQUESTS = 16
 AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache
@@ -223,7 +221,7 @@ class Fetcher(RequestThreads):
     def _from_disk(self, copies: Copies, path: str, start: int, end: int, size: int) -> Bytes | None:
         """Bytes of the copy, once they are there; None if there is no room for them."""
         end = min(end, size)
-        patience = Patience(self._where(path))
+        patience = self._patience(path)
         while True:
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
@@ -339,7 +337,7 @@ class Fetcher(RequestThreads):
                 self._held += sum(len(piece) for piece in pieces.values())
 
     def _from_memory(self, item: Range) -> Bytes:
-        patience = Patience(self._where(item.path))
+        patience = self._patience(item.path)
         with self._changed:
             while item in self._flying:
                 patience.wait(self._changed)

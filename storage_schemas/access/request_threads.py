@@ -19,6 +19,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from storage_schemas.errors import DatamergeError
+
 T = TypeVar("T")
 Job = tuple[str, Callable[[], None]]  # of what kind, and the work
 
@@ -43,6 +45,7 @@ class RequestThreads(ABC):
         self._active: Counter[str] = Counter()
         self._pause, self._pause_until = 0.0, 0.0
         self._closed = False
+        self._abandoned = 0  # how often
         _ALL.add(self)
 
     @abstractmethod
@@ -57,13 +60,23 @@ class RequestThreads(ABC):
             while self._active.total():
                 self._changed.wait(1.0)
 
+    def abandon(self) -> None:
+        """Let those go who wait now, with an error: what they wait for is of no use any more."""
+        with self._changed:
+            self._abandoned += 1
+            self._changed.notify_all()
+
+    def _patience(self, path: str) -> Patience:
+        began = self._abandoned
+        return Patience(self._where(path), lambda: self._abandoned > began)
+
     def _where(self, path: str) -> str:
         return f"{self._url}/{path}"
 
     def _wait_for(self, path: str, work: Callable[[], T]) -> T:
         """The result of some work, which a thread does ahead of everything else."""
         call = Call(work)
-        patience = Patience(self._where(path))
+        patience = self._patience(path)
         with self._changed:
             self._calls.append(call)
             self._start_threads()
@@ -141,19 +154,26 @@ class Call:
 class Patience:
     """One wait, in any number of pieces."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, is_abandoned: Callable[[], bool]) -> None:
         """Begin to wait.
 
         Args:
             where: the URL of the file that is waited for, as it may be shown.
+            is_abandoned: whether nobody wants it any more.
         """
-        self._where = where
+        self._where, self._is_abandoned = where, is_abandoned
         self._began = time.monotonic()
         self._minutes = 0
 
     def wait(self, changed: threading.Condition, seconds: float = 1.0) -> None:
-        """Wait for a notification, at most so long; the caller holds `changed`."""
+        """Wait for a notification, at most so long; the caller holds `changed`.
+
+        Raises:
+            DatamergeError: nobody wants it any more.
+        """
         changed.wait(seconds)
+        if self._is_abandoned():
+            raise DatamergeError(f"{self._where}: no longer waited for")
         waited = time.monotonic() - self._began
         if waited >= SILENT_SECONDS * (self._minutes + 1):
             self._minutes = int(waited // SILENT_SECONDS)

@@ -104,6 +104,17 @@ def test_images_are_left_alone_below_the_threshold(finished: tuple[Path, ArmResu
             assert refined["arithmetic"] == "float32"
 
 
+@pytest.mark.parametrize(("half", "search"), [("float32", "tf32"), ("bfloat16", "bfloat16")])
+def test_a_pass_says_what_its_search_computed_in(
+    settings: dict[str, Any], tmp_path: Path, half: str, search: str
+) -> None:
+    captions(settings, tmp_path / "out", precision="tf32", half=half, steps=1)
+    passes = [entry for state in items(tmp_path / "out").values() for entry in state["passes"]]
+    found = {(entry["name"] == "clean", entry["arithmetic"]) for entry in passes if entry["name"] != "refined"}
+    assert found == {(True, half), (False, search)}
+    assert {entry["arithmetic"] for entry in passes if entry["name"] == "refined"} <= {"tf32"}
+
+
 def test_stored_pictures_are_inside_the_ball(finished: tuple[Path, ArmResult], captioned: list[Captioned]) -> None:
     output, result = finished
     assert len(result.details["pictures"]) == 2

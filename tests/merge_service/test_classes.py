@@ -21,7 +21,7 @@ LABELS = ["dog", "ant", "cat", "dog"]
 def _prepare(folder: Path, head: Head | None, labels: Any = LABELS, **settings: Any) -> Prepared:
     np.savez(folder / "x.npz", images=np.zeros((len(labels), 4, 4), np.uint8), labels=np.array(labels))
     given = {"source": str(folder / "x.npz"), "artifact": str(folder / "a"), "device": "cpu", "members": 1}
-    given |= {"grouping": "adversarial", "encoder": "mlp:1x4x4-3", "objective": "cross_entropy"}
+    given |= {"grouping": "adversarial", "encoder": "mlp:1x4x4-3", "objective": "cross_entropy", "order": "source"}
     if head is not None:
         (folder / "head.safetensors").write_bytes(head.to_bytes())
         given["head"] = str(folder / "head.safetensors")

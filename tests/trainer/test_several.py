@@ -28,7 +28,7 @@ from storage_schemas import (
 )
 from tests.support.artifacts import same_groups
 from tests.support.refusals import refused
-from tests.trainer.conftest import ENCODER, GROUPS, SHAPE, WIDTH
+from tests.support.training_artifacts import ENCODER, GROUPS, SHAPE, WIDTH
 from trainer import NotFiniteRun, Stopped, TrainConfig, train
 from trainer.cli import train as command
 from trainer.data.batches import MomentBatch

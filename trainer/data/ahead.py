@@ -37,6 +37,7 @@ NEAR_PIECES = 16
 SECTION = 2**18  # groups, about as many as are shuffled together
 SHARDS = 32  # whose sidecars are requested together
 PATIENCE = 0.2  # seconds between two looks at whether to go on, should a notification be missed
+PATIENCE_AT_THE_END = 5.0  # seconds for a request that does not end; its thread ends with the process
 
 
 class Piece(NamedTuple):
@@ -127,13 +128,13 @@ class Ahead:
             self._wait(lambda: self._expected >= position)
 
     def close(self) -> None:
-        """Fetch nothing more; what is on its way is waited for."""
+        """Fetch nothing more, and let go who waits; it may be called again."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._groups.expect_nothing()
         for thread in self._threads:
-            thread.join()
+            thread.join(PATIENCE_AT_THE_END)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

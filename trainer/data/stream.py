@@ -75,7 +75,12 @@ class Groups(Dataset["Record | DatamergeError"]):
                 info = get_worker_info()
                 self._ahead = Ahead(self._groups, self._course, *((info.id, info.num_workers) if info else ()))
             self._ahead.reach(asked.position, asked.step)
-        return [self[wanted] for wanted in asked.wanted]
+        items: list[tuple[Record, int] | DatamergeError] = []
+        for wanted in asked.wanted:
+            items.append(self[wanted])
+            if isinstance(items[-1], DatamergeError):
+                break  # the batch is lost: what else is in it need not be waited for
+        return items
 
     def close(self) -> None:
         """Fetch nothing ahead any more."""
@@ -224,7 +229,7 @@ def stream(
         pin_memory=pin,
     )
     try:
-        for batch in _unpacked(loader, workers, pin) if workers else read_ahead(loader):
+        for batch in _unpacked(loader, workers, pin) if workers else read_ahead(loader, groups.close):
             if isinstance(batch, DatamergeError):
                 raise batch
             yield batch

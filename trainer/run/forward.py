@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from datamerge.attacks import Precision
 from datamerge.encoders import Encoder, Head
-from datamerge.runtime.compilers import check_compiler
+from datamerge.runtime.compilers import prepare_compilation
 from storage_schemas import ConfigError
 from trainer.estimators.base import BATCH_NORMS
 
@@ -94,7 +94,7 @@ def compile_forward(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     Raises:
         ConfigError: no compiler here.
     """
-    check_compiler("compile", encoder.mean.device.type)
+    prepare_compilation("compile", encoder.mean.device.type)
     return cast(Callable[[Tensor], Tensor], torch.compile(encoder.forward, options={"fallback_random": True}))
 
 

@@ -175,7 +175,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     first = of_artifact(config, 0)
     check_recorded(first, artifact.manifest, encoder)
-    head = _head(first, artifact) if found.labels else None
+    head = _head(first, artifact, device) if found.labels else None
     classes = _classes(first, artifact, encoder, head) if found.labels else None
     collate = Collate(
         arm=config.arm,
@@ -381,11 +381,11 @@ def _classes(config: TrainConfig, artifact: Artifact, encoder: Encoder, head: He
     return Classes(names, len(head.weight), f"the head of {config.artifact}" if own else f"head {config.head!r}")
 
 
-def _head(config: TrainConfig, artifact: Artifact) -> Head | None:
+def _head(config: TrainConfig, artifact: Artifact, device: torch.device) -> Head | None:
     """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
     stored = artifact.head()
     if config.head is not None and config.head != ARTIFACT_HEAD:
-        return load_head(config.head, label_names(artifact))
+        return load_head(config.head, label_names(artifact), device=str(device))
     if stored is None and config.head is not None:
         raise ConfigError(f"head: found none in {config.artifact}; name a file or spec in `head`")
     return None if stored is None else head_from_arrays(*stored)

@@ -158,7 +158,8 @@ class _Run:
         if job.held_out is None or (self.step % job.config.eval_every and self.step != job.steps):
             return {}
         started = time.monotonic()
-        loss = held_out_loss(job, job.held_out, self.published, self.training.partition, self.own)
+        with self.training.order():
+            loss = held_out_loss(job, job.held_out, self.published, self.training.partition, self.own)
         if loss < self.best:
             self.best = loss
             self.own.first_alone(lambda: self.folder.save_best(self._state()))

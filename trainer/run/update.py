@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from datamerge.attacks.arithmetic import fixed_order
 from datamerge.runtime.memory import out_of_memory_advice
+from datamerge.runtime.messages import first_line, warn
 from storage_schemas import DatamergeError
 from trainer.arms import ARMS
 from trainer.config import TrainConfig
@@ -83,6 +86,11 @@ class Optimisation:
         if config.ema is not None:
             self.average = AveragedModel(self.job.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.partition = Partition(self.own.rank, self.own.world, config.accumulate)
+        self._ordered = True
+
+    def order(self) -> AbstractContextManager[None]:
+        """Kernels that add in one order, on a GPU and as long as there are some for all that this run does."""
+        return fixed_order(self.job.device) if self._ordered else nullcontext()
 
     def step(self, step: int, batches: Iterator[Batch], stopping: Callable[[], int]) -> Outcome:
         """Do step `step`, counted from 0.
@@ -102,13 +110,22 @@ class Optimisation:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         size = job.order.batch_size_of(step)
-        seen, results, waited = [], [], 0.0
-        for share in job.order.shares(step, self.partition):
+        seen: list[Batch] = []
+        results: list[GroupLoss] = []
+        waited = 0.0
+        shares = job.order.shares(step, self.partition)
+        for share in shares:
             started = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - started
             with out_of_memory_advice(lambda: _out_of_memory(job.config, len(batch.keys))):  # noqa: B023 - at once
-                losses = self._backward(step, share, batch, size)
+                try:
+                    with self.order():
+                        losses = self._backward(step, share, batch, size)
+                except RuntimeError as error:
+                    self._give_up_order(error)
+                    results = [self._backward(step, *again, size) for again in zip(shares, seen, strict=False)]
+                    losses = self._backward(step, share, batch, size)
             seen.append(batch)
             results.append(losses)
         stop = stopping()
@@ -134,6 +151,17 @@ class Optimisation:
         if corrected:
             values["correction"] = correction / size
         return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, stop)
+
+    def _give_up_order(self, error: RuntimeError) -> None:
+        """Go on with any kernels where an operation has none that adds in one order; raises other errors again."""
+        if not self._ordered or "deterministic" not in str(error):
+            raise error
+        warn(
+            f"{self.job.encoder.spec} computes what a GPU adds up in any order ({first_line(error)[:80]}…): two runs "
+            "of the same settings differ in the last digits"
+        )
+        self._ordered = False
+        self.optimizer.zero_grad(set_to_none=True)  # of the pass that broke off, and of those before it in this step
 
     def _backward(self, step: int, share: Share, batch: Batch, size: int) -> GroupLoss:
         """Losses of one micro-batch, detached, after its gradients were added."""

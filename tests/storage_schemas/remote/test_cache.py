@@ -187,7 +187,7 @@ def test_processes_share_a_cache_that_is_too_small(
     files = [path.stat().st_size for path in (tmp_path / "web" / "a").rglob("*") if path.is_file()]
     limit = 2 * max(files)
     artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", limit))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     queue = context.Queue()
     workers = [context.Process(target=_hammer, args=(artifact, seed, queue)) for seed in range(3)]
     for worker in workers:
@@ -237,7 +237,7 @@ def test_a_full_disk_costs_the_cache_not_the_run(
     records = write_artifact(tmp_path / "web" / "a", make_layout("webdataset"))
     assert max(path.stat().st_size for path in (tmp_path / "web" / "a" / "shards").iterdir()) > 20_000
     artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", PLENTY))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     queue = context.Queue()
     process = context.Process(target=_read_with_little_room, args=(artifact, queue))
     process.start()
