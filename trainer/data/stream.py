@@ -75,7 +75,7 @@ class Groups(Dataset["Record | DatamergeError"]):
                 info = get_worker_info()
                 self._ahead = Ahead(self._groups, self._course, *((info.id, info.num_workers) if info else ()))
             self._ahead.reach(asked.position, asked.step)
-        items: list[tuple[Record, int] | DatamergeError] = []
+        items: list[Record | DatamergeError] = []
         for wanted in asked.wanted:
             items.append(self[wanted])
             if isinstance(items[-1], DatamergeError):

@@ -204,7 +204,7 @@ class _Run:
             return
         state = self.own.together(lambda: self.folder.load(path, self.job.identity))
         self.job.encoder.load_state_dict(state["model"])
-        self.training.optimizer.load_state_dict(state["optimizer"])
+        self.training.restore(state["optimizer"])
         if self.training.average is not None:
             self.training.average.load_state_dict(state["average"])
         self.step, self.seconds = state["step"], state["seconds"]
