@@ -17,6 +17,6 @@ export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu-site/inductor"
 timeout --signal=INT --kill-after=10 200 "$python" -m pytest -m gpu tests/gpu -o addopts= -o filterwarnings=default \
   --import-mode=importlib -p no:cacheprovider -q --durations=10 -ra
 tests=$?
-timeout 260 "$python" -m benchmarks.gpu "$@"
+timeout 275 "$python" -m benchmarks.gpu "$@"
 benchmark=$?
 exit $((tests != 0 ? tests : benchmark))
