@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import torch
 
 from benchmarks.gpu_parts import PARTS
 from benchmarks.gpu_rows import RATES, Row
@@ -45,6 +46,8 @@ def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, onl
         for row in PARTS[only].work(rehearse, json.loads(rates)):
             click.echo(row.to_json())
         return
+    if not (rehearse or torch.cuda.is_available()):
+        raise click.ClickException("torch sees no GPU here; `--rehearse` does the same on the CPU, in tiny")
     started, load = time.monotonic(), os.getloadavg()[0]
     click.echo(" | ".join(COLUMNS))
     rows: list[Row] = []
