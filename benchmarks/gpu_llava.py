@@ -15,7 +15,7 @@ import transformers
 from benchmarks.gpu_rows import Rates, Row, share, sizes, teraflops, timed
 from datamerge.attacks import Precision
 from datamerge.attacks.arithmetic import arithmetic
-from datamerge.evaluation.llava.model import Arithmetic, Llava
+from datamerge.evaluation.llava.model import SYSTEM, Arithmetic, Llava
 from datamerge.evaluation.llava.vision_towers import read_tower_run
 from tests.support.llava import make_llava
 
@@ -33,7 +33,7 @@ def llava_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
     """Forward and backward of an answer's loss."""
     size = sizes(rehearse)
     with tempfile.TemporaryDirectory() as name, ExitStack() as patches:
-        folder = make_llava(Path(name, "llava"), [QUESTION, ANSWER])
+        folder = make_llava(Path(name, "llava"), [SYSTEM, QUESTION, ANSWER])
         if not rehearse:
             patches.enter_context(
                 patch.object(
@@ -76,7 +76,7 @@ def _large(folder: str) -> Any:
             intermediate_size=4096,
             num_hidden_layers=24,
             num_attention_heads=16,
-            image_size=336,
+            image_size=224,  # as evaluated
             patch_size=14,
         ),
         text_config=transformers.LlamaConfig(

@@ -38,7 +38,7 @@ PARTS: dict[str, Part] = {
     "merge": Part("gpu_merge:merge_rows", 45),
     "feed": Part("gpu_training:feed_rows", 30),
     "launches": Part("gpu_attack:launch_rows", 25),
-    "compiled": Part("gpu_training:compiled_rows", 30),
-    "layers": Part("gpu_layers:layer_rows", 10),
-    "llava": Part("gpu_llava:llava_rows", 20),
+    "compiled": Part("gpu_training:compiled_rows", 40),
+    "layers": Part("gpu_layers:layer_rows", 15),
+    "llava": Part("gpu_llava:llava_rows", 25),
 }

@@ -167,7 +167,7 @@ def launches(work: Callable[[], object], device: torch.device) -> int:
 
 
 def busy(work: Callable[[], object], device: torch.device) -> float:
-    """Share of the time of some work in which kernels ran, of all threads; copies between memories count too.
+    """Seconds of kernels and copies over those of some work, of all threads; what runs side by side counts twice.
 
     On a CPU, of the operations of torch in this thread.
     """
