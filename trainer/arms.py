@@ -59,7 +59,7 @@ class Estimate:
 
     Attributes:
         plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
-        twice: it differentiates twice, which compiled graphs cannot and which saves nothing of `grad_checkpointing`.
+        twice: it differentiates twice, which saves nothing of `grad_checkpointing`.
         one_image: with one sample it is the loss at one image a group, which can be refined.
         held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
         out_of_memory: advice.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from storage_schemas import Record, open_artifact
+from storage_schemas import CorruptShard, Record, open_artifact
 from trainer import TrainConfig
 from trainer.arms import ArmName
-from trainer.data.batches import ImageBatch, Read, factors, members, moments
+from trainer.data.batches import Batch, ImageBatch, Read, factors, members, moments
+from trainer.data.copied import copied_ahead
 from trainer.data.order import MEMBER, WHOLE, stream_seeds
 from trainer.run.job import make_job
 
@@ -116,3 +117,30 @@ def test_members_are_cut_out_before_they_are_read(make_artifact: MakeArtifact, a
             expected.append(stored[:2] if arm == "ind" else stored[word % 2 : word % 2 + 1])
         assert batch.counts == [len(one) for one in expected]
         np.testing.assert_array_equal(batch.images.numpy(), np.concatenate(expected))
+
+
+def test_copies_run_ahead_by_one_and_errors_come_in_their_turn() -> None:
+    """What is asked of the source when a batch is given is the next one; the source is closed at the end."""
+    asked: list[str] = []
+
+    def source() -> Iterator[Batch]:
+        try:
+            for key in ("a", "b", "c"):
+                asked.append(key)
+                yield Batch(keys=[key], target=torch.zeros(1))
+            asked.append("error")
+            raise CorruptShard("shard 7")
+        finally:
+            asked.append("closed")
+
+    given = copied_ahead(source(), torch.device("cpu"))
+    assert (next(given).keys, asked) == (["a"], ["a", "b"])
+    assert [next(given).keys, next(given).keys] == [["b"], ["c"]]
+    assert asked[3:] == ["error", "closed"]
+    with pytest.raises(CorruptShard, match="shard 7"):
+        next(given)
+    asked.clear()
+    given = copied_ahead(source(), torch.device("cpu"))
+    next(given)
+    given.close()  # type: ignore[attr-defined]
+    assert asked == ["a", "b", "closed"]
