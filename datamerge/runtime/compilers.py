@@ -38,7 +38,7 @@ def prepare_compilation(setting: str, device_type: str) -> None:
     header = Path(sysconfig.get_path("include"), "Python.h")
     if device_type == "cuda" and not header.exists():
         raise ConfigError(
-            f"{setting}: torch.compile compiles code for Python on a GPU, found no {header}; install Python's headers "
-            f"(Debian: apt-get install python3-dev), or drop `{setting}`"
+            f"{setting}: on a GPU torch.compile writes modules of Python in C, found no {header}; install Python's "
+            f"headers (Debian: apt-get install python3-dev), or drop `{setting}`"
         )
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
