@@ -168,7 +168,7 @@ def test_a_copy_that_is_made_is_not_evicted_before_it_is_open(tmp_path: Path) ->
     used.write(0, bytes(SIZE))
     process = FRESH.Process(target=_evict, args=(tmp_path, done))
     process.start()
-    made = []
+    made: list[int] = []
     while process.is_alive() and len(made) < 2000:
         file = folder.open(f"{len(made):064x}", SIZE)
         made.append(file.inode)
