@@ -350,8 +350,8 @@ def link(remote: Remote, folder: Path, below: str) -> float:
 @click.option(
     "--format", "formats", multiple=True, type=click.Choice(["webdataset", "zarr"]), default=["webdataset", "zarr"]
 )
-@click.option("--groups", default=2048, show_default=True)
-@click.option("--per-shard", default=128, show_default=True)
+@click.option("--groups", default=1024, show_default=True)
+@click.option("--per-shard", default=64, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--photos", metavar="SOURCE", help="Folder of images; smooth noise by default.")
 def main(formats: Sequence[str], groups: int, per_shard: int, rounds: int, photos: str | None) -> None:

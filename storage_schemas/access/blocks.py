@@ -73,7 +73,7 @@ class BlockFile:
         """Whether any of the bytes [start, end) has not come, as far as is known here."""
         return not self._complete and not self.here[start // BLOCK : -(-end // BLOCK)].all()
 
-    def write(self, first: int, data: bytes) -> None:
+    def write(self, first: int, data: bytes | memoryview) -> None:
         """Fill blocks from `first` on, and mark them."""
         view, at = memoryview(data).cast("B"), first * BLOCK
         while view:

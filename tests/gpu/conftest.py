@@ -9,11 +9,12 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.trainer.conftest import make_artifact as make_artifact
+from tests.support.training_artifacts import write_artifact
 
 HERE = Path(__file__).parent
 REHEARSE = os.environ.get("DATAMERGE_REHEARSE") == "1"
@@ -29,6 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rehearsed = REHEARSE and "device" in getattr(item, "fixturenames", ())
         if not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="no GPU to be seen here; `make gpu` runs it where there is one"))
+
+
+@pytest.fixture
+def make_artifact(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes an artifact to train on below tmp_path and returns its path."""
+
+    def make(**options: Any) -> str:
+        path = tmp_path / options.get("name", "artifact")
+        write_artifact(path, options)
+        return str(path)
+
+    return make
 
 
 @pytest.fixture
