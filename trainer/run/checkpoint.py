@@ -35,7 +35,7 @@ BEST = "best.pt"
 _CHANGED_THINGS = {
     "plan_sha256": "artifact",
     "encoder_sha256": "encoder",
-    "encoder_code_sha256": "encoder's code",
+    "encoder_code_sha256": "code of the encoder",
     "preprocessing": "preprocessing",
     "head_sha256": "class head",
 }
