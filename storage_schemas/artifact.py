@@ -39,7 +39,7 @@ from storage_schemas.schema.manifest import (
 from storage_schemas.schema.packed import PackedCommit, Sidecar
 from storage_schemas.schema.record import Array, Record
 from storage_schemas.stores import store_of
-from storage_schemas.stores.arrays import read_arrays
+from storage_schemas.stores.arrays import Rows, read_arrays
 
 CACHED_COMMITS = 64
 # Records whose sidecars are kept by those that leave facts out, at about 110 bytes.
@@ -125,31 +125,38 @@ class Artifact:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
-        index %= len(self)
-        return self.read(*self._place(index))
+        return self.part(index % len(self))
+
+    def part(self, index: int, rows: Rows | None = None) -> Record:
+        """The record with this index, at least 0, and of some arrays the rows alone that `rows` names, by its count.
+
+        A tar file's arrays are read and checked as a whole; of Zarr's, blocks of 256 KB that hold the rows are
+        decompressed, and what is checked is the crc32c of the compressed chunk.
+        """
+        return self.read(*self._place(index), rows=rows)
 
     def __iter__(self) -> Iterator[Record]:
         for position, size in enumerate(self.shard_sizes):
             for offset in range(size):
                 yield self.read(position, offset)
 
-    def read(self, position: int, offset: int) -> Record:
-        """Record `offset` of the shard at `position` in the manifest's list."""
+    def read(self, position: int, offset: int, *, rows: Rows | None = None) -> Record:
+        """Record `offset` of the shard at `position` in the manifest's list; see `part`."""
         try:
-            return self._read(position, offset)
+            return self._read(position, offset, rows)
         except CorruptShard:
             if not self._forget_copies(position):
                 raise
-        return self._read(position, offset)
+        return self._read(position, offset, rows)
 
-    def _read(self, position: int, offset: int) -> Record:
+    def _read(self, position: int, offset: int, rows: Rows | None) -> Record:
         commit = self._sidecar(position)
         if self._verify == "shard" and position not in self._checked_shards:
             self._check_files(commit)
             self._checked_shards.add(position)
         entry = commit.records[offset]
         try:
-            arrays = read_arrays(self._reader, commit, offset, self._specs, check=self._verify == "record")
+            arrays = read_arrays(self._reader, commit, offset, self._specs, self._verify == "record", rows)
         except CorruptShard as error:
             raise CorruptShard(f"{self.location.url}: {error}; see `datamerge verify`") from None
         return Record(

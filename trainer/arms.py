@@ -15,10 +15,9 @@ from trainer.data.batches import (
     ImageBatch,
     MomentBatch,
     Read,
-    drawn_member,
     factors,
-    first_members,
     means,
+    members,
     moments,
 )
 from trainer.data.noise import Draws
@@ -60,7 +59,7 @@ class Estimate:
 
     Attributes:
         plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
-        twice: it differentiates twice, which compiled graphs cannot and which saves nothing of `grad_checkpointing`.
+        twice: it differentiates twice, which saves nothing of `grad_checkpointing`.
         one_image: with one sample it is the loss at one image a group, which can be refined.
         held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
         out_of_memory: advice.
@@ -85,6 +84,7 @@ class Arm(Generic[B]):
         loss: the loss that is trained on, and measured on held-out groups.
         estimators: that it has, the default first; it alone takes `samples`. Empty where nothing is estimated.
         images: the single images that a step trains on, which can be refined; None if there are none.
+        choose: which of so many first members of a group are read, by its 64 random bits; None where none are.
         every_member: a step takes all stored members of a group, each at a plain step's cost.
         deviates: it takes `deviation`.
         out_of_memory: advice.
@@ -97,6 +97,7 @@ class Arm(Generic[B]):
     loss: ArmLoss[B]
     estimators: Mapping[str, Estimate] = field(default_factory=dict)
     images: ArmImages[B] | None = None
+    choose: Callable[[int, int], slice] | None = None
     every_member: bool = False
     deviates: bool = False
     out_of_memory: str = ""
@@ -227,7 +228,8 @@ ARMS: dict[ArmName, Arm[Any]] = {
         title="Ind",
         about="their stored members one by one",
         arrays=frozenset({"members"}),
-        batch=first_members,
+        batch=members,
+        choose=lambda word, count: slice(0, count),
         loss=at_images,
         images=_the_images,
         every_member=True,
@@ -245,7 +247,8 @@ ARMS: dict[ArmName, Arm[Any]] = {
         title="Random",
         about="one stored member a step, drawn anew",
         arrays=frozenset({"members"}),
-        batch=drawn_member,
+        batch=members,
+        choose=lambda word, count: slice(word % count, word % count + 1),
         loss=at_images,
         images=_the_images,
     ),

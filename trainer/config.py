@@ -184,7 +184,7 @@ class TrainConfig(Settings):
         "its first layer, under autocast; weights, moments, losses and corrections stay float32.",
     )
     compile: bool = Field(
-        default=False, description="torch.compile the encoder; for estimators without a double backward."
+        default=False, description="torch.compile the encoder, and the gradients that an estimator takes."
     )
     grad_checkpointing: bool = Field(
         default=False,
@@ -309,11 +309,6 @@ class TrainConfig(Settings):
     def _check_single_backward(self) -> None:
         """Refuse what needs an estimator that differentiates once."""
         once = 'use `estimator="sampled"` or `estimator="antithetic"`, or drop'
-        if self.compile:
-            raise ValueError(
-                f"compile: estimator {self.estimator} differentiates twice, which compiled graphs cannot; "
-                f"{once} `compile`"
-            )
         if self.grad_checkpointing:
             raise ValueError(
                 f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the activations "

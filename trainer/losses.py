@@ -37,8 +37,11 @@ class Loss(Protocol):
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Loss of each row: outputs [B, K] → [B]."""
 
-    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
-        """A label drawn from exp(−loss)/Z for each row; no gradient flows through the draw."""
+    def noise(self, like: Tensor, draws: Draws) -> Tensor:
+        """The random numbers of a label, of the shape of outputs."""
+
+    def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        """A label from exp(−loss)/Z for each row, made with such numbers; no gradient flows through the draw."""
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         """uᵀ (∇²_t L) u of each row, [B], for tangents u [B, K]; no loss here has a Hessian that the label enters."""
@@ -62,8 +65,11 @@ class SquaredError:
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         return self.scale * (outputs - target).square().sum(dim=1)
 
-    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
-        return outputs.detach() + draws.normal(outputs) / math.sqrt(2.0 * self.scale)
+    def noise(self, like: Tensor, draws: Draws) -> Tensor:
+        return draws.normal(like)
+
+    def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
+        return outputs.detach() + noise / math.sqrt(2.0 * self.scale)
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         return 2.0 * self.scale * tangents.square().sum(dim=1)
@@ -76,9 +82,12 @@ class CrossEntropy:
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, target, reduction="none")
 
-    def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
+    def noise(self, like: Tensor, draws: Draws) -> Tensor:
+        return draws.exponential(like)
+
+    def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
         # The class whose exponential clock of rate p_k rings first.
-        return (outputs.detach() - draws.exponential(outputs).log()).argmax(dim=1)
+        return (outputs.detach() - noise.log()).argmax(dim=1)
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
         probabilities = outputs.softmax(dim=1)

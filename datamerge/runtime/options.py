@@ -56,7 +56,8 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
     """
 
     fields = {name: field for name, field in model.model_fields.items() if name not in leave_out}
-    _spellings.update({name: _spelling(name, field) for name, field in fields.items()})
+    # Without the sign that there may be several: commands share these.
+    _spellings.update({name: _spelling(name, field).removesuffix("…") for name, field in fields.items()})
 
     def decorate(function: F) -> F:
         for name, field in reversed(fields.items()):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from datamerge.sources.files import Files
 from datamerge.sources.naming import CHUNK
 from datamerge.sources.sample import hash_contents
 from storage_schemas import Location
@@ -36,13 +37,13 @@ class FileList(Mapping[str, Sequence[Any]]):
     digests: npt.NDArray[np.uint8]
 
     @classmethod
-    def of(cls, location: Location, files: Sequence[tuple[str, int]], names: pa.LargeStringArray) -> FileList:
-        """Of sorted files, whose names are also given as Arrow's."""
-        hashes = hash_contents(location, files)
+    def of(cls, location: Location, files: Files) -> FileList:
+        """Of sorted files."""
+        hashes = hash_contents(location, files.paths(), files.sizes)
         digests = b"".join(bytes.fromhex(hashes[place]) for place in sorted(hashes))
         return cls(
-            names,
-            np.fromiter((size for _, size in files), np.int64, len(files)),
+            files.names,
+            files.sizes,
             np.array(sorted(hashes), np.int64),
             np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES),
         )

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from datamerge.runtime.messages import say, warn
 from datamerge.sources.coded import Coded
 from datamerge.sources.columns import NO_LABEL, Samples, Values, label_column
 from datamerge.sources.file_list import FileList
+from datamerge.sources.files import Files
 from datamerge.sources.label_table import TABLE, LabelTable, read_label_table
 from datamerge.sources.labels import (
     NONE,
@@ -67,7 +68,7 @@ class FolderReader:
 
 def open_image_folder(
     location: Location,
-    files: Sequence[tuple[str, int]],
+    files: Files,
     columns: Columns,
     skipped: int | None = None,
     known: Sequence[str] = (),
@@ -89,18 +90,17 @@ def open_image_folder(
             f"image_column: the images of {location.url} are files, which have no columns, found {columns.image!r}; "
             "drop `image_column`"
         )
-    names = [name for name, _ in files]
-    broken = [name for name in names if "\\" in name]
-    if broken:
+    broken = files.where(pc.match_substring(files.names, "\\").to_numpy(zero_copy_only=False)).names
+    if len(broken):
         warn(
-            f"{location.url}: {len(broken)} of {len(names)} names hold a backslash, such as {broken[0]}, which was a "
+            f"{location.url}: {len(broken)} of {len(files)} names hold a backslash, such as {broken[0]}, which was a "
             "folder on Windows and is none here; unpack the archive again with a program that makes folders of them"
         )
     values: Values | None = None
-    labels = np.full(len(names), NO_LABEL, np.int32)
     class_names: list[str] = []
     unlabelled = ""
     if location.exists(TABLE):
+        names = files.names.to_pylist()
         table = read_label_table(location.read(TABLE), [*names, *known], f"{location.url}/{TABLE}")
         (found, class_names), unlabelled = _table_labels(table, names, columns)
         labels = label_column(found)
@@ -112,10 +112,11 @@ def open_image_folder(
             "file,label,…)"
         )
     elif columns.label != NONE:
-        labels, class_names = _folder_labels(location, names, skipped)
-    texts = pa.array(names, pa.large_string())
-    samples = Samples(Paths.of(texts), labels, values)
-    listing = FileList.of(location, files, texts)
+        labels, class_names = _folder_labels(location, files, skipped)
+    else:
+        labels = np.full(len(files), NO_LABEL, np.int32)
+    samples = Samples(Paths.of(files.names), labels, values)
+    listing = FileList.of(location, files)
     identity = fingerprint([listing, samples.json_of_labels(), samples.json_of_groups()])
     reader = FolderReader(location)
     return Source(location.url, "image_folder", samples, class_names, identity, reader, listing, location, unlabelled)
@@ -207,38 +208,34 @@ def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) 
             warn_of_split_column(name, said, table.where)
 
 
-def _folder_labels(
-    location: Location, names: Sequence[str], skipped: int | None
-) -> tuple[npt.NDArray[np.int32], list[str]]:
+def _folder_labels(location: Location, files: Files, skipped: int | None) -> tuple[npt.NDArray[np.int32], list[str]]:
     """Labels from the sub-folders of the first level at which there are several, `skipped` left aside.
 
     Images beside them have none. Folders that are all called by whole numbers are the labels by value.
     """
-    places: dict[str, int] = {}  # of the folders that hold images
-    of_image = np.array([places.setdefault(name.rpartition("/")[0], len(places)) for name in names], np.int32)
-    parts = [folder.split("/") if folder else [] for folder in places]
-    images = np.bincount(of_image).tolist()
+    parts = [folder.split("/") if folder else [] for folder in files.folders]
+    images = np.bincount(files.of_folder).tolist()
     splits = set() if skipped is None else {part.pop(skipped) for part in parts}
     level = _level(parts)
     folders = [part[level] if len(part) > level else None for part in parts]
     distinct = sorted({folder for folder in folders if folder is not None})
     beside = sum(count for count, folder in zip(images, folders, strict=True) if folder is None)
-    if beside and (len(distinct) < 2 or beside * 2 >= len(names)):
+    if beside and (len(distinct) < 2 or beside * 2 >= len(files)):
         if distinct:
             say(
-                f"{location.url}: {beside} of {len(names)} images are beside {len(distinct)} sub-folders: these are "
+                f"{location.url}: {beside} of {len(files)} images are beside {len(distinct)} sub-folders: these are "
                 "not taken as classes"
             )
-        return np.full(len(names), NO_LABEL, np.int32), []
+        return np.full(len(files), NO_LABEL, np.int32), []
     if beside:
-        first = min(int((of_image == place).argmax()) for place, folder in enumerate(folders) if folder is None)
+        first = int(np.array([folder is None for folder in folders])[files.of_folder].argmax())
         warn(
-            f"{location.url}: {beside} of {len(names)} images are beside the {len(distinct)} class folders and have "
-            f"no label, such as {names[first]}"
+            f"{location.url}: {beside} of {len(files)} images are beside the {len(distinct)} class folders and have "
+            f"no label, such as {files[first][0]}"
         )
     coded = Coded()
-    coded.add_coded(folders, of_image)
-    labels, classes = coded.labels(location.url, (), names.__getitem__, folders=True)
+    coded.add_coded(folders, files.of_folder)
+    labels, classes = coded.labels(location.url, (), lambda index: files[index][0], folders=True)
     if distinct and not classes:
         classes = _numbered(distinct, location.url)
     if skipped is None or (len(splits) == 1 and skipped <= level):  # others have folders of their own
@@ -248,7 +245,7 @@ def _folder_labels(
         _say_folders(location, "/".join(above), distinct)
     deeper = sum(count for count, part in zip(images, parts, strict=True) if len(part) > level + 1)
     if deeper:
-        say(f"{location.url}: {deeper} of {len(names)} images are in folders below their class folder")
+        say(f"{location.url}: {deeper} of {len(files)} images are in folders below their class folder")
     warn_of_twins(classes, location.url)
     return labels, classes
 

@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from datamerge.runtime.messages import say
 from datamerge.sources.sample import check_listed
 from datamerge.sources.suffixes import (
     MAGIC_BYTES,
+    PACKED,
     Kind,
     describe,
     kind_of,
@@ -22,8 +27,9 @@ from datamerge.sources.suffixes import (
 from storage_schemas import Location, SourceError
 from storage_schemas.schema.manifest import MANIFEST
 
-File = tuple[str, int]
-"""Path relative to the source, and bytes."""
+if TYPE_CHECKING:
+    from datamerge.sources.files import Collected, File, Files  # pyarrow takes half a second
+
 Entry = tuple[str, int, bool]
 """A file, and whether it may be something else: a device, a pipe."""
 
@@ -34,6 +40,9 @@ FORBIDDEN = "folders that may not be read"
 _JUNK = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
 # Beside a manifest these make a folder an artifact, finished or not.
 _ARTIFACT_PARTS = ("commits", "shards", "groups.zarr", "source.json.gz")
+# Files of a folder that describe its data, and are used where they are known.
+DESCRIPTIONS = ("classnames.txt", "state.json", "dataset_info.json", "dataset_dict.json")
+TABLES = (".csv", ".tsv", ".jsonl")  # such as metadata.csv, train.csv, labels.csv
 # Files without a suffix that are all looked into; of more, so many are, and the others if one of these is an image.
 ALL_SNIFFED, SAMPLE_SNIFFED = 1000, 64
 SHOWN_REASONS = 8
@@ -45,26 +54,28 @@ class Listing:
 
     Attributes:
         location: the folder.
-        files: by kind, sorted by path.
-        others: bytes of the other files by path: tables, texts, and what nobody reads.
+        files: by kind, sorted by path; images are `Files`.
+        others: bytes of other files by path, of those that mean something: tables, descriptions and archives. What
+            nobody reads is only counted: a text beside each of millions of images.
         left_out: how many files are not read, by reason.
         artifacts: sub-folders that are artifacts, whose files are left out.
     """
 
     location: Location
-    files: dict[Kind, list[File]] = field(default_factory=dict)
+    files: dict[Kind, Sequence[File]] = field(default_factory=dict)
     others: dict[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     artifacts: dict[str, int] = field(default_factory=dict)
 
-    def of(self, kind: Kind) -> list[File]:
+    def of(self, kind: Kind) -> Sequence[File]:
         """Files of a kind."""
-        return self.files.get(kind, [])
+        return self.files.get(kind, ())
 
     def leave(self, name: str, size: int) -> None:
         """Note a file that is not read."""
-        self.others[name] = size
         self.left_out[_reason(name, size)] += 1
+        if name.lower().endswith((*TABLES, *PACKED)) or name.rpartition("/")[2] in DESCRIPTIONS:
+            self.others[name] = size
 
     def take(self, used: Iterable[str]) -> None:
         """Note that these other files are used after all."""
@@ -79,27 +90,34 @@ def list_folder(location: Location) -> Listing:
     Raises:
         SourceError: the folder is an artifact, or a file to be read is a device or has a name that is no text.
     """
-    listing = Listing(location)
-    nameless: list[File] = []
+    from datamerge.sources.files import Collected
+
+    listing, images, nameless = Listing(location), Collected(), Collected()
+    files: dict[Kind, list[File]] = {}
     for name, size, is_odd in _walk(listing) if location.is_local else _find(listing):
         kind = kind_of(name)
         if is_odd and (kind is not None or not suffix_of(name)):
             check_listed(location, name)
-        if not size and kind == "image":
+        if (kind is None and suffix_of(name)) or (kind == "image" and not size):
             listing.leave(name, size)
-        elif kind is not None:
-            listing.files.setdefault(kind, []).append((name, size))
-        elif suffix_of(name):
-            listing.leave(name, size)
+        elif kind is None:
+            _note_nameless(listing, nameless, name, size)
         else:
-            nameless.append((name, size))
-    for name, size in _sniffed(listing, nameless):
-        listing.files.setdefault("image", []).append((name, size))
-    for files in listing.files.values():
-        files.sort()
-        for name, _ in files:
             if not name.isascii():
                 check_listed(location, name, "file")
+            if kind == "image":
+                images.add(name, size)
+            else:
+                files.setdefault(kind, []).append((name, size))
+    without_suffix = nameless.files()
+    for (name, size), is_image in zip(without_suffix, _sniffed(location, without_suffix), strict=True):
+        if is_image:
+            images.add(name, size)
+        else:
+            listing.leave(name, size)
+    listing.files = {kind: sorted(some) for kind, some in files.items()}
+    if len(images):
+        listing.files["image"] = images.files()
     return listing
 
 
@@ -127,40 +145,66 @@ def is_artifact(names: Collection[str]) -> bool:
     return MANIFEST in names and any(part in names for part in _ARTIFACT_PARTS)
 
 
+def _note_nameless(listing: Listing, nameless: Collected, name: str, size: int) -> None:
+    """Note a file without a suffix, to be looked into."""
+    try:
+        nameless.add(name, size)
+    except UnicodeEncodeError:  # which is refused if it is an image
+        if looks_like_image(_head(listing.location, name)):
+            check_listed(listing.location, name, "file")
+        listing.leave(name, size)
+
+
 def _walk(listing: Listing) -> Iterator[Entry]:
-    """Files below a local folder: one `stat` a file, for its size, and one more a link."""
-    location = listing.location
-    root = location.path("")
-    real = os.path.realpath(root)
-    # Folder, its path in the source, its real path, and the real paths of folders whose links led here.
-    waiting: list[tuple[str, str, str, tuple[str, ...]]] = [(root, "", real, ())]
+    """Files below a local folder, sorted by path: one `stat` a file, for its size, and one more a link."""
+    root = listing.location.path("")
+    # Entries that are left of a folder, its path in the source, its real path, and the real paths of folders whose
+    # links led here.
+    waiting: list[tuple[list[os.DirEntry[str]], str, str, tuple[str, ...]]]
+    waiting = [(_entries(listing, root, ""), "", os.path.realpath(root), ())]
     while waiting:
-        folder, prefix, real, above = waiting.pop()
+        entries, prefix, real, above = waiting[-1]
+        if not entries:
+            waiting.pop()
+            continue
+        entry = entries.pop()
         try:
-            with os.scandir(folder) as scanned:
-                entries = list(scanned)
-        except NotADirectoryError:
-            raise SourceError(f"{location.url}: expected a file or a folder, found a device or a pipe") from None
-        except PermissionError:
-            if not prefix:
-                raise SourceError(f"{location.url}: may not be read; change its permissions") from None
-            listing.left_out[FORBIDDEN] += 1
+            if is_junk(entry.name):
+                listing.left_out[HIDDEN] += 1
+                continue
+            if not is_folder(entry):
+                yield f"{prefix}{entry.name}", entry.stat().st_size, not entry.is_file()
+                continue
+            inside = _entered(entry, real, above)
+        except OSError:  # a link that leads nowhere, or to itself
+            listing.left_out[DEAD_LINKS] += 1
             continue
-        if _note_artifact(listing, prefix, {entry.name for entry in entries} if len(entries) < 100 else ()):
-            listing.artifacts[prefix[:-1]] = sum(len(files) for _, _, files in os.walk(folder))
-            continue
-        for entry in entries:
-            try:
-                if is_junk(entry.name):
-                    listing.left_out[HIDDEN] += 1
-                elif not is_folder(entry):
-                    yield f"{prefix}{entry.name}", entry.stat().st_size, not entry.is_file()
-                elif (inside := _entered(entry, real, above)) is None:
-                    listing.left_out[CYCLES] += 1
-                else:
-                    waiting.append((entry.path, f"{prefix}{entry.name}/", *inside))
-            except OSError:  # a link that leads nowhere, or to itself
-                listing.left_out[DEAD_LINKS] += 1
+        if inside is None:
+            listing.left_out[CYCLES] += 1
+        else:
+            below = f"{prefix}{entry.name}/"
+            waiting.append((_entries(listing, entry.path, below), below, *inside))
+
+
+def _entries(listing: Listing, folder: str, prefix: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, in the order of the paths backwards; nothing if it is an artifact or may not be read."""
+    location = listing.location
+    try:
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
+    except NotADirectoryError:
+        raise SourceError(f"{location.url}: expected a file or a folder, found a device or a pipe") from None
+    except PermissionError:
+        if not prefix:
+            raise SourceError(f"{location.url}: may not be read; change its permissions") from None
+        listing.left_out[FORBIDDEN] += 1
+        return []
+    if _note_artifact(listing, prefix, {entry.name for entry in entries} if len(entries) < 100 else ()):
+        listing.artifacts[prefix[:-1]] = sum(len(files) for _, _, files in os.walk(folder))
+        return []
+    # `a.png` comes before what is in `a`: a dot before a slash.
+    entries.sort(key=lambda entry: f"{entry.name}/" if is_folder(entry) else entry.name, reverse=True)
+    return entries
 
 
 def _entered(entry: os.DirEntry[str], real: str, above: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
@@ -228,26 +272,24 @@ def _is_hidden(path: str) -> bool:
     return any(map(is_junk, filter(None, path.split("/"))))
 
 
-def _sniffed(listing: Listing, files: Sequence[File]) -> list[File]:
-    """Those of the files without a suffix that are images; the others are left out.
+def _sniffed(location: Location, files: Files) -> npt.NDArray[np.bool_]:
+    """Which of the files without a suffix are images.
 
     Few are all looked into. Of many it is some first: a data set either has suffixes or it has not.
     """
-    location = listing.location
     step = 1 if len(files) <= ALL_SNIFFED else max(2, len(files) // SAMPLE_SNIFFED)
-    images = _images(location, files[::step])
-    if step > 1 and images and location.is_local:
-        images = _images(location, files)
-    elif step > 1:  # a request a file would be too many: all or none
-        images = {name for name, size in files if size} if len(images) == len(files[::step]) else set()
-    for name, size in files:
-        if name not in images:
-            listing.leave(name, size)
-    return [(name, size) for name, size in files if name in images]
+    found = _are_images(location, files[::step])
+    if step == 1:
+        return found
+    if location.is_local:
+        return _are_images(location, files) if found.any() else np.zeros(len(files), np.bool_)
+    # A request a file would be too many: all or none.
+    return (files.sizes > 0) & found.all()
 
 
-def _images(location: Location, files: Sequence[File]) -> set[str]:
-    return {name for name, size in files if size and looks_like_image(_head(location, name))}
+def _are_images(location: Location, files: Sequence[File]) -> npt.NDArray[np.bool_]:
+    looked = (size > 0 and looks_like_image(_head(location, name)) for name, size in files)
+    return np.fromiter(looked, np.bool_, len(files))
 
 
 def _head(location: Location, name: str) -> bytes:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from datamerge.sources.sample import clash_suffix, plain_keys
 
 Indices = npt.NDArray[np.integer[Any]]
-CHUNK = 65536
+CHUNK = 16384
 """Samples that exist as Python objects at a time where all are gone through."""
 
 
@@ -67,15 +67,20 @@ class Paths:
     @classmethod
     def of(cls, texts: pa.LargeStringArray) -> Paths:
         """Find out which clash, by hashes of the keys first, which take 8 bytes each."""
-        hashes = np.concatenate(
-            [np.fromiter(map(hash, plain_keys(part)), np.int64, len(part)) for part in _parts(texts)]
-            or [np.empty(0, np.int64)]
-        )
-        ordered = np.sort(hashes)
-        repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        hashes = np.empty(len(texts), np.int64)
+        for start in range(0, len(texts), CHUNK):
+            hashes[start : start + CHUNK] = _key_hashes(texts[start : start + CHUNK])
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        del hashes
         if not len(repeated):
             return cls(texts, None)
-        places = np.flatnonzero(np.isin(hashes, repeated))
+        # Computed again, for the memory of another column.
+        found = [
+            start + np.flatnonzero(np.isin(_key_hashes(texts[start : start + CHUNK]), repeated))
+            for start in range(0, len(texts), CHUNK)
+        ]
+        places = np.concatenate(found)
         # Two keys may have one hash by accident.
         keys = [key for part in _parts(texts.take(pa.array(places))) for key in plain_keys(part)]
         times = Counter(keys)
@@ -204,6 +209,10 @@ class Listed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Listed, (_compact(self.texts), _compact(self.of_keys))
+
+
+def _key_hashes(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
+    return np.fromiter(map(hash, plain_keys(texts.to_pylist())), np.int64, len(texts))
 
 
 def _parts(texts: pa.LargeStringArray) -> Iterator[list[str]]:

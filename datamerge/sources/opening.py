@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from datamerge.runtime.factories import PREFIX
 from datamerge.runtime.messages import first_line, say
 from datamerge.sources.drawing import Limits
 from datamerge.sources.label_table import TABLE
 from datamerge.sources.labels import NONE, shown
-from datamerge.sources.listing import File, Listing, describe_left_out, list_folder, say_left_out
+from datamerge.sources.listing import (
+    DESCRIPTIONS,
+    TABLES,
+    Listing,
+    describe_left_out,
+    list_folder,
+    say_left_out,
+)
 from datamerge.sources.patterns import find_files, is_pattern
 from datamerge.sources.sample import Columns, Source, check_listed
-from datamerge.sources.splits import ALL, DEEPEST, choose, file_splits, image_splits, sizes
+from datamerge.sources.splits import ALL, DEEPEST, choose, choose_names, file_splits, image_splits, sizes
 from datamerge.sources.suffixes import (
     CONTENT_BYTES,
     EXTENSIONS,
@@ -31,10 +42,10 @@ from storage_schemas import ConfigError, DatamergeError, Location, SourceError, 
 from storage_schemas.access.redaction import split_query
 from storage_schemas.access.retries import is_transient
 
+if TYPE_CHECKING:
+    from datamerge.sources.files import File  # pyarrow takes half a second
+
 EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
-# Files of a folder that describe its data, and are used where they are known.
-DESCRIPTIONS = ("classnames.txt", "state.json", "dataset_info.json", "dataset_dict.json")
-TABLES = (".csv", ".tsv", ".jsonl")  # such as metadata.csv, train.csv, Labels.csv
 LOOKED_INTO = 20  # tables and arrays beside other data, to know whether they hold images
 NOUNS: dict[Kind, str] = {
     "image": "image",
@@ -124,7 +135,7 @@ def _open(url: str | os.PathLike[str], limits: Limits, columns: Columns, split: 
         check_listed(parent, name)
         kind = kind_of(name) or _kind_by_content(location, name)
         return _open_files(parent, location.url, [(name, parent.size(name))], columns, split, kind).limited(limits)
-    return _open_folder(list_folder(location), columns, split).limited(limits)
+    return open_folder(list_folder(location), columns, split).limited(limits)
 
 
 def _open_files(
@@ -171,7 +182,8 @@ def _kind_by_content(file: Location, name: str) -> Kind:
     raise SourceError(f"{where}: expected a folder, {expected}")
 
 
-def _open_folder(listing: Listing, columns: Columns, split: str | None) -> Source:
+def open_folder(listing: Listing, columns: Columns, split: str | None) -> Source:
+    """The samples of a listed folder."""
     if listing.of("arrow"):
         _leave_caches(listing)
     kind = _only_kind(listing)
@@ -253,29 +265,33 @@ def _chosen(
 
 def _open_images(listing: Listing, columns: Columns, split: str | None) -> Source:
     """The images below a folder, or those of a split of it."""
-    location, files = listing.location, listing.of("image")
-    splits, level = image_splits(files)
-    chosen, name = _chosen(splits, location.url, "image", split)
-    if name is None or (name == ALL and "" in splits):
+    from datamerge.sources.files import Files
+    from datamerge.sources.image_folder import open_image_folder
+
+    location, files = listing.location, Files.of(listing.of("image"))
+    split_of, level = image_splits(files.folders)
+    counts: Counter[str] = Counter()
+    for part, count in zip(split_of, np.bincount(files.of_folder).tolist(), strict=True):
+        counts[part] += count
+    wanted, name = choose_names(counts, split, location.url, NOUNS["image"])
+    chosen, known = files.in_folders([part in wanted for part in split_of]), []
+    if name is None or (name == ALL and "" in counts):
         skipped = None  # what is called like a split is a class
     else:
         skipped = level
-        folders = {"/".join(file.split("/")[: level + 1]) for file, _ in chosen}
-        folder = next(iter(folders))
-        if len(folders) == 1 and f"{folder}/{TABLE}" in listing.others and TABLE not in listing.others:
+        above = {"/".join(folder.split("/")[: level + 1]) for folder in chosen.folders}
+        folder = next(iter(above))
+        if len(above) == 1 and f"{folder}/{TABLE}" in listing.others and TABLE not in listing.others:
             # The table is about this folder: as if the user had named it.
             location, skipped = location.below(folder), None
-            chosen = [(file[len(folder) + 1 :], size) for file, size in chosen]
+            chosen = chosen.below(folder)
             listing.take([f"{folder}/{TABLE}"])
-    known = (
-        [] if location is not listing.location else sorted({file for file, _ in files} - {file for file, _ in chosen})
-    )
-    from datamerge.sources.image_folder import open_image_folder
-
+    if location is listing.location and TABLE in listing.others:
+        known = files.in_folders([part not in wanted for part in split_of]).names.to_pylist()
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
     if columns.label is None and not location.exists(TABLE):
         _say_tables(listing)
-    return replace(source, split=name, splits=sizes(splits))
+    return replace(source, split=name, splits=dict(sorted(counts.items())) if any(counts) else {})
 
 
 def _say_tables(listing: Listing) -> None:
@@ -319,6 +335,7 @@ def _read(kind: Kind, location: Location, url: str, files: Sequence[File], colum
         from datamerge.sources.tars import open_tars
 
         return open_tars(location, url, files, columns)
+    from datamerge.sources.files import Files
     from datamerge.sources.image_folder import open_image_folder
 
-    return open_image_folder(location, sorted(files), columns)
+    return open_image_folder(location, Files.of(files), columns)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import braceexpand
 
-from datamerge.sources.listing import File
 from datamerge.sources.sample import check_listed
 from datamerge.sources.suffixes import ARROW, PARQUET, TAR
 from storage_schemas import Location, SourceError, redact
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.access.redaction import split_query
+
+if TYPE_CHECKING:
+    from datamerge.sources.files import File  # pyarrow takes half a second
 
 _SUFFIXES = (*TAR, *PARQUET, *ARROW)
 _SPECIAL = re.compile(r"[*?\[{]")

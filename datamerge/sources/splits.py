@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from datamerge.runtime.messages import say, warn
-from datamerge.sources.listing import File
 from storage_schemas import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from datamerge.sources.files import File
 
 T = TypeVar("T")
 
@@ -41,8 +43,19 @@ def choose(
 ) -> tuple[list[T], str | None]:
     """The items of the wanted split and its name; all of them and None where there is nothing to choose from.
 
+    See `choose_names`; `splits` are items by split.
+    """
+    names, name = choose_names({split: len(items) for split, items in splits.items()}, wanted, where, noun)
+    return [item for chosen in names for item in splits[chosen]], name
+
+
+def choose_names(
+    counts: Mapping[str, int], wanted: str | None, where: str, noun: str
+) -> tuple[list[str], str | None]:
+    """The splits that were meant, and how they are called together; all and None where none have names.
+
     Args:
-        splits: items by split; those of none under an empty name.
+        counts: how many items are in each split; those of none under an empty name.
         wanted: `train`, `train+validation`, `all`, or None.
         where: of the source.
         noun: what an item is, such as `image`.
@@ -50,17 +63,16 @@ def choose(
     Raises:
         ConfigError: no such split, or several and none is named; with the list.
     """
-    named = sorted(name for name in splits if name)
-    everything = [item for items in splits.values() for item in items]
+    named, everything = sorted(name for name in counts if name), list(counts)
     if not named:
         if wanted not in (None, ALL):
             raise ConfigError(f"split: {where} has no splits, found {wanted!r}; drop `split`")
         return everything, None
     if wanted == ALL:
         return everything, ALL
-    shown = ", ".join(f"{name or 'no split'} ({_counted(len(splits[name]), noun)})" for name in sorted(splits))
+    shown = ", ".join(f"{name or 'no split'} ({_counted(counts[name], noun)})" for name in sorted(counts))
     if wanted is None:
-        if len(splits) > 1:
+        if len(counts) > 1:
             first = next((name for name in named if meaning(name) == "train"), named[0])
             raise ConfigError(
                 f"split: expected one of {shown} of {where}, found none; set `split` to {first}, "
@@ -76,9 +88,9 @@ def choose(
         if len(found) != 1:
             raise ConfigError(f"split: expected one of {shown} of {where}, found {part!r}")
         chosen += [name for name in found if name not in chosen]
-    if "" in splits:
-        say(f"{where}: {_counted(len(splits['']), noun)} of no split left out")
-    return [item for name in sorted(chosen) for item in splits[name]], "+".join(chosen)
+    if "" in counts:
+        say(f"{where}: {_counted(counts[''], noun)} of no split left out")
+    return sorted(chosen), "+".join(chosen)
 
 
 def sizes(splits: Mapping[str, Sequence[T]]) -> dict[str, int]:
@@ -127,36 +139,31 @@ def split_of_name(name: str) -> str | None:
     return next((word for word in re.split(r"[^A-Za-z]+", name) if word.lower() in _CANONICAL), None)
 
 
-def image_splits(files: Sequence[File]) -> tuple[dict[str, list[File]], int]:
-    """Images by split, and the level of the folders that are splits; all under an empty name if none are.
+def image_splits(folders: Sequence[str]) -> tuple[list[str], int]:
+    """The split of each folder of images, and the level of the folders that are splits; empty names if none are.
 
     Folders are splits where all at one level are called so, or, before classes are told apart, two that mean
     different ones: a class may be called `train`.
+
+    Args:
+        folders: all that hold images themselves.
     """
     outermost = True
     for level in range(DEEPEST):
-        first = _folder(files[0][0], level) if files else ""
-        if not outermost and not _FOLDER.fullmatch(first.lower()):
-            if not first:
-                break
-            continue  # not all are called so
-        folders = [_folder(name, level) for name, _ in files]
-        distinct = set(folders)
+        at_level = [_part(folder, level) for folder in folders]
+        distinct = set(at_level)
         known = {folder for folder in distinct if _FOLDER.fullmatch(folder.lower())}
         if known and (known == distinct or (outermost and len({meaning(folder) for folder in known}) > 1)):
-            splits: dict[str, list[File]] = defaultdict(list)
-            for folder, file in zip(folders, files, strict=True):
-                splits[folder if folder in known else ""].append(file)
-            return dict(splits), level
+            return [folder if folder in known else "" for folder in at_level], level
         if "" in distinct:
             break
         outermost = outermost and len(distinct) == 1
-    return {"": list(files)}, 0
+    return [""] * len(folders), 0
 
 
-def _folder(path: str, level: int) -> str:
-    parts = path.split("/", level + 1)
-    return parts[level] if len(parts) > level + 1 else ""
+def _part(folder: str, level: int) -> str:
+    parts = folder.split("/", level + 1)
+    return parts[level] if len(parts) > level else ""
 
 
 def meaning(name: str) -> str | None:

@@ -49,9 +49,7 @@ class Copies:
     def open(self, path: str, size: int) -> BlockFile:
         """The copy of a file of this size, complete or not."""
         with self._disk():
-            file = self.folder.open(self._name(path), size)
-            assert file is not None
-            return file
+            return self.folder.open(self._name(path), size)
 
     def whole(self, path: str) -> BlockFile | None:
         """The copy of a file, if it is complete."""

@@ -90,7 +90,12 @@ def factor_dtype(members: int, pixel_range: int) -> np.dtype[np.signedinteger]:
 
 def decode_factors(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """F, float32 [k, C, H, W] in [0, 1] pixel units, from stored integers."""
-    return (stored.astype(np.float64) / (LEVELS * math.sqrt(len(stored)))).astype(np.float32)
+    return (stored.astype(np.float64) / factor_unit(len(stored))).astype(np.float32)
+
+
+def factor_unit(count: int) -> float:
+    """What stored integers of k = `count` factors are divided by."""
+    return LEVELS * math.sqrt(count)
 
 
 def sketch_signs(count: int, members: int, generator: np.random.Generator) -> IntArray:

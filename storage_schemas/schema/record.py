@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -21,12 +22,23 @@ import numpy.typing as npt
 
 from storage_schemas.display import mean_and_variance, one_line, table
 from storage_schemas.errors import shortened
-from storage_schemas.schema.factors import decode_factors
+from storage_schemas.schema.factors import decode_factors, factor_unit
 from storage_schemas.schema.manifest import MOMENT_ARRAYS, ArraySpec, EncodingName, Layout
 from storage_schemas.schema.moments import LEVELS, ExactMoments, scatter_dtype, sum_dtype
 
 Array = npt.NDArray[np.generic]
 Float32Array = npt.NDArray[np.float32]
+
+
+class Quotient(NamedTuple):
+    """Stored integers, and the number that each is divided by to give a value in [0, 1] pixel space."""
+
+    integers: Array
+    divisor: float
+
+    def floats(self) -> Float32Array:
+        """The values, float32."""
+        return (self.integers.astype(np.float64) / self.divisor).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +65,29 @@ class Record:
     samples: tuple[str, ...] = ()
     info: Mapping[str, float] = field(default_factory=dict)
 
+    def quotient(self, name: str) -> Quotient | None:
+        """`mean`, `variance`, `factors`, `members` or `clean` as integers, where they are stored so.
+
+        Returns:
+            None where it is not stored, or in float32.
+        """
+        if name in ("mean", "variance"):
+            if self.encoding == "float32":
+                return None
+            unit = LEVELS * self.count
+            return Quotient(self.arrays["sum"], unit) if name == "mean" else Quotient(self.arrays["scatter"], unit**2)
+        stored = self.arrays.get(name)
+        if stored is None:
+            return None
+        if name == "members":
+            stored = stored[: self.count]
+        return Quotient(stored, factor_unit(len(stored)) if name == "factors" else LEVELS)
+
     @property
     def mean(self) -> Float32Array:
         """Mean, float32 [C, H, W] in [0, 1]."""
-        if self.encoding == "float32":
-            return self.arrays["mean"].astype(np.float32)
-        return (self.arrays["sum"].astype(np.float64) / (LEVELS * self.count)).astype(np.float32)
+        exact = self.quotient("mean")
+        return self.arrays["mean"].astype(np.float32) if exact is None else exact.floats()
 
     @property
     def mean_square(self) -> Float32Array:
@@ -72,9 +101,8 @@ class Record:
     @property
     def variance(self) -> Float32Array:
         """Variance (divisor N), float32 [C, H, W], never negative."""
-        if self.encoding == "float32":
-            return np.maximum(_raw_variance(self), 0.0).astype(np.float32)
-        return (self.arrays["scatter"].astype(np.float64) / (LEVELS * self.count) ** 2).astype(np.float32)
+        exact = self.quotient("variance")
+        return np.maximum(_raw_variance(self), 0.0).astype(np.float32) if exact is None else exact.floats()
 
     @property
     def target(self) -> Float32Array | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec
@@ -10,22 +10,36 @@ from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Array, crc32c
 from storage_schemas.stores.base import Reader
 
+# By the number of a record's members, the rows of some of its arrays.
+Rows = Callable[[int], Mapping[str, slice]]
+
 
 def read_arrays(
-    reader: Reader, commit: Sidecar, index: int, specs: Sequence[ArraySpec], check: bool
+    reader: Reader,
+    commit: Sidecar,
+    index: int,
+    specs: Sequence[ArraySpec],
+    check: bool,
+    rows: Rows | None = None,
 ) -> dict[str, Array]:
     """Arrays of record `index` of a shard, compared with their checksums if `check`.
+
+    Of arrays that `rows` names those rows alone; where the store reads no more of them, the checksum of the whole
+    array cannot be compared, and the store's own is.
 
     Raises:
         CorruptShard: names the record and the first array that is not as it was committed.
     """
     arrays: dict[str, Array] = {}
     record = commit.records[index]
-    for spec, data in zip(specs, reader.read(commit, index, specs), strict=True):
-        if check and (found := crc32c(data)) != record.checksums.get(spec.name):
+    wanted = {} if rows is None else rows(record.count)
+    for spec, data in zip(specs, reader.read(commit, index, specs, wanted), strict=True):
+        is_whole = len(data) == spec.nbytes
+        if check and is_whole and (found := crc32c(data)) != record.checksums.get(spec.name):
             raise CorruptShard(
                 f"shard {commit.shard:05d}, record {record.key}: {spec.name} has crc32c {found}, "
                 f"expected {record.checksums.get(spec.name)}"
             )
-        arrays[spec.name] = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(spec.shape)
+        array = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(-1, *spec.shape[1:])
+        arrays[spec.name] = array[wanted[spec.name]] if is_whole and spec.name in wanted else array
     return arrays

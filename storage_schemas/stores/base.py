@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 from storage_schemas.access.blocks import Bytes
@@ -12,6 +13,8 @@ from storage_schemas.access.location import Location
 from storage_schemas.schema.manifest import ArraySpec, Layout
 from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Record
+
+ALL: Mapping[str, slice] = MappingProxyType({})
 
 
 class ShardEncoder(ABC):
@@ -34,8 +37,12 @@ class Reader(ABC):
     """Reads the bytes of single records, and says beforehand where they are. Threads may share one."""
 
     @abstractmethod
-    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(
+        self, commit: Sidecar, index: int, specs: Sequence[ArraySpec], rows: Mapping[str, slice] = ALL
+    ) -> Iterator[Bytes]:
         """The bytes of some arrays of record `index` of a shard, in the order of `specs`.
+
+        Of an array that `rows` names a store may give those rows alone, if it has compared them with a checksum.
 
         Raises:
             CorruptShard: a file is missing or cut short, or what it holds cannot be such a record.

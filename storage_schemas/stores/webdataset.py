@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Layout
 from storage_schemas.schema.packed import Sidecar, file_bytes
 from storage_schemas.schema.record import Record
-from storage_schemas.stores.base import Reader, ShardEncoder, Store, joined
+from storage_schemas.stores.base import ALL, Reader, ShardEncoder, Store, joined
 
 # Bytes between two arrays that nobody reads and that are not worth a request: tar headers, a record's JSON.
 HEADERS = 8 * 1024
@@ -94,7 +94,9 @@ class WebDatasetReader(Reader):
     def __init__(self, location: Location) -> None:
         self._files = FileRanges(location)
 
-    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(
+        self, commit: Sidecar, index: int, specs: Sequence[ArraySpec], rows: Mapping[str, slice] = ALL
+    ) -> Iterator[Bytes]:
         """The bytes of arrays of record `index` of a shard: views of the file's map where it is local.
 
         Raises:

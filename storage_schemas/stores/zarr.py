@@ -10,7 +10,7 @@ zarr reads a missing file as fill values without an error, hence the sizes, hash
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -31,7 +31,8 @@ from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Layout
 from storage_schemas.schema.packed import Sidecar, file_bytes
 from storage_schemas.schema.record import Record
-from storage_schemas.stores.base import Reader, ShardEncoder, Store, joined
+from storage_schemas.stores.base import ALL, Reader, ShardEncoder, Store, joined
+from storage_schemas.stores.blosc_blocks import decoded_part
 
 FOLDER = "groups.zarr"
 UNLABELLED = -1
@@ -47,6 +48,7 @@ AXES = {
 }
 # What blosc may add to incompressible data, generously; also far below the index's mark for "not written".
 MAX_CHUNK_OVERHEAD = 4096
+_BLOSC = Blosc()  # how it decodes depends on the data alone
 
 
 class ZarrStore(Store):
@@ -114,7 +116,9 @@ class ZarrReader(Reader):
         self._layout = layout
         self._indices = Once[str, npt.NDArray[np.uint64]](-(-CACHED_RECORDS // layout.groups_per_shard))
 
-    def read(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> Iterator[Bytes]:
+    def read(
+        self, commit: Sidecar, index: int, specs: Sequence[ArraySpec], rows: Mapping[str, slice] = ALL
+    ) -> Iterator[Bytes]:
         """The bytes of arrays of record `index` of a shard.
 
         Raises:
@@ -123,7 +127,7 @@ class ZarrReader(Reader):
         for spec, place in zip(specs, self._ranges(commit, index, specs), strict=True):
             size = place.end - place.start
             data = self._files.read(place.path, place.start, size, file_bytes(commit, place.path))
-            yield _decoded(data, spec, f"{place.path}, record {index}")
+            yield _decoded(data, spec, f"{place.path}, record {index}", rows.get(spec.name))
 
     def index_ranges(self, commit: Sidecar, specs: Sequence[ArraySpec]) -> list[Range]:
         paths = [path for path in self._paths(commit, specs) if path not in self._indices]
@@ -168,8 +172,8 @@ class ZarrReader(Reader):
         return Range(path, file_size - 16 * self._layout.groups_per_shard - CRC_BYTES, file_size)
 
 
-def _decoded(data: Bytes, spec: ArraySpec, where: str) -> Bytes:
-    """The array that a stored inner chunk holds."""
+def _decoded(data: Bytes, spec: ArraySpec, where: str, rows: slice | None = None) -> Bytes:
+    """The array that a stored inner chunk holds, or some rows of it."""
     payload = _checked(data, where)
     # Blosc's header says in bytes 4 to 8 how much comes out; asked first, a bomb is refused before it goes off.
     # And in bytes 12 to 16 how long it is itself, which the decoder believes and would read beyond the end.
@@ -179,7 +183,11 @@ def _decoded(data: Bytes, spec: ArraySpec, where: str) -> Bytes:
             f"{where}: expected {spec.nbytes} bytes of {len(payload)} compressed, the header says {declared} of {own}"
         )
     try:
-        return np.frombuffer(Blosc().decode(payload), np.uint8)
+        if rows is not None:
+            row = spec.nbytes // spec.shape[0]
+            start, stop, _ = rows.indices(spec.shape[0])
+            return decoded_part(payload, start * row, stop * row)
+        return np.frombuffer(_BLOSC.decode(payload), np.uint8)
     except (RuntimeError, ValueError) as error:
         raise CorruptShard(f"{where}: cannot be decompressed ({error})") from None
 

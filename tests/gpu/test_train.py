@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from datamerge.attacks import arithmetic
 from datamerge.encoders import load_encoder
+from storage_schemas import Record, open_artifact
 from trainer import Draws, Stopped, TrainConfig, train
-from trainer.data.batches import Batch
+from trainer.data.batches import Batch, Read, moments
 from trainer.data.order import WHOLE
+from trainer.data.stream import Collate, stream
 from trainer.estimators import gauss_newton
 from trainer.losses import SquaredError
 from trainer.run.checkpoint import RunFolder
@@ -97,9 +100,10 @@ def test_stopped_and_continued_is_the_same_to_the_last_bit(
             job = make_job(config)
             state = RunFolder(config.run).load(RunFolder(config.run).checkpoints()[-1], job.identity)
             training = Optimisation(job, Processes())
-            training.optimizer.load_state_dict(state["optimizer"])
+            training.restore(state["optimizer"])
             for one in training.optimizer.state.values():
-                assert one["step"].is_cpu  # or it would be waited for
+                # Where AdamW is not fused it would wait for a step on the device.
+                assert one["step"].is_cpu == (device.type == "cpu")
                 assert one["exp_avg"].device.type == device.type
         train(config)
     one, other = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "stopped"))
@@ -123,10 +127,63 @@ def test_batches_are_page_locked(
     make_artifact: MakeArtifact, tmp_path: Path, device: torch.device, workers: int
 ) -> None:
     job = _job(make_artifact, tmp_path / "run", device, arm="factors", data_workers=workers)
-    for batch in job.feed(WHOLE, 0, 3):
-        tensors = [value for value in batch.content().values() if isinstance(value, Tensor)]
-        assert tensors
-        assert all(tensor.is_pinned() for tensor in tensors) == (device.type == "cuda")
+    sent = stream(
+        open_artifact(job.config.artifact),  # type: ignore[arg-type]
+        job.order,
+        Collate("factors", labels=False, members=0),
+        start=0,
+        stop=3,
+        workers=workers,
+        pin=device.type == "cuda",
+    )
+    for batch, given in zip(sent, job.feed(WHOLE, 0, 3), strict=True):
+        assert batch.tensors()
+        assert all(tensor.is_pinned() for tensor in batch.tensors()) == (device.type == "cuda")
+        assert given.keys == batch.keys
+        for tensor, other in zip(given.tensors(), batch.tensors(), strict=True):
+            assert tensor.device.type == device.type
+            assert torch.equal(tensor.cpu(), other)
+
+
+@pytest.mark.parametrize("count", [2, 10, 17, 200])
+def test_integers_become_the_cpus_floats(device: torch.device, count: int) -> None:
+    """All sums of so many members, and scatters, to the last bit."""
+    total = np.resize(np.arange(255 * count + 1, dtype=np.uint16), (1, 1, 255 * count + 1))
+    scatter = np.resize(np.arange(2**16, dtype=np.uint16), total.shape)
+    record = Record("a", count, "uint8_moments", {"sum": total, "scatter": scatter})
+    sent = moments(Read([record], {"keys": ["a"], "target": torch.zeros(1)}, {}))
+    made = sent.to(device).floats()
+    assert np.array_equal(made.mean[0].cpu(), record.mean)
+    assert np.array_equal(made.variance[0].cpu(), record.variance)
+
+
+def test_fused_adamw_is_the_plain_one(device: torch.device) -> None:
+    encoders = [attention(device).eval() for _ in range(2)]
+    pixels = torch.rand(8, 3, 16, 16, device=device)
+    for encoder, fused in zip(encoders, (True, None), strict=True):
+        optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, fused=fused)
+        for _ in range(20):
+            optimizer.zero_grad()
+            encoder(pixels).square().sum().backward()
+            optimizer.step()
+    for one, other in zip(*(encoder.parameters() for encoder in encoders), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_curvature_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        original = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="aot_eager"))
+    encoder, found = attention(device).eval(), []
+    mean, variance = torch.rand(8, 3, 16, 16, device=device), torch.full((8, 3, 16, 16), 1e-5, device=device)
+    target = torch.zeros(8, 16, device=device)
+    for compiled in (False, True):
+        model = Forward(encoder, compiled=compiled)
+        losses = gauss_newton(model, mean, variance, target, SquaredError(), Draws(list(range(8))))
+        gradients = torch.autograd.grad(losses.loss.sum(), list(encoder.parameters()))
+        found.append((losses.loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
+    assert torch.cosine_similarity(found[1][1], found[0][1], dim=0) > 0.9999
 
 
 class Attention(nn.Module):
@@ -146,7 +203,7 @@ class Attention(nn.Module):
         return found
 
 
-def _attention(device: torch.device) -> Any:
+def attention(device: torch.device) -> Any:
     encoder = load_encoder("mlp:3x16x16-8-16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -156,7 +213,7 @@ def _attention(device: torch.device) -> Any:
 
 def test_curvature_in_bfloat16(device: torch.device) -> None:
     """The double backward runs, and its correction is float32's but for rounding."""
-    encoder = _attention(device).eval()
+    encoder = attention(device).eval()
     torch.manual_seed(1)
     mean, variance = torch.rand(8, 3, 16, 16).to(device), torch.full((8, 3, 16, 16), 1e-5, device=device)
     target, found = torch.zeros(8, 16, device=device), {}
@@ -177,7 +234,7 @@ def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch
     if device.type == "cpu":
         original = torch.compile
         monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="eager"))
-    encoder = _attention(device)
+    encoder = attention(device)
     models = Forward(encoder), Forward(encoder, compiled=True)
     for count in (8, 8, 5):
         pixels, found = torch.rand(count, 3, 16, 16, device=device), []
@@ -198,7 +255,7 @@ def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_same_step_twice_is_the_same_to_the_last_bit(device: torch.device, precision: str) -> None:
-    encoder = _attention(device)
+    encoder = attention(device)
     torch.manual_seed(1)
     pixels, found = torch.rand(64, 3, 16, 16).to(device), []
     for _ in range(2):

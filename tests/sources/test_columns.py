@@ -20,6 +20,7 @@ from datamerge.sources import Sample, Source
 from datamerge.sources.coded import Coded
 from datamerge.sources.columns import NO_LABEL, Samples, Values, label_column
 from datamerge.sources.file_list import FileList
+from datamerge.sources.files import Files
 from datamerge.sources.labels import NoClass, read_labels
 from datamerge.sources.naming import Listed, Naming, Paths, Rows
 from datamerge.sources.sample import JsonList, _gzip, fingerprint, make_keys, make_listing
@@ -139,7 +140,7 @@ def test_a_file_list_is_the_listing(tmp_path: Path, small: bool, monkeypatch: py
     sizes = list(zip(names, range(len(names)), strict=True))
     expected = make_listing(location, sizes)
     assert sum(digest is not None for _, digest in expected.values()) == (len(names) if small else 64)
-    found = FileList.of(location, sizes, _texts(names))
+    found = FileList.of(location, Files.of(sizes[::-1]))
     assert dict(found.items()) == expected == {name: found[name] for name in found}
     assert "".join(found.json()) == json.dumps(expected)
     with pytest.raises(KeyError):

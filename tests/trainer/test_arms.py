@@ -72,7 +72,7 @@ def test_costs_are_counted_passes(make_artifact: MakeArtifact, settings: dict[st
     artifact = make_artifact(factors=2, clean=True, attack=ATTACK)
     config = TrainConfig(artifact=artifact, run="run", steps=1, batch_size=10, **settings)
     job = make_job(config)
-    batch, model = next(iter(job.feed(WHOLE, 0, 1))), _Counted()
+    batch, model = next(iter(job.feed(WHOLE, 0, 1))).floats(), _Counted()
     losses = group_losses(model, batch, Draws(range(10)), SquaredError(), job.config, job.refinement)
     refining = model.passes["backward"]
     losses.loss.sum().backward()
@@ -93,6 +93,7 @@ def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(make_artifact: MakeAr
     job = make_job(TrainConfig(artifact=make_artifact(factors=2), run="run", steps=3, batch_size=4, arm=arm))
     for batch in job.feed(WHOLE, 0, 3):
         assert batch.clean is None
+        batch = batch.floats()
         tensors = {name: value for name, value in batch.content().items() if isinstance(value, Tensor)}
         for name in tensors.keys() - {"target"}:
             assert tensors[name].dtype == torch.float32

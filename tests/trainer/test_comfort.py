@@ -167,8 +167,9 @@ def test_bfloat16_trains_close_to_float32(make_artifact: MakeArtifact, tmp_path:
     assert all(tensor.dtype == torch.float32 for tensor in _weights(tmp_path / "bfloat16").values())
 
 
+@pytest.mark.parametrize("estimator", ["sampled", "gauss_newton"])
 def test_compiled_is_the_same_run(
-    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
     # Without code generation: what is compiled, and that names and results stay, does not depend on the backend.
     calls: list[int] = []
@@ -176,13 +177,13 @@ def test_compiled_is_the_same_run(
 
     def compile_eagerly(function: Callable[..., Any], **_: Any) -> Any:
         calls.append(1)
-        return original(function, backend="eager")
+        return original(function, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", compile_eagerly)
     artifact = make_artifact()
-    train(_config(artifact, tmp_path / "a", estimator="sampled", steps=3))
+    train(_config(artifact, tmp_path / "a", estimator=estimator, steps=3))
     assert not calls
-    train(_config(artifact, tmp_path / "b", estimator="sampled", steps=3, compile=True))
+    train(_config(artifact, tmp_path / "b", estimator=estimator, steps=3, compile=True))
     assert calls
     for name, tensor in _weights(tmp_path / "a").items():
         torch.testing.assert_close(tensor, _weights(tmp_path / "b")[name])
@@ -302,7 +303,9 @@ def test_a_changed_artifact_or_torch_is_said(
         patch.setattr(RunFolder, "publish", die)
         with pytest.raises(MemoryError):
             train(config)
-    with refused(ConfigError, "run", tmp_path / "run", "artifact", "plan_sha256"):
+    with refused(
+        ConfigError, "run", tmp_path / "run", "another artifact", "plan_sha256", "use the same artifact to continue"
+    ):
         train(config.model_copy(update={"artifact": make_artifact(name="other", members=False)}))
     newest = tmp_path / "run/checkpoints/step-000006.pt"
     state = torch.load(newest, weights_only=True)

@@ -80,7 +80,7 @@ def test_little_shared_memory_and_a_death_are_a_line_each(
 
 
 def test_a_disk_that_fails_is_one_line(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(artifact: Artifact, position: int, offset: int) -> Any:
+    def fail(artifact: Artifact, position: int, offset: int, rows: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
     path = make_artifact()

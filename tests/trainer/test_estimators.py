@@ -324,7 +324,7 @@ def test_parameter_gradient_of_the_estimate_matches_finite_differences() -> None
     class FixedSquaredError(SquaredError):
         """The label as a constant, as it is within one step."""
 
-        def pseudo_label(self, outputs: Tensor, draws: Draws) -> Tensor:
+        def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
             return label
 
     def total() -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.support.exact import exact
 from trainer import CrossEntropy, Draws, GroupLoss, SquaredError, gauss_newton, individual_loss, mean_only
+from trainer.losses import Loss
 
 SHAPE = (1, 2, 3)
 K = 4
@@ -31,21 +32,25 @@ def _network() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), layer, nn.Tanh())
 
 
+def _label(loss: Loss, outputs: Tensor, draws: Draws) -> Tensor:
+    return loss.pseudo_label(outputs, loss.noise(outputs, draws))
+
+
 def test_pseudo_labels_follow_the_density_of_the_loss() -> None:
     outputs = _random(1, K).expand(10_000, K)
     for scale in (1.0, 0.5):
-        labels = SquaredError(scale).pseudo_label(outputs, _draws(len(outputs)))
+        labels = _label(SquaredError(scale), outputs, _draws(len(outputs)))
         torch.testing.assert_close(labels.mean(0), outputs[0], rtol=0, atol=0.05)
         torch.testing.assert_close(labels.var(0), torch.full_like(outputs[0], 1 / (2 * scale)), rtol=0.08, atol=0)
-    classes = CrossEntropy().pseudo_label(outputs, _draws(len(outputs)))
+    classes = _label(CrossEntropy(), outputs, _draws(len(outputs)))
     shares = torch.bincount(classes, minlength=K) / len(classes)
     torch.testing.assert_close(shares.double(), outputs[0].softmax(0), rtol=0, atol=0.024)
 
 
 def test_no_gradient_flows_through_the_draw() -> None:
     outputs = _random(2, K).requires_grad_()
-    assert not SquaredError().pseudo_label(outputs, _draws()).requires_grad
-    assert not CrossEntropy().pseudo_label(outputs, _draws()).requires_grad
+    assert not _label(SquaredError(), outputs, _draws()).requires_grad
+    assert not _label(CrossEntropy(), outputs, _draws()).requires_grad
 
 
 def test_mean_only_has_no_correction() -> None:

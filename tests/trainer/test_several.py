@@ -186,7 +186,8 @@ def test_encodings_may_differ(make_artifact: MakeArtifact, tmp_path: Path) -> No
     blend = Blend([open_artifact(url) for url in both])
     collate = Collate(arm="avg", labels=False, members=0)
     order = Order(blend.shard_sizes, GROUPS + 2, 0)
-    (batch,) = stream(blend, order, collate, start=0, stop=1, workers=0, pin=False, partition=Partition())
+    (sent,) = stream(blend, order, collate, start=0, stop=1, workers=0, pin=False, partition=Partition())
+    batch = sent.floats()
     assert isinstance(batch, MomentBatch)
     for index, mean, variance in zip(order.batch(0), batch.mean, batch.variance, strict=True):
         assert np.array_equal(mean, blend[index].mean)

@@ -125,7 +125,6 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"refine_steps": 1, "refine_step_size": "0", "arm": "ind"}, "refine_step_size", ["0", "`refine_step_size`"]),
         ({"ray_workers": 0}, "ray_workers", ["0"]),
         ({"deviation": 1.5}, "deviation", ["factors", "avg"]),
-        ({"compile": True}, "compile", ["gauss_newton"]),
         ({"batchsize": 3}, "batchsize", ["batch_size"]),
         ({"arm": "average"}, "arm", ["average"]),
         ({"arm": ["avg"]}, "arm", ["avg"]),

@@ -1,12 +1,15 @@
 """What goes through the model together: records as tensors, pixels as float32 in [0, 1].
 
+Integers travel as they are stored, in a half or a quarter of the bytes, and become float32 where they arrive, by
+`Batch.floats`: the same numbers as `Record` gives, to the last bit.
+
 Shapes: B groups, M images of all groups of a batch, k factors, C H W pixels, K embedding dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from storage_schemas import Record
 from storage_schemas.schema.moments import LEVELS
+from storage_schemas.schema.record import Array, Quotient
 
 T = TypeVar("T")
 
@@ -27,33 +31,51 @@ class Batch:
         keys: record keys.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
         clean: float32 [B, C, H, W], the images the groups were made from; only where they are refined.
+        divisors: what tensors that are still integers are to be divided by, by name; a row for each of theirs, in the
+            precision in which to divide.
     """
 
     keys: list[str]
     target: Tensor
     clean: Tensor | None = None
+    divisors: dict[str, Tensor] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
-        """The attributes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The attributes by name, all but `divisors`."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "divisors"}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on a device."""
-        return self._with({name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
+        """The same batch on a device, integers as integers."""
+        # Apple's GPUs have no float64.
+        batch = self.floats() if device.type == "mps" else self
+        return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory; the loader calls this."""
-        return self._with({name: t.pin_memory() for name, t in self._tensors().items()})
+        return self._each(lambda tensor: tensor.pin_memory())
 
-    def _with(self, changed: dict[str, Any]) -> Self:
+    def floats(self) -> Self:
+        """The same batch with all that was stored as integers in float32; no device is waited for."""
+        made = {name: _quotient(getattr(self, name), divisor) for name, divisor in self.divisors.items()}
+        return self._with(divisors={}, **made)
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [*self._own().values(), *self.divisors.values()]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        divisors = {name: change(tensor) for name, tensor in self.divisors.items()}
+        return self._with(divisors=divisors, **{name: change(tensor) for name, tensor in self._own().items()})
+
+    def _with(self, **changed: Any) -> Self:
         return replace(self, **changed)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _own(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.content().items() if isinstance(value, Tensor)}
 
 
@@ -112,58 +134,69 @@ class Read(NamedTuple):
     """Records on their way into a batch.
 
     Attributes:
-        records: one a group.
-        words: 64 random bits a group, for arms that pick a member.
-        members: how many of a group's first stored members there are to take; a smaller group has fewer.
+        records: one a group; of its members those alone that the arm takes.
         shared: what every batch holds, by name.
+        divisors: those of `shared`, to which the batch adds its own.
     """
 
     records: list[Record]
-    words: list[int]
-    members: int
     shared: dict[str, Any]
+    divisors: dict[str, Tensor]
+
+    def stacked(self, name: str, quantity: str | None = None, *, joined: bool = False) -> Tensor:
+        """A tensor of the batch: a quantity of all records that `Record.quotient` knows; adds its divisor.
+
+        Args:
+            name: of the tensor.
+            quantity: its name there, if that is another.
+            joined: along the first axis of the arrays, not a new one.
+
+        Returns:
+            Integers as they are stored; float32 if any record has the quantity as such.
+        """
+        quotients = [record.quotient(quantity or name) for record in self.records]
+        exact = [one for one in quotients if one is not None]
+        if len(exact) < len(quotients):
+            quantity = quantity or name
+            decoded = [present(getattr(record, quantity), record, quantity) for record in self.records]
+            return torch.from_numpy((np.concatenate if joined else np.stack)(decoded))
+        arrays: list[Array] = [one.integers for one in exact]
+        values = np.concatenate(arrays) if joined else np.stack(arrays)
+        rows = [len(array) for array in arrays] if joined else [1] * len(arrays)
+        self.divisors[name] = _divisor(exact, rows, values)
+        return torch.from_numpy(values)
 
 
 def moments(read: Read) -> MomentBatch:
     """Mean and variance of each group."""
-    variance = stack([record.variance for record in read.records])
-    return MomentBatch(mean=_means(read), variance=variance, **read.shared)
+    return MomentBatch(
+        mean=read.stacked("mean"), variance=read.stacked("variance"), divisors=read.divisors, **read.shared
+    )
 
 
 def factors(read: Read) -> FactorBatch:
     """Mean and stored factors of each group."""
-    stored = stack([present(record.factors, record, "factors") for record in read.records])
-    return FactorBatch(mean=_means(read), factors=stored, **read.shared)
+    return FactorBatch(
+        mean=read.stacked("mean"), factors=read.stacked("factors"), divisors=read.divisors, **read.shared
+    )
 
 
 def means(read: Read) -> ImageBatch:
     """The mean of each group as its only image."""
-    return ImageBatch(images=_means(read), counts=[1] * len(read.records), **read.shared)
+    images = read.stacked("images", "mean")
+    return ImageBatch(images=images, counts=[1] * len(read.records), divisors=read.divisors, **read.shared)
 
 
-def first_members(read: Read) -> ImageBatch:
-    """The first stored members of each group."""
-    return _images([_members(record, read) for record in read.records], read)
-
-
-def drawn_member(read: Read) -> ImageBatch:
-    """One of the first stored members of each group, picked by its random word."""
-    chosen = []
-    for record, word in zip(read.records, read.words, strict=True):
-        members = _members(record, read)
-        position = word % len(members)
-        chosen.append(members[position : position + 1])
-    return _images(chosen, read)
+def members(read: Read) -> ImageBatch:
+    """The members of each group that were read."""
+    counts = [len(present(record.arrays.get("members"), record, "members")) for record in read.records]
+    images = read.stacked("images", "members", joined=True)
+    return ImageBatch(images=images, counts=counts, divisors=read.divisors, **read.shared)
 
 
 def pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
-    """Stored 8-bit images as float32 in [0, 1]."""
+    """8-bit images as float32 in [0, 1]."""
     return torch.from_numpy(images).float().div_(LEVELS)
-
-
-def stack(arrays: list[np.ndarray[Any, np.dtype[np.float32]]]) -> Tensor:
-    """Arrays of one shape as a tensor with a row for each."""
-    return torch.from_numpy(np.stack(arrays))
 
 
 def present(value: T | None, record: Record, name: str) -> T:
@@ -173,13 +206,15 @@ def present(value: T | None, record: Record, name: str) -> T:
     return value
 
 
-def _means(read: Read) -> Tensor:
-    return stack([record.mean for record in read.records])
+def _divisor(quotients: list[Quotient], rows: list[int], values: Array) -> Tensor:
+    """The divisor of every row, in the precision in which a quotient, rounded to float32, is that of float64."""
+    divisors = np.repeat([one.divisor for one in quotients], rows).reshape(-1, *[1] * (values.ndim - 1))
+    # float32 holds all integers of 16 bits. The quotient of two numbers that it holds is rounded alike by way of
+    # float64, whose 53 bits are more than 2 · 24 + 2 (Figueroa 1995, When is double rounding innocuous?).
+    is_exact = values.dtype.itemsize <= 2 and np.array_equal(divisors.astype(np.float32), divisors)
+    return torch.from_numpy(divisors.astype(np.float32 if is_exact else np.float64))
 
 
-def _members(record: Record, read: Read) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return present(record.members, record, "members")[: read.members]
-
-
-def _images(groups: list[np.ndarray[Any, np.dtype[np.uint8]]], read: Read) -> ImageBatch:
-    return ImageBatch(images=pixels(np.concatenate(groups)), counts=[len(group) for group in groups], **read.shared)
+def _quotient(integers: Tensor, divisor: Tensor) -> Tensor:
+    # By a tensor: by a number, a GPU multiplies with the reciprocal, which is off by a bit for half of the values.
+    return integers.to(divisor.dtype).div_(divisor).float()

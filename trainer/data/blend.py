@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
 from storage_schemas import Artifact, Record
+from storage_schemas.stores.arrays import Rows
 
 
 class Blend:
@@ -34,8 +35,12 @@ class Blend:
 
     def __getitem__(self, index: int) -> Record:
         """The record with this index, at least 0; raises as `Artifact` does."""
+        return self.read(index)
+
+    def read(self, index: int, rows: Rows | None = None) -> Record:
+        """The same record, and of some arrays some rows alone; see `Artifact.part`."""
         number, own = self.locate(index)
-        record = self.artifacts[number][own]
+        record = self.artifacts[number].part(own, rows)
         if len(self.artifacts) == 1:
             return record
         return dataclasses.replace(record, key=f"{record.key} of {self.artifacts[number].location.url}")

@@ -7,11 +7,13 @@ fit for sure goes through the pipe as bytes: slower, by a copy or two, and alway
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from storage_schemas import DatamergeError
 from trainer.data.batches import Batch
@@ -26,7 +28,7 @@ class Parcel:
     """A batch as bytes.
 
     Attributes:
-        data: the pickled batch.
+        data: the batch, as torch.save writes it: plain pickle cannot take unsigned integers.
         tensors: bytes of its tensors.
         free: bytes of shared memory that there were.
     """
@@ -37,7 +39,7 @@ class Parcel:
 
     def open(self) -> Batch:
         """The batch."""
-        batch: Batch = pickle.loads(self.data)  # noqa: S301 - of a process of ours
+        batch: Batch = torch.load(io.BytesIO(self.data), weights_only=False)  # of a process of ours
         return batch
 
 
@@ -61,7 +63,9 @@ class Shipping:
         # If all of them look, and then all send, the last one's batch still has a place.
         if free is None or free >= size * (self.senders * LOADERS + 1):
             return batch
-        return Parcel(pickle.dumps(batch, pickle.HIGHEST_PROTOCOL), size, free)
+        data = io.BytesIO()
+        torch.save(batch, data)
+        return Parcel(data.getvalue(), size, free)
 
 
 def senders(workers: int) -> int:

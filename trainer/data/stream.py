@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from datamerge.runtime.read_ahead import read_ahead
 from storage_schemas import Artifact, ConfigError, DatamergeError, Record
 from trainer.arms import ARMS, ArmName
 from trainer.data.ahead import Ahead, Course
-from trainer.data.batches import Batch, Read, pixels, present, stack
+from trainer.data.batches import Batch, Read, present
 from trainer.data.blend import Blend
 from trainer.data.order import MEMBER, WHOLE, Order, Partition, stream_seeds
 from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, senders
@@ -42,7 +43,7 @@ class Asked(NamedTuple):
     wanted: list[Wanted]
 
 
-class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
+class Groups(Dataset["Record | DatamergeError"]):
     """Artifacts as a map-style dataset, asked by `Wanted`.
 
     A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
@@ -51,23 +52,30 @@ class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
     Args:
         artifacts: on another machine what will be asked is fetched ahead, by the process that is asked.
         course: in what order it is asked; None for one that nobody knows.
+        rows: by a group's random bits and its number of members, the rows of arrays that are read; None for all.
     """
 
-    def __init__(self, artifacts: Artifact | Blend, course: Course | None = None) -> None:
+    def __init__(
+        self,
+        artifacts: Artifact | Blend,
+        course: Course | None = None,
+        rows: Callable[[int, int], Mapping[str, slice]] | None = None,
+    ) -> None:
         self._groups = Blend.of(artifacts)
+        self._rows = rows
         self._course = None if self._groups.is_local else course
         self._ahead: Ahead | None = None
 
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __getitems__(self, asked: Asked) -> list[tuple[Record, int] | DatamergeError]:
+    def __getitems__(self, asked: Asked) -> list[Record | DatamergeError]:
         if self._course is not None:
             if self._ahead is None:
                 info = get_worker_info()
                 self._ahead = Ahead(self._groups, self._course, *((info.id, info.num_workers) if info else ()))
             self._ahead.reach(asked.position, asked.step)
-        items: list[tuple[Record, int] | DatamergeError] = []
+        items: list[Record | DatamergeError] = []
         for wanted in asked.wanted:
             items.append(self[wanted])
             if isinstance(items[-1], DatamergeError):
@@ -79,9 +87,10 @@ class Groups(Dataset["tuple[Record, int] | DatamergeError"]):
         if self._ahead is not None:
             self._ahead.close()
 
-    def __getitem__(self, wanted: Wanted) -> tuple[Record, int] | DatamergeError:
+    def __getitem__(self, wanted: Wanted) -> Record | DatamergeError:
         try:
-            return self._groups[wanted.group], wanted.word
+            rows = None if self._rows is None else partial(self._rows, wanted.word)
+            return self._groups.read(wanted.group, rows)
         except DatamergeError as error:
             return error
         except OSError as error:
@@ -115,28 +124,33 @@ class Collate:
             set(ARMS[self.arm].arrays) | (set() if self.labels else {"target"}) | ({"clean"} if self.clean else set())
         )
 
-    def __call__(self, items: list[tuple[Record, int] | DatamergeError]) -> Batch | DatamergeError:
-        records, words = [], []
+    def taken(self, word: int, count: int) -> Mapping[str, slice]:
+        """The rows of its arrays that are read of a group of `count` members, by its random bits."""
+        choose = ARMS[self.arm].choose
+        return {} if choose is None else {"members": choose(word, min(count, self.members))}
+
+    def __call__(self, items: list[Record | DatamergeError]) -> Batch | DatamergeError:
+        records = []
         for item in items:
             if isinstance(item, DatamergeError):
                 return item
-            records.append(item[0])
-            words.append(item[1])
+            records.append(item)
         shared: dict[str, Any] = {"keys": [record.key for record in records]}
         try:
             shared["target"] = self._targets(records)
         except ConfigError as error:
             return error
+        read = Read(records, shared, {})
         if self.clean:
-            shared["clean"] = pixels(np.stack([present(record.clean, record, "clean image") for record in records]))
-        batch: Batch = ARMS[self.arm].batch(Read(records, words, self.members, shared))
+            shared["clean"] = read.stacked("clean")
+        batch: Batch = ARMS[self.arm].batch(read)
         return batch
 
     def _targets(self, records: list[Record]) -> Tensor:
         if self.labels:
             labels = [check_label(record.key, record.label, self.classes, self.rows) for record in records]
             return torch.tensor(labels)
-        return stack([present(record.target, record, "target") for record in records])
+        return torch.from_numpy(np.stack([present(record.target, record, "target") for record in records]))
 
 
 def check_label(key: str, label: int | None, classes: int | None, rows: Mapping[int, int] | None = None) -> int:
@@ -201,7 +215,7 @@ def stream(
         RuntimeError: a worker died; see `worker_deaths`.
     """
     course = Course(order, partition, start, stop)
-    groups = Groups(Blend.of(artifacts).only(collate.arrays(), facts=False), course)
+    groups = Groups(Blend.of(artifacts).only(collate.arrays(), facts=False), course, collate.taken)
     loader: DataLoader[Any] = DataLoader(
         groups,
         batch_sampler=_Pieces(course),

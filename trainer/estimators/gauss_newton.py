@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,6 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trainer.data.noise import Draws
 from trainer.estimators.base import GroupLoss, Model, check, evaluate
 from trainer.losses import Loss
+
+Compiled = Callable[[Tensor, Loss, list[Tensor]], tuple[Tensor, Tensor]]
+"""`outputs_and_diagonal` of a model."""
 
 
 def gauss_newton(
@@ -24,16 +29,22 @@ def gauss_newton(
 
     Cost with S = 1: one forward, an input gradient that keeps its graph, and a backward through both: about 2.3
     plain steps; each further label adds about 1.3. Fused attention has no double backward, hence the math kernel.
+    A model that offers `compiled_diagonal`, as `Forward` does, has both passes to the pixels in one compiled graph.
 
     Args:
         model, mean, variance, target, loss, draws: see `Estimator`.
         samples: S.
     """
     check(model, mean, variance)
-    inputs = mean.detach().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        outputs = evaluate(model, inputs)
-        diagonal = diagonal_estimate(outputs, inputs, loss, draws, samples)
+    compiled: Compiled | None = getattr(model, "compiled_diagonal", None)
+    if compiled is not None:
+        like = mean.new_empty(len(mean), model.width)  # type: ignore[attr-defined]
+        outputs, diagonal = compiled(mean.detach(), loss, [loss.noise(like, draws) for _ in range(samples)])
+    else:
+        inputs = mean.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = evaluate(model, inputs)
+            diagonal = diagonal_estimate(outputs, inputs, loss, draws, samples)
     correction = 0.5 * (variance * diagonal).flatten(1).sum(dim=1)
     return GroupLoss(loss.value(outputs, target) + correction, correction)
 
@@ -50,7 +61,29 @@ def diagonal_estimate(outputs: Tensor, inputs: Tensor, loss: Loss, draws: Draws,
     """
     total = torch.zeros_like(inputs)
     for _ in range(samples):
-        value = loss.value(outputs, loss.pseudo_label(outputs, draws)).sum()
+        value = loss.value(outputs, loss.pseudo_label(outputs, loss.noise(outputs, draws))).sum()
         (gradient,) = torch.autograd.grad(value, inputs, create_graph=True)
         total = total + gradient.square()
     return total / samples
+
+
+def outputs_and_diagonal(model: Model, pixels: Tensor, loss: Loss, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The outputs, and `diagonal_estimate` from labels of given noise, in a form that torch.compile takes whole.
+
+    A compiled function cannot be differentiated twice; so the first derivative is taken inside, by `torch.func`, and
+    the graph that is compiled has been differentiated once already.
+
+    Args:
+        model, loss: as there.
+        pixels: [B, C, H, W].
+        noise: of each label, [B, K].
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs, backward = torch.func.vjp(lambda points: evaluate(model, points), pixels)  # type: ignore[misc]
+        total = torch.zeros_like(pixels)
+        for numbers in noise:
+            label = loss.pseudo_label(outputs, numbers)
+            slope = torch.func.grad(lambda found, label=label: loss.value(found, label).sum())(outputs)
+            (gradient,) = backward(slope)
+            total = total + gradient.square()
+    return outputs, total / len(noise)

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from datamerge.encoders import Encoder, Head
 from datamerge.runtime.compilers import prepare_compilation
 from storage_schemas import ConfigError
 from trainer.estimators.base import BATCH_NORMS
+from trainer.estimators.gauss_newton import outputs_and_diagonal
+from trainer.losses import Loss
+
+COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 
 
 class Forward(nn.Module):
@@ -42,12 +46,28 @@ class Forward(nn.Module):
             pixels_in_float32(encoder)
         # A function and not a module of ours: state_dict() keeps the encoder's own names.
         self._run = compile_forward(encoder) if compiled else encoder
+        self.compiled_diagonal = torch.compile(self._diagonal, options=COMPILED) if compiled else None
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return self.encoder.embedding_dim if self.head is None else len(self.head.weight)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return self._through(self._run, pixels)
+
+    def _through(self, run: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16):
-            embeddings = self._run(pixels)
-        embeddings = embeddings.float() if self._bfloat16 else embeddings
-        return cast(Tensor, embeddings if self.head is None else self.head(embeddings))
+            embeddings = run(pixels)
+        if not self._bfloat16:
+            return embeddings if self.head is None else cast(Tensor, self.head(embeddings))
+        with torch.autocast(pixels.device.type, enabled=False):
+            return embeddings.float() if self.head is None else cast(Tensor, self.head(embeddings.float()))
+
+    def _diagonal(self, pixels: Tensor, loss: Loss, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+        # Around the backward pass too: of an autocast region, that of torch.func meets both types otherwise.
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+            return outputs_and_diagonal(lambda points: self._through(self.encoder, points), pixels, loss, noise)
 
 
 class _InFloat32(nn.Module):
@@ -95,7 +115,7 @@ def compile_forward(encoder: Encoder) -> Callable[[Tensor], Tensor]:
         ConfigError: no compiler here.
     """
     prepare_compilation("compile", encoder.mean.device.type)
-    return cast(Callable[[Tensor], Tensor], torch.compile(encoder.forward, options={"fallback_random": True}))
+    return cast(Callable[[Tensor], Tensor], torch.compile(encoder.forward, options=COMPILED))
 
 
 @contextmanager

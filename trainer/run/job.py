@@ -33,6 +33,7 @@ from trainer.config import LossName, TrainConfig
 from trainer.data.batches import Batch
 from trainer.data.blend import Blend
 from trainer.data.caching import check_room, opened
+from trainer.data.copied import copied_ahead
 from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
@@ -189,8 +190,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     )
     for one in blend.artifacts:
         check_groups(one, encoder, collate)
-    pin = device.type == "cuda"
-    held_out = _held_out(config, blend, found, encoder, collate, pin, classes)
+    held_out = _held_out(config, blend, found, encoder, collate, device, classes)
     warn_of_start(encoder)
     resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
@@ -201,7 +201,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         model=ready(encoder, head, config, device),
         loss=CrossEntropy() if found.labels else SquaredError(config.loss_scale),
         order=order,
-        feed=_feed(blend, order, collate, config.data_workers, pin),
+        feed=_feed(blend, order, collate, config.data_workers, device),
         held_out=held_out,
         origin=origin,
         device=device,
@@ -276,11 +276,13 @@ def _order(blend: Blend, config: TrainConfig, setting: str = "artifact") -> Orde
     return Order(blend.shard_sizes, config.batch_size, config.seed, window, weights)
 
 
-def _feed(blend: Blend, order: Order, collate: Collate, workers: int, pin: bool) -> Feed:
+def _feed(blend: Blend, order: Order, collate: Collate, workers: int, device: torch.device) -> Feed:
     check_room(blend.only(collate.arrays()))
+    pin = device.type == "cuda"
 
     def feed(partition: Partition, start: int, stop: int) -> Iterator[Batch]:
-        return stream(blend, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
+        batches = stream(blend, order, collate, start=start, stop=stop, workers=workers, pin=pin, partition=partition)
+        return copied_ahead(batches, device) if device.type == "cuda" else batches
 
     return feed
 
@@ -291,7 +293,7 @@ def _held_out(
     found: Checked,
     encoder: Encoder,
     collate: Collate,
-    pin: bool,
+    device: torch.device,
     classes: Classes | None,
 ) -> HeldOut | None:
     """The held-out artifact, checked as the one that is trained on."""
@@ -307,7 +309,7 @@ def _held_out(
     check_groups(artifact, encoder, collate)
     blend = Blend.of(artifact)
     order = _order(blend, other, "eval_artifact")
-    feed = _feed(blend, order, collate, config.data_workers, pin)
+    feed = _feed(blend, order, collate, config.data_workers, device)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
         # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.

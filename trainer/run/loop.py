@@ -141,7 +141,9 @@ class _Run:
         dump = self.folder.path / f"not-finite-step-{self.step + 1:06d}-process-{self.own.rank}.pt"
         try:
             with atomic_file(dump) as stream:
-                torch.save({"step": self.step + 1, "batches": [batch.content() for batch in error.batches]}, stream)
+                torch.save(
+                    {"step": self.step + 1, "batches": [batch.floats().content() for batch in error.batches]}, stream
+                )
             where = f"the batch is in {dump}"
         except OSError as failure:  # what was found matters more
             where = f"the batch could not be kept ({failure.strerror})"
@@ -202,7 +204,7 @@ class _Run:
             return
         state = self.own.together(lambda: self.folder.load(path, self.job.identity))
         self.job.encoder.load_state_dict(state["model"])
-        self.training.optimizer.load_state_dict(state["optimizer"])
+        self.training.restore(state["optimizer"])
         if self.training.average is not None:
             self.training.average.load_state_dict(state["average"])
         self.step, self.seconds = state["step"], state["seconds"]

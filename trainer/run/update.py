@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +81,23 @@ class Optimisation:
     def __post_init__(self) -> None:
         config = self.job.config
         self.parameters = [p for p in self.job.encoder.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # A GPU reads and writes each number once: a third of the bytes. On CPUs the numbers stay what they were.
+            fused=True if self.job.device.type == "cuda" else None,
+        )
         self.average: AveragedModel | None = None
         if config.ema is not None:
             self.average = AveragedModel(self.job.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.partition = Partition(self.own.rank, self.own.world, config.accumulate)
         self._ordered = True
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the optimiser of a checkpoint, in this device's way: where it was written is no setting."""
+        groups = [{**group, "fused": self.optimizer.defaults["fused"]} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     def order(self) -> AbstractContextManager[None]:
         """Kernels that add in one order, on a GPU and as long as there are some for all that this run does."""
@@ -170,7 +181,7 @@ class Optimisation:
         # that depends on step and position alone, for the length of the micro-batch alone.
         with seeded_layers(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1], job.device):
             seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
-            batch = batch.to(job.device)
+            batch = batch.to(job.device).floats()
             losses = group_losses(job.model, batch, Draws(seeds), job.loss, job.config, job.refinement)
         (losses.loss.sum() / size).backward()
         correction = losses.correction

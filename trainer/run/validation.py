@@ -38,7 +38,7 @@ def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Part
             for share in order.shares(step, partition):
                 last = share.first + len(share.indices)
                 draws = Draws(stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :])
-                batch = next(batches).to(job.device)
+                batch = next(batches).to(job.device).floats()
                 losses = group_losses(model, batch, draws, job.loss, config, job.refinement)
                 total += losses.loss.detach().sum()
     for module, training in modes:
