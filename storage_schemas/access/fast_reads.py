@@ -43,9 +43,8 @@ FAILURES = 4
 FIRST_REST, LONGEST_REST = 60.0, 3600.0
 # Seconds. obstore asks for credentials again five minutes before they expire, so these it asks for every minute.
 CREDENTIALS_LAST = 360
-# No letter of these is escaped by anybody.
-_PLAIN = re.compile(r"(?!.*(?:^|/)\.{0,2}(?:/|$))[\w.~/-]+", re.ASCII)
-_WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:/(.*))?", re.ASCII)
+# Nobody escapes a letter of these paths, nor drops a part of them.
+_PLAIN = re.compile(r"(?:https?://[\w.-]+(?::\d+)?/)?(?!(?:.*/)?\.{0,2}(?:/|$))[\w.~/-]+", re.ASCII)
 _SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,]+)/\d+/([^/,]+)/s3/aws4_request,.*")
 # Options of s3fs that a request shows, or that change none.
 _S3_OPTIONS = {
@@ -86,13 +85,12 @@ class RangeReads:
     def get(self, path: str, start: int, end: int, most: int | None = None) -> Buffer:
         """What `Location.sent` gives for a range, and its errors."""
         location, learn, read = self._location, self._learn, self._read
-        full = location.path(path)
         if (
             learn is None
             or _FORKED
             or start >= end
             or path in location._versions
-            or not _PLAIN.fullmatch(full.partition("://")[2] or full)
+            or not _PLAIN.fullmatch(location.path(path))
             or time.monotonic() < self._rest_until
         ):
             return location.sent(path, start, end, most)
@@ -170,8 +168,7 @@ def _way(location: Location) -> Learn | None:
         return None
     options: Mapping[str, Any] = location.fs.storage_options
     if location.is_read_only:
-        found = _WEB.fullmatch(location.path(""))
-        return _learn_web if found and set(options) <= {"use_listings_cache"} else None
+        return _learn_web if set(options) <= {"use_listings_cache"} else None
     if (
         type(location.fs).__module__ != "s3fs.core"
         or not re.fullmatch(r"[a-z0-9][a-z0-9.-]+[a-z0-9]", str(location.root).partition("/")[0])
@@ -195,7 +192,7 @@ def _client_options(url: str) -> ClientConfig:
 
 
 def _learn_web(location: Location, path: str, first: Callable[[], bytes]) -> tuple[bytes, Callable[[], Read | None]]:
-    return first(), lambda: _web_read(location.path(""))
+    return first(), lambda: _web_read(str(location.root))
 
 
 def _web_read(url: str) -> Read:

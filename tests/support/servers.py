@@ -104,6 +104,7 @@ class WebHandler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(("GET", self.path, self.headers.get("Range", "")))
+        self.server.agents.append(self.headers.get("User-Agent", ""))
         status = self.server.fault("GET", self.path) if self.server.fault else None
         file = Path(self.translate_path(self.path))
         if status is not None and self.server.retry_after:
@@ -180,6 +181,7 @@ class WebServer(ThreadingHTTPServer):
         manners: of `redirect`, `chunked` (no Content-Length), `gzip` (whatever is asked), `gzip when asked`.
         etag: gives the version of a file for an answer.
         retry_after: sent with the status of a fault.
+        agents: who asked, for each GET.
     """
 
     daemon_threads = True
@@ -187,6 +189,7 @@ class WebServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, ranges: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(WebHandler, directory=str(folder)))
         self.requests: list[tuple[str, str, str]] = []
+        self.agents: list[str] = []
         self.listed: list[str] = []
         self.fault: Fault | None = None
         self.ranges = ranges
