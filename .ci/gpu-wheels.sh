@@ -12,4 +12,4 @@ for glibc in 28 27 24 17; do platforms+=(--platform "manylinux_2_${glibc}_x86_64
   -c constraints.txt -d .gpu-wheels -r .ci/gpu-requirements.txt
 kilobytes=$(du -sk .gpu-wheels | cut -f1)
 echo "$(find .gpu-wheels -name '*.whl' | wc -l) wheels, $((kilobytes / 1000)) MB in .gpu-wheels"
-[ "$kilobytes" -le 40000 ]
+[ "$kilobytes" -le 40000 ] || { echo "expected at most 40 MB" >&2; exit 1; }

@@ -12,11 +12,11 @@ fi
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR="$PWD/.gpu-site/inductor"
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 # Warnings of libraries that are newer than those of constraints.txt are no failures here. pytest-xdist may be missing,
-# so the options of pyproject.toml, of which some are its own, are left out. After 200 s pytest is interrupted, not
+# so the options of pyproject.toml, of which some are its own, are left out. After 170 s pytest is interrupted, not
 # killed, so that it says what has failed until then.
-timeout --signal=INT --kill-after=10 200 "$python" -m pytest -m gpu tests/gpu -o addopts= -o filterwarnings=default \
+timeout --signal=INT --kill-after=10 170 "$python" -m pytest -m gpu tests/gpu -o addopts= -o filterwarnings=default \
   --import-mode=importlib -p no:cacheprovider -q --durations=10 -ra
 tests=$?
-timeout 260 "$python" -m benchmarks.gpu "$@"
+timeout 290 "$python" -m benchmarks.gpu "$@"
 benchmark=$?
 exit $((tests != 0 ? tests : benchmark))

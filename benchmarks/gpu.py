@@ -1,4 +1,4 @@
-"""What a GPU does with the hot loops, in at most four minutes; `make gpu` runs it after the tests of tests/gpu.
+"""What a GPU does with the hot loops, in at most five minutes; `make gpu` runs it after the tests of tests/gpu.
 
     python -m benchmarks.gpu                all parts; the report goes to benchmarks/results/gpu_DEVICE_DATE.md
     python -m benchmarks.gpu attack feed    some of them
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import torch
 
-from benchmarks.gpu_parts import PARTS, RATES, Row
+from benchmarks.gpu_parts import PARTS
+from benchmarks.gpu_rows import RATES, Row
 from benchmarks.report import Circumstances, Findings, Table, render
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +36,7 @@ COLUMNS = ("part", "what", "ms", "share of measured peak", "a second", "GB")
 @click.command()
 @click.argument("names", nargs=-1, metavar="[PART]…", type=click.Choice(list(PARTS)))
 @click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU.")
-@click.option("--seconds", default=240.0, show_default=True, help="After which no further part is started.")
+@click.option("--seconds", default=280.0, show_default=True, help="After which no further part is started.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the report.")
 @click.option("--only", hidden=True, type=click.Choice(list(PARTS)), help="In this process; prints JSON.")
 @click.option("--rates", hidden=True, default="{}")
@@ -43,6 +46,8 @@ def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, onl
         for row in PARTS[only].work(rehearse, json.loads(rates)):
             click.echo(row.to_json())
         return
+    if not (rehearse or torch.cuda.is_available()):
+        raise click.ClickException("torch sees no GPU here; `--rehearse` does the same on the CPU, in tiny")
     started, load = time.monotonic(), os.getloadavg()[0]
     click.echo(" | ".join(COLUMNS))
     rows: list[Row] = []
@@ -67,9 +72,14 @@ def _run(name: str, rehearse: bool, before: Sequence[Row], limit: float) -> list
     rows: list[Row] = []
     said: list[str] = []
     with subprocess.Popen(
-        [*command, *(["--rehearse"] if rehearse else [])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *(["--rehearse"] if rehearse else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
-        timer = threading.Timer(limit, process.kill)
+        # With the processes that it started, which would stay on the GPU.
+        timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         listener = threading.Thread(target=lambda: said.extend(process.stderr or ()))  # or a full pipe would stop it
         listener.start()

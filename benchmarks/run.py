@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import many_shards, merge_scaling, pgd, planning, reading, storage, streaming, training
+from benchmarks import lists, many_shards, merge_scaling, pgd, planning, reading, storage, streaming, training
 from benchmarks.report import NOT_COMPARED, Bar, Circumstances, Curve, Findings, Table, plot, render, spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +40,7 @@ class Sizes:
         most_shards: of the largest job with nothing to attack.
         many_shards: of the largest manifest.
         streamed: groups read from a server, in 16 shards.
+        listed: samples of the lists that are measured; five times as many once.
         scale: multiplies the groups of the jobs that are planned.
     """
 
@@ -57,6 +58,7 @@ class Sizes:
     most_shards: int = 1000
     many_shards: int = 200_000
     streamed: int = 1024
+    listed: int = lists.SAMPLES
     groups_per_shard: int = 4
     scale: int = 1
 
@@ -84,6 +86,7 @@ TINY = Sizes(
     most_shards=10,
     many_shards=100,
     streamed=512,
+    listed=20_000,
     groups_per_shard=1,
 )
 
@@ -280,6 +283,11 @@ def stream(sizes: Sizes, photos: Path | None) -> Findings:
     return streaming.run(("webdataset", "zarr"), *shape, str(photos) if photos else None)
 
 
+def listing(sizes: Sizes, photos: Path | None) -> Findings:
+    """Lists of samples and plans of very large sources."""
+    return lists.findings(sizes.listed, min(sizes.repeats, 3))
+
+
 THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {
     "attack": attack,
     "storage": bytes_stored,
@@ -287,6 +295,7 @@ THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {
     "merge": merge,
     "training": train,
     "planning": plan,
+    "lists": listing,
     "streaming": stream,
 }
 

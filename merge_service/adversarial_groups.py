@@ -8,7 +8,6 @@ Shapes: G groups of a batch, N members, C H W pixels, K embedding.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +39,6 @@ from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.record import Array
 
 Batch = Sequence[tuple[Group, Pixels]]
-# Inductor's advice to allow what we do not, at the first compilation for a GPU.
-_ADVICE = "TensorFloat32 tensor cores"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +97,6 @@ class Attacker:
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
             prepare_compilation("compile", self._device.type)
-            warnings.filterwarnings("ignore", _ADVICE, UserWarning)
             self.model = torch.compile(self.model)  # type: ignore[assignment]
         self.precision: Precision = config.precision
         self.objective = config.objective
@@ -137,7 +133,7 @@ class Attacker:
                 left = [i for i in range(len(batch)) if i not in bad]
                 batch, inputs = [batch[i] for i in left], inputs.of(left)
             else:
-                done = torch.cuda.current_stream().record_event() if self._stream is not None else None
+                done = torch.cuda.current_stream(self._device).record_event() if self._stream is not None else None
                 return AttackedBatch(batch, result, embeddings, done)
         return None
 

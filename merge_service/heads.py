@@ -12,6 +12,9 @@ from merge_service.config import MergeConfig
 def named_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
     """The class head that the settings name, if they name one.
 
+    A text tower runs on the CPU, once a machine: its head is kept. On a GPU this process would hold half a gigabyte
+    as long as the workers run, and keep them out of one that admits a single process.
+
     Raises:
         ConfigError: no such head, or one for embeddings of another width than the encoder's.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from datamerge.attacks import arithmetic
+from datamerge.attacks import arithmetic, quotient
 from datamerge.encoders import Encoder
 from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Sample
@@ -182,8 +182,8 @@ def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.f
         )
 
     with out_of_memory_advice(advice), torch.no_grad(), arithmetic(device):
-        parts = [
-            encoder(torch.from_numpy(images[start : start + batch_size]).to(device).float() / LEVELS).float().cpu()
-            for start in range(0, len(images), batch_size)
-        ]
+        parts = []
+        for start in range(0, len(images), batch_size):
+            levels = torch.from_numpy(images[start : start + batch_size]).to(device).float()
+            parts.append(encoder(quotient(levels, LEVELS)).float().cpu())
     return torch.cat(parts).numpy()

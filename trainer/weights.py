@@ -37,7 +37,7 @@ def weighted(text: str) -> Weighted:
     if not 0 < weight <= LARGEST_WEIGHT:
         raise ValueError(
             f"expected a weight above 0 and of at most {LARGEST_WEIGHT} for {url}, found {end}; choose another, or "
-            f"write {shortened(text)}=1 for what is called so"
+            f"write {shortened(f'{text}=1')} for what is called so"
         )
     return Weighted(url, weight)
 

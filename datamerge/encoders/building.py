@@ -52,9 +52,10 @@ class Built:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Random weights built in here are those that a spec without weights means."""
+    """Random weights built in here, on the CPU, are those that a spec without weights means."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        # torch.manual_seed() would seed those of GPUs as well, which nobody restores.
+        torch.default_generator.manual_seed(RANDOM_WEIGHTS_SEED)
         yield
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 from storage_schemas import ConfigError
 
@@ -32,5 +34,11 @@ def prepare_compilation(setting: str, device_type: str) -> None:
         raise ConfigError(
             f"{setting}: torch.compile calls a compiler ({' or '.join(sought)}), found none here; install one "
             f"(Debian: apt-get install g++), name it in {variable}, or drop `{setting}`"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if device_type == "cuda" and not header.exists():
+        raise ConfigError(
+            f"{setting}: on a GPU torch.compile writes modules of Python in C, found no {header}; install Python's "
+            f"headers (Debian: apt-get install python3-dev), or drop `{setting}`"
         )
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)

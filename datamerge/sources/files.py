@@ -25,7 +25,7 @@ class Files(Sequence[File]):
     Attributes:
         names: paths, Arrow's large strings [F].
         sizes: int64 [F], bytes.
-        folders: those that hold files themselves, in the order in which they come up; empty for the top.
+        folders: those that hold files themselves, in any order; empty for the top.
         of_folder: int32 [F], the folder of each file.
     """
 

@@ -16,6 +16,7 @@ from datamerge.runtime.messages import say
 from datamerge.sources.sample import check_listed
 from datamerge.sources.suffixes import (
     MAGIC_BYTES,
+    PACKED,
     Kind,
     describe,
     kind_of,
@@ -73,8 +74,7 @@ class Listing:
     def leave(self, name: str, size: int) -> None:
         """Note a file that is not read."""
         self.left_out[_reason(name, size)] += 1
-        lower = name.lower()
-        if lower.endswith(TABLES) or name.rpartition("/")[2] in DESCRIPTIONS or packed_suffix(lower):
+        if name.lower().endswith((*TABLES, *PACKED)) or name.rpartition("/")[2] in DESCRIPTIONS:
             self.others[name] = size
 
     def take(self, used: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +73,7 @@ class BlockFile:
         """Whether any of the bytes [start, end) has not come, as far as is known here."""
         return not self._complete and not self.here[start // BLOCK : -(-end // BLOCK)].all()
 
-    def write(self, first: int, data: bytes) -> None:
+    def write(self, first: int, data: bytes | memoryview) -> None:
         """Fill blocks from `first` on, and mark them."""
         view, at = memoryview(data).cast("B"), first * BLOCK
         while view:
@@ -114,6 +115,10 @@ class Folder:
         self._open: OrderedDict[str, BlockFile] = OrderedDict()
         self._claims: int | None = None
 
+    @overload
+    def open(self, name: str, size: int) -> BlockFile: ...
+    @overload
+    def open(self, name: str, size: None) -> BlockFile | None: ...
     def open(self, name: str, size: int | None) -> BlockFile | None:
         """A copy to read or to fill; made if there is none.
 
@@ -158,14 +163,20 @@ class Folder:
         if (file := self._existing(name, size)) is not None or size is None:
             return file
         with self._names():
-            if (file := self._existing(name, size)) is not None:
-                return file
-            path = self._partial(name, size)
-            new = path.with_name(f".{secrets.token_hex(6)}.tmp")
-            with new.open("xb") as stream:
-                stream.truncate(size + -(-size // BLOCK))
-            new.replace(path)
-            return self._existing(name, size)
+            return self._existing(name, size) or self._made(name, size)
+
+    def _made(self, name: str, size: int) -> BlockFile:
+        """A copy without any blocks, open before it has its name: others may evict what nobody has open."""
+        path = self._partial(name, size)
+        with self.temporary() as new:
+            descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                os.ftruncate(descriptor, size + -(-size // BLOCK))
+                new.replace(path)
+                return BlockFile(name, size, os.dup(descriptor), path)
+            finally:
+                os.close(descriptor)
 
     def _existing(self, name: str, size: int | None) -> BlockFile | None:
         for path in [self.path / name, *([] if size is None else [self._partial(name, size)])]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from storage_schemas.access.blocks import BLOCK, BlockFile, Folder
 from storage_schemas.access.explaining import NoRanges
+from storage_schemas.access.fast_reads import Buffer, RangeReads
 from storage_schemas.access.location import Location
 from storage_schemas.errors import CorruptShard, UserError
 
@@ -36,6 +37,7 @@ class Copies:
 
     def __init__(self, location: Location, folder: Folder) -> None:
         self._location, self.folder = location, folder
+        self._ranges = RangeReads(location)
         self.has_ranges = True
         self._inodes: dict[str, int] = {}  # of what was read last, by path
 
@@ -47,9 +49,7 @@ class Copies:
     def open(self, path: str, size: int) -> BlockFile:
         """The copy of a file of this size, complete or not."""
         with self._disk():
-            file = self.folder.open(self._name(path), size)
-            assert file is not None
-            return file
+            return self.folder.open(self._name(path), size)
 
     def whole(self, path: str) -> BlockFile | None:
         """The copy of a file, if it is complete."""
@@ -102,8 +102,8 @@ class Copies:
             with self._disk():
                 self.folder.release(file, run)
 
-    def _get(self, path: str, start: int, end: int) -> bytes:
-        data = self._location.sent(path, start, end, end - start)
+    def _get(self, path: str, start: int, end: int) -> Buffer:
+        data = self._ranges.get(path, start, end, end - start)
         if len(data) != end - start:
             raise CorruptShard(
                 f"{self._location.url}/{path}: expected {end - start} bytes at {start}, found {len(data)}; it is "

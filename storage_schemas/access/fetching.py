@@ -29,6 +29,7 @@ import numpy as np
 
 from storage_schemas.access.blocks import BLOCK, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
+from storage_schemas.access.fast_reads import RangeReads
 from storage_schemas.access.location import Location
 from storage_schemas.access.request_threads import Job, RequestThreads
 
@@ -70,7 +71,7 @@ class Fetcher(RequestThreads):
             ahead_bytes: of expected ranges that are fetched and not read yet, without a cache.
         """
         super().__init__(location.url, requests)
-        self._location = location
+        self._location, self._ranges = location, RangeReads(location)
         self._kept = None if cache is None else Copies(location, cache.copies)
         self._ahead_bytes = ahead_bytes
         self._sizes: dict[str, int] = {}
@@ -327,7 +328,7 @@ class Fetcher(RequestThreads):
     def _expected_to_memory(self, items: list[Range]) -> None:
         start, pieces = items[0].start, {}
         try:
-            data = np.frombuffer(self._location.sent(items[0].path, start, items[-1].end), np.uint8)
+            data = np.frombuffer(self._ranges.get(items[0].path, start, items[-1].end), np.uint8)
             pieces = {item: data[item.start - start : item.end - start] for item in items}
         finally:
             with self._changed:
@@ -351,7 +352,7 @@ class Fetcher(RequestThreads):
                 # Where nobody reads what was fetched, it must not keep out what is read.
                 while self._pieces and not self._flying and self._held > self._ahead_bytes // 2:
                     self._held -= len(self._pieces.pop(next(iter(self._pieces))))
-        return np.frombuffer(self._wait_for(item.path, lambda: self._location.sent(*item)), np.uint8)
+        return np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)
 
 
 _MAKING = threading.Lock()

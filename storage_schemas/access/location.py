@@ -172,11 +172,19 @@ class Location:
         """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
         return self.sent(relative, start, end)
 
-    def sent(self, relative: str, start: int | None, end: int | None, most: int | None = None) -> bytes:
+    def sent(
+        self,
+        relative: str,
+        start: int | None,
+        end: int | None,
+        most: int | None = None,
+        delays: Iterable[float] | None = None,
+    ) -> bytes:
         """What the file system sends for a range; nothing from behind the end.
 
         Args:
             most: bytes of a file that a web server without ranges may send whole, by default `MOST_WHOLE`.
+            delays: see `retry`.
 
         Raises:
             SourceError: the file is not the one that was pinned.
@@ -195,7 +203,7 @@ class Location:
             return cast(bytes, self.fs.cat_file(path, start=start, end=end, **more))
 
         try:
-            return self._call(relative, get)
+            return self._call(relative, get, delays)
         except RangeError:
             return b""
 
@@ -310,13 +318,13 @@ class Location:
     def _where(self, relative: str) -> str:
         return f"{self.url}/{relative}" if relative else self.url
 
-    def _call(self, relative: str, operation: Callable[[str], T]) -> T:
+    def _call(self, relative: str, operation: Callable[[str], T], delays: Iterable[float] | None = None) -> T:
         """Run an operation on a path, with retries and readable errors where it goes over a network."""
         path = self.path(relative)
         if self.is_local:
             return operation(path)
         try:
-            return retry(lambda: operation(path))
+            return retry(lambda: operation(path), delays=delays)
         except Exception as error:
             said = isinstance(error, DatamergeError) and not isinstance(error, Refused)
             if said or getattr(error, "errno", None) in _LOCAL:

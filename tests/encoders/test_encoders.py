@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from datamerge.demo.digits import digit_encoder
 from datamerge.encoders import Encoder, load_encoder, save_encoder, weights_sha256
+from datamerge.encoders.building import RANDOM_WEIGHTS_SEED, seeded
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
@@ -358,3 +359,17 @@ def test_own_networks_have_the_size_they_were_written_for(factories: Path, spec:
 def test_factories_that_do_not_do(name: str, facts: list[str]) -> None:
     with refused(ConfigError, "encoder", f"'python:{name}'", *facts):
         load_encoder(f"python:{name}")
+
+
+def test_random_weights_leave_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded_everywhere: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_everywhere.append)
+    state = torch.random.get_rng_state()
+    with seeded():
+        found = torch.rand(4)
+    assert seeded_everywhere == []
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_WEIGHTS_SEED)
+        assert torch.equal(torch.rand(4), found)
+    assert seeded_everywhere == [RANDOM_WEIGHTS_SEED]

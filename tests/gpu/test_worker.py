@@ -94,7 +94,7 @@ def test_inputs_are_pinned(device: torch.device, tmp_path: Path) -> None:
 def test_out_of_memory_names_batch_size(device: torch.device, tmp_path: Path) -> None:
     if device.type != "cuda":
         pytest.skip("a share of a GPU's memory needs a GPU")
-    prepared = _prepared(tmp_path, device, encoder="mlp:3x32x32-400000-16", batch_size=100_000, members=3)
+    prepared = _prepared(tmp_path, device, encoder="mlp:3x4x4-400000-16", batch_size=100_000, members=3)
     worker, _ = _worker(prepared, tmp_path / "out")
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()

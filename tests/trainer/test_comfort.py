@@ -303,7 +303,9 @@ def test_a_changed_artifact_or_torch_is_said(
         patch.setattr(RunFolder, "publish", die)
         with pytest.raises(MemoryError):
             train(config)
-    with refused(ConfigError, "run", tmp_path / "run", "artifact", "plan_sha256"):
+    with refused(
+        ConfigError, "run", tmp_path / "run", "another artifact", "plan_sha256", "use the same artifact to continue"
+    ):
         train(config.model_copy(update={"artifact": make_artifact(name="other", members=False)}))
     newest = tmp_path / "run/checkpoints/step-000006.pt"
     state = torch.load(newest, weights_only=True)

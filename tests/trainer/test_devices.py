@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
 from datamerge.encoders import Encoder, load_encoder
+from datamerge.runtime.compilers import prepare_compilation
 from storage_schemas import ConfigError
 from tests.support.operations import Operations
 from tests.support.refusals import refused
@@ -212,6 +214,15 @@ def test_compilation_without_a_compiler_is_refused_at_once(
         monkeypatch.setenv("CXX", named)
     with refused(ConfigError, "compile", found, "drop `compile`"):
         Forward(encoder, compiled=True)
+
+
+def test_compilation_for_a_gpu_needs_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "sh")  # any program: only that it is there is looked at
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with refused(ConfigError, "compile", str(tmp_path / "Python.h"), "drop `compile`"):
+        prepare_compilation("compile", "cuda")
+    (tmp_path / "Python.h").touch()
+    prepare_compilation("compile", "cuda")
 
 
 def test_seeds_of_layers_leave_other_generators_alone() -> None:

@@ -51,7 +51,7 @@ def test_a_folder_that_is_called_so_is_meant(tmp_path: Path) -> None:
 @pytest.mark.parametrize("several", [False, True])
 def test_an_impossible_weight_is_refused(weight: str, several: bool) -> None:
     text = f"photos={weight}"
-    with refused(ConfigError, "artifact", "above 0", "1000", "photos", weight):
+    with refused(ConfigError, "artifact", "above 0", "1000", "photos", weight, f"{text}=1"):
         TrainConfig(artifact=["other", text] if several else text, run="run", steps=1)
 
 

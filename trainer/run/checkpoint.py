@@ -33,11 +33,11 @@ IDENTITY, LOG = "identity.json", "log.jsonl"
 BEST = "best.pt"
 # Entries of the identity that are no settings.
 _CHANGED_THINGS = {
-    "plan_sha256": "an artifact",
-    "encoder_sha256": "an encoder",
-    "encoder_code_sha256": "an encoder's code",
-    "preprocessing": "a preprocessing",
-    "head_sha256": "a class head",
+    "plan_sha256": "artifact",
+    "encoder_sha256": "encoder",
+    "encoder_code_sha256": "code of the encoder",
+    "preprocessing": "preprocessing",
+    "head_sha256": "class head",
 }
 
 
@@ -78,7 +78,7 @@ class RunFolder:
             return
         changed = _CHANGED_THINGS.keys() & {name for name in identity if found.get(name) != identity[name]}
         what = " and ".join(sorted(_CHANGED_THINGS[name] for name in changed))
-        problem = f"was started from {what}, which changed since" if what else "holds a run with other settings"
+        problem = f"was started with another {what}" if what else "holds a run with other settings"
         raise ConfigError(
             f"run: {self.path} {problem} ({'; '.join(different)}); choose another `run`, "
             f"or use the same {what or 'settings'} to continue it"

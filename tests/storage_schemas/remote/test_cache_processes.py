@@ -19,7 +19,7 @@ from storage_schemas import Cache, Location
 from storage_schemas.access.blocks import BLOCK, Folder
 from storage_schemas.access.cache import CachedLocation
 from storage_schemas.access.fetching import Fetcher, Range, fetcher_of
-from storage_schemas.access.room import ABANDONED
+from storage_schemas.access.room import ABANDONED, Room
 from tests.support.servers import WebServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -153,6 +153,32 @@ def test_what_another_process_uses_is_not_evicted(tmp_path: Path, web: WebServer
         fetcher_of(location).read(path, 0, SIZE, SIZE)
     fetcher_of(location).read("one/a", 0, SIZE, SIZE)
     assert _asked(web)["one/a", 0] == 1
+
+
+def _evict(folder: Path, done: Any) -> None:
+    """Make room all the time, where there is never enough."""
+    room = Room(folder, 10, lambda name: True)
+    while not done.is_set():
+        room._make_room(10, None)
+
+
+def test_a_copy_that_is_made_is_not_evicted_before_it_is_open(tmp_path: Path) -> None:
+    folder, done = Folder(tmp_path, PLENTY), FRESH.Event()
+    used = folder.open("f" * 64, SIZE)
+    used.write(0, bytes(SIZE))
+    process = FRESH.Process(target=_evict, args=(tmp_path, done))
+    process.start()
+    made: list[int] = []
+    while process.is_alive() and len(made) < 2000:
+        file = folder.open(f"{len(made):064x}", SIZE)
+        made.append(file.inode)
+        folder._open.clear()
+    done.set()
+    process.join()
+    assert len(made) == 2000
+    left = {path.name for path in tmp_path.iterdir()}
+    assert f"{'f' * 64}.{SIZE}.blocks" in left
+    assert len(left) < 1900  # the others were evicted meanwhile
 
 
 def test_only_the_damaged_file_is_fetched_again(tmp_path: Path, web: WebServer, contents: dict[str, bytes]) -> None:

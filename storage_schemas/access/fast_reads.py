@@ -1,0 +1,327 @@
+"""Ranges of remote files through obstore, where that asks for just what the file system would, in less time.
+
+It is used for success alone. What it does not get is asked through `Location.sent`, which has the retries, the
+messages and the patience with servers; a failure that may pass is the first of the tries that a range has. A first
+range goes through the file system anyway. On S3 it shows what is asked for: not options are translated, but the
+request that botocore made of them, and of the environment and of its files, is made again. Credentials come from its
+client, as long as the store is used.
+
+Where anything is not known to come out the same there is no other way than the file system: options that change
+requests, proxies, signed URLs, names that want escapes, files that are pinned, processes that were forked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import importlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+from storage_schemas.access.location import Location
+from storage_schemas.access.retries import backoff, is_transient
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, S3Credential
+
+Buffer = bytes | memoryview
+Read = Callable[[str, int, int], memoryview]  # of a path in the location, bytes [start, end)
+# Of a location, a path in it, and its first request: what that brings, and how the next ones are made, or None.
+Learn = Callable[[Location, str, Callable[[], bytes]], tuple[bytes, Callable[[], Read | None]]]
+
+# After so many failures in a row where the file system succeeded, obstore rests; twice as long each time.
+FAILURES = 4
+FIRST_REST, LONGEST_REST = 60.0, 3600.0
+# Seconds. obstore asks for credentials again five minutes before they expire, so these it asks for every minute.
+CREDENTIALS_LAST = 360
+# No letter of these is escaped by anybody.
+_PLAIN = re.compile(r"(?!.*(?:^|/)\.{0,2}(?:/|$))[\w.~/-]+", re.ASCII)
+_WEB = re.compile(r"https?://[\w.-]+(?::\d+)?(?:/(.*))?", re.ASCII)
+_SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,]+)/\d+/([^/,]+)/s3/aws4_request,.*")
+# Options of s3fs that a request shows, or that change none.
+_S3_OPTIONS = {
+    *("anon", "key", "secret", "token", "username", "password", "profile", "session", "endpoint_url", "use_ssl"),
+    *("requester_pays", "cache_regions", "client_kwargs", "config_kwargs", "use_listings_cache"),
+}
+_CLIENT_OPTIONS = {"endpoint_url", "region_name", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"}
+_CONFIG_OPTIONS = {"retries", "s3", "signature_version", "region_name", "max_pool_connections"}
+_S3_HEADERS = {
+    *("range", "user-agent", "authorization", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token"),
+    *("x-amz-checksum-mode", "x-amz-request-payer", "amz-sdk-invocation-id", "amz-sdk-request"),
+}
+
+
+class _Failed(Exception):  # noqa: N818 - never leaves this module
+    """An answer that is of no use.
+
+    Attributes:
+        status: of the answer; None where it is not said.
+    """
+
+    def __init__(self, status: int | None = None) -> None:
+        super().__init__()
+        self.status = status
+
+
+class RangeReads:
+    """Reads ranges of the files of one remote location, in the quickest way there is. Safe for threads."""
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
+        self._learn = _way(location)
+        self._read: Read | None = None
+        self._learning = threading.Lock()
+        self._failures = 0  # in a row
+        self._rest, self._rest_until = FIRST_REST, 0.0
+
+    def get(self, path: str, start: int, end: int, most: int | None = None) -> Buffer:
+        """What `Location.sent` gives for a range, and its errors."""
+        location, learn, read = self._location, self._learn, self._read
+        full = location.path(path)
+        if (
+            learn is None
+            or _FORKED
+            or start >= end
+            or path in location._versions
+            or not _PLAIN.fullmatch(full.partition("://")[2] or full)
+            or time.monotonic() < self._rest_until
+        ):
+            return location.sent(path, start, end, most)
+        if read is None:
+            if not self._learning.acquire(blocking=False):
+                return location.sent(path, start, end, most)
+            try:
+                first, learnt = learn(location, path, lambda: location.sent(path, start, end, most))
+                with suppress(Exception):
+                    self._read = learnt()
+                if self._read is None:
+                    self._learn = None
+                return first
+            finally:
+                self._learning.release()
+        delays = backoff()
+        try:
+            found = _tried(read, path, start, end)
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "no such file", f"{location.url}/{path}") from None
+        except _Failed as failure:
+            may_pass = is_transient(failure)
+        else:
+            self._failures, self._rest = 0, FIRST_REST
+            return found
+        if may_pass:
+            time.sleep(next(delays))
+        data = location.sent(path, start, end, most, delays)
+        if not may_pass and len(data) == end - start:
+            self._learn = None
+        elif may_pass:
+            self._count_failure()
+        return data
+
+    def _count_failure(self) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES and time.monotonic() >= self._rest_until:
+            self._rest_until = time.monotonic() + self._rest
+            self._rest = min(LONGEST_REST, 2 * self._rest)
+
+
+def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
+    """All bytes of a range.
+
+    Raises:
+        FileNotFoundError: the server says so.
+        _Failed: anything else.
+    """
+    try:
+        data = read(path, start, end)
+    except (FileNotFoundError, _Failed):
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust is no Exception
+        text = str(error)
+        if (status := re.search(r"status code: (\d{3})", text)) is not None:
+            raise _Failed(int(status[1])) from None
+        if "HTTP error" in text and "certificate" not in text:
+            raise _Failed from ConnectionError()
+        raise _Failed from None
+    if len(data) != end - start:
+        raise _Failed
+    return data
+
+
+def _way(location: Location) -> Learn | None:
+    """How to learn of a first request what obstore must ask for; None where it must not."""
+    try:
+        importlib.import_module("obstore.store")
+    except ImportError:
+        return None
+    names = {name.upper() for name, value in os.environ.items() if value}
+    if names & {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}:
+        return None
+    options: Mapping[str, Any] = location.fs.storage_options
+    if location.is_read_only:
+        found = _WEB.fullmatch(location.path(""))
+        return _learn_web if found and set(options) <= {"use_listings_cache"} else None
+    if (
+        type(location.fs).__module__ != "s3fs.core"
+        or not re.fullmatch(r"[a-z0-9][a-z0-9.-]+[a-z0-9]", str(location.root).partition("/")[0])
+        or not set(options) <= _S3_OPTIONS
+        or not set(options.get("client_kwargs") or {}) <= _CLIENT_OPTIONS
+        or not set(options.get("config_kwargs") or {}) <= _CONFIG_OPTIONS
+        or any(name.startswith(("AWS_SSE_", "AWS_SERVER_SIDE_")) for name in names)  # obstore would obey them
+    ):
+        return None
+    return _learn_s3
+
+
+def _client_options(url: str) -> ClientConfig:
+    # An answer as a whole may take as long as it has bytes.
+    return {
+        "allow_http": url.startswith("http://"),
+        "connect_timeout": "15s",
+        "read_timeout": "30s",
+        "timeout": "3600s",
+    }
+
+
+def _learn_web(location: Location, path: str, first: Callable[[], bytes]) -> tuple[bytes, Callable[[], Read | None]]:
+    return first(), lambda: _web_read(location.path(""))
+
+
+def _web_read(url: str) -> Read:
+    import obstore
+    from obstore.store import HTTPStore
+
+    store = HTTPStore(
+        url,
+        client_options={**_client_options(url), "default_headers": {"Accept-Encoding": "identity"}},
+        retry_config={"max_retries": 0},
+    )
+
+    def read(path: str, start: int, end: int) -> memoryview:
+        answer = obstore.get(store, path, options={"range": (start, end)})
+        if answer.attributes.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+            raise _Failed
+        return memoryview(answer.bytes())
+
+    return read
+
+
+def _learn_s3(location: Location, path: str, first: Callable[[], bytes]) -> tuple[bytes, Callable[[], Read | None]]:
+    fs = location.fs
+    bucket, _, key = location.path(path).partition("/")
+    seen: list[tuple[str, dict[str, str]]] = []
+
+    def note(request: Any, **_: object) -> None:
+        host = urlsplit(request.url).netloc
+        if request.url.endswith(f"/{key}" if host.startswith(f"{bucket}.") else f"/{bucket}/{key}"):
+            texts = {name: v.decode("latin-1") if isinstance(v, bytes) else v for name, v in request.headers.items()}
+            seen.append((request.url.removesuffix(f"/{key}"), {name.lower(): text for name, text in texts.items()}))
+
+    async def listen(is_begin: bool) -> None:
+        events = (await _client(fs, bucket)).meta.events
+        (events.register if is_begin else events.unregister)("before-send.s3.GetObject", note)
+
+    with suppress(Exception):  # said better by the request
+        fsspec.asyn.sync(fs.loop, listen, True)
+    try:
+        data = first()
+    finally:
+        with suppress(Exception):
+            fsspec.asyn.sync(fs.loop, listen, False)
+    return data, lambda: _s3_read(fs, bucket, key.removesuffix(path), *seen[-1]) if seen else None
+
+
+def _s3_read(fs: Any, bucket: str, folder: str, base: str, headers: Mapping[str, str]) -> Read | None:
+    """How to make requests like one that s3fs made; None where they would differ.
+
+    Args:
+        folder: of the bucket, with its slash.
+        base: the address of the bucket, in the path or in the host.
+        headers: of the request.
+    """
+    import obstore
+    from obstore.store import S3Store
+
+    authority = headers.get("authorization")
+    signed = None if authority is None else _SIGNED.fullmatch(authority)
+    credentials = None if signed is None else _Credentials(fs, bucket)
+    if (
+        not set(headers) <= _S3_HEADERS
+        or headers.get("x-amz-request-payer", "requester") != "requester"
+        or (authority is not None and signed is None)
+        or (signed and credentials and not credentials.are(signed[1], headers.get("x-amz-security-token")))
+        # Certificates of obstore's own would be trusted beside these.
+        or (base.startswith("https://") and fs.session.get_config_variable("ca_bundle"))
+    ):
+        return None
+    store = S3Store(
+        bucket,
+        # All that obstore would take from the environment of its own accord.
+        endpoint=base,
+        aws_endpoint_url_s3=base,
+        virtual_hosted_style_request=True,  # the bucket is in the address, wherever that has it
+        region=signed[2] if signed else "us-east-1",
+        skip_signature=signed is None,
+        request_payer="x-amz-request-payer" in headers,
+        unsigned_payload=False,
+        s3_express=False,
+        client_options=_client_options(base),
+        retry_config={"max_retries": 0},
+        credential_provider=credentials,
+    )
+    return lambda path, start, end: memoryview(obstore.get_range(store, folder + path, start=start, end=end))
+
+
+async def _client(fs: Any, bucket: str) -> Any:
+    """Botocore's client, as s3fs has it for a bucket."""
+    await fs.set_session()
+    return await fs.get_s3(bucket)
+
+
+class _Credentials:
+    """Gives obstore what botocore's client would sign with now: keys, or what a profile, a role or a machine has."""
+
+    def __init__(self, fs: Any, bucket: str) -> None:
+        self._fs, self._bucket = fs, bucket
+
+    def __call__(self) -> S3Credential:
+        found, may_expire = fsspec.asyn.sync(self._fs.loop, self._frozen)
+        until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=CREDENTIALS_LAST)
+        return {
+            "access_key_id": found.access_key,
+            "secret_access_key": found.secret_key,
+            "token": found.token,
+            "expires_at": until if may_expire else None,
+        }
+
+    async def _frozen(self) -> tuple[Any, bool]:
+        found = (await _client(self._fs, self._bucket))._request_signer._credentials
+        return await found.get_frozen_credentials(), hasattr(found, "refresh_needed")
+
+    def are(self, key: str, token: str | None) -> bool:
+        """Whether a request was signed with them."""
+        found = self()
+        return (found["access_key_id"], found.get("token")) == (key, token)
+
+
+_FORKED = False
+
+
+def _after_fork() -> None:
+    """obstore's threads are not in a child, and it waits for them."""
+    global _FORKED
+    _FORKED = "obstore" in sys.modules
+
+
+os.register_at_fork(after_in_child=_after_fork)
