@@ -18,7 +18,8 @@ import pytest
 from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
 from storage_schemas.access.copying import LARGEST
-from storage_schemas.access.fetching import Fetcher, Range
+from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.pieces import Range
 from tests.support.servers import WebServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -258,7 +259,8 @@ def test_no_thread_is_left(web: WebServer, data: bytes, make: MakeFetcher) -> No
 PROGRAM = """
 import sys
 from storage_schemas import Cache, Location
-from storage_schemas.access.fetching import Fetcher, Range
+from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.pieces import Range
 fetcher = Fetcher(Location(sys.argv[1]), Cache(sys.argv[2], 10**9) if sys.argv[3] == "cached" else None)
 fetcher.fill([Range("b", 0, 100_000)], {"b": 100_000})
 fetcher.expect([Range("b", 0, 10)], {})
