@@ -109,6 +109,12 @@ class Fetcher(RequestThreads):
                         self._fills.setdefault(item)
                 self._start_threads()
 
+    @property
+    def held(self) -> int:
+        """Bytes that are on their way, or wait in memory."""
+        with self._changed:
+            return self._pieces.held
+
     def forget_expected(self) -> None:
         """Take all that is queued, or waits in memory, for something that will not be read."""
         with self._changed:

@@ -18,7 +18,11 @@ class Range(NamedTuple):
 
 
 class Pieces:
-    """What is on its way or waits in memory. Not safe for threads: its owner's lock guards it."""
+    """What is on its way or waits in memory. Not safe for threads: its owner's lock guards it.
+
+    Attributes:
+        held: bytes of both.
+    """
 
     def __init__(self, most: int) -> None:
         """Make one that holds nothing.
@@ -30,7 +34,7 @@ class Pieces:
         self._due: Counter[Range] = Counter()  # how often a range will be read
         self._flying: dict[Range, bool] = {}  # whether to memory
         self._here: dict[Range, Bytes] = {}
-        self._held = 0  # bytes of the two
+        self.held = 0
 
     def expect(self, item: Range) -> bool:
         """Note that a range will be read once more; whether it has to be fetched for that."""
@@ -39,12 +43,12 @@ class Pieces:
 
     def has_room(self, items: Sequence[Range]) -> bool:
         """Whether these may be fetched; one of any size may if nothing else is there."""
-        return not self._held or self._held + _bytes(items) <= self._most
+        return not self.held or self.held + _bytes(items) <= self._most
 
     def begin(self, items: Sequence[Range], to_memory: bool) -> None:
         """Note that ranges are on their way."""
         self._flying.update(dict.fromkeys(items, to_memory))
-        self._held += _bytes(items)
+        self.held += _bytes(items)
 
     def turn(self, items: Sequence[Range]) -> None:
         """Note that ranges on their way to the disk go to memory."""
@@ -54,7 +58,7 @@ class Pieces:
         """Note that ranges are no longer on their way."""
         for item in items:
             self._flying.pop(item, None)
-        self._held -= _bytes(items)
+        self.held -= _bytes(items)
 
     def is_flying(self, item: Range) -> bool:
         """Whether a range is on its way, to memory or to the disk."""
@@ -72,7 +76,7 @@ class Pieces:
         """Hold a range, if anybody will read it."""
         if item in self._due and item not in self._here:
             self._here[item] = piece
-            self._held += len(piece)
+            self.held += len(piece)
 
     def leave(self, item: Range) -> bool:
         """Note that a range was read, and drop it unless it is due again; whether it has to be fetched for that."""
@@ -82,13 +86,13 @@ class Pieces:
         is_due = self._due[item] > 0
         if not is_due:
             del self._due[item]
-        if not is_due or self._held > self._most // 2:  # what is read sooner comes first
+        if not is_due or self.held > self._most // 2:  # what is read sooner comes first
             self._drop(item)
         return is_due and item not in self._flying and item not in self._here
 
     def make_room(self) -> None:
         """Drop what nobody reads, so that it keeps out nothing that is read."""
-        while self._here and not self._flying and self._held > self._most // 2:
+        while self._here and not self._flying and self.held > self._most // 2:
             self._drop(next(iter(self._here)))
 
     def forget(self, path: str) -> None:
@@ -103,7 +107,7 @@ class Pieces:
             self._drop(item)
 
     def _drop(self, item: Range) -> None:
-        self._held -= len(self._here.pop(item, ()))
+        self.held -= len(self._here.pop(item, ()))
 
 
 def _bytes(items: Sequence[Range]) -> int:

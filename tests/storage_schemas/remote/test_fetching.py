@@ -17,6 +17,7 @@ import pytest
 
 from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
+from storage_schemas.access.blocks import BLOCK
 from storage_schemas.access.copying import LARGEST
 from storage_schemas.access.fetching import Fetcher
 from storage_schemas.access.pieces import Range
@@ -42,8 +43,11 @@ def data(tmp_path: Path, web: WebServer) -> bytes:
 def make(tmp_path: Path, web: WebServer) -> Iterator[MakeFetcher]:
     made: list[Fetcher] = []
 
-    def make_fetcher(*, cached: bool, requests: int = 16, ahead_bytes: int = PLENTY, **options: object) -> Fetcher:
-        cache = Cache(tmp_path / "cache", PLENTY) if cached else None
+    def make_fetcher(
+        *, cached: bool | int, requests: int = 16, ahead_bytes: int = PLENTY, **options: object
+    ) -> Fetcher:
+        limit = PLENTY if cached is True else cached
+        cache = Cache(tmp_path / "cache", limit) if limit else None
         made.append(Fetcher(Location(web.url, **options), cache, requests=requests, ahead_bytes=ahead_bytes))
         return made[-1]
 
@@ -105,6 +109,51 @@ def test_what_nobody_reads_does_not_keep_out_what_is_read(web: WebServer, data: 
     later = [Range("a", 20_000, 30_000), Range("b", 20_000, 30_000)]
     fetcher.expect(later, {})
     _until(lambda: len(web.requests) >= 4)
+
+
+RECORD = 2 * BLOCK
+
+
+def _epochs(count: int) -> list[Range]:
+    """Records of the files a, b and c, 36 an epoch, in a random order; no two neighbours follow each other."""
+    rng, found = np.random.default_rng(0), list[Range]()
+    records = [Range(path, start, start + RECORD) for path in "abc" for start in range(0, SIZE - RECORD, RECORD)]
+    for _ in range(count):
+        found += [records[at] for at in rng.permutation(len(records))]
+    return [one for one, last in zip(found, [None, *found], strict=False) if last is None or one.start != last.end]
+
+
+@pytest.mark.parametrize("ahead_bytes", [PLENTY, 10 * RECORD])
+def test_a_cache_without_room_costs_no_more_than_none(
+    web: WebServer, data: bytes, make: MakeFetcher, ahead_bytes: int
+) -> None:
+    """Three epochs that are expected piece by piece, a third of which the cache holds; then once more."""
+    asked, order = [], _epochs(3)
+    for room in (0, 100_000, 100_000, 10_000):
+        web.requests.clear()
+        fetcher = make(cached=room, ahead_bytes=ahead_bytes)
+        for at, (path, start, end) in enumerate(order):
+            if at % 6 == 0:
+                fetcher.expect(order[:12] if at == 0 else order[at + 6 : at + 12], dict.fromkeys("abc", SIZE))
+            assert fetcher.read(path, start, end, SIZE).tobytes() == data[start:end]
+        fetcher.close()
+        assert fetcher.held == 0
+        asked.append(sum(end - start for path in "abc" for start, end in _spans(web, path)) // RECORD)
+        assert len(web.requests) <= asked[-1] * 1.1
+    none, first, second, tiny = asked
+    assert first <= none - 2 * 6  # of the 12 records that fit
+    assert second <= first - 6
+    assert tiny <= none
+
+
+def test_what_is_expected_several_times_is_asked_for_once(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+    fetcher, item = make(cached=False), Range("a", 0, 5000)
+    for _ in range(3):
+        fetcher.expect([item], {"a": SIZE})
+    for left in (2, 1, 0):
+        assert fetcher.read(*item, SIZE).tobytes() == data[:5000]
+        assert fetcher.held == (5000 if left else 0)
+    assert len(web.requests) == 1
 
 
 def test_a_file_is_filled_with_large_requests_and_every_byte_once(
