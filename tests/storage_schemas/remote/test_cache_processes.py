@@ -100,7 +100,9 @@ def _read_twice(url: str, folder: Path, seed: int, barrier: Any, results: Any) -
     fetcher = Fetcher(Location(f"{url}/one"), Cache(folder, SIZE))
     barrier.wait()
     fetcher.expect(order, dict.fromkeys("abc", SIZE))
-    parts = {item: hashlib.sha256(fetcher.read(*item, size=SIZE).tobytes()).hexdigest() for item in order}
+    parts = {}
+    for path, start, end in order:
+        parts[path, start, end] = hashlib.sha256(fetcher.read(path, start, end, SIZE).tobytes()).hexdigest()
     fetcher.close()
     results.put((parts, fetcher.held))
 

@@ -19,7 +19,7 @@ from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
 from storage_schemas.access.blocks import BLOCK
 from storage_schemas.access.copying import LARGEST
-from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.fetching import GAP, Fetcher
 from storage_schemas.access.pieces import Range
 from tests.support.servers import WebServer
 
@@ -115,35 +115,36 @@ RECORD = 2 * BLOCK
 
 
 def _epochs(count: int) -> list[Range]:
-    """Records of the files a, b and c, 36 an epoch, in a random order; no two neighbours follow each other."""
+    """Records of the files a, b and c, 36 an epoch, in a random order; no two come with one request."""
     rng, found = np.random.default_rng(0), list[Range]()
     records = [Range(path, start, start + RECORD) for path in "abc" for start in range(0, SIZE - RECORD, RECORD)]
     for _ in range(count):
         found += [records[at] for at in rng.permutation(len(records))]
-    return [one for one, last in zip(found, [None, *found], strict=False) if last is None or one.start != last.end]
+    pairs = zip(found, [found[-1], *found[:-1]], strict=True)
+    return [one for one, last in pairs if not 0 <= one.start - last.end <= GAP]
 
 
 @pytest.mark.parametrize("ahead_bytes", [PLENTY, 10 * RECORD])
 def test_a_cache_without_room_costs_no_more_than_none(
     web: WebServer, data: bytes, make: MakeFetcher, ahead_bytes: int
 ) -> None:
-    """Three epochs that are expected piece by piece, a third of which the cache holds; then once more."""
+    """Three epochs, all of which is expected; without a cache, with one that holds a third twice, with a tiny one."""
     asked, order = [], _epochs(3)
     for room in (0, 100_000, 100_000, 10_000):
         web.requests.clear()
         fetcher = make(cached=room, ahead_bytes=ahead_bytes)
-        for at, (path, start, end) in enumerate(order):
-            if at % 6 == 0:
-                fetcher.expect(order[:12] if at == 0 else order[at + 6 : at + 12], dict.fromkeys("abc", SIZE))
+        fetcher.expect(order, dict.fromkeys("abc", SIZE))
+        for path, start, end in order:
             assert fetcher.read(path, start, end, SIZE).tobytes() == data[start:end]
         fetcher.close()
         assert fetcher.held == 0
         asked.append(sum(end - start for path in "abc" for start, end in _spans(web, path)) // RECORD)
-        assert len(web.requests) <= asked[-1] * 1.1
+        assert len(web.requests) <= asked[-1]
     none, first, second, tiny = asked
-    assert first <= none - 2 * 6  # of the 12 records that fit
-    assert second <= first - 6
-    assert tiny <= none
+    records = len(set(order))
+    assert none == records or ahead_bytes < PLENTY
+    assert max(first, tiny) <= none + 4  # what is read while others find no room for it
+    assert second <= first - 6  # of the 12 that fit
 
 
 def test_what_is_expected_several_times_is_asked_for_once(web: WebServer, data: bytes, make: MakeFetcher) -> None:
