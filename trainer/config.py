@@ -70,7 +70,11 @@ class TrainConfig(Settings):
             lambda own: own.eval_artifact is not None,
             "there is nothing to evaluate on; set `eval_artifact`, or drop `{name}`",
         ),
-        Effect(("cache_bytes",), lambda own: own.cache != "none", "there is no cache; set `cache`, or drop `{name}`"),
+        Effect(
+            ("cache_bytes",),
+            lambda own: own.cache != "none",
+            '`cache="none"` keeps nothing; drop `{name}`, or name a folder as `cache`',
+        ),
     )
 
     artifact: Annotated[str | list[str], Option(argument=True, metavar="ARTIFACT…")] = Field(

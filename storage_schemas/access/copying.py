@@ -59,6 +59,10 @@ class Copies:
     def used(self, path: str, file: BlockFile) -> BlockFile:
         """The same copy, of which it is known that it is read."""
         self._inodes[path] = file.inode
+        return self.touched(file)
+
+    def touched(self, file: BlockFile) -> BlockFile:
+        """The same copy, which is in use, or will be soon."""
         with self._disk():
             file.touch()
         return file
@@ -82,6 +86,8 @@ class Copies:
             True, also where the server turns out to know no ranges; None if there is no such run; False if there is
             no room.
         """
+        if self.folder.room.is_full(unused_since):  # or others would wait for what is claimed in vain
+            return False
         with self._disk():
             run = self.folder.claim(file, start, end, LARGEST)
         if run is None:

@@ -7,9 +7,10 @@ What a run will read is known before: it says so (`expect`, `fill`), and threads
 3. the rest of files to be filled, in large requests; they have at least half of the requests.
 
 With a cache everything goes through its copies (`copying`, `blocks`), so ranges and whole files are one thing, and
-what another process has fetched, or is fetching, is not fetched here. Without one, or once its disk fails, expected
-ranges wait in memory until they are read; what is held there is bounded. Where a cache has no room a range is
-requested when it is read.
+what another process has fetched, or is fetching, is not fetched here. Without one, where it has no room, and once
+its disk fails, expected ranges wait in memory until they are read as often as they are expected; what is held there
+is bounded. For what is expected no copy makes room that has been used, or will be, since the run began: in a random
+order all files are in use all the time, and each that went would be fetched again.
 
 What is fetched ahead may fail: the reader asks again, and says what the server said.
 """
@@ -23,7 +24,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,24 +32,17 @@ from storage_schemas.access.blocks import BLOCK, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.fast_reads import RangeReads
 from storage_schemas.access.location import Location
+from storage_schemas.access.pieces import Pieces, Range
 from storage_schemas.access.request_threads import Job, RequestThreads
 
 if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
 
 REQUESTS = 16
-AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache
+AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache or no room in it
 GAP = 16 * 2**10  # bytes between two ranges that are requested with them
 POLL_SECONDS = 0.005  # between two looks at what another process is fetching
 POLLS = 20  # until it is looked whether that process is still there
-
-
-class Range(NamedTuple):
-    """Bytes [start, end) of a file, by its path in the location."""
-
-    path: str
-    start: int
-    end: int
 
 
 class Fetcher(RequestThreads):
@@ -68,20 +62,17 @@ class Fetcher(RequestThreads):
             location: not on this machine.
             cache: where copies are kept.
             requests: at a time.
-            ahead_bytes: of expected ranges that are fetched and not read yet, without a cache.
+            ahead_bytes: of expected ranges that are on their way, or wait in memory.
         """
         super().__init__(location.url, requests)
         self._location, self._ranges = location, RangeReads(location)
         self._kept = None if cache is None else Copies(location, cache.copies)
-        self._ahead_bytes = ahead_bytes
         self._sizes: dict[str, int] = {}
         self._expected: dict[Range, None] = {}
         self._fills: OrderedDict[Range, None] = OrderedDict()
         self._elsewhere: dict[Range, None] = {}  # to be filled, and just being fetched by other processes
         self._complete: set[str] = set()  # files whose copy was seen to be
-        self._flying: set[Range] = set()
-        self._pieces: dict[Range, Bytes] = {}
-        self._held = 0  # bytes of the two
+        self._pieces = Pieces(ahead_bytes)
         self._began = time.time_ns()
         self._is_told = False  # what will be read
 
@@ -97,9 +88,9 @@ class Fetcher(RequestThreads):
             self._is_told = True
             self._sizes.update(sizes)
             for item in ranges:
-                if item.path in self._complete or item in self._flying or item in self._pieces:
+                if item.path in self._complete or item.start >= item.end:
                     continue
-                if item.start < item.end:
+                if self._pieces.expect(item):
                     self._expected.setdefault(item)
             self._start_threads()
 
@@ -118,13 +109,18 @@ class Fetcher(RequestThreads):
                         self._fills.setdefault(item)
                 self._start_threads()
 
+    @property
+    def held(self) -> int:
+        """Bytes that are on their way, or wait in memory."""
+        with self._changed:
+            return self._pieces.held
+
     def forget_expected(self) -> None:
         """Take all that is queued, or waits in memory, for something that will not be read."""
         with self._changed:
             self._expected.clear()
             self._fills.clear()
             self._elsewhere.clear()
-            self._held -= sum(len(piece) for piece in self._pieces.values())
             self._pieces.clear()
 
     def read(self, path: str, start: int, end: int, size: int | None = None) -> Bytes:
@@ -138,14 +134,16 @@ class Fetcher(RequestThreads):
             CorruptShard: it is shorter than `size`.
             DatamergeError: see `Location.sent`.
         """
-        if (copies := self._copies) is not None:
-            try:
-                size = self._size(path, size)
-                if (found := self._from_disk(copies, path, start, end, size)) is not None:
-                    return found
-            except NoDisk:
-                pass
-        return self._from_memory(Range(path, start, end))
+        item = Range(path, start, end)
+        try:
+            if not self._reach(item) and (copies := self._copies) is not None:
+                with suppress(NoDisk):
+                    size = self._size(path, size)
+                    if (found := self._from_disk(copies, path, start, end, size)) is not None:
+                        return found
+            return self._from_memory(item)
+        finally:
+            self._leave(item)
 
     def read_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """What `Location.read` gives; a whole file of unknown size takes one request."""
@@ -186,8 +184,7 @@ class Fetcher(RequestThreads):
         with self._changed:
             self._sizes.pop(path, None)
             self._complete.discard(path)
-            for item in [item for item in self._pieces if item.path == path]:
-                self._held -= len(self._pieces.pop(item))
+            self._pieces.forget(path)
         return self._kept is not None and self._kept.forget(path)
 
     def _next_ahead(self, most: int) -> Job | None:
@@ -221,8 +218,9 @@ class Fetcher(RequestThreads):
 
     def _from_disk(self, copies: Copies, path: str, start: int, end: int, size: int) -> Bytes | None:
         """Bytes of the copy, once they are there; None if there is no room for them."""
-        end = min(end, size)
+        item, end = Range(path, start, end), min(end, size)
         patience = self._patience(path)
+        used = self._began if self._is_told else None
         while True:
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
@@ -236,9 +234,13 @@ class Fetcher(RequestThreads):
                 continue
             if end - start > LARGEST:  # the other threads help
                 self._fill_first(Range(path, start, end))
-            come = self._wait_for(path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size)))
+            come = self._wait_for(
+                path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
+            )
             if come is None:
                 for _ in range(POLLS):
+                    if self._pieces.has(item):  # who was fetching it found no room
+                        return None
                     if not file.missing(start, end):
                         break
                     with copies.folder.changed:
@@ -260,7 +262,7 @@ class Fetcher(RequestThreads):
         size, copies = self._sizes.get(path), self._copies
         if copies is None or size is None:
             return
-        file = copies.open(path, size)
+        file = copies.touched(copies.open(path, size))
         if file.is_complete:
             self._complete.add(path)
         if not file.missing(start, end):
@@ -303,56 +305,71 @@ class Fetcher(RequestThreads):
             ):
                 break
             items.append(item)
-        size = sum(item.end - item.start for item in items)
-        on_disk = self._copies is not None
-        if not on_disk and self._held and self._held + size > self._ahead_bytes:
+        if not self._pieces.has_room(items):
             return None
         for item in items:
             del self._expected[item]
-        if on_disk:
-            return lambda: self._expected_to_disk(items)
-        self._flying.update(items)
-        self._held += size
-        return lambda: self._expected_to_memory(items)
+        self._pieces.begin(items, to_memory=self._copies is None)
+        return lambda: self._fetch_expected(items)
 
-    def _expected_to_disk(self, items: list[Range]) -> None:
+    def _fetch_expected(self, items: list[Range]) -> None:
+        pieces: dict[Range, Bytes] = {}
+        try:
+            if rest := self._without_room(items):
+                with self._changed:
+                    self._pieces.turn(rest)
+                path, start, end = rest[0].path, rest[0].start, rest[-1].end
+                data = np.frombuffer(self._ranges.get(path, start, end), np.uint8)
+                pieces = {item: data[item.start - start : item.end - start] for item in rest}
+        finally:
+            with self._changed:
+                self._pieces.end(items)
+                for item, piece in pieces.items():
+                    self._pieces.keep(item, piece)
+
+    def _without_room(self, items: list[Range]) -> list[Range]:
+        """Fetch neighbours to the disk; those for which it has no room."""
         path, start, end = items[0].path, items[0].start, items[-1].end
         size, copies = self._sizes.get(path), self._copies
         if size is None or copies is None:
-            return
-        file, end = copies.open(path, size), min(end, size)
-        while copies.has_ranges and start < end and file.missing(start, end):
-            if not copies.fetch(path, file, start, end):
-                return
+            return items
+        with suppress(NoDisk):
+            file, end = copies.touched(copies.open(path, size)), min(end, size)
+            while copies.has_ranges and start < end and file.missing(start, end):
+                come = copies.fetch(path, file, start, end, self._began)
+                if come is None:  # others are fetching what is missing
+                    return []
+                if not come:
+                    return [item for item in items if file.missing(item.start, min(item.end, size))]
+            return []
+        return items
 
-    def _expected_to_memory(self, items: list[Range]) -> None:
-        start, pieces = items[0].start, {}
-        try:
-            data = np.frombuffer(self._ranges.get(items[0].path, start, items[-1].end), np.uint8)
-            pieces = {item: data[item.start - start : item.end - start] for item in items}
-        finally:
-            with self._changed:
-                self._flying.difference_update(items)
-                self._held -= sum(item.end - item.start for item in items)
-                self._pieces.update(pieces)
-                self._held += sum(len(piece) for piece in pieces.values())
+    def _reach(self, item: Range) -> bool:
+        """Take a range from what is queued; whether it is in memory, or on its way there."""
+        with self._changed:
+            if item in self._expected:
+                del self._expected[item]
+                self._pieces.make_room()
+            return self._pieces.has(item)
+
+    def _leave(self, item: Range) -> None:
+        """Let go of a range that has been read, unless it will be read again."""
+        with self._changed:
+            if self._pieces.leave(item):
+                self._expected.setdefault(item)
+            self._start_threads()
 
     def _from_memory(self, item: Range) -> Bytes:
         patience = self._patience(item.path)
         with self._changed:
-            while item in self._flying:
+            while self._pieces.is_flying(item):
                 patience.wait(self._changed)
-            piece = self._pieces.pop(item, None)
-            if piece is not None:
-                self._held -= len(piece)
-                self._start_threads()
+            if (piece := self._pieces.get(item)) is not None:
                 return piece
-            if item in self._expected:
-                del self._expected[item]
-                # Where nobody reads what was fetched, it must not keep out what is read.
-                while self._pieces and not self._flying and self._held > self._ahead_bytes // 2:
-                    self._held -= len(self._pieces.pop(next(iter(self._pieces))))
-        return np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)
+        data = np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)
+        with self._changed:
+            self._pieces.keep(item, data)
+        return data
 
 
 _MAKING = threading.Lock()

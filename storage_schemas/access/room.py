@@ -55,10 +55,7 @@ class Room:
             OSError: the disk.
         """
         with self._lock:
-            now = time.monotonic()
-            # Where any copy may be evicted and there is no room, there is none for those who ask for less.
-            refused = max(until for kind, until in self._refused.items() if kind or unused_since is not None)
-            may = self._granted >= size or (now >= refused and self._ask(size, unused_since))
+            may = self._granted >= size or (not self._is_refused(unused_since) and self._ask(size, unused_since))
             if may:
                 self._granted -= size
                 self._flying += size
@@ -71,6 +68,15 @@ class Room:
                     if self._granted + self._flying <= self._said // 2:  # what is written counts as that alone
                         with locked(self._path / "lock-space"):
                             self._write_grant()
+
+    def is_full(self, unused_since: int | None = None) -> bool:
+        """Whether there was just now no room, for anything: a question that costs nothing."""
+        return not self._granted and self._is_refused(unused_since)
+
+    def _is_refused(self, unused_since: int | None) -> bool:
+        # Where any copy may be evicted and there is no room, there is none for those who ask for less.
+        refused = max(until for kind, until in self._refused.items() if kind or unused_since is not None)
+        return time.monotonic() < refused
 
     def _ask(self, size: int, unused_since: int | None) -> bool:
         self._path.mkdir(parents=True, exist_ok=True)

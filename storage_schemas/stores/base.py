@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from storage_schemas.access.blocks import Bytes
-from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
+from storage_schemas.access.pieces import Range
 from storage_schemas.schema.manifest import ArraySpec, Layout
 from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Record

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from storage_schemas.access.blocks import Bytes
-from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
+from storage_schemas.access.pieces import Range
 from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Layout

@@ -23,9 +23,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from storage_schemas.access.blocks import Bytes
-from storage_schemas.access.fetching import Range
 from storage_schemas.access.location import Location
 from storage_schemas.access.once import Once
+from storage_schemas.access.pieces import Range
 from storage_schemas.access.ranges import FileRanges
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import ArraySpec, Layout

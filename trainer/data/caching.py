@@ -49,7 +49,9 @@ def check_room(groups: Blend) -> None:
         urls = ", ".join(artifact.location.url for artifact in groups.artifacts if not artifact.location.is_local)
         warn(
             f"cache_bytes: the cache may hold {_size(room)}, what is read of {urls} takes "
-            f"{_size(needed)}: some is fetched again every epoch; `cache_bytes={-(-needed // 10**9)}GB` holds all"
+            f"{_size(needed)}: the rest is fetched again every epoch, record by record, which is slower; set "
+            f"`cache_bytes={-(-needed // 10**9)}GB`, which holds all, or a smaller `shuffle_window`, or "
+            f'`cache="{NONE}"`'
         )
 
 

@@ -18,7 +18,8 @@ import pytest
 from storage_schemas import Cache, Location
 from storage_schemas.access.blocks import BLOCK, Folder
 from storage_schemas.access.cache import CachedLocation
-from storage_schemas.access.fetching import Fetcher, Range, fetcher_of
+from storage_schemas.access.fetching import Fetcher, fetcher_of
+from storage_schemas.access.pieces import Range
 from storage_schemas.access.room import ABANDONED, Room
 from tests.support.servers import WebServer
 
@@ -89,6 +90,45 @@ def test_eight_processes_and_two_artifacts_fetch_every_byte_once(
     assert _asked(web) == dict.fromkeys(((path, block) for path in contents for block in range(51)), 1)
     kept = [path for path in (tmp_path / "cache").iterdir() if len(path.name) == 64]
     assert sorted(path.read_bytes() for path in kept) == sorted(contents.values())
+
+
+def _read_twice(url: str, folder: Path, seed: int, barrier: Any, results: Any) -> None:
+    """Read blocks of three files in an order of one's own, two epochs, all of which is expected."""
+    rng = np.random.default_rng(seed)
+    blocks = [Range(path, start, start + BLOCK) for path in "abc" for start in range(0, SIZE - BLOCK, BLOCK)]
+    order = [blocks[at] for _ in range(2) for at in rng.permutation(len(blocks))]
+    fetcher = Fetcher(Location(f"{url}/one"), Cache(folder, SIZE))
+    barrier.wait()
+    fetcher.expect(order, dict.fromkeys("abc", SIZE))
+    parts = {}
+    for path, start, end in order:
+        parts[path, start, end] = hashlib.sha256(fetcher.read(path, start, end, SIZE).tobytes()).hexdigest()
+    fetcher.close()
+    results.put((parts, fetcher.held))
+
+
+def test_processes_share_a_cache_that_is_too_small_for_less_than_none_costs(
+    tmp_path: Path, web: WebServer, contents: dict[str, bytes]
+) -> None:
+    barrier, results = FRESH.Barrier(3), FRESH.Queue()
+    processes = [
+        FRESH.Process(target=_read_twice, args=(web.url, tmp_path / "cache", seed, barrier, results))
+        for seed in range(3)
+    ]
+    for process in processes:
+        process.start()
+    count = 0
+    for _ in processes:
+        parts, held = results.get(timeout=120)
+        count = len(parts)
+        for (path, start, end), digest in parts.items():
+            assert digest == hashlib.sha256(contents[f"one/{path}"][start:end]).hexdigest()
+        assert held == 0
+    for process in processes:
+        process.join()
+    # Each would ask for every block once if it kept what it expects in memory.
+    assert len(web.requests) <= 3 * count
+    assert _asked(web).total() <= 3 * count
 
 
 def _read_one(url: str, folder: Path, path: str, start: int, end: int) -> None:

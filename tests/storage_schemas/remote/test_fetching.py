@@ -17,8 +17,10 @@ import pytest
 
 from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
+from storage_schemas.access.blocks import BLOCK
 from storage_schemas.access.copying import LARGEST
-from storage_schemas.access.fetching import Fetcher, Range
+from storage_schemas.access.fetching import GAP, Fetcher
+from storage_schemas.access.pieces import Range
 from tests.support.servers import WebServer
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -41,8 +43,11 @@ def data(tmp_path: Path, web: WebServer) -> bytes:
 def make(tmp_path: Path, web: WebServer) -> Iterator[MakeFetcher]:
     made: list[Fetcher] = []
 
-    def make_fetcher(*, cached: bool, requests: int = 16, ahead_bytes: int = PLENTY, **options: object) -> Fetcher:
-        cache = Cache(tmp_path / "cache", PLENTY) if cached else None
+    def make_fetcher(
+        *, cached: bool | int, requests: int = 16, ahead_bytes: int = PLENTY, **options: object
+    ) -> Fetcher:
+        limit = PLENTY if cached is True else cached
+        cache = Cache(tmp_path / "cache", limit) if limit else None
         made.append(Fetcher(Location(web.url, **options), cache, requests=requests, ahead_bytes=ahead_bytes))
         return made[-1]
 
@@ -104,6 +109,52 @@ def test_what_nobody_reads_does_not_keep_out_what_is_read(web: WebServer, data: 
     later = [Range("a", 20_000, 30_000), Range("b", 20_000, 30_000)]
     fetcher.expect(later, {})
     _until(lambda: len(web.requests) >= 4)
+
+
+RECORD = 2 * BLOCK
+
+
+def _epochs(count: int) -> list[Range]:
+    """Records of the files a, b and c, 36 an epoch, in a random order; no two come with one request."""
+    rng, found = np.random.default_rng(0), list[Range]()
+    records = [Range(path, start, start + RECORD) for path in "abc" for start in range(0, SIZE - RECORD, RECORD)]
+    for _ in range(count):
+        found += [records[at] for at in rng.permutation(len(records))]
+    pairs = zip(found, [found[-1], *found[:-1]], strict=True)
+    return [one for one, last in pairs if not 0 <= one.start - last.end <= GAP]
+
+
+@pytest.mark.parametrize("ahead_bytes", [PLENTY, 10 * RECORD])
+def test_a_cache_without_room_costs_no_more_than_none(
+    web: WebServer, data: bytes, make: MakeFetcher, ahead_bytes: int
+) -> None:
+    """Three epochs, all of which is expected; without a cache, with one that holds a third twice, with a tiny one."""
+    asked, order = [], _epochs(3)
+    for room in (0, 100_000, 100_000, 10_000):
+        web.requests.clear()
+        fetcher = make(cached=room, ahead_bytes=ahead_bytes)
+        fetcher.expect(order, dict.fromkeys("abc", SIZE))
+        for path, start, end in order:
+            assert fetcher.read(path, start, end, SIZE).tobytes() == data[start:end]
+        fetcher.close()
+        assert fetcher.held == 0
+        asked.append(sum(end - start for path in "abc" for start, end in _spans(web, path)) // RECORD)
+        assert len(web.requests) <= asked[-1]
+    none, first, second, tiny = asked
+    records = len(set(order))
+    assert none == records or ahead_bytes < PLENTY
+    assert max(first, tiny) <= none + 4  # what is read while others find no room for it
+    assert second <= first - 6  # of the 12 that fit
+
+
+def test_what_is_expected_several_times_is_asked_for_once(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+    fetcher, item = make(cached=False), Range("a", 0, 5000)
+    for _ in range(3):
+        fetcher.expect([item], {"a": SIZE})
+    for left in (2, 1, 0):
+        assert fetcher.read(*item, SIZE).tobytes() == data[:5000]
+        assert fetcher.held == (5000 if left else 0)
+    assert len(web.requests) == 1
 
 
 def test_a_file_is_filled_with_large_requests_and_every_byte_once(
@@ -258,7 +309,8 @@ def test_no_thread_is_left(web: WebServer, data: bytes, make: MakeFetcher) -> No
 PROGRAM = """
 import sys
 from storage_schemas import Cache, Location
-from storage_schemas.access.fetching import Fetcher, Range
+from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.pieces import Range
 fetcher = Fetcher(Location(sys.argv[1]), Cache(sys.argv[2], 10**9) if sys.argv[3] == "cached" else None)
 fetcher.fill([Range("b", 0, 100_000)], {"b": 100_000})
 fetcher.expect([Range("b", 0, 10)], {})

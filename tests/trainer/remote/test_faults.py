@@ -96,7 +96,9 @@ def test_trouble_changes_no_loss(
     failed = sum(one.status == 503 for one in log)
     # What fails is asked for again, also where several processes' worth of requests were joined to one.
     assert len(log) <= len(usual) + 3 * failed + 8
-    assert sum(one.end - one.start for one in log) <= 1.1 * sum(one.end - one.start for one in usual)
+    # Without a cache a record of several epochs is held meanwhile, and may be asked for in each if that fails.
+    epochs = 1 if cached else 8 * 3 / 10
+    assert sum(one.end - one.start for one in log) <= 1.1 * epochs * sum(one.end - one.start for one in usual)
 
 
 @pytest.mark.parametrize("cached", [True, False])
