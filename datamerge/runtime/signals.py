@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+PATIENCE = 1.0  # seconds after a signal, for something that is waited for
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived, which schedulers send before they kill."""
@@ -44,6 +46,10 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
+class WaitedInVain(KeyboardInterrupt):
+    """A signal arrived, and what was waited for has not come since."""
+
+
 class StopSignals:
     """Notes the first SIGINT or SIGTERM; the second has its usual effect. A context manager.
 
@@ -54,15 +60,33 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
+        self._alarm: Any = None
+        self._is_waiting = False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._note)
+            self._alarm = signal.signal(signal.SIGALRM, self._break_off)
         return self
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for something in here: some seconds after a signal that ends with `WaitedInVain`."""
+        self._is_waiting = True
+        try:
+            yield
+        finally:
+            self._is_waiting = False
+
+    def _break_off(self, number: int, frame: FrameType | None) -> None:
+        if self._is_waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise WaitedInVain
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
         # Not through sys.stderr: the signal may have interrupted a write to it, which cannot be entered twice.
         os.write(2, b"stopping after this step; once more to stop at once\n")
         self._restore()
@@ -76,3 +100,6 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+        if self._alarm is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._alarm)

@@ -14,11 +14,14 @@ import torch
 
 from datamerge.encoders import load_encoder
 from datamerge.encoders.runs import encoder_spec, resolve
+from datamerge.evaluation.results import Training
+from datamerge.evaluation.runs import read_run
 from storage_schemas import ConfigError, Location, open_artifact
 from storage_schemas.operations.diff import diff
 from storage_schemas.operations.remerge import Remerge, remerge
 from tests.support.merging import merge_alone
 from tests.support.refusals import refused
+from trainer import TrainConfig, train
 
 ORIGINAL = "mlp:1x6x5-8-4"
 
@@ -126,3 +129,17 @@ def test_members_merged_again_are_what_a_merge_of_that_size_writes(tmp_path: Pat
     assert not found.different
     assert set(found.furthest) <= {"target"}
     assert open_artifact(tmp_path / "four").manifest.layout == direct.manifest.layout
+
+
+def test_a_run_on_several_artifacts_is_attacked_and_evaluated_as_any_other(rounds: Path, tmp_path: Path) -> None:
+    both, run = [str(rounds / "adv-1"), f"{rounds / 'adv-2'}=0.5"], str(tmp_path / "run")
+    summary = train(TrainConfig(artifact=both, run=run, steps=2, batch_size=4, learning_rate=1e-2, device="cpu"))
+    merge_alone(rounds / "photos.npz", tmp_path / "adv-3", encoder=run, target_encoder=ORIGINAL, seed=2)
+    attacked: Any = open_artifact(tmp_path / "adv-3").manifest.provenance["attacked_encoder"]
+    assert attacked["sha256"] == summary.encoder_sha256
+    assert attacked["run"]["plan_sha256"] == summary.plan_sha256
+    found = read_run(run).summary
+    assert found == summary
+    training = Training.of(found)
+    assert training is not None
+    assert training.artifact == summary.artifact

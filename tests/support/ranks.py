@@ -59,6 +59,7 @@ def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_port()),
         "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
     }
     said = [folder / f"rank-{rank}.txt" for rank in range(world)]

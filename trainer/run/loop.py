@@ -19,7 +19,7 @@ from datamerge.attacks import arithmetic
 from datamerge.encoders import Encoder, save_encoder, weights_sha256, with_checkpoint
 from datamerge.runtime import Progress
 from datamerge.runtime.messages import say, warn
-from datamerge.runtime.signals import StopSignals
+from datamerge.runtime.signals import StopSignals, WaitedInVain
 from datamerge.runtime.threads import torch_threads
 from storage_schemas import DatamergeError, UserError
 from storage_schemas.access.atomic import atomic_file
@@ -123,7 +123,10 @@ class _Run:
 
     def _update(self, batches: Iterator[Batch], stop: StopSignals) -> Outcome:
         try:
-            outcome = self.training.step(self.step, batches, lambda: stop.received)
+            outcome = self.training.step(self.step, batches, lambda: stop.received, stop.waiting)
+        except WaitedInVain:
+            self._save_or_stop(stop.received)
+            raise
         except NotFinite as error:
             raise NotFiniteRun(self._not_finite(error)) from None
         except UserError as error:

@@ -103,13 +103,20 @@ class Optimisation:
         """Kernels that add in one order, on a GPU and as long as there are some for all that this run does."""
         return fixed_order(self.job.device) if self._ordered else nullcontext()
 
-    def step(self, step: int, batches: Iterator[Batch], stopping: Callable[[], int]) -> Outcome:
+    def step(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        stopping: Callable[[], int],
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> Outcome:
         """Do step `step`, counted from 0.
 
         Args:
             step: which.
             batches: the feed, standing before this step's micro-batches.
             stopping: number of a signal received here, or 0; asked once, at the exchange.
+            waiting: may break off in here, where nothing of the step is done and no other process waits for this one.
 
         Raises:
             NotFinite: in all processes, if in one.
@@ -127,7 +134,8 @@ class Optimisation:
         shares = job.order.shares(step, self.partition)
         for share in shares:
             started = time.monotonic()
-            batch = next(batches)
+            with waiting() if not seen and self.own.world == 1 else nullcontext():
+                batch = next(batches)
             waited += time.monotonic() - started
             with out_of_memory_advice(lambda: _out_of_memory(job.config, len(batch.keys))):  # noqa: B023 - at once
                 try:

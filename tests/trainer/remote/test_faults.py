@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,37 @@ def test_answers_that_stop_half_way_are_waited_for_and_said(
         )
     assert found == expected
     assert twice(_data(remote.log()[0])) == 0 or not cached
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_server_that_changes_in_the_middle_changes_no_loss(
+    tmp_path: Path,
+    remote: Remote,
+    make_artifact: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+    cached: bool,
+) -> None:
+    """After the first step it sends half as much a second, and of the answers to come two stop for a while."""
+    artifact = make_artifact(shape=SHAPE, encoder="mlp:1x128x128-2-6")
+    shared = {"batch_size": 1, "steps": 10 if cached else 30}
+    expected = _losses(artifact, tmp_path / "local", **shared)
+    lines, done = tmp_path / "run" / "log.jsonl", []
+
+    def change() -> None:
+        while not lines.exists() or not (count := lines.read_bytes().count(b"\n")):
+            time.sleep(0.002)
+        remote.set(total=1e6, stall=1.5, stalls=2)
+        done.append(count)
+
+    remote.set(total=2e6)
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    cache = str(tmp_path / "cache") if cached else "none"
+    assert _losses(_url(remote, artifact, tmp_path_factory), tmp_path / "run", cache=cache, **shared) == expected
+    thread.join()
+    assert done[0] < 5
+    # With a cache all requests are on their way by then.
+    assert cached or sum(one.ended - one.began >= 1.5 for one in _data(remote.log()[0])) >= 2
 
 
 def test_a_server_that_fails_for_good_ends_the_run_with_one_line(

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.remote_server import running
+from storage_schemas.access.fetching import REQUESTS
 from tests.support.servers import WebServer
 from trainer import TrainConfig, train
 
@@ -17,7 +19,7 @@ FORMS = [("a", "webdataset", 3), ("b", "zarr", 11), ("c", "webdataset", 12)]
 
 def _losses(artifacts: list[str], run: Path, **settings: Any) -> list[float]:
     shared: dict[str, Any] = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "log_every": 1}
-    train(TrainConfig(artifact=artifacts, run=str(run), **shared, **settings))
+    train(TrainConfig(artifact=artifacts, run=str(run), **{**shared, **settings}))
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
@@ -31,3 +33,17 @@ def test_the_place_changes_nothing(
     cache = str(tmp_path / "cache") if cached else "none"
     remote = [f"{web.url}/a", f"{web.url}/b=2", texts[2]]
     assert _losses(remote, tmp_path / "remote", cache=cache) == expected
+
+
+def test_requests_at_a_time_are_bounded(tmp_path: Path, make_artifact: Callable[..., str]) -> None:
+    """By 16 for each place, at a server that takes so long that all are on their way that may be."""
+    names = ("a", "b")
+    for seed, name in enumerate(names):
+        make_artifact(name=name, format="zarr", seed=seed, shape=(1, 128, 128), encoder="mlp:1x128x128-2-6")
+    with running(tmp_path, latency=0.03) as server:
+        _losses([f"{server.url}/{name}" for name in names], tmp_path / "run", cache="none", epochs=1)
+        log, _ = server.log()
+    for name in names:
+        own = [one for one in log if one.path.startswith(f"/{name}/")]
+        most = max(sum(one.began <= other.began < one.ended for one in own) for other in own)
+        assert REQUESTS // 2 < most <= REQUESTS
