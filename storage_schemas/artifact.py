@@ -128,11 +128,7 @@ class Artifact:
         return self.part(index % len(self))
 
     def part(self, index: int, rows: Rows | None = None) -> Record:
-        """The record with this index, at least 0, and of some arrays the rows alone that `rows` names, by its count.
-
-        A tar file's arrays are read and checked as a whole; of Zarr's, blocks of 256 KB that hold the rows are
-        decompressed, and what is checked is the crc32c of the compressed chunk.
-        """
+        """Record `index`, at least 0; of some arrays the rows alone that `rows` names, see `read_arrays`."""
         return self.read(*self._place(index), rows=rows)
 
     def __iter__(self) -> Iterator[Record]:

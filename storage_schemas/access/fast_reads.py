@@ -141,9 +141,7 @@ def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
     """
     try:
         data = read(path, start, end)
-    except (FileNotFoundError, _Failed):
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (FileNotFoundError, _Failed, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of Rust is no Exception
         text = str(error)
@@ -182,7 +180,7 @@ def _way(location: Location) -> Learn | None:
 
 
 def _client_options(url: str) -> ClientConfig:
-    # An answer as a whole may take as long as it has bytes.
+    # As those of `web`: an answer as a whole may take as long as it has bytes.
     return {
         "allow_http": url.startswith("http://"),
         "connect_timeout": "15s",

@@ -24,8 +24,8 @@ def read_arrays(
 ) -> dict[str, Array]:
     """Arrays of record `index` of a shard, compared with their checksums if `check`.
 
-    Of arrays that `rows` names those rows alone; where the store reads no more of them, the checksum of the whole
-    array cannot be compared, and the store's own is.
+    Of arrays that `rows` names those rows alone. A tar file's are read and checked as a whole; of Zarr's, the blocks
+    that hold the rows are decompressed, and what is checked is the crc32c of the compressed chunk.
 
     Raises:
         CorruptShard: names the record and the first array that is not as it was committed.
