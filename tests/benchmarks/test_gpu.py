@@ -38,10 +38,7 @@ def test_every_part_measures_something(name: str) -> None:
     assert len({row.what for row in rows}) == len(rows) >= 2
     for row in rows:
         assert row.part == name
-        if row.failed:  # what the trainer refuses to compile
-            assert name == "compiled"
-            assert "failed: base, gauss_newton compiled: compile: " in row.what
-            continue
+        assert not row.failed, row.what
         assert row.ms is not None
         assert row.ms > 0
         assert all(math.isfinite(value) for value in (row.ms, row.share or 0, row.rate or 0))

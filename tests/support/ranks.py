@@ -24,11 +24,12 @@ def launch(world: int, entries: Sequence[Mapping[str, Any]], folder: Path) -> li
     """Run training configurations, one after the other, in `world` processes.
 
     Each process prints the keys of the records that it is handed. An entry's `trouble` is a signal that process `who`
-    sends itself when it is handed micro-batch `at` of the sitting.
+    sends itself when it is handed micro-batch `at` of the sitting. Its `bucket_bytes` are those of the exchange; with
+    `unordered`, process `who` breaks off at the end of backward pass `at`, as where a GPU's kernels add in any order.
 
     Args:
         world: number of processes.
-        entries: settings of `TrainConfig`, and perhaps `trouble`.
+        entries: settings of `TrainConfig`, and perhaps the above.
         folder: for what the processes print.
 
     Returns:
@@ -50,6 +51,22 @@ def exchange(world: int, folder: Path, patience: float, absent: bool) -> list[tu
         Exit code and stderr of each rank.
     """
     return _run(world, folder, _sum, patience, absent)
+
+
+def step(world: int, folder: Path, cases: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Gradients of a small network, summed by an exchange, in each of several cases; see `step_once`."""
+    outcomes = _run(world, folder, _step, cases)
+    assert [code for code, _ in outcomes] == [0] * world, outcomes
+    return [[json.loads(line) for line in text.splitlines()] for _, text in outcomes]
+
+
+def fail(world: int, folder: Path, case: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Such a step in processes that join and leave as those of a run do, of which some fail in it.
+
+    Returns:
+        Exit code of each rank, and its error with the seconds from the step until all was left.
+    """
+    return _run(world, folder, _fail, case)
 
 
 def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> list[tuple[int, str]]:
@@ -109,6 +126,7 @@ def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool)
 
     from storage_schemas import DatamergeError
     from trainer.run.distributed import Processes
+    from trainer.run.exchange import Exchange
 
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     ended = said.with_name("ended")
@@ -119,9 +137,12 @@ def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool)
                 time.sleep(0.01)
             return
         tensors = [torch.full((2,), rank + 1.0), torch.full((1,), 10.0 * (rank + 1))]
+        parameters = [torch.nn.Parameter(torch.zeros_like(tensor)) for tensor in tensors]
+        for parameter, tensor in zip(parameters, tensors, strict=True):
+            parameter.grad = tensor
         started = time.monotonic()
         try:
-            numbers = Processes(rank, world, rank, patience).sum(tensors, torch.tensor([rank + 2.0]))
+            numbers = Exchange(Processes(rank, world, rank, patience), parameters).finish(torch.tensor([rank + 2.0]))
         except DatamergeError as error:
             _tell(f"ERROR {error} AFTER {time.monotonic() - started}")
             ended.touch()
@@ -129,14 +150,126 @@ def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool)
         _tell(json.dumps({"tensors": [tensor.tolist() for tensor in tensors], "numbers": numbers.tolist()}))
 
 
+def _step(environment: dict[str, str], said: Path, cases: Sequence[Mapping[str, Any]]) -> None:
+    with _joined(environment, said):
+        for case in cases:
+            _tell(json.dumps(step_once(int(environment["RANK"]), int(environment["WORLD_SIZE"]), **case)))
+
+
+def _fail(environment: dict[str, str], said: Path, case: Mapping[str, Any]) -> None:
+    from trainer.run.distributed import processes
+
+    os.environ.update(environment)
+    with said.open("wb") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    started, error = 0.0, ""
+    try:
+        with processes("cpu") as own:
+            own.gather(None)
+            started = time.monotonic()
+            step_once(own.rank, own.world, **case, again=False)
+    except Exception as caught:
+        error = f"{type(caught).__name__} {caught}"
+    _tell(f"{error} AFTER {time.monotonic() - started}")
+
+
+def step_once(
+    rank: int,
+    world: int,
+    shares: Sequence[Sequence[Sequence[int]]],
+    bucket_bytes: int,
+    breaks: Sequence[int] = (),
+    again: bool = True,
+) -> dict[str, Any]:
+    """What the exchange of a step does in one process, on whole numbers, which float32 adds without rounding.
+
+    Args:
+        rank: this process.
+        world: how many there are.
+        shares: numbers of the images in each micro-batch of each process.
+        bucket_bytes: size of a bucket.
+        breaks: processes whose last backward pass breaks off before the first layer.
+        again: such a pass is repeated; otherwise its error is raised.
+
+    Returns:
+        `gradients`, by name; `sums`, those that `Exchange.finish` returns; `events`, in their order.
+    """
+    import torch
+    from torch import Tensor, nn
+
+    import trainer.run.exchange
+    from trainer.run.distributed import Processes
+
+    events: list[str] = []
+
+    class Watched(Processes):
+        def start_sum(self, flat: Tensor) -> Any:
+            events.append(f"sum of {len(flat)}")
+            return super().start_sum(flat)
+
+    trainer.run.exchange.BUCKET_BYTES = bucket_bytes
+    layers = {"first": nn.Linear(4, 3), "second": nn.Linear(3, 3), "spare": nn.Linear(2, 1), "last": nn.Linear(3, 2)}
+    network = nn.ModuleDict(layers)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randint(-3, 4, parameter.shape, generator=generator).float()
+    layers["second"].bias.requires_grad_(False)
+    images = torch.randint(0, 4, (8, 4), generator=generator).float()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    exchange = trainer.run.exchange.Exchange(Watched(rank, world), parameters)
+
+    def backward(numbers: Sequence[int], fail: bool = False) -> None:
+        def arrive(gradient: Tensor) -> None:
+            if fail:
+                raise RuntimeError("broken off")
+            events.append("first layer")
+
+        pixels = images[list(numbers)].requires_grad_()
+        hidden = layers["first"](pixels)
+        outputs = layers["last"](layers["second"](hidden))
+        # As estimators do: the slope on pixels is part of the loss.
+        (slope,) = torch.autograd.grad(outputs.square().sum(), pixels, create_graph=True)
+        hidden.register_hook(arrive)
+        (outputs.sum() + slope.sum()).backward()
+
+    mine = shares[rank]
+    for share in mine:
+        last = share is mine[-1]
+        try:
+            with exchange.sending(last):
+                backward(share, fail=last and rank in breaks)
+        except RuntimeError:
+            if not again:
+                raise
+            network.zero_grad(set_to_none=True)
+            for one in mine:
+                backward(one)
+    events.append("finish")
+    sums = exchange.finish(torch.tensor([float(sum(map(len, mine)))]))
+    gradients = {name: p.grad.tolist() for name, p in network.named_parameters() if p.grad is not None}
+    return {"gradients": gradients, "sums": sums.tolist(), "events": events}
+
+
 def _train(entry: dict[str, Any]) -> None:
     import trainer.data.stream
+    import trainer.run.exchange
     import trainer.run.job
+    import trainer.run.update
     from storage_schemas import DatamergeError
     from trainer import Stopped, TrainConfig, train
 
     trouble = entry.pop("trouble", None)
+    unordered = entry.pop("unordered", None)
     original = trainer.data.stream.stream
+    trainer.run.exchange.BUCKET_BYTES = entry.pop("bucket_bytes", 25 * 2**20)
+    passes: list[int] = []
+
+    @contextmanager
+    def fixed_order(device: Any) -> Iterator[None]:
+        yield
+        passes.append(1)
+        if unordered and len(passes) == unordered["at"] and int(os.environ["RANK"]) == unordered["who"]:
+            raise RuntimeError("it does not have a deterministic implementation")
 
     def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, batch in enumerate(original(*arguments, **options)):
@@ -146,6 +279,7 @@ def _train(entry: dict[str, Any]) -> None:
             yield batch
 
     trainer.run.job.stream = stream  # type: ignore[attr-defined]
+    trainer.run.update.fixed_order = fixed_order  # type: ignore[attr-defined]
     try:
         train(TrainConfig(**entry))
     except Stopped as stopped:

@@ -161,7 +161,7 @@ class Gpus:
         patch.setattr(torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index)))
         patch.setattr(torch.cuda, "current_device", lambda: self.calls[0][1])
         patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU"))
-        patch.setattr(dist, "init_process_group", lambda backend: self.calls.append(("init", backend)))
+        patch.setattr(dist, "init_process_group", lambda backend, timeout: self.calls.append(("init", backend)))
         patch.setattr(dist, "all_gather_object", lambda values, _: values.__setitem__(slice(None), self.taken))
         patch.setattr(dist, "destroy_process_group", lambda: self.calls.append(("destroy", None)))
         patch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: self.calls.append(("abort", None)))
@@ -222,7 +222,7 @@ def test_the_gpu_of_a_process(
 def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
     """NCCL's, in place of which stands gloo: process 1 gives a sign of life, and then never comes to the sum."""
     ((_, first), (_, second)) = exchange(2, tmp_path, patience=0.5, absent=False)
-    assert json.loads(first) == json.loads(second) == {"tensors": [[3.0, 3.0], [30.0]], "numbers": [5.0]}
+    assert json.loads(first) == json.loads(second) == {"tensors": [[3.0, 3.0], [30.0]], "numbers": [5.0, 2.0, 2.0]}
     ((code, text), _) = exchange(2, tmp_path, patience=0.5, absent=True)
     assert code == 0, text
     assert re.search(r"ERROR lost contact with the other processes of this run \(no sum after 0.5 s\)", text)

@@ -1,12 +1,11 @@
 """The processes of a run: one alone, several under torchrun, or the workers of Ray Train.
 
-Gradients are exchanged once a step, summed as one flat tensor, after all micro-batches. There is no
-DistributedDataParallel wrapper: its hooks fire during every backward pass, and the curvature estimators
-differentiate twice. The same exchange carries the numbers all processes must agree on (loss, stop request,
-non-finite values), so they leave the loop at the same step.
+Gradients are exchanged once a step (`trainer.run.exchange`). There is no DistributedDataParallel wrapper: its hooks
+fire during every backward pass, and the curvature estimators differentiate twice. The same exchange carries the
+numbers all processes must agree on (loss, stop request, non-finite values), so they leave the loop at the same step.
 
 Only the sums of GPUs' tensors go through NCCL, everything else through gloo. gloo raises at once when a peer is gone.
-NCCL waits for it, so an exchange begins with a sign of life over gloo, and may then take `EXCHANGE_SECONDS`.
+NCCL waits for it, so nobody waits for a sum before a sign of life of all over gloo, and then for `EXCHANGE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,16 @@ BACKENDS = "cpu:gloo,cuda:nccl"
 # A GPU is never more than some thousand kernels behind its process, and all processes are there when this begins.
 EXCHANGE_SECONDS = 20.0
 LOOK_SECONDS = 0.0002
+# Sums begin before all processes are there. NCCL ends a process whose sum waits for so long; gloo raises then.
+LATE = timedelta(minutes=30)
+
+
+class Work(Protocol):
+    """What torch.distributed hands out for a sum that was begun; not importable where torch is built without it."""
+
+    def is_completed(self) -> bool: ...
+
+    def wait(self) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,44 +82,46 @@ class Processes:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
 
-    def sum(self, tensors: Sequence[Tensor], numbers: Tensor) -> Tensor:
-        """Sum tensors in place over all processes.
-
-        Args:
-            tensors: of equal shapes in every process.
-            numbers: a vector of further numbers, on the same device.
-
-        Returns:
-            The sum of `numbers`.
+    def start_sum(self, flat: Tensor) -> Work:
+        """Begin to sum a tensor in place over all processes, which all begin the same sums in the same order.
 
         Raises:
             DatamergeError: another process has died.
         """
-        if self.world == 1:
-            return numbers
-        flat = torch.cat([*(tensor.reshape(-1) for tensor in tensors), numbers.to(tensors[0].dtype)])
         with _peers():
-            self._all_reduce(flat)
-        pieces = flat.split([*(tensor.numel() for tensor in tensors), len(numbers)])
-        for tensor, piece in zip(tensors, pieces, strict=False):
-            tensor.copy_(piece.view_as(tensor))
-        return cast(Tensor, pieces[-1])
+            return cast(Work, dist.all_reduce(flat, async_op=True))
 
-    def _all_reduce(self, flat: Tensor) -> None:
-        if self.patience is None:
-            dist.all_reduce(flat)
-            return
-        dist.all_reduce(torch.zeros(1))  # waits for the slowest, and raises where one is gone
-        work = dist.all_reduce(flat, async_op=True)
-        end = time.monotonic() + self.patience
-        while not work.is_completed():
-            if time.monotonic() > end:
-                raise RuntimeError(f"no sum after {self.patience:g} s")
-            time.sleep(LOOK_SECONDS)
-        work.wait()
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor in place over all processes, and return it; raises as `wait`."""
+        if self.world > 1:
+            self.meet()
+            self.wait([self.start_sum(tensor)])
+        return tensor
+
+    def meet(self) -> None:
+        """Wait for the slowest process where the transport of sums would not notice a dead one; raises as `wait`."""
+        if self.patience is not None:
+            with _peers():
+                dist.all_reduce(torch.zeros(1))
+
+    def wait(self, sums: Sequence[Work]) -> None:
+        """Wait for sums that all processes have begun, or are about to.
+
+        Raises:
+            DatamergeError: another process has died, or does not come.
+        """
+        with _peers():
+            if self.patience is not None:
+                end = time.monotonic() + self.patience
+                while not all(work.is_completed() for work in sums):
+                    if time.monotonic() > end:
+                        raise RuntimeError(f"no sum after {self.patience:g} s")
+                    time.sleep(LOOK_SECONDS)
+            for work in sums:
+                work.wait()
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank; raises as `sum`."""
+        """The value of every process, by rank; raises as `wait`."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -178,7 +190,7 @@ def processes(device: str) -> Iterator[Processes]:
         raise ConfigError(f"device: expected auto or cuda for several, found {device}")
     own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
     with _peers():
-        dist.init_process_group(BACKENDS)
+        dist.init_process_group(BACKENDS, timeout=LATE)
     try:
         own = replace(own, patience=EXCHANGE_SECONDS)
         _check_gpus_apart(own)

@@ -1,4 +1,4 @@
-"""One optimiser step: micro-batches → losses → gradients, exchanged once → AdamW.
+"""One optimiser step: micro-batches → losses → gradients, summed over processes → AdamW.
 
 The loss of a step is the mean over the groups of its whole batch, whatever the number of processes and
 micro-batches; so learning rate and effective batch size mean the same in every layout, and the results differ
@@ -29,6 +29,7 @@ from trainer.data.noise import Draws
 from trainer.data.order import ESTIMATOR, LAYERS, Partition, Share, stream_seeds
 from trainer.estimators import GroupLoss
 from trainer.run.distributed import Processes
+from trainer.run.exchange import Exchange
 from trainer.run.forward import seeded_layers
 from trainer.run.job import Job
 from trainer.run.objective import group_losses
@@ -73,6 +74,7 @@ class Optimisation:
         parameters: those that are not frozen.
         optimizer: AdamW.
         average: exponential moving average of the encoder, if the settings ask for one.
+        exchange: of gradients with the other processes.
     """
 
     job: Job
@@ -92,6 +94,7 @@ class Optimisation:
         if config.ema is not None:
             self.average = AveragedModel(self.job.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.partition = Partition(self.own.rank, self.own.world, config.accumulate)
+        self.exchange = Exchange(self.own, self.parameters)
         self._ordered = True
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ class Optimisation:
             waited += time.monotonic() - started
             with out_of_memory_advice(lambda: _out_of_memory(job.config, len(batch.keys))):  # noqa: B023 - at once
                 try:
-                    with self.order():
+                    with self.order(), self.exchange.sending(share is shares[-1]):
                         losses = self._backward(step, share, batch, size)
                 except RuntimeError as error:
                     self._give_up_order(error)
@@ -148,7 +151,7 @@ class Optimisation:
             seen.append(batch)
             results.append(losses)
         stop = stopping()
-        totals = self._exchange(results, stop)
+        totals = self.exchange.finish(self._numbers(results, stop))
         # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
         limit = job.config.gradient_clip if job.config.gradient_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
@@ -195,15 +198,9 @@ class Optimisation:
         correction = losses.correction
         return GroupLoss(losses.loss.detach(), None if correction is None else correction.detach())
 
-    def _exchange(self, results: list[GroupLoss], stop: int) -> Tensor:
-        """Sum gradients over the processes.
-
-        Returns:
-            The sums of [loss, correction, corrected groups, non-finite, stop], and, of several processes, for each
-            parameter in how many it had a gradient.
-        """
-        device = self.job.device
-        numbers = torch.zeros(5, device=device)
+    def _numbers(self, results: list[GroupLoss], stop: int) -> Tensor:
+        """Of this process: sums of [loss, correction, corrected groups, non-finite], and stop; on the device."""
+        numbers = torch.zeros(5, device=self.job.device)
         for losses in results:
             numbers[0] += losses.loss.sum()
             if losses.correction is not None:
@@ -211,15 +208,7 @@ class Optimisation:
                 numbers[2] += len(losses.loss)
             numbers[3] += (~losses.loss.isfinite()).sum()
         numbers[4] = stop
-        if self.own.world == 1:
-            return numbers
-        # A parameter without a gradient here may have one elsewhere.
-        used = torch.tensor([p.grad is not None for p in self.parameters], dtype=numbers.dtype)
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return self.own.sum(gradients, torch.cat([numbers, used.to(device, non_blocking=True)]))
+        return numbers
 
     def _not_finite(self, bad_loss: bool, norm: float, seen: list[Batch], results: list[GroupLoss]) -> None:
         found: list[tuple[str, float]] = []
