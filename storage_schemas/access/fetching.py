@@ -366,9 +366,16 @@ class Fetcher(RequestThreads):
                 patience.wait(self._changed)
             if (piece := self._pieces.get(item)) is not None:
                 return piece
-        data = np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)
-        with self._changed:
-            self._pieces.keep(item, data)
+            self._pieces.begin([item], to_memory=True)  # so that nobody queues it meanwhile
+        data = None
+        try:
+            data = np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)
+        finally:
+            with self._changed:
+                self._pieces.end([item])
+                if data is not None:
+                    self._pieces.keep(item, data)
+                self._changed.notify_all()
         return data
 
 

@@ -152,7 +152,7 @@ def test_a_folder_that_is_no_finished_run(tmp_path: Path, content: str | None) -
     merged = run_command("merge", tmp_path / "x.npz", tmp_path / "a", "--encoder", tmp_path / "run")
     assert (merged.returncode, merged.stderr.startswith("error: --encoder: ")) == (2, True)
     evaluated = run_command("evaluate", tmp_path / "run", "--data", tmp_path / "x.npz")
-    assert (evaluated.returncode, evaluated.stderr.startswith("error: RUN…: ")) == (2, True)
+    assert (evaluated.returncode, evaluated.stderr.startswith("error: RUN: ")) == (2, True)
 
 
 def test_a_message_names_a_place_once(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_the_help_of_every_flag() -> None:
         ("`slow_start=True` or `slow_start=False`", "--slow-start or --no-slow-start"),
         ("`heat=\"low\"`, `width='1/255'`, `minutes=4`", "--heat low, --width 1/255, --minutes 4"),
         ('`toppings=["salt", "seeds"]`', "--toppings salt,seeds"),
-        ("name `dough` and `shapes`", "name DOUGH and SHAPE…"),
+        ("name `dough` and `shapes`", "name DOUGH and SHAPE"),
         ("bake again with `other_setting=3`", "bake again with --other-setting 3"),
         ("`most`, `own` or `datamerge train`", "`most`, `own` or `datamerge train`"),
         ("oven: x", "oven: x"),
