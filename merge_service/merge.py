@@ -137,13 +137,7 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
                     config, source, encoder, preprocessing, turning.exif, counts, ray or own
                 )
     plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, turning, clusters)
-    for lost in config.lost_levels():
-        warn(lost)
-    if encoder is not None and encoder.encoder.random_weights:
-        warn(
-            f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
-            f"name weights as {encoder.encoder.spec}@FILE"
-        )
+    _warn_of(config, encoder)
     if head is not None:
         files[HEAD] = head.to_bytes()
     return Prepared(
@@ -155,6 +149,17 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         head=head,
         files=files,
     )
+
+
+def _warn_of(config: MergeConfig, encoder: ResolvedEncoder | None) -> None:
+    """Say what is allowed, and seldom meant."""
+    for lost in config.lost_levels():
+        warn(lost)
+    if encoder is not None and encoder.encoder.random_weights:
+        warn(
+            f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
+            f"name weights as {encoder.encoder.spec}@FILE"
+        )
 
 
 def merge(config: MergeConfig) -> MergeResult:
