@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from merge_service import MergeConfig
+from merge_service.adversarial_groups import Attacker
 from merge_service.merge import Prepared, prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, ExactMoments, Location, encode_exact, open_artifact
@@ -83,8 +84,8 @@ def test_moments_on_the_device(device: torch.device, number: int) -> None:
 def test_inputs_are_pinned(device: torch.device, tmp_path: Path) -> None:
     prepared = _prepared(tmp_path, device)
     worker, _ = _worker(prepared, tmp_path / "out")
-    attacker = worker._attacker
-    assert attacker is not None
+    attacker = worker._maker
+    assert isinstance(attacker, Attacker)
     inputs = attacker.inputs([(group, np.zeros((3, 32, 32), np.uint8)) for group in prepared.plan.groups_of(0)])
     assert len(inputs.draws) == 1
     pinned = [tensor.is_pinned() for tensor in (inputs.clean, *inputs.draws)]
