@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamerge.encoders import load_encoder
 from merge_service import MergeConfig
 from merge_service.adversarial_groups import Attacker
 from merge_service.merge import Prepared, prepare, worker_setup
@@ -74,6 +75,26 @@ def test_shards_from_two_threads(device: torch.device, tmp_path: Path, precision
         expected["factors"] = stored_factors(record.members, layout, "sketch", 0, record.key)
         for name, array in expected.items():
             np.testing.assert_array_equal(record.arrays[name], array)
+
+
+def test_clean_images_from_two_threads(device: torch.device, tmp_path: Path) -> None:
+    prepared = _prepared(tmp_path, device, attack="none", members=None, batch_size=3)
+    worker, writer = _worker(prepared, tmp_path / "out")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda shard: worker.run(prepared.plan.task(shard)), range(SHARDS)))
+    writer.finish()
+    assert verify(Location(tmp_path / "out")).problems == []
+    images = np.load(tmp_path / "x.npz")["images"].transpose(0, 3, 1, 2)
+    encoder = load_encoder("mlp:3x32x32-64-16")
+    for record in open_artifact(tmp_path / "out"):
+        image = images[int(record.samples[0].rpartition("#")[2])]
+        np.testing.assert_array_equal(record.arrays["sum"], image)
+        assert record.target is not None
+        assert not record.arrays["scatter"].any()
+        with torch.no_grad():
+            np.testing.assert_allclose(
+                record.target, encoder(torch.from_numpy(image)[None].float() / 255)[0], atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("number", [2, 10, 200])

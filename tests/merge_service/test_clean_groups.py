@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import datamerge as dm
 from datamerge.encoders import load_encoder
+from datamerge.tools.inspection import inspect
 from merge_service import MergeConfig, merge
 from merge_service.cli import merge as command
 from merge_service.merge import prepare, worker_setup
@@ -30,6 +33,7 @@ from storage_schemas import (
     moment_specs,
     open_artifact,
 )
+from storage_schemas.card.dataset_card import dataset_card
 from storage_schemas.schema.manifest import EncodingName
 from storage_schemas.verify import verify
 from tests.support.bench import Bench, tree
@@ -178,6 +182,39 @@ def test_a_resumed_merge_on_ray_has_the_bytes_of_a_loop(bench: Bench, tmp_path: 
     assert len(artifact) == 13
     assert rejects["05.png"] == "non-finite embedding"
     assert rejects.keys() == {"03-corrupt.jpg", "05.png", "06-cut.png", "09-large.png"}
+
+
+def test_what_is_said_of_them(made: Merge, tmp_path: Path) -> None:
+    artifact = made("none", targets="both")
+    facts = dm.inspect(artifact)
+    assert (facts["attack_loss"], facts["attack_loss_start"]) == (None, None)
+    assert f"{GROUPS} clean images and their embeddings" in dataset_card(facts)
+    shown = CliRunner().invoke(inspect, [str(tmp_path / "none")]).stdout
+    assert re.search(r"attack\W+none\W", shown)
+    assert "attack loss" not in shown
+    assert dm.preview(artifact).format == "PNG"
+    assert "embeddings" not in dataset_card(dm.inspect(made("labels", targets="label", encoder=None)))
+    attacked = made("attacked", attack="pgd", steps=1, members=1)
+    assert "clean images" not in dataset_card(dm.inspect(attacked))
+    assert "embeddings" not in dataset_card(dm.inspect(attacked))
+    with refused(ConfigError, None, tmp_path / "none", "clean images", "`attack`"):
+        dm.remerge(artifact, tmp_path / "fewer", dm.Remerge(members=1))
+
+
+def test_copies_and_unions_of_them(made: Merge, images: Pixels, tmp_path: Path) -> None:
+    artifact = made("none")
+    tars = dm.convert(artifact, tmp_path / "tars", format="webdataset", encoding="float32")
+    back = dm.convert(tars, tmp_path / "back", format="zarr", encoding="uint8_moments")
+    assert back.manifest.layout == artifact.manifest.layout
+    assert dm.diff(artifact, back).equal
+    with refused(dm.UserError, None, artifact.location.url, "twice"):
+        dm.combine([artifact, back], tmp_path / "twice")
+    with refused(dm.UserError, None, "attack"):
+        dm.combine([artifact, made("attacked", attack="pgd", steps=1, members=1)], tmp_path / "mixed")
+    np.savez(tmp_path / "y.npz", images=images, labels=np.zeros(GROUPS, np.int64))
+    union = dm.combine([artifact, made("other", source=str(tmp_path / "y.npz"))], tmp_path / "union")
+    assert (len(union), union.manifest.provenance["attack"]) == (2 * GROUPS, None)
+    assert f"{2 * GROUPS} clean images" in dataset_card(dm.inspect(union))
 
 
 def test_a_dry_run_counts_one_pass_an_image(photos: Path, tmp_path: Path) -> None:
