@@ -90,8 +90,8 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     stored = old.array("members")
     if stored is None and are_clean(source.manifest.provenance):
         raise ConfigError(
-            f"{url}: expected stored members, found clean images, one a group; merge the source with an `attack` and "
-            "`keep_members=True`"
+            f"{url}: expected stored members, found clean images, one a group; merge the source with "
+            '`attack="pgd"` and `keep_members=True`'
         )
     if stored is None:
         raise ConfigError(f"{url}: expected stored members, found none; merge with `keep_members=True`")

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 import datamerge as dm
-from datamerge.encoders import load_encoder
+from datamerge.encoders import Head, load_encoder
 from datamerge.tools.inspection import inspect
 from merge_service import MergeConfig, merge
 from merge_service.cli import merge as command
@@ -126,6 +126,20 @@ def test_targets(made: Merge, targets: str) -> None:
         assert (record.target is None) == (targets == "label")
 
 
+def test_a_head_is_kept_and_gives_the_labels(made: Merge, images: Pixels, tmp_path: Path) -> None:
+    names = np.array(["dog", "ant"])[np.arange(GROUPS) % 2]
+    np.savez(tmp_path / "named.npz", images=images, labels=names)
+    (tmp_path / "head.safetensors").write_bytes(Head(torch.eye(3, 4), names=["cat", "dog", "ant"]).to_bytes())
+    places = {"source": str(tmp_path / "named.npz"), "head": str(tmp_path / "head.safetensors")}
+    found = made("none", targets="both", **places)
+    head = found.head()
+    assert head is not None
+    assert head[1] == ["cat", "dog", "ant"]
+    for record in found:
+        assert record.label == 1 + int(record.samples[0].rpartition("#")[2]) % 2
+        assert record.target is not None
+
+
 def test_images_of_several_groups_go_through_the_encoder_at_once(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +211,7 @@ def test_what_is_said_of_them(made: Merge, tmp_path: Path) -> None:
     attacked = made("attacked", attack="pgd", steps=1, members=1)
     assert "clean images" not in dataset_card(dm.inspect(attacked))
     assert "embeddings" not in dataset_card(dm.inspect(attacked))
-    with refused(ConfigError, None, tmp_path / "none", "clean images", "`attack`"):
+    with refused(ConfigError, None, tmp_path / "none", "clean images", '`attack="pgd"`'):
         dm.remerge(artifact, tmp_path / "fewer", dm.Remerge(members=1))
 
 
