@@ -15,6 +15,7 @@ from trainer.data.batches import (
     ImageBatch,
     MomentBatch,
     Read,
+    cleans,
     factors,
     means,
     members,
@@ -35,8 +36,9 @@ from trainer.losses import Loss
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-ArmName = Literal["avg", "factors", "ind", "mean-only", "random-member"]
+ArmName = Literal["avg", "clean", "factors", "ind", "mean-only", "random-member"]
 EstimatorName = Literal["gauss_newton", "sampled", "antithetic"]
+CleanName = Literal["clean", "mean"]
 B = TypeVar("B", bound=Batch)
 B_in = TypeVar("B_in", bound=Batch, contravariant=True)
 
@@ -87,6 +89,7 @@ class Arm(Generic[B]):
         choose: which of so many first members of a group are read, by its 64 random bits; None where none are.
         every_member: a step takes all stored members of a group, each at a plain step's cost.
         deviates: it takes `deviation`.
+        starts_clean: its images are the clean ones, which no stored attack has moved.
         out_of_memory: advice.
     """
 
@@ -100,6 +103,7 @@ class Arm(Generic[B]):
     choose: Callable[[int, int], slice] | None = None
     every_member: bool = False
     deviates: bool = False
+    starts_clean: bool = False
     out_of_memory: str = ""
 
     @property
@@ -176,10 +180,17 @@ def _the_images(batch: ImageBatch, draws: Draws, config: TrainConfig) -> ImageBa
 
 
 def _point_along_factors(batch: FactorBatch, draws: Draws, config: TrainConfig) -> ImageBatch:
-    point = batch.mean + deviation_along(batch.factors, draws, config.deviation)
-    return ImageBatch(
-        keys=batch.keys, target=batch.target, clean=batch.clean, images=point, counts=[1] * len(batch.keys)
-    )
+    return ImageBatch.one_a_group(batch, batch.mean + deviation_along(batch.factors, draws, config.deviation))
+
+
+def _clean_images(batch: Batch, draws: Draws, config: TrainConfig) -> ImageBatch:
+    if batch.clean is None:
+        raise ValueError(f"expected clean images in the batch of {batch.keys[0]}, found none")
+    return ImageBatch.one_a_group(batch, batch.clean)
+
+
+def _at_clean(model: Model, batch: Batch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    return at_images(model, _clean_images(batch, draws, config), loss, draws, config)
 
 
 _PLAIN = '`estimator="sampled"`, '
@@ -205,6 +216,15 @@ ARMS: dict[ArmName, Arm[Any]] = {
             "sampled": Estimate(plain_steps=lambda samples: samples, held_out="antithetic"),
             "antithetic": _PAIR,
         },
+    ),
+    "clean": Arm(
+        title="Clean",
+        about="the clean images, from which `refine_steps` attack the encoder as it is: with 10 it is FARE",
+        arrays=frozenset(),
+        batch=cleans,
+        loss=_at_clean,
+        images=_clean_images,
+        starts_clean=True,
     ),
     "factors": Arm(
         title="Factors",

@@ -61,9 +61,14 @@ class TrainConfig(Settings):
             "only the squared error is scaled, found cross_entropy; drop `{name}`",
         ),
         Effect(
-            ("refine_step_size",),
+            ("refine_step_size", "start_noise"),
             lambda own: own.refine_steps > 0,
             "expected refine_steps of 1 or more, found 0; set `refine_steps`, or drop `{name}`",
+        ),
+        Effect(
+            ("epsilon",),
+            lambda own: own.refine_steps > 0 or not ARMS[own.arm].starts_clean,
+            "the arm {settings.arm} takes images that nobody attacks; set `refine_steps`, or drop `{name}`",
         ),
         Effect(
             ("eval_every",),
@@ -119,11 +124,16 @@ class TrainConfig(Settings):
         default=0,
         ge=0,
         le=100,
-        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
-        "they bring stored attacks up to date. Needs an artifact merged with `keep_clean=True`.",
+        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on. "
+        'Needs an artifact merged with `attack="none"` or `keep_clean=True`.',
     )
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
+    )
+    start_noise: Annotated[PixelLength | None, Option(unset="epsilon for the arm clean, 0 for others")] = Field(
+        default=None,
+        description="Radius of uniform noise that is added before such steps; above epsilon nothing is projected "
+        "onto the ball, as in N-FGSM.",
     )
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
         default=None,
@@ -201,8 +211,10 @@ class TrainConfig(Settings):
         "logged, and picks the checkpoint that is kept as best.",
     )
     eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on `eval_artifact`.")
-    epsilon: PixelLength | None = Field(
-        default=None, description="Refuse an artifact whose members were attacked within another radius than this."
+    epsilon: Annotated[PixelLength | None, Option(unset="that of the stored attacks")] = Field(
+        default=None,
+        description="Radius of the `refine_steps` from a clean image; where stored attacks are trained on, those of "
+        "another radius are refused.",
     )
     seed: Seed = 0
     device: Device = "auto"
@@ -286,6 +298,13 @@ class TrainConfig(Settings):
             )
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
+        if self.epsilon is not None and not self.epsilon:
+            raise ValueError("epsilon: expected more than 0, found 0; drop `epsilon`")
+        if ARMS[self.arm].starts_clean and self.start_noise == 0 and self.loss != "cross_entropy":
+            raise ValueError(
+                "start_noise: the distance to the clean embedding has no slope at the clean image, where the steps "
+                "would start and, before the encoder has moved, stay; drop `start_noise`"
+            )
         return self
 
     @property

@@ -59,7 +59,11 @@ class _Counted(nn.Module):
 
 
 CASES: list[tuple[dict[str, Any], int]] = [
-    *(({"arm": arm, "refine_steps": steps}, 3) for arm in ("ind", "random-member", "mean-only") for steps in (0, 2)),
+    *(
+        ({"arm": arm, "refine_steps": steps}, 3)
+        for arm in ("ind", "random-member", "mean-only", "clean")
+        for steps in (0, 2)
+    ),
     ({"arm": "factors", "refine_steps": 2}, 3),
     *(({"arm": "factors", "estimator": name, "samples": s}, 3) for name in ALONG_FACTORS for s in (1, 3)),
     *(({"arm": "avg", "estimator": name, "samples": s}, 3) for name in ("sampled", "antithetic") for s in (1, 3)),
@@ -90,9 +94,11 @@ def test_double_backward_costs_two_plain_steps() -> None:
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(make_artifact: MakeArtifact, arm: ArmName) -> None:
-    job = make_job(TrainConfig(artifact=make_artifact(factors=2), run="run", steps=3, batch_size=4, arm=arm))
+    job = make_job(
+        TrainConfig(artifact=make_artifact(factors=2, clean=True), run="run", steps=3, batch_size=4, arm=arm)
+    )
     for batch in job.feed(WHOLE, 0, 3):
-        assert batch.clean is None
+        assert (batch.clean is not None) == (arm == "clean")
         batch = batch.floats()
         tensors = {name: value for name, value in batch.content().items() if isinstance(value, Tensor)}
         for name in tensors.keys() - {"target"}:

@@ -38,6 +38,7 @@ from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import CrossEntropy, Loss, SquaredError
 from trainer.run.agreement import check_all, of_artifact
+from trainer.run.clean_images import clean_name
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
 from trainer.run.recompute import recompute_activations
@@ -134,7 +135,7 @@ class Job:
         origin: where the groups come from.
         device: where the encoder is.
         identity: settings and hashes that determine the result.
-        refinement: how stored images are brought up to date, if they are.
+        refinement: steps of an attack on stored images before they are trained on, if there are any.
     """
 
     config: TrainConfig
@@ -183,7 +184,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         labels=found.labels,
         members=found.members,
         classes=classes.count if classes else None,
-        clean=found.refinement is not None,
+        clean=found.clean,
         rows=matched_rows(artifact, classes, "head")
         if classes and config.head not in (None, ARTIFACT_HEAD)
         else None,
@@ -305,7 +306,8 @@ def _held_out(
         check_apart(of_artifact(config, number), own.manifest, artifact.manifest)
     members = check_held_out(other, found, artifact.manifest)
     rows = matched_rows(artifact, classes, "eval_artifact") if classes else None
-    collate = dataclasses.replace(collate, members=members, rows=rows)
+    clean = clean_name(artifact.manifest) if found.clean else None
+    collate = dataclasses.replace(collate, members=members, rows=rows, clean=clean)
     check_groups(artifact, encoder, collate)
     blend = Blend.of(artifact)
     order = _order(blend, other, "eval_artifact")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from trainer.arms import ARMS, at_images
 from trainer.config import TrainConfig
-from trainer.data.batches import Batch
+from trainer.data.batches import Batch, ImageBatch
 from trainer.data.noise import Draws
 from trainer.estimators import GroupLoss, Model
 from trainer.losses import Loss
@@ -33,8 +36,19 @@ def group_losses(
         raise ValueError(f"arm {config.arm}: expected images to refine, and the clean images they stay close to")
     chosen = arm.images(batch, draws, config)
     clean, target = chosen.per_image(batch.clean), chosen.per_image(batch.target)
-    refined = refine(model, chosen.images, clean, target, loss, refinement)
+    start = chosen.images + refinement.noise * _noise(chosen, draws) if refinement.noise else chosen.images
+    refined = refine(model, start, clean, target, loss, refinement)
     return at_images(model, replace(chosen, images=refined), loss, draws, config)
+
+
+def _noise(chosen: ImageBatch, draws: Draws) -> Tensor:
+    """Uniform on [−1, 1], [M, C, H, W]; each group draws from its own stream."""
+    images, most = chosen.images, max(chosen.counts)
+    drawn = draws.uniform(images.new_empty(len(chosen.counts), most, *images.shape[1:])).flatten(0, 1)
+    if min(chosen.counts) == most:
+        return drawn
+    rows = [group * most + row for group, count in enumerate(chosen.counts) for row in range(count)]
+    return drawn[torch.tensor(rows).to(drawn.device, non_blocking=True)]
 
 
 def held_out_settings(config: TrainConfig) -> TrainConfig:
