@@ -17,14 +17,16 @@ from typing import Any, ClassVar
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from datamerge.attacks import PGD, attack, sample_generators, squared_error
+from datamerge.attacks import PGD, Precision, attack, sample_generators, squared_error
 from datamerge.encoders import Encoder, load_encoder
 from datamerge.runtime import Settings, load_settings
 from datamerge.runtime.fields import LIMITS, Limit, LimitFirst
 from datamerge.runtime.options import as_flags, options
+from datamerge.runtime.read_ahead import read_ahead
 from datamerge.runtime.settings import Effect
 from datamerge.sources import BadImage, Sample, Source, decode, open_source
 from storage_schemas import DatamergeError
@@ -58,29 +60,45 @@ class OnlineFeed:
         order: which images form which step.
         settings: of the attack.
         seed: of the attack's starts.
+        precision: of the attack's search.
         device: where the encoder is.
     """
 
     def __init__(
-        self, source: Source, encoder: Encoder, order: Order, settings: PGD, seed: int, device: torch.device
+        self,
+        source: Source,
+        encoder: Encoder,
+        order: Order,
+        settings: PGD,
+        seed: int,
+        precision: Precision,
+        device: torch.device,
     ) -> None:
         self._source, self._encoder, self._order = source, encoder, order
-        self._settings, self._seed, self._device = settings, seed, device
+        self._settings, self._seed, self._precision, self._device = settings, seed, precision, device
         self._original = copy.deepcopy(encoder).eval().requires_grad_(False)
 
     def __call__(self, partition: Partition, start: int, stop: int) -> Iterator[ImageBatch]:
+        # Decoded while the network works; attacked when they are asked for, with the weights of then.
+        for step, samples, levels in read_ahead(self._decoded(partition, start, stop)):
+            clean = pixels(levels).to(self._device)
+            with torch.no_grad():
+                target = self._original(clean)
+            yield ImageBatch(
+                keys=[sample.name for sample in samples],
+                target=target,
+                images=self._attack(clean, target, samples, step),
+                counts=[1] * len(samples),
+            )
+
+    def _decoded(
+        self, partition: Partition, start: int, stop: int
+    ) -> Iterator[tuple[int, list[Sample], npt.NDArray[np.uint8]]]:
+        """Step, samples and pixels of every micro-batch."""
         for step in range(start, stop):
             for share in self._order.shares(step, partition):
                 samples = [self._source.samples[index] for index in share.indices]
-                clean = pixels(np.stack([self._decode(sample) for sample in samples])).to(self._device)
-                with torch.no_grad():
-                    target = self._original(clean)
-                yield ImageBatch(
-                    keys=[sample.name for sample in samples],
-                    target=target,
-                    images=self._attack(clean, target, samples, step),
-                    counts=[1] * len(samples),
-                )
+                yield step, samples, np.stack([self._decode(sample) for sample in samples])
 
     def _decode(self, sample: Sample) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         try:
@@ -93,7 +111,16 @@ class OnlineFeed:
         self._encoder.eval()
         generators = [sample_generators(self._seed, f"{step}/{sample.name}", 1)[0] for sample in samples]
         names = [sample.name for sample in samples]
-        attacked = attack(self._encoder, clean, target, squared_error, self._settings, generators, names)
+        attacked = attack(
+            self._encoder,
+            clean,
+            target,
+            squared_error,
+            self._settings,
+            generators,
+            names,
+            precision=self._precision,
+        )
         for module, training in modes:
             module.training = training
         return attacked.pixels
@@ -170,7 +197,7 @@ def _job(
         model=ready(encoder, None, config, device),
         loss=SquaredError(config.loss_scale),
         order=order,
-        feed=OnlineFeed(source, encoder, order, settings, config.seed, device),
+        feed=OnlineFeed(source, encoder, order, settings, config.seed, config.precision, device),
         held_out=None,
         origin=Origin((images,), source.fingerprint, "FARE online", int(np.prod(encoder.input_shape))),
         device=device,

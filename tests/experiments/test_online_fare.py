@@ -66,6 +66,23 @@ def test_members_are_fresh_attacks_inside_the_ball(
     assert (summary["arm"], summary["steps"], summary["groups"]) == ("FARE online", 6, 21)
 
 
+def test_the_attack_has_the_precision_of_the_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    original = online_fare.attack  # type: ignore[attr-defined]
+
+    def spy(*arguments: Any, **settings: Any) -> Any:
+        found.append(settings["precision"])
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(online_fare, "attack", spy)
+    flags = f"--encoder {SPEC} --batch-size 4 --warmup 0 --attack-steps 1 --threads 1 --steps 2 --precision bfloat16"
+    result = CliRunner().invoke(online_fare.main, [str(photos), str(tmp_path / "run"), *flags.split()])
+    assert result.exit_code == 0, result.output
+    assert found == ["bfloat16"] * 2
+
+
 def test_an_interrupted_run_continues_to_the_same_bits(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
