@@ -104,7 +104,7 @@ class MergeConfig(Settings):
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN")] = Field(
         None,
         description="Encoder to attack, such as open_clip:ViT-B-32/openai, or the folder of a finished training run; "
-        "of other groups, the one whose embeddings are targets or are clustered.",
+        "of groups that nothing attacks, the one whose embeddings are targets or are clustered.",
     )
     target_encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the attacked one")] = Field(
         None, description="Encoder of the targets."
