@@ -77,6 +77,8 @@ _FREE = {
     "wandb_project",
 }
 ARTIFACT_HEAD = "artifact"
+# So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
+WITHOUT_WORKERS = 10_000
 
 
 Feed = Callable[[Partition, int, int], Iterator[Batch]]
@@ -312,7 +314,8 @@ def _held_out(
     check_groups(artifact, encoder, collate)
     blend = Blend.of(artifact)
     order = _order(blend, other, "eval_artifact")
-    feed = _feed(blend, order, collate, config.data_workers, device)
+    workers = config.data_workers if order.groups > WITHOUT_WORKERS else 0
+    feed = _feed(blend, order, collate, workers, device)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
         # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.
