@@ -173,8 +173,8 @@ def _many_shards(found: Findings, scratch: Path, shards: int) -> None:
     found.bars.append(Bar(f"seconds of `train` for a step on {shards:,} shards", [started.seconds], 10))
     found.notes.append(
         f"{shards:,} shards: {opened.sent:.0f} MB are sent to each data worker, packed in {opened.pack:.2f} s and "
-        f"unpacked in {opened.unpack:.2f} s; `train` takes {started.peak:.0f} MB and {started.cpu:.1f} s of processor, imports "
-        "included."
+        f"unpacked in {opened.unpack:.2f} s; `train` takes {started.peak:.0f} MB and {started.cpu:.1f} s of "
+        "processor, imports included."
     )
 
 
