@@ -206,7 +206,7 @@ def _split(folder: Path, size: Sizes) -> Iterator[Row]:
             inputs = attacker.inputs(batch)
             with _timed("copy of the clean images", spent, size.device):
                 inputs.clean.to(size.device, non_blocking=True)
-            done = attacker.attack_finite(batch, inputs, [])
+            done = attacker.run(batch, inputs, [])
             if done is None:
                 raise ValueError("no gradient was finite")
             attacker.records(done)

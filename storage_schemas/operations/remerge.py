@@ -22,6 +22,7 @@ from storage_schemas.schema.exact import exact_arrays, pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
 from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest
 from storage_schemas.schema.moments import ExactMoments
+from storage_schemas.schema.provenance import are_clean
 from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
@@ -84,6 +85,11 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     """The new arrays, in the order in which a merge has them."""
     old, url = source.manifest.layout, source.location.url
     stored = old.array("members")
+    if stored is None and are_clean(source.manifest.provenance):
+        raise ConfigError(
+            f"{url}: expected stored members, found clean images, one a group; merge the source with "
+            '`attack="pgd"` and `keep_members=True`'
+        )
     if stored is None:
         raise ConfigError(f"{url}: expected stored members, found none; merge with `keep_members=True`")
     largest, shape = stored.shape[0], stored.shape[1:]

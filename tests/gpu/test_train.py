@@ -122,10 +122,18 @@ def _stopping(job: Job, after: int) -> Job:
     return replace(job, feed=feed)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_page_locked(
-    make_artifact: MakeArtifact, tmp_path: Path, device: torch.device, workers: int
+def test_batches_are_page_locked(make_artifact: MakeArtifact, tmp_path: Path, device: torch.device) -> None:
+    _assert_page_locked(make_artifact, tmp_path, device, workers=0)
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_batches_of_data_workers_are_page_locked(
+    make_artifact: MakeArtifact, tmp_path: Path, device: torch.device
 ) -> None:
+    _assert_page_locked(make_artifact, tmp_path, device, workers=2)
+
+
+def _assert_page_locked(make_artifact: MakeArtifact, tmp_path: Path, device: torch.device, workers: int) -> None:
     job = _job(make_artifact, tmp_path / "run", device, arm="factors", data_workers=workers)
     sent = stream(
         open_artifact(job.config.artifact),  # type: ignore[arg-type]
