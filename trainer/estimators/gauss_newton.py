@@ -38,7 +38,7 @@ def gauss_newton(
     check(model, mean, variance)
     compiled: Compiled | None = getattr(model, "compiled_diagonal", None)
     if compiled is not None:
-        like = mean.new_empty(len(mean), model.width)  # type: ignore[attr-defined]
+        like = mean.new_empty(len(mean), model.width)  # type: ignore[attr-defined]  # one with a compiled diagonal has it
         outputs, diagonal = compiled(mean.detach(), loss, [loss.noise(like, draws) for _ in range(samples)])
     else:
         inputs = mean.detach().requires_grad_()
@@ -81,7 +81,7 @@ def outputs_and_diagonal(
         noise: of each label, [B, K].
     """
     with sdpa_kernel(SDPBackend.MATH):
-        outputs, backward = torch.func.vjp(lambda points: evaluate(model, points), pixels)  # type: ignore[misc]
+        outputs, backward = torch.func.vjp(lambda points: evaluate(model, points), pixels)  # type: ignore[misc]  # vjp may give a third
         total = torch.zeros_like(pixels)
         for numbers in noise:
             label = loss.pseudo_label(outputs, numbers)
