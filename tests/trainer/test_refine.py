@@ -20,6 +20,7 @@ from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
 from trainer.data.noise import Draws
 from trainer.losses import SquaredError
+from trainer.run.clean_images import clean_name
 from trainer.run.refine import Refinement, refine
 from trainer.run.requirements import check
 
@@ -204,3 +205,23 @@ def test_the_noise_is_uniform_and_a_groups_own() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 43.8  # χ², 19 degrees of freedom, p = .001
     assert torch.equal(Draws([5]).uniform(like[:1])[0], found[1])
     assert torch.equal(Draws([5]).uniform(like[:1, :, :50])[0], found[1, :, :50])
+
+
+@pytest.mark.parametrize(
+    ("provenance", "expected"),
+    [
+        ({"attack": None, "grouping": {"kind": "adversarial", "members": 1}}, "mean"),
+        ({"grouping": {"kind": "label", "members": 1}}, "mean"),
+        ({"grouping": {"kind": "label", "members": None}}, None),
+        ({"attack": ATTACK, "grouping": {"kind": "adversarial", "members": 1}}, None),
+        # Unions of attacks of two radii, and of attacks and clean images: what is not shared is not said.
+        ({"attack": {"kind": "pgd"}, "grouping": {"kind": "adversarial", "members": 1}}, None),
+        ({"grouping": {"kind": "adversarial", "members": 1}}, None),
+        ({"grouping": {"members": 1}}, None),
+    ],
+)
+def test_which_quantity_is_the_clean_image(
+    make_artifact: MakeArtifact, provenance: dict[str, Any], expected: str | None
+) -> None:
+    manifest = open_artifact(make_artifact()).manifest
+    assert clean_name(manifest.model_copy(update={"provenance": provenance})) == expected
