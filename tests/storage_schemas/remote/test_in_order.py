@@ -8,6 +8,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage_schemas import Cache, CorruptShard, Layout, Location, Record, open_artifact
@@ -79,7 +80,10 @@ def test_any_order(
     for artifact in (open_artifact(f"{web.url}/a"), open_artifact(tmp_path / "web" / "a")):
         for found, index in zip(artifact.records(SHUFFLED), SHUFFLED, strict=True):
             same_record(found, records[index])
-    web.requests.clear()
+        assert [record.key for record in artifact.records(np.array([-1, 0]))] == ["k6", "k0"]
+        assert [record.key for record in artifact.only([])] == [record.key for record in records]
+        with pytest.raises(IndexError, match="7 of 7"):
+            list(artifact.records([0, 7]))
     one_at_a_time = in_order(open_artifact(f"{web.url}/a"), SHUFFLED, window=1)
     assert [record.key for record in one_at_a_time] == [records[index].key for index in SHUFFLED]
 
