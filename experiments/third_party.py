@@ -61,8 +61,8 @@ def main(
                 continue
             encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
             model = nn.Sequential(encoder, load_head(experiment.prepared.head)).eval()
-            pixels, labels = _images(experiment.prepared.test(int(seed)), encoder.input_shape)
-            found = _accuracies(model, pixels, labels, radius, steps, batch_size)
+            pixels, labels = images_of(experiment.prepared.test(int(seed)), encoder.input_shape)
+            found = accuracies(model, pixels, labels, radius, steps, batch_size)
             facts.setdefault(name, {})[seed] = found
             click.echo(f"{name}, seed {seed}: {found}")
             target.write_text(json.dumps({"attack": attack, "arms": facts}, indent=1) + "\n")
@@ -81,13 +81,13 @@ def _facts(target: Path, attack: dict[str, Any]) -> dict[str, Any]:
     return arms
 
 
-def _images(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def images_of(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     listed = open_source(source)
     pixels = np.stack([decode(listed.reader.read(sample), Preprocessing(shape=shape)) for sample in listed.samples])
     return torch.from_numpy(pixels).float() / 255, torch.tensor([sample.label for sample in listed.samples])
 
 
-def _accuracies(
+def accuracies(
     model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float, steps: int, batch_size: int
 ) -> dict[str, float]:
     """Fraction classified correctly, clean and under each attack alone."""

@@ -171,7 +171,7 @@ def make_plan(
     """
     groups = make_groups(config, source, clusters)
     loaded = (target_encoder or encoder) if config.needs_encoder else None
-    if config.objective == "cross_entropy" and config.grouping == "adversarial":
+    if config.objective == "cross_entropy" and config.attacks:
         _check_classes(groups, encoder.encoder if encoder else None, head, source)
     provenance = _provenance(config, source, encoder, target_encoder, head, preprocessing)
     provenance["source"] |= turning.record
@@ -309,7 +309,8 @@ def _provenance(
             own = encoder.encoder.preprocessing.record()
             provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": own}
     if config.grouping == "adversarial":
-        provenance["attack"] = _attack(config)
+        # None says that the mean is the clean image; artifacts of other groupings say nothing.
+        provenance["attack"] = _attack(config) if config.attacks else None
     if config.license is not None:
         provenance["license"] = config.license
     if head is not None:

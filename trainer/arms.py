@@ -15,6 +15,7 @@ from trainer.data.batches import (
     ImageBatch,
     MomentBatch,
     Read,
+    cleans,
     factors,
     means,
     members,
@@ -35,8 +36,9 @@ from trainer.losses import Loss
 if TYPE_CHECKING:
     from trainer.config import TrainConfig
 
-ArmName = Literal["avg", "factors", "ind", "mean-only", "random-member"]
+ArmName = Literal["avg", "clean", "factors", "ind", "mean-only", "random-member"]
 EstimatorName = Literal["gauss_newton", "sampled", "antithetic"]
+CleanName = Literal["clean", "mean"]
 B = TypeVar("B", bound=Batch)
 B_in = TypeVar("B_in", bound=Batch, contravariant=True)
 
@@ -60,6 +62,7 @@ class Estimate:
     Attributes:
         plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
         twice: it differentiates twice, which saves nothing of `grad_checkpointing`.
+        curvature: it takes the curvature of the loss, which a `Likelihood` has.
         one_image: with one sample it is the loss at one image a group, which can be refined.
         held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
         out_of_memory: advice.
@@ -67,6 +70,7 @@ class Estimate:
 
     plain_steps: Callable[[int], int]
     twice: bool = False
+    curvature: bool = False
     one_image: bool = False
     held_out: EstimatorName
     out_of_memory: str = ""
@@ -87,6 +91,7 @@ class Arm(Generic[B]):
         choose: which of so many first members of a group are read, by its 64 random bits; None where none are.
         every_member: a step takes all stored members of a group, each at a plain step's cost.
         deviates: it takes `deviation`.
+        starts_clean: its images are the clean ones, which no stored attack has moved.
         out_of_memory: advice.
     """
 
@@ -100,6 +105,7 @@ class Arm(Generic[B]):
     choose: Callable[[int, int], slice] | None = None
     every_member: bool = False
     deviates: bool = False
+    starts_clean: bool = False
     out_of_memory: str = ""
 
     @property
@@ -125,7 +131,13 @@ class Arm(Generic[B]):
         return [advice for advice in found if advice]
 
     def forward_passes(
-        self, estimator: str | None = None, *, samples: int = 1, members: int = 1, refine_steps: int = 0
+        self,
+        estimator: str | None = None,
+        *,
+        samples: int = 1,
+        members: int = 1,
+        refine_steps: int = 0,
+        clean_term: bool = False,
     ) -> float:
         """Cost of a step for each group, by counting passes: a backward pass is two forward passes, and one to the
         pixels alone is one.
@@ -135,12 +147,13 @@ class Arm(Generic[B]):
             samples: drawn by it.
             members: of each group.
             refine_steps: steps of PGD before.
+            clean_term: whether the clean image is trained on too (`clean_weight`).
         """
         images = members if self.every_member else 1
         plain_steps = images
         if self.estimators:
             plain_steps = self.estimators[estimator or next(iter(self.estimators))].plain_steps(samples)
-        return 3.0 * plain_steps + 2.0 * refine_steps * images
+        return 3.0 * (plain_steps + clean_term) + 2.0 * refine_steps * images
 
 
 def _around_mean(model: Model, batch: MomentBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
@@ -176,10 +189,17 @@ def _the_images(batch: ImageBatch, draws: Draws, config: TrainConfig) -> ImageBa
 
 
 def _point_along_factors(batch: FactorBatch, draws: Draws, config: TrainConfig) -> ImageBatch:
-    point = batch.mean + deviation_along(batch.factors, draws, config.deviation)
-    return ImageBatch(
-        keys=batch.keys, target=batch.target, clean=batch.clean, images=point, counts=[1] * len(batch.keys)
-    )
+    return ImageBatch.one_a_group(batch, batch.mean + deviation_along(batch.factors, draws, config.deviation))
+
+
+def _clean_images(batch: Batch, draws: Draws, config: TrainConfig) -> ImageBatch:
+    if batch.clean is None:
+        raise ValueError(f"expected clean images in the batch of {batch.keys[0]}, found none")
+    return ImageBatch.one_a_group(batch, batch.clean)
+
+
+def _at_clean(model: Model, batch: Batch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
+    return at_images(model, _clean_images(batch, draws, config), loss, draws, config)
 
 
 _PLAIN = '`estimator="sampled"`, '
@@ -199,12 +219,22 @@ ARMS: dict[ArmName, Arm[Any]] = {
             "gauss_newton": Estimate(
                 plain_steps=lambda samples: 1 + samples,
                 twice=True,
+                curvature=True,
                 held_out="gauss_newton",
                 out_of_memory=f"{_PLAIN}which needs no double backward",
             ),
             "sampled": Estimate(plain_steps=lambda samples: samples, held_out="antithetic"),
             "antithetic": _PAIR,
         },
+    ),
+    "clean": Arm(
+        title="Clean",
+        about="the clean images, from which `refine_steps` attack the encoder as it is: with 10 it is FARE",
+        arrays=frozenset(),
+        batch=cleans,
+        loss=_at_clean,
+        images=_clean_images,
+        starts_clean=True,
     ),
     "factors": Arm(
         title="Factors",
@@ -217,6 +247,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
             "antithetic": _PAIR,
             "gauss_newton": Estimate(
                 plain_steps=lambda samples: 1 + samples,
+                curvature=True,
                 held_out="gauss_newton",
                 out_of_memory=f"{_PLAIN}which takes fewer images",
             ),

@@ -18,9 +18,8 @@ from storage_schemas import ConfigError, shortened
 from storage_schemas.schema.pixel_length import PixelLength
 from trainer.arms import ARMS, Arm, ArmName, EstimatorName
 from trainer.data.order import SHUFFLE_WINDOW
+from trainer.losses import LossName
 from trainer.weights import Weighted, weighted
-
-LossName = Literal["auto", "squared_error", "cross_entropy"]
 
 
 def _arms(able: Callable[[Arm[Any]], bool]) -> str:
@@ -57,13 +56,24 @@ class TrainConfig(Settings):
         ),
         Effect(
             ("loss_scale",),
-            lambda own: own.loss != "cross_entropy",
-            "only the squared error is scaled, found cross_entropy; drop `{name}`",
+            lambda own: own.loss in ("auto", "squared_error"),
+            "only the squared error is scaled, found {settings.loss}; drop `{name}`",
         ),
         Effect(
-            ("refine_step_size",),
+            ("clean_weight",),
+            lambda own: own.loss != "cross_entropy",
+            "the clean term is a distance of embeddings, which cross_entropy trains without; use "
+            '`loss="squared_error"` or `loss="cosine"`, or drop `{name}`',
+        ),
+        Effect(
+            ("refine_step_size", "start_noise"),
             lambda own: own.refine_steps > 0,
             "expected refine_steps of 1 or more, found 0; set `refine_steps`, or drop `{name}`",
+        ),
+        Effect(
+            ("epsilon",),
+            lambda own: own.refine_steps > 0 or not ARMS[own.arm].starts_clean,
+            "the arm {settings.arm} takes images that nobody attacks; set `refine_steps`, or drop `{name}`",
         ),
         Effect(
             ("eval_every",),
@@ -92,13 +102,21 @@ class TrainConfig(Settings):
         ge=1,
         description="For the arms ind and random-member: the first so many stored members of each group.",
     )
-    loss: LossName = Field(
+    loss: Literal["auto", LossName] = Field(
         default="auto",
-        description="auto: squared_error if the artifact stores target embeddings, else cross_entropy.",
+        description="auto: squared_error if the artifact stores target embeddings, else cross_entropy; cosine is the "
+        "angle to those embeddings alone.",
     )
     loss_scale: float = Field(
         default=1.0,
         description="Factor of the squared error: 1.0 as in the paper's eq. 11, 0.5 as in its Appendix A.",
+    )
+    clean_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Adds so many times the squared distance between the embedding of the clean image and its stored "
+        "one: more clean accuracy, for three passes more. Needs an artifact merged with "
+        '`attack="none"` or `keep_clean=True`.',
     )
     estimator: EstimatorName = Field(
         default="gauss_newton",
@@ -119,11 +137,16 @@ class TrainConfig(Settings):
         default=0,
         ge=0,
         le=100,
-        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on: "
-        "they bring stored attacks up to date. Needs an artifact merged with `keep_clean=True`.",
+        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on. "
+        'Needs an artifact merged with `attack="none"` or `keep_clean=True`.',
     )
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
         default=None, description="Length of such a step."
+    )
+    start_noise: Annotated[PixelLength | None, Option(unset="epsilon for the arm clean, 0 for others")] = Field(
+        default=None,
+        description="Radius of uniform noise that is added before such steps; above epsilon nothing is projected "
+        "onto the ball, as in N-FGSM.",
     )
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
         default=None,
@@ -201,8 +224,10 @@ class TrainConfig(Settings):
         "logged, and picks the checkpoint that is kept as best.",
     )
     eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on `eval_artifact`.")
-    epsilon: PixelLength | None = Field(
-        default=None, description="Refuse an artifact whose members were attacked within another radius than this."
+    epsilon: Annotated[PixelLength | None, Option(unset="that of the stored attacks")] = Field(
+        default=None,
+        description="Radius of the `refine_steps` from a clean image; where stored attacks are trained on, those of "
+        "another radius are refused.",
     )
     seed: Seed = 0
     device: Device = "auto"
@@ -286,6 +311,13 @@ class TrainConfig(Settings):
             )
         if self.refine_step_size is not None and not self.refine_step_size:
             raise ValueError("refine_step_size: expected more than 0, found 0; drop `refine_step_size`")
+        if self.epsilon is not None and not self.epsilon:
+            raise ValueError("epsilon: expected more than 0, found 0; drop `epsilon`")
+        if ARMS[self.arm].starts_clean and self.start_noise == 0 and self.loss != "cross_entropy":
+            raise ValueError(
+                "start_noise: the distance to the clean embedding has no slope at the clean image, where the steps "
+                "would start and, before the encoder has moved, stay; drop `start_noise`"
+            )
         return self
 
     @property
@@ -299,6 +331,11 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "
                 "drop `estimator`"
+            )
+        if self.loss == "cosine" and arm.estimators and arm.estimators[self.estimator].curvature:
+            raise ValueError(
+                f"loss: estimator {self.estimator} takes the curvature of a likelihood, and cosine is none; use "
+                '`estimator="sampled"` or another `arm`, or another `loss`'
             )
         if self.refine_steps and not arm.refines(self.estimator, self.samples):
             estimate = f" with estimator {self.estimator} and samples {self.samples}" if arm.estimators else ""

@@ -53,10 +53,10 @@ def prepare(data: Path, work: Path) -> Prepared:
         work.mkdir(parents=True, exist_ok=True)
         _convert(weights, head)
     photos = data / "nips17"
-    train = _part(photos, work / "train", 0, TRAIN_PHOTOS)
+    train = part(photos, work / "train", 0, TRAIN_PHOTOS)
     return Prepared(
         train,
-        lambda seed: _part(photos, work / f"test-{seed}", TRAIN_PHOTOS + seed * TEST_PHOTOS, TEST_PHOTOS),
+        lambda seed: part(photos, work / f"test-{seed}", TRAIN_PHOTOS + seed * TEST_PHOTOS, TEST_PHOTOS),
         f"{SPEC}@{weights}",
         str(head),
     )
@@ -76,7 +76,7 @@ def _convert(weights: Path, head: Path) -> None:
     Location(head.parent).write(head.name, Head(weight, bias).to_bytes())
 
 
-def _part(photos: Path, folder: Path, first: int, count: int) -> str:
+def part(photos: Path, folder: Path, first: int, count: int) -> str:
     """A folder with some of the photos and their labels."""
     table = folder / "labels.csv"
     if not table.exists():

@@ -100,7 +100,7 @@ def test_settings_tables_have_every_field() -> None:
     rows = settings("trainer.config:TrainConfig").splitlines()[2:]
     assert len(rows) == len(TrainConfig.model_fields)
     assert any(row.startswith("| `learning_rate` | float | `1e-05` | Peak") for row in rows)
-    assert any("`avg`, `factors`" in row for row in rows)
+    assert any("`avg`, `clean`" in row for row in rows)
     assert rows[0].startswith("| `artifact` | str or list[str] | required |")
 
 

@@ -18,7 +18,9 @@ from datamerge.encoders import load_encoder
 from storage_schemas import ConfigError, open_artifact
 from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
+from trainer.data.noise import Draws
 from trainer.losses import SquaredError
+from trainer.run.clean_images import clean_name
 from trainer.run.refine import Refinement, refine
 from trainer.run.requirements import check
 
@@ -76,7 +78,7 @@ def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
     return TrainConfig(artifact=artifact, run=str(run), **{**shared, **settings})
 
 
-@pytest.mark.parametrize("arm", ["random-member", "ind", "mean-only"])
+@pytest.mark.parametrize("arm", ["random-member", "ind", "mean-only", "clean"])
 def test_a_run_refines_what_it_trains_on(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
     train(_config(artifact, tmp_path / "refined", arm=arm))
@@ -116,14 +118,16 @@ def test_the_length_of_a_step(make_artifact: MakeArtifact, settings: dict[str, A
     config = _config(artifact, Path("run"), arm="ind", refine_steps=2, **settings)
     found = check(config, open_artifact(artifact).manifest).refinement
     assert found is not None
-    assert found == pytest.approx((2, expected, EPSILON))
+    assert found == pytest.approx((2, expected, EPSILON, 0))
 
 
 def test_an_artifact_without_clean_images_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     attacked, clean = make_artifact(attack=ATTACK), make_artifact(name="other", clean=True)
-    with refused(ConfigError, "refine_steps", "no clean images", attacked, "`keep_clean=True`"):
+    with refused(ConfigError, "refine_steps", attacked, "`keep_clean=True`"):
         train(_config(attacked, tmp_path / "run", arm="random-member"))
-    with refused(ConfigError, "refine_steps", "no attack", clean):
+    with refused(ConfigError, "arm", attacked, "`keep_clean=True`"):
+        train(_config(attacked, tmp_path / "run", arm="clean"))
+    with refused(ConfigError, "epsilon", clean):
         train(_config(clean, tmp_path / "run", arm="random-member"))
 
 
@@ -139,3 +143,85 @@ def test_only_single_images_are_refined(settings: dict[str, Any]) -> None:
 def test_a_step_size_without_steps_is_refused() -> None:
     with refused(ConfigError, "refine_step_size", "`refine_steps`"):
         _config("artifact", Path("run"), arm="ind", refine_steps=0, refine_step_size="1/255")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (8 / 255, 8 / 255)),
+        ({"epsilon": "4/255"}, (4 / 255, 4 / 255)),
+        ({"epsilon": "4/255", "start_noise": "1/255"}, (4 / 255, 1 / 255)),
+        ({"arm": "random-member"}, (8 / 255, 0)),
+        ({"arm": "random-member", "start_noise": "2/255"}, (8 / 255, 2 / 255)),
+    ],
+)
+def test_the_ball_and_the_noise(
+    make_artifact: MakeArtifact, settings: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    artifact = make_artifact(attack=ATTACK, clean=True)
+    found = check(_config(artifact, Path("run"), **{"arm": "clean", **settings}), open_artifact(artifact).manifest)
+    assert found.refinement is not None
+    assert (found.refinement.epsilon, found.refinement.noise) == pytest.approx(expected)
+    assert found.clean == "clean"
+
+
+def test_what_makes_no_sense_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    attacked = make_artifact(attack=ATTACK, clean=True)
+    with refused(ConfigError, "start_noise", "clean"):
+        _config(attacked, tmp_path, arm="clean", start_noise=0)
+    with refused(ConfigError, "epsilon", "4/255", "8/255"):
+        train(_config(attacked, tmp_path / "run", arm="random-member", epsilon="4/255"))
+    with refused(ConfigError, "epsilon", "0"):
+        _config(attacked, tmp_path, arm="clean", epsilon=0)
+
+
+def test_a_wide_start_stays_where_it_is() -> None:
+    """N-FGSM: noise of twice the radius, a step of the radius, and nothing is projected but onto [0, 1]."""
+    encoder, clean = load_encoder(ENCODER), _images(5)
+    points = clean + torch.linspace(-2, 2, 16).reshape(1, 1, 4, 4) * EPSILON
+    wide = Refinement(1, EPSILON, EPSILON, noise=2 * EPSILON)
+    found = refine(encoder, points, clean, torch.zeros(5, 6), SquaredError(), wide)
+    pixels = points.clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(encoder(pixels).square().sum(), pixels)
+    torch.testing.assert_close(found, (pixels.detach() + EPSILON * gradient.sign()).clamp(0, 1))
+    assert (found - clean).abs().max() > 2.5 * EPSILON
+
+
+def test_the_attack_is_made_without_dropout() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 6))
+    clean = _images(5)
+    found = [refine(model, clean, clean, torch.zeros(5, 6), SquaredError(), Refinement(2, 0.01, 0.1)) for _ in "ab"]
+    assert torch.equal(*found)
+    assert all(module.training for module in model.modules())
+
+
+def test_the_noise_is_uniform_and_a_groups_own() -> None:
+    like = torch.zeros(3, 1, 100, 100)
+    found = Draws([4, 5, 6]).uniform(like)
+    assert found.dtype == torch.float32
+    assert found.abs().max() <= 1
+    counts = torch.histc(found, 20, -1, 1)
+    expected = found.numel() / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # χ², 19 degrees of freedom, p = .001
+    assert torch.equal(Draws([5]).uniform(like[:1])[0], found[1])
+    assert torch.equal(Draws([5]).uniform(like[:1, :, :50])[0], found[1, :, :50])
+
+
+@pytest.mark.parametrize(
+    ("provenance", "expected"),
+    [
+        ({"attack": None, "grouping": {"kind": "adversarial", "members": 1}}, "mean"),
+        ({"grouping": {"kind": "label", "members": 1}}, "mean"),
+        ({"grouping": {"kind": "label", "members": None}}, None),
+        ({"attack": ATTACK, "grouping": {"kind": "adversarial", "members": 1}}, None),
+        # Unions of attacks of two radii, and of attacks and clean images: what is not shared is not said.
+        ({"attack": {"kind": "pgd"}, "grouping": {"kind": "adversarial", "members": 1}}, None),
+        ({"grouping": {"kind": "adversarial", "members": 1}}, None),
+        ({"grouping": {"members": 1}}, None),
+    ],
+)
+def test_which_quantity_is_the_clean_image(
+    make_artifact: MakeArtifact, provenance: dict[str, Any], expected: str | None
+) -> None:
+    manifest = open_artifact(make_artifact()).manifest
+    assert clean_name(manifest.model_copy(update={"provenance": provenance})) == expected

@@ -30,7 +30,7 @@ class Batch:
     Attributes:
         keys: record keys.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
-        clean: float32 [B, C, H, W], the images the groups were made from; only where they are refined.
+        clean: float32 [B, C, H, W], the images that the groups were made from, where the run takes them.
         divisors: what tensors that are still integers are to be divided by, by name; a row for each of theirs, in the
             precision in which to divide.
     """
@@ -117,6 +117,13 @@ class ImageBatch(Batch):
     images: Tensor
     counts: list[int]
 
+    @classmethod
+    def one_a_group(cls, batch: Batch, images: Tensor) -> ImageBatch:
+        """The groups of a batch with one image each, [B, C, H, W]."""
+        return cls(
+            keys=batch.keys, target=batch.target, clean=batch.clean, images=images, counts=[1] * len(batch.keys)
+        )
+
     def per_image(self, values: Tensor) -> Tensor:
         """One row for each image, [M, …], from one for each group, [B, …]."""
         return repeated(values, self.counts)
@@ -165,6 +172,11 @@ class Read(NamedTuple):
         rows = [len(array) for array in arrays] if joined else [1] * len(arrays)
         self.divisors[name] = _divisor(exact, rows, values)
         return torch.from_numpy(values)
+
+
+def cleans(read: Read) -> Batch:
+    """The clean image of each group and nothing else."""
+    return Batch(divisors=read.divisors, **read.shared)
 
 
 def moments(read: Read) -> MomentBatch:

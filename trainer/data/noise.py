@@ -40,6 +40,13 @@ class Draws:
         """Independent Exp(1)."""
         return self._stack([rng.standard_exponential(like[0].numel()) for rng in self._of(like)], like)
 
+    def uniform(self, like: Tensor) -> Tensor:
+        """Independent on [−1, 1]: the 2^16 midpoints of equal intervals, in half the bytes of float32."""
+        count = like[0].numel()
+        drawn = [np.frombuffer(rng.bytes(2 * count), "<i2") for rng in self._of(like)]
+        levels = _moved(torch.from_numpy(np.stack(drawn).astype(np.int16, copy=False)), like)
+        return ((levels.to(like.dtype) + 0.5) / 2**15).reshape(like.shape)
+
     def signs(self, like: Tensor) -> Tensor:
         """Independent −1 or +1 (Rademacher): mean 0, variance 1 and, of all such laws, the smallest 4th moment."""
         count = like[0].numel()

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from datamerge.runtime.messages import first_line, warn
 from datamerge.runtime.read_ahead import read_ahead
 from storage_schemas import Artifact, ConfigError, DatamergeError, Record
-from trainer.arms import ARMS, ArmName
+from trainer.arms import ARMS, ArmName, CleanName
 from trainer.data.ahead import Ahead, Course
 from trainer.data.batches import Batch, Read, present
 from trainer.data.blend import Blend
@@ -107,7 +107,8 @@ class Collate:
         members: how many of each group's first stored members to deliver, or to choose one from; arms that read
             none do not look at it.
         classes: labels must be below this.
-        clean: deliver the clean images too.
+        clean: the quantity that is a group's clean image, to be delivered too: `clean`, or the `mean` of groups of
+            one image that nobody attacked; None for none.
         rows: by label, the class that it is of those that are trained; None for the same number.
     """
 
@@ -115,14 +116,13 @@ class Collate:
     labels: bool
     members: int
     classes: int | None = None
-    clean: bool = False
+    clean: CleanName | None = None
     rows: Mapping[int, int] | None = None
 
     def arrays(self) -> set[str]:
         """Names of the stored arrays that are read; the others are left alone."""
-        return (
-            set(ARMS[self.arm].arrays) | (set() if self.labels else {"target"}) | ({"clean"} if self.clean else set())
-        )
+        clean = {"mean": {"sum", "mean"}, "clean": {"clean"}, None: set[str]()}[self.clean]
+        return set(ARMS[self.arm].arrays) | (set() if self.labels else {"target"}) | clean
 
     def taken(self, word: int, count: int) -> Mapping[str, slice]:
         """The rows of its arrays that are read of a group of `count` members, by its random bits."""
@@ -142,7 +142,7 @@ class Collate:
             return error
         read = Read(records, shared, {})
         if self.clean:
-            shared["clean"] = read.stacked("clean")
+            shared["clean"] = read.stacked("clean", self.clean)
         batch: Batch = ARMS[self.arm].batch(read)
         return batch
 

@@ -12,7 +12,8 @@ from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS
 from trainer.config import TrainConfig
-from trainer.run.requirements import Checked, attacked_within, check, label_names, pixel_moments, recorded_encoder
+from trainer.run.clean_images import attacked_within
+from trainer.run.requirements import Checked, check, label_names, pixel_moments, recorded_encoder
 
 Difference = tuple[str, object, object]
 """What the artifacts should have in common, and what it is in either."""
@@ -42,6 +43,10 @@ def check_all(config: TrainConfig, artifacts: Sequence[Artifact]) -> Checked:
                 f"{found[number].members} in {urls[number]}; set `members={min(one.members for one in found)}`"
             )
         different = [*_differences(first.manifest, artifact.manifest)]
+        if found[number].clean != found[0].clean:
+            different.append(("clean images as", found[0].clean, found[number].clean))
+        if not ARMS[config.arm].starts_clean:
+            different += _different_attacks(first.manifest, artifact.manifest)
         if found[0].labels:
             different += _different_classes(config, first, artifact)
         else:
@@ -78,11 +83,6 @@ def _differences(one: Manifest, other: Manifest) -> Iterator[Difference]:
     if hashes[0] != hashes[1] and None not in hashes:
         named = [f"{encoder.get('spec')} (sha256 {str(encoder['sha256'])[:12]})" for encoder in encoders]
         yield "encoder", named[0], named[1]
-    radii = [attacked_within(manifest) for manifest in (one, other)]
-    lengths = [None if radius is None else PixelLength(radius) for radius in radii]
-    if lengths[0] != lengths[1]:
-        said = ["no attack" if length is None else str(length) for length in lengths]
-        yield "epsilon", said[0], said[1]
     pixels = [Preprocessing.of_artifact(manifest.provenance, "provenance") for manifest in (one, other)]
     # Releases before 0.2.0 recorded one way of resizing, whichever the encoder needed; that gets a warning.
     if pixels[0] is not None and pixels[1] is not None and all(one.is_complete for one in pixels if one):
@@ -90,6 +90,14 @@ def _differences(one: Manifest, other: Manifest) -> Iterator[Difference]:
             mine, _, theirs = phrase.partition(", not ")
             name, _, value = mine.partition(" ")
             yield name, value, theirs
+
+
+def _different_attacks(one: Manifest, other: Manifest) -> Iterator[Difference]:
+    radii = [attacked_within(manifest) for manifest in (one, other)]
+    lengths = [None if radius is None else PixelLength(radius) for radius in radii]
+    if lengths[0] != lengths[1]:
+        said = ["no attack" if length is None else str(length) for length in lengths]
+        yield "epsilon", said[0], said[1]
 
 
 def _different_targets(one: Manifest, other: Manifest) -> Iterator[Difference]:

@@ -14,11 +14,12 @@ from datamerge.runtime.messages import warn
 from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.access.threads import in_threads
 from storage_schemas.schema.manifest import ArraySpec, RecordEntry
-from storage_schemas.schema.pixel_length import PixelLength
 from storage_schemas.schema.preprocessing import Preprocessing
-from trainer.arms import ARMS
-from trainer.config import LossName, TrainConfig
+from trainer.arms import ARMS, CleanName
+from trainer.config import TrainConfig
 from trainer.data.stream import Collate, check_label
+from trainer.losses import LossName
+from trainer.run.clean_images import clean_images, clean_name, group_size, refinement
 from trainer.run.refine import Refinement
 
 # Shards whose labels are checked before anything starts; those of the others are checked as they are read.
@@ -31,10 +32,11 @@ class Checked:
     """What an artifact and the settings come to.
 
     Attributes:
-        loss: squared_error or cross_entropy.
+        loss: that "auto" means, or that was asked for.
         members: stored members to read of each group; 0 for arms that read none.
         encoder: spec of the encoder to start from, or the folder of a run.
-        refinement: how stored images are brought up to date, if they are.
+        refinement: steps of an attack on stored images before they are trained on, if there are any.
+        clean: the quantity that is the clean image, where it is taken.
         title: the arm in the words of the paper.
     """
 
@@ -42,6 +44,7 @@ class Checked:
     members: int
     encoder: str
     refinement: Refinement | None
+    clean: CleanName | None
     title: str
 
     @property
@@ -57,15 +60,14 @@ def check(config: TrainConfig, manifest: Manifest) -> Checked:
         ConfigError: they do not go together.
     """
     loss = _loss(config, manifest)
-    members = _stored_members(config, manifest)
-    _check_epsilon(config, manifest)
-    refinement = _refinement(config, manifest)
+    members, arm = _stored_members(config, manifest), ARMS[config.arm]
     return Checked(
         loss=loss,
         members=members,
         encoder=_starting_encoder(config, manifest),
-        refinement=refinement,
-        title=ARMS[config.arm].name(members or _group_size(manifest)),
+        refinement=refinement(config, manifest),
+        clean=clean_images(config, manifest),
+        title=arm.name(None if arm.starts_clean else members or group_size(manifest)),
     )
 
 
@@ -79,10 +81,10 @@ def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> i
         ConfigError: it lacks what the loss that is trained on takes.
     """
     _loss(config.model_copy(update={"loss": found.loss}), manifest)
-    if found.refinement is not None and manifest.layout.array("clean") is None:
+    if found.clean is not None and clean_name(manifest) is None:
         raise ConfigError(
-            f"eval_artifact: the loss that is trained on refines images, which needs the clean ones; found none in "
-            f"{config.artifact}; merge it again with `keep_clean=True`, or drop `eval_artifact` or `refine_steps`"
+            f"eval_artifact: the loss that is trained on takes the clean images; found none in {config.artifact}; "
+            "merge it again with `keep_clean=True`, or drop `eval_artifact`"
         )
     return _stored_members(config, manifest)
 
@@ -216,17 +218,22 @@ def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
     has_targets = manifest.layout.array("target") is not None
     automatic: LossName = "squared_error" if has_targets else "cross_entropy"
     name = automatic if config.loss == "auto" else config.loss
-    if name == "squared_error" and not has_targets:
+    if name != "cross_entropy" and not has_targets:
         raise ConfigError(
-            f"loss: squared_error expects stored target embeddings, found none in {config.artifact}; "
+            f"loss: {name} expects stored target embeddings, found none in {config.artifact}; "
             'use `loss="cross_entropy"` for an artifact with labels'
         )
-    if name == "squared_error" and config.head is not None:
-        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop `head`")
+    if name != "cross_entropy" and config.head is not None:
+        raise ConfigError(f"head: {name} trains on embeddings and takes no head; drop `head`")
     if name == "cross_entropy" and config.loss_scale != 1.0:
         raise ConfigError(
             f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; "
             "drop `loss_scale`"
+        )
+    if name == "cross_entropy" and config.clean_weight:
+        raise ConfigError(
+            f"clean_weight: the clean term expects stored target embeddings, found none in {config.artifact}; drop "
+            "`clean_weight`"
         )
     return name
 
@@ -253,50 +260,6 @@ def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
             "take fewer `members`"
         )
     return config.members or stored.shape[0]
-
-
-def _group_size(manifest: Manifest) -> int | None:
-    grouping = manifest.provenance.get("grouping")
-    size = grouping.get("members") if isinstance(grouping, dict) else None
-    return size if isinstance(size, int) else None
-
-
-def _check_epsilon(config: TrainConfig, manifest: Manifest) -> None:
-    """Whether the members were made within the radius that the settings expect, if they expect one."""
-    found = attacked_within(manifest)
-    if config.epsilon is not None and (found is None or PixelLength(found) != config.epsilon):
-        raise ConfigError(
-            f"epsilon: expected an artifact attacked within {config.epsilon}, found {found or 'no attack'} in "
-            f"{config.artifact}; choose another `artifact` or `epsilon`"
-        )
-
-
-def attacked_within(manifest: Manifest) -> Any:
-    """The radius of the attack that made the members, as it is written; None if there was none."""
-    attack = manifest.provenance.get("attack")
-    return attack.get("epsilon") if isinstance(attack, dict) else None
-
-
-def _refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
-    """How stored images are refined, if they are.
-
-    Raises:
-        ConfigError: the artifact says nothing of the ball that they must stay in.
-    """
-    if not config.refine_steps:
-        return None
-    found = attacked_within(manifest)
-    if manifest.layout.array("clean") is None or found is None:
-        raise ConfigError(
-            f"refine_steps: expected an artifact of attacks that keeps the clean images, found "
-            f"{'no clean images' if found is not None else 'no attack'} in {config.artifact}; merge again with "
-            "`keep_clean=True`, or drop `refine_steps`"
-        )
-    epsilon = float(PixelLength(found))
-    asked = config.refine_step_size
-    # Twice the radius in all was best in experiments/cifar10: it reaches the other side of the ball.
-    size = 2 * epsilon / config.refine_steps if asked is None else float(asked)
-    return Refinement(config.refine_steps, size, epsilon)
 
 
 def pixel_moments(manifest: Manifest) -> ArraySpec | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from datamerge.attacks import frozen
 from datamerge.encoders import Encoder
 from trainer.data.noise import Draws
 from trainer.data.order import ESTIMATOR, Partition, stream_seeds
@@ -13,6 +12,7 @@ from trainer.run.distributed import Processes
 from trainer.run.forward import Forward
 from trainer.run.job import HeldOut, Job
 from trainer.run.objective import group_losses, held_out_settings
+from trainer.run.refine import attacked
 
 
 def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Partition, own: Processes) -> float:
@@ -30,10 +30,8 @@ def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Part
     """
     order, model = held_out.order, Forward(encoder, job.model.head, job.config.precision)
     config = held_out_settings(job.config)
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
     total = torch.zeros(1, device=job.device, dtype=torch.float32)
-    with frozen(model), ended(held_out.feed(partition, 0, order.steps_per_epoch)) as batches:
+    with attacked(model), ended(held_out.feed(partition, 0, order.steps_per_epoch)) as batches:
         for step in range(order.steps_per_epoch):
             for share in order.shares(step, partition):
                 last = share.first + len(share.indices)
@@ -41,6 +39,4 @@ def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Part
                 batch = next(batches).to(job.device).floats()
                 losses = group_losses(model, batch, draws, job.loss, config, job.refinement)
                 total += losses.loss.detach().sum()
-    for module, training in modes:
-        module.training = training
     return float(own.sum(total)) / order.groups

@@ -1,0 +1,169 @@
+"""Robustness and clean accuracy against compute: arms, budgets and rates of a settings file.
+
+    python -m experiments.front.run experiments/front/cifar10-2.toml --data "$DATAMERGE_DATA" --work front
+
+A budget is a number of passes: what one place of a batch may cost in a whole run, in forward passes of one image, a
+backward pass counted as two. An arm with cheaper updates makes more of them. For every arm and budget each of the
+same rates is tried once, with a seed and images that are used for nothing else; the one with the largest sum of clean
+and robust accuracy is run with the other seeds. Everything goes through the functions that the commands call.
+Finished parts are kept in --work and not done again, so that processes may share it if each has its own --only.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+
+from datamerge.runtime.checkout import commit
+from experiments.arms import ArmsExperiment
+from storage_schemas.schema.run import BASELINE
+from trainer.arms import ARMS
+
+TUNING_SEED = 19
+WARMUP = 0.075  # of the steps, as in experiments/cifar10
+
+
+class Point(NamedTuple):
+    """One run: an arm, the passes that it may take, the peak of its rate."""
+
+    arm: str
+    passes: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """In the work folder."""
+        return f"{self.arm}, {self.passes} passes, rate {self.rate:g}"
+
+
+class Front:
+    """The points of a settings file."""
+
+    def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
+        self.settings = settings
+        tuning = {**settings, "evaluate": {**settings["evaluate"], **settings["tuning"]}}
+        arms = {point.name: self._run_of(point) for point in self.points()}
+        self.measuring = ArmsExperiment({**settings, "arms": arms}, data, work, name)
+        self.tuning = ArmsExperiment({**tuning, "arms": arms}, data, work, f"{name}-tuning")
+
+    def points(self) -> Iterator[Point]:
+        """All that are tried."""
+        for arm, wanted in self.settings["arms"].items():
+            for passes in wanted.get("passes", self.settings["passes"]):
+                for rate in wanted.get("rates", self.settings["rates"]):
+                    yield Point(arm, passes, rate)
+
+    def passes_a_step(self, arm: str) -> float:
+        """Passes of one update, for each group."""
+        wanted = self._settings_of(arm)
+        return ARMS[wanted["arm"]].forward_passes(
+            wanted.get("estimator"),
+            samples=wanted.get("samples", 1),
+            members=wanted.get("members", 1),
+            refine_steps=wanted.get("refine_steps", 0),
+            clean_term=bool(wanted.get("clean_weight")),
+        )
+
+    def best(self, arm: str, passes: int) -> Point:
+        """The point of an arm and budget whose rate did best on the tuning images."""
+        tried = [point for point in self.points() if (point.arm, point.passes) == (arm, passes)]
+        if len(tried) == 1:
+            return tried[0]
+        scores = [self._score(self.tuning.measured(point.name, TUNING_SEED)) for point in tried]
+        return tried[scores.index(max(scores))]
+
+    def measured(self, point: Point, seed: int) -> dict[str, Any]:
+        """The evaluation of a point."""
+        return self.measuring.measured(point.name, seed)
+
+    def row(self, point: Point) -> dict[str, Any] | None:
+        """What is known of a point."""
+        found = self.measuring.row(point.name)
+        if found is None:
+            return None
+        tuned = {
+            other.rate: self.tuning.measured(other.name, TUNING_SEED)
+            for other in self.points()
+            if other[:2] == point[:2] and self.tuning.trained(other.name, TUNING_SEED)
+        }
+        return {
+            **found,
+            "passes": point.passes,
+            "passes_a_step": self.passes_a_step(point.arm),
+            "rate": point.rate,
+            "tuning": {f"{rate:g}": [row["accuracy_clean"], row["accuracy_robust"]] for rate, row in tuned.items()},
+        }
+
+    @staticmethod
+    def _score(found: dict[str, Any]) -> float:
+        return float(found["accuracy_clean"] + found["accuracy_robust"])
+
+    def _settings_of(self, arm: str) -> dict[str, Any]:
+        chosen = ("passes", "rates")
+        return {name: value for name, value in self.settings["arms"][arm].items() if name not in chosen}
+
+    def _run_of(self, point: Point) -> dict[str, Any]:
+        steps = int(point.passes / self.passes_a_step(point.arm))
+        run = {"steps": steps, "warmup_steps": int(WARMUP * steps), "learning_rate": point.rate}
+        return {"artifact": "members", **self._settings_of(point.arm), **run}
+
+
+@click.command()
+@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run, of those that are not finished.")
+@click.option("--only", multiple=True, help="Run these arms only.")
+@click.option("--passes", multiple=True, type=int, help="Run these budgets only.")
+def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...], passes: tuple[int, ...]) -> None:
+    """Run what is missing of the front in SETTINGS, then write results beside it."""
+    torch.set_num_threads(1)
+    front = Front(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    front.measuring.artifacts()
+    for name in ("tuning", "measuring"):  # both train on the same artifacts
+        folder = work / {"tuning": f"{settings.stem}-tuning", "measuring": settings.stem}[name] / "artifacts"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.symlink_to((work / settings.stem / "artifacts").resolve())
+    wanted = [int(text) for text in seeds.split(",") if text]
+    for seed in wanted:
+        front.measuring.measured(BASELINE, seed)
+    budgets = sorted({point.passes for point in front.points()})
+    for budget in budgets:
+        for arm in front.settings["arms"]:
+            if (only and arm not in only) or (passes and budget not in passes):
+                continue
+            if not any(point[:2] == (arm, budget) for point in front.points()):
+                continue
+            best = front.best(arm, budget)
+            for seed in wanted:
+                found = front.measured(best, seed)
+                click.echo(
+                    f"{settings.stem}, {best.name}, seed {seed}: clean {found['accuracy_clean']:.3f}, robust "
+                    f"{found['accuracy_robust']:.3f}"
+                )
+    write(front, settings)
+
+
+def write(front: Front, settings: Path) -> None:
+    """Put all that is finished into the results file."""
+    rows = {point.name: row for point in front.points() if (row := front.row(point))}
+    facts = {
+        "command": f"python -m experiments.front.run {'/'.join(settings.parts[-3:])}",
+        "commit": commit(),
+        "hardware": f"{platform.machine()} CPU, 1 thread",
+        "baseline": front.measuring.row(BASELINE),
+        "rows": rows,
+    }
+    settings.with_name(f"results-{settings.stem}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

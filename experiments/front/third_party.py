@@ -1,0 +1,91 @@
+"""The front's encoders under somebody else's attacks: torchattacks' APGD and PGD, and AutoAttack by its authors.
+
+    python -m experiments.front.third_party experiments/front/cifar10-2.toml --data "$DATAMERGE_DATA" --work front
+
+Needs the PyPI packages torchattacks and pyautoattack, the authors' code. Reads what `experiments.front.run` left in
+--work. Writes third-party-NAME.json beside the settings.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor, nn
+
+from datamerge.encoders import load_encoder, load_head
+from datamerge.evaluation.runs import read_run
+from experiments.front.run import Front
+from experiments.third_party import accuracies, images_of
+from storage_schemas.schema.run import BASELINE
+
+
+@click.command()
+@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--only", multiple=True, help="These arms only.")
+@click.option("--passes", multiple=True, type=int, help="These budgets only.")
+@click.option("--steps", default=100, show_default=True, help="Of PGD and APGD.")
+@click.option("--autoattack", "count", metavar="IMAGES", default=0, help="Run AutoAttack too, on so many images.")
+@click.option("--epsilon", metavar="FRACTION", help="Radius of the attacks. [that of SETTINGS]")
+def main(
+    settings: Path,
+    data: Path,
+    work: Path,
+    seeds: str,
+    only: tuple[str, ...],
+    passes: tuple[int, ...],
+    steps: int,
+    count: int,
+    epsilon: str | None,
+) -> None:
+    """Attack the trained encoders of SETTINGS."""
+    torch.set_num_threads(1)
+    front = Front(tomllib.loads(settings.read_text()), data, work, settings.stem)
+    prepared = front.measuring.prepared
+    target = settings.with_name(f"third-party-{settings.stem}.json")
+    facts: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    radius = float(Fraction(epsilon or front.settings["evaluate"]["epsilon"]))
+    names = [(BASELINE, BASELINE)] if BASELINE in only or not only else []
+    for arm in front.settings["arms"]:
+        for budget in sorted({point.passes for point in front.points() if point.arm == arm}):
+            if (not only or arm in only) and (not passes or budget in passes):
+                names.append((f"{arm}, {budget} passes", front.best(arm, budget).name))
+    for title, name in names:
+        for seed in (int(text) for text in seeds.split(",") if text):
+            trained = front.measuring.trained(name, seed)
+            if trained is None:
+                continue
+            encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
+            model = nn.Sequential(encoder, load_head(prepared.head)).eval()
+            pixels, labels = images_of(prepared.test(seed), encoder.input_shape)
+            key = f"torchattacks {version('torchattacks')}, {steps} steps, radius {radius:.6f}"
+            found = facts.setdefault(title, {}).setdefault(str(seed), {})
+            if key not in found:
+                found[key] = accuracies(model, pixels, labels, radius, steps, 100)
+            key = f"pyautoattack {version('pyautoattack')}, {count} images, radius {radius:.6f}"
+            if count and key not in found:
+                found[key] = _auto_attack(model, pixels[:count], labels[:count], radius)
+            click.echo(f"{title}, seed {seed}: {found}")
+            target.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _auto_attack(model: nn.Module, pixels: Tensor, labels: Tensor, radius: float) -> float:
+    """Fraction that the standard AutoAttack leaves correct."""
+    attack = AutoAttack(model, norm="Linf", eps=radius, version="standard", device="cpu", verbose=False, seed=0)
+    found = attack.run_standard_evaluation(pixels, labels, bs=100)
+    with torch.no_grad():
+        return float((model(found).argmax(dim=1) == labels).float().mean())
+
+
+if __name__ == "__main__":
+    main()
