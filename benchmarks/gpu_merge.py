@@ -151,7 +151,7 @@ class _Share:
     count: int
 
     def __call__(self) -> None:
-        worker, tasks = ShardWorker(pickle.loads(self.setup)), pickle.loads(self.tasks)  # noqa: S301 - ours
+        worker, tasks = ShardWorker(pickle.loads(self.setup)), pickle.loads(self.tasks)
         worker.prepare()
         worker.run(tasks[0])
         (self.folder / f"ready-{self.number}").touch()

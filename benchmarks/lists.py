@@ -141,7 +141,7 @@ def _names(samples: int) -> Iterator[str]:
 def _memory() -> tuple[int, int]:
     """Bytes of this process that are in memory, and that were at most."""
     status = Path("/proc/self/status").read_text()
-    held, peak = (int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[index]
+    held, peak = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return held, peak
 
 

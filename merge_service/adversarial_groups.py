@@ -97,7 +97,7 @@ class Attacker:
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
             prepare_compilation("compile", self._device.type)
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
+            self.model = torch.compile(self.model)  # type: ignore[assignment]  # it gives a Module
         self.precision: Precision = config.precision
         self.objective = config.objective
         self._members = config.group_size or 1

@@ -59,7 +59,7 @@ class TableFile(Protocol):
         ...
 
 
-class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]
+class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]  # pyarrow is untyped
     """A Parquet file."""
 
     @property

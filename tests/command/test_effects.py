@@ -113,7 +113,8 @@ CASES: list[Case] = [
     (TrainConfig, ["train"], {**TRAIN, "arm": "clean"}, {"epsilon": "2/255"}),
     (TrainConfig, ["train"], {**TRAIN, "cache": "none"}, {"cache_bytes": 10**9}),
     (TrainConfig, ["train"], {**TRAIN, "arm": "ind"}, {"samples": 1, "estimator": "sampled"}),
-    (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5}),
+    (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5, "clean_weight": 0.5}),
+    (TrainConfig, ["train"], {**TRAIN, "loss": "cosine", "arm": "ind"}, {"loss_scale": 0.5}),
     (EvaluateConfig, ["evaluate"], IMAGES, {"sample_seed": 42, "class_names": "imagenet"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], ZERO_SHOT, {"sample_seed": 1, "templates": "simple"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], {**IMAGES, "head": "outputs"}, {"templates": "openai"}),
@@ -200,7 +201,7 @@ def test_presets_go_with_every_arm() -> None:
         (MergeConfig, ATTACK, "num_gpus"),
         *(
             (TrainConfig, TRAIN, name)
-            for name in ("learning_rate", "weight_decay", "loss_scale", "gradient_clip", "ema")
+            for name in ("learning_rate", "weight_decay", "loss_scale", "clean_weight", "gradient_clip", "ema")
         ),
     ],
 )

@@ -133,7 +133,7 @@ def test_every_row_group_is_read_by_no_more_shards(
             assert min(_classes(prepared)) >= 5  # 3 or 4 in the order of the source
         reads.clear()
         for shard in range(prepared.plan.layout.shards):
-            reader = pickle.loads(pickle.dumps(prepared.source.reader))  # noqa: S301
+            reader = pickle.loads(pickle.dumps(prepared.source.reader))
             for sample in prepared.plan.task(shard).as_read():
                 reader.read(sample)
         apart[order] = reads.copy()

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import trainer.run.distributed
 from storage_schemas import ConfigError, open_artifact
+from storage_schemas.schema.run import read_summary
 from tests.support.ranks import exchange, launch
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
@@ -138,6 +139,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("finished 9 steps") == 1, time.monotonic() - started
+    assert result.stdout == f"{read_summary(tmp_path / 'run').encoder}\n"
     _assert_close(tmp_path / "whole", tmp_path / "run")
 
 

@@ -45,12 +45,12 @@ def clean_images(config: TrainConfig, manifest: Manifest) -> CleanName | None:
         ConfigError: the artifact has none.
     """
     starts_clean = ARMS[config.arm].starts_clean
-    if not (starts_clean or config.refine_steps):
+    if not (starts_clean or config.refine_steps or config.clean_weight):
         return None
     found = clean_name(manifest)
     if found is None:
-        setting = "arm" if starts_clean else "refine_steps"
-        drop = "choose another `arm`" if starts_clean else "drop `refine_steps`"
+        setting = "arm" if starts_clean else "refine_steps" if config.refine_steps else "clean_weight"
+        drop = "choose another `arm`" if starts_clean else f"drop `{setting}`"
         raise ConfigError(
             f"{setting}: expected an artifact that keeps the clean images, found none in {config.artifact}; merge "
             f'again with `attack="none"` or `keep_clean=True`, or {drop}'

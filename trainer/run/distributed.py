@@ -165,6 +165,14 @@ class Processes:
         return self.together(lambda: work() if self.first else None)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or was started by itself.
+
+    Known outside `processes` too, where they are no longer joined.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The processes this one was started with; joins them unless they are joined already (as Ray Train does).

@@ -29,14 +29,14 @@ from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, ConfigError
 from storage_schemas.schema.run import TrainedArtifact
 from trainer.arms import ARMS
-from trainer.config import LossName, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.data.blend import Blend
 from trainer.data.caching import check_room, opened
 from trainer.data.copied import copied_ahead
 from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
-from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.losses import Loss, LossName, loss_of
 from trainer.run.agreement import check_all, of_artifact
 from trainer.run.clean_images import clean_name
 from trainer.run.distributed import Processes
@@ -77,6 +77,8 @@ _FREE = {
     "wandb_project",
 }
 ARTIFACT_HEAD = "artifact"
+# So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
+WITHOUT_WORKERS = 10_000
 
 
 Feed = Callable[[Partition, int, int], Iterator[Batch]]
@@ -200,7 +202,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         config=resolved,
         encoder=encoder,
         model=ready(encoder, head, config, device),
-        loss=CrossEntropy() if found.labels else SquaredError(config.loss_scale),
+        loss=loss_of(found.loss, config.loss_scale),
         order=order,
         feed=_feed(blend, order, collate, config.data_workers, device),
         held_out=held_out,
@@ -235,7 +237,8 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
 def free_of_place(config: TrainConfig) -> dict[str, Any]:
     """The settings that determine the result, and how they are turned into an order."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
-    return {**settings, "order": ORDER_VERSION}
+    # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
+    return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}
 
 
 def warn_of_start(encoder: Encoder) -> None:
@@ -311,7 +314,8 @@ def _held_out(
     check_groups(artifact, encoder, collate)
     blend = Blend.of(artifact)
     order = _order(blend, other, "eval_artifact")
-    feed = _feed(blend, order, collate, config.data_workers, device)
+    workers = config.data_workers if order.groups > WITHOUT_WORKERS else 0
+    feed = _feed(blend, order, collate, workers, device)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
         # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.

@@ -16,8 +16,9 @@ from storage_schemas.access.threads import in_threads
 from storage_schemas.schema.manifest import ArraySpec, RecordEntry
 from storage_schemas.schema.preprocessing import Preprocessing
 from trainer.arms import ARMS, CleanName
-from trainer.config import LossName, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.stream import Collate, check_label
+from trainer.losses import LossName
 from trainer.run.clean_images import clean_images, clean_name, group_size, refinement
 from trainer.run.refine import Refinement
 
@@ -31,7 +32,7 @@ class Checked:
     """What an artifact and the settings come to.
 
     Attributes:
-        loss: squared_error or cross_entropy.
+        loss: that "auto" means, or that was asked for.
         members: stored members to read of each group; 0 for arms that read none.
         encoder: spec of the encoder to start from, or the folder of a run.
         refinement: steps of an attack on stored images before they are trained on, if there are any.
@@ -217,17 +218,22 @@ def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
     has_targets = manifest.layout.array("target") is not None
     automatic: LossName = "squared_error" if has_targets else "cross_entropy"
     name = automatic if config.loss == "auto" else config.loss
-    if name == "squared_error" and not has_targets:
+    if name != "cross_entropy" and not has_targets:
         raise ConfigError(
-            f"loss: squared_error expects stored target embeddings, found none in {config.artifact}; "
+            f"loss: {name} expects stored target embeddings, found none in {config.artifact}; "
             'use `loss="cross_entropy"` for an artifact with labels'
         )
-    if name == "squared_error" and config.head is not None:
-        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop `head`")
+    if name != "cross_entropy" and config.head is not None:
+        raise ConfigError(f"head: {name} trains on embeddings and takes no head; drop `head`")
     if name == "cross_entropy" and config.loss_scale != 1.0:
         raise ConfigError(
             f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; "
             "drop `loss_scale`"
+        )
+    if name == "cross_entropy" and config.clean_weight:
+        raise ConfigError(
+            f"clean_weight: the clean term expects stored target embeddings, found none in {config.artifact}; drop "
+            "`clean_weight`"
         )
     return name
 
