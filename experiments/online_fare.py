@@ -35,7 +35,8 @@ from trainer.data.batches import ImageBatch, pixels
 from trainer.data.order import Order, Partition
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import processes
-from trainer.run.job import Job, Origin, choose_device, free_of_place, length, ready, warn_of_start
+from trainer.run.identity import free_of_place
+from trainer.run.job import Job, Origin, choose_device, length, ready, warn_of_start
 from trainer.run.loop import run_job
 
 # FARE's; flags override them.

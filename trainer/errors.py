@@ -19,3 +19,7 @@ class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, no
 
 class NotFiniteRun(DatamergeError):  # noqa: N818 - says what was found
     """A loss or gradient was not finite; the run would come to it again."""
+
+
+class OverfittedRun(DatamergeError):  # noqa: N818 - says what was found
+    """The attack that a run trains on has lost its meaning; its state is saved, and it would not get better."""
