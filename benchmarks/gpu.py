@@ -49,19 +49,19 @@ def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, onl
     if not (rehearse or torch.cuda.is_available()):
         raise click.ClickException("torch sees no GPU here; `--rehearse` does the same on the CPU, in tiny")
     started, load = time.monotonic(), os.getloadavg()[0]
+    where = Circumstances.here("cpu" if rehearse else "cuda")
+    command = " ".join(["python -m benchmarks.gpu", *names, *(["--rehearse"] if rehearse else [])])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"gpu_{where.slug}_{where.day}.md"
     click.echo(" | ".join(COLUMNS))
     rows: list[Row] = []
     for name in names or PARTS:
         left = seconds - (time.monotonic() - started)
-        rows += (
-            _run(name, rehearse, rows, min(PARTS[name].limit, left)) if left > 0 else [_failed(name, "no time left")]
-        )
-    where = Circumstances.here("cpu" if rehearse else "cuda")
-    found = Findings(tables=[Table("Measured", COLUMNS, [row.cells() for row in rows])])
-    command = " ".join(["python -m benchmarks.gpu", *names, *(["--rehearse"] if rehearse else [])])
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"gpu_{where.slug}_{where.day}.md"
-    path.write_text(render("gpu", found, where, command, time.monotonic() - started, load), "utf-8")
+        limit = left if rehearse else min(PARTS[name].limit, left)  # of a GPU's machine, which has no other work
+        rows += _run(name, rehearse, rows, limit) if left > 0 else [_failed(name, "no time left")]
+        # Anew after each part: the machine may be taken away before the last one ends.
+        found = Findings(tables=[Table("Measured", COLUMNS, [row.cells() for row in rows])])
+        path.write_text(render("gpu", found, where, command, time.monotonic() - started, load), "utf-8")
     click.echo(f"{path}: {len(rows)} rows, {sum(row.failed for row in rows)} of them failures")
 
 

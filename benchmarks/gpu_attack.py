@@ -46,7 +46,7 @@ def launch_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
     yield _row(f"{what}, CUDA graph, {launches(graph, size.device)} launches", captured, count)
     compiled = torch.compile(encoder, backend="eager" if rehearse else "inductor")
     yield replace(
-        attack_row(f"{what}, compiled", encoder, count, "bfloat16", size, rates, compiled),  # type: ignore[arg-type]
+        attack_row(f"{what}, compiled", encoder, count, "bfloat16", size, rates, compiled),  # type: ignore[arg-type]  # a module all the same
         part="launches",
     )
 

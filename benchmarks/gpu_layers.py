@@ -26,7 +26,7 @@ def rate_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
     yield Row(RATES, "copy on the device", ms, rate=2 * values.nbytes / 1e9 / (ms / 1000), unit="GB")
     here = torch.zeros(size.side, size.side, dtype=torch.float32)
     for what, source in (("pageable", here), ("pinned", here.pin_memory() if not rehearse else here)):
-        ms, _ = timed(lambda: source.to(size.device, non_blocking=True), size.device, size.repeats)  # noqa: B023
+        ms, _ = timed(lambda: source.to(size.device, non_blocking=True), size.device, size.repeats)  # noqa: B023 - at once
         yield Row(RATES, f"copy to the device, {what}", ms, rate=here.nbytes / 1e9 / (ms / 1000), unit="GB")
 
 
@@ -43,7 +43,7 @@ def layer_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
         encoder = load_encoder(size.convolutional, str(size.device)).requires_grad_(False)
         for module in encoder.modules():
             if isinstance(module, nn.Conv2d):
-                module.to(memory_format=order)  # type: ignore[call-overload]
+                module.to(memory_format=order)  # type: ignore[call-overload]  # missing in torch's types
         for precision in size.precisions:
             what = f"{size.convolutional}, {precision}, {str(order).removeprefix('torch.')}"
             yield replace(attack_row(what, encoder, size.images[0], precision, size, rates), part="layers")

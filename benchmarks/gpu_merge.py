@@ -151,7 +151,7 @@ class _Share:
     count: int
 
     def __call__(self) -> None:
-        worker, tasks = ShardWorker(pickle.loads(self.setup)), pickle.loads(self.tasks)  # noqa: S301 - ours
+        worker, tasks = ShardWorker(pickle.loads(self.setup)), pickle.loads(self.tasks)
         worker.prepare()
         worker.run(tasks[0])
         (self.folder / f"ready-{self.number}").touch()
@@ -206,7 +206,7 @@ def _split(folder: Path, size: Sizes) -> Iterator[Row]:
             inputs = attacker.inputs(batch)
             with _timed("copy of the clean images", spent, size.device):
                 inputs.clean.to(size.device, non_blocking=True)
-            done = attacker.attack_finite(batch, inputs, [])
+            done = attacker.run(batch, inputs, [])
             if done is None:
                 raise ValueError("no gradient was finite")
             attacker.records(done)

@@ -34,11 +34,12 @@ class Part:
 PARTS: dict[str, Part] = {
     RATES: Part("gpu_layers:rate_rows", 15),
     "attack": Part("gpu_attack:attack_rows", 35),
-    "train": Part("gpu_training:train_rows", 50),
+    "train": Part("gpu_training:train_rows", 45),
     "merge": Part("gpu_merge:merge_rows", 45),
     "feed": Part("gpu_training:feed_rows", 30),
+    "exchange": Part("gpu_exchange:exchange_rows", 10),
     "launches": Part("gpu_attack:launch_rows", 25),
-    "compiled": Part("gpu_training:compiled_rows", 40),
+    "compiled": Part("gpu_training:compiled_rows", 35),
     "layers": Part("gpu_layers:layer_rows", 15),
     "llava": Part("gpu_llava:llava_rows", 25),
 }

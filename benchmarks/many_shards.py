@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from trainer import TrainConfig
 from trainer.run.job import make_job
 
 SHAPE, WIDTH, MEMBERS, GROUPS = (3, 8, 8), 8, 4, 256
+FEW = 128  # shards of an artifact beside which the start is measured
 ENCODER = f"mlp:3x8x8-8-{WIDTH}"
 # In a process of its own: what is imported is the same for one shard and for all.
 OPEN = """
@@ -54,9 +57,19 @@ class Opened:
     peak: float
 
 
+@dataclass(frozen=True)
+class Started:
+    """`datamerge train` for one step, imports included: seconds, of which on a processor, and peak MB."""
+
+    seconds: float
+    cpu: float
+    peak: float
+
+
 @click.command()
 @click.option("--shards", default=200_000, show_default=True)
-def main(shards: int) -> None:
+@click.option("--rounds", default=3, show_default=True, help="Starts on many shards and on few, in turn.")
+def main(shards: int, rounds: int) -> None:
     """Print seconds and MB."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = write(Path(scratch, "artifact"), shards)
@@ -65,8 +78,18 @@ def main(shards: int) -> None:
             f"{shards} shards: opened in {found.open:.2f} s and {found.peak:.0f} MB; {found.sent:.0f} MB for a data "
             f"worker, packed in {found.pack:.2f} s and unpacked in {found.unpack:.2f} s"
         )
-        seconds, memory = started(folder, Path(scratch, "run"))
-        click.echo(f"`datamerge train` for one step: {seconds:.1f} s, {memory:.0f} MB")
+        folders = {FEW: write(Path(scratch, "few"), FEW), shards: folder}
+        starts: dict[int, list[Started]] = {count: [] for count in folders}
+        for number in range(rounds):
+            for count, place in folders.items():
+                starts[count].append(started(place, Path(scratch, f"run-{count}-{number}")))
+        for count, found_here in starts.items():
+            cpu, seconds = ([getattr(one, name) for one in found_here] for name in ("cpu", "seconds"))
+            click.echo(
+                f"`datamerge train` for one step on {count} shards: {statistics.median(cpu):.2f} s of processor "
+                f"({min(cpu):.2f} to {max(cpu):.2f}), {statistics.median(seconds):.1f} s in all "
+                f"({min(seconds):.1f} to {max(seconds):.1f}), {max(one.peak for one in found_here):.0f} MB"
+            )
 
 
 def write(folder: Path, shards: int) -> Path:
@@ -121,13 +144,20 @@ def opened(folder: Path) -> Opened:
     return Opened(open_, pack, unpack, sent / 1e6, kilobytes * 1024 / 1e6)
 
 
-def started(folder: Path, run: Path) -> tuple[float, float]:
-    """Seconds and MB of `datamerge train` for one step, imports included."""
+def started(folder: Path, run: Path) -> Started:
+    """Run `datamerge train` for one step."""
     command = [sys.executable, "-m", "datamerge", "train", str(folder), str(run), "--steps", "1", "--device", "cpu"]
+    before = _seconds_of_children()
     ran = peak.run(command, {})
     if ran.returncode:
         raise click.ClickException(ran.stderr)
-    return ran.seconds, ran.process
+    return Started(ran.seconds, _seconds_of_children() - before, ran.process)
+
+
+def _seconds_of_children() -> float:
+    """On a processor, of all that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

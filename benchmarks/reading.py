@@ -139,7 +139,7 @@ def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
     else:
         ways["LitData"] = _with_litdata(artifact)
     for mode in ("record", "shard", "off"):
-        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
+        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]  # bound now
     return _interleaved(ways, repeats)
 
 
@@ -190,7 +190,7 @@ def zarr_seconds(artifact: Artifact, repeats: int) -> Seconds:
     except ImportError:
         click.echo("tensorstore is not installed: left out")
     for mode in ("record", "shard", "off"):
-        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]
+        ways[f"datamerge, verify={mode}"] = lambda mode=mode: _iterate(open_artifact(folder, verify=mode))  # type: ignore[misc]  # bound now
     return _interleaved(ways, repeats)
 
 

@@ -167,13 +167,14 @@ def _many_shards(found: Findings, scratch: Path, shards: int) -> None:
     """A manifest of very many, opened in a process of its own, and the trainer started on it."""
     folder = many_shards.write(scratch / "very-many", shards)
     opened = many_shards.opened(folder)
-    seconds, memory = many_shards.started(folder, scratch / "run")
+    started = many_shards.started(folder, scratch / "run")
     found.bars.append(Bar(f"seconds to open {shards:,} shards", [opened.open], 3.0))
     found.bars.append(Bar(f"MB to open {shards:,} shards", [opened.peak], 1000))
-    found.bars.append(Bar(f"seconds of `train` for a step on {shards:,} shards", [seconds], 10))
+    found.bars.append(Bar(f"seconds of `train` for a step on {shards:,} shards", [started.seconds], 10))
     found.notes.append(
         f"{shards:,} shards: {opened.sent:.0f} MB are sent to each data worker, packed in {opened.pack:.2f} s and "
-        f"unpacked in {opened.unpack:.2f} s; `train` takes {memory:.0f} MB, imports included."
+        f"unpacked in {opened.unpack:.2f} s; `train` takes {started.peak:.0f} MB and {started.cpu:.1f} s of "
+        "processor, imports included."
     )
 
 

@@ -100,7 +100,7 @@ class Rounds:
 
     def __init__(self, folder: Path, format: str, groups: int, per_shard: int, photos: str | None) -> None:
         self.root, self.format, self.steps = folder / "served", format, groups // BATCH
-        self.artifact, self._scratch, self._caches = self.root / "bucket" / format, folder, 0
+        self.artifact, self._scratch = self.root / "bucket" / format, folder
         self.layout = write(self.artifact, format, groups, per_shard, photos)
         self.needed = needed(self.artifact, self.layout)
         self.ways: dict[str, Way] = defaultdict(Way)

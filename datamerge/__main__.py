@@ -1,6 +1,6 @@
 """`python -m datamerge`, which is also how torchrun starts it."""
 
-# ruff: noqa: PTH100, PTH109, PTH120
+# ruff: noqa: PTH100, PTH109, PTH120 - pathlib is imported from the right place only after this
 import os
 import sys
 

@@ -16,7 +16,7 @@ OURS = ("datamerge", "merge_service", "storage_schemas", "trainer")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Unavailable(ImportError):  # noqa: N818
+class Unavailable(ImportError):
     """One of our objects cannot be imported, for a reason that the user can change; the message is one line."""
 
 

@@ -16,25 +16,22 @@ import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from datamerge.attacks import PGD
 from datamerge.evaluation import ArmResult, EvaluateConfig, Score, evaluate
 from datamerge.runtime.checkout import commit
 from experiments.arms_report import report
 from experiments.facts import array_bytes
-from experiments.online_fare import train_online
 from merge_service import MergeConfig, merge
 from storage_schemas import Location, open_artifact
 from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.remerge import Remerge, remerge
 from storage_schemas.schema.run import BASELINE, SUMMARY
-from trainer import RunSummary, TrainConfig, train
+from trainer import TrainConfig, train
 from trainer.arms import ARMS
 
 PUBLISHER = 1000  # seed of the run whose rounds are published
@@ -195,9 +192,7 @@ class ArmsExperiment:
         arm = dict(self.settings["arms"][name])
         run = self._run(name, seed)
         started = time.process_time()
-        if arm.pop("online", False):
-            self._online(run, seed, **arm)
-        elif "rounds" in arm:
+        if "rounds" in arm:
             run = self._rounds(run, seed, **arm)
         else:
             artifact = self.artifact(arm.pop("artifact"))
@@ -205,13 +200,6 @@ class ArmsExperiment:
         if not (run / "cpu-seconds").exists():
             (run / "cpu-seconds").write_text(f"{time.process_time() - started:.2f}")
         return str(run)
-
-    def _online(self, run: Path, seed: int, learning_rate: float | None = None, **changed: Any) -> RunSummary:
-        wanted = self.settings["merge"] | changed
-        attack = PGD(Fraction(wanted["epsilon"]), Fraction(wanted["step_size"]), wanted["steps"])
-        arm = {"arm": "ind", "members": 1} | ({} if learning_rate is None else {"learning_rate": learning_rate})
-        config = self._train_config(self.prepared.train, run, seed, **arm)
-        return train_online(config, attack, limit_first=wanted.get("limit_first"))
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str, again: bool = False) -> Path:
         """Attack the encoder as it has become, add the new members to the earlier ones, train; again and again.
@@ -256,35 +244,30 @@ class ArmsExperiment:
         if "rounds" in arm:
             first = next(iter(sorted(self._work.glob("runs/*-artifacts/0"))), None)
             return None if first is None else arm["rounds"] * array_bytes(str(first), {"members"})
-        if "artifact" not in arm:
+        if not arm:
             return None
-        arrays = ARMS[arm["arm"]].arrays | ({"clean"} if arm.get("refine_steps") else set())
+        spec = ARMS[arm["arm"]]
+        arrays = spec.arrays | ({"clean"} if spec.starts_clean or arm.get("refine_steps") else set())
         stored = array_bytes(self.artifact(arm["artifact"]), arrays)
         taken = arm.get("members")
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
 
     def _forward_passes(self, arm: dict[str, Any]) -> float | None:
-        """Cost of a run, attacks made for it alone included, in forward passes for each group and step.
-
-        A step of an attack is 2 (PAPER §4).
-        """
-        # An online arm may have an attack of its own.
-        attacked = self.settings["merge"] | (arm if arm.get("online") else {})
-        members, steps, images = (int(attacked[name]) for name in ("members", "steps", "limit_first"))
-        attack = 2.0 * steps + 2  # the target's forward pass and the last loss
-        if arm.get("online"):
-            return attack + 3
-        if "rounds" in arm:
-            seen = int(self.settings["train"]["steps"]) * int(self.settings["train"]["batch_size"])
-            return 3 + int(arm["rounds"]) * attack * images / seen
-        if "arm" not in arm:
+        """Cost of a run, with that of attacks made for it alone, in forward passes for each group and step."""
+        if not arm:
             return None
-        return ARMS[arm["arm"]].forward_passes(
+        step = ARMS[arm["arm"]].forward_passes(
             arm.get("estimator"),
             samples=arm.get("samples", 1),
-            members=int(arm.get("members") or members),
+            members=int(arm.get("members") or self.settings["merge"]["members"]),
             refine_steps=arm.get("refine_steps", 0),
         )
+        if "rounds" not in arm:
+            return step
+        images = int(arm["rounds"]) * int(self.settings["merge"]["limit_first"])
+        seen = int(self.settings["train"]["steps"]) * int(self.settings["train"]["batch_size"])
+        # A step of an attack is 2 (PAPER §4); with the target's forward pass and the last loss.
+        return step + (2.0 * int(self.settings["merge"]["steps"]) + 2) * images / seen
 
 
 def _figures(found: ArmResult) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Attacker:
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
             prepare_compilation("compile", self._device.type)
-            self.model = torch.compile(self.model)  # type: ignore[assignment]
+            self.model = torch.compile(self.model)  # type: ignore[assignment]  # it gives a Module
         self.precision: Precision = config.precision
         self.objective = config.objective
         self._members = config.group_size or 1
@@ -107,15 +107,14 @@ class Attacker:
 
     def inputs(self, batch: Batch) -> Inputs:
         """What G groups are attacked from."""
-        shape, pinned = batch[0][1].shape, self._device.type == "cuda"
-        clean = torch.empty((len(batch), *shape), dtype=torch.uint8, pin_memory=pinned)
-        np.stack([image for _, image in batch], out=clean.numpy())
+        clean = stacked(batch, self._device)
+        shape, pinned = tuple(clean.shape[1:]), self._device.type == "cuda"
         seed, members = self._config.seed, self._members
         generators = [one for group, _ in batch for one in sample_generators(seed, group.key, members)]
         settings, restarts = self._config.attack_settings, self._config.restarts
         return Inputs(clean, draw_starts(settings, shape, generators, restarts=restarts, pinned=pinned))
 
-    def attack_finite(self, batch: Batch, inputs: Inputs, rejects: list[Reject]) -> AttackedBatch | None:
+    def run(self, batch: Batch, inputs: Inputs, rejects: list[Reject]) -> AttackedBatch | None:
         """Attack G groups; those whose gradient is not finite are rejected, the others attacked again without.
 
         Returns:
@@ -239,6 +238,14 @@ class Attacker:
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(done)
             yield
+
+
+def stacked(batch: Batch, device: torch.device) -> Tensor:
+    """The images of a batch, uint8 [G, C, H, W] on the CPU; pinned where a GPU will copy them."""
+    shape = (len(batch), *batch[0][1].shape)
+    images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.stack([image for _, image in batch], out=images.numpy())
+    return images
 
 
 def _on_embeddings(config: MergeConfig) -> bool:

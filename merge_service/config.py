@@ -22,6 +22,7 @@ Order = Literal["shuffled", "source"]
 
 DEFAULT_MEMBERS = 10
 _ATTACK = ("attack", "epsilon", "steps", "step_size", "random_start", "start_radius", "restarts", "objective")
+_KEPT = ("grid", "keep_members", "keep_clean", "factors", "factor_kind")
 _LENGTHS = ("epsilon", "step_size", "start_radius")
 
 
@@ -41,6 +42,11 @@ class MergeConfig(Settings):
             ("keep_clean",),
             lambda own: own.grouping == "adversarial",
             "{settings.grouping} groups have no clean image; drop `{name}`",
+        ),
+        Effect(
+            (*_ATTACK[1:], "precision", "compile", "target_encoder", *_KEPT),
+            lambda own: own.attack != "none",
+            'with `attack="none"` a group is one clean image, which its mean holds; drop `{name}`',
         ),
         Effect(
             ("step_size",),
@@ -98,7 +104,7 @@ class MergeConfig(Settings):
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN")] = Field(
         None,
         description="Encoder to attack, such as open_clip:ViT-B-32/openai, or the folder of a finished training run; "
-        "of other groups, the one whose embeddings are targets or are clustered.",
+        "of groups that nothing attacks, the one whose embeddings are targets or are clustered.",
     )
     target_encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the attacked one")] = Field(
         None, description="Encoder of the targets."
@@ -107,7 +113,7 @@ class MergeConfig(Settings):
         None, description="What records train towards."
     )
     members: Annotated[
-        PositiveInt | None, Option(unset=f"adversarial: {DEFAULT_MEMBERS}; label: the whole class")
+        PositiveInt | None, Option(unset=f"adversarial: {DEFAULT_MEMBERS}, not attacked: 1; label: the whole class")
     ] = Field(
         None,
         description="Samples in a group: adversarial images of one photo, of a class, or of an average cluster.",
@@ -117,8 +123,10 @@ class MergeConfig(Settings):
     group_column: str | None = Field(
         None, description="Column of the source whose values name the groups, for column groups."
     )
-    attack: Literal["pgd", "apgd"] = Field(
-        "pgd", description="Attack that makes the members: PGD, or APGD, which chooses its own step sizes."
+    attack: Literal["pgd", "apgd", "none"] = Field(
+        "pgd",
+        description="Attack that makes the members: PGD, or APGD, which chooses its own step sizes; with none each "
+        "group is a clean image, at no attack's cost.",
     )
     epsilon: PixelLength = Field(
         PixelLength("2/255"), description="Radius of the l-inf ball, a fraction of the pixel range."
@@ -151,7 +159,7 @@ class MergeConfig(Settings):
     precision: Precision = Field("float32", description="Arithmetic of the attack's forward passes.")
     compile: bool = Field(False, description="Run encoders through torch.compile.")
     batch_size: PositiveInt = Field(
-        64, description="Images in one forward pass of the attack, members counted one by one; at least one group."
+        64, description="Images in one forward pass, members of an attack counted one by one; at least one group."
     )
     threads: PositiveInt = Field(1, description="CPU threads of an encoder; another number rounds in another way.")
     format: Format = Field("zarr", description="Physical form of the shards.")
@@ -229,7 +237,7 @@ class MergeConfig(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> MergeConfig:
         problems = [*self._grouping_problems(), *self._encoder_problems(), *self._pixel_problems()]
-        if self.grouping == "adversarial":
+        if self.attacks:
             problems += self._attack_problems()
         for problem in problems:
             raise ValueError(problem)
@@ -246,6 +254,10 @@ class MergeConfig(Settings):
             problems.append("group_column: expected the name of a column for column groups, found none")
         if self.grouping == "column" and self.members is not None:
             problems.append("members: column groups have those that the column gives them; drop `members`")
+        if self.attack == "none" and self.members not in (None, 1):
+            problems.append(
+                f'members: expected 1, the clean image, with `attack="none"`, found {self.members}; drop `members`'
+            )
         if self.grouping == "label" and self.keep_members and self.members is None:
             problems.append("keep_members: a whole class is too much to keep; set `members` for smaller groups")
         if self.grouping in ("cluster", "column") and self.keep_members:
@@ -254,18 +266,13 @@ class MergeConfig(Settings):
 
     def _encoder_problems(self) -> list[str]:
         problems = []
-        if self.encoder is None and self.grouping == "adversarial":
-            problems.append(
-                "encoder: expected one to attack, found none; add a spec such as open_clip:ViT-B-32/openai"
-            )
-        elif self.encoder is None and self.needs_encoder:
-            problems.append(
-                "encoder: expected one for the embeddings, found none; add a spec such as open_clip:ViT-B-32/openai"
-            )
+        if self.encoder is None and self.needs_encoder:
+            use = "to attack" if self.attacks else "for the embeddings"
+            problems.append(f"encoder: expected one {use}, found none; add a spec such as open_clip:ViT-B-32/openai")
         if self.encoder is not None and not self.needs_encoder:
+            groups = "groups of one image" if self.grouping == "adversarial" else f"{self.grouping} groups"
             problems.append(
-                f"encoder: {self.grouping} groups with label targets use none; drop `encoder`, or add "
-                '`targets="embedding"`'
+                f'encoder: {groups} with label targets use none; drop `encoder`, or add `targets="embedding"`'
             )
         if self.encoder is not None and self.shape is not None:
             problems.append("shape: pixels have the encoder's; drop `shape`")
@@ -328,12 +335,15 @@ class MergeConfig(Settings):
         return problems
 
     @property
+    def attacks(self) -> bool:
+        """Whether members are made by an attack."""
+        return self.grouping == "adversarial" and self.attack != "none"
+
+    @property
     def needs_encoder(self) -> bool:
         """Whether any step runs an encoder."""
         return (
-            self.grouping == "adversarial"
-            or self.stores_embedding
-            or (self.grouping == "cluster" and self.cluster_by == "embedding")
+            self.attacks or self.stores_embedding or (self.grouping == "cluster" and self.cluster_by == "embedding")
         )
 
     @property
@@ -366,7 +376,7 @@ class MergeConfig(Settings):
 
     def lost_levels(self) -> list[str]:
         """A sentence for each radius that the 8-bit grid cuts off to whole levels."""
-        if self.grouping != "adversarial" or not self.grid:
+        if not self.attacks or not self.grid:
             return []
         radii = (("epsilon", self.epsilon), ("start_radius", self.start_radius))
         found = [(name, lost_levels(radius)) for name, radius in radii if radius is not None]
@@ -375,7 +385,9 @@ class MergeConfig(Settings):
     @property
     def group_size(self) -> int | None:
         """Members of a group; None where the data decides."""
-        return self.members or (DEFAULT_MEMBERS if self.grouping == "adversarial" else None)
+        if self.grouping == "adversarial" and self.members is None:
+            return DEFAULT_MEMBERS if self.attacks else 1
+        return self.members
 
     @property
     def resolved_encoding(self) -> EncodingName:

@@ -3,7 +3,8 @@
     FLOPs of a group     forward + N · restarts · (gradients · gradient + forward)
 
 `forward` is a pass of the encoder over one image and `gradient` the same with the backward pass to the pixels. Every
-group begins with the embedding of its clean image, and every attack ends with the loss of its result.
+group begins with the embedding of its clean image, every attack ends with the loss of its result, and what is not
+attacked has that embedding alone.
 """
 
 from __future__ import annotations
@@ -60,6 +61,8 @@ def count_passes(model: nn.Module, shape: tuple[int, ...]) -> Passes:
 
 def group_flops(config: MergeConfig, passes: Passes) -> float:
     """FLOPs of the encoder for one group of `adversarial` grouping."""
+    if not config.attacks:
+        return passes.forward
     gradients = config.steps + (1 if config.attack == "apgd" else 0)
     members = (config.group_size or 1) * config.restarts
     return passes.forward + members * (gradients * passes.gradient + passes.forward)

@@ -36,7 +36,7 @@ def with_labels_of_head(
     Raises:
         ConfigError: classes that the head does not have.
     """
-    attacked = encoder if config.objective == "cross_entropy" and config.grouping == "adversarial" else None
+    attacked = encoder if config.objective == "cross_entropy" and config.attacks else None
     if head is None and attacked is None:
         return source
     if head is not None:

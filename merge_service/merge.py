@@ -56,7 +56,7 @@ class MergeResult:
         merged_shards: shards that this run wrote; the others were there.
         rejects: samples this run could not use.
         seconds: wall time of the Ray stage.
-        attack_seconds: summed over workers.
+        attack_seconds: of attacks, or of embedding images that are not attacked, summed over workers.
     """
 
     manifest: Manifest

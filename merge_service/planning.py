@@ -15,6 +15,7 @@ import numpy as np
 from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
 from datamerge.encoders.runs import ResolvedEncoder
+from datamerge.runtime.messages import say
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from datamerge.sources.orientation import Exif
 from merge_service.config import MergeConfig
@@ -170,7 +171,7 @@ def make_plan(
     """
     groups = make_groups(config, source, clusters)
     loaded = (target_encoder or encoder) if config.needs_encoder else None
-    if config.objective == "cross_entropy" and config.grouping == "adversarial":
+    if config.objective == "cross_entropy" and config.attacks:
         _check_classes(groups, encoder.encoder if encoder else None, head, source)
     provenance = _provenance(config, source, encoder, target_encoder, head, preprocessing)
     provenance["source"] |= turning.record
@@ -186,9 +187,12 @@ def make_plan(
     )
     if config.grouping == "cluster":
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
-    dealing = None
+    dealing, kept = None, groups
     if config.order == "shuffled":
         groups, dealing = dealt(groups, source.blocks, layout.groups_per_shard, config.seed)
+        if groups is kept:
+            say(f"order: {source.url}: groups stay as they are; shards would read more row groups in another order")
+            del provenance["order"]
     return Plan(
         groups=groups,
         layout=layout,
@@ -305,7 +309,8 @@ def _provenance(
             own = encoder.encoder.preprocessing.record()
             provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": own}
     if config.grouping == "adversarial":
-        provenance["attack"] = _attack(config)
+        # None says that the mean is the clean image; artifacts of other groupings say nothing.
+        provenance["attack"] = _attack(config) if config.attacks else None
     if config.license is not None:
         provenance["license"] = config.license
     if head is not None:

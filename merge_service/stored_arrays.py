@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,6 +59,16 @@ def moment_arrays(members: Tensor, layout: Layout) -> dict[str, Tensor]:
             raise OverflowError(f"{name}: {largest} does not fit the planned {spec}")
         encoded[name] = values.to(getattr(torch, spec.dtype))
     return encoded
+
+
+def image_arrays(image: npt.NDArray[np.uint8], layout: Layout) -> dict[str, npt.NDArray[Any]]:
+    """What `encode_exact` makes of a group of one image [C, H, W]."""
+    if layout.encoding == "float32":
+        levels = np.arange(LEVELS + 1, dtype=np.float64)
+        means, squares = levels / LEVELS, levels**2 / LEVELS**2
+        return {"mean": means.astype(np.float32)[image], "mean_square": squares.astype(np.float32)[image]}
+    dtypes = {spec.name: spec.dtype for spec in layout.arrays}
+    return {"sum": image.astype(dtypes["sum"]), "scatter": np.zeros(image.shape, dtypes["scatter"])}
 
 
 def factor_array(members: Tensor, count: int, kind: FactorKind, generators: Sequence[np.random.Generator]) -> Tensor:

@@ -1,8 +1,8 @@
 """What a worker does, as a plain object without Ray: whole shards, parts of shards, clusters of a class.
 
-Two calls may run at the same time, in two threads: while one attacks, the other writes what it has attacked and
-decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most. A third thread
-works for the attack: it draws the starts of its next batch and turns the last one into records.
+Two calls may run at the same time, in two threads: while one attacks or embeds, the other writes what it has made
+and decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most. A third
+thread works for the encoder: it prepares its next batch and turns the last one into records.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ from datamerge.runtime.memory import out_of_memory_advice
 from datamerge.sources import Reader, Sample
 from datamerge.sources.orientation import Exif
 from merge_service.adversarial_groups import Attacker
-from merge_service.attack_ahead import AttackAhead
+from merge_service.batches_ahead import BatchesAhead
+from merge_service.clean_groups import CleanImages
 from merge_service.clustering import cluster_class
 from merge_service.config import MergeConfig
 from merge_service.planning import Items, ShardTask
@@ -126,7 +128,7 @@ class ShardWorker:
         decoders = decoders_of_a_gpu(setup.config, *self._machine()) if on_gpu else setup.config.cpus
         self._reader = PixelReader(setup.reader, setup.preprocessing, decoders, setup.exif)
         self._encoder: Encoder | None = None
-        self._attacker: Attacker | None = None
+        self._maker: Attacker | CleanImages | None = None
         self._accumulator: Accumulator | None = None
 
     def prepare(self) -> None:
@@ -147,13 +149,15 @@ class ShardWorker:
             setup.head.to(setup.device)
         if setup.writer is not None:
             layout = setup.writer.layout
-            if self._config.grouping == "adversarial" and self._encoder is not None:
-                self._attacker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
+            if self._config.attacks and self._encoder is not None:
+                self._maker = Attacker(self._config, layout, self._encoder, target or self._encoder, setup.head)
+            elif self._config.grouping == "adversarial":
+                self._maker = CleanImages(self._config, layout, self._encoder)
             self._accumulator = Accumulator(self._config, layout, self._reader, self._encoder)
 
     def run(self, task: ShardTask) -> ShardResult:
         """Merge one shard and commit it."""
-        if self._attacker is None:
+        if self._maker is None:
             return self.complete(task, self.part(task.items))
         rejects: list[Reject] = []
         remarks: list[str] = []
@@ -166,13 +170,13 @@ class ShardWorker:
                 usable.append((group, image))
         del images
         with out_of_memory_advice(self._advice):
-            attack = AttackAhead(self._attacker, usable, self._beside, rejects)
+            batches: BatchesAhead[Any, Any] = BatchesAhead(self._maker, usable, self._beside, rejects)
             with self._attack_lock:
                 started = time.monotonic()
                 self._use_threads()
-                attack.run()
+                batches.run()
                 seconds = time.monotonic() - started
-            records = attack.records()
+            records = batches.records()
         return self._commit(task, records, rejects, remarks, seconds)
 
     def part(self, items: Items) -> Partial:
@@ -200,19 +204,19 @@ class ShardWorker:
 
     def check_precision(self, task: ShardTask) -> str:
         """How far the chosen precision is from float32, on the first groups of a shard; a line to print."""
-        if self._attacker is None:
+        if not isinstance(self._maker, Attacker):
             return ""
-        groups = task.groups[: self._attacker.groups_per_batch]
+        groups = task.groups[: self._maker.groups_per_batch]
         images = self._reader.read([group.samples[0] for group in groups])
         batch = [(g, image) for g, image in zip(groups, images, strict=True) if not isinstance(image, str)]
         with self._attack_lock:
             self._use_threads()
-            return compare(self._attacker, batch) if batch else ""
+            return compare(self._maker, batch) if batch else ""
 
     @property
     def model(self) -> nn.Module | None:
         """The network that attacks or targets run, if any."""
-        return self._attacker.model if self._attacker is not None else self._encoder
+        return self._maker.model if isinstance(self._maker, Attacker) else self._encoder
 
     @property
     def _accumulate(self) -> Accumulator:
@@ -242,6 +246,9 @@ class ShardWorker:
 
     def _advice(self) -> str:
         config = self._config
+        if not config.attacks:
+            images = config.batch_size
+            return f"out of memory with the embeddings of {images} images at a time; try a smaller `batch_size`"
         return (
             f"out of memory with {config.batch_size} images in a batch and {config.group_size} members a "
             f"group at {config.precision}; try a smaller `batch_size` (at least one group goes through at once), "

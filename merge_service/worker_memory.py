@@ -27,7 +27,7 @@ from storage_schemas import Layout
 LIBRARIES = 550 * 2**20
 # float32 copies of the pixels of a batch: bounds, points, gradients; APGD's momentum and best points too. One is that
 # of the last batch, which becomes records meanwhile.
-COPIES = {"pgd": 11, "apgd": 19}
+COPIES = {"pgd": 11, "apgd": 19, "none": 4}
 # Bytes of a pixel's draw, for this batch and the next, each restart.
 DRAWS = 2 * 2
 # Of the largest activation, which a layer has as input, output and gradients while it runs.
@@ -96,11 +96,12 @@ def worker_memory(config: MergeConfig, layout: Layout, encoders: Sequence[Encode
         encoders: that it loads, on any device; the first one is attacked, or embeds.
         device: of the workers.
     """
-    attacks, members = config.grouping == "adversarial", config.group_size or 1
+    attacks, members = config.attacks, config.group_size or 1
+    whole = config.grouping == "adversarial"  # images of a shard are read together
     values = math.prod(layout.pixels)
     # A record and its clean image, or the sums that it is made from.
-    group = layout.bytes_per_record + values * (1 if attacks else 16)
-    per_batch = max(1, config.batch_size // members) * members if attacks else min(config.batch_size, READ_AT_ONCE)
+    group = layout.bytes_per_record + values * (1 if whole else 16)
+    per_batch = max(1, config.batch_size // members) * members if whole else min(config.batch_size, READ_AT_ONCE)
     draws = (DRAWS if config.grid else 2 * DRAWS) if attacks and config.random_start else 0
     on_cpu = bool(encoders) and not device.startswith("cuda")
     kept, copies = _kept(config, encoders[0]) if on_cpu else ((), 0)
@@ -110,8 +111,8 @@ def worker_memory(config: MergeConfig, layout: Layout, encoders: Sequence[Encode
         pixels=values * (4 * COPIES[config.attack] + draws * config.restarts) if on_cpu else 0,
         kept=kept if attacks else (),
         layer=max(kept, default=0),
-        images=min(per_batch, layout.groups_per_shard * members) if attacks else per_batch,
-        least=members if attacks else 1,
+        images=min(per_batch, layout.groups_per_shard * members) if whole else per_batch,
+        least=members if whole else 1,
     )
 
 

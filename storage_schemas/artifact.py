@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import hashlib
 import operator
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,11 +16,10 @@ import numpy as np
 from storage_schemas.access.cache import Cache, CachedLocation
 from storage_schemas.access.fetching import fetcher_of
 from storage_schemas.access.location import Location
-from storage_schemas.access.once import Once
 from storage_schemas.access.ranges import damage
-from storage_schemas.access.threads import in_threads
 from storage_schemas.display import one_line, table
 from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, shortened
+from storage_schemas.in_order import in_order
 from storage_schemas.key_index import rows_of
 from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.head import parse_head
@@ -33,18 +31,14 @@ from storage_schemas.schema.manifest import (
     Commit,
     FileEntry,
     Manifest,
-    commit_path,
     parse,
 )
-from storage_schemas.schema.packed import PackedCommit, Sidecar
+from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Array, Record
+from storage_schemas.sidecars import Sidecars, read_committed
 from storage_schemas.stores import store_of
 from storage_schemas.stores.arrays import Rows, read_arrays
 
-CACHED_COMMITS = 64
-# Records whose sidecars are kept by those that leave facts out, at about 110 bytes.
-PACKED_RECORDS = 2**20
-REQUESTS = 16  # sidecars that are requested at a time
 LARGEST_SHEET = 8 * 2**20  # bytes of a contact sheet that a notebook is given
 
 Verify = Literal["off", "record", "shard"]
@@ -103,7 +97,7 @@ class Artifact:
             )
         self.shard_sizes: list[int] = list(self.manifest.shards.column("groups"))
         self._index_is_sound = False
-        self._specs, self._facts = self.manifest.layout.arrays, True
+        self._specs, self._facts, self._keeps_all = self.manifest.layout.arrays, True, False
         self._starts = [0, *np.cumsum(self.shard_sizes, dtype=np.int64).tolist()]
         self._reset()
 
@@ -120,21 +114,31 @@ class Artifact:
         """
         if isinstance(index, str):
             return self.read(*self._find(index))
+        return self.part(self._checked(index))
+
+    def _checked(self, index: object) -> int:
+        """An index from the start; raises TypeError or IndexError for what is none."""
         if not isinstance(index, SupportsIndex):
             raise TypeError(f"{self.location.url}: expected an index or a key, found {shortened(index)}")
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
-        return self.part(index % len(self))
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.location.url}: record {number} of {len(self)}")
+        return number % len(self)
 
     def part(self, index: int, rows: Rows | None = None) -> Record:
         """Record `index`, at least 0; of some arrays the rows alone that `rows` names, see `read_arrays`."""
         return self.read(*self._place(index), rows=rows)
 
     def __iter__(self) -> Iterator[Record]:
-        for position, size in enumerate(self.shard_sizes):
-            for offset in range(size):
-                yield self.read(position, offset)
+        return in_order(self, range(len(self)))
+
+    def records(self, indices: Iterable[int]) -> Iterator[Record]:
+        """The records with these indices, in this order; those of a remote artifact are fetched ahead.
+
+        Raises:
+            IndexError, TypeError, CorruptShard: as `artifact[index]`.
+        """
+        return in_order(self, map(self._checked, indices))
 
     def read(self, position: int, offset: int, *, rows: Rows | None = None) -> Record:
         """Record `offset` of the shard at `position` in the manifest's list; see `part`."""
@@ -186,11 +190,25 @@ class Artifact:
         selected._facts = facts
         return selected
 
-    def expect(self, indices: Sequence[int]) -> int:
+    def keeping_sidecars(self) -> Artifact:
+        """The same artifact, which reads each sidecar once: for those who read all records in another order.
+
+        What it keeps takes about 260 bytes a record with one sample.
+        """
+        keeping = copy.copy(self)
+        keeping._keeps_all = True
+        keeping._reset()
+        return keeping
+
+    def expect(self, indices: Sequence[int], *, together: bool = False) -> int:
         """Have what reading these records asks for fetched ahead, in this order, many requests at a time.
 
         Waits for sidecars and shard indices, which say where records are, and not for the records. A local artifact
         needs none of this.
+
+        Args:
+            indices: of the records.
+            together: they are wanted at about the same time, so neighbours are requested with one request.
 
         Returns:
             Bytes that were asked for.
@@ -198,12 +216,12 @@ class Artifact:
         if self.location.is_local:
             return 0
         wanted = [self._place(index) for index in indices]
-        sidecars = self._sidecars({position for position, _ in wanted})
+        sidecars = self._sidecars.several({position for position, _ in wanted}, self._facts)
         # The reader is asked when it is due: others may have begun to read what it knows now.
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
         ranges = [one for position, at in wanted for one in reader.ranges(sidecars[position], at, self._specs)]
-        fetcher.expect(ranges, sizes)
+        fetcher.expect(sorted(ranges) if together else ranges, sizes)
         return sum(one.end - one.start for one in ranges)
 
     def fill(self, indices: Sequence[int]) -> None:
@@ -216,7 +234,7 @@ class Artifact:
         wanted: dict[int, list[int]] = {}
         for position, at in map(self._place, indices):
             wanted.setdefault(position, []).append(at)
-        sidecars = self._sidecars(wanted)
+        sidecars = self._sidecars.several(wanted, self._facts)
         partial = [one for position, one in sidecars.items() if len(wanted[position]) < len(one.records)]
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in partial), sizes)
@@ -253,35 +271,34 @@ class Artifact:
         position = bisect.bisect_right(self._starts, index) - 1
         return position, index - self._starts[position]
 
+    def _sidecar(self, position: int) -> Sidecar:
+        return self._sidecars.of(position, self._facts)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the arrays that are read of a record, before compression."""
+        return sum(spec.nbytes for spec in self._specs)
+
+    @property
+    def sidecars_kept(self) -> int:
+        """Of how many shards a reader can go to and fro without reading a sidecar again."""
+        return self._sidecars.kept(self._facts)
+
+    def shard_of(self, index: int) -> int:
+        """Position in the manifest's list of the shard that has record `index`, at least 0."""
+        return self._place(index)[0]
+
+    def indices(self, position: int) -> range:
+        """Indices of the records of the shard at `position` in the manifest's list."""
+        return range(self._starts[position], self._starts[position + 1])
+
     def commit(self, position: int) -> Commit:
         """Sidecar of the shard at `position` in the manifest's list."""
-        return self._commits.get(position, lambda: self._read_commit(position))
+        return self._sidecars.commit(position)
 
-    def _sidecars(self, positions: Collection[int]) -> dict[int, Sidecar]:
-        """What a reader needs of the sidecars of some shards; those that are missing are requested together."""
-        known = self._commits if self._facts else self._packed
-        missing = [position for position in positions if position not in known]
-        found: dict[int, Sidecar] = {}
-        if missing:
-            with in_threads(REQUESTS, self._sidecar, missing) as requested:
-                found = dict(zip(missing, requested, strict=True))
-        return {position: found.get(position) or self._sidecar(position) for position in positions}
-
-    def _sidecar(self, position: int) -> Sidecar:
-        """What a reader needs of the sidecar of the shard at `position`."""
-        if self._facts:
-            return self.commit(position)
-        return self._packed.get(position, lambda: PackedCommit(self._read_commit(position)))
-
-    def _read_commit(self, position: int) -> Commit:
-        entry = self.manifest.shards[position]
-        path = commit_path(entry.shard)
-        where = f"{self.location.url}/{path}"
-        # Counts and labels live here: a damaged sidecar would give wrong means from intact arrays.
-        commit = parse(Commit, self._read_committed(path, entry.commit_sha256), where)
-        if len(commit.records) != entry.groups or commit.plan_sha256 != self.manifest.plan_sha256:
-            raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
-        return commit
+    def commits(self) -> Iterator[Commit]:
+        """Sidecars of all shards, in the order of the manifest's list; of a remote artifact several at a time."""
+        return self._sidecars.commits()
 
     def index_of(self, key: str) -> int:
         """Index of the record with this key; reads a sidecar, and a small range of the index of keys if there is one.
@@ -316,7 +333,7 @@ class Artifact:
                 if offset < len(records) and records[offset].key == key:
                     return position, offset
         if not self._index_is_sound:
-            self._read_committed(KEYS, index.sha256)
+            read_committed(self.location, KEYS, index.sha256)
             self._index_is_sound = True
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
 
@@ -338,37 +355,19 @@ class Artifact:
         entry = self._listed(HEAD)
         if entry is None:
             return None
-        return parse_head(self._read_committed(HEAD, entry.sha256), f"{self.location.url}/{HEAD}")
+        return parse_head(read_committed(self.location, HEAD, entry.sha256), f"{self.location.url}/{HEAD}")
 
     def _listed(self, path: str) -> FileEntry | None:
         """What the manifest says of a file that belongs to no shard."""
         return next((file for file in self.manifest.files if file.path == path), None)
 
-    def _read_committed(self, path: str, sha256: str) -> bytes:
-        """A file that the manifest names; raises CorruptShard unless it is there and has this hash."""
-        where = f"{self.location.url}/{path}"
-        try:
-            data = self.location.read(path)
-            if hashlib.sha256(data).hexdigest() != sha256 and self.location.forget([path]):
-                data = self.location.read(path)
-        except FileNotFoundError:
-            raise CorruptShard(f"{where}: the manifest lists this file, it is missing") from None
-        found = hashlib.sha256(data).hexdigest()
-        if found != sha256:
-            raise CorruptShard(
-                f"{where}: expected sha256 {sha256[:12]}…, found {found[:12]}…; the file is damaged or was replaced"
-            )
-        return data
-
     def _reset(self) -> None:
-        self._commits = Once[int, Commit](CACHED_COMMITS)
-        packed = max(CACHED_COMMITS, PACKED_RECORDS // self.manifest.layout.groups_per_shard)
-        self._packed = Once[int, PackedCommit](packed)
+        self._sidecars = Sidecars(self.location, self.manifest, all=self._keeps_all)
         self._fetched_again: set[int] = set()
         self._reader = store_of(self.manifest.layout).reader(self.location)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_commits", "_packed", "_reader")}
+        return {key: value for key, value in vars(self).items() if key not in ("_sidecars", "_reader")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -389,7 +388,7 @@ class Artifact:
         sheet, entry = b"", self._listed(PREVIEW)
         if entry is not None and entry.bytes <= LARGEST_SHEET:
             with suppress(DatamergeError, OSError):  # the facts are worth showing all the same
-                sheet = self._read_committed(PREVIEW, entry.sha256)
+                sheet = read_committed(self.location, PREVIEW, entry.sha256)
         return table(self.location.url, facts, sheet)
 
 

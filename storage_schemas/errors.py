@@ -63,7 +63,7 @@ class SourceError(UserError):
     """Raw data is missing, empty or not of a kind we read."""
 
 
-class NotAnArtifact(UserError):  # noqa: N818 - names the thing, as FileNotFoundError does not
+class NotAnArtifact(UserError):
     """The location holds no artifact, an unfinished one, or one made from other settings."""
 
 
@@ -71,11 +71,11 @@ class SchemaError(DatamergeError):
     """A JSON document of the artifact does not follow the format; the message lists every problem."""
 
 
-class UnknownVersion(SchemaError):  # noqa: N818
+class UnknownVersion(SchemaError):
     """The document has a schema version that this release does not read; the message names the one that does."""
 
 
-class CorruptShard(DatamergeError):  # noqa: N818
+class CorruptShard(DatamergeError):
     """Stored bytes differ from the committed ones."""
 
 

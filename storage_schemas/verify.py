@@ -41,6 +41,7 @@ from storage_schemas.stores import Store, store_of
 from storage_schemas.stores.arrays import read_arrays
 
 THREADS = 4
+REQUESTS = 16  # at a time, of a remote artifact; each is for a block of a file, see `damage`
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class _ShardFindings:
 
 
 def verify(location: Location, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Check every file of an artifact, with at most a block of each file in memory.
+    """Check every file of an artifact, with a block of a file in memory for each of the threads.
 
     Args:
         location: the artifact.
@@ -123,7 +124,8 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
         report.problems += [Problem(path, cause) for path, cause in causes if cause is not None]
     shards = sorted(entries)
     check = _ShardCheck(location, manifest)
-    with in_threads(THREADS, check, shards, map(entries.get, shards)) as findings:
+    threads = THREADS if location.is_local else REQUESTS
+    with in_threads(threads, check, shards, map(entries.get, shards)) as findings:
         for done, found in enumerate(findings, 1):
             report.groups += found.groups
             report.bytes += found.bytes

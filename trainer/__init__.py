@@ -16,14 +16,16 @@ from trainer.estimators import (
     mean_only,
     sampled,
 )
-from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.losses import Cosine, CrossEntropy, Likelihood, Loss, SquaredError
 from trainer.run.loop import train
 
 __all__ = [
+    "Cosine",
     "CrossEntropy",
     "Draws",
     "Estimator",
     "GroupLoss",
+    "Likelihood",
     "Loss",
     "NotFiniteRun",
     "OverfittedRun",

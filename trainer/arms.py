@@ -62,6 +62,7 @@ class Estimate:
     Attributes:
         plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
         twice: it differentiates twice, which saves nothing of `grad_checkpointing`.
+        curvature: it takes the curvature of the loss, which a `Likelihood` has.
         one_image: with one sample it is the loss at one image a group, which can be refined.
         held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
         out_of_memory: advice.
@@ -69,6 +70,7 @@ class Estimate:
 
     plain_steps: Callable[[int], int]
     twice: bool = False
+    curvature: bool = False
     one_image: bool = False
     held_out: EstimatorName
     out_of_memory: str = ""
@@ -129,7 +131,13 @@ class Arm(Generic[B]):
         return [advice for advice in found if advice]
 
     def forward_passes(
-        self, estimator: str | None = None, *, samples: int = 1, members: int = 1, refine_steps: int = 0
+        self,
+        estimator: str | None = None,
+        *,
+        samples: int = 1,
+        members: int = 1,
+        refine_steps: int = 0,
+        clean_term: bool = False,
     ) -> float:
         """Cost of a step for each group, by counting passes: a backward pass is two forward passes, and one to the
         pixels alone is one.
@@ -139,12 +147,13 @@ class Arm(Generic[B]):
             samples: drawn by it.
             members: of each group.
             refine_steps: steps of PGD before.
+            clean_term: whether the clean image is trained on too (`clean_weight`).
         """
         images = members if self.every_member else 1
         plain_steps = images
         if self.estimators:
             plain_steps = self.estimators[estimator or next(iter(self.estimators))].plain_steps(samples)
-        return 3.0 * plain_steps + 2.0 * refine_steps * images
+        return 3.0 * (plain_steps + clean_term) + 2.0 * refine_steps * images
 
 
 def _around_mean(model: Model, batch: MomentBatch, loss: Loss, draws: Draws, config: TrainConfig) -> GroupLoss:
@@ -210,6 +219,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
             "gauss_newton": Estimate(
                 plain_steps=lambda samples: 1 + samples,
                 twice=True,
+                curvature=True,
                 held_out="gauss_newton",
                 out_of_memory=f"{_PLAIN}which needs no double backward",
             ),
@@ -237,6 +247,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
             "antithetic": _PAIR,
             "gauss_newton": Estimate(
                 plain_steps=lambda samples: 1 + samples,
+                curvature=True,
                 held_out="gauss_newton",
                 out_of_memory=f"{_PLAIN}which takes fewer images",
             ),

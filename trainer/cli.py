@@ -11,6 +11,7 @@ from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
 from trainer.config import TrainConfig, preset_names, read_preset
 from trainer.errors import Stopped
+from trainer.run.distributed import is_first
 from trainer.run.loop import train as run_training
 
 
@@ -50,8 +51,10 @@ def train(
     try:
         summary = run_training(load_settings(TrainConfig, file, flags, values))
     except Stopped as stopped:
-        click.echo(str(stopped), err=True)
+        if is_first():
+            click.echo(str(stopped), err=True)
         # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell
         # to know.
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
-    click.echo(summary.model_dump_json() if as_json else summary.encoder)
+    if is_first():
+        click.echo(summary.model_dump_json() if as_json else summary.encoder)

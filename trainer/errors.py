@@ -5,7 +5,7 @@ from __future__ import annotations
 from storage_schemas import DatamergeError
 
 
-class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, not an error
+class Stopped(DatamergeError):
     """A signal ended the run early; its state is saved.
 
     Attributes:
@@ -17,9 +17,9 @@ class Stopped(DatamergeError):  # noqa: N818 - an outcome that was asked for, no
         self.signal = number
 
 
-class NotFiniteRun(DatamergeError):  # noqa: N818 - says what was found
+class NotFiniteRun(DatamergeError):
     """A loss or gradient was not finite; the run would come to it again."""
 
 
-class OverfittedRun(DatamergeError):  # noqa: N818 - says what was found
+class OverfittedRun(DatamergeError):
     """The attack that a run trains on has lost its meaning; its state is saved, and it would not get better."""

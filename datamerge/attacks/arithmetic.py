@@ -68,17 +68,26 @@ def fixed_order(device: torch.device) -> Iterator[None]:
 def in_fixed_order(model: nn.Module, device: torch.device, passes: Callable[[], T]) -> T:
     """The result of some passes of a model, in `fixed_order` if all of its operations have kernels for that.
 
-    A model that turns out to have others is remembered, and runs with any kernels from then on.
+    A model that turns out to have others is remembered, also in other wrappings, and runs with any kernels from then
+    on: what failed need not fail again for every batch that is wrapped on its own.
     """
-    if model not in _IN_ANY_ORDER:
+    inside = _inside(model)
+    if inside not in _IN_ANY_ORDER:
         try:
             with fixed_order(device):
                 return passes()
         except RuntimeError as error:
             if device.type != "cuda" or "determin" not in str(error).lower():
                 raise
-            _IN_ANY_ORDER.add(model)
+            _IN_ANY_ORDER.add(inside)
     return passes()
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The module that wrappers are around, each with one child."""
+    while len(children := list(model.children())) == 1:
+        model = children[0]
+    return model
 
 
 def quotient(numbers: Tensor, by: float) -> Tensor:

@@ -28,7 +28,7 @@ from storage_schemas.schema.seeds import group_seed
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
-class NonFiniteGradient(DatamergeError):  # noqa: N818
+class NonFiniteGradient(DatamergeError):
     """The attack met a loss or gradient that is not finite. `indices` are the samples' positions in the batch."""
 
     def __init__(self, indices: Sequence[int], names: Sequence[str], step: int) -> None:

@@ -134,5 +134,5 @@ def _channels_last(model: nn.Module) -> nn.Module:
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if len(convolutions) > 1:
         for convolution in convolutions:
-            convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's types
     return model

@@ -20,11 +20,11 @@ PREFIX = "python:"
 _MOVED = {"demo.digits:digit_encoder": "datamerge.demo.digits:digit_encoder"}
 
 
-class NoFactory(Exception):  # noqa: N818
+class NoFactory(Exception):
     """A spec that leads to no function; the message says why and does not repeat the spec."""
 
 
-class Failed(Exception):  # noqa: N818
+class Failed(Exception):
     """The user's own code raised something; the message is that on one line, and the cause is that itself."""
 
 
@@ -83,7 +83,7 @@ def find_factory(spec: str) -> Callable[[], Any]:
     if not callable(factory):
         where = getattr(module, "__file__", None) or module_name
         raise NoFactory(f"found no function {function_name} in {where}")
-    return factory  # type: ignore[no-any-return]
+    return factory  # type: ignore[no-any-return]  # any callable will do
 
 
 def module_of(spec: str) -> str:

@@ -34,7 +34,7 @@ _REMEDY = "store 8 bits, or declare the range in TIFF's SMinSampleValue and SMax
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
-class BadImage(Exception):  # noqa: N818
+class BadImage(Exception):
     """An image that cannot be used; the message is the reason that goes into the artifact."""
 
 

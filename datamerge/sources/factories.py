@@ -167,7 +167,7 @@ def _known(dataset: Any, items: Sequence[int], total: int, column: str | None) -
 
     for name in ("targets", "labels"):
         with suppress(Failed):
-            if (found := call(lambda name=name: told(getattr(dataset, name, None)))) is not None:  # type: ignore[misc]
+            if (found := call(lambda name=name: told(getattr(dataset, name, None)))) is not None:  # type: ignore[misc]  # bound now
                 return found
     with suppress(Failed):
         return None if column is None else call(lambda: told(dataset[column]))
@@ -180,7 +180,7 @@ def _from_items(dataset: Any, items: Sequence[int], url: str) -> list[Any]:
     Raises:
         SourceError: there are no others.
     """
-    found = [_attempt(lambda index=index: parts(dataset[index])[1]) for index in items]  # type: ignore[misc]
+    found = [_attempt(lambda index=index: parts(dataset[index])[1]) for index in items]  # type: ignore[misc]  # bound now
     failed = [place for place, label in enumerate(found) if isinstance(label, BadImage)]
     if len(failed) == len(items):
         raise SourceError(f"{url}: none of {len(items)} items can be read; item {items[0]}: {found[0]}")

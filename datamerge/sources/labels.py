@@ -50,7 +50,7 @@ _HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
 _SHOWN = 5
 
 
-class NoClass(ValueError):  # noqa: N818 - says what was found
+class NoClass(ValueError):
     """A value that could never be the label of one class: several values, a mapping, a date."""
 
 
@@ -242,7 +242,7 @@ def hashable(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         raise NoClass(f"a value of type {type(value).__name__}") from None
-    return value  # type: ignore[no-any-return]
+    return value  # type: ignore[no-any-return]  # any value that can be hashed
 
 
 def _from_one_hot(meanings: Mapping[Any, Meaning], where: str) -> dict[Any, int | str | None]:

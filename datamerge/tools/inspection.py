@@ -211,4 +211,4 @@ def _flat(value: Any) -> str:
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
     if isinstance(value, list) and len(value) > 8:
         return f"{len(value)} entries"
-    return str(value)
+    return "none" if value is None else str(value)

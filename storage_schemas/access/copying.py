@@ -18,11 +18,11 @@ T = TypeVar("T")
 LARGEST = 8 * 2**20  # bytes of a request
 
 
-class NoDisk(Exception):  # noqa: N818 - a state, not a mistake
+class NoDisk(Exception):
     """The disk of the cache has failed; that is said, and the cache is left alone."""
 
 
-class _OfServer(Exception):  # noqa: N818 - carries another
+class _OfServer(Exception):
     """Its argument is no failure of the disk, though it looks like one."""
 
 

@@ -27,7 +27,7 @@ class RangeError(DatamergeError):
     """The range begins behind the end of the file."""
 
 
-class Refused(UserError):  # noqa: N818 - as NotAnArtifact
+class Refused(UserError):
     """A driver's own refusal; where that was is put in front of it."""
 
 

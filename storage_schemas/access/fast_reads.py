@@ -59,7 +59,7 @@ _S3_HEADERS = {
 }
 
 
-class _Failed(Exception):  # noqa: N818 - never leaves this module
+class _Failed(Exception):
     """An answer that is of no use.
 
     Attributes:

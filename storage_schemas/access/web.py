@@ -23,7 +23,7 @@ CONNECT_SECONDS, PIECE_SECONDS = 15, 30
 _LEGAL = "%/:=&?~+!$,;'@()*[]-._"
 
 
-class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]
+class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]  # fsspec is untyped
     """fsspec's file system of http(s), with answers that are checked."""
 
     def __init__(self, client_kwargs: dict[str, Any] | None = None, **options: Any) -> None:

@@ -40,8 +40,9 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
         raise ConfigError(str(error.args[0])) from None
     if not indices:
         # Rounded, not cut off as where a source chooses what it hashes: both choices are in what has been written.
-        indices = sorted(set(np.linspace(0, len(artifact) - 1, min(groups, len(artifact))).round().astype(int)))
-    rows = [_row(artifact[int(index)]) for index in indices]
+        spread = np.linspace(0, len(artifact) - 1, min(groups, len(artifact))).round().astype(int)
+        indices = sorted(set(spread.tolist()))
+    rows = [_row(record) for record in artifact.records(indices)]
     columns = [name for name, _ in rows[0][1]]
     sheet = Image.new(
         "RGB", (GAP + (TILE + GAP) * len(columns), HEADER + (TILE + HEADER + GAP) * len(rows) + GAP), "white"

@@ -8,6 +8,7 @@ from typing import Any
 
 from storage_schemas.errors import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.provenance import are_clean
 
 _LOAD = {
     "zarr": """With stock zarr, xarray or tensorstore; row i is a group if `count[i]` > 0:
@@ -64,11 +65,15 @@ def describe(facts: Mapping[str, Any]) -> str:
     """One paragraph on what the groups are."""
     members, recorded = facts["members"], recorded_preprocessing(facts)
     made = "" if recorded is None else f" How pixels are made of images: {recorded}."
-    return (
-        f"{facts['groups']} groups of {members['min']} to {members['max']} samples, each reduced to its "
-        f"mean and mean square over pixels {facts['pixels']} in [0, 1] (before any "
-        f"normalisation, divisor N).{made}"
-    )
+    if are_clean(facts["provenance"]) and members["max"] == 1:
+        what = "clean images and their embeddings" if "target" in facts["arrays"] else "clean images"
+        groups = f"{facts['groups']} {what}, each a group of its own: its mean is the image and its variance 0,"
+    else:
+        groups = (
+            f"{facts['groups']} groups of {members['min']} to {members['max']} samples, each reduced to its "
+            "mean and mean square"
+        )
+    return f"{groups} over pixels {facts['pixels']} in [0, 1] (before any normalisation, divisor N).{made}"
 
 
 def recorded_preprocessing(facts: Mapping[str, Any]) -> Preprocessing | None:

@@ -73,6 +73,6 @@ class Tally:
 def summarise(artifact: Artifact) -> dict[str, Any]:
     """Facts about an artifact; reads every sidecar."""
     tally = Tally()
-    for position in range(len(artifact.shard_sizes)):
-        tally.add(artifact.commit(position))
+    for commit in artifact.commits():
+        tally.add(commit)
     return tally.facts(artifact.manifest, artifact.location.url)

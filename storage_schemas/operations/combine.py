@@ -11,7 +11,7 @@ sidecars' facts are held in memory, arrays of one shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError, UserError
+from storage_schemas.in_order import WINDOW, in_order
 from storage_schemas.operations.compatibility import (
     FREE,
     SOURCE,
@@ -31,7 +32,7 @@ from storage_schemas.operations.compatibility import (
     settle_exif,
     settle_preprocessing,
 )
-from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.operations.shards import Advance, Made, head_file, write_shards
 from storage_schemas.operations.union import KEPT, unite
 from storage_schemas.schema.arguments import check_list
 from storage_schemas.schema.exact import pixel_spread
@@ -45,8 +46,8 @@ from storage_schemas.writer import ArtifactWriter
 TARGET_TOLERANCE = 1e-3
 
 
-Part = tuple[int, int, int]
-"""Where a part of a group is: number of the input, position of its shard, offset in the shard."""
+Part = tuple[int, int]
+"""Where a part of a group is: number of the input, index of the record there."""
 
 
 @dataclass(slots=True)
@@ -94,17 +95,29 @@ class Combination:
             NotAnArtifact: the target holds something else.
         """
         writer = ArtifactWriter(target, self.layout, self.provenance)
-        return write_shards(writer, head_file(self.inputs[0]), self._shard, advance)
+        return write_shards(writer, head_file(self.inputs[0]), self._made, advance)
 
-    def _shard(self, shard: int) -> tuple[list[Record], list[Reject]]:
+    def _made(self, shards: Sequence[int]) -> Made:
+        parts = [self._records(number, shards) for number in range(len(self.inputs))]
+        for shard in shards:
+            records = [
+                unite([next(parts[number]) for number, _ in group.parts], self.layout)
+                for group in self._groups(shard)
+            ]
+            yield records, [reject for key in self._keys(shard) for reject in self.union.rejects.get(key, ())]
+
+    def _records(self, number: int, shards: Sequence[int]) -> Iterator[Record]:
+        """What some shards need of an input, in that order."""
+        groups = (group for shard in shards for group in self._groups(shard))
+        indices = (index for group in groups for origin, index in group.parts if origin == number)
+        return in_order(self.inputs[number], indices, WINDOW // len(self.inputs))
+
+    def _keys(self, shard: int) -> list[str]:
         first = shard * self.layout.groups_per_shard
-        keys = self.union.slots[first : first + self.layout.groups_per_shard]
-        groups = [self.union.groups[key] for key in keys if key in self.union.groups]
-        records = [
-            unite([self.inputs[number].read(*place) for number, *place in group.parts], self.layout)
-            for group in groups
-        ]
-        return records, [reject for key in keys for reject in self.union.rejects.get(key, ())]
+        return self.union.slots[first : first + self.layout.groups_per_shard]
+
+    def _groups(self, shard: int) -> list[Group]:
+        return [self.union.groups[key] for key in self._keys(shard) if key in self.union.groups]
 
 
 def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] = ()) -> Combination:
@@ -121,6 +134,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     check_list("allow_different", allow_different)
     if len(inputs) < 2:
         raise ConfigError(f"artifacts: expected two or more, found {len(inputs)}")
+    inputs = [artifact.keeping_sidecars() for artifact in inputs]
     urls = [artifact.location.url for artifact in inputs]
     _check_layouts(inputs)
     parts = [
@@ -167,11 +181,10 @@ def _collect(inputs: Sequence[Artifact], sources: Sequence[tuple[str, ...]]) -> 
     """
     union = Union()
     for number, artifact in enumerate(inputs):
-        for position in range(len(artifact.shard_sizes)):
-            commit = artifact.commit(position)
-            for offset, entry in enumerate(commit.records):
+        for position, commit in enumerate(artifact.commits()):
+            for index, entry in zip(artifact.indices(position), commit.records, strict=True):
                 samples = {(source, name) for source in sources[number] for name in entry.samples}
-                _add(union, inputs, entry, (number, position, offset), samples)
+                _add(union, inputs, entry, (number, index), samples)
             for reject in commit.rejects:
                 union.rejects.setdefault(reject.key, {})[reject] = None  # several inputs may have the same one
     union.slots = [*union.groups, *(key for key in union.rejects if key not in union.groups)]
@@ -210,9 +223,9 @@ def _add(
 def _check_distance(inputs: Sequence[Artifact], union: Union) -> str | None:
     """What is wrong with targets that are not equal in every bit; None if they are as far as rounding goes."""
     readers = [artifact.only(["target"]) for artifact in inputs]
-    for key, (number, *place) in union.unequal:
-        first, *first_place = union.groups[key].parts[0]
-        expected, target = readers[first].read(*first_place).target, readers[number].read(*place).target
+    for key, (number, index) in union.unequal:
+        first, first_index = union.groups[key].parts[0]
+        expected, target = readers[first][first_index].target, readers[number][index].target
         if expected is None or target is None:
             continue  # one of the inputs has no targets at all: a difference of the arrays
         distance = float(np.linalg.norm(target - expected))

@@ -102,8 +102,8 @@ def settle_exif(flat: Sequence[Leaves]) -> list[Leaves]:
 
 def _differs_within(flat: Leaves) -> bool:
     """Whether an input was combined of some that do not agree about it."""
-    parts = flat.get(COMBINED)
-    return isinstance(parts, list) and any(_EXIF in leaves(part["provenance"]) for part in parts)  # type: ignore[call-overload, index, arg-type]
+    parts: Any = flat.get(COMBINED)
+    return isinstance(parts, list) and any(_EXIF in leaves(part["provenance"]) for part in parts)
 
 
 def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:

@@ -7,14 +7,14 @@ provenance stays as it is, and so do order, shards and rejects. One shard is in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from functools import partial
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
-from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.operations.shards import Advance, changed, head_file, write_shards
 from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.exact import exact_moments, pixel_spread
-from storage_schemas.schema.manifest import MOMENTS, EncodingName, Format, Layout, Manifest, Reject
+from storage_schemas.schema.manifest import MOMENTS, EncodingName, Format, Layout, Manifest
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.record import Record, encode_exact, moment_specs
 from storage_schemas.writer import ArtifactWriter
@@ -38,13 +38,11 @@ def convert(
     layout = _layout(source, format, encoding)
     where = source.location.url
 
-    def make(shard: int) -> tuple[Sequence[Record], Sequence[Reject]]:
-        commit = source.commit(shard)
-        records = [source.read(shard, offset) for offset in range(len(commit.records))]
-        return [_converted(record, layout, where) for record in records], commit.rejects
+    def change(record: Record) -> Record:
+        return _converted(record, layout, where)
 
     writer = ArtifactWriter(target, layout, source.manifest.provenance)
-    return write_shards(writer, head_file(source), make, advance)
+    return write_shards(writer, head_file(source), partial(changed, source, change), advance)
 
 
 def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:

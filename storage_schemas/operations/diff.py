@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from storage_schemas.artifact import Artifact
 from storage_schemas.display import one_line
+from storage_schemas.in_order import WINDOW, in_order
 from storage_schemas.operations.shards import Advance
 from storage_schemas.schema.arguments import check_not_negative
 from storage_schemas.schema.manifest import MOMENTS
@@ -74,7 +77,7 @@ class Difference:
 
 
 def diff(a: Artifact, b: Artifact, tolerance: float = 0.0, advance: Advance = lambda _: None) -> Difference:
-    """Compare every group, reading both artifacts once; keys of B and one pair of groups are in memory.
+    """Compare every group, reading both artifacts once; their sidecars and one pair of groups are in memory.
 
     Two encodings of the same moments differ by float32 rounding: give a tolerance.
 
@@ -87,27 +90,31 @@ def diff(a: Artifact, b: Artifact, tolerance: float = 0.0, advance: Advance = la
         ConfigError: a tolerance below 0.
     """
     check_not_negative("tolerance", tolerance)
-    places = {
-        entry.key: (position, offset)
-        for position in range(len(b.shard_sizes))
-        for offset, entry in enumerate(b.commit(position).records)
-    }
+    a, b = a.keeping_sidecars(), b.keeping_sidecars()
+    places = {key: index for index, key in enumerate(_keys(b))}
+    partners = [places.pop(key, None) for key in _keys(a)]
+    records = in_order(a, range(len(a)), WINDOW // 2)
+    others = in_order(b, (index for index in partners if index is not None), WINDOW // 2)
     only_in_a, different, compared = [], [], 0
     furthest: dict[str, float] = {}
-    for record in a:
-        advance(1)
-        place = places.pop(record.key, None)
-        if place is None:
-            only_in_a.append(record.key)
-            continue
-        compared += 1
-        found = _compare(record, b.read(*place), tolerance)
-        for name, value in found.distance.items():
-            if value is not None:
-                furthest[name] = max(furthest.get(name, 0.0), value)
-        if found.facts or any(value is None or value > tolerance for value in found.distance.values()):
-            different.append(found)
+    with closing(records), closing(others):
+        for record, partner in zip(records, partners, strict=True):
+            advance(1)
+            if partner is None:
+                only_in_a.append(record.key)
+                continue
+            compared += 1
+            found = _compare(record, next(others), tolerance)
+            for name, value in found.distance.items():
+                if value is not None:
+                    furthest[name] = max(furthest.get(name, 0.0), value)
+            if found.facts or any(value is None or value > tolerance for value in found.distance.values()):
+                different.append(found)
     return Difference(compared, only_in_a, list(places), different, furthest, _heads_differ(a, b), _settings(a, b))
+
+
+def _keys(artifact: Artifact) -> Iterator[str]:
+    return (entry.key for commit in artifact.commits() for entry in commit.records)
 
 
 def _compare(a: Record, b: Record, tolerance: float) -> GroupDifference:

@@ -8,20 +8,21 @@ loss is a mean over all members, so it is left out of smaller groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from storage_schemas.access.location import Location
 from storage_schemas.artifact import Artifact
 from storage_schemas.errors import ConfigError, shortened
-from storage_schemas.operations.shards import Advance, head_file, write_shards
+from storage_schemas.operations.shards import Advance, changed, head_file, write_shards
 from storage_schemas.schema.arguments import check_choice, check_count
 from storage_schemas.schema.exact import exact_arrays, pixel_spread
 from storage_schemas.schema.factors import FactorKind, factor_spec, stored_factors
-from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest, Reject
+from storage_schemas.schema.manifest import MOMENTS, ArraySpec, Layout, Manifest
 from storage_schemas.schema.moments import ExactMoments
+from storage_schemas.schema.provenance import are_clean
 from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
@@ -73,20 +74,22 @@ def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advanc
         provenance["grouping"] = {**grouping, **kind}
     seed = provenance.get("seed")
 
-    def make(shard: int) -> tuple[Sequence[Record], Sequence[Reject]]:
-        commit = source.commit(shard)
-        records = [source.read(shard, offset) for offset in range(len(commit.records))]
-        return [_merged(record, layout, wanted, seed if isinstance(seed, int) else 0) for record in records], (
-            commit.rejects
-        )
+    def change(record: Record) -> Record:
+        return _merged(record, layout, wanted, seed if isinstance(seed, int) else 0)
 
-    return write_shards(ArtifactWriter(target, layout, provenance), head_file(source), make, advance)
+    writer = ArtifactWriter(target, layout, provenance)
+    return write_shards(writer, head_file(source), partial(changed, source, change), advance)
 
 
 def _layout(source: Artifact, wanted: Remerge) -> Layout:
     """The new arrays, in the order in which a merge has them."""
     old, url = source.manifest.layout, source.location.url
     stored = old.array("members")
+    if stored is None and are_clean(source.manifest.provenance):
+        raise ConfigError(
+            f"{url}: expected stored members, found clean images, one a group; merge the source with "
+            '`attack="pgd"` and `keep_members=True`'
+        )
     if stored is None:
         raise ConfigError(f"{url}: expected stored members, found none; merge with `keep_members=True`")
     largest, shape = stored.shape[0], stored.shape[1:]

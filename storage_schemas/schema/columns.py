@@ -64,7 +64,7 @@ class Columns(Sequence[D], Generic[D]):
             return NotImplemented
         return (self._model, self._columns) == (other._model, other._columns)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # it is compared by value
 
     def __repr__(self) -> str:
         return f"<{len(self)} of {self._model.__name__}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import overload
 
@@ -13,9 +14,9 @@ NO_LABEL = np.iinfo(np.int64).min  # below the least that a label may be
 
 
 class PackedRecords(Sequence[RecordEntry]):
-    """What a commit says of its records, in about 100 bytes each; without `samples` and `info`."""
+    """What a commit says of its records: about 100 bytes each, and with `facts` the JSON of `samples` and `info`."""
 
-    def __init__(self, records: Sequence[RecordEntry]) -> None:
+    def __init__(self, records: Sequence[RecordEntry], *, facts: bool = False) -> None:
         self._names = sorted({name for record in records for name in (*record.checksums, *(record.offsets or ()))})
         self._keys = np.array([record.key.encode() for record in records], np.bytes_)
         self._counts = np.array([record.count for record in records], np.int64)
@@ -25,6 +26,7 @@ class PackedRecords(Sequence[RecordEntry]):
         self._checksums = np.array(sums, np.int64)
         offsets = [[(record.offsets or {}).get(name, -1) for name in self._names] for record in records]
         self._offsets = np.array(offsets, np.int64) if any(record.offsets for record in records) else None
+        self._facts = [json.dumps([record.samples, record.info]).encode() for record in records] if facts else None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -39,14 +41,15 @@ class PackedRecords(Sequence[RecordEntry]):
         label = int(self._labels[index])
         sums = zip(self._names, self._checksums[index].tolist(), strict=True)
         offsets = None if self._offsets is None else zip(self._names, self._offsets[index].tolist(), strict=True)
+        samples, info = json.loads(self._facts[index]) if self._facts is not None else ((), {})
         return RecordEntry.model_construct(
             key=self._keys[index].decode(),
             count=int(self._counts[index]),
             label=None if label == NO_LABEL else label,
-            samples=(),
+            samples=tuple(samples),
             checksums={name: f"{value:08x}" for name, value in sums if value >= 0},
             offsets=None if offsets is None else {name: value for name, value in offsets if value >= 0},
-            info={},
+            info=info,
         )
 
 
@@ -56,13 +59,13 @@ class PackedCommit:
     Attributes:
         shard: its number.
         files: of the shard.
-        records: without what no reader of arrays asks for.
+        records: without `facts` they lack what no reader of arrays asks for, `samples` and `info`.
     """
 
-    def __init__(self, commit: Commit) -> None:
+    def __init__(self, commit: Commit, *, facts: bool = False) -> None:
         self.shard: int = commit.shard
         self.files: tuple[FileEntry, ...] = commit.files
-        self.records = PackedRecords(commit.records)
+        self.records = PackedRecords(commit.records, facts=facts)
 
 
 Sidecar = Commit | PackedCommit

@@ -84,8 +84,8 @@ class PixelLength(Fraction):
         return format(float(self), spec) if spec else str(self)
 
     # What Fraction compares with floats and decimals through.
-    from_float = Fraction.from_float  # type: ignore[assignment]
-    from_decimal = Fraction.from_decimal  # type: ignore[assignment]
+    from_float = Fraction.from_float  # type: ignore[assignment]  # it is a classmethod
+    from_decimal = Fraction.from_decimal  # type: ignore[assignment]  # it is a classmethod
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._text,)

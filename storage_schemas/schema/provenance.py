@@ -42,6 +42,11 @@ def without_locations(tree: Any) -> Any:
     return tree
 
 
+def are_clean(provenance: Mapping[str, Any]) -> bool:
+    """Whether groups are clean images, one each: their `attack` is null, while groups of samples have none at all."""
+    return provenance.get("attack", "") is None
+
+
 def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
     """A JSON tree as dotted path → value; lists are values."""
     found: Leaves = {}

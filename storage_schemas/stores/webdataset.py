@@ -53,7 +53,7 @@ class WebDatasetEncoder(ShardEncoder):
     def __init__(self, layout: Layout, shard: int) -> None:
         self._arrays, self._path = layout.arrays, _shard_file(shard)
         self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 - for `files`
 
     def add(self, record: Record) -> dict[str, int]:
         """Append a record; returns the offsets of its arrays in the file."""

@@ -84,11 +84,15 @@ def test_a_model_without_such_kernels_runs_with_others() -> None:
     def broken() -> str:
         raise RuntimeError("shapes do not match")
 
-    model, other = torch.nn.Identity(), torch.nn.Identity()
+    model, other = (torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()) for _ in range(2))
     assert [in_fixed_order(model, torch.device("cuda"), pooling) for _ in range(2)] == ["gradient"] * 2
     assert tried == [True, False, False]
+    # A wrapper of its own for every batch, as AutoAttack's.
+    wrapped = torch.nn.Sequential(torch.nn.Sequential(model))
+    assert in_fixed_order(wrapped, torch.device("cuda"), pooling) == "gradient"
+    assert tried[3:] == [False]
     in_fixed_order(other, torch.device("cuda"), lambda: tried.append(torch.are_deterministic_algorithms_enabled()))
-    assert tried[3:] == [True]
+    assert tried[4:] == [True]
     with pytest.raises(RuntimeError, match="shapes"):
         in_fixed_order(other, torch.device("cuda"), broken)
 

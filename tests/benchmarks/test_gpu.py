@@ -44,7 +44,7 @@ def test_every_part_measures_something(name: str) -> None:
         assert all(math.isfinite(value) for value in (row.ms, row.share or 0, row.rate or 0))
         assert Row.from_json(row.to_json()) == row
     # Attacks and steps of training are compared with what the GPU can do.
-    assert any(row.share is not None for row in rows) == (name not in (RATES, "merge", "feed"))
+    assert any(row.share is not None for row in rows) == (name not in (RATES, "merge", "feed", "exchange"))
 
 
 def test_a_batch_falls_into_its_stages() -> None:
@@ -84,15 +84,26 @@ def test_operations_are_counted_through_both_passes() -> None:
     assert share(500.0, 1.0, {}, "bfloat16") is None
 
 
-def test_the_command_writes_a_report(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, [RATES, "--rehearse", "--output", str(tmp_path)], catch_exceptions=False)
+def test_a_part_that_fails_leaves_a_row_and_the_next_one_starts(tmp_path: Path) -> None:
+    """The report is written with both."""
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('broken here')")  # which LLaVA's part imports
+    results = tmp_path / "results"
+    result = CliRunner().invoke(
+        main,
+        ["llava", RATES, "--rehearse", "--seconds", "900", "--output", str(results)],
+        env={"PYTHONPATH": str(tmp_path)},
+        catch_exceptions=False,
+    )
     assert result.exit_code == 0, result.output
-    (report,) = tmp_path.iterdir()
+    (report,) = results.iterdir()
     assert report.name.startswith("gpu_")
-    lines = report.read_text().splitlines()
-    rows = [line for line in lines if line.startswith(f"| {RATES} |")]
-    assert [line.split(" | ")[1] for line in rows][:3] == ["bfloat16", "tf32", "float32"]
-    assert result.output.splitlines()[-1].endswith("6 rows, 0 of them failures")
+    rows = [line.strip("| ").split(" | ") for line in report.read_text().splitlines()]
+    named = [tuple(row[:2]) for row in rows if row[0] in ("llava", RATES)]
+    assert named[:4] == [
+        ("llava", "failed: RuntimeError: broken here"),
+        *((RATES, precision) for precision in ("bfloat16", "tf32", "float32")),
+    ]
+    assert result.output.splitlines()[-1].endswith("7 rows, 1 of them failures")
 
 
 def test_a_part_that_hangs_leaves_a_row_and_ends(capfd: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_a_message_names_a_place_once(tmp_path: Path) -> None:
     twice = [shards[0][0], shards[0][0]]
     writer = ArtifactWriter(Location(tmp_path / "a"), layout, {})
     with refused(DatamergeError, None, "shard 0", shards[0][0].key) as caught:
-        write_shards(writer, {}, lambda shard: (twice, []), lambda done: None)
+        write_shards(writer, {}, lambda shards: ((twice, []) for _ in shards), lambda done: None)
     assert str(caught.value).count("shard 0") == 1
 
 

@@ -137,9 +137,9 @@ def test_no_folder_or_file_is_called_like_a_name() -> None:
 
 def test_other_names_are_not_there() -> None:
     with pytest.raises(AttributeError, match="surprise"):
-        dm.surprise  # type: ignore[attr-defined] # noqa: B018
+        dm.surprise  # type: ignore[attr-defined] # noqa: B018 - it raises
     with pytest.raises(ImportError):
-        from datamerge import surprise  # type: ignore[attr-defined] # noqa: F401
+        from datamerge import surprise  # type: ignore[attr-defined] # noqa: F401 - likewise
 
 
 def _python(code: str, *flags: str, path: Path = ROOT) -> str:

@@ -57,6 +57,29 @@ CASES: list[Case] = [
             "num_gpus": 1.0,
         },
     ),
+    (
+        MergeConfig,
+        ["merge"],
+        {**ATTACK, "attack": "none"},
+        {
+            "epsilon": "2/255",
+            "steps": 10,
+            "step_size": "1/255",
+            "random_start": False,
+            "start_radius": "1/255",
+            "restarts": 2,
+            "objective": "cross_entropy",
+            "precision": "float32",
+            "compile": True,
+            "target_encoder": "mlp:3x8x8-4",
+            "grid": False,
+            "keep_members": True,
+            "keep_clean": True,
+            "factors": 1,
+            "factor_kind": "sketch",
+        },
+    ),
+    (MergeConfig, ["merge"], {**MERGE, "attack": "none", "targets": "label"}, {"batch_size": 8, "num_gpus": 1.0}),
     (MergeConfig, ["merge"], {**ATTACK, "attack": "apgd"}, {"step_size": "1/255"}),
     (MergeConfig, ["merge"], {**ATTACK, "steps": 0}, {"step_size": "1/255"}),
     (
@@ -92,7 +115,8 @@ CASES: list[Case] = [
     (TrainConfig, ["train"], {**TRAIN, "arm": "clean"}, {"epsilon": "2/255"}),
     (TrainConfig, ["train"], {**TRAIN, "cache": "none"}, {"cache_bytes": 10**9}),
     (TrainConfig, ["train"], {**TRAIN, "arm": "ind"}, {"samples": 1, "estimator": "sampled"}),
-    (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5}),
+    (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5, "clean_weight": 0.5}),
+    (TrainConfig, ["train"], {**TRAIN, "loss": "cosine", "arm": "ind"}, {"loss_scale": 0.5}),
     (EvaluateConfig, ["evaluate"], IMAGES, {"sample_seed": 42, "class_names": "imagenet"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], ZERO_SHOT, {"sample_seed": 1, "templates": "simple"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], {**IMAGES, "head": "outputs"}, {"templates": "openai"}),
@@ -179,7 +203,7 @@ def test_presets_go_with_every_arm() -> None:
         (MergeConfig, ATTACK, "num_gpus"),
         *(
             (TrainConfig, TRAIN, name)
-            for name in ("learning_rate", "weight_decay", "loss_scale", "gradient_clip", "ema")
+            for name in ("learning_rate", "weight_decay", "loss_scale", "clean_weight", "gradient_clip", "ema")
         ),
     ],
 )

@@ -25,7 +25,7 @@ from tests.support.small_hugging_face import WORDS, save_tokenizer, small_huggin
 make_torchvision_importable()
 
 import open_clip  # noqa: E402 - it imports torchvision
-import transformers  # noqa: E402
+import transformers  # noqa: E402 - likewise
 
 NAMES, PROMPTS = ["cat", "red bus", "tree"], ["a photo of a {}.", "a {}"]
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}

@@ -97,6 +97,10 @@ def test_a_pass_does_not_wait_for_the_device(llava: Llava, pixels: Tensor) -> No
     waiting = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten.nonzero")
     assert not [name for name in seen.names if name.startswith(waiting)]
     assert any(name.startswith("aten.embedding") for name in seen.names)
+    # Nor asks a GPU for what `torch.use_deterministic_algorithms` refuses: the pass would be done twice.
+    refused_there = ("aten.nll_loss2d", "aten.cumsum", "aten.scatter_reduce", "aten.put", "aten.upsample")
+    assert not [name for name in seen.names if name.startswith((*refused_there, "aten.adaptive_avg_pool2d"))]
+    assert any(name.startswith("aten.nll_loss_forward") for name in seen.names)
 
 
 def test_the_loss_leads_to_the_pixels(llava: Llava, pixels: Tensor) -> None:

@@ -23,6 +23,7 @@ epsilon = "2/255"
 step_size = "1/255"
 steps = 2
 limit_first = 12
+keep_clean = true
 groups_per_shard = 6
 batch_size = 6
 
@@ -47,7 +48,7 @@ steps = 2
 AT-2-Ind = { artifact = "members", arm = "ind", members = 2 }
 AT-3-Factors = { artifact = "sketch", arm = "factors", estimator = "gauss_newton" }
 "AT-2-Factors, rounds" = { artifact = "rounds-2-sketch", arm = "factors" }
-"FARE online" = { online = true, learning_rate = 1e-4 }
+"FARE online" = { artifact = "members", arm = "clean", refine_steps = 2, learning_rate = 1e-4 }
 """
 
 
@@ -75,9 +76,9 @@ def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "results-tiny.json").read_text())["rows"]
     assert list(facts) == ["w/o AT", "AT-2-Ind", "AT-3-Factors", "AT-2-Factors, rounds", "FARE online"]
     assert all(row["seeds"] == [0, 1] and row["images"] == 24 for row in facts.values())
-    # Forward passes: two members at 3; mean and one point at 3; one point; two steps of an attack, its ends, a step.
-    assert [row["forward_passes"] for row in facts.values()] == [None, 6, 6, 3, 9]
-    assert facts["AT-2-Ind"]["stored_bytes"] > 0
+    # Forward passes: two members at 3; mean and one point at 3; one point; two steps of an attack at 2, and a step.
+    assert [row["forward_passes"] for row in facts.values()] == [None, 6, 6, 3, 7]
+    assert facts["AT-2-Ind"]["stored_bytes"] > facts["FARE online"]["stored_bytes"] > 0
     assert "| AT-3-Factors |" in (tmp_path / "results-tiny.md").read_text()
     assert (tmp_path / "plot-tiny.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in work.rglob("*.safetensors")}

@@ -1,6 +1,7 @@
-"""Tests that need a GPU, which `make gpu` runs; everywhere else they are skipped and say so.
+"""Tests that need a GPU, which `make gpu` runs.
 
-With DATAMERGE_REHEARSE=1 those that take `device` run on the CPU, so that a GPU is not the first to run them.
+Elsewhere those that take `device` run on the CPU, so that a GPU is not the first to run them; the others are skipped
+and say so. Those that start several processes take too long for that, unless DATAMERGE_REHEARSE is 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE not in item.path.parents:
             continue
         item.add_marker(pytest.mark.gpu)
-        rehearsed = REHEARSE and "device" in getattr(item, "fixturenames", ())
+        taken = getattr(item, "fixturenames", ())
+        rehearsed = "device" in taken and (REHEARSE or "several_processes" not in taken)
         if not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="no GPU to be seen here; `make gpu` runs it where there is one"))
 
@@ -48,6 +50,11 @@ def make_artifact(tmp_path: Path) -> Callable[..., str]:
 def device() -> torch.device:
     """The GPU, or the CPU in a rehearsal."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def several_processes() -> None:
+    """Taken by tests that start more than one."""
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from datamerge.attacks import arithmetic
 from datamerge.encoders import load_encoder
 from storage_schemas import Record, open_artifact
+from tests.support.small_models import open_clip, timm
 from trainer import Draws, Stopped, TrainConfig, train
 from trainer.data.batches import Batch, Read, moments
 from trainer.data.order import WHOLE
@@ -122,10 +123,18 @@ def _stopping(job: Job, after: int) -> Job:
     return replace(job, feed=feed)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_page_locked(
-    make_artifact: MakeArtifact, tmp_path: Path, device: torch.device, workers: int
+def test_batches_are_page_locked(make_artifact: MakeArtifact, tmp_path: Path, device: torch.device) -> None:
+    _assert_page_locked(make_artifact, tmp_path, device, workers=0)
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_batches_of_data_workers_are_page_locked(
+    make_artifact: MakeArtifact, tmp_path: Path, device: torch.device
 ) -> None:
+    _assert_page_locked(make_artifact, tmp_path, device, workers=2)
+
+
+def _assert_page_locked(make_artifact: MakeArtifact, tmp_path: Path, device: torch.device, workers: int) -> None:
     job = _job(make_artifact, tmp_path / "run", device, arm="factors", data_workers=workers)
     sent = stream(
         open_artifact(job.config.artifact),  # type: ignore[arg-type]
@@ -203,17 +212,32 @@ class Attention(nn.Module):
         return found
 
 
-def attention(device: torch.device) -> Any:
+def _timm() -> nn.Module:
+    network: nn.Module = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=16
+    )
+    return network
+
+
+def _open_clip() -> nn.Module:
+    network: nn.Module = open_clip.transformer.VisionTransformer(
+        image_size=16, patch_size=4, width=32, layers=1, heads=2, mlp_ratio=4.0, output_dim=16
+    )
+    return network
+
+
+def attention(device: torch.device, make: Callable[[], nn.Module] = Attention) -> Any:
     encoder = load_encoder("mlp:3x16x16-8-16")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        encoder.model = Attention()
+        encoder.model = make()
     return encoder.to(device).train()
 
 
-def test_curvature_in_bfloat16(device: torch.device) -> None:
+@pytest.mark.parametrize("make", [Attention, _timm, _open_clip])
+def test_curvature_in_bfloat16(device: torch.device, make: Callable[[], nn.Module]) -> None:
     """The double backward runs, and its correction is float32's but for rounding."""
-    encoder = attention(device).eval()
+    encoder = attention(device, make).eval()
     torch.manual_seed(1)
     mean, variance = torch.rand(8, 3, 16, 16).to(device), torch.full((8, 3, 16, 16), 1e-5, device=device)
     target, found = torch.zeros(8, 16, device=device), {}
@@ -234,6 +258,9 @@ def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch
     if device.type == "cpu":
         original = torch.compile
         monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="eager"))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
     encoder = attention(device)
     models = Forward(encoder), Forward(encoder, compiled=True)
     for count in (8, 8, 5):
@@ -244,6 +271,7 @@ def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch
             gradients = torch.autograd.grad(outputs.square().sum(), list(encoder.parameters()))
             found.append(torch.cat([outputs.detach().flatten(), *(gradient.flatten() for gradient in gradients)]))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert 1 <= graphs["unique_graphs"] <= 2  # of one size, and of any
     encoder.eval()
     points, target = torch.rand(8, 3, 16, 16, device=device), torch.zeros(8, 16, device=device)
     one, other = (

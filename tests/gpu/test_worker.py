@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from datamerge.encoders import load_encoder
 from merge_service import MergeConfig
+from merge_service.adversarial_groups import Attacker
 from merge_service.merge import Prepared, prepare, worker_setup
 from merge_service.worker import ShardWorker
 from storage_schemas import ArtifactWriter, DatamergeError, ExactMoments, Location, encode_exact, open_artifact
@@ -75,6 +77,26 @@ def test_shards_from_two_threads(device: torch.device, tmp_path: Path, precision
             np.testing.assert_array_equal(record.arrays[name], array)
 
 
+def test_clean_images_from_two_threads(device: torch.device, tmp_path: Path) -> None:
+    prepared = _prepared(tmp_path, device, attack="none", members=None, batch_size=3)
+    worker, writer = _worker(prepared, tmp_path / "out")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda shard: worker.run(prepared.plan.task(shard)), range(SHARDS)))
+    writer.finish()
+    assert verify(Location(tmp_path / "out")).problems == []
+    images = np.load(tmp_path / "x.npz")["images"].transpose(0, 3, 1, 2)
+    encoder = load_encoder("mlp:3x32x32-64-16")
+    for record in open_artifact(tmp_path / "out"):
+        image = images[int(record.samples[0].rpartition("#")[2])]
+        np.testing.assert_array_equal(record.arrays["sum"], image)
+        assert record.target is not None
+        assert not record.arrays["scatter"].any()
+        with torch.no_grad():
+            np.testing.assert_allclose(
+                record.target, encoder(torch.from_numpy(image)[None].float() / 255)[0], atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("number", [2, 10, 200])
 def test_moments_on_the_device(device: torch.device, number: int) -> None:
     assert_stored_arrays_are_numpys(device.type, number, (1, 3))
@@ -83,8 +105,8 @@ def test_moments_on_the_device(device: torch.device, number: int) -> None:
 def test_inputs_are_pinned(device: torch.device, tmp_path: Path) -> None:
     prepared = _prepared(tmp_path, device)
     worker, _ = _worker(prepared, tmp_path / "out")
-    attacker = worker._attacker
-    assert attacker is not None
+    attacker = worker._maker
+    assert isinstance(attacker, Attacker)
     inputs = attacker.inputs([(group, np.zeros((3, 32, 32), np.uint8)) for group in prepared.plan.groups_of(0)])
     assert len(inputs.draws) == 1
     pinned = [tensor.is_pinned() for tensor in (inputs.clean, *inputs.draws)]

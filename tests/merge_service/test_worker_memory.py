@@ -58,6 +58,10 @@ def test_by_settings() -> None:
     embeds = _memory(encoder=ENCODER, grouping="label", targets="embedding", members=None)
     assert (embeds.kept, embeds.layer, embeds.images, embeds.least) == ((), 4 * 400, 64, 1)
     assert _memory(encoder=None, grouping="label", members=None).kept == ()
+    clean = _memory(attack="none", members=None)
+    assert (clean.kept, clean.layer, clean.images, clean.least) == ((), 4 * 400, 64, 1)
+    assert clean.fixed == plain.fixed
+    assert clean.pixels == 4 * 4 * math.prod(SHAPE)
 
 
 def test_weights_in_bfloat16_do_not_grow_with_the_batch() -> None:

@@ -34,7 +34,7 @@ def _idx(array: npt.NDArray[Any]) -> bytes:
 def _check(source: Source, images: npt.NDArray[np.uint8], labels: list[int] | None) -> None:
     assert [s.label for s in source.samples] == (labels if labels is not None else [None for _ in images])
     assert len({sample.key for sample in source.samples}) == len(images)
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     for sample, image in zip(source.samples, images, strict=True):
         raw = reader.read(sample)
         expected = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)

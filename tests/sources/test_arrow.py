@@ -36,7 +36,7 @@ def _check(source: Source, numbers: range) -> None:
     assert [sample.label for sample in source.samples] == [number % 3 for number in numbers]
     assert source.class_names == NAMES
     assert len({sample.key for sample in source.samples}) == len(numbers)
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     for sample, number in zip(source.samples, numbers, strict=True):
         raw = reader.read(sample)
         assert native_shape(raw) == (3, 5, 4)

@@ -77,7 +77,7 @@ def test_columns_are_the_list(both: tuple[list[Sample], Samples], data: st.DataO
     assert taken.names == [sample.name for sample in taken]
     again = taken.take(np.arange(len(taken))[::-1])[:3]
     assert list(again) == list(taken)[::-1][:3]
-    assert pickle.loads(pickle.dumps(again)) == again  # noqa: S301 - our own
+    assert pickle.loads(pickle.dumps(again)) == again
     assert samples.used_labels() == sorted({s.label for s in objects if s.label is not None})
     renumbered = [None if s.label is None else 7 - s.label for s in objects]
     assert [s.label for s in samples.relabelled({label: 7 - label for label in range(4)})] == renumbered

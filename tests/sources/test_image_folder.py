@@ -67,7 +67,7 @@ def test_a_hidden_parent_does_not_hide_its_content(tmp_path: Path) -> None:
 def test_the_reader_gives_the_files_bytes(tmp_path: Path) -> None:
     names = ["x/ünï cødé 猫.png", "x/dotted.name.v2.png", "y/plain.png", "y/[1] #2 100%.png"]
     source = open_source(_make(tmp_path, names, size=40))
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     for sample in source.samples:
         assert reader.read(sample) == (tmp_path / sample.name).read_bytes()
         assert KEY.fullmatch(sample.key)

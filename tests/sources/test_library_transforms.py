@@ -17,10 +17,10 @@ from storage_schemas.schema.preprocessing import Preprocessing
 make_torchvision_importable()
 
 import open_clip  # noqa: E402 - it imports torchvision
-import timm  # noqa: E402
-from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402
-from timm.data.transforms_factory import create_transform  # noqa: E402
-from transformers import (  # noqa: E402
+import timm  # noqa: E402 - likewise
+from open_clip.transform import PreprocessCfg, image_transform_v2  # noqa: E402 - likewise
+from timm.data.transforms_factory import create_transform  # noqa: E402 - likewise
+from transformers import (  # noqa: E402 - likewise
     BitImageProcessor,
     BitImageProcessorPil,
     CLIPImageProcessor,

@@ -75,7 +75,7 @@ def files(tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _check(source: Source) -> None:
     assert [sample.label for sample in source.samples] == LABELS
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     for sample, pixels in zip(source.samples, PIXELS, strict=True):
         np.testing.assert_array_equal(
             decode(reader.read(sample), Preprocessing(shape=(3, 5, 4))), pixels.transpose(2, 0, 1)
@@ -238,7 +238,7 @@ def test_a_file_that_changes_while_it_is_read(files: Any, name: str) -> None:
     tag = ['"1"']
     files.etag = lambda: tag[0]
     source = open_source(f"{files.url}/{name}{SIGNATURE}")
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     tag[0] = '"2"'
     with refused(SourceError, None, f"{files.url}/{name}: ", '"1"', '"2"') as caught:
         reader.read(source.samples[0])

@@ -40,7 +40,7 @@ def _check(source: Source, numbers: range) -> None:
     assert source.kind == "webdataset"
     assert [sample.label for sample in source.samples] == [number % 3 for number in numbers]
     assert len({sample.key for sample in source.samples}) == len(numbers)
-    reader = pickle.loads(pickle.dumps(source.reader))  # noqa: S301 - our own bytes
+    reader = pickle.loads(pickle.dumps(source.reader))
     for sample, number in [*zip(source.samples, numbers, strict=True)][::-1]:
         np.testing.assert_array_equal(
             decode(reader.read(sample), Preprocessing(shape=(3, 5, 4))), _pixels(number).transpose(2, 0, 1)

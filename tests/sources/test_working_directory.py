@@ -57,5 +57,5 @@ def test_readers_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     sent = pickle.dumps(source.reader)
     for folder in ("there", "empty"):
         monkeypatch.chdir(tmp_path / folder)
-        reader = pickle.loads(sent)  # noqa: S301 - our own bytes
+        reader = pickle.loads(sent)
         assert decode(reader.read(source.samples[0]), Preprocessing(shape=(3, 4, 4))).max() == 10

@@ -80,7 +80,7 @@ def test_columns_are_the_sequence_they_were_made_of() -> None:
     assert list(columns[1:]) == ENTRIES[1:]
     assert list(columns[::-2]) == ENTRIES[::-2]
     assert columns[:2] == Columns(Entry, ENTRIES[:2]) != columns
-    assert pickle.loads(pickle.dumps(columns)) == columns  # noqa: S301 - our own bytes
+    assert pickle.loads(pickle.dumps(columns)) == columns
     with pytest.raises(IndexError):
         columns[3]
     assert list(Columns(Entry)) == []
@@ -133,7 +133,7 @@ def test_many_shards_are_few_objects(many: Callable[[int], Path]) -> None:
         gc.collect()
         assert not any(type(one) is ShardEntry for one in gc.get_objects())
         data = pickle.dumps(artifact)
-        assert pickle.loads(data).manifest == artifact.manifest  # noqa: S301 - our own bytes
+        assert pickle.loads(data).manifest == artifact.manifest
         sizes.append(len(data))
         calls.append(
             sum(operation.name in ("BUILD", "REDUCE", "NEWOBJ") for operation, _, _ in pickletools.genops(data))

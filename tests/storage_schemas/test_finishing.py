@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from storage_schemas import ArtifactWriter, Layout, Location, Record
-from storage_schemas.artifact import CACHED_COMMITS
 from storage_schemas.card.contact_sheet import ROWS
 from storage_schemas.operations.shards import write_shards
+from storage_schemas.sidecars import CACHED_COMMITS
 
 SHARDS = CACHED_COMMITS + 6  # fewer would be read from memory
 
@@ -44,11 +44,12 @@ def test_every_sidecar_is_read_once_to_finish(
     write_shards(
         ArtifactWriter(location, layout, provenance),
         {},
-        lambda shard: ([make_record(shard, layout)], []),
+        lambda shards: (([make_record(shard, layout)], []) for shard in shards),
         lambda _: None,
     )
     location.asked.clear()
-    manifest = write_shards(ArtifactWriter(location, layout, provenance), {}, lambda shard: ([], []), lambda _: None)
+    writer = ArtifactWriter(location, layout, provenance)
+    manifest = write_shards(writer, {}, lambda shards: (([], []) for _ in shards), lambda _: None)
     assert manifest.complete
     sidecars = {path: times for path, times in location.asked.items() if path.startswith("commits/")}
     assert len(sidecars) == SHARDS

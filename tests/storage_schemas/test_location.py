@@ -57,7 +57,7 @@ def test_one_behaviour_on_every_file_system(location: Location) -> None:
 
 def test_pickles(location: Location) -> None:
     location.write("a", b"text")
-    copy = pickle.loads(pickle.dumps(location))  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(location))
     assert copy.read("a") == b"text"
     assert copy.url == location.url
 
@@ -132,12 +132,12 @@ def test_a_relative_path_means_the_same_for_life(tmp_path: Path, monkeypatch: py
     location, cache = Location("x"), Cache(Path("cache"), 100)
     sent = pickle.dumps((location, cache))
     monkeypatch.chdir(tmp_path / "there")
-    for place in (location, pickle.loads(sent)[0]):  # noqa: S301 - our own bytes
+    for place in (location, pickle.loads(sent)[0]):
         assert place.read("f") == b"here"
         assert place.below("y").read("f") == b"here below"
         assert place.split()[0].read("x/f") == b"here"
         assert (place.url, place.below("y").url, place.split()[0].url) == ("x", "x/y", ".")
-    assert pickle.loads(sent)[1].folder == tmp_path / "here" / "cache"  # noqa: S301
+    assert pickle.loads(sent)[1].folder == tmp_path / "here" / "cache"
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "/".join(["x" * 200] * 25), "a\0b"], ids=len)
@@ -199,7 +199,7 @@ def test_the_folder_of_a_file_and_its_name(tmp_path: Path) -> None:
 
 
 def test_errors_that_pass_and_errors_that_stay() -> None:
-    class Answer(Exception):  # noqa: N818 - as aiohttp and azure spell it
+    class Answer(Exception):
         def __init__(self, status: int) -> None:
             self.status = status
 

@@ -14,6 +14,17 @@ from storage_schemas.access.once import Once
 from storage_schemas.schema.packed import PackedCommit
 
 
+def test_with_facts_nothing_is_lost(
+    tmp_path: Path,
+    make_layout: Callable[..., Layout],
+    write_artifact: Callable[..., list[Record]],
+    format_name: str,
+) -> None:
+    write_artifact(tmp_path, make_layout(format_name))
+    for commit in open_artifact(tmp_path).commits():
+        assert list(PackedCommit(commit, facts=True).records) == list(commit.records)
+
+
 def test_nothing_is_lost_but_samples_and_info(
     tmp_path: Path,
     make_layout: Callable[..., Layout],

@@ -155,7 +155,7 @@ def test_a_pickled_artifact_reads_the_same(
         list(artifact)
     data = pickle.dumps(artifact)
     assert len(data) < 20_000
-    copy = pickle.loads(data)  # noqa: S301 - our own bytes
+    copy = pickle.loads(data)
     assert isinstance(copy, Artifact)
     for found, expected in zip(copy, records, strict=True):
         same_record(found, expected)

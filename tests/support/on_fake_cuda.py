@@ -88,7 +88,7 @@ def training() -> None:
     from trainer.config import TrainConfig
     from trainer.data.batches import Batch, FactorBatch, ImageBatch, MomentBatch
     from trainer.data.noise import Draws
-    from trainer.losses import CrossEntropy, SquaredError
+    from trainer.losses import Cosine, CrossEntropy, SquaredError
     from trainer.run.forward import Forward
     from trainer.run.objective import group_losses
     from trainer.run.refine import Refinement
@@ -103,7 +103,13 @@ def training() -> None:
         parameters = list(_there(encoder).parameters())
         optimizer = torch.optim.AdamW(parameters, lr=1e-3)
         for estimator in kind.estimators or (None,):
-            for loss, target in ((SquaredError(), embeddings), (CrossEntropy(), labels)):
+            for loss, target, weight in (
+                (SquaredError(), embeddings, 0.5),
+                (Cosine(), embeddings, 0.0),
+                (CrossEntropy(), labels, 0.0),
+            ):
+                if isinstance(loss, Cosine) and estimator is not None and kind.estimators[estimator].curvature:
+                    continue
                 shared: dict[str, Any] = {"keys": list("abcd"), "target": target, "clean": clean}
                 batches: list[Batch] = [
                     MomentBatch(mean=mean, variance=mean, **shared),
@@ -111,7 +117,7 @@ def training() -> None:
                     ImageBatch(images=mean, counts=[1] * 4, **shared),
                 ]
                 named = {} if estimator is None else {"estimator": estimator}
-                config = TrainConfig(artifact="a", run="r", arm=arm, steps=1, **named)
+                config = TrainConfig(artifact="a", run="r", arm=arm, steps=1, clean_weight=weight, **named)
                 batch = next(one for one in batches if _taken(arm, one)).to(DEVICE)
                 for refinement in (None, Refinement(2, 1 / 255, 4 / 255)) if kind.images else (None,):
                     with fixed_order(DEVICE):

@@ -74,7 +74,7 @@ def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -
     _FORKS.set_forkserver_preload(["trainer.run.job", "torch.distributed"])
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
@@ -94,7 +94,8 @@ def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -
     return [(process.exitcode or 0, file.read_text()) for process, file in zip(ranks, said, strict=True)]
 
 
-def _port() -> int:
+def free_port() -> int:
+    """Of this machine, a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

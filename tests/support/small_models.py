@@ -13,9 +13,9 @@ from datamerge.runtime.torchvision_ops import make_torchvision_importable
 make_torchvision_importable()
 
 import open_clip as open_clip  # noqa: E402 - it imports torchvision
-import open_clip.factory  # noqa: E402
-import open_clip.timm_model  # noqa: E402
-import timm as timm  # noqa: E402
+import open_clip.factory  # noqa: E402 - likewise
+import open_clip.timm_model  # noqa: E402 - likewise
+import timm as timm  # noqa: E402 - likewise
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 # Beginning of timm's names → what makes them small.

@@ -169,5 +169,5 @@ def _watch(folder: Path, job: Job, barrier: Any) -> None:
 if __name__ == "__main__":
     kind, job_file, target = sys.argv[1:]
     os.fsync = lambda fd: None  # what a killed process has written stays; only a power cut would take it
-    loaded: Job = pickle.loads(Path(job_file).read_bytes())  # noqa: S301 - our own bytes
+    loaded: Job = pickle.loads(Path(job_file).read_bytes())
     sys.stdout.write(f"{(kill if kind == 'kill' else race)(Path(target), loaded)}\n")

@@ -13,7 +13,7 @@ from torch.autograd.functional import hessian, jacobian
 from trainer.data.noise import Draws
 from trainer.estimators import along_factors
 from trainer.estimators.along_factors import gauss_newton_along_factors
-from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.losses import CrossEntropy, Likelihood, SquaredError
 
 SHAPE = (3, 2, 2)
 
@@ -65,7 +65,7 @@ def test_every_image_is_a_sigma_point_scaled_by_the_deviation() -> None:
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
-def test_gauss_newton_is_the_correction_with_the_whole_covariance(loss: Loss) -> None:
+def test_gauss_newton_is_the_correction_with_the_whole_covariance(loss: Likelihood) -> None:
     """½ tr(Jᵀ H J C) with H from autograd, for a model that is linear in pixels, averaged over all signs."""
     members, mean, factors = _group(3)
     torch.manual_seed(1)

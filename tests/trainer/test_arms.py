@@ -67,6 +67,8 @@ CASES: list[tuple[dict[str, Any], int]] = [
     ({"arm": "factors", "refine_steps": 2}, 3),
     *(({"arm": "factors", "estimator": name, "samples": s}, 3) for name in ALONG_FACTORS for s in (1, 3)),
     *(({"arm": "avg", "estimator": name, "samples": s}, 3) for name in ("sampled", "antithetic") for s in (1, 3)),
+    *(({"arm": arm, "refine_steps": 2, "clean_weight": 0.5}, 3) for arm in ("ind", "clean", "factors")),
+    ({"arm": "avg", "estimator": "sampled", "clean_weight": 0.5}, 3),
 ]
 
 
@@ -84,21 +86,32 @@ def test_costs_are_counted_passes(make_artifact: MakeArtifact, settings: dict[st
     found = (model.passes["forward"] + refining + 2 * training) / 10
     arm = ARMS[config.arm]
     steps, samples = config.refine_steps, config.samples
-    assert arm.forward_passes(config.estimator, samples=samples, members=members, refine_steps=steps) == found
+    counted = arm.forward_passes(
+        config.estimator,
+        samples=samples,
+        members=members,
+        refine_steps=steps,
+        clean_term=config.clean_weight > 0,
+    )
+    assert counted == found
 
 
 def test_double_backward_costs_two_plain_steps() -> None:
     assert ARMS["avg"].forward_passes() == 6
     assert ARMS["avg"].forward_passes("gauss_newton", samples=4) == 15
+    assert ARMS["avg"].forward_passes(clean_term=True) == 9
 
 
+@pytest.mark.parametrize("clean_weight", [0.0, 0.5])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(make_artifact: MakeArtifact, arm: ArmName) -> None:
-    job = make_job(
-        TrainConfig(artifact=make_artifact(factors=2, clean=True), run="run", steps=3, batch_size=4, arm=arm)
-    )
+def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(
+    make_artifact: MakeArtifact, arm: ArmName, clean_weight: float
+) -> None:
+    settings: dict[str, Any] = {"arm": arm, "clean_weight": clean_weight}
+    artifact = make_artifact(factors=2, clean=True)
+    job = make_job(TrainConfig(artifact=artifact, run="run", steps=3, batch_size=4, **settings))
     for batch in job.feed(WHOLE, 0, 3):
-        assert (batch.clean is not None) == (arm == "clean")
+        assert (batch.clean is not None) == (arm == "clean" or clean_weight > 0)
         batch = batch.floats()
         tensors = {name: value for name, value in batch.content().items() if isinstance(value, Tensor)}
         for name in tensors.keys() - {"target"}:

@@ -9,14 +9,14 @@ from datamerge.encoders import Encoder
 from tests.gpu.test_train import attention
 from trainer.data.noise import Draws
 from trainer.estimators import gauss_newton
-from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.losses import CrossEntropy, Likelihood, SquaredError
 from trainer.run.forward import Forward
 
 
 @pytest.mark.parametrize(("loss", "samples"), [(SquaredError(), 2), (SquaredError(0.5), 1), (CrossEntropy(), 2)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_is_what_two_derivatives_in_turn_give(
-    monkeypatch: pytest.MonkeyPatch, loss: Loss, samples: int, precision: str
+    monkeypatch: pytest.MonkeyPatch, loss: Likelihood, samples: int, precision: str
 ) -> None:
     """With attention; traced as a whole, without code generation. In bfloat16 two passes round at other places."""
     original = torch.compile

@@ -21,6 +21,7 @@ from trainer import (
     CrossEntropy,
     Draws,
     GroupLoss,
+    Likelihood,
     Loss,
     SquaredError,
     antithetic,
@@ -74,7 +75,7 @@ def _softmax_hessian(logits: Tensor) -> Tensor:
     return torch.diag(p) - torch.outer(p, p)
 
 
-def _estimate(network: nn.Module, inputs: Tensor, loss: Loss, samples: int, seed: int = 0) -> Tensor:
+def _estimate(network: nn.Module, inputs: Tensor, loss: Likelihood, samples: int, seed: int = 0) -> Tensor:
     pixels = inputs.clone().requires_grad_()
     return diagonal_estimate(network(pixels), pixels, loss, _draws(len(inputs), seed), samples).detach()
 
@@ -249,7 +250,7 @@ def test_all_cross_entropy_labels_weighted_by_their_probability_give_the_exact_d
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
-def test_estimate_converges_at_the_monte_carlo_rate(loss: Loss) -> None:
+def test_estimate_converges_at_the_monte_carlo_rate(loss: Likelihood) -> None:
     network, inputs = _network(), _random(1, *SHAPE)
     oracle = _exact(network, inputs, loss)
     repeats, errors = 400, {}
@@ -286,7 +287,7 @@ def test_parameter_gradients_match_the_dense_oracle(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), CrossEntropy()])
-def test_parameter_gradients_of_the_estimate_converge_to_those_of_exact(loss: Loss) -> None:
+def test_parameter_gradients_of_the_estimate_converge_to_those_of_exact(loss: Likelihood) -> None:
     network, mean, variance = _network(), _random(1, *SHAPE), _random(1, *SHAPE, seed=1)
     target = _target(loss, 1)
     weight = network[1].weight

@@ -298,10 +298,10 @@ def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) ->
         ({"rounding": "nearest"}, "nearest"),
     ):
         with refused(ConfigError, "to", "hf", fact, "encoder.safetensors"):
-            write_hugging_face(_odd(encoder, **changes), encoder.spec, nowhere)
+            write_hugging_face(_odd(encoder, **changes), nowhere)
     timm = load_encoder("timm:test_resnet")
     with refused(ConfigError, "to", "timm", "images of this size"):
-        write_timm(_odd(timm, resize="none"), timm.spec, nowhere)
+        write_timm(_odd(timm, resize="none"), nowhere)
     assert not nowhere.exists()
 
 

@@ -57,7 +57,7 @@ def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys
     out.mkdir()
     transformers.utils.logging.enable_progress_bar()
     capsys.readouterr()
-    folder = write_hugging_face(encoder, spec, out)
+    folder = write_hugging_face(encoder, out)
     assert "%|" not in capsys.readouterr().err, "bars of transformers"
     assert f"import AutoImageProcessor, {name}" in folder.usage
     assert folder.note == "", "everything is as it was"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import product
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tests.support.exact import exact
 from tests.support.refusals import refused
 from trainer import Draws, SquaredError, TrainConfig, train
 from trainer.config import read_preset
-from trainer.data.order import ESTIMATOR, Order, stream_seeds
+from trainer.data.order import ESTIMATOR, WHOLE, Order, stream_seeds
+from trainer.run.job import make_job
 
 MakeArtifact = Callable[..., str]
 SPEC, SEED, BATCH = "mlp:1x4x4-8-6", 5, 4
@@ -164,3 +166,14 @@ def test_held_out_groups_without_clean_images_are_refused_before_the_run(
     assert not (tmp_path / "run").exists()
     # Where nothing is refined none are needed.
     train(config.model_copy(update={"refine_steps": 0}))
+
+
+def test_few_held_out_groups_are_read_without_data_workers(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Workers would start anew for each evaluation, which takes longer than to read the groups."""
+    artifact = make_artifact()
+    shared: dict[str, Any] = {"artifact": artifact, "eval_artifact": same_groups(artifact), "steps": 1}
+    job = make_job(TrainConfig(**shared, run=str(tmp_path / "run"), batch_size=BATCH, data_workers=2))
+    assert job.held_out is not None
+    batches = job.held_out.feed(WHOLE, 0, 1)
+    assert len(next(batches).keys) == BATCH
+    assert active_children() == []

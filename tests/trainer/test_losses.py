@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support.exact import exact
-from trainer import CrossEntropy, Draws, GroupLoss, SquaredError, gauss_newton, individual_loss, mean_only
-from trainer.losses import Loss
+from trainer import (
+    Cosine,
+    CrossEntropy,
+    Draws,
+    GroupLoss,
+    Likelihood,
+    SquaredError,
+    gauss_newton,
+    individual_loss,
+    mean_only,
+)
 
 SHAPE = (1, 2, 3)
 K = 4
@@ -32,7 +43,7 @@ def _network() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), layer, nn.Tanh())
 
 
-def _label(loss: Loss, outputs: Tensor, draws: Draws) -> Tensor:
+def _label(loss: Likelihood, outputs: Tensor, draws: Draws) -> Tensor:
     return loss.pseudo_label(outputs, loss.noise(outputs, draws))
 
 
@@ -84,3 +95,33 @@ def test_correction_follows_the_scale_of_the_loss() -> None:
     # The same noise is scaled in both, so the ratio is exact for the estimates too.
     for estimate in (exact, gauss_newton):
         torch.testing.assert_close(correction(1.0, estimate), 2 * correction(0.5, estimate), rtol=1e-10, atol=0)
+
+
+def test_the_cosine_is_that_of_numpy_and_knows_no_length() -> None:
+    outputs, target = _random(5, K) - 0.5, _random(5, K, seed=1) - 0.5
+    found = Cosine().value(outputs, target)
+    pairs = zip(outputs.numpy(), target.numpy(), strict=True)
+    expected = [1 - np.dot(t, y) / np.linalg.norm(t) / np.linalg.norm(y) for t, y in pairs]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+    torch.testing.assert_close(Cosine().value(1e3 * outputs, 1e-3 * target), found)
+    torch.testing.assert_close(Cosine().value(-target, target), torch.full((5,), 2.0, dtype=torch.float64))
+
+
+def test_the_cosine_of_nearly_parallel_outputs_keeps_its_digits() -> None:
+    """As at the start of a run, where 1 − cos(t, y) in float32 is 0 or a multiple of 6e-8."""
+    target = torch.tensor([[3.0, 4.0, 0.0]])
+    outputs = target + torch.tensor([[0.0, 0.0, 1e-3]])  # an angle of 2e-4, whose cosine is 1 − 2e-8
+    outputs.requires_grad_()
+    loss = Cosine().value(outputs, target)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(2e-8, rel=1e-3)
+    assert outputs.grad is not None
+    torch.testing.assert_close(outputs.grad, torch.tensor([[0.0, 0.0, 4e-5]]), rtol=1e-3, atol=1e-8)
+
+
+def test_the_cosine_has_no_curvature_to_correct_with() -> None:
+    """Along t its Hessian is 0, and it is not 0 itself: an indefinite matrix, which no density's Fisher matrix is."""
+    outputs, target = _random(K), _random(1, K, seed=1)
+    hessian = torch.autograd.functional.hessian(lambda t: Cosine().value(t[None], target).sum(), outputs)
+    assert float(outputs @ hessian @ outputs) == pytest.approx(0, abs=1e-12)
+    assert float(torch.linalg.eigvalsh(hessian)[0]) < -0.01

@@ -111,9 +111,10 @@ def test_a_run_that_is_continued_ends_alike(
 
 @pytest.mark.parametrize("epsilon", ["2/255", "16/255"])
 def test_a_run_that_is_well_is_left_alone(artifact: str, tmp_path: Path, epsilon: str) -> None:
+    ways: dict[str, dict[str, Any]] = {"watched": {"on_overfit": "widen"}, "alone": {"overfit_every": 0}}
     summaries = [
         _run(artifact, tmp_path / name, epsilon=epsilon, start_noise=None, steps=50, **how)
-        for name, how in {"watched": {"on_overfit": "widen"}, "alone": {"overfit_every": 0}}.items()
+        for name, how in ways.items()
     ]
     assert summaries[0].encoder_sha256 == summaries[1].encoder_sha256
     assert [summary.overfitted for summary in summaries] == [None, None]

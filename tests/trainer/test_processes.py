@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +20,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from storage_schemas import ConfigError, open_artifact
+import trainer.run.distributed
+from storage_schemas import ConfigError, DatamergeError, open_artifact
+from storage_schemas.schema.run import read_summary
 from tests.support.ranks import exchange, launch
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
 from trainer.data.order import Order
-from trainer.run.distributed import Processes, processes
+from trainer.run.distributed import ABORT_SECONDS, Processes, processes
 
 MakeArtifact = Callable[..., str]
 STEPS = 9
@@ -135,6 +139,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("finished 9 steps") == 1, time.monotonic() - started
+    assert result.stdout == f"{read_summary(tmp_path / 'run').encoder}\n"
     _assert_close(tmp_path / "whole", tmp_path / "run")
 
 
@@ -145,12 +150,16 @@ def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+VARIABLES = ("NCCL_NVLS_ENABLE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+
+
 class Gpus:
     """What a machine with GPUs, and torch.distributed on it, would be asked; joins no processes.
 
     Attributes:
         calls: in their order.
         taken: the GPU of each process.
+        told: what NCCL and torch find in the environment when processes are joined.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, count: int, **environment: str) -> None:
@@ -161,12 +170,19 @@ class Gpus:
         patch.setattr(torch.cuda, "set_device", lambda index: self.calls.append(("set_device", index)))
         patch.setattr(torch.cuda, "current_device", lambda: self.calls[0][1])
         patch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="GPU"))
-        patch.setattr(dist, "init_process_group", lambda backend, timeout: self.calls.append(("init", backend)))
+        patch.setattr(dist, "init_process_group", self._join)
         patch.setattr(dist, "all_gather_object", lambda values, _: values.__setitem__(slice(None), self.taken))
         patch.setattr(dist, "destroy_process_group", lambda: self.calls.append(("destroy", None)))
         patch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: self.calls.append(("abort", None)))
         for name, value in environment.items():
             patch.setenv(name, value)
+        for name in VARIABLES:
+            patch.setenv(name, "")  # put back afterwards
+            patch.delenv(name)
+
+    def _join(self, backend: str, timeout: Any) -> None:
+        self.calls.append(("init", backend))
+        self.told = {name: os.environ.get(name) for name in VARIABLES}
 
 
 def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +191,7 @@ def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytes
     with processes("auto") as own:
         assert gpus.calls == [("set_device", 1), ("init", "cpu:gloo,cuda:nccl")]
         assert own.patience is not None
-        assert own.patience < 30
+        assert own.patience + ABORT_SECONDS < 30
     assert gpus.calls[2:] == [("destroy", None)]
     with refused(ConfigError, "device", "auto", "cuda:0"), processes("cuda:0"):
         pass
@@ -189,7 +205,47 @@ def test_an_error_leaves_the_other_gpus_alone(monkeypatch: pytest.MonkeyPatch) -
     gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
     with pytest.raises(KeyError), processes("auto"):
         raise KeyError
-    assert [name for name, _ in gpus.calls] == ["set_device", "init", "abort"]
+    # The second time in the thread that gives up: torch's current GPU is one of a thread's.
+    assert gpus.calls == [
+        ("set_device", 1),
+        ("init", "cpu:gloo,cuda:nccl"),
+        ("set_device", torch.device("cuda", 1)),
+        ("abort", None),
+    ]
+
+
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+def test_an_abort_that_does_not_come_to_an_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
+    monkeypatch.setattr(trainer.run.distributed, "ABORT_SECONDS", 0.05)
+    over, entered = threading.Event(), threading.Event()
+
+    def abort() -> None:
+        entered.set()
+        if fault == "raises":
+            raise RuntimeError("ncclUnhandledCudaError")
+        over.wait(60)
+
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", abort)
+    started = time.monotonic()
+    try:
+        with pytest.raises(KeyError, match="mine"), processes("auto"):
+            raise KeyError("mine")
+        assert entered.is_set()
+        assert time.monotonic() - started < 30
+    finally:
+        over.set()
+
+
+def test_torch_ends_no_process_by_itself_and_switches_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch (`ProcessGroupNCCL`) and NCCL read; the user's own values stay."""
+    gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    with processes("auto"):
+        assert gpus.told == {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    with processes("auto"):
+        assert gpus.told == {"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
 
 
 def test_processes_that_see_one_gpu_each_are_told_from_those_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +284,22 @@ def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
     assert re.search(r"ERROR lost contact with the other processes of this run \(no sum after 0.5 s\)", text)
     seconds = float(text.rpartition("AFTER ")[2])
     assert 0.5 <= seconds < 20
+
+
+def test_what_nccl_has_noticed_is_said_in_a_line() -> None:
+    """Its sum counts as completed then, and raises when it is waited for with a limit; without one it may not."""
+
+    class Failed:
+        def is_completed(self) -> bool:
+            return True
+
+        def wait(self, timeout: Any = None) -> bool:
+            if timeout is not None:
+                raise RuntimeError("NCCL error: remote process exited\nCollective WorkNCCL(SeqNum=3)")
+            return True
+
+    with refused(DatamergeError, None, "lost contact", "remote process exited", "newest checkpoint"):
+        Processes(world=2, patience=20.0).wait([Failed()])
 
 
 @pytest.mark.parametrize(

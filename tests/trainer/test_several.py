@@ -150,7 +150,7 @@ def test_a_run_belongs_to_its_artifacts_and_weights(
 
 def test_it_goes_to_other_processes(two: list[str]) -> None:
     blend = Blend([open_artifact(url) for url in two])
-    sent: Blend = pickle.loads(pickle.dumps(blend.only({"sum", "scatter", "target"})))  # noqa: S301 - our own bytes
+    sent: Blend = pickle.loads(pickle.dumps(blend.only({"sum", "scatter", "target"})))
     assert len(sent) == 2 * GROUPS
     assert [sent[index].key for index in (0, GROUPS)] == [f"k0 of {url}" for url in two]
     assert {*sent[GROUPS].arrays} == {"sum", "scatter", "target"}

@@ -51,9 +51,13 @@ LABELS = {"targets": False, "labels": True}
         ({}, {"loss": "cross_entropy"}, "loss", ["k0", '`loss="squared_error"`']),
         (LABELS, {"encoder": "mlp:1x4x4-8-5"}, "loss", ["label 5", "k5", "`head`", "`encoder`"]),
         (LABELS, {"loss_scale": 0.5}, "loss_scale", ["0.5", "cross_entropy"]),
+        (LABELS, {"loss": "cosine", "arm": "ind"}, "loss", ["cosine", '`loss="cross_entropy"`']),
+        (LABELS, {"clean_weight": 0.5}, "clean_weight", ["none", "`clean_weight`"]),
+        ({}, {"clean_weight": 0.5}, "clean_weight", ["`keep_clean=True`", "`clean_weight`"]),
         (LABELS, {"head": "artifact"}, "head", ["none", "`head`"]),
         (LABELS, {"head": "nowhere.safetensors"}, "head", ["'nowhere.safetensors'"]),
         ({}, {"head": "artifact"}, "head", ["squared_error", "`head`"]),
+        ({}, {"head": "artifact", "loss": "cosine", "arm": "ind"}, "head", ["cosine", "`head`"]),
         ({}, {"warmup_steps": 5}, "warmup_steps", ["5 steps", "`warmup_steps=0`"]),
         ({}, {"device": "warp"}, "device", ["'warp'"]),
         ({}, {"device": "meta:0:0"}, "device", ["'meta:0:0'"]),
@@ -114,6 +118,10 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"learning_rate": -1.0}, "learning_rate", ["-1.0"]),
         ({"learning_rate": float("nan")}, "learning_rate", ["nan"]),
         ({"loss_scale": 2.0}, "loss_scale", ["1.0", "0.5", "2.0"]),
+        ({"loss": "cosine"}, "loss", ["cosine", "gauss_newton", '`estimator="sampled"`']),
+        ({"loss": "cosine", "arm": "factors", "estimator": "gauss_newton"}, "loss", ["cosine", "gauss_newton"]),
+        ({"loss": "cosine", "arm": "clean", "refine_steps": 1, "start_noise": "0"}, "start_noise", ["no slope"]),
+        ({"clean_weight": -0.5}, "clean_weight", ["-0.5"]),
         ({"batch_size": 0}, "batch_size", ["0"]),
         ({"steps": None}, "steps", ["epochs", "none"]),
         ({"epochs": 3}, "steps", ["steps = 5", "epochs = 3"]),
@@ -262,5 +270,7 @@ def test_a_run_is_a_folder_of_this_machine() -> None:
 
 def test_flags_name_the_arms_and_count_groups() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=200).output.split())
-    assert all(f"{name}: {arm.about}" in text for name, arm in ARMS.items())
+    for name, arm in ARMS.items():
+        about = arm.about.replace("`refine_steps`", "--refine-steps")
+        assert f"{name}: {about}" in text
     assert "Groups (not images) per optimiser step" in text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from storage_schemas import ConfigError
 from trainer.data.noise import Draws
-from trainer.losses import Loss
+from trainer.losses import Likelihood
 
 Model = Callable[[Tensor], Tensor]
 """[0, 1] pixels [B, C, H, W] → outputs [B, K]; row b of the outputs depends on row b of the pixels alone."""
@@ -38,7 +38,7 @@ class Estimator(Protocol):
     """An estimate of the mean loss of merged groups from their mean and variance."""
 
     def __call__(
-        self, model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Loss, draws: Draws
+        self, model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Likelihood, draws: Draws
     ) -> GroupLoss:
         """Estimate.
 
@@ -47,7 +47,7 @@ class Estimator(Protocol):
             mean: x̄, float32 or float64 [B, C, H, W].
             variance: v with divisor N, likewise.
             target: what `loss` takes: embeddings [B, K] or class indices [B].
-            loss: the loss at one image.
+            loss: the loss at one image; where no curvature of it is taken, any `Loss`.
             draws: random numbers, one stream per group.
 
         Raises:

@@ -10,14 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.data.noise import Draws
 from trainer.estimators.base import GroupLoss, Model, check, evaluate
-from trainer.losses import Loss
+from trainer.losses import Likelihood
 
-Compiled = Callable[[Tensor, Loss, list[Tensor]], tuple[Tensor, Tensor]]
+Compiled = Callable[[Tensor, Likelihood, list[Tensor]], tuple[Tensor, Tensor]]
 """`outputs_and_diagonal` of a model."""
 
 
 def gauss_newton(
-    model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Loss, draws: Draws, *, samples: int = 1
+    model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Likelihood, draws: Draws, *, samples: int = 1
 ) -> GroupLoss:
     """L(x̄, y) + ½ Σ v∘(1/S Σ_s (∇_x L(x̄, ŷ_s))∘²), ŷ_s ~ exp(−L(t, ·))/Z                 (PAPER eq. 9, 10, 16, 17)
 
@@ -38,7 +38,7 @@ def gauss_newton(
     check(model, mean, variance)
     compiled: Compiled | None = getattr(model, "compiled_diagonal", None)
     if compiled is not None:
-        like = mean.new_empty(len(mean), model.width)  # type: ignore[attr-defined]
+        like = mean.new_empty(len(mean), model.width)  # type: ignore[attr-defined]  # one with a compiled diagonal has it
         outputs, diagonal = compiled(mean.detach(), loss, [loss.noise(like, draws) for _ in range(samples)])
     else:
         inputs = mean.detach().requires_grad_()
@@ -49,7 +49,7 @@ def gauss_newton(
     return GroupLoss(loss.value(outputs, target) + correction, correction)
 
 
-def diagonal_estimate(outputs: Tensor, inputs: Tensor, loss: Loss, draws: Draws, samples: int = 1) -> Tensor:
+def diagonal_estimate(outputs: Tensor, inputs: Tensor, loss: Likelihood, draws: Draws, samples: int = 1) -> Tensor:
     """diag[GGN_x] of each group, [B, C, H, W], non-negative and differentiable in the parameters.
 
     Args:
@@ -67,7 +67,9 @@ def diagonal_estimate(outputs: Tensor, inputs: Tensor, loss: Loss, draws: Draws,
     return total / samples
 
 
-def outputs_and_diagonal(model: Model, pixels: Tensor, loss: Loss, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+def outputs_and_diagonal(
+    model: Model, pixels: Tensor, loss: Likelihood, noise: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """The outputs, and `diagonal_estimate` from labels of given noise, in a form that torch.compile takes whole.
 
     A compiled function cannot be differentiated twice; so the first derivative is taken inside, by `torch.func`, and
@@ -79,7 +81,7 @@ def outputs_and_diagonal(model: Model, pixels: Tensor, loss: Loss, noise: list[T
         noise: of each label, [B, K].
     """
     with sdpa_kernel(SDPBackend.MATH):
-        outputs, backward = torch.func.vjp(lambda points: evaluate(model, points), pixels)  # type: ignore[misc]
+        outputs, backward = torch.func.vjp(lambda points: evaluate(model, points), pixels)  # type: ignore[misc]  # vjp may give a third
         total = torch.zeros_like(pixels)
         for numbers in noise:
             label = loss.pseudo_label(outputs, numbers)

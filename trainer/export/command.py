@@ -35,9 +35,9 @@ from trainer.export.timm_folder import write_timm
 from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf", "timm"]
-# Target → (encoder, spec of what it started from, an empty folder) → what was written into the folder.
-WRITERS: Mapping[Target, Callable[[Encoder, str, Path], Folder]] = {
-    "open_clip": write_open_clip,
+# Target → (encoder, an empty folder) → what was written into the folder.
+WRITERS: Mapping[Target, Callable[[Encoder, Path], Folder]] = {
+    "open_clip": lambda encoder, files: write_open_clip(encoder, started_from(encoder.spec), files),
     "hf": write_hugging_face,
     "timm": write_timm,
 }
@@ -95,7 +95,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
     with writing(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         files = Path(name) / "files"
         files.mkdir()
-        folder = WRITERS[to](encoder, started_from(encoder.spec), files)
+        folder = WRITERS[to](encoder, files)
         (files / "README.md").write_text(model_card(summary, encoder, to, folder, best), "utf-8")
         shutil.move(files, out)
     return out

@@ -36,12 +36,11 @@ OTHERWISE = {
 }
 
 
-def write_hugging_face(encoder: Encoder, origin: str, files: Path) -> Folder:
+def write_hugging_face(encoder: Encoder, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        origin: not needed: these are image towers alone.
         files: an empty folder.
 
     Raises:

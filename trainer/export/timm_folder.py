@@ -18,12 +18,11 @@ from trainer.export.same_function import PILLOW, Photo, check_same
 CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
-def write_timm(encoder: Encoder, origin: str, files: Path) -> Folder:
+def write_timm(encoder: Encoder, files: Path) -> Folder:
     """Write the folder.
 
     Args:
         encoder: what to export.
-        origin: not needed: these are image towers alone.
         files: an empty folder.
 
     Raises:

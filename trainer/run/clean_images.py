@@ -6,6 +6,7 @@ from typing import Any
 
 from storage_schemas import ConfigError, Manifest
 from storage_schemas.schema.pixel_length import PixelLength
+from storage_schemas.schema.provenance import are_clean
 from trainer.arms import ARMS, CleanName
 from trainer.config import TrainConfig
 from trainer.run.refine import Refinement
@@ -25,10 +26,16 @@ def attacked_within(manifest: Manifest) -> Any:
 
 
 def clean_name(manifest: Manifest) -> CleanName | None:
-    """The quantity of a record that is its clean image: a group of one image that nobody attacked is that image."""
+    """The quantity of a record that is its clean image: a group of one image that nobody attacked is that image.
+
+    Of a union of artifacts only what all of them say is known: one without a radius may hold attacks of two.
+    """
     if manifest.layout.array("clean") is not None:
         return "clean"
-    return "mean" if group_size(manifest) == 1 and attacked_within(manifest) is None else None
+    grouping = manifest.provenance.get("grouping")
+    of_samples = isinstance(grouping, dict) and grouping.get("kind") in ("label", "cluster", "column")
+    unattacked = are_clean(manifest.provenance) or of_samples
+    return "mean" if unattacked and group_size(manifest) == 1 else None
 
 
 def clean_images(config: TrainConfig, manifest: Manifest) -> CleanName | None:
@@ -38,12 +45,12 @@ def clean_images(config: TrainConfig, manifest: Manifest) -> CleanName | None:
         ConfigError: the artifact has none.
     """
     starts_clean = ARMS[config.arm].starts_clean
-    if not (starts_clean or config.refine_steps):
+    if not (starts_clean or config.refine_steps or config.clean_weight):
         return None
     found = clean_name(manifest)
     if found is None:
-        setting = "arm" if starts_clean else "refine_steps"
-        drop = "choose another `arm`" if starts_clean else "drop `refine_steps`"
+        setting = "arm" if starts_clean else "refine_steps" if config.refine_steps else "clean_weight"
+        drop = "choose another `arm`" if starts_clean else f"drop `{setting}`"
         raise ConfigError(
             f"{setting}: expected an artifact that keeps the clean images, found none in {config.artifact}; merge "
             f'again with `attack="none"` or `keep_clean=True`, or {drop}'

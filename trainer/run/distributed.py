@@ -11,9 +11,10 @@ NCCL waits for it, so nobody waits for a sum before a sign of life of all over g
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
@@ -32,8 +33,16 @@ BACKENDS = "cpu:gloo,cuda:nccl"
 # A GPU is never more than some thousand kernels behind its process, and all processes are there when this begins.
 EXCHANGE_SECONDS = 20.0
 LOOK_SECONDS = 0.0002
-# Sums begin before all processes are there. NCCL ends a process whose sum waits for so long; gloo raises then.
+# As long as NCCL may take to give up what other processes will never take part in.
+ABORT_SECONDS = 5.0
+# Sums begin before all processes are there, and may wait for so long; gloo raises then.
 LATE = timedelta(minutes=30)
+# What NCCL reads when it starts, at the first sum, where the user has not set it: a switch between GPUs would add in
+# any order, for which torch too turns this off where it is told to use deterministic algorithms.
+NCCL = {"NCCL_NVLS_ENABLE": "0"}
+# What torch reads when the processes are joined: its watchdog would end a process, with an abort and its own words,
+# before `Processes.wait` meets the error that NCCL has noticed and says it in a line.
+NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 class Work(Protocol):
@@ -41,7 +50,7 @@ class Work(Protocol):
 
     def is_completed(self) -> bool: ...
 
-    def wait(self) -> object: ...
+    def wait(self, timeout: timedelta = ..., /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,10 @@ class Processes:
                         raise RuntimeError(f"no sum after {self.patience:g} s")
                     time.sleep(LOOK_SECONDS)
             for work in sums:
-                work.wait()
+                if self.patience is None:
+                    work.wait()
+                else:  # with a limit any torch raises what NCCL has met; without one it may leave that to the GPU
+                    work.wait(timedelta(seconds=self.patience))
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, by rank; raises as `wait`."""
@@ -153,6 +165,14 @@ class Processes:
         return self.together(lambda: work() if self.first else None)
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or was started by itself.
+
+    Known outside `processes` too, where they are no longer joined.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The processes this one was started with; joins them unless they are joined already (as Ray Train does).
@@ -164,6 +184,7 @@ def processes(device: str) -> Iterator[Processes]:
         ConfigError: torchrun's variables are incomplete.
     """
     if dist.is_available() and dist.is_initialized():
+        _set(NCCL)
         own = Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         yield replace(own, patience=EXCHANGE_SECONDS if dist.get_backend_config() == BACKENDS else None)
         return
@@ -188,7 +209,8 @@ def processes(device: str) -> Iterator[Processes]:
         return
     if device not in ("auto", "cuda"):
         raise ConfigError(f"device: expected auto or cuda for several, found {device}")
-    own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
+    gpu = own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
+    _set(NCCL | NO_WATCHDOG)
     with _peers():
         dist.init_process_group(BACKENDS, timeout=LATE)
     try:
@@ -197,9 +219,27 @@ def processes(device: str) -> Iterator[Processes]:
         yield own
     except BaseException:
         # Leaving NCCL in order takes all processes, and after an error some may be waiting elsewhere, or gone.
-        dist.distributed_c10d._abort_process_group()
+        _abort(gpu)
         raise
     dist.destroy_process_group()
+
+
+def _set(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def _abort(gpu: torch.device) -> None:
+    """Give up all sums on a GPU. What that raises or waits for, too long for a run that has failed, is left alone."""
+
+    def abort() -> None:
+        torch.cuda.set_device(gpu)  # a thread's own is the first one, where it would take memory
+        with suppress(Exception):
+            dist.distributed_c10d._abort_process_group()
+
+    ending = threading.Thread(target=abort, daemon=True)
+    ending.start()
+    ending.join(ABORT_SECONDS)
 
 
 def _check_gpus_apart(own: Processes) -> None:

@@ -20,7 +20,7 @@ from datamerge.runtime.compilers import prepare_compilation
 from storage_schemas import ConfigError
 from trainer.estimators.base import BATCH_NORMS
 from trainer.estimators.gauss_newton import outputs_and_diagonal
-from trainer.losses import Loss
+from trainer.losses import Likelihood
 
 COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": True}
 
@@ -64,7 +64,7 @@ class Forward(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):
             return embeddings.float() if self.head is None else cast(Tensor, self.head(embeddings.float()))
 
-    def _diagonal(self, pixels: Tensor, loss: Loss, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _diagonal(self, pixels: Tensor, loss: Likelihood, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
         # Around the backward pass too: of an autocast region, that of torch.func meets both types otherwise.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
             return outputs_and_diagonal(lambda points: self._through(self.encoder, points), pixels, loss, noise)

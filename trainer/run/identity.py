@@ -38,4 +38,5 @@ def free_of_place(config: TrainConfig) -> dict[str, Any]:
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     if config.on_overfit == "widen":  # warnings and errors change no update
         settings |= {"on_overfit": "widen", "overfit_every": config.overfit_every}
-    return {**settings, "order": ORDER_VERSION}
+    # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
+    return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}

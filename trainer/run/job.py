@@ -29,14 +29,14 @@ from datamerge.runtime.messages import say, warn
 from storage_schemas import Artifact, ConfigError
 from storage_schemas.schema.run import TrainedArtifact
 from trainer.arms import ARMS
-from trainer.config import LossName, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.data.blend import Blend
 from trainer.data.caching import check_room, opened
 from trainer.data.copied import copied_ahead
 from trainer.data.order import Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
-from trainer.losses import CrossEntropy, Loss, SquaredError
+from trainer.losses import Loss, LossName, loss_of
 from trainer.run.agreement import check_all, of_artifact
 from trainer.run.clean_images import clean_name
 from trainer.run.distributed import Processes
@@ -47,6 +47,7 @@ from trainer.run.refine import Refinement
 from trainer.run.requirements import (
     Checked,
     check_apart,
+    check_attacked,
     check_groups,
     check_held_out,
     check_recorded,
@@ -56,6 +57,8 @@ from trainer.run.requirements import (
 from trainer.weights import spelt
 
 ARTIFACT_HEAD = "artifact"
+# So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
+WITHOUT_WORKERS = 10_000
 
 
 Feed = Callable[[Partition, int, int], Iterator[Batch]]
@@ -147,7 +150,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         NotAnArtifact: nothing to train on at `config.artifact`.
     """
     own = own or Processes()
-    device = choose_device(config.device, own)
+    device = _choose_device(config.device, own)
     blend = Blend([opened(one.url, config.cache, config.cache_bytes) for one in config.artifacts])
     artifact = blend.artifacts[0]
     found = check_all(config, blend.artifacts)
@@ -156,6 +159,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     first = of_artifact(config, 0)
     check_recorded(first, artifact.manifest, encoder)
+    check_attacked(first, found, artifact.manifest, encoder)
     head = _head(first, artifact, device) if found.labels else None
     classes = _classes(first, artifact, encoder, head) if found.labels else None
     collate = Collate(
@@ -171,7 +175,8 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     for one in blend.artifacts:
         check_groups(one, encoder, collate)
     held_out = _held_out(config, blend, found, encoder, collate, device, classes)
-    warn_of_start(encoder)
+    if encoder.random_weights:
+        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
     resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
     origin = _origin(resolved, blend, collate, found.title)
@@ -179,7 +184,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         config=resolved,
         encoder=encoder,
         model=ready(encoder, head, config, device),
-        loss=CrossEntropy() if found.labels else SquaredError(config.loss_scale),
+        loss=loss_of(found.loss, config.loss_scale),
         order=order,
         feed=_feed(blend, order, collate, config.data_workers, device),
         held_out=held_out,
@@ -209,12 +214,6 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
             f"{kept.before / 2**20:.1f} MB without it"
         )
     return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
-
-
-def warn_of_start(encoder: Encoder) -> None:
-    """Say so if there is nothing to fine-tune."""
-    if encoder.random_weights:
-        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
 
 
 def length(config: TrainConfig, order: Order, own: Processes) -> int:
@@ -284,7 +283,8 @@ def _held_out(
     check_groups(artifact, encoder, collate)
     blend = Blend.of(artifact)
     order = _order(blend, other, "eval_artifact")
-    feed = _feed(blend, order, collate, config.data_workers, device)
+    workers = config.data_workers if order.groups > WITHOUT_WORKERS else 0
+    feed = _feed(blend, order, collate, workers, device)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
         # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.
@@ -337,7 +337,7 @@ def _resolved(
     )
 
 
-def choose_device(name: str, own: Processes) -> torch.device:
+def _choose_device(name: str, own: Processes) -> torch.device:
     """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
 
     Raises:

@@ -94,7 +94,7 @@ class _Run:
     def published(self) -> Encoder:
         """The encoder that is evaluated and published: the average if there is one."""
         average = self.training.average
-        return self.job.encoder if average is None else average.module  # type: ignore[return-value]
+        return self.job.encoder if average is None else average.module  # type: ignore[return-value]  # a Module to torch
 
     def finish(self) -> RunSummary:
         """Train to the end, publish the encoder and the summary."""

@@ -1,4 +1,4 @@
-"""The loss of a batch in the arm of a run, from stored images or from refined ones."""
+"""The loss of a batch in the arm of a run, from stored images or from refined ones, and the clean term."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from trainer.config import TrainConfig
 from trainer.data.batches import Batch, ImageBatch
 from trainer.data.noise import Draws
 from trainer.estimators import GroupLoss, Model
-from trainer.losses import Loss
+from trainer.estimators.base import evaluate
+from trainer.losses import Loss, SquaredError
 from trainer.run.refine import Refinement, refine
 
 
@@ -23,12 +24,31 @@ def group_losses(
 
     Args:
         model: pixels → outputs.
-        batch: of the kind that the arm takes; with clean images if it is to be refined.
+        batch: of the kind that the arm takes; with clean images if it is to be refined, or for the clean term.
         draws: random numbers, one stream per group.
         loss: the loss at one image.
-        config: arm, estimator, samples and deviation.
+        config: arm, estimator, samples, deviation and weight of the clean term.
         refinement: how the images that are trained on are brought up to date first, if they are.
     """
+    found = _arm_losses(model, batch, draws, loss, config, refinement)
+    return found._replace(loss=found.loss + clean_term(model, batch, config)) if config.clean_weight else found
+
+
+def clean_term(model: Model, batch: Batch, config: TrainConfig) -> Tensor:
+    """λ·‖f(x) − f₀(x)‖² of each group, [B], with its clean image x and f₀(x) its stored embedding.
+
+    LORE (Khodabandeh et al. 2025, arXiv:2505.18884) bounds how far the embedding of a clean image may move, with a
+    multiplier that a network learns for each image; this is the term with one fixed multiplier λ. It is a squared
+    distance whatever the loss: unlike `Cosine` it holds the length of the embedding, too.
+    """
+    if batch.clean is None:
+        raise ValueError(f"expected clean images in the batch of {batch.keys[0]}, found none")
+    return config.clean_weight * SquaredError().value(evaluate(model, batch.clean), batch.target)
+
+
+def _arm_losses(
+    model: Model, batch: Batch, draws: Draws, loss: Loss, config: TrainConfig, refinement: Refinement | None
+) -> GroupLoss:
     arm = ARMS[config.arm]
     if refinement is None:
         return arm.loss(model, batch, loss, draws, config)

@@ -137,11 +137,12 @@ class Watch:
             self._groups = self._own.together(lambda: list(self._read()))
         model, radius = Forward(job.encoder, job.model.head, job.config.precision), self._refinement.epsilon
         pgd = Refinement(PGD_STEPS, radius / 4, radius, radius)
-        clean = job.config.model_copy(update={"arm": "clean"})
+        attacks_alone = job.config.model_copy(update={"clean_weight": 0.0})
+        clean = attacks_alone.model_copy(update={"arm": "clean"})
         totals = torch.zeros(3, device=job.device)
         with attacked(model):
             for batch, seeds in self._groups:
-                for place, config, how in ((0, clean, pgd), (1, job.config, self.refinement)):
+                for place, config, how in ((0, clean, pgd), (1, attacks_alone, self.refinement)):
                     totals[place] += group_losses(model, batch, Draws(seeds), job.loss, config, how).loss.sum()
                 totals[2] += len(seeds)
         pgd_loss, own_loss, groups = self._own.sum(totals).tolist()

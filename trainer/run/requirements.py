@@ -15,9 +15,11 @@ from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.access.threads import in_threads
 from storage_schemas.schema.manifest import ArraySpec, RecordEntry
 from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.provenance import are_clean
 from trainer.arms import ARMS, CleanName
-from trainer.config import LossName, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data.stream import Collate, check_label
+from trainer.losses import LossName
 from trainer.run.clean_images import clean_images, clean_name, group_size, refinement
 from trainer.run.refine import Refinement
 
@@ -31,7 +33,7 @@ class Checked:
     """What an artifact and the settings come to.
 
     Attributes:
-        loss: squared_error or cross_entropy.
+        loss: that "auto" means, or that was asked for.
         members: stored members to read of each group; 0 for arms that read none.
         encoder: spec of the encoder to start from, or the folder of a run.
         refinement: steps of an attack on stored images before they are trained on, if there are any.
@@ -83,7 +85,7 @@ def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> i
     if found.clean is not None and clean_name(manifest) is None:
         raise ConfigError(
             f"eval_artifact: the loss that is trained on takes the clean images; found none in {config.artifact}; "
-            "merge it again with `keep_clean=True`, or drop `eval_artifact`"
+            'merge it again with `attack="none"` or `keep_clean=True`, or drop `eval_artifact`'
         )
     return _stored_members(config, manifest)
 
@@ -179,6 +181,22 @@ def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) ->
         raise _unverified(config, "the weights that its targets come from", f"others in {spec}")
 
 
+def check_attacked(config: TrainConfig, found: Checked, manifest: Manifest, encoder: Encoder) -> None:
+    """Refuse to train an encoder towards its own outputs on images that nobody attacked.
+
+    Raises:
+        ConfigError: every loss of the run would be 0.
+    """
+    unattacked = ARMS[config.arm].starts_clean or are_clean(manifest.provenance)
+    if found.labels or found.refinement or not unattacked:
+        return
+    if encoder.sha256 == recorded_encoder(manifest).get("sha256"):
+        raise ConfigError(
+            f"refine_steps: expected 1 or more, found 0: the images of {config.artifact} are clean, and the encoder "
+            'gives their targets already; set `arm="clean"`, `refine_steps=1` and `epsilon`'
+        )
+
+
 def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
     """What the artifact says of the encoder its targets come from."""
     encoder = manifest.provenance.get("encoder")
@@ -217,17 +235,22 @@ def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
     has_targets = manifest.layout.array("target") is not None
     automatic: LossName = "squared_error" if has_targets else "cross_entropy"
     name = automatic if config.loss == "auto" else config.loss
-    if name == "squared_error" and not has_targets:
+    if name != "cross_entropy" and not has_targets:
         raise ConfigError(
-            f"loss: squared_error expects stored target embeddings, found none in {config.artifact}; "
+            f"loss: {name} expects stored target embeddings, found none in {config.artifact}; "
             'use `loss="cross_entropy"` for an artifact with labels'
         )
-    if name == "squared_error" and config.head is not None:
-        raise ConfigError("head: squared_error trains on embeddings and takes no head; drop `head`")
+    if name != "cross_entropy" and config.head is not None:
+        raise ConfigError(f"head: {name} trains on embeddings and takes no head; drop `head`")
     if name == "cross_entropy" and config.loss_scale != 1.0:
         raise ConfigError(
             f"loss_scale: only the squared error is scaled, found {config.loss_scale} with cross_entropy; "
             "drop `loss_scale`"
+        )
+    if name == "cross_entropy" and config.clean_weight:
+        raise ConfigError(
+            f"clean_weight: the clean term expects stored target embeddings, found none in {config.artifact}; drop "
+            "`clean_weight`"
         )
     return name
 
@@ -246,7 +269,7 @@ def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
     if stored is None:
         raise ConfigError(
             f"arm: {config.arm} expects stored members, found none in {config.artifact}; merge again with "
-            '`keep_members=True`, or use `arm="avg"`'
+            f'`keep_members=True`, or use `arm="{"clean" if are_clean(manifest.provenance) else "avg"}"`'
         )
     if config.members is not None and config.members > stored.shape[0]:
         raise ConfigError(

@@ -35,7 +35,7 @@ from trainer.run.job import Job
 from trainer.run.objective import group_losses
 
 
-class NotFinite(DatamergeError):  # noqa: N818 - says what was found
+class NotFinite(DatamergeError):
     """A loss or gradient that is not finite; no update was made.
 
     Attributes:

@@ -144,10 +144,11 @@ class Llava:
             use_cache=True,
         ).logits
         targets = tokens.labels[:, tokens.first :]
+        # A row a token: of more dimensions a GPU's kernels add in any order, and are refused where one is asked for.
         losses = nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return losses.sum(dim=1) / (targets != IGNORED).sum(dim=1)
+        return losses.view_as(targets).sum(dim=1) / (targets != IGNORED).sum(dim=1)
 
     @torch.no_grad()
     def generate(self, pixels: Tensor, questions: Sequence[str], new_tokens: int) -> list[str]:

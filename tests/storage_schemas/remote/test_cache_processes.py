@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def _asked(web: WebServer) -> Counter[tuple[str, int]]:
     return asked
 
 
+def _results_of(count: int, target: Callable[..., None], url: str, folder: Path) -> Iterator[Any]:
+    """What so many processes, which begin together, put into their queue; each gets a seed of its own."""
+    barrier, results = FRESH.Barrier(count), FRESH.Queue()
+    processes = [FRESH.Process(target=target, args=(url, folder, seed, barrier, results)) for seed in range(count)]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        yield results.get(timeout=120)
+    for process in processes:
+        process.join()
+
+
 def _read_all(url: str, folder: Path, seed: int, barrier: Any, results: Any) -> None:
     """Read both artifacts in an order of one's own, part by part, and fill them meanwhile."""
     rng = np.random.default_rng(seed)
@@ -75,18 +88,9 @@ def _read_all(url: str, folder: Path, seed: int, barrier: Any, results: Any) -> 
 def test_eight_processes_and_two_artifacts_fetch_every_byte_once(
     tmp_path: Path, web: WebServer, contents: dict[str, bytes]
 ) -> None:
-    barrier, results = FRESH.Barrier(8), FRESH.Queue()
-    processes = [
-        FRESH.Process(target=_read_all, args=(web.url, tmp_path / "cache", seed, barrier, results))
-        for seed in range(8)
-    ]
-    for process in processes:
-        process.start()
     expected = {path: hashlib.sha256(data).hexdigest() for path, data in contents.items()}
-    for _ in processes:
-        assert results.get(timeout=120) == expected
-    for process in processes:
-        process.join()
+    for found in _results_of(8, _read_all, web.url, tmp_path / "cache"):
+        assert found == expected
     assert _asked(web) == dict.fromkeys(((path, block) for path in contents for block in range(51)), 1)
     kept = [path for path in (tmp_path / "cache").iterdir() if len(path.name) == 64]
     assert sorted(path.read_bytes() for path in kept) == sorted(contents.values())
@@ -110,22 +114,12 @@ def _read_twice(url: str, folder: Path, seed: int, barrier: Any, results: Any) -
 def test_processes_share_a_cache_that_is_too_small_for_less_than_none_costs(
     tmp_path: Path, web: WebServer, contents: dict[str, bytes]
 ) -> None:
-    barrier, results = FRESH.Barrier(3), FRESH.Queue()
-    processes = [
-        FRESH.Process(target=_read_twice, args=(web.url, tmp_path / "cache", seed, barrier, results))
-        for seed in range(3)
-    ]
-    for process in processes:
-        process.start()
     count = 0
-    for _ in processes:
-        parts, held = results.get(timeout=120)
+    for parts, held in _results_of(3, _read_twice, web.url, tmp_path / "cache"):
         count = len(parts)
         for (path, start, end), digest in parts.items():
             assert digest == hashlib.sha256(contents[f"one/{path}"][start:end]).hexdigest()
         assert held == 0
-    for process in processes:
-        process.join()
     # Each would ask for every block once if it kept what it expects in memory.
     assert len(web.requests) <= 3 * count
     assert _asked(web).total() <= 3 * count

@@ -94,7 +94,7 @@ def test_memory_is_bounded(web: WebServer, data: bytes, make: MakeFetcher) -> No
     ranges = [Range("abc"[number % 3], 10_000 * number, 10_000 * (number + 1)) for number in range(9)]
     fetcher.expect(ranges, {})
     for number, (path, start, end) in enumerate(ranges):
-        _until(lambda: len(web.requests) >= min(number + 2, 9))  # noqa: B023
+        _until(lambda: len(web.requests) >= min(number + 2, 9))  # noqa: B023 - at once
         time.sleep(0.02)
         assert len(web.requests) <= number + 2
         assert fetcher.read(path, start, end).tobytes() == data[start:end]

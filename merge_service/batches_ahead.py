@@ -1,0 +1,79 @@
+"""A shard's groups go through the encoder batch by batch, with a thread beside it for what needs none.
+
+    beside      inputs 1   inputs 2            records 1, inputs 3     records 2, inputs 4
+    encoder                batch 1             batch 2                 batch 3
+
+One thread beside makes all inputs and records, in this order, so that a slow one holds two batches and no more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, Protocol, TypeVar
+
+from merge_service.adversarial_groups import Batch
+from merge_service.grouping import Group
+from merge_service.reading import Pixels
+from storage_schemas import Record, Reject
+
+Inputs = TypeVar("Inputs")
+Made = TypeVar("Made")
+
+
+class Maker(Protocol[Inputs, Made]):
+    """Makes records of clean images, a batch at a time: `inputs` and `records` in any thread, `run` in one."""
+
+    groups_per_batch: int
+
+    def inputs(self, batch: Batch, /) -> Inputs:
+        """What the encoder needs of a batch."""
+
+    def run(self, batch: Batch, inputs: Inputs, rejects: list[Reject], /) -> Made | None:
+        """The part of the encoder; None where all groups were rejected."""
+
+    def records(self, made: Made, /) -> list[Record]:
+        """The records of a batch, in its order."""
+
+
+class BatchesAhead(Generic[Inputs, Made]):
+    """One shard. The inputs of its first batch are made from the start, before `run`.
+
+    Args:
+        groups: with their clean images; taken away as they are used.
+        beside: the thread beside.
+        rejects: gets the groups that cannot be used.
+    """
+
+    def __init__(
+        self,
+        maker: Maker[Inputs, Made],
+        groups: list[tuple[Group, Pixels]],
+        beside: ThreadPoolExecutor,
+        rejects: list[Reject],
+    ) -> None:
+        self._maker, self._groups, self._beside, self._rejects = maker, groups, beside, rejects
+        self._made: deque[Future[list[Record]]] = deque()
+        self._upcoming = self._next()
+
+    def run(self) -> None:
+        """Put all groups through the encoder; nothing else may use the encoder meanwhile."""
+        while self._upcoming is not None:
+            batch, inputs = self._upcoming[0], self._upcoming[1].result()
+            self._upcoming = self._next()
+            made = self._maker.run(batch, inputs, self._rejects)
+            if made is not None:
+                self._made.append(self._beside.submit(self._maker.records, made))
+
+    def records(self) -> list[Record]:
+        """All records, in the order of the groups; waits for the last ones. Nothing here holds them afterwards."""
+        records: list[Record] = []
+        while self._made:
+            records += self._made.popleft().result()
+        return records
+
+    def _next(self) -> tuple[Batch, Future[Inputs]] | None:
+        number = self._maker.groups_per_batch
+        batch = self._groups[:number]
+        del self._groups[:number]
+        return (batch, self._beside.submit(self._maker.inputs, batch)) if batch else None
