@@ -69,9 +69,16 @@ class BlockFile:
         self._complete = self._complete or bool(self.here.all())
         return self._complete
 
-    def missing(self, start: int, end: int) -> bool:
-        """Whether any of the bytes [start, end) has not come, as far as is known here."""
-        return not self._complete and not self.here[start // BLOCK : -(-end // BLOCK)].all()
+    def missing(self, start: int, end: int, *, or_coming: bool = False) -> bool:
+        """Whether any of the bytes [start, end) has not come, as far as is known here.
+
+        Args:
+            or_coming: nor is being fetched by this process.
+        """
+        if self._complete:
+            return False
+        blocks = slice(start // BLOCK, -(-end // BLOCK))
+        return not (self.here[blocks] | self.busy[blocks] if or_coming else self.here[blocks]).all()
 
     def write(self, first: int, data: bytes | memoryview) -> None:
         """Fill blocks from `first` on, and mark them."""
@@ -115,6 +122,10 @@ class Folder:
         self._open: OrderedDict[str, BlockFile] = OrderedDict()
         self._claims: int | None = None
 
+    def opened(self, name: str) -> BlockFile | None:
+        """A copy that this process has open, at no cost; another process may have dropped it meanwhile."""
+        return self._open.get(name)
+
     @overload
     def open(self, name: str, size: int) -> BlockFile: ...
     @overload
@@ -133,7 +144,7 @@ class Folder:
             if file is not None and file.is_kept and (file.is_complete if size is None else size == file.size):
                 self._open.move_to_end(name)
                 return file
-        file = self._opened(name, size)
+        file = self._found(name, size)
         if file is None:
             return None
         if file.is_complete:
@@ -159,7 +170,7 @@ class Folder:
     def _idle(self) -> str | None:
         return next((name for name, file in self._open.items() if not file.busy.any()), None)
 
-    def _opened(self, name: str, size: int | None) -> BlockFile | None:
+    def _found(self, name: str, size: int | None) -> BlockFile | None:
         if (file := self._existing(name, size)) is not None or size is None:
             return file
         with self._names():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from storage_schemas.access.blocks import BLOCK, BlockFile, Folder
+from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes, Folder
 from storage_schemas.access.explaining import NoRanges
 from storage_schemas.access.fast_reads import Buffer, RangeReads
 from storage_schemas.access.location import Location
@@ -39,6 +39,7 @@ class Copies:
         self._location, self.folder = location, folder
         self._ranges = RangeReads(location)
         self.has_ranges = True
+        self._names: dict[str, str] = {}
         self._inodes: dict[str, int] = {}  # of what was read last, by path
 
     @property
@@ -50,6 +51,22 @@ class Copies:
         """The copy of a file of this size, complete or not."""
         with self._disk():
             return self.folder.open(self._name(path), size)
+
+    def opened(self, path: str) -> BlockFile | None:
+        """The copy of a file, if this process has it open."""
+        return self.folder.opened(self._name(path))
+
+    def here(self, path: str, start: int, end: int, size: int | None) -> Bytes | None:
+        """Bytes of a copy that this process has open, if it is known that they are there.
+
+        Args:
+            size: of the file, as the artifact says.
+        """
+        file = self.opened(path)
+        if file is None or file.size != size or file.missing(start, end) or not file.is_kept:
+            return None
+        self._inodes[path] = file.inode
+        return file.view[start:end]
 
     def whole(self, path: str) -> BlockFile | None:
         """The copy of a file, if it is complete."""
@@ -148,7 +165,9 @@ class Copies:
         return self.folder.forget(self._name(path), self._inodes.pop(path, None))
 
     def _name(self, path: str) -> str:
-        return hashlib.sha256(f"{self._location.url}/{path}".encode()).hexdigest()
+        if (name := self._names.get(path)) is None:
+            name = self._names[path] = hashlib.sha256(f"{self._location.url}/{path}".encode()).hexdigest()
+        return name
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

@@ -3,8 +3,9 @@
 What a run will read is known before: it says so (`expect`, `fill`), and threads fetch it in this order:
 
 1. what somebody waits for now (`read`), for which one request is always kept free;
-2. ranges that are expected, in the order they were named, neighbours with one request;
-3. the rest of files to be filled, in large requests; they have at least half of the requests.
+2. ranges that are expected, in the order they were named, neighbours with one request, and with what is around them
+   and to be filled, so that no request is for less than `SMALLEST`;
+3. the rest of files to be filled, in large requests, of which a quarter as many are made at a time.
 
 With a cache everything goes through its copies (`copying`, `blocks`), so ranges and whole files are one thing, and
 what another process has fetched, or is fetching, is not fetched here. Without one, where it has no room, and once
@@ -28,17 +29,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage_schemas.access.blocks import BLOCK, Bytes
+from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.fast_reads import RangeReads
+from storage_schemas.access.fills import SMALLEST, Fills
 from storage_schemas.access.location import Location
 from storage_schemas.access.pieces import Pieces, Range
-from storage_schemas.access.request_threads import Job, RequestThreads
+from storage_schemas.access.request_threads import Job, Patience, RequestThreads
 
 if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
 
-REQUESTS = 16
+REQUESTS = 64  # at a time, of a few hundred KB each
+LARGE = 4  # a large request counts as that many
+FLYING = 32 * 2**20  # bytes of expected ranges that are on their way, in more requests than large ones
 AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache or no room in it
 GAP = 16 * 2**10  # bytes between two ranges that are requested with them
 POLL_SECONDS = 0.005  # between two looks at what another process is fetching
@@ -68,10 +72,8 @@ class Fetcher(RequestThreads):
         self._location, self._ranges = location, RangeReads(location)
         self._kept = None if cache is None else Copies(location, cache.copies)
         self._sizes: dict[str, int] = {}
-        self._expected: dict[Range, None] = {}
-        self._fills: OrderedDict[Range, None] = OrderedDict()
-        self._elsewhere: dict[Range, None] = {}  # to be filled, and just being fetched by other processes
-        self._complete: set[str] = set()  # files whose copy was seen to be
+        self._expected: OrderedDict[Range, None] = OrderedDict()
+        self._fills = Fills()
         self._pieces = Pieces(ahead_bytes)
         self._began = time.time_ns()
         self._is_told = False  # what will be read
@@ -88,7 +90,7 @@ class Fetcher(RequestThreads):
             self._is_told = True
             self._sizes.update(sizes)
             for item in ranges:
-                if item.path in self._complete or item.start >= item.end:
+                if item.start >= item.end or self._is_here(item):
                     continue
                 if self._pieces.expect(item):
                     self._expected.setdefault(item)
@@ -104,9 +106,7 @@ class Fetcher(RequestThreads):
             self._is_told = True
             self._sizes.update(sizes)
             if self._copies is not None:
-                for item in ranges:
-                    if item not in self._elsewhere and item.path not in self._complete:
-                        self._fills.setdefault(item)
+                self._fills.add(ranges)
                 self._start_threads()
 
     @property
@@ -120,7 +120,6 @@ class Fetcher(RequestThreads):
         with self._changed:
             self._expected.clear()
             self._fills.clear()
-            self._elsewhere.clear()
             self._pieces.clear()
 
     def read(self, path: str, start: int, end: int, size: int | None = None) -> Bytes:
@@ -134,9 +133,12 @@ class Fetcher(RequestThreads):
             CorruptShard: it is shorter than `size`.
             DatamergeError: see `Location.sent`.
         """
-        item = Range(path, start, end)
+        item, copies = Range(path, start, end), self._copies
+        found = None if copies is None else copies.here(path, start, end, size)
+        if found is not None and not self._pieces.is_due(item):
+            return found
         try:
-            if not self._reach(item) and (copies := self._copies) is not None:
+            if not self._reach(item) and copies is not None:
                 with suppress(NoDisk):
                     size = self._size(path, size)
                     if (found := self._from_disk(copies, path, start, end, size)) is not None:
@@ -157,14 +159,9 @@ class Fetcher(RequestThreads):
         return self.read(path, start or 0, size if end is None else min(end, size), size).tobytes()
 
     def whole(self, path: str) -> Bytes | None:
-        """All of a file whose copy is complete, as far as this fetcher has seen; a view of its map."""
-        copies = self._copies
-        if copies is None or path not in self._complete:
-            return None
-        with suppress(NoDisk):
-            file = copies.whole(path)
-            return None if file is None else file.view
-        return None
+        """All of a file that was read and whose copy is complete; a view of its map."""
+        file = None if (copies := self._copies) is None else copies.opened(path)
+        return file.view if file is not None and file.is_complete and file.is_kept else None
 
     def whole_path(self, path: str) -> str | None:
         """The complete copy of a file; None without a cache, and where it has no room."""
@@ -183,18 +180,20 @@ class Fetcher(RequestThreads):
         """Drop the copy of a file; whether there was one."""
         with self._changed:
             self._sizes.pop(path, None)
-            self._complete.discard(path)
             self._pieces.forget(path)
         return self._kept is not None and self._kept.forget(path)
 
     def _next_ahead(self, most: int) -> Job | None:
-        may_expect = not self._fills or self._active["expected"] < max(1, most - most // 2)
-        if self._expected and may_expect and (work := self._expected_work()) is not None:
-            return "expected", work
-        if self._fills:
-            item, _ = self._fills.popitem(last=False)
-            return "fill", lambda: self._fill(item)
-        if self._elsewhere and not self._active["fill"]:
+        while self._expected and self._is_here(item := next(iter(self._expected)), or_coming=True):
+            del self._expected[item]
+        large = max(1, most // LARGE)
+        if self._expected:
+            may_expect = self._active["expected"] < large or self._pieces.flying < FLYING
+            work = self._expected_work() if may_expect else None
+            return None if work is None else ("expected", work)
+        if self._fills and self._active["fill"] < large:
+            return "fill", functools.partial(self._fill, self._fills.take())
+        if self._fills.are_elsewhere and not self._active["fill"]:
             return "fill", self._look_again
         return None
 
@@ -203,6 +202,11 @@ class Fetcher(RequestThreads):
     @property
     def _copies(self) -> Copies | None:
         return None if self._kept is None or self._kept.failed else self._kept
+
+    def _is_here(self, item: Range, *, or_coming: bool = False) -> bool:
+        """Whether bytes are known to be on the disk."""
+        file = None if (copies := self._copies) is None else copies.opened(item.path)
+        return file is not None and not file.missing(item.start, item.end, or_coming=or_coming)
 
     def _size(self, path: str, size: int | None = None) -> int:
         if size is None:
@@ -224,30 +228,32 @@ class Fetcher(RequestThreads):
         while True:
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
-                if file.is_complete:
-                    self._complete.add(path)
                 return file.view[start:end]
-            self._complete.discard(path)
             if not copies.has_ranges:
                 if not self._wait_for(path, lambda: copies.download(path, size)):
                     return None
                 continue
             if end - start > LARGEST:  # the other threads help
                 self._fill_first(Range(path, start, end))
-            come = self._wait_for(
-                path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
-            )
-            if come is None:
-                for _ in range(POLLS):
-                    if self._pieces.has(item):  # who was fetching it found no room
-                        return None
-                    if not file.missing(start, end):
-                        break
-                    with copies.folder.changed:
-                        patience.wait(copies.folder.changed, POLL_SECONDS)
-                    file.refresh(start // BLOCK, -(-end // BLOCK))
-            elif not come:
+            come = None
+            if file.missing(start, end, or_coming=True):
+                come = self._wait_for(
+                    path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
+                )
+            if come is False or (come is None and not self._comes(copies, file, item, end, patience)):
                 return None
+
+    def _comes(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
+        """Wait a while for what others are fetching to the disk; False if they found no room for it."""
+        for _ in range(POLLS):
+            if self._pieces.has(item):
+                return False
+            if not file.missing(item.start, end):
+                break
+            with copies.folder.changed:
+                patience.wait(copies.folder.changed, POLL_SECONDS)
+            file.refresh(item.start // BLOCK, -(-end // BLOCK))
+        return True
 
     def _wanted(self, start: int, end: int, size: int) -> tuple[int, int]:
         """What to fetch for a reader: if nobody has said what else will be read, what is around it."""
@@ -263,8 +269,6 @@ class Fetcher(RequestThreads):
         if copies is None or size is None:
             return
         file = copies.touched(copies.open(path, size))
-        if file.is_complete:
-            self._complete.add(path)
         if not file.missing(start, end):
             return
         if not copies.has_ranges:
@@ -275,22 +279,17 @@ class Fetcher(RequestThreads):
         if come:
             return
         with self._changed:
-            self._fills.pop(item, None)
-            if come is None and file.missing(start, end):
-                self._elsewhere[item] = None
+            self._fills.drop(item, is_elsewhere=come is None and file.missing(start, end))
 
     def _fill_first(self, item: Range) -> None:
         with self._changed:
-            self._fills[item] = None
-            self._fills.move_to_end(item, last=False)
+            self._fills.put_first(item)
             self._start_threads()
 
     def _look_again(self) -> None:
-        """Queue once more what other processes were fetching: one that was killed has not."""
         with self._changed:
             self._changed.wait(0.2)
-            self._fills.update(self._elsewhere)
-            self._elsewhere.clear()
+            self._fills.look_again()
 
     # Expected ranges.
 
@@ -301,7 +300,7 @@ class Fetcher(RequestThreads):
             if items and not (
                 item.path == items[0].path
                 and 0 <= item.start - items[-1].end <= GAP
-                and item.end - items[0].start <= LARGEST
+                and item.end - items[0].start <= SMALLEST
             ):
                 break
             items.append(item)
@@ -334,7 +333,8 @@ class Fetcher(RequestThreads):
         if size is None or copies is None:
             return items
         with suppress(NoDisk):
-            file, end = copies.touched(copies.open(path, size)), min(end, size)
+            file = copies.touched(copies.open(path, size))
+            start, end = self._fills.around(path, start, min(end, size))
             while copies.has_ranges and start < end and file.missing(start, end):
                 come = copies.fetch(path, file, start, end, self._began)
                 if come is None:  # others are fetching what is missing

@@ -21,6 +21,7 @@ class Pieces:
     """What is on its way or waits in memory. Not safe for threads: its owner's lock guards it.
 
     Attributes:
+        flying: bytes on their way.
         held: bytes of both.
     """
 
@@ -34,12 +35,16 @@ class Pieces:
         self._due: Counter[Range] = Counter()  # how often a range will be read
         self._flying: dict[Range, bool] = {}  # whether to memory
         self._here: dict[Range, Bytes] = {}
-        self.held = 0
+        self.flying = self.held = 0
 
     def expect(self, item: Range) -> bool:
         """Note that a range will be read once more; whether it has to be fetched for that."""
         self._due[item] += 1
         return item not in self._flying and item not in self._here
+
+    def is_due(self, item: Range) -> bool:
+        """Whether a range is expected."""
+        return item in self._due
 
     def has_room(self, items: Sequence[Range]) -> bool:
         """Whether these may be fetched; one of any size may if nothing else is there."""
@@ -48,6 +53,7 @@ class Pieces:
     def begin(self, items: Sequence[Range], to_memory: bool) -> None:
         """Note that ranges are on their way."""
         self._flying.update(dict.fromkeys(items, to_memory))
+        self.flying += _bytes(items)
         self.held += _bytes(items)
 
     def turn(self, items: Sequence[Range]) -> None:
@@ -58,6 +64,7 @@ class Pieces:
         """Note that ranges are no longer on their way."""
         for item in items:
             self._flying.pop(item, None)
+        self.flying -= _bytes(items)
         self.held -= _bytes(items)
 
     def is_flying(self, item: Range) -> bool:

@@ -68,7 +68,7 @@ def check(config: TrainConfig, manifest: Manifest) -> Checked:
         encoder=_starting_encoder(config, manifest),
         refinement=refinement(config, manifest),
         clean=clean_images(config, manifest),
-        title=arm.name(None if arm.starts_clean else members or group_size(manifest)),
+        title=arm.name(members or group_size(manifest), config.refine_steps),
     )
 
 
