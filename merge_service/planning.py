@@ -15,6 +15,7 @@ import numpy as np
 from datamerge.attacks import PGD
 from datamerge.encoders import Encoder, Head, weights_sha256
 from datamerge.encoders.runs import ResolvedEncoder
+from datamerge.runtime.messages import say
 from datamerge.sources import BadImage, Sample, Source, decode, native_shape
 from datamerge.sources.orientation import Exif
 from merge_service.config import MergeConfig
@@ -186,9 +187,12 @@ def make_plan(
     )
     if config.grouping == "cluster":
         provenance["grouping"]["assignment_sha256"] = assignment_sha256(groups)
-    dealing = None
+    dealing, kept = None, groups
     if config.order == "shuffled":
         groups, dealing = dealt(groups, source.blocks, layout.groups_per_shard, config.seed)
+        if groups is kept:
+            say(f"order: {source.url}: groups stay as they are; shards would read more row groups in another order")
+            del provenance["order"]
     return Plan(
         groups=groups,
         layout=layout,

@@ -114,23 +114,31 @@ class Artifact:
         """
         if isinstance(index, str):
             return self.read(*self._find(index))
+        return self.part(self._checked(index))
+
+    def _checked(self, index: object) -> int:
+        """An index from the start; raises TypeError or IndexError for what is none."""
         if not isinstance(index, SupportsIndex):
             raise TypeError(f"{self.location.url}: expected an index or a key, found {shortened(index)}")
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{self.location.url}: record {index} of {len(self)}")
-        return self.part(index % len(self))
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"{self.location.url}: record {number} of {len(self)}")
+        return number % len(self)
 
     def part(self, index: int, rows: Rows | None = None) -> Record:
         """Record `index`, at least 0; of some arrays the rows alone that `rows` names, see `read_arrays`."""
         return self.read(*self._place(index), rows=rows)
 
     def __iter__(self) -> Iterator[Record]:
-        return self.records(range(len(self)))
+        return in_order(self, range(len(self)))
 
     def records(self, indices: Iterable[int]) -> Iterator[Record]:
-        """The records with these indices, at least 0, in this order; of a remote artifact they are fetched ahead."""
-        return in_order(self, indices)
+        """The records with these indices, in this order; those of a remote artifact are fetched ahead.
+
+        Raises:
+            IndexError, TypeError, CorruptShard: as `artifact[index]`.
+        """
+        return in_order(self, map(self._checked, indices))
 
     def read(self, position: int, offset: int, *, rows: Rows | None = None) -> Record:
         """Record `offset` of the shard at `position` in the manifest's list; see `part`."""
@@ -185,7 +193,7 @@ class Artifact:
     def keeping_sidecars(self) -> Artifact:
         """The same artifact, which reads each sidecar once: for those who read all records in another order.
 
-        What it keeps takes 0.5 KB a record, with samples of usual names.
+        What it keeps takes about 260 bytes a record with one sample.
         """
         keeping = copy.copy(self)
         keeping._keeps_all = True

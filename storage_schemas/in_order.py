@@ -29,7 +29,7 @@ def in_order(artifact: Artifact, indices: Iterable[int], window: int = WINDOW) -
 
     Args:
         artifact: that has them.
-        indices: taken some blocks ahead, in that thread.
+        indices: taken some blocks ahead.
         window: bytes of records that are expected at a time.
 
     Raises:
@@ -44,7 +44,7 @@ def in_order(artifact: Artifact, indices: Iterable[int], window: int = WINDOW) -
             artifact.expect(block, together=True)
         return block
 
-    most = min(MOST, max(1, window // BLOCKS // artifact.record_bytes))
+    most = min(MOST, max(1, window // BLOCKS // max(1, artifact.record_bytes)))
     try:
         with in_threads(1, expected, _blocks(artifact, indices, most)) as blocks:
             for block in blocks:

@@ -24,7 +24,8 @@ from trainer.weights import Weighted, weighted
 
 def _arms(able: Callable[[Arm[Any]], bool]) -> str:
     """The arms of a kind, for a message."""
-    return "arm " + " or ".join(name for name, arm in ARMS.items() if able(arm))
+    *names, last = (name for name, arm in ARMS.items() if able(arm))
+    return f"arm {', '.join(names)} or {last}" if names else f"arm {last}"
 
 
 class TrainConfig(Settings):

@@ -9,6 +9,7 @@ from storage_schemas import shortened
 from storage_schemas.access.local_paths import local_part, user_path
 
 LARGEST_WEIGHT = 1000
+FACTORY = "python:"
 
 
 class Weighted(NamedTuple):
@@ -22,12 +23,20 @@ def weighted(text: str) -> Weighted:
     """What a text means: an artifact, or an artifact, `=`, and its weight.
 
     A folder of this machine that is called so is meant, whatever follows its `=`; so is everything whose last `=`
-    no number follows. The place `s3://bucket/year=2024` is written `s3://bucket/year=2024=1`.
+    no number follows, and a factory, whose arguments have `=`. The place `s3://bucket/year=2024` is written
+    `s3://bucket/year=2024=1`.
 
     Raises:
-        ValueError: a weight that is not above 0, or too large.
+        ValueError: a weight that is not there, not above 0, or too large.
     """
     url, _, end = text.rpartition("=")
+    if text.startswith(FACTORY):
+        return Weighted(text, 1.0)
+    if url and not end.strip() and not _is_here(text):
+        raise ValueError(
+            f"expected a weight after {shortened(text)}, found none; write one, as in {shortened(f'{text}0.5')}, "
+            f"leave out the =, or write {shortened(f'{text}=1')} for what is called so"
+        )
     try:
         weight = float(end) if url else math.nan
     except ValueError:
@@ -44,9 +53,15 @@ def weighted(text: str) -> Weighted:
 
 def spelt(url: str, weight: float) -> str:
     """A text that means an artifact with a weight; the artifact alone where the weight is 1."""
-    if weight == 1 and ("=" not in url or weighted(url) == (url, 1)):
-        return url
-    return f"{url}={weight:.15g}"
+    return url if weight == 1 and _is_plain(url) else f"{url}={weight:.15g}"
+
+
+def _is_plain(url: str) -> bool:
+    """Whether an artifact's name alone means it, with weight 1."""
+    try:
+        return weighted(url) == (url, 1)
+    except ValueError:
+        return False
 
 
 def _is_here(text: str) -> bool:

@@ -2,6 +2,7 @@
 
     Paths     names of files are kept, keys are computed from them
     Rows      FILE#ROW and STEM-ROW: the files are kept
+    Members   TAR#START+SIZE STEM: paths in tars are kept, keys are computed from them
     Listed    both are kept
 
 M samples.
@@ -10,7 +11,7 @@ M samples.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -53,44 +54,14 @@ class Naming(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Paths:
-    """Keys are computed from the names as `make_keys` does.
+class _Named:
+    """Names that are kept.
 
     Attributes:
         texts: Arrow's large strings [M].
-        clashing: bool [M], whether another name gives the same key; None if none does.
     """
 
     texts: pa.LargeStringArray
-    clashing: npt.NDArray[np.bool_] | None
-
-    @classmethod
-    def of(cls, texts: pa.LargeStringArray) -> Paths:
-        """Find out which clash, by hashes of the keys first, which take 8 bytes each."""
-        hashes = np.empty(len(texts), np.int64)
-        for start in range(0, len(texts), CHUNK):
-            hashes[start : start + CHUNK] = _key_hashes(texts[start : start + CHUNK])
-        hashes.sort()
-        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
-        del hashes
-        if not len(repeated):
-            return cls(texts, None)
-        # Computed again, for the memory of another column.
-        found = [
-            start + np.flatnonzero(np.isin(_key_hashes(texts[start : start + CHUNK]), repeated))
-            for start in range(0, len(texts), CHUNK)
-        ]
-        places = np.concatenate(found)
-        # Two keys may have one hash by accident.
-        keys = [key for part in _parts(texts.take(pa.array(places))) for key in plain_keys(part)]
-        times = Counter(keys)
-        clashing = np.zeros(len(texts), np.bool_)
-        clashing[places] = [times[key] > 1 for key in keys]
-        return cls(texts, clashing if clashing.any() else None)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.texts.nbytes) + (0 if self.clashing is None else self.clashing.nbytes)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -99,13 +70,28 @@ class Paths:
         names: list[str] = self.texts[start:stop].to_pylist()
         return names
 
+
+@dataclass(frozen=True, eq=False)
+class Paths(_Named):
+    """Keys are computed from the names as `make_keys` does.
+
+    Attributes:
+        clashing: bool [M], whether another name gives the same key; None if none does.
+    """
+
+    clashing: npt.NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, texts: pa.LargeStringArray) -> Paths:
+        """Find out which clash."""
+        return cls(texts, clashing(len(texts), _Named(texts).names))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.texts.nbytes) + (0 if self.clashing is None else self.clashing.nbytes)
+
     def keys(self, start: int, stop: int) -> list[str]:
-        names = self.names(start, stop)
-        keys = plain_keys(names)
-        if self.clashing is not None:
-            for place in np.flatnonzero(self.clashing[start:stop]).tolist():
-                keys[place] += clash_suffix(names[place])
-        return keys
+        return _keys(self.names(start, stop), self.clashing, start)
 
     def slice(self, start: int, stop: int) -> Paths:
         return Paths(self.texts[start:stop], None if self.clashing is None else self.clashing[start:stop])
@@ -169,15 +155,91 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Listed:
+class Members:
+    """Files in tars.
+
+    Attributes:
+        tars: paths of the tars.
+        beginnings: what keys begin with, by tar.
+        of_tar: int32 [M], the tar of each.
+        stems: paths inside up to the first dot of the name, Arrow's large strings [M].
+        starts, sizes: int64 [M], bytes of the content.
+        clashing: as in `Paths`.
+    """
+
+    tars: Sequence[str]
+    beginnings: Sequence[str]
+    of_tar: npt.NDArray[np.int32]
+    stems: pa.LargeStringArray
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    clashing: npt.NDArray[np.bool_] | None
+
+    @classmethod
+    def of(
+        cls,
+        tars: Sequence[str],
+        of_tar: npt.NDArray[np.int32],
+        stems: pa.LargeStringArray,
+        starts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+    ) -> Members:
+        """Find out which keys clash."""
+        found = cls(tars, [_without_marks(f"{tar}#") for tar in tars], of_tar, stems, starts, sizes, None)
+        return replace(found, clashing=clashing(len(found), found._texts))
+
+    @property
+    def nbytes(self) -> int:
+        columns = (self.of_tar, self.starts, self.sizes, self.clashing)
+        return int(self.stems.nbytes) + sum(column.nbytes for column in columns if column is not None)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def names(self, start: int, stop: int) -> list[str]:
+        some, tars = slice(start, stop), self.tars
+        columns = (column[some].tolist() for column in (self.of_tar, self.starts, self.sizes))
+        return [
+            f"{tars[tar]}#{first}+{size} {stem.rpartition('#')[2] if '#' in stem else stem}"
+            for tar, first, size, stem in zip(*columns, self.stems[some].to_pylist(), strict=True)
+        ]
+
+    def keys(self, start: int, stop: int) -> list[str]:
+        return _keys(self._texts(start, stop), self.clashing, start)
+
+    def slice(self, start: int, stop: int) -> Members:
+        return self._each(lambda column: column[start:stop], self.stems[start:stop])
+
+    def take(self, indices: Indices) -> Members:
+        return self._each(lambda column: column[indices], self.stems.take(pa.array(indices)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = (self.of_tar, _compact(self.stems), self.starts, self.sizes, self.clashing)
+        return Members, (self.tars, self.beginnings, *columns)
+
+    def _each(self, of: Callable[[npt.NDArray[Any]], npt.NDArray[Any]], stems: pa.LargeStringArray) -> Members:
+        columns = (of(self.of_tar), stems, of(self.starts), of(self.sizes))
+        return Members(
+            self.tars, self.beginnings, *columns, clashing=None if self.clashing is None else of(self.clashing)
+        )
+
+    def _texts(self, start: int, stop: int) -> list[str]:
+        """What keys are computed from; a dot in a name is no extension."""
+        begin, columns = self.beginnings, (self.of_tar[start:stop].tolist(), self.stems[start:stop].to_pylist())
+        return [
+            f"{begin[tar]}{_without_marks(stem) if '#' in stem else stem}.image"
+            for tar, stem in zip(*columns, strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(_Named):
     """Names and keys that are not computed.
 
     Attributes:
-        texts: names, Arrow's large strings [M].
-        of_keys: keys, likewise.
+        of_keys: keys, Arrow's large strings [M].
     """
 
-    texts: pa.LargeStringArray
     of_keys: pa.LargeStringArray
 
     @classmethod
@@ -188,13 +250,6 @@ class Listed:
     @property
     def nbytes(self) -> int:
         return int(self.texts.nbytes + self.of_keys.nbytes)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def names(self, start: int, stop: int) -> list[str]:
-        names: list[str] = self.texts[start:stop].to_pylist()
-        return names
 
     def keys(self, start: int, stop: int) -> list[str]:
         keys: list[str] = self.of_keys[start:stop].to_pylist()
@@ -211,13 +266,51 @@ class Listed:
         return Listed, (_compact(self.texts), _compact(self.of_keys))
 
 
-def _key_hashes(texts: pa.LargeStringArray) -> npt.NDArray[np.int64]:
-    return np.fromiter(map(hash, plain_keys(texts.to_pylist())), np.int64, len(texts))
+def clashing(count: int, texts: Callable[[int, int], list[str]]) -> npt.NDArray[np.bool_] | None:
+    """Which of M texts have the key of another one, if any; `texts` gives consecutive ones.
+
+    By hashes of the keys first, which take 8 bytes each.
+    """
+
+    def parts() -> Iterator[tuple[int, list[str]]]:
+        return ((start, plain_keys(texts(start, min(start + CHUNK, count)))) for start in range(0, count, CHUNK))
+
+    hashes = np.empty(count, np.int64)
+    for start, keys in parts():
+        hashes[start : start + len(keys)] = _hashes(keys)
+    hashes.sort()
+    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    del hashes
+    if not len(repeated):
+        return None
+    # Computed again, for the memory of another column. Two keys may have one hash by accident.
+    found = [(start + place, keys[place]) for start, keys in parts() for place in _among(keys, repeated)]
+    times = Counter(key for _, key in found)
+    clash = np.zeros(count, np.bool_)
+    clash[[place for place, key in found if times[key] > 1]] = True
+    return clash if clash.any() else None
 
 
-def _parts(texts: pa.LargeStringArray) -> Iterator[list[str]]:
-    for start in range(0, len(texts), CHUNK):
-        yield texts[start : start + CHUNK].to_pylist()
+def _among(keys: Sequence[str], repeated: npt.NDArray[np.int64]) -> list[int]:
+    found: list[int] = np.flatnonzero(np.isin(_hashes(keys), repeated)).tolist()
+    return found
+
+
+def _hashes(keys: Sequence[str]) -> npt.NDArray[np.int64]:
+    return np.fromiter(map(hash, keys), np.int64, len(keys))
+
+
+def _keys(texts: Sequence[str], clashing: npt.NDArray[np.bool_] | None, start: int) -> list[str]:
+    """Keys of consecutive texts, the first of which is at `start`."""
+    keys = plain_keys(texts)
+    if clashing is not None:
+        for place in np.flatnonzero(clashing[start : start + len(keys)]).tolist():
+            keys[place] += clash_suffix(texts[place])
+    return keys
+
+
+def _without_marks(text: str) -> str:
+    return text.replace(".tar#", "-").replace("#", "-")
 
 
 def _compact(texts: pa.LargeStringArray) -> pa.LargeStringArray:

@@ -230,7 +230,10 @@ def _check_rows(file: _ParquetFile, size: int) -> None:
     rows = int(file.metadata.num_rows)
     groups = file.blocks
     if not 0 <= rows <= size:
-        raise ValueError(f"{size} bytes that claim {rows} rows")
+        raise ValueError(
+            f"{size} bytes that claim {rows} rows, which is less than a byte an image; if most images are the same, "
+            "write the file with no compression and no dictionary (pyarrow: compression=None, use_dictionary=False)"
+        )
     if rows != sum(groups) or min(groups, default=0) < 0:
         raise ValueError(f"{rows} rows in row groups of {sum(groups)}")
 

@@ -270,6 +270,19 @@ class JsonList:
         yield "]"
 
 
+@dataclass(frozen=True)
+class JsonTexts:
+    """A list whose items are JSON already, in parts, none of which is empty."""
+
+    parts: Iterable[Sequence[str]]
+
+    def json(self) -> Iterator[str]:
+        yield "["
+        for number, part in enumerate(self.parts):
+            yield ", " * (number > 0) + ", ".join(part)
+        yield "]"
+
+
 def fingerprint(entries: Sequence[Any]) -> str:
     """Hash of the JSON of a list, of which some entries may be `InPieces`."""
     digest = hashlib.sha256(b"[")

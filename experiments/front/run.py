@@ -68,7 +68,8 @@ class Front:
             samples=wanted.get("samples", 1),
             members=wanted.get("members", 1),
             refine_steps=wanted.get("refine_steps", 0),
-        ) + 3 * bool(wanted.get("clean_weight"))
+            clean_term=bool(wanted.get("clean_weight")),
+        )
 
     def best(self, arm: str, passes: int) -> Point:
         """The point of an arm and budget whose rate did best on the tuning images."""

@@ -114,6 +114,22 @@ def test_groups_of_class_folders_are_dealt_by_the_seed(
     assert "order" not in found["source", 0].plan.provenance
 
 
+def test_groups_that_stay_in_the_order_of_the_source_are_not_called_shuffled(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Classes of 6 in row groups of 7: dealt, the two classes of a shard would be apart."""
+    settings = {"grouping": "label", "groups_per_shard": 2}
+    shuffled, source = (
+        prepare(_config(rows, tmp_path / order, order=order, **settings), planning_only=True)
+        for order in ("shuffled", "source")
+    )
+    assert _keys(shuffled) == _keys(source)
+    assert shuffled.plan.provenance == source.plan.provenance
+    assert "row groups" in capsys.readouterr().err
+    before = _began(rows, tmp_path / "a", **settings)
+    assert _continued(rows, tmp_path / "a", **settings) == before
+
+
 def test_every_row_group_is_read_by_no_more_shards(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

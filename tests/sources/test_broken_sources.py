@@ -294,3 +294,13 @@ def test_a_tar_that_ends_within_a_label(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(body)
     with refused(SourceError, None, tmp_path / "x.tar", " tar: "):
         open_source(f"{tmp_path}/x.tar")
+
+
+def test_a_table_of_one_image_says_how_to_write_it(tmp_path: Path) -> None:
+    """So many rows in so few bytes are refused, for a footer may claim any number; the advice helps."""
+    table = pa.table({"image": [b"x"] * 20_000, "label": [0] * 20_000})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with refused(SourceError, None, tmp_path / "x.parquet", 20_000, "compression=None, use_dictionary=False"):
+        open_source(str(tmp_path / "x.parquet"))
+    pq.write_table(table, tmp_path / "x.parquet", compression=None, use_dictionary=False)
+    assert len(open_source(str(tmp_path / "x.parquet")).samples) == 20_000

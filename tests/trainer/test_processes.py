@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import trainer.run.distributed
-from storage_schemas import ConfigError, open_artifact
+from storage_schemas import ConfigError, DatamergeError, open_artifact
 from storage_schemas.schema.run import read_summary
 from tests.support.ranks import exchange, launch
 from tests.support.refusals import refused
@@ -284,6 +284,22 @@ def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
     assert re.search(r"ERROR lost contact with the other processes of this run \(no sum after 0.5 s\)", text)
     seconds = float(text.rpartition("AFTER ")[2])
     assert 0.5 <= seconds < 20
+
+
+def test_what_nccl_has_noticed_is_said_in_a_line() -> None:
+    """Its sum counts as completed then, and raises when it is waited for with a limit; without one it may not."""
+
+    class Failed:
+        def is_completed(self) -> bool:
+            return True
+
+        def wait(self, timeout: Any = None) -> bool:
+            if timeout is not None:
+                raise RuntimeError("NCCL error: remote process exited\nCollective WorkNCCL(SeqNum=3)")
+            return True
+
+    with refused(DatamergeError, None, "lost contact", "remote process exited", "newest checkpoint"):
+        Processes(world=2, patience=20.0).wait([Failed()])
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from trainer.weights import spelt, weighted
         ("s3://bucket/year=2024=0.5", "s3://bucket/year=2024", 0.5),
         ("kind=photos", "kind=photos", 1),
         ("=2", "=2", 1),
+        ("photos==1", "photos=", 1),
+        ("python:lin:encoder,image_size=8", "python:lin:encoder,image_size=8", 1),
     ],
 )
 def test_a_text_is_an_artifact_and_its_weight(text: str, url: str, weight: float) -> None:
@@ -36,6 +38,12 @@ def test_a_text_is_an_artifact_and_its_weight(text: str, url: str, weight: float
 def test_what_is_spelt_means_the_same(url: str, weight: float) -> None:
     weight = float(f"{weight:.15g}")
     assert weighted(spelt(url, weight)) == (url, weight)
+
+
+@pytest.mark.parametrize("url", ["photos=", "photos=2024", "photos=nan"])
+def test_what_means_something_else_alone_is_spelt_with_its_weight(url: str) -> None:
+    assert spelt(url, 1) == f"{url}=1"
+    assert weighted(spelt(url, 1)) == (url, 1)
 
 
 def test_a_folder_that_is_called_so_is_meant(tmp_path: Path) -> None:
@@ -53,6 +61,13 @@ def test_an_impossible_weight_is_refused(weight: str, several: bool) -> None:
     text = f"photos={weight}"
     with refused(ConfigError, "artifact", "above 0", "1000", "photos", weight, f"{text}=1"):
         TrainConfig(artifact=["other", text] if several else text, run="run", steps=1)
+
+
+@pytest.mark.parametrize("text", ["photos=", "photos= "])
+def test_a_weight_that_is_not_there_is_refused(text: str) -> None:
+    """A weight that a shell's empty variable was to give would else be part of the name."""
+    with refused(ConfigError, "artifact", f"{text}0.5", f"{text}=1"):
+        TrainConfig(artifact=text, run="run", steps=1)
 
 
 @pytest.mark.parametrize("value", [[], [""], "", 3, ["photos", 3], {"photos": 0.5}])

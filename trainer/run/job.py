@@ -46,6 +46,7 @@ from trainer.run.refine import Refinement
 from trainer.run.requirements import (
     Checked,
     check_apart,
+    check_attacked,
     check_groups,
     check_held_out,
     check_recorded,
@@ -170,7 +171,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         NotAnArtifact: nothing to train on at `config.artifact`.
     """
     own = own or Processes()
-    device = choose_device(config.device, own)
+    device = _choose_device(config.device, own)
     blend = Blend([opened(one.url, config.cache, config.cache_bytes) for one in config.artifacts])
     artifact = blend.artifacts[0]
     found = check_all(config, blend.artifacts)
@@ -179,6 +180,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     first = of_artifact(config, 0)
     check_recorded(first, artifact.manifest, encoder)
+    check_attacked(first, found, artifact.manifest, encoder)
     head = _head(first, artifact, device) if found.labels else None
     classes = _classes(first, artifact, encoder, head) if found.labels else None
     collate = Collate(
@@ -194,7 +196,8 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     for one in blend.artifacts:
         check_groups(one, encoder, collate)
     held_out = _held_out(config, blend, found, encoder, collate, device, classes)
-    warn_of_start(encoder)
+    if encoder.random_weights:
+        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
     resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
     origin = _origin(resolved, blend, collate, found.title)
@@ -239,12 +242,6 @@ def free_of_place(config: TrainConfig) -> dict[str, Any]:
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
     return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}
-
-
-def warn_of_start(encoder: Encoder) -> None:
-    """Say so if there is nothing to fine-tune."""
-    if encoder.random_weights:
-        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
 
 
 def length(config: TrainConfig, order: Order, own: Processes) -> int:
@@ -368,7 +365,7 @@ def _resolved(
     )
 
 
-def choose_device(name: str, own: Processes) -> torch.device:
+def _choose_device(name: str, own: Processes) -> torch.device:
     """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
 
     Raises:

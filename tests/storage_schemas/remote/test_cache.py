@@ -8,6 +8,7 @@ import re
 import resource
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +32,14 @@ PLENTY = 10**9
 
 def _copies(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if re.fullmatch(r"[0-9a-f]{64}.*", path.name)]
+
+
+def _settled(folder: Path) -> list[Path]:
+    """The copies, once no thread is at work on them: a complete one gets its name after its reader has it."""
+    end = time.monotonic() + 20
+    while any(thread.name == "fetch" for thread in threading.enumerate()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return sorted(_copies(folder))
 
 
 def _held(folder: Path) -> int:
@@ -97,7 +106,7 @@ def test_a_damaged_copy_is_fetched_again(
     cache = Cache(tmp_path / "cache", PLENTY)
     artifact = open_artifact(f"{web.url}/a", cache=cache)
     list(artifact)
-    copies = sorted(_copies(cache.folder))
+    copies = _settled(cache.folder)
     contents = [path.read_bytes() for path in copies]
     for path, data, other in zip(copies, contents, contents[1:] + contents[:1], strict=True):
         bad = bytearray(data)
@@ -110,11 +119,11 @@ def test_a_damaged_copy_is_fetched_again(
     for reader in (open_artifact(f"{web.url}/a", cache=cache), artifact):
         for found, expected in zip(reader, records, strict=True):
             same_record(found, expected)
-    assert len(_copies(cache.folder)) == len(copies)
-    mended = {path.name.partition(".")[0]: path.stat().st_ino for path in _copies(cache.folder)}
+    mended = {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)}
+    assert len(mended) == len(copies)
     for found, expected in zip(open_artifact(f"{web.url}/a", cache=cache), records, strict=True):
         same_record(found, expected)
-    assert {path.name.partition(".")[0]: path.stat().st_ino for path in _copies(cache.folder)} == mended
+    assert {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)} == mended
 
 
 def test_an_artifact_replaced_by_another_is_noticed(

@@ -8,6 +8,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from storage_schemas import Cache, CorruptShard, Layout, Location, Record, open_artifact
@@ -66,8 +67,9 @@ def test_what_comes_next_is_asked_for_before_the_first_has_come(
     for found, expected in zip(artifact, records, strict=True):
         same_record(found, expected)
     assert were_two == [True]
-    # Shards of a tar each, or of an array each and their index: neighbours come together.
-    assert len(_sent(web.requests)) <= (2 * 3 * 5 if format_name == "zarr" else 3)
+    if not cached:  # or the reader may be the first to fetch its own part
+        # Three shards, of a tar each or of five arrays with an index each: neighbours come together.
+        assert len(_sent(web.requests)) == (3 * 5 * 2 if format_name == "zarr" else 3)
     assert all(one[0] != other[0] or one[2] < other[1] for one, other in pairwise(_sent(web.requests)))
 
 
@@ -78,7 +80,10 @@ def test_any_order(
     for artifact in (open_artifact(f"{web.url}/a"), open_artifact(tmp_path / "web" / "a")):
         for found, index in zip(artifact.records(SHUFFLED), SHUFFLED, strict=True):
             same_record(found, records[index])
-    web.requests.clear()
+        assert [record.key for record in artifact.records(np.array([-1, 0]))] == ["k6", "k0"]
+        assert [record.key for record in artifact.only([])] == [record.key for record in records]
+        with pytest.raises(IndexError, match="7 of 7"):
+            list(artifact.records([0, 7]))
     one_at_a_time = in_order(open_artifact(f"{web.url}/a"), SHUFFLED, window=1)
     assert [record.key for record in one_at_a_time] == [records[index].key for index in SHUFFLED]
 

@@ -1,0 +1,41 @@
+"""The patterns of docs/how-to/fare.md leave the stem and the first blocks of the libraries' own models to train."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from datamerge.encoders import load_encoder
+from trainer.run.forward import freeze
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "fare.md"
+RECIPES = dict(re.findall(r"^\| ([\w ]+-?\w*) \| `--freeze '([^']+)'`", PAGE.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "spec", "block", "first"),
+    [
+        ("open_clip ViT-B", "open_clip:ViT-B-32", r"transformer\.resblocks\.(\d+)\.", {0, 1, 2}),
+        ("timm ViT-B", "timm:vit_base_patch32_224", r"blocks\.(\d+)\.", {0, 1, 2}),
+        ("timm ResNet", "timm:resnet18", r"layer(\d)\.", {1}),
+    ],
+)
+def test_the_first_blocks_are_trained_and_nothing_behind_them(
+    recipe: str, spec: str, block: str, first: set[int]
+) -> None:
+    encoder = load_encoder(spec)
+    freeze(encoder, RECIPES[recipe].split(","))
+    trained = [name for name, parameter in encoder.model.named_parameters() if parameter.requires_grad]
+    assert {int(found[1]) for name in trained if (found := re.match(block, name))} == first
+    # Of the rest, what comes before the blocks: patches, positions, the norm in front of them.
+    stem = {name.split(".")[0] for name in trained if not re.match(block, name)}
+    assert stem <= {"class_embedding", "positional_embedding", "conv1", "ln_pre", "cls_token", "pos_embed"} | {
+        "patch_embed",
+        "bn1",
+    }
+
+
+def test_every_recipe_is_read() -> None:
+    assert len(RECIPES) == 4
