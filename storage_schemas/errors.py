@@ -87,7 +87,7 @@ def _restored(kind: type[DatamergeError], args: tuple[Any, ...], state: dict[str
 
 
 def shortened(value: object) -> str:
-    """`repr(value)` for an error message, truncated; its type if it has no usable repr."""
+    """`repr(value)` for an error message, cut to 80 characters; its type if it has no usable repr."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested lists

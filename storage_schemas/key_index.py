@@ -77,19 +77,19 @@ def rows_of(location: Location, entry: FileEntry, key: str) -> Iterator[int]:
     Raises:
         CorruptShard: the file is missing or has another length.
     """
-    count, wanted = entry.bytes // ENTRY.itemsize, key_hash(key)
+    count, target = entry.bytes // ENTRY.itemsize, key_hash(key)
     # Four standard deviations of the entry's position, at most √count / 2 each.
     reach = 2 * math.isqrt(count) + 64
-    start = max(0, wanted * count // HASHES - reach)
+    start = max(0, target * count // HASHES - reach)
     stop = min(count, start + 2 * reach)
     while True:
         part = _read(location, start, stop)
-        before, after = start > 0 and part["hash"][0] >= wanted, stop < count and part["hash"][-1] <= wanted
+        before, after = start > 0 and part["hash"][0] >= target, stop < count and part["hash"][-1] <= target
         if not before and not after:
             break
         reach *= 2
         start, stop = max(0, start - reach * before), min(count, stop + reach * after)
-    yield from part["row"][part["hash"] == wanted].tolist()
+    yield from part["row"][part["hash"] == target].tolist()
 
 
 def _read(location: Location, start: int, stop: int) -> npt.NDArray[np.void]:

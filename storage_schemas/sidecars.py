@@ -44,9 +44,9 @@ class Sidecars:
         """The sidecars of all shards, in order; a remote artifact's are requested several at a time."""
         positions = range(len(self._manifest.shards))
         if self._location.is_local:
-            yield from map(self._passed, positions)
+            yield from map(self._read_and_keep, positions)
             return
-        with in_threads(REQUESTS, self._passed, positions) as found:
+        with in_threads(REQUESTS, self._read_and_keep, positions) as found:
             yield from found
 
     def kept(self, facts: bool) -> int:
@@ -69,7 +69,7 @@ class Sidecars:
                 found = dict(zip(missing, requested, strict=True))
         return {position: found.get(position) or self.of(position, facts) for position in positions}
 
-    def _passed(self, position: int) -> Commit:
+    def _read_and_keep(self, position: int) -> Commit:
         """The complete sidecar of a shard, whose packed form is kept if all are kept."""
         commit = self._read(position)
         if self._keeps_all:

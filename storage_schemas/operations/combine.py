@@ -101,9 +101,9 @@ class Combination:
             NotAnArtifact: the target holds something else.
         """
         writer = ArtifactWriter(target, self.layout, self.provenance)
-        return write_shards(writer, head_file(self.inputs[0]), self._made, advance)
+        return write_shards(writer, head_file(self.inputs[0]), self._shards, advance)
 
-    def _made(self, shards: Sequence[int]) -> Made:
+    def _shards(self, shards: Sequence[int]) -> Made:
         parts = [self._records(number, shards) for number in range(len(self.inputs))]
         for shard in shards:
             records = [

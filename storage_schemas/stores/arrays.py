@@ -39,8 +39,8 @@ def read_arrays(
     """
     arrays: dict[str, Array] = {}
     record = commit.records[index]
-    wanted = {} if rows is None else rows(record.count)
-    for spec, data in zip(specs, reader.read(commit, index, specs, wanted), strict=True):
+    selected = {} if rows is None else rows(record.count)
+    for spec, data in zip(specs, reader.read(commit, index, specs, selected), strict=True):
         is_whole = len(data) == spec.nbytes
         if check and is_whole and (found := crc32c(data)) != record.checksums.get(spec.name):
             raise CorruptShard(
@@ -48,5 +48,5 @@ def read_arrays(
                 f"expected {record.checksums.get(spec.name)}"
             )
         array = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(-1, *spec.shape[1:])
-        arrays[spec.name] = array[wanted[spec.name]] if is_whole and spec.name in wanted else array
+        arrays[spec.name] = array[selected[spec.name]] if is_whole and spec.name in selected else array
     return arrays
