@@ -378,7 +378,7 @@ def _check_seal(data: bytes, seal: str, where: str) -> None:
 def _unknown_version(found: int, writer: Any, where: str) -> str:
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
-        f"{where}: expected schema_version {SCHEMA_VERSION}, which this release reads, found {found}; "
+        f"{where}: schema_version {found} is not supported by this release (it reads {SCHEMA_VERSION}); "
         f"install {release}"
     )
 
