@@ -2,14 +2,17 @@
 
 An encoder that is trained on one-step attacks may learn to make that step lead nowhere (Wong et al. 2020): the loss
 that is trained on falls, that under any better attack rises, within a few hundred updates. So on a few groups that
-the run trains on, which show it as well as others do, the loss under the run's own attack is compared with that under
-PGD, ten steps of ε/4 from uniform noise of radius ε, by an encoder in eval mode, with the same draws every time.
+the run trains on, the loss under the run's own attack is compared with that under PGD, ten steps of ε/4 from uniform
+noise of radius ε, by an encoder in eval mode, with the same draws every time. Held-out groups are not asked: they may
+change between two sittings, and whether noise is widened must not depend on that.
 
 It is found where all of this holds:
 
     PGD loss > 2 · own loss               the run's own attack misses most of what there is
     PGD loss > 1.5 · the lowest so far    it gets worse: before training the first holds too, and then it gets better
     PGD loss > 1/20 of the first          losses near 0 have ratios of any size
+
+An attack that misses most from the beginning, while the loss under PGD only falls, is not found.
 
 Wider noise that nothing projects, as in N-FGSM (de Jorge et al. 2022, arXiv 2202.01181), prevents it.
 """
