@@ -20,9 +20,9 @@ PASSES = 2400  # of each run for one place of the batch; a backward pass is two
 # Folder → steps, rate (of experiments/front) and flags of `datamerge train`.
 ARMS = {
     "avg": (PASSES // 6, "3e-4", ["--arm", "avg"]),
-    "fare": (PASSES // 23, "3e-3", ["--arm", "clean", "--refine", "10", "--refine-step-size", STEP_SIZE]),
-    "one-step": (PASSES // 5, "3e-3", ["--arm", "clean", "--refine", "1"]),
-    "stored-one-step": (PASSES // 5, "3e-3", ["--arm", "random-member", "--refine", "1"]),
+    "fare": (PASSES // 23, "1e-2", ["--arm", "clean", "--refine", "10", "--refine-step-size", STEP_SIZE]),
+    "two-steps": (PASSES // 7, "1e-2", ["--arm", "clean", "--refine", "2"]),
+    "stored-one-step": (PASSES // 5, "1e-2", ["--arm", "random-member", "--refine", "1"]),
 }
 
 

@@ -25,7 +25,7 @@ from merge_service import MergeConfig, merge
 from storage_schemas import Record, open_artifact
 from storage_schemas.schema.pixel_length import PixelLength
 
-PHOTO, AMPLIFIED = 21, 8
+PHOTO, AMPLIFIED = 104, 8
 BLUE, GREY = "#3f51b5", "#616161"
 
 
