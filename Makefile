@@ -7,7 +7,7 @@ PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs expe
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-floors dist slow check lint format docs clean experiments-small bench gpu gpu-wheels
+.PHONY: help demo test test-floors dist slow check lint format docs pictures clean experiments-small bench gpu gpu-wheels
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
@@ -21,7 +21,8 @@ help:
 	@echo "make bench   every performance bar against its peers (15 minutes; BENCH_FLAGS=--gpu on a GPU)"
 	@echo "make gpu     what only a GPU can say: its tests and figures (8 minutes, no network; PYTHON=… with a torch for it)"
 	@echo "make gpu-wheels  what make gpu needs on a machine without a network, as wheels in .gpu-wheels"
-	@echo "make docs    build the documentation into site/"
+	@echo "make docs    build the documentation into site/, to be opened in a browser without a server"
+	@echo "make pictures  draw the documentation's pictures again (needs Graphviz)"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -106,13 +107,14 @@ gpu:
 gpu-wheels:
 	PYTHON=$(PYTHON) .ci/gpu-wheels.sh
 
-$(VENV)/.docs: $(VENV)/.dev
-	@echo "installing mkdocs into $(VENV) …"
-	$(PIP) -e '.[docs]'
-	@touch $@
-
-docs: $(VENV)/.docs
+# site/index.html opens from the disk, search included.
+docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Needs Graphviz. PICTURES names those to draw; all are drawn otherwise, some by merging photos (minutes).
+pictures: $(VENV)/.dev
+	$(PIP) -e '.[experiments]'
+	$(BIN)/python -m docs.pictures.draw $(PICTURES)
 
 clean:
 	rm -rf $(VENV) $(FLOORS) dist .gpu-wheels .gpu-site demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,7 +18,8 @@ from typing import Any, Union, get_args, get_origin
 import click
 
 _MARK = re.compile(r"^<!-- generated: (\w+) ?(\S*) -->$", re.MULTILINE)
-WIDTH = 100
+# Columns of a code block at a window of 1,280 px.
+WIDTH = 86
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

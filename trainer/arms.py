@@ -113,9 +113,10 @@ class Arm(Generic[B]):
         """Whether it reads stored members, and so takes the setting `members`."""
         return "members" in self.arrays
 
-    def name(self, members: int | None) -> str:
+    def name(self, members: int | None, refine_steps: int = 0) -> str:
         """The arm as the paper writes it, for groups of so many members (None if they differ)."""
-        return f"AT-{members}-{self.title}" if members else f"AT-{self.title}"
+        name = f"AT-{members}-{self.title}" if members and not self.starts_clean else f"AT-{self.title}"
+        return f"{name}, {refine_steps} step{'s' * (refine_steps > 1)}" if refine_steps else name
 
     def refines(self, estimator: str, samples: int) -> bool:
         """Whether a step trains on images of which each can take steps of an attack first."""

@@ -32,9 +32,9 @@ def train(
     datamerge train my-artifact my-run --preset paper
     datamerge train my-artifact my-baseline --preset paper --arm ind --members 2
     datamerge train my-artifact quick-look --epochs 1 --batch-size 16 --lr 1e-4
-    datamerge train my-artifact my-run --preset fare2 --arm avg --ema 0.999 --freeze 'conv1.*'
+    datamerge train my-artifact my-run --preset stored --arm avg --ema 0.999 --freeze 'conv1.*'
     datamerge train photos s3://bucket/drawings=0.5 my-run --preset paper
-    torchrun --nproc-per-node 8 -m datamerge train my-artifact my-run --preset fare2
+    torchrun --nproc-per-node 8 -m datamerge train my-artifact my-run --preset stored
 
     The same command again continues an interrupted run, and does nothing for a finished one. RUN/run.json and
     RUN/encoder.safetensors appear at the end; `datamerge evaluate RUN` reads them. Follow a run with

@@ -15,7 +15,7 @@ from experiments.photos.prepare import prepare as three_hundred_photos
 from storage_schemas.schema.preprocessing import Preprocessing
 
 TEST_DIGITS = 500
-TRAIN_PHOTOS, TUNING_PHOTOS, TEST_PHOTOS = 500, 100, 400
+TRAIN_PHOTOS, TUNING_PHOTOS, TEST_PHOTOS = 700, 100, 150
 
 
 def digits(data: Path, work: Path) -> Prepared:
@@ -38,7 +38,7 @@ def digits(data: Path, work: Path) -> Prepared:
 
 
 def photos(data: Path, work: Path) -> Prepared:
-    """500 photos to train on, 100 to choose rates by, 400 to measure on, whatever the seed."""
+    """700 photos to train on, 100 to choose rates by, 150 others to measure on, whatever the seed."""
     small = three_hundred_photos(data, work)
     folder = data / "nips17"
 

@@ -54,6 +54,9 @@ class RunSummary(BaseModel):
         seconds: wall time of all sittings, without loading the encoder.
         bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
         config: all settings, defaults resolved.
+        overfitted: updates after which its attack of few steps had first lost its meaning; None if it never had, or
+            if nobody looked.
+        widened: whether its noise was widened then.
         preprocessing: how the encoder's pixels are made; runs of releases before 0.2.0 do not say.
     """
 
@@ -73,6 +76,8 @@ class RunSummary(BaseModel):
     seconds: float
     bytes: int
     config: dict[str, Any]
+    overfitted: int | None = None
+    widened: bool = False
     preprocessing: Preprocessing | None = None
 
     def __repr__(self) -> str:

@@ -107,6 +107,8 @@ CASES: list[Case] = [
             "deviation": 1.0,
             "refine_step_size": "1/255",
             "start_noise": "1/255",
+            "on_overfit": "widen",
+            "overfit_every": 7,
             "eval_every": 500,
         },
     ),

@@ -27,6 +27,7 @@ from storage_schemas import ConfigError, DatamergeError, open_artifact
 from storage_schemas.schema.pixel_length import PixelLength
 from tests.support.refusals import refused
 from trainer import TrainConfig, train
+from trainer.arms import ARMS
 from trainer.cli import train as command
 from trainer.config import read_preset
 from trainer.data.order import MEMBER, Order, stream_seeds
@@ -53,17 +54,22 @@ def _weights(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("fare2", {"arm": "random-member", "loss": "squared_error", "epsilon": PixelLength("2/255")}),
-        ("fare4", {"arm": "random-member", "loss": "squared_error", "epsilon": PixelLength("4/255")}),
-        ("tecoa", {"arm": "random-member", "loss": "cross_entropy", "epsilon": None}),
-        ("refined", {"arm": "random-member", "loss": "squared_error", "refine_steps": 2}),
+        ("fare2", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("2/255"), "refine_steps": 1}),
+        ("fare4", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("4/255"), "refine_steps": 1}),
+        ("tecoa", {"arm": "clean", "loss": "cross_entropy", "epsilon": None, "refine_steps": 1}),
+        ("refined", {"arm": "random-member", "loss": "squared_error", "refine_steps": 1}),
+        ("stored", {"arm": "random-member", "loss": "squared_error", "refine_steps": 0}),
     ],
 )
 def test_presets_are_the_published_settings(name: str, expected: dict[str, Any]) -> None:
     config = load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, read_preset(name))
     assert {key: getattr(config, key) for key in expected} == expected
-    assert (config.steps, config.batch_size, config.warmup_steps) == (20_000, 128, 1400)
-    assert (config.learning_rate, config.weight_decay) == (1e-5, 1e-4)
+    assert (config.batch_size, config.learning_rate, config.weight_decay) == (128, 1e-5, 1e-4)
+    steps, warmup = config.steps or 0, config.warmup_steps
+    passes = steps * ARMS[config.arm].forward_passes(refine_steps=config.refine_steps)
+    fare = 20_000 * ARMS["clean"].forward_passes(refine_steps=10)
+    assert passes <= fare / 4
+    assert warmup / steps == 1400 / 20_000
 
 
 def test_pairs_have_the_papers_settings_but_for_the_arm() -> None:

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from datamerge.attacks import PGD, attack, squared_error
 from datamerge.encoders import load_encoder
+from merge_service import MergeConfig
 from storage_schemas import ConfigError, open_artifact
+from tests.support.merging import merge_here
 from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
 from trainer.data.noise import Draws
@@ -82,7 +84,7 @@ def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
 def test_a_run_refines_what_it_trains_on(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
     train(_config(artifact, tmp_path / "refined", arm=arm))
-    train(_config(artifact, tmp_path / "plain", arm=arm, refine_steps=0))
+    train(_config(artifact, tmp_path / "plain", arm=arm, refine_steps=2 if arm == "clean" else 0))
     refined, plain = (load_file(tmp_path / name / "encoder.safetensors") for name in ("refined", "plain"))
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in refined.items())
 
@@ -225,3 +227,14 @@ def test_which_quantity_is_the_clean_image(
 ) -> None:
     manifest = open_artifact(make_artifact()).manifest
     assert clean_name(manifest.model_copy(update={"provenance": provenance})) == expected
+
+
+def test_an_encoder_is_not_trained_towards_its_own_outputs(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.random.default_rng(3).integers(0, 256, (9, 4, 4), np.uint8))
+    config = MergeConfig(source=str(tmp_path / "x.npz"), artifact=str(tmp_path / "a"), encoder=ENCODER, attack="none")
+    clean = merge_here(config).location.url
+    for arm in ("clean", "mean-only"):
+        with refused(ConfigError, "refine_steps", "0", clean):
+            train(_config(clean, tmp_path / arm, arm=arm, refine_steps=0))
+    train(_config(clean, tmp_path / "other", arm="clean", refine_steps=0, encoder="mlp:1x4x4-6"))
+    train(_config(clean, tmp_path / "attacked", arm="clean", epsilon="8/255"))

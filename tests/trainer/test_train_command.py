@@ -155,7 +155,7 @@ def test_the_paper_preset_is_the_papers_table() -> None:
     assert (config.learning_rate, config.weight_decay, config.batch_size) == (1e-5, 1e-4, 1)
     assert (config.steps, config.warmup_steps) == (5000, 350)
     assert (config.arm, config.loss, config.loss_scale) == ("avg", "squared_error", 1.0)
-    with refused(ConfigError, "preset", "factors, fare2, fare4, pair, paper, refined, tecoa", "'papre'"):
+    with refused(ConfigError, "preset", "factors, fare2, fare4, pair, paper, refined, stored, tecoa", "'papre'"):
         read_preset("papre")
 
 

@@ -64,6 +64,10 @@ class Batch:
         made = {name: _quotient(getattr(self, name), divisor) for name, divisor in self.divisors.items()}
         return self._with(divisors={}, **made)
 
+    def first(self, count: int) -> Self:
+        """Its first groups, without integers that are to be divided (see `floats`)."""
+        return self._each(lambda tensor: tensor[:count])._with(keys=self.keys[:count])
+
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         return [*self._own().values(), *self.divisors.values()]
@@ -123,6 +127,10 @@ class ImageBatch(Batch):
         return cls(
             keys=batch.keys, target=batch.target, clean=batch.clean, images=images, counts=[1] * len(batch.keys)
         )
+
+    def first(self, count: int) -> Self:
+        counts = self.counts[:count]
+        return super().first(count)._with(counts=counts, images=self.images[: sum(counts)])
 
     def per_image(self, values: Tensor) -> Tensor:
         """One row for each image, [M, …], from one for each group, [B, …]."""

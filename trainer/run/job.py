@@ -34,18 +34,20 @@ from trainer.data.batches import Batch
 from trainer.data.blend import Blend
 from trainer.data.caching import check_room, opened
 from trainer.data.copied import copied_ahead
-from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
+from trainer.data.order import Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import Loss, LossName, loss_of
 from trainer.run.agreement import check_all, of_artifact
 from trainer.run.clean_images import clean_name
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
+from trainer.run.identity import free_of_place
 from trainer.run.recompute import recompute_activations
 from trainer.run.refine import Refinement
 from trainer.run.requirements import (
     Checked,
     check_apart,
+    check_attacked,
     check_groups,
     check_held_out,
     check_recorded,
@@ -54,28 +56,6 @@ from trainer.run.requirements import (
 )
 from trainer.weights import spelt
 
-# Settings that say where and how fast, not what comes out; they may differ when a run is continued.
-_FREE = {
-    "artifact",
-    "run",
-    "epochs",
-    "accumulate",
-    "compile",
-    "grad_checkpointing",
-    "eval_artifact",
-    "eval_every",
-    "device",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "data_workers",
-    "cache",
-    "cache_bytes",
-    "threads",
-    "ray_workers",
-    "ray_address",
-    "log_every",
-    "wandb_project",
-}
 ARTIFACT_HEAD = "artifact"
 # So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
 WITHOUT_WORKERS = 10_000
@@ -170,7 +150,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         NotAnArtifact: nothing to train on at `config.artifact`.
     """
     own = own or Processes()
-    device = choose_device(config.device, own)
+    device = _choose_device(config.device, own)
     blend = Blend([opened(one.url, config.cache, config.cache_bytes) for one in config.artifacts])
     artifact = blend.artifacts[0]
     found = check_all(config, blend.artifacts)
@@ -179,6 +159,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     encoder = resolve(found.encoder, device=str(device), image_size=config.image_size).encoder
     first = of_artifact(config, 0)
     check_recorded(first, artifact.manifest, encoder)
+    check_attacked(first, found, artifact.manifest, encoder)
     head = _head(first, artifact, device) if found.labels else None
     classes = _classes(first, artifact, encoder, head) if found.labels else None
     collate = Collate(
@@ -194,7 +175,8 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     for one in blend.artifacts:
         check_groups(one, encoder, collate)
     held_out = _held_out(config, blend, found, encoder, collate, device, classes)
-    warn_of_start(encoder)
+    if encoder.random_weights:
+        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
     resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
     origin = _origin(resolved, blend, collate, found.title)
@@ -232,19 +214,6 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
             f"{kept.before / 2**20:.1f} MB without it"
         )
     return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
-
-
-def free_of_place(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result, and how they are turned into an order."""
-    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
-    # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
-    return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}
-
-
-def warn_of_start(encoder: Encoder) -> None:
-    """Say so if there is nothing to fine-tune."""
-    if encoder.random_weights:
-        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
 
 
 def length(config: TrainConfig, order: Order, own: Processes) -> int:
@@ -368,7 +337,7 @@ def _resolved(
     )
 
 
-def choose_device(name: str, own: Processes) -> torch.device:
+def _choose_device(name: str, own: Processes) -> torch.device:
     """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
 
     Raises:

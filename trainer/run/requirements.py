@@ -15,6 +15,7 @@ from storage_schemas import Artifact, ConfigError, DatamergeError, Manifest
 from storage_schemas.access.threads import in_threads
 from storage_schemas.schema.manifest import ArraySpec, RecordEntry
 from storage_schemas.schema.preprocessing import Preprocessing
+from storage_schemas.schema.provenance import are_clean
 from trainer.arms import ARMS, CleanName
 from trainer.config import TrainConfig
 from trainer.data.stream import Collate, check_label
@@ -67,7 +68,7 @@ def check(config: TrainConfig, manifest: Manifest) -> Checked:
         encoder=_starting_encoder(config, manifest),
         refinement=refinement(config, manifest),
         clean=clean_images(config, manifest),
-        title=arm.name(None if arm.starts_clean else members or group_size(manifest)),
+        title=arm.name(members or group_size(manifest), config.refine_steps),
     )
 
 
@@ -84,7 +85,7 @@ def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> i
     if found.clean is not None and clean_name(manifest) is None:
         raise ConfigError(
             f"eval_artifact: the loss that is trained on takes the clean images; found none in {config.artifact}; "
-            "merge it again with `keep_clean=True`, or drop `eval_artifact`"
+            'merge it again with `attack="none"` or `keep_clean=True`, or drop `eval_artifact`'
         )
     return _stored_members(config, manifest)
 
@@ -180,6 +181,22 @@ def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) ->
         raise _unverified(config, "the weights that its targets come from", f"others in {spec}")
 
 
+def check_attacked(config: TrainConfig, found: Checked, manifest: Manifest, encoder: Encoder) -> None:
+    """Refuse to train an encoder towards its own outputs on images that nobody attacked.
+
+    Raises:
+        ConfigError: every loss of the run would be 0.
+    """
+    unattacked = ARMS[config.arm].starts_clean or are_clean(manifest.provenance)
+    if found.labels or found.refinement or not unattacked:
+        return
+    if encoder.sha256 == recorded_encoder(manifest).get("sha256"):
+        raise ConfigError(
+            f"refine_steps: expected 1 or more, found 0: the images of {config.artifact} are clean, and the encoder "
+            'gives their targets already; set `arm="clean"`, `refine_steps=1` and `epsilon`'
+        )
+
+
 def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
     """What the artifact says of the encoder its targets come from."""
     encoder = manifest.provenance.get("encoder")
@@ -252,7 +269,7 @@ def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
     if stored is None:
         raise ConfigError(
             f"arm: {config.arm} expects stored members, found none in {config.artifact}; merge again with "
-            '`keep_members=True`, or use `arm="avg"`'
+            f'`keep_members=True`, or use `arm="{"clean" if are_clean(manifest.provenance) else "avg"}"`'
         )
     if config.members is not None and config.members > stored.shape[0]:
         raise ConfigError(
