@@ -115,17 +115,15 @@ def _groups(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arrays(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of one group. They have a record set of their own, because tools of Croissant read no Zarr and no npy."""
-    fields = [
-        _field(
-            f"arrays/{name}",
-            f"{spec['dtype']}; README.md says how it is read.",
-            [_number(spec["dtype"]), "sc:Float" if spec["dtype"].startswith("float") else "sc:Integer"],
-            {"fileSet": {"@id": "shards"}},
-        )
-        | ({"isArray": True, "arrayShape": ",".join(str(length) for length in spec["shape"])} if spec["shape"] else {})
-        for name, spec in facts["arrays"].items()
-    ]
+    """Arrays of one group. Tools of Croissant cannot read them, hence a record set of their own."""
+    fields = []
+    for name, spec in facts["arrays"].items():
+        kind = "sc:Float" if spec["dtype"].startswith("float") else "sc:Integer"
+        source = {"fileSet": {"@id": "shards"}}
+        field = _field(f"arrays/{name}", "README.md says how it is read.", [_number(spec["dtype"]), kind], source)
+        if spec["shape"]:
+            field |= {"isArray": True, "arrayShape": ",".join(map(str, spec["shape"]))}
+        fields.append(field)
     return _record_set("arrays", "Arrays of each group, in the order of the record set `groups`.", fields)
 
 

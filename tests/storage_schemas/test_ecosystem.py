@@ -213,4 +213,8 @@ def test_card_front_matter_and_licence(
     assert front["license"] == (license or "other")
     assert front["size_categories"] == ["n<1K"]
     assert json.loads((tmp_path / "croissant.json").read_bytes())["license"] == (license or "other")
+    files = [{"split": "train", "path": "shards/*.tar"}]
+    configs = {"webdataset": [{"config_name": "default", "data_files": files}], "zarr": None}
+    assert front.get("configs") == configs[format_name]
+    assert front.get("viewer", True) == (format_name == "webdataset")
     assert "xarray.open_zarr" in card if format_name == "zarr" else "datasets.load_dataset" in card
