@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,9 +20,12 @@ from datamerge import artifacts as library
 from datamerge.packages import load
 from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
+from datamerge.runtime.pages import Section, render
+from datamerge.runtime.pages import Table as PageTable
+from datamerge.runtime.pages.groups import group_strips
 from datamerge.tools.source_inspection import SourceSettings
 from datamerge.tools.source_inspection import rows as source_rows
-from storage_schemas import ConfigError, Location, NotAnArtifact, UserError, printable
+from storage_schemas import ConfigError, Location, NotAnArtifact, UserError, open_artifact, printable
 from storage_schemas.access.redaction import split_query
 from storage_schemas.card.contact_sheet import ROWS
 from storage_schemas.card.dataset_card import recorded_preprocessing
@@ -31,6 +35,11 @@ from storage_schemas.verify import Report
 SHOWN_PROBLEMS = 8  # of one file
 # Suffixes of pictures → formats of Pillow; what has none is a PNG.
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PAGE = ".html"
+LEGEND = (
+    "One row is one group. Mean and variance are those of its members; the variance is averaged over the channels. "
+    "The difference is multiplied so that its largest value just fits the range, and grey stands for 0."
+)
 
 
 @click.command(context_settings=HELP_FLAGS)
@@ -83,28 +92,56 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.option(
-    "-o", "--output", default="preview.png", show_default=True, help="Picture to write: .png, .jpg or .webp."
+    "-o",
+    "--output",
+    default="preview.png",
+    show_default=True,
+    help="Picture to write: .png, .jpg or .webp; .html for a page with captions and provenance.",
 )
 @click.option("--groups", type=click.IntRange(1, 64), help="Groups to draw. [8]")
 @click.option("--key", "keys", multiple=True, help="Draw the group with this key; may be repeated.")
 def preview(artifact: str, output: str, groups: int | None, keys: tuple[str, ...]) -> None:
-    """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
+    """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance.
+
+    \b
+    datamerge preview adv-2-255 -o preview.html
+    datamerge preview adv-2-255 --key 000017 --key 000042 -o two.png
+    """
     if keys and groups is not None:
         raise ConfigError(f"groups: those of the keys are drawn; drop `groups={groups}` or the keys", about="groups")
     suffix = PurePosixPath(split_query(output)[0]).suffix.lower()
-    if suffix not in PICTURES:
-        shown = ", ".join(filter(None, PICTURES))
+    if suffix not in (*PICTURES, PAGE):
+        shown = ", ".join(filter(None, (*PICTURES, PAGE)))
         raise ConfigError(
             f"output: expected a file that ends in {shown}, found {output!r}; rename it", about="output"
         )
-    buffer = io.BytesIO()
-    library.preview(artifact, groups=groups or ROWS, keys=keys).convert("RGB").save(buffer, PICTURES[suffix])
+    if suffix == PAGE:
+        content = _page(artifact, groups or ROWS, keys).encode()
+    else:
+        buffer = io.BytesIO()
+        library.preview(artifact, groups=groups or ROWS, keys=keys).convert("RGB").save(buffer, PICTURES[suffix])
+        content = buffer.getvalue()
     folder, name = Location(output).split()
     try:
-        folder.write(name, buffer.getvalue())
+        folder.write(name, content)
     except IsADirectoryError:
         raise UserError(f"{output}: expected a file to write, found a folder; name a file in it") from None
-    click.echo(f"{output}: {human_bytes(len(buffer.getvalue()))}")
+    click.echo(f"{output}: {human_bytes(len(content))}")
+
+
+def _page(artifact: str, groups: int, keys: Sequence[str]) -> str:
+    """The groups and what `datamerge inspect` shows of the artifact, as one page."""
+    opened = open_artifact(artifact, partial=True)
+    facts = library.inspect(opened)
+    counts = dict.fromkeys((facts["members"]["min"], facts["members"]["max"]))
+    return render(
+        printable(PurePosixPath(facts["url"]).name),
+        f"{facts['groups']:,} merged groups of {' to '.join(map(str, counts))} images.",
+        [
+            Section("Groups", text=[LEGEND], strips=group_strips(opened, groups, keys)),
+            Section("Contents and provenance", table=PageTable([], _rows(facts), names=2)),
+        ],
+    )
 
 
 @click.command(context_settings=HELP_FLAGS)
