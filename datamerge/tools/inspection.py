@@ -32,8 +32,8 @@ from storage_schemas.card.dataset_card import recorded_preprocessing
 from storage_schemas.schema.manifest import MANIFEST
 from storage_schemas.verify import Report
 
-SHOWN_PROBLEMS = 8  # of one file
-# Suffixes of pictures → formats of Pillow; what has none is a PNG.
+SHOWN_PROBLEMS = 8  # per file
+# Suffix of a picture → format of Pillow; without a suffix, PNG.
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 PAGE = ".html"
 LEGEND = (
@@ -44,14 +44,14 @@ LEGEND = (
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact", required=False)
-@click.option("--source", metavar="DATA", help="Raw images to look at in place of an artifact, as merge takes them.")
+@click.option("--source", metavar="DATA", help="Raw images to inspect instead of an artifact, given as to merge.")
 @options(SourceSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: Any) -> None:
     """Show what ARTIFACT holds: groups, bytes, encoding, ranges of its moments, provenance.
 
-    With --source, show what raw images are taken to be before anything is done with them: kind, splits, classes,
-    what is left out, and sizes, modes and EXIF of some of the images. The options between are for these alone.
+    With --source, show how merge would read raw images: kind, splits, classes, files left out, and the sizes, modes
+    and EXIF orientations of some of the images. The other options, except --json, apply to --source only.
 
     \b
     datamerge inspect adv-2-255
@@ -70,7 +70,9 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
     else:
         given = next((name for name, value in settings.model_dump().items() if value is not None), None)
         if given is not None:
-            raise ConfigError(f"{given}: an artifact has none; drop `{given}`, or name raw images with --source")
+            raise ConfigError(
+                f"{given}: artifacts have no such setting; drop `{given}`, or name raw images with --source"
+            )
         try:
             facts = library.inspect(str(artifact))
         except NotAnArtifact as error:
@@ -146,14 +148,14 @@ def _page(artifact: str, groups: int, keys: Sequence[str]) -> str:
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
-@click.option("--fix", "repair", is_flag=True, help="Take back the commits of damaged shards.")
+@click.option("--fix", "repair", is_flag=True, help="Remove the commits of damaged shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def verify(artifact: str, repair: bool, as_json: bool) -> None:
-    """Compare every file of ARTIFACT with what was committed.
+    """Compare every file of ARTIFACT with the committed sizes and hashes.
 
-    Exit code 0: sound; 1: damaged, also where --fix took the damage back; 2: not an artifact. --fix removes the
-    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and repairs
-    other damaged files.
+    The exit code is 0 if all files are sound, 1 if any is damaged (also after --fix), and 2 if there is no artifact.
+    --fix removes the commits of damaged shards, so that the command that made ARTIFACT writes these shards again,
+    and repairs other damaged files.
 
     \b
     datamerge verify adv-2-255
@@ -188,7 +190,7 @@ def _show_report(report: Report, repaired: bool) -> None:
 
 
 def _advice(report: Report, repaired: bool) -> str:
-    """What to do about the problems of a report: `fix` mends what was committed, and leaves all other files alone."""
+    """Advice about the problems of a report. `fix` repairs committed files and leaves stray files alone."""
     advice = []
     if any(not problem.stray for problem in report.problems):
         again = "the command that made the artifact again"
@@ -239,7 +241,7 @@ def _optional(text: str, value: float | None) -> str:
 
 
 def _text(foreign: str) -> Text:
-    """What others wrote, shown as it is: no markup, no codes that a terminal obeys."""
+    """Text from outside, shown literally: without markup or terminal control codes."""
     return Text(printable(foreign))
 
 
