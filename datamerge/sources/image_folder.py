@@ -227,7 +227,7 @@ def _folder_labels(location: Location, files: Files, skipped: int | None) -> tup
         if distinct:
             say(
                 f"{location.url}: {beside} of {len(files)} images are beside {len(distinct)} sub-folders, so "
-                "these are not used as classes"
+                "these are not taken as classes"
             )
         return np.full(len(files), NO_LABEL, np.int32), []
     if beside:
