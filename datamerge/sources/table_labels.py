@@ -250,8 +250,8 @@ def _none_called_label(names: Sequence[str]) -> str:
 
 def _not_one_hot(hot: OneHotColumns) -> str:
     return (
-        f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 each in {len(hot.odd)} of {len(hot.labels)} rows, "
-        f"first row {hot.odd[0]}, so they give no single label"
+        f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 each in {len(hot.odd)} of {len(hot.labels)} "
+        f"rows, first row {hot.odd[0]}, so they give no single label"
     )
 
 
