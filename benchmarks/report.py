@@ -25,7 +25,8 @@ from datamerge.runtime.checkout import commit
 PEERS = ("torchattacks", "foolbox", "webdataset", "litdata", "tensorstore", "zarr")
 NOT_COMPARED = (
     "LitData reads the same records from chunks of its own and verifies nothing. MosaicML streaming 0.13 needs "
-    "numpy < 2.2 and transformers < 5 and does not install beside the rest."
+    "numpy < 2.2 and transformers < 5 and does not install beside the rest: `benchmarks/streaming.py` reads with it "
+    "in an environment of its own."
 )
 
 

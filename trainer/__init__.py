@@ -6,7 +6,7 @@
 from storage_schemas.schema.run import RunSummary
 from trainer.config import TrainConfig
 from trainer.data.noise import Draws
-from trainer.errors import NotFiniteRun, Stopped
+from trainer.errors import NotFiniteRun, OverfittedRun, Stopped
 from trainer.estimators import (
     Estimator,
     GroupLoss,
@@ -28,6 +28,7 @@ __all__ = [
     "Likelihood",
     "Loss",
     "NotFiniteRun",
+    "OverfittedRun",
     "RunSummary",
     "SquaredError",
     "Stopped",

@@ -21,6 +21,9 @@ from trainer.data.order import SHUFFLE_WINDOW
 from trainer.losses import LossName
 from trainer.weights import Weighted, weighted
 
+OnOverfit = Literal["warn", "stop", "widen"]
+FEW = 3  # steps of an attack that an encoder can learn to mislead
+
 
 def _arms(able: Callable[[Arm[Any]], bool]) -> str:
     """The arms of a kind, for a message."""
@@ -70,6 +73,17 @@ class TrainConfig(Settings):
             ("refine_step_size", "start_noise"),
             lambda own: own.refine_steps > 0,
             "expected refine_steps of 1 or more, found 0; set `refine_steps`, or drop `{name}`",
+        ),
+        Effect(
+            ("on_overfit", "overfit_every"),
+            lambda own: 1 <= own.refine_steps <= FEW,
+            f"expected refine_steps of 1 to {FEW}, which alone are watched, found {{settings.refine_steps}}; drop "
+            "`{name}`",
+        ),
+        Effect(
+            ("on_overfit",),
+            lambda own: own.overfit_every != 0,
+            "nobody looks, since `overfit_every` is 0; drop one of the two",
         ),
         Effect(
             ("epsilon",),
@@ -148,6 +162,17 @@ class TrainConfig(Settings):
         default=None,
         description="Radius of uniform noise that is added before such steps; above epsilon nothing is projected "
         "onto the ball, as in N-FGSM.",
+    )
+    on_overfit: OnOverfit = Field(
+        default="warn",
+        description="Where `refine_steps` of 1 to 3 lose their meaning (catastrophic overfitting): warn; stop with "
+        "an error; or widen their noise to twice epsilon and go on, as N-FGSM.",
+    )
+    overfit_every: Annotated[int | None, Option(unset="100, or more for small batches")] = Field(
+        default=None,
+        ge=0,
+        description="Steps between two looks for that, which compare the loss of 32 groups under PGD with that under "
+        "the run's own attack; 0: none.",
     )
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
         default=None,

@@ -19,3 +19,7 @@ class Stopped(DatamergeError):
 
 class NotFiniteRun(DatamergeError):
     """A loss or gradient was not finite; the run would come to it again."""
+
+
+class OverfittedRun(DatamergeError):
+    """The attack that a run trains on has lost its meaning; its state is saved, and it would not get better."""

@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from datamerge.evaluation.parts import PARTS, evaluate_all
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.store import check_output
-from datamerge.evaluation.tables import print_rows, table_rows, to_json, write_reports
+from datamerge.evaluation.tables import print_rows, table_rows, to_json
 from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
 
@@ -82,7 +83,7 @@ def _add_command(name: str) -> None:
             return
         print_rows(rows)
         if config.output is not None:
-            click.echo(f"{config.output}/report.html: table, pictures and settings")
+            click.echo(f"{config.output}/report.html: table, curves, pictures and settings")
 
 
 for _name in PARTS:

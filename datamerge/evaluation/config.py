@@ -38,6 +38,11 @@ _CLASS_NAMES = Effect(
     lambda own: own.head is not None,
     "they belong to a head, found none; set `head` or drop `{name}`",
 )
+_PICTURES = Effect(
+    ("pictures",),
+    lambda own: own.output is not None and own.head is not None,
+    "pictures show classes and are stored; set `head` and `output`, or drop `{name}`",
+)
 _TEMPLATES = Effect(
     ("templates",),
     lambda own: (
@@ -91,7 +96,7 @@ class EvaluateConfig(ImagesConfig):
     """Settings of `datamerge evaluate` without a sub-command: embedding loss and accuracy under PGD."""
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
-    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _CLASS_NAMES)
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _CLASS_NAMES, _PICTURES)
 
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
@@ -115,6 +120,7 @@ class EvaluateConfig(ImagesConfig):
     grid: bool = Field(
         False, description="Keep attacked pixels on multiples of 1/255; the field's standard is not to."
     )
+    pictures: int = Field(6, ge=0, description="Images of each run shown in the report.")
 
     @model_validator(mode="before")
     @classmethod
@@ -205,6 +211,7 @@ class ZeroShotConfig(RadiiConfig):
         "autoattack", description="APGD-CE, then targeted APGD-DLR on survivors; or APGD-CE alone."
     )
     check_masking: bool = Field(True, description="Look for masked gradients on a few images.")
+    pictures: int = Field(6, ge=0, description="Images of each run shown in the report.")
 
 
 class EmbeddingConfig(RadiiConfig):

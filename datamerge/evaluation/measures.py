@@ -17,6 +17,7 @@ from datamerge.attacks import (
     APGD,
     PGD,
     Precision,
+    Survival,
     auto_attack,
     cross_entropy,
     run_attack,
@@ -31,6 +32,8 @@ from storage_schemas import DatamergeError
 Measured = dict[str, list[Any]]
 # By the radius as the user wrote it, smallest first.
 Attacks = Mapping[str, PGD | APGD]
+# By position in the batch: the radius at which an image was first misclassified, and those pixels [C, H, W].
+Broken = dict[int, tuple[str, Tensor]]
 
 CLEAN_LOSS = "embedding loss clean"
 TOP_1, TOP_5 = "top-1", "top-5"
@@ -157,6 +160,7 @@ def classifications(
     restarts: int = 1,
     targeted: bool = True,
     precision: Precision = "float32",
+    broken: Broken | None = None,
 ) -> Measured:
     """Whether images are classified correctly: clean, among the best five, and under every attack.
 
@@ -170,6 +174,7 @@ def classifications(
         restarts: random starts of each attack.
         targeted: whether targeted attacks follow APGD's on the cross entropy.
         precision: of the search; what an image is classified as is float32's.
+        broken: receives what the attacks found, if given.
 
     Returns:
         Columns `top-1`, `top-5`, one per radius, and for APGD `RADIUS APGD-CE`: before the targeted attacks.
@@ -191,9 +196,13 @@ def classifications(
             left = batch.take(rows)
             generators = _generators(left.samples, seed)
             if isinstance(settings, APGD):
-                robust[rows], after[rows] = _survive_apgd(left, settings, generators, restarts, targeted, precision)
+                found = _survive_apgd(left, settings, generators, restarts, targeted, precision)
+                robust[rows], after[rows], pixels = found.robust, found.after_cross_entropy, found.pixels
             else:
-                robust[rows] = _survive_pgd(left, settings, generators, restarts, precision)
+                robust[rows], pixels = _survive_pgd(left, settings, generators, restarts, precision)
+            if broken is not None:
+                places = enumerate(rows.tolist())
+                broken |= {row: (text, pixels[place]) for place, row in places if not robust[row]}
         columns[text] = robust.tolist()
         if isinstance(settings, APGD):
             columns[f"{text} APGD-CE"] = after.tolist()
@@ -206,7 +215,8 @@ def _survive_pgd(
     generators: Sequence[np.random.Generator],
     restarts: int,
     precision: Precision,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Which images are classified correctly where the attack ends, bool [B], and the pixels there."""
     found = run_attack(
         batch.model,
         batch.pixels,
@@ -218,7 +228,8 @@ def _survive_pgd(
         restarts=restarts,
         precision=precision,
     )
-    return torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
+    right = torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
+    return right, found.pixels
 
 
 def _survive_apgd(
@@ -228,9 +239,8 @@ def _survive_apgd(
     restarts: int,
     targeted: bool,
     precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """What survives all attacks, and what the first one."""
-    survival = auto_attack(
+) -> Survival:
+    return auto_attack(
         batch.model,
         batch.pixels,
         batch.labels,
@@ -241,7 +251,6 @@ def _survive_apgd(
         restarts=restarts,
         precision=precision,
     )
-    return survival.robust, survival.after_cross_entropy
 
 
 def check_finite(values: Tensor, names: Sequence[str], what: str) -> None:

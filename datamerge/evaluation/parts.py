@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from datamerge.evaluation.config import OUTPUT, EmbeddingConfig, EvaluateConfig, ImagesConfig, ZeroShotConfig
 from datamerge.evaluation.llava.config import CaptionsConfig, LlavaSettings, VqaConfig
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.store import check_output
-from datamerge.evaluation.tables import Results, Row, write_reports
+from datamerge.evaluation.tables import Results, Row
 from datamerge.packages import Unavailable, load
 from datamerge.runtime import load_settings, read_toml
 from storage_schemas import ConfigError

@@ -1,12 +1,11 @@
-"""Results of all parts as one table: on the terminal, JSON for programs, Markdown for papers, HTML with pictures.
+"""Results of all parts as one table: on the terminal, as JSON for programs, as Markdown for papers, in notebooks.
 
-One row per arm, the columns of the paper: COCO clean, COCO adv., VQAv2 clean, VQAv2 adv., before them those of the
-other parts, behind them what everything cost.
+One row per arm. The columns of the paper are COCO clean, COCO adv., VQAv2 clean and VQAv2 adv.; the scores of the
+other parts precede them, and the cost follows.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
@@ -20,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from datamerge.evaluation.pictures import picture_section
 from datamerge.evaluation.results import ArmResult, Score
-from datamerge.evaluation.store import read_object, write_result
-from storage_schemas import DatamergeError, Location
+from datamerge.evaluation.store import read_object
+from datamerge.runtime import pages
+from storage_schemas import DatamergeError
 from storage_schemas.access.local_paths import user_path
 
 PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
@@ -41,27 +40,6 @@ NOTE = (
 
 # The parts of a row, by name.
 Row = Mapping[str, ArmResult]
-
-
-def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[Row]:
-    """Store the results of one part and rebuild the reports of all parts in the folder; returns the table's rows.
-
-    Arms that were evaluated into this folder before and not again stay in it.
-
-    Raises:
-        DatamergeError: results of an earlier call that cannot be read, or a folder that takes no more.
-    """
-    folder = user_path(output).absolute()
-    location = Location(folder)
-    again = {result.run for result in results}
-    kept = [result for result in read_results(folder / part / RESULTS) if result.run not in again]
-    _write(location, f"{part}/{RESULTS}", [*kept, *results])
-    everything = [result for name in PARTS for result in read_results(folder / name / RESULTS)]
-    _write(location, RESULTS, everything)
-    rows = table_rows(everything)
-    write_result(location, "report.md", to_markdown(rows).encode())
-    write_result(location, "report.html", to_html(rows).encode())
-    return rows
 
 
 def read_results(file: Path) -> list[ArmResult]:
@@ -99,7 +77,8 @@ class Results(list[ArmResult]):
 
     def _repr_html_(self) -> str:
         rows = table_rows(self)
-        return _html_table(rows) + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(rows))
+        notes = pages.Table([], [[note] for note in table_notes(rows)])
+        return pages.table_html(html_table(rows)) + (pages.table_html(notes) if notes.rows else "")
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -112,7 +91,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 def _print(rows: Sequence[Row], console: Console) -> None:
     for table in _tables(_grid(rows), console):
         console.print(table)
-    for text in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
+    for text in (*table_notes(rows), *(f"WARNING: {message}" for message in table_warnings(rows))):
         console.print(text, markup=False, highlight=False)
 
 
@@ -171,47 +150,14 @@ def to_markdown(rows: Sequence[Row]) -> str:
     header, *cells = _grid(rows, interval=True)
     rule = ["---" if position < NAMES else "---:" for position in range(len(header))]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in cells)]
-    lines += ["", " ".join((NOTE, *_notes(rows))), *(f"\n**Warning:** {text}" for text in _warnings(rows))]
+    lines += ["", " ".join((NOTE, *table_notes(rows))), *(f"\n**Warning:** {text}" for text in table_warnings(rows))]
     return "\n".join(lines) + "\n"
 
 
-def to_html(rows: Sequence[Row]) -> str:
-    """One page that needs no other file."""
-    warnings = "".join(f"<p class='warning'>Warning: {html.escape(message)}</p>" for message in _warnings(rows))
-    pictures = "\n".join(picture_section(result) for row in rows for result in row.values())
-    settings = "\n".join(
-        f"<h3>{html.escape(result.arm)}, {result.part}</h3><pre>"
-        f"{html.escape(json.dumps({**result.settings, 'encoder_sha256': result.encoder_sha256}, indent=1))}</pre>"
-        for row in rows
-        for result in row.values()
-    )
-    note = html.escape(" ".join((NOTE, *_notes(rows))))
-    return _PAGE.format(table=_html_table(rows, interval=True), note=note, warnings=warnings) + (
-        f"{pictures}\n<details><summary>Settings</summary>{settings}</details>\n</body></html>\n"
-    )
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>datamerge evaluation</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; }}
-td:nth-child(n+3) {{ text-align: right; font-variant-numeric: tabular-nums; }} .warning {{ color: #a40; }}
-figure {{ display: inline-block; margin: .5rem 1.5rem 1rem 0; vertical-align: top; width: 36rem; }}
-.row {{ display: flex; gap: .3rem; }} .row div {{ flex: 1; text-align: center; }} .row img {{ width: 100%; }}
-small {{ color: #666; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
-</style></head><body>
-<h1>Evaluation</h1>
-{table}
-<p>{note}</p>{warnings}
-"""
-
-
-def _html_table(rows: Sequence[Row], interval: bool = False) -> str:
-    header, *lines = _grid(rows, interval)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+def html_table(rows: Sequence[Row], interval: bool = False) -> pages.Table:
+    """The table for a page; intervals are in a second line of their cells."""
+    header, *cells = _grid(rows, interval)
+    return pages.Table(header, [[cell.replace(" [", "\n[") for cell in line] for line in cells], NAMES)
 
 
 def _grid(rows: Sequence[Row], interval: bool = False) -> list[list[str]]:
@@ -229,7 +175,7 @@ def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
     cost = first.training
     return [
         first.arm,
-        _short_name(first.run),
+        short_name(first.run),
         *(_format(scores[name], interval) if name in scores else MISSING for name in columns),
         "/".join(str(count) for count in dict.fromkeys(result.images for result in row.values())),
         _seconds(sum(result.seconds for result in row.values())),
@@ -238,8 +184,8 @@ def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
     ]
 
 
-def _short_name(run: str) -> str:
-    """A run without the folders in front, which are alike in every row."""
+def short_name(run: str) -> str:
+    """A run without the folders in front of its name."""
     if user_path(run).is_dir():
         return user_path(run).absolute().name
     network, at, checkpoint = run.partition("@")
@@ -267,18 +213,16 @@ def _bytes(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def table_notes(rows: Sequence[Row]) -> list[str]:
+    """What the scores are, a line for each part that says so."""
     return list(dict.fromkeys(result.note for row in rows for result in row.values() if result.note))
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def table_warnings(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know before trusting the scores, with the arm and part."""
     return [
         f"{result.arm}, {result.part}: {message}"
         for row in rows
         for result in row.values()
         for message in result.warnings
     ]
-
-
-def _write(location: Location, name: str, results: Sequence[ArmResult]) -> None:
-    write_result(location, name, to_json(results).encode())

@@ -57,7 +57,7 @@ class Front:
         """All that are tried."""
         for arm, wanted in self.settings["arms"].items():
             for passes in wanted.get("passes", self.settings["passes"]):
-                for rate in wanted.get("rates", self.settings["rates"]):
+                for rate in self.settings.get("rates_at", {}).get(str(passes), self.settings["rates"]):
                     yield Point(arm, passes, rate)
 
     def passes_a_step(self, arm: str) -> float:
@@ -106,8 +106,7 @@ class Front:
         return float(found["accuracy_clean"] + found["accuracy_robust"])
 
     def _settings_of(self, arm: str) -> dict[str, Any]:
-        chosen = ("passes", "rates")
-        return {name: value for name, value in self.settings["arms"][arm].items() if name not in chosen}
+        return {name: value for name, value in self.settings["arms"][arm].items() if name != "passes"}
 
     def _run_of(self, point: Point) -> dict[str, Any]:
         steps = int(point.passes / self.passes_a_step(point.arm))

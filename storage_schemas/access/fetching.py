@@ -1,18 +1,19 @@
-"""Bytes of the files of one remote location: fetched ahead, many at a time, each once.
+"""Prefetching of the files of one remote location: many requests at a time, each byte once.
 
-What a run will read is known before: it says so (`expect`, `fill`), and threads fetch it in this order:
+A run knows in advance what it will read and announces it (`expect`, `fill`). Threads fetch in this order:
 
-1. what somebody waits for now (`read`), for which one request is always kept free;
-2. ranges that are expected, in the order they were named, neighbours with one request;
-3. the rest of files to be filled, in large requests; they have at least half of the requests.
+1. ranges that a reader waits for now (`read`); one request is always kept free for them;
+2. expected ranges, in the order of their announcement. Neighbours share a request. Where the surrounding bytes are to
+   be filled as well, they are included, so that no request is for less than `SMALLEST`;
+3. the rest of the files to be filled, in large requests, of which a quarter as many are made at a time.
 
-With a cache everything goes through its copies (`copying`, `blocks`), so ranges and whole files are one thing, and
-what another process has fetched, or is fetching, is not fetched here. Without one, where it has no room, and once
-its disk fails, expected ranges wait in memory until they are read as often as they are expected; what is held there
-is bounded. For what is expected no copy makes room that has been used, or will be, since the run began: in a random
-order all files are in use all the time, and each that went would be fetched again.
+With a cache everything goes through its copies (`copying`, `blocks`): ranges and whole files are stored in the same
+way, and bytes that another process has fetched, or is fetching, are not fetched again. Without a cache, where it has
+no room, and after its disk has failed, expected ranges stay in memory until they have been read as often as they were
+announced; that memory is bounded. Prefetching never evicts a copy that was used since the run began: with a random
+order all files are in use all the time, and an evicted file would have to be fetched again.
 
-What is fetched ahead may fail: the reader asks again, and says what the server said.
+Failures of prefetching are ignored: the reader repeats the request and raises the server's error.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage_schemas.access.blocks import BLOCK, Bytes
+from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.fast_reads import RangeReads
+from storage_schemas.access.fills import SMALLEST, Fills
 from storage_schemas.access.location import Location
 from storage_schemas.access.pieces import Pieces, Range
-from storage_schemas.access.request_threads import Job, RequestThreads
+from storage_schemas.access.request_threads import Job, Patience, RequestThreads
 
 if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
 
-REQUESTS = 16
-AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache or no room in it
-GAP = 16 * 2**10  # bytes between two ranges that are requested with them
-POLL_SECONDS = 0.005  # between two looks at what another process is fetching
-POLLS = 20  # until it is looked whether that process is still there
+REQUESTS = 64  # at a time, of a few hundred KB each
+LARGE = 4  # a large request counts as this many
+FLYING = 32 * 2**20  # bytes in flight up to which more expected ranges than large requests are fetched
+AHEAD_BYTES = 256 * 2**20  # bytes of ranges kept in memory, without a cache or without room in it
+GAP = 16 * 2**10  # bytes between two ranges up to which they share a request
+POLL_SECONDS = 0.005  # between two checks of what another process is fetching
+POLLS = 20  # checks before testing whether that process is still alive
 
 
 class Fetcher(RequestThreads):
@@ -56,25 +60,23 @@ class Fetcher(RequestThreads):
         requests: int = REQUESTS,
         ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
-        """Make one that fetches nothing yet.
+        """Create an idle fetcher.
 
         Args:
-            location: not on this machine.
-            cache: where copies are kept.
-            requests: at a time.
-            ahead_bytes: of expected ranges that are on their way, or wait in memory.
+            location: must be remote.
+            cache: where copies are stored; None for memory alone.
+            requests: largest number of requests at a time.
+            ahead_bytes: limit of expected ranges in flight or in memory.
         """
         super().__init__(location.url, requests)
         self._location, self._ranges = location, RangeReads(location)
         self._kept = None if cache is None else Copies(location, cache.copies)
         self._sizes: dict[str, int] = {}
-        self._expected: dict[Range, None] = {}
-        self._fills: OrderedDict[Range, None] = OrderedDict()
-        self._elsewhere: dict[Range, None] = {}  # to be filled, and just being fetched by other processes
-        self._complete: set[str] = set()  # files whose copy was seen to be
+        self._expected: OrderedDict[Range, None] = OrderedDict()
+        self._fills = Fills()
         self._pieces = Pieces(ahead_bytes)
         self._began = time.time_ns()
-        self._is_told = False  # what will be read
+        self._is_announced = False  # whether `expect` or `fill` was called
 
     # What readers call.
 
@@ -82,61 +84,61 @@ class Fetcher(RequestThreads):
         """Queue ranges that will be read, in order of first use.
 
         Args:
-            sizes: bytes of their files, as the artifact says.
+            sizes: bytes of their files, according to the sidecars.
         """
         with self._changed:
-            self._is_told = True
+            self._is_announced = True
             self._sizes.update(sizes)
             for item in ranges:
-                if item.path in self._complete or item.start >= item.end:
+                if item.start >= item.end or self._is_here(item):
                     continue
                 if self._pieces.expect(item):
                     self._expected.setdefault(item)
             self._start_threads()
 
     def fill(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
-        """Queue whole files, or large parts of them, in order of first use; without a cache nothing happens.
+        """Queue whole files, or large parts of them, in order of first use; does nothing without a cache.
 
         Args:
-            sizes: bytes of these files, as the artifact says.
+            sizes: bytes of these files, according to the sidecars.
         """
         with self._changed:
-            self._is_told = True
+            self._is_announced = True
             self._sizes.update(sizes)
             if self._copies is not None:
-                for item in ranges:
-                    if item not in self._elsewhere and item.path not in self._complete:
-                        self._fills.setdefault(item)
+                self._fills.add(ranges)
                 self._start_threads()
 
     @property
     def held(self) -> int:
-        """Bytes that are on their way, or wait in memory."""
+        """Bytes of expected ranges in flight and in memory."""
         with self._changed:
             return self._pieces.held
 
     def forget_expected(self) -> None:
-        """Take all that is queued, or waits in memory, for something that will not be read."""
+        """Drop all queued ranges and those in memory: they will not be read."""
         with self._changed:
             self._expected.clear()
             self._fills.clear()
-            self._elsewhere.clear()
             self._pieces.clear()
 
     def read(self, path: str, start: int, end: int, size: int | None = None) -> Bytes:
-        """The bytes [start, end) of a file, as far as it has them; read-only.
+        """Bytes [start, end) of a file, fewer past its end; read-only.
 
         Args:
-            size: bytes of the file, as the artifact says; asked of the server where nobody has said.
+            size: bytes of the file according to its sidecar; by default as announced, else asked of the server.
 
         Raises:
             FileNotFoundError: no such file.
             CorruptShard: it is shorter than `size`.
             DatamergeError: see `Location.sent`.
         """
-        item = Range(path, start, end)
+        item, copies = Range(path, start, end), self._copies
+        found = None if copies is None else copies.here(path, start, end, size)
+        if found is not None and not self._pieces.is_due(item):
+            return found
         try:
-            if not self._reach(item) and (copies := self._copies) is not None:
+            if not self._reach(item) and copies is not None:
                 with suppress(NoDisk):
                     size = self._size(path, size)
                     if (found := self._from_disk(copies, path, start, end, size)) is not None:
@@ -146,7 +148,7 @@ class Fetcher(RequestThreads):
             self._leave(item)
 
     def read_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """What `Location.read` gives; a whole file of unknown size takes one request."""
+        """Same as `Location.read`; a whole file of unknown size takes one request."""
         copies = self._copies
         if start is None and end is None and path not in self._sizes and copies is not None:
             try:
@@ -157,17 +159,12 @@ class Fetcher(RequestThreads):
         return self.read(path, start or 0, size if end is None else min(end, size), size).tobytes()
 
     def whole(self, path: str) -> Bytes | None:
-        """All of a file whose copy is complete, as far as this fetcher has seen; a view of its map."""
-        copies = self._copies
-        if copies is None or path not in self._complete:
-            return None
-        with suppress(NoDisk):
-            file = copies.whole(path)
-            return None if file is None else file.view
-        return None
+        """A view of the memory map of a complete copy that this process has open; None if there is none."""
+        file = None if (copies := self._copies) is None else copies.opened(path)
+        return file.view if file is not None and file.is_complete and file.is_kept else None
 
     def whole_path(self, path: str) -> str | None:
-        """The complete copy of a file; None without a cache, and where it has no room."""
+        """Path of the complete copy of a file, fetched if needed; None without a cache or without room in it."""
         copies = self._copies
         if copies is None:
             return None
@@ -180,21 +177,23 @@ class Fetcher(RequestThreads):
             return None
 
     def forget(self, path: str) -> bool:
-        """Drop the copy of a file; whether there was one."""
+        """Drop the copy of a file; True if there was one."""
         with self._changed:
             self._sizes.pop(path, None)
-            self._complete.discard(path)
             self._pieces.forget(path)
         return self._kept is not None and self._kept.forget(path)
 
     def _next_ahead(self, most: int) -> Job | None:
-        may_expect = not self._fills or self._active["expected"] < max(1, most - most // 2)
-        if self._expected and may_expect and (work := self._expected_work()) is not None:
-            return "expected", work
-        if self._fills:
-            item, _ = self._fills.popitem(last=False)
-            return "fill", lambda: self._fill(item)
-        if self._elsewhere and not self._active["fill"]:
+        while self._expected and self._is_here(item := next(iter(self._expected)), or_coming=True):
+            del self._expected[item]
+        large = max(1, most // LARGE)
+        if self._expected:
+            may_expect = self._active["expected"] < large or self._pieces.flying < FLYING
+            work = self._expected_work() if may_expect else None
+            return None if work is None else ("expected", work)
+        if self._fills and self._active["fill"] < large:
+            return "fill", functools.partial(self._fill, self._fills.take())
+        if self._fills.are_elsewhere and not self._active["fill"]:
             return "fill", self._look_again
         return None
 
@@ -203,6 +202,11 @@ class Fetcher(RequestThreads):
     @property
     def _copies(self) -> Copies | None:
         return None if self._kept is None or self._kept.failed else self._kept
+
+    def _is_here(self, item: Range, *, or_coming: bool = False) -> bool:
+        """Whether the range is known to be on the disk; with `or_coming`, also if it is being fetched."""
+        file = None if (copies := self._copies) is None else copies.opened(item.path)
+        return file is not None and not file.missing(item.start, item.end, or_coming=or_coming)
 
     def _size(self, path: str, size: int | None = None) -> int:
         if size is None:
@@ -217,91 +221,86 @@ class Fetcher(RequestThreads):
         return size
 
     def _from_disk(self, copies: Copies, path: str, start: int, end: int, size: int) -> Bytes | None:
-        """Bytes of the copy, once they are there; None if there is no room for them."""
+        """Bytes of the copy, after waiting for them; None if there is no room for them."""
         item, end = Range(path, start, end), min(end, size)
         patience = self._patience(path)
-        used = self._began if self._is_told else None
+        used = self._began if self._is_announced else None
         while True:
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
-                if file.is_complete:
-                    self._complete.add(path)
                 return file.view[start:end]
-            self._complete.discard(path)
             if not copies.has_ranges:
                 if not self._wait_for(path, lambda: copies.download(path, size)):
                     return None
                 continue
-            if end - start > LARGEST:  # the other threads help
+            if end - start > LARGEST:  # let the other threads help
                 self._fill_first(Range(path, start, end))
-            come = self._wait_for(
-                path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
-            )
-            if come is None:
-                for _ in range(POLLS):
-                    if self._pieces.has(item):  # who was fetching it found no room
-                        return None
-                    if not file.missing(start, end):
-                        break
-                    with copies.folder.changed:
-                        patience.wait(copies.folder.changed, POLL_SECONDS)
-                    file.refresh(start // BLOCK, -(-end // BLOCK))
-            elif not come:
+            come = None
+            if file.missing(start, end, or_coming=True):
+                come = self._wait_for(
+                    path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
+                )
+            if come is False or (come is None and not self._comes(copies, file, item, end, patience)):
                 return None
 
+    def _comes(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
+        """Wait a while for a range that others are fetching to the disk; False if they had no room for it."""
+        for _ in range(POLLS):
+            if self._pieces.has(item):
+                return False
+            if not file.missing(item.start, end):
+                break
+            with copies.folder.changed:
+                patience.wait(copies.folder.changed, POLL_SECONDS)
+            file.refresh(item.start // BLOCK, -(-end // BLOCK))
+        return True
+
     def _wanted(self, start: int, end: int, size: int) -> tuple[int, int]:
-        """What to fetch for a reader: if nobody has said what else will be read, what is around it."""
-        if self._is_told or end - start > LARGEST:
+        """The range to fetch for a reader: widened by its surroundings unless all reads are announced."""
+        if self._is_announced or end - start > LARGEST:
             return start, end
         first = start // LARGEST * LARGEST
         return first, min(max(end, first + LARGEST), size)
 
     def _fill(self, item: Range) -> None:
-        """Fetch the next part of a range that is missing."""
+        """Fetch the next missing part of a range to the disk."""
         path, start, end = item
         size, copies = self._sizes.get(path), self._copies
         if copies is None or size is None:
             return
         file = copies.touched(copies.open(path, size))
-        if file.is_complete:
-            self._complete.add(path)
         if not file.missing(start, end):
             return
         if not copies.has_ranges:
             copies.download(path, size)
             return
-        self._fill_first(item)  # the next thread takes the part after this one
+        self._fill_first(item)  # the next thread fetches the part after this one
         come = copies.fetch(path, file, start, end, self._began)
         if come:
             return
         with self._changed:
-            self._fills.pop(item, None)
-            if come is None and file.missing(start, end):
-                self._elsewhere[item] = None
+            self._fills.drop(item, is_elsewhere=come is None and file.missing(start, end))
 
     def _fill_first(self, item: Range) -> None:
         with self._changed:
-            self._fills[item] = None
-            self._fills.move_to_end(item, last=False)
+            self._fills.put_first(item)
             self._start_threads()
 
     def _look_again(self) -> None:
-        """Queue once more what other processes were fetching: one that was killed has not."""
         with self._changed:
             self._changed.wait(0.2)
-            self._fills.update(self._elsewhere)
-            self._elsewhere.clear()
+            self._fills.look_again()
 
     # Expected ranges.
 
     def _expected_work(self) -> Callable[[], None] | None:
-        """The first expected ranges that are neighbours; None if there is no room for them in memory."""
+        """Work that fetches the first expected range and its neighbours; None if memory has no room for them."""
         items: list[Range] = []
         for item in self._expected:
             if items and not (
                 item.path == items[0].path
                 and 0 <= item.start - items[-1].end <= GAP
-                and item.end - items[0].start <= LARGEST
+                and item.end - items[0].start <= SMALLEST
             ):
                 break
             items.append(item)
@@ -328,16 +327,17 @@ class Fetcher(RequestThreads):
                     self._pieces.keep(item, piece)
 
     def _without_room(self, items: list[Range]) -> list[Range]:
-        """Fetch neighbours to the disk; those for which it has no room."""
+        """Fetch neighbouring ranges to the disk, and return those for which it has no room."""
         path, start, end = items[0].path, items[0].start, items[-1].end
         size, copies = self._sizes.get(path), self._copies
         if size is None or copies is None:
             return items
         with suppress(NoDisk):
-            file, end = copies.touched(copies.open(path, size)), min(end, size)
+            file = copies.touched(copies.open(path, size))
+            start, end = self._fills.around(path, start, min(end, size))
             while copies.has_ranges and start < end and file.missing(start, end):
                 come = copies.fetch(path, file, start, end, self._began)
-                if come is None:  # others are fetching what is missing
+                if come is None:  # other threads or processes are fetching the missing blocks
                     return []
                 if not come:
                     return [item for item in items if file.missing(item.start, min(item.end, size))]
@@ -345,7 +345,7 @@ class Fetcher(RequestThreads):
         return items
 
     def _reach(self, item: Range) -> bool:
-        """Take a range from what is queued; whether it is in memory, or on its way there."""
+        """Remove a range from the queue; True if it is in memory, or on its way there."""
         with self._changed:
             if item in self._expected:
                 del self._expected[item]
@@ -353,7 +353,7 @@ class Fetcher(RequestThreads):
             return self._pieces.has(item)
 
     def _leave(self, item: Range) -> None:
-        """Let go of a range that has been read, unless it will be read again."""
+        """Release a range that has been read; queue it again if it will be read again and has to be fetched."""
         with self._changed:
             if self._pieces.leave(item):
                 self._expected.setdefault(item)
@@ -366,7 +366,7 @@ class Fetcher(RequestThreads):
                 patience.wait(self._changed)
             if (piece := self._pieces.get(item)) is not None:
                 return piece
-            self._pieces.begin([item], to_memory=True)  # so that nobody queues it meanwhile
+            self._pieces.begin([item], to_memory=True)  # so that it is not queued meanwhile
         data = None
         try:
             data = np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)

@@ -24,7 +24,8 @@ from tests.support.refusals import refused
 from trainer import Stopped, TrainConfig, train
 from trainer.run.checkpoint import RunFolder
 from trainer.run.distributed import Processes
-from trainer.run.job import free_of_place, make_job
+from trainer.run.identity import free_of_place
+from trainer.run.job import make_job
 from trainer.run.loop import run_job
 
 MakeArtifact = Callable[..., str]

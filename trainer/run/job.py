@@ -34,13 +34,14 @@ from trainer.data.batches import Batch
 from trainer.data.blend import Blend
 from trainer.data.caching import check_room, opened
 from trainer.data.copied import copied_ahead
-from trainer.data.order import ORDER_VERSION, Order, Partition, groups_taken
+from trainer.data.order import Order, Partition, groups_taken
 from trainer.data.stream import Collate, stream
 from trainer.losses import Loss, LossName, loss_of
 from trainer.run.agreement import check_all, of_artifact
 from trainer.run.clean_images import clean_name
 from trainer.run.distributed import Processes
 from trainer.run.forward import Forward, check_rows_apart, freeze, train_mode
+from trainer.run.identity import free_of_place
 from trainer.run.recompute import recompute_activations
 from trainer.run.refine import Refinement
 from trainer.run.requirements import (
@@ -55,28 +56,6 @@ from trainer.run.requirements import (
 )
 from trainer.weights import spelt
 
-# Settings that say where and how fast, not what comes out; they may differ when a run is continued.
-_FREE = {
-    "artifact",
-    "run",
-    "epochs",
-    "accumulate",
-    "compile",
-    "grad_checkpointing",
-    "eval_artifact",
-    "eval_every",
-    "device",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "data_workers",
-    "cache",
-    "cache_bytes",
-    "threads",
-    "ray_workers",
-    "ray_address",
-    "log_every",
-    "wandb_project",
-}
 ARTIFACT_HEAD = "artifact"
 # So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
 WITHOUT_WORKERS = 10_000
@@ -235,13 +214,6 @@ def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torc
             f"{kept.before / 2**20:.1f} MB without it"
         )
     return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
-
-
-def free_of_place(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result, and how they are turned into an order."""
-    settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
-    # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
-    return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}
 
 
 def length(config: TrainConfig, order: Order, own: Processes) -> int:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from storage_schemas.schema.run import WEIGHTS, RunSummary
 from trainer.config import TrainConfig
 from trainer.data.batches import Batch
 from trainer.data.stream import ended, worker_deaths
-from trainer.errors import NotFiniteRun, Stopped
+from trainer.errors import NotFiniteRun, OverfittedRun, Stopped
 from trainer.run.checkpoint import RunFolder, step_of
 from trainer.run.distributed import Processes, processes
 from trainer.run.job import Job, make_job
 from trainer.run.logs import RunLog
+from trainer.run.overfit import Findings, Watch, ending, is_watched
 from trainer.run.update import NotFinite, Optimisation, Outcome
 from trainer.run.validation import held_out_loss
 from trainer.run.wandb_log import check_installed
@@ -45,6 +47,7 @@ def train(config: TrainConfig) -> RunSummary:
     Raises:
         ConfigError: settings, artifact and encoder do not go together, or the folder holds another run.
         NotFiniteRun: a loss or gradient that is not finite; names the step and the records.
+        OverfittedRun: an attack of few steps lost its meaning, and `on_overfit` is "stop".
         DatamergeError: out of memory, or another process of the run died.
         CorruptShard: stored bytes that differ from what was committed.
         Stopped: SIGINT or SIGTERM arrived; call again to continue.
@@ -84,6 +87,7 @@ class _Run:
         self.training = Optimisation(job, own)
         self.step, self.seconds, self.best = 0, 0.0, math.inf
         self.best_of = None if job.held_out is None else job.held_out.measure
+        self.watch = Watch(job, own, self.training.partition) if is_watched(job.config) else None
         self._continue()
 
     @property
@@ -95,6 +99,7 @@ class _Run:
     def finish(self) -> RunSummary:
         """Train to the end, publish the encoder and the summary."""
         job, config = self.job, self.job.config
+        self._end_if_overfitted()
         started = time.monotonic() - self.seconds
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
@@ -107,16 +112,23 @@ class _Run:
             progress = (
                 stack.enter_context(Progress("train", job.steps, "steps", self.step)) if self.own.first else None
             )
+            if not self.step:
+                self._look(log)
             while self.step < job.steps:
                 outcome = self._update(batches, stop)
                 self.seconds = time.monotonic() - started
-                values = {**outcome.values, **self._evaluate(log)}
+                values = {**outcome.values, **self._look(log), **self._evaluate(log)}
                 if log is not None:
                     log.count(job.order.batch_size_of(self.step - 1), outcome.waited)
-                    if self.step % config.log_every == 0 or self.step == job.steps or "eval_loss" in values:
+                    if (
+                        self.step % config.log_every == 0
+                        or self.step == job.steps
+                        or len(values) > len(outcome.values)
+                    ):
                         log.write(self.step, job.order.epoch(self.step - 1), values)
                 if progress is not None:
                     progress.advance(1, f"loss {values['loss']:.4g}")
+                self._end_if_overfitted()
                 if self.step < job.steps:
                     self._save_or_stop(outcome.stop)
         return self._publish()
@@ -155,6 +167,36 @@ class _Run:
             "try a lower `learning_rate`, a `gradient_clip` or more `warmup_steps` in a new `run`"
         )
 
+    def _look(self, log: RunLog | None) -> dict[str, float]:
+        """Whether the run's own attack still finds something, where that is due; it may be another from now on."""
+        if self.watch is None:
+            return {}
+        started = time.monotonic()
+        with self.training.order():
+            values = self.watch.look(self.step)
+        if log is not None:
+            log.pause(time.monotonic() - started)
+        self._attack_as_watched(self.watch)
+        return values
+
+    def _attack_as_watched(self, watch: Watch) -> None:
+        """Train, and measure held-out groups, by the attack that the watch says; those losses are others then."""
+        if watch.refinement == self.job.refinement:
+            return
+        held_out = self.job.held_out
+        if held_out is not None:
+            held_out = replace(held_out, measure=f"{held_out.measure}, wider noise")
+            self.best, self.best_of = math.inf, held_out.measure
+        self.job = self.training.job = replace(self.job, refinement=watch.refinement, held_out=held_out)
+
+    def _end_if_overfitted(self) -> None:
+        """End a run whose attack has lost its meaning, with its state saved, if that is what the settings ask for."""
+        watch, config = self.watch, self.job.config
+        if watch is None or config.on_overfit != "stop" or not watch.findings.overfitted:
+            return
+        self.own.first_alone(lambda: self.folder.save(self._state(), config.keep_checkpoints))
+        raise OverfittedRun(ending(watch.findings, self.step, self.folder.checkpoints()))
+
     def _evaluate(self, log: RunLog | None) -> dict[str, float]:
         """The loss on the held-out artifact where it is due; the best state so far is kept."""
         job = self.job
@@ -163,7 +205,8 @@ class _Run:
         started = time.monotonic()
         with self.training.order():
             loss = held_out_loss(job, job.held_out, self.published, self.training.partition, self.own)
-        if loss < self.best:
+        # Where the attack finds nothing its loss is low, and says nothing.
+        if loss < self.best and not (self.watch and self.watch.findings.overfitted):
             self.best = loss
             self.own.first_alone(lambda: self.folder.save_best(self._state()))
         if log is not None:
@@ -191,6 +234,7 @@ class _Run:
             "seconds": self.seconds,
             "best": self.best,
             "best_of": self.best_of,
+            "findings": None if self.watch is None else asdict(self.watch.findings),
             "torch": str(torch.__version__),
             "identity": self.job.identity,
         }
@@ -211,6 +255,9 @@ class _Run:
         if self.training.average is not None:
             self.training.average.load_state_dict(state["average"])
         self.step, self.seconds = state["step"], state["seconds"]
+        if self.watch is not None and state.get("findings") is not None:
+            self.watch.findings = Findings(**state["findings"])
+            self._attack_as_watched(self.watch)
         if self.best_of in (None, state.get("best_of")):
             # Without held-out groups now, for a sitting that has those of before again.
             self.best, self.best_of = state["best"], state.get("best_of")
@@ -245,6 +292,8 @@ class _Run:
             seconds=round(self.seconds, 3),
             bytes=round(groups * job.origin.bytes_per_group),
             config=job.config.model_dump(mode="json"),
+            overfitted=None if self.watch is None else self.watch.findings.found,
+            widened=self.watch is not None and self.watch.findings.widened,
             preprocessing=job.encoder.preprocessing,
         )
         self.own.first_alone(lambda: self.folder.publish(summary))

@@ -21,6 +21,7 @@ from storage_schemas.access import request_threads
 from storage_schemas.access.blocks import BLOCK
 from storage_schemas.access.copying import LARGEST
 from storage_schemas.access.fetching import GAP, Fetcher
+from storage_schemas.access.fills import SMALLEST
 from storage_schemas.access.pieces import Range
 from tests.support.servers import WebServer
 
@@ -174,6 +175,29 @@ def test_a_file_is_filled_with_large_requests_and_every_byte_once(
     assert len(spans) <= 5
     assert make(cached=True).whole_path("long") is not None
     assert len(_spans(web, "long")) == len(spans)
+
+
+def test_what_is_expected_brings_what_is_around_it_and_to_be_filled(
+    tmp_path: Path, web: WebServer, data: bytes, make: MakeFetcher
+) -> None:
+    """While one request is held, so that nothing else has begun."""
+    whole = np.random.default_rng(1).integers(0, 256, 3 * SMALLEST, np.uint8)
+    whole.tofile(tmp_path / "web" / "long")
+    go, sizes = threading.Event(), {"c": SIZE, "long": len(whole)}
+    web.fault = lambda method, path: None if path != "/c" or go.wait(20) else 500
+    fetcher = make(cached=True, requests=2)
+    fetcher.expect([Range("c", 0, 10)], sizes)
+    fetcher.fill([Range("long", 0, len(whole))], sizes)
+    ranges = [Range("long", SMALLEST + start, SMALLEST + start + 50) for start in (100_000, 5)]
+    fetcher.expect(ranges, sizes)
+    go.set()
+    _until(lambda: any(path == "/long" for _, path, _ in web.requests))
+    for path, start, end in ranges:
+        assert np.array_equal(fetcher.read(path, start, end, len(whole)), whole[start:end])
+    fetcher.read("long", 0, len(whole), len(whole))
+    asked = [span for _, path, span in web.requests if path == "/long"]
+    assert asked[0] == f"bytes={SMALLEST}-{2 * SMALLEST - 1}"
+    assert sum(last - first for first, last in _spans(web, "long")) == len(whole)
 
 
 def test_requests_at_a_time(web: WebServer, data: bytes, make: MakeFetcher) -> None:

@@ -36,14 +36,14 @@ def test_the_place_changes_nothing(
 
 
 def test_requests_at_a_time_are_bounded(tmp_path: Path, make_artifact: Callable[..., str]) -> None:
-    """By 16 for each place, at a server that takes so long that all are on their way that may be."""
+    """For each place by its own, at a server that takes so long that many are on their way."""
     names = ("a", "b")
     for seed, name in enumerate(names):
         make_artifact(name=name, format="zarr", seed=seed, shape=(1, 128, 128), encoder="mlp:1x128x128-2-6")
-    with running(tmp_path, latency=0.03) as server:
+    with running(tmp_path, latency=0.1) as server:
         _losses([f"{server.url}/{name}" for name in names], tmp_path / "run", cache="none", epochs=1)
         log, _ = server.log()
     for name in names:
         own = [one for one in log if one.path.startswith(f"/{name}/")]
         most = max(sum(one.began <= other.began < one.ended for one in own) for other in own)
-        assert REQUESTS // 2 < most <= REQUESTS
+        assert 8 < most <= REQUESTS
