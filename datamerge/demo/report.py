@@ -6,6 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.filesize import decimal as human_bytes
+
+from datamerge.artifacts import inspect
+from datamerge.evaluation.curves import row_names
 from datamerge.evaluation.reports import arm_pictures, provenance, scores
 from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.tables import table_rows
@@ -38,8 +42,8 @@ DISAGREEMENT = (
     "head ignores, or that raises the right class, costs nothing. The stored images were made by attacks on f₀. An "
     "arm that trains on them can become more sensitive in directions that these images do not contain, and the new "
     "attack on the distance searches for such directions. Its embeddings of clean images have moved too, and this "
-    "displacement is part of the loss under attack. An arm that attacks its own encoder at every step (a one-step "
-    "arm, FARE) trains against the loss under attack itself."
+    "displacement is part of the loss under attack. An arm that attacks its own encoder at every step, as FARE "
+    "does, trains against the loss under attack itself."
 )
 
 
@@ -53,11 +57,14 @@ def write_report(root: Path, artifact: str, runs: Sequence[str], arms: Sequence[
         arms: results of `datamerge evaluate`, the encoder before training first.
     """
     rows = table_rows(arms)
+    groups = open_artifact(artifact)
+    facts = inspect(groups)
+    stored = f"{facts['groups']:,} groups of {facts['members']['max']} members are {human_bytes(facts['bytes'])}."
     sections = [
         Section(
             "What was merged",
-            text=["One row is one group: a clean digit, adversarial images of it, and the moments that are stored."],
-            strips=group_strips(open_artifact(artifact), GROUPS),
+            text=["One row is one group: a clean digit, adversarial images of it, and the stored moments.", stored],
+            strips=group_strips(groups, GROUPS),
         ),
         Section(
             "Training",
@@ -68,7 +75,7 @@ def write_report(root: Path, artifact: str, runs: Sequence[str], arms: Sequence[
             charts=_curves(root, runs),
         ),
         scores(rows),
-        Section("What the columns mean", text=[*COLUMNS, DISAGREEMENT, *_seen(arms)]),
+        Section("What the columns mean", text=[*COLUMNS, DISAGREEMENT, *_seen(arms, row_names(rows))]),
         *arm_pictures(rows),
         provenance(rows),
     ]
@@ -87,13 +94,13 @@ def _curves(root: Path, runs: Sequence[str]) -> list[Chart]:
     return [] if svg is None else [Chart(svg, "Training loss on a logarithmic scale.")]
 
 
-def _seen(arms: Sequence[ArmResult]) -> list[str]:
-    """Which arms of this run are more robust than the first one by one column and less by the other."""
+def _seen(arms: Sequence[ArmResult], names: Sequence[str]) -> list[str]:
+    """The arms of this run whose accuracy and loss under attack are both above those of the first row."""
     first, *others = arms
     loss, accuracy = (first.score(name).value for name in ("loss adv.", "accuracy robust"))
     found = [
-        f"{arm.arm} ({arm.score('loss adv.').value:.0f} and {arm.score('accuracy robust').value:.1f} %)"
-        for arm in others
+        f"{name} ({arm.score('loss adv.').value:.0f} and {arm.score('accuracy robust').value:.1f} %)"
+        for name, arm in zip(names[1:], others, strict=True)
         if arm.score("loss adv.").value > loss and arm.score("accuracy robust").value > accuracy
     ]
     if not found:

@@ -74,7 +74,6 @@ def _add_command(name: str) -> None:
     def command(file: str | None, as_json: bool, **flags: Any) -> None:
         config = load_settings(PARTS[name].settings, file, flags)
         if config.output is not None:
-            # Hours of attacks must not end at a folder that cannot be written.
             check_output(config.output)
         results = PARTS[name].evaluate(config)
         rows = table_rows(results) if config.output is None else write_reports(config.output, name, results)

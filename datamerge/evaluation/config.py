@@ -1,4 +1,4 @@
-"""Settings of evaluations on raw images; those of LLaVA are in `datamerge.evaluation.llava.config`."""
+"""Settings of evaluations on raw images; `datamerge.evaluation.llava.config` has those of LLaVA."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _TEMPLATES = Effect(
 
 
 class ImagesConfig(Settings):
-    """What all evaluations on raw images share."""
+    """Settings that all evaluations on raw images share."""
 
     effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS)
 
@@ -69,7 +69,7 @@ class ImagesConfig(Settings):
     limit: Limit = None
     limit_first: LimitFirst = None
     sample: Annotated[int | None, Option(unset="all")] = Field(
-        None, ge=1, description="Draw so many samples at random, the same for every run."
+        None, ge=1, description="Number of samples drawn at random, the same for every run."
     )
     sample_seed: SampleSeed = 42
     steps: int = Field(100, ge=1, description="Gradient steps of each attack.")
@@ -78,8 +78,8 @@ class ImagesConfig(Settings):
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
     precision: SearchPrecision = Field(
         "float32",
-        description="Of the attacks' search: tf32 lets a GPU round the factors of products to 10 bits. Losses and "
-        "classifications of what they find are float32's.",
+        description="Arithmetic of the attacks' search: tf32 lets a GPU round the factors of products to 10 bits. "
+        "Losses and classifications are always computed in float32.",
     )
     split: Split = None
     exif: ExifSetting = None
@@ -125,7 +125,7 @@ class EvaluateConfig(ImagesConfig):
     @model_validator(mode="before")
     @classmethod
     def _rounded(cls, values: Any) -> Any:
-        """Refuse decimals on the grid that were multiples of 1/255 before somebody rounded them."""
+        """Refuse decimals on the grid that are rounded multiples of 1/255."""
         if isinstance(values, dict) and values.get("grid"):
             for name in ("epsilon", "step_size"):
                 if (problem := rounded_level(values.get(name), radius=name == "epsilon")) is not None:
@@ -153,7 +153,7 @@ class EvaluateConfig(ImagesConfig):
 
 
 class RadiiConfig(ImagesConfig):
-    """What `datamerge evaluate zero-shot` and `embedding` share: APGD at several radii."""
+    """Settings that `datamerge evaluate zero-shot` and `embedding` share: APGD at several radii."""
 
     epsilons: list[Radius] = Field(
         [Radius("2/255"), Radius("4/255")],

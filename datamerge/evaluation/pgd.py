@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Results:
 
 
 def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: Source) -> Sequence[Classifier | None]:
-    """What classifies each encoder's embeddings; says so where head or labels are missing."""
+    """The classifier of each encoder's embeddings; None, with a message, where head or labels are missing."""
     encoders = [subject.encoder for subject in subjects]
     heads = make_heads(config.head, config.class_names, encoders) if config.head is not None else []
     labelled = bool(source.samples.used_labels())
@@ -108,7 +108,7 @@ def _folder(config: EvaluateConfig, subject: Subject) -> ArmFolder | None:
 def _album(
     config: EvaluateConfig, subject: Subject, classifier: Classifier | None, shown: Collection[str]
 ) -> Album | None:
-    """What keeps pictures of the images with these keys; None where nothing is stored or classified."""
+    """The album of the images with these keys; None where nothing is stored or classified."""
     folder = _folder(config, subject)
     return None if folder is None or classifier is None else Album(folder, shown, classifier.head.names)
 

@@ -28,11 +28,11 @@ from storage_schemas.access.local_paths import user_path
 PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
 MISSING = "–"
-NAMES = 2  # columns that say what a row is
-# A pipe or file has no edge to wrap at, unless COLUMNS says so.
+NAMES = 2  # columns at the left, which name a row
+# Width of a table in a pipe or file, unless COLUMNS is set.
 NO_TERMINAL_WIDTH = 200
 ANY_WIDTH = 10_000
-LEAST_NAME = 8  # letters of a name that stand in one line
+LEAST_NAME = 8  # letters of a name before it is folded
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
     "over images for other means). Rows of one part saw the same images."
@@ -43,10 +43,10 @@ Row = Mapping[str, ArmResult]
 
 
 def read_results(file: Path) -> list[ArmResult]:
-    """The results that a `results.json` holds; none where there is no such file.
+    """The results in a `results.json`; none if there is no such file.
 
     Raises:
-        DatamergeError: a file of another kind.
+        DatamergeError: the file holds something else.
     """
     if not file.is_file():
         return []
@@ -96,10 +96,10 @@ def _print(rows: Sequence[Row], console: Console) -> None:
 
 
 def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
-    """The grid as one table, or as several one below the other, each as wide as the console: nothing is cut.
+    """The grid as one table, or as several below each other where one would be wider than the console.
 
-    Each has the names of its rows, folded where they would leave no room; after the first one only the arms, if these
-    tell the rows apart.
+    Each table names its rows, folded where there is too little room. Tables after the first one name the arms only,
+    if these differ.
     """
     columns = list(range(len(grid[0])))
     whole = _table(grid, columns, None)
@@ -119,7 +119,7 @@ def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    room = console.options.update(width=ANY_WIDTH)  # what is measured never exceeds it
+    room = console.options.update(width=ANY_WIDTH)  # a measurement never exceeds the width it is given
     return console.measure(table, options=room).maximum <= console.width
 
 
@@ -161,7 +161,7 @@ def html_table(rows: Sequence[Row], interval: bool = False) -> pages.Table:
 
 
 def _grid(rows: Sequence[Row], interval: bool = False) -> list[list[str]]:
-    """The header and a line per row, as text; what trainings cost only where there was one."""
+    """The header and a line per row, as text; columns of the training's cost only if a row has one."""
     names = (score.name for part in PARTS for row in rows if part in row for score in row[part].scores)
     columns = list(dict.fromkeys(names))
     trained = any(result.training is not None for row in rows for result in row.values())
@@ -193,7 +193,7 @@ def short_name(run: str) -> str:
 
 
 def _format(score: Score, interval: bool) -> str:
-    """With as many digits as the error makes sense of, at least one behind the point."""
+    """The score with as many digits as its error justifies, at least one after the point."""
     scale = score.error or abs(score.value) / 100
     digits = min(6, max(1, -math.floor(math.log10(scale)))) if scale else 1
     text = f"{score.value:.{digits}f}" + ("" if score.error is None else f" ± {score.error:.{digits}f}")

@@ -1,7 +1,7 @@
 """`datamerge evaluate zero-shot`: top-1 and top-5 accuracy, clean and under attack at several radii.
 
-A run's encoder is classified by the text tower of what it started from, as FARE does; or by any given head. Radii are
-attacked in ascending order and only what survived the last one, since every ball holds the smaller ones.
+Images are classified by the text tower of the encoder that a run started from, as in FARE, or by a given head. Radii
+are attacked in ascending order, each on the images robust at the radius before, since a ball contains smaller ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
         SourceError: no usable image at `config.data`.
         DatamergeError: a logit that is not finite, or a batch that does not fit the device.
     """
-    config.attacks()  # refuses what cannot be before the encoders are loaded
+    config.attacks()  # refuses wrong radii before the encoders are loaded
     templates = read_templates(config.templates)
     device = pick_device(config.device)
     runs = [read_run(text) for text in config.runs]
@@ -74,7 +74,7 @@ def read_templates(text: str) -> list[str]:
     """Prompts with {} for the class name: `openai` (empty: the head's default), `simple`, or the lines of a file.
 
     Raises:
-        ConfigError: no such file, or a line without {}.
+        ConfigError: there is no such file, or a line does not have {} exactly once.
     """
     if text == "openai":
         return []
@@ -115,7 +115,7 @@ def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
 def _head(
     config: ZeroShotConfig, spec: str, subject: Subject, templates: Sequence[str], cache: dict[str, Head]
 ) -> Head:
-    """The head of a subject; those of text towers are made once, and kept in the output folder too."""
+    """The head of a subject; heads of text towers are made once and also kept in the output folder."""
     if spec.partition(":")[0] not in ZERO_SHOT:
         return make_heads(spec, config.class_names, [subject.encoder])[0]
     if spec not in cache:
@@ -128,7 +128,7 @@ def _head(
 def _measure(
     config: ZeroShotConfig, subject: Subject, classifier: Classifier, checked: Collection[str], album: Album
 ) -> Callable[[Tensor, Sequence[Sample]], Measured]:
-    """The measure of one row; gradients are looked at in the batch that begins with a sample of `checked`."""
+    """The measure of one row; masked gradients are looked for in the batch that begins with a sample of `checked`."""
     attacks = config.attacks()
 
     def measure(pixels: Tensor, samples: Sequence[Sample]) -> Measured:

@@ -350,7 +350,7 @@ def test_both_parts_make_one_table(
     page = Page((output / "report.html").read_text())
     shown = Counter(name.partition(" ×")[0] for name, _ in page.pictures)
     assert shown["image"] == 2 * 2 * 2, "of two images, two parts, two arms"
-    assert 0 < shown["perturbation"] == shown["adversarial image"] <= shown["image"]
+    assert shown["perturbation"] == shown["adversarial image"] <= shown["image"]
     assert len(page.drawings) == 2
     stored = json.loads((output / "results.json").read_text())["arms"]
     assert [(entry["part"], entry["arm"]) for entry in stored] == [
