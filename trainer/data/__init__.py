@@ -1,1 +1,1 @@
-"""From stored records to batches: the order of groups, the stream, and the noise of a step."""
+"""Data of a run: the order of groups, the stream of batches, and random numbers."""

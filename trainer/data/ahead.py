@@ -1,14 +1,14 @@
-"""Fetching what a run will read before it is read. The order is a function, so all of it is known.
+"""Prefetching of remote records. The order of a run is a function of its settings, so future reads are known.
 
-Two threads of the process that reads go through the order before the reader does:
+Two threads of the reading process run through the order ahead of the reader:
 
-near    asks for the records of the next batches, in their order, some tens of megabytes ahead;
-far     with a cache, has the rest come behind them: of a section of the run, a few hundred thousand groups, what each
-        shard will be asked for, in order of first use, in requests of megabytes. The shards are dealt to the
-        processes of the machine that share the cache.
+near    requests the records of the next batches, in order, up to `NEAR_BYTES` ahead;
+far     fills the cache, if there is one: for a section of the run (`SECTION` groups) it fetches what will be read of
+        each shard, in order of first use, in requests of megabytes. The shards are divided among the processes of the
+        machine, which share the cache.
 
-Nothing is asked for that the run does not read before its last step. What cannot be fetched ahead is left to the
-reader, who meets the same error and says so.
+Nothing is fetched that the run does not read before its last step. Errors are ignored here: the reader meets the same
+error and reports it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from trainer.data.blend import Blend
 from trainer.data.order import Order, Partition, Share
 from trainer.data.permutation import IntArray
 
-# Bytes of records that are expected and not read yet, of all data workers of a process. Without a cache they are
-# held in memory; with one, what is further ahead comes in larger requests.
+# Bytes of records requested and not read yet, over all data workers of a process. Without a cache they are in memory.
 NEAR_BYTES = 256 * 2**20
-# Micro-batches that are expected together at most: their sidecars are requested at the same time.
+# Largest number of micro-batches requested together; the sidecars of their shards are read at the same time.
 NEAR_PIECES = 16
-SECTION = 2**18  # groups, about as many as are shuffled together
-SHARDS = 32  # whose sidecars are requested together
-PATIENCE = 0.2  # seconds between two looks at whether to go on, should a notification be missed
-PATIENCE_AT_THE_END = 5.0  # seconds for a request that does not end; its thread ends with the process
+SECTION = 2**18  # groups; about as many as are shuffled together
+SHARDS = 32  # shards whose sidecars are requested together
+PATIENCE = 0.2  # seconds between two checks of a condition, in case a notification is missed
+PATIENCE_AT_THE_END = 5.0  # seconds to wait for an unfinished request; its thread then ends with the process
 
 
 class Piece(NamedTuple):
     """A micro-batch of a process.
 
     Attributes:
-        position: among those of the process, counted from 0.
-        step: that it belongs to.
-        share: the groups.
+        position: its number among the micro-batches of the process, counted from 0.
+        step: the step that it belongs to.
+        share: its groups.
     """
 
     position: int
@@ -72,14 +71,14 @@ class Course:
                 position += 1
 
     def groups_here(self, start: int, groups: int) -> tuple[int, IntArray]:
-        """What all processes of this machine read from a step on.
+        """Groups that all processes of this machine read from a step on.
 
         Args:
-            start: the step.
-            groups: about how many to list.
+            start: first step.
+            groups: approximate number of groups to list.
 
         Returns:
-            The step after the last one, and the indices, in order of use.
+            The step after the last listed one, and the indices of the groups in order of use.
         """
         order, own, (rank, processes) = self.order, self.partition, _on_this_machine(self.partition)
         share = processes / own.world
@@ -94,13 +93,13 @@ class Course:
 
 
 class Ahead:
-    """Has the records of a course fetched before one of its readers asks for them.
+    """Prefetches the records of a course for one of its readers.
 
     Args:
-        groups: what is read, some of it on other machines.
-        course: in what order.
-        worker: number of the reader among those of its process, which take micro-batches in turn.
-        workers: how many there are.
+        groups: the artifacts that are read, at least one of them remote.
+        course: the order in which they are read.
+        worker: number of this reader among the data workers of its process, which take micro-batches in turn.
+        workers: number of data workers of the process.
     """
 
     def __init__(self, groups: Blend, course: Course, worker: int = 0, workers: int = 1) -> None:
@@ -109,7 +108,7 @@ class Ahead:
         self._changed = threading.Condition()
         self._expected = self._reached = -1  # positions
         self._step = course.start
-        self._ahead: deque[tuple[int, int]] = deque()  # positions and bytes of what is expected and not reached
+        self._ahead: deque[tuple[int, int]] = deque()  # (position, bytes) of requested blocks that are not read yet
         self._closed = False
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=f"datamerge-{work.__name__[1:]}", daemon=True)
@@ -119,7 +118,7 @@ class Ahead:
             thread.start()
 
     def reach(self, position: int, step: int) -> None:
-        """Say that the reader has come to a micro-batch; returns once that is expected."""
+        """Report that the reader has reached a micro-batch; returns once its records have been requested."""
         with self._changed:
             self._reached, self._step = position, step
             while self._ahead and self._ahead[0][0] < position:
@@ -128,7 +127,7 @@ class Ahead:
             self._wait(lambda: self._expected >= position)
 
     def close(self) -> None:
-        """Fetch nothing more, and let go who waits; it may be called again."""
+        """Stop fetching and release waiting readers; may be called more than once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -142,11 +141,11 @@ class Ahead:
         finally:
             if work == self._near:
                 with self._changed:
-                    self._expected = np.iinfo(np.int64).max  # the reader need not wait for anything
+                    self._expected = np.iinfo(np.int64).max  # the reader waits for nothing any more
                     self._changed.notify_all()
 
     def _wait(self, until: Callable[[], bool]) -> bool:
-        """Wait with `_changed`, which the caller holds; False if it is closed."""
+        """Wait on `_changed`, which the caller holds, until the condition is true; False if closed."""
         while not self._closed and not until():
             self._changed.wait(PATIENCE)
         return not self._closed
@@ -165,9 +164,9 @@ class Ahead:
                 self._expected = last
                 self._ahead.append((last, size))
                 self._changed.notify_all()
-                # As many together as fit several times; two blocks, however large, so that there is one to come.
+                # A block takes at most a quarter of the budget. Two blocks, however large, are always allowed.
                 count = max(1, min(2 * count, NEAR_PIECES, budget * len(block) // (4 * max(size, 1))))
-                # After a failure, not before the reader has been there and found it passed.
+                # After a failure, wait until the reader has passed the same block.
                 least = -1 if is_sound else last
                 if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]
                     return
@@ -207,14 +206,14 @@ class Ahead:
 
 
 def _by_shard(wanted: IntArray, places: IntArray, ends: IntArray, part: int, parts: int) -> Iterator[list[int]]:
-    """Indices of a process's part of the shards, some shards at a time, in order of first use.
+    """Indices of the groups to fetch from every `parts`-th shard, `SHARDS` shards at a time, in order of first use.
 
     Args:
-        wanted: indices in order of use.
-        places: the same, sorted, each once.
-        ends: of the shards.
-        part: number of the process.
-        parts: of all processes.
+        wanted: indices of groups in order of use.
+        places: the same indices, sorted and without repetition.
+        ends: index after the last group of each shard.
+        part: number of this reader among those of the machine.
+        parts: number of readers on the machine.
     """
     shards, first = np.unique(np.searchsorted(ends, wanted, "right"), return_index=True)
     mine = shards[np.argsort(first)][part::parts]
@@ -228,7 +227,7 @@ def _by_shard(wanted: IntArray, places: IntArray, ends: IntArray, part: int, par
 
 
 def _on_this_machine(partition: Partition) -> tuple[int, int]:
-    """Number of this process among those of the run on this machine, and how many there are, as torchrun says."""
+    """Rank of this process among the run's processes on this machine, and their number, from torchrun's variables."""
     processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     is_known = processes <= partition.world and 0 <= partition.rank - rank <= partition.world - processes
     return (rank, processes) if is_known and rank < processes else (0, 1)

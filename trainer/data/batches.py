@@ -1,7 +1,7 @@
-"""What goes through the model together: records as tensors, pixels as float32 in [0, 1].
+"""Batches: records as tensors, with pixels in [0, 1].
 
-Integers travel as they are stored, in a half or a quarter of the bytes, and become float32 where they arrive, by
-`Batch.floats`: the same numbers as `Record` gives, to the last bit.
+Stored integers are copied as they are, in a half or a quarter of the bytes of float32; on the device `Batch.floats`
+converts them, with results equal to the last bit to those of `Record`.
 
 Shapes: B groups, M images of all groups of a batch, k factors, C H W pixels, K embedding dimensions.
 """
@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Groups of one step; every arm trains on one of the kinds below.
+    """Groups of one step; each arm trains on one of the subclasses below.
 
     Attributes:
         keys: record keys.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
-        clean: float32 [B, C, H, W], the images that the groups were made from, where the run takes them.
-        divisors: what tensors that are still integers are to be divided by, by name; a row for each of theirs, in the
-            precision in which to divide.
+        clean: clean images of the groups, float32 [B, C, H, W]; None if the run does not need them.
+        divisors: by name of each attribute that still holds integers, its divisors: one per row, in the dtype in
+            which to divide.
     """
 
     keys: list[str]
@@ -41,7 +41,7 @@ class Batch:
     divisors: dict[str, Tensor] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
-        """The attributes by name, all but `divisors`."""
+        """All attributes except `divisors`, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "divisors"}
 
     @property
@@ -50,7 +50,7 @@ class Batch:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on a device, integers as integers."""
+        """The same batch on a device; integers stay integers."""
         # Apple's GPUs have no float64.
         batch = self.floats() if device.type == "mps" else self
         return batch._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -60,16 +60,16 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def floats(self) -> Self:
-        """The same batch with all that was stored as integers in float32; no device is waited for."""
+        """The same batch with integers divided and converted to float32, without waiting for the device."""
         made = {name: _quotient(getattr(self, name), divisor) for name, divisor in self.divisors.items()}
         return self._with(divisors={}, **made)
 
     def first(self, count: int) -> Self:
-        """Its first groups, without integers that are to be divided (see `floats`)."""
+        """The first `count` groups; the batch must come from `floats`."""
         return self._each(lambda tensor: tensor[:count])._with(keys=self.keys[:count])
 
     def tensors(self) -> list[Tensor]:
-        """All that it holds."""
+        """All tensors of the batch, divisors included."""
         return [*self._own().values(), *self.divisors.values()]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -114,8 +114,8 @@ class ImageBatch(Batch):
     """Groups of single images.
 
     Attributes:
-        images: float32 [M, C, H, W], the images of one group after those of the other.
-        counts: images of each group; their sum is M.
+        images: float32 [M, C, H, W], the images of the first group, then those of the second, and so on.
+        counts: number of images of each group; their sum is M.
     """
 
     images: Tensor
@@ -133,12 +133,12 @@ class ImageBatch(Batch):
         return super().first(count)._with(counts=counts, images=self.images[: sum(counts)])
 
     def per_image(self, values: Tensor) -> Tensor:
-        """One row for each image, [M, …], from one for each group, [B, …]."""
+        """Repeat the row of each group, [B, …], for each of its images, [M, …]."""
         return repeated(values, self.counts)
 
 
 def repeated(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Row b of `values` [B, …] `counts[b]` times, [M, …]; a GPU is not waited for."""
+    """Repeat row b of `values` [B, …] `counts[b]` times, giving [M, …], without waiting for a GPU."""
     if len(set(counts)) == 1:
         return values[:, None].expand(-1, counts[0], *values.shape[1:]).flatten(0, 1)
     rows = torch.repeat_interleave(torch.tensor(counts))
@@ -146,12 +146,12 @@ def repeated(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class Read(NamedTuple):
-    """Records on their way into a batch.
+    """Records read for a batch.
 
     Attributes:
-        records: one a group; of its members those alone that the arm takes.
-        shared: what every batch holds, by name.
-        divisors: those of `shared`, to which the batch adds its own.
+        records: one per group, with only the members that the arm takes.
+        shared: attributes that every kind of batch has, by name.
+        divisors: divisors of the batch; `stacked` adds to them.
     """
 
     records: list[Record]
@@ -159,15 +159,15 @@ class Read(NamedTuple):
     divisors: dict[str, Tensor]
 
     def stacked(self, name: str, quantity: str | None = None, *, joined: bool = False) -> Tensor:
-        """A tensor of the batch: a quantity of all records that `Record.quotient` knows; adds its divisor.
+        """Stack a quantity of all records, and add its divisors to `divisors`.
 
         Args:
-            name: of the tensor.
-            quantity: its name there, if that is another.
-            joined: along the first axis of the arrays, not a new one.
+            name: name of the tensor in the batch.
+            quantity: name of the quantity in `Record.quotient`; None if it is the same.
+            joined: concatenate along the first axis instead of adding one.
 
         Returns:
-            Integers as they are stored; float32 if any record has the quantity as such.
+            The stored integers, or float32 if any record stores the quantity as floats.
         """
         quotients = [record.quotient(quantity or name) for record in self.records]
         exact = [one for one in quotients if one is not None]
@@ -183,7 +183,7 @@ class Read(NamedTuple):
 
 
 def cleans(read: Read) -> Batch:
-    """The clean image of each group and nothing else."""
+    """A batch of what all batches share: target and clean image."""
     return Batch(divisors=read.divisors, **read.shared)
 
 
@@ -208,7 +208,7 @@ def means(read: Read) -> ImageBatch:
 
 
 def members(read: Read) -> ImageBatch:
-    """The members of each group that were read."""
+    """The members that were read of each group."""
     counts = [len(present(record.arrays.get("members"), record, "members")) for record in read.records]
     images = read.stacked("images", "members", joined=True)
     return ImageBatch(images=images, counts=counts, divisors=read.divisors, **read.shared)
@@ -220,21 +220,21 @@ def pixels(images: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 
 def present(value: T | None, record: Record, name: str) -> T:
-    """An array that the manifest promises for every record."""
+    """The value, which the manifest promises for every record; ValueError if it is missing."""
     if value is None:
         raise ValueError(f"record {record.key} has no {name}")
     return value
 
 
 def _divisor(quotients: list[Quotient], rows: list[int], values: Array) -> Tensor:
-    """The divisor of every row, in the precision in which a quotient, rounded to float32, is that of float64."""
+    """Divisors of all rows, in float32 if dividing in it gives the same float32 results as dividing in float64."""
     divisors = np.repeat([one.divisor for one in quotients], rows).reshape(-1, *[1] * (values.ndim - 1))
-    # float32 holds all integers of 16 bits. The quotient of two numbers that it holds is rounded alike by way of
-    # float64, whose 53 bits are more than 2 · 24 + 2 (Figueroa 1995, When is double rounding innocuous?).
+    # float32 represents all 16-bit integers. The quotient of two float32 numbers is the same whether rounded once or
+    # by way of float64, since 53 ≥ 2 · 24 + 2 bits (Figueroa 1995, When is double rounding innocuous?).
     is_exact = values.dtype.itemsize <= 2 and np.array_equal(divisors.astype(np.float32), divisors)
     return torch.from_numpy(divisors.astype(np.float32 if is_exact else np.float64))
 
 
 def _quotient(integers: Tensor, divisor: Tensor) -> Tensor:
-    # By a tensor: by a number, a GPU multiplies with the reciprocal, which is off by a bit for half of the values.
+    # Divide by a tensor: for a Python number a GPU multiplies by the reciprocal, which is off by a bit half the time.
     return integers.to(divisor.dtype).div_(divisor).float()

@@ -1,4 +1,4 @@
-"""Several artifacts as one sequence of records: those of the first, then those of the second, and so on."""
+"""Several artifacts as one sequence of records."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from storage_schemas.stores.arrays import Rows
 
 
 class Blend:
-    """Artifacts end to end; index i counts the groups of all of them. Nothing is copied.
+    """Artifacts end to end: the groups of the first, then those of the second, and so on. Nothing is copied.
 
-    A record of one of several says in its key where it is from: keys may repeat, and errors name records by them.
+    With several artifacts, record keys get the artifact's URL as a suffix, since keys may repeat between artifacts.
 
     Args:
         artifacts: one or more.
@@ -34,11 +34,11 @@ class Blend:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Record:
-        """The record with this index, at least 0; raises as `Artifact` does."""
+        """The record at an index ≥ 0; raises as `Artifact` does."""
         return self.read(index)
 
     def read(self, index: int, rows: Rows | None = None) -> Record:
-        """The same record, and of some arrays some rows alone; see `Artifact.part`."""
+        """The record at an index, optionally with only some rows of its arrays; see `Artifact.part`."""
         number, own = self.locate(index)
         record = self.artifacts[number].part(own, rows)
         if len(self.artifacts) == 1:
@@ -51,14 +51,14 @@ class Blend:
         return [size for artifact in self.artifacts for size in artifact.shard_sizes]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Number of the artifact that a group is in, and its index there."""
+        """Number of the artifact that contains a group, and the group's index in it."""
         number = bisect.bisect_right(self._ends, index)
         if number == len(self._ends):
             raise IndexError(f"record {index} of {len(self)}")
         return number, index - (self._ends[number - 1] if number else 0)
 
     def where(self, index: int) -> str:
-        """A group in messages: the place of its artifact, and its index there."""
+        """Name of a group in messages: URL of its artifact, and its index there."""
         number, own = self.locate(index)
         return f"{self.artifacts[number].location.url}: group {own}"
 
@@ -72,31 +72,31 @@ class Blend:
         return all(artifact.location.is_local for artifact in self.artifacts)
 
     def expect(self, indices: Iterable[int]) -> int:
-        """Have these groups fetched ahead, of each artifact in this order; see `Artifact.expect`."""
+        """Prefetch groups, for each artifact in the given order; see `Artifact.expect`. Returns their bytes."""
         return sum(artifact.expect(own) for artifact, own in self._located(indices))
 
     def fill(self, indices: Iterable[int]) -> None:
-        """Have these groups fetched into the cache behind all that is expected; see `Artifact.fill`."""
+        """Fetch groups into the cache, after all prefetches; see `Artifact.fill`."""
         for artifact, own in self._located(indices):
             artifact.fill(own)
 
     def expect_nothing(self) -> None:
-        """Fetch nothing more of what was expected and not read."""
+        """Cancel prefetches that were not read yet."""
         for artifact in self.artifacts:
             artifact.expect_nothing()
 
     @property
     def cache_bytes(self) -> int:
-        """What the cache of the remote ones may hold, which they share; 0 without one."""
+        """Capacity in bytes of the cache, which the remote artifacts share; 0 without a cache."""
         return max(artifact.cache_bytes for artifact in self.artifacts)
 
     @property
     def bytes_read(self) -> int:
-        """About how many bytes of remote files hold the arrays that are read."""
+        """Approximate size in remote files of the arrays that are read."""
         return sum(artifact.bytes_read for artifact in self.artifacts if not artifact.location.is_local)
 
     def _located(self, indices: Iterable[int]) -> list[tuple[Artifact, list[int]]]:
-        """The artifacts that these groups are in, with the indices there, in the same order."""
+        """Split indices by artifact, keeping their order; artifacts without any are left out."""
         found: list[list[int]] = [[] for _ in self.artifacts]
         for number, own in map(self.locate, indices):
             found[number].append(own)

@@ -1,4 +1,4 @@
-"""The local cache of remote artifacts: on unless it is refused, limited, and said in a line."""
+"""The local cache of remote artifacts: on by default, limited in size, and announced in a message."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from trainer.data.blend import Blend
 
 NONE = "none"
 LIMIT = 100 * 10**9
-SHARE = 0.8  # of what a disk has for the cache, where nobody has set a limit
+SHARE = 0.8  # largest default share of the disk space that is free or already taken by the cache
 
 
 def opened(url: str, cache: str | None, cache_bytes: int | None) -> Artifact:
     """Open an artifact, through a cache if it is remote.
 
     Args:
-        url: folder or URL.
-        cache: folder for copies; "none" for no cache, None for a folder of the user's cache directory.
-        cache_bytes: what it may hold; None for `LIMIT`, or less on a smaller disk.
+        url: folder or URL of the artifact.
+        cache: folder of the cache; "none" for no cache, None for a folder in the user's cache directory.
+        cache_bytes: capacity of the cache; None for `LIMIT`, or less on a small disk.
 
     Raises:
-        ConfigError: the folder that was asked for cannot be made.
-        NotAnArtifact: there is none at the URL.
+        ConfigError: the folder `cache` cannot be created.
+        NotAnArtifact: there is no artifact at the URL.
     """
     location = Location(url)
     if location.is_local:
@@ -36,21 +36,21 @@ def opened(url: str, cache: str | None, cache_bytes: int | None) -> Artifact:
     if kept is None:
         say(f"cache: none; {location.url} is streamed, with {NEAR_BYTES // 2**20} MB of records ahead in memory")
     else:
-        said = f"cache: what is read of {location.url} is kept in {kept.folder}, up to {_size(kept.max_bytes)}"
-        say(f'{said}; `cache="{NONE}"` keeps nothing')
+        message = f"cache: {kept.folder} keeps what is read of {location.url}, up to {_size(kept.max_bytes)}"
+        say(f'{message}; `cache="{NONE}"` keeps nothing')
     return open_artifact(location, cache=kept)
 
 
 def check_room(groups: Blend) -> None:
-    """Warn if the cache cannot hold all that is read of remote artifacts."""
+    """Warn if the cache is too small for what the run reads of remote artifacts."""
     room = groups.cache_bytes
     needed = groups.bytes_read if room else 0
     if 0 < room < needed:
         urls = ", ".join(artifact.location.url for artifact in groups.artifacts if not artifact.location.is_local)
         warn(
-            f"cache_bytes: the cache may hold {_size(room)}, what is read of {urls} takes "
-            f"{_size(needed)}: the rest is fetched again every epoch, record by record, which is slower; set "
-            f"`cache_bytes={-(-needed // 10**9)}GB`, which holds all, or a smaller `shuffle_window`, or "
+            f"cache_bytes: expected room for the {_size(needed)} that are read of {urls}, found {_size(room)}; the "
+            "rest is fetched again every epoch, record by record, which is slower; set "
+            f"`cache_bytes={-(-needed // 10**9)}GB`, a smaller `shuffle_window`, or "
             f'`cache="{NONE}"`'
         )
 
@@ -66,19 +66,19 @@ def _cache(folder: str | None, limit: int | None) -> Cache | None:
         return None
     try:
         return Cache(own, limit or _default_limit(own))
-    except ConfigError as error:  # nobody asked for this folder
+    except ConfigError as error:  # only a warning, since the user did not ask for this folder
         warn(f"{printable(str(error))}; nothing is kept")
         return None
 
 
 def _default_limit(folder: Path) -> int:
-    """`LIMIT`, or a share of what is free for the cache and what it has taken already."""
+    """`LIMIT`, but at most `SHARE` of the disk space that is free or already taken by the cache."""
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     try:
         taken = sum(512 * file.stat().st_blocks for file in folder.iterdir() if file.is_file())
-    except OSError:  # no folder yet, or one that is being worked in
+    except OSError:  # the folder does not exist yet, or another process is changing it
         taken = 0
     try:
         free = shutil.disk_usage(place).free

@@ -1,4 +1,4 @@
-"""Batches copied to a GPU while it works on the one before."""
+"""Copy batches to a GPU while it still computes on the previous batch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class _OnItsWay(NamedTuple):
 
 
 def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches on a device, in the same order; when one is given, the copy of the next has begun.
+    """Yield the batches on a device, in order; when one is yielded, the copy of the next has already begun.
 
-    On a GPU copies have a stream of their own, which the work on a batch waits for and the process does not. What
-    cannot be read is raised in its turn, after the batches before it.
+    On a GPU copies run in a separate stream, for which kernels wait but the process does not. A read error is raised
+    after the batches before it have been yielded.
 
     Args:
-        batches: in page-locked memory, where the device is a GPU; closed with this.
-        device: where they are wanted.
+        batches: batches, in page-locked memory if the device is a GPU; this generator closes them.
+        device: the target device.
     """
     side = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ended(batches) as source:
@@ -44,7 +44,7 @@ def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Bat
 
 
 def _begun(source: Iterator[Batch], device: torch.device, side: torch.cuda.Stream | None) -> _OnItsWay | None:
-    """The next batch, whose copy has begun; None at the end."""
+    """Begin to copy the next batch; None at the end."""
     batch = next(source, None)
     if batch is None:
         return None
@@ -54,10 +54,10 @@ def _begun(source: Iterator[Batch], device: torch.device, side: torch.cuda.Strea
 
 
 def _arrived(coming: _OnItsWay, device: torch.device) -> Batch:
-    """A batch that what is asked of the device from now on finds there."""
+    """Make kernels launched from now on wait for the copy, and return the batch."""
     if coming.copied is not None:
         here = torch.cuda.current_stream(device)
         here.wait_event(coming.copied)
         for tensor in coming.batch.tensors():
-            tensor.record_stream(here)  # its memory was taken in the other stream, and must outlast the work in this
+            tensor.record_stream(here)  # allocated in the other stream; must not be reused before this one is done
     return coming.batch

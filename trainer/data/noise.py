@@ -1,10 +1,10 @@
-"""Random numbers of one step: a stream for every group, so that a group's draws depend on nothing around it.
+"""Random numbers of one step: every group has its own stream, so its draws do not depend on other groups.
 
-Neither the size of a micro-batch, nor the number of processes, nor the device changes them: they are drawn on
-the CPU in float64 and converted. Group p of global step s owns the stream of word p of
-SeedSequence([seed, ESTIMATOR, s]) (`trainer.data.order` names the purposes).
+The numbers do not depend on micro-batch size, number of processes or device: they are drawn on the CPU and
+converted. Group p of global step s is seeded with word p of SeedSequence([seed, ESTIMATOR, s]); `trainer.data.order`
+defines the purposes.
 
-Shapes: B groups; `like` is a tensor [B, …] whose shape, dtype and device the result has.
+Shapes: B groups; the result has the shape [B, …], dtype and device of the argument `like`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Draws:
         return self._stack([rng.standard_exponential(like[0].numel()) for rng in self._of(like)], like)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Independent on [−1, 1]: the 2^16 midpoints of equal intervals, in half the bytes of float32."""
+        """Independent and uniform over the midpoints of 2^16 equal intervals of [−1, 1].
+
+        Only 16 bits a number are drawn and copied to the device, half of float32.
+        """
         count = like[0].numel()
         drawn = [np.frombuffer(rng.bytes(2 * count), "<i2") for rng in self._of(like)]
         levels = _moved(torch.from_numpy(np.stack(drawn).astype(np.int16, copy=False)), like)
@@ -51,7 +54,7 @@ class Draws:
         """Independent −1 or +1 (Rademacher): mean 0, variance 1 and, of all such laws, the smallest 4th moment."""
         count = like[0].numel()
         packed = [np.frombuffer(rng.bytes(-(-count // 8)), np.uint8) for rng in self._of(like)]
-        # One bit a value crosses to the device.
+        # Only one bit per value is copied to the device.
         eights = functional.embedding(_moved(torch.from_numpy(np.stack(packed)), like).int(), _signs_of_bytes(like))
         return eights.flatten(1)[:, :count].reshape(like.shape)
 
@@ -66,14 +69,14 @@ class Draws:
 
 
 def _moved(values: Tensor, like: Tensor) -> Tensor:
-    """Values as they are on the device of `like`; a GPU is not waited for."""
+    """Values on the device of `like`, copied without waiting for a GPU."""
     if like.is_cuda:
         return values.pin_memory().to(like.device, non_blocking=True)
     return values.to(like.device)
 
 
 def _signs_of_bytes(like: Tensor) -> Tensor:
-    """The eight bits of every byte, the highest first, as −1 and +1: [256, 8]."""
+    """Table of the bits of every byte, highest first, as −1 and +1: [256, 8]."""
     every, places = (torch.arange(count, device=like.device) for count in (256, 8))
     bits = (every[:, None] >> (7 - places)) & 1
     return 2 * bits.to(like.dtype) - 1

@@ -1,33 +1,33 @@
 """Which groups form the batch of a global step: a pure function of (shard sizes, batch size, seed, step).
 
-Per epoch, shards are dealt to windows of about `shuffle_window` groups, and the groups of a window are permuted
-together. Shards are dealt in turns: of every k of an artifact that follow one another in storage, each of the k
-windows gets one, drawn at random. A source that is sorted by class, and each of several artifacts, are thereby
-spread evenly over all windows, which a permutation of shards would leave to chance. So a batch is drawn from
-everything, as evenly as a window holds it, while a reader works on the shards of one window at a time.
+In every epoch, shards are dealt to k windows of about `shuffle_window` groups, and the groups of a window are
+permuted together. Of every k consecutive shards of an artifact each window gets one, at random. So a source that is
+sorted by class, and each of several artifacts, are spread evenly over all windows, which a permutation of shards
+would not guarantee. Every batch is a random sample of its window, and a reader needs the shards of only one window at
+a time.
 
 Let a window hold n groups, p be a position in it, and π the window's permutation of [0, n), which
-`trainer.data.permutation` computes by index. The group there is the π(p)-th of the window's shards laid end to end.
-Two binary searches, for the window and for the shard, and one permutation find it. What is kept grows with the
-shards; neither memory nor start depends on the number of groups.
+`trainer.data.permutation` computes by index. The group at p is the π(p)-th of the window's shards laid end to end.
+Two binary searches, for the window and for the shard, and one permutation find it. Memory and start-up time grow with
+the number of shards, not with the number of groups.
 
-Artifacts have weights: of weight w every group occurs ⌊w⌋ times an epoch, and a share w − ⌊w⌋ of them once more.
-That share is the same number of groups every epoch, others each time, the same proportion of every shard (systematic
-sampling over permuted shards, Madow 1949), so that a sorted artifact keeps its classes.
+Artifacts have weights: in an artifact of weight w every group occurs ⌊w⌋ times per epoch, and a fraction w − ⌊w⌋ of
+the groups once more. The number of these groups is the same in every epoch, their choice differs, and they are the
+same proportion of every shard (systematic sampling over permuted shards, Madow 1949), so a sorted artifact keeps its
+classes.
 
-Neither the storage format nor the number of loader workers nor the place of the artifact enters, and a run
-continues at any step without stored reader state.
+The order does not depend on the storage format, the number of loader workers or the location of the artifact, and a
+run continues at any step without stored reader state.
 
 A step's batch is cut into one share per process and micro-batch, of sizes that differ by at most one. The
 batch is the same in every partition; only its cut differs.
 
-Policy for what does not divide: nothing is dropped and nothing is repeated. The last batch of an epoch is
-short, the loss of every step is the mean over the groups that are in it, and a share may be empty; a process
-with an empty share contributes a zero gradient to the one exchange that each step has, so no process waits for
-another and no group counts twice.
+Remainders: nothing is dropped and nothing is repeated. The last batch of an epoch is short, and the loss of every
+step is the mean over the groups in it. A share may be empty; its process contributes a zero gradient to the step's
+single exchange.
 
-Random streams of the trainer are SeedSequence([seed, purpose, index]); the purposes are named here. (A
-sequence without purpose, [seed, epoch], would be the same stream as [seed, epoch, 0]: numpy pads with
+Random streams of the trainer are SeedSequence([seed, purpose, index]) with the purposes `ORDER`, `ESTIMATOR`,
+`LAYERS` and `MEMBER`. (A sequence without purpose, [seed, epoch], would equal [seed, epoch, 0], since NumPy pads with
 zeros.)
 """
 
@@ -47,9 +47,9 @@ Weight = tuple[int, float]
 """Number of shards of an artifact, and how often each of its groups occurs in an epoch."""
 
 SHUFFLE_WINDOW = 2**18
-"""Groups that are shuffled together; as MosaicML's streaming. In a window of this size no class is scarce."""
+"""Default number of groups that are shuffled together, as in MosaicML's streaming; large enough for rare classes."""
 ORDER_VERSION = 2
-"""Of releases before 0.2.0: 1. Those shuffled eight shards together."""
+"""Version of the order, part of a run's identity. Releases before 0.2.0 had version 1: windows of eight shards."""
 ORDER, ESTIMATOR, LAYERS, MEMBER = 1, 2, 3, 4
 
 
@@ -57,10 +57,10 @@ def stream_seeds(seed: int, purpose: int, index: int, count: int) -> list[int]:
     """64 random bits for each of `count` groups; those of the first groups do not depend on `count`.
 
     Args:
-        seed: the run's.
-        purpose: `ORDER`, `ESTIMATOR` (pseudo-labels and directions), `LAYERS` (dropout) or `MEMBER`.
+        seed: seed of the run.
+        purpose: `ORDER`, `ESTIMATOR` (pseudo-labels and deviations), `LAYERS` (dropout) or `MEMBER`.
         index: step or epoch.
-        count: how many.
+        count: number of groups.
     """
     words: list[int] = np.random.SeedSequence([seed, purpose, index]).generate_state(count, np.uint64).tolist()
     return words
@@ -80,8 +80,8 @@ class Share:
     """Groups of one step that go through the model together.
 
     Attributes:
-        first: position of the first of them in the step's batch; the others follow.
-        indices: of the groups, in the artifact.
+        first: position of its first group in the step's batch; the others follow.
+        indices: indices of the groups in the artifact.
     """
 
     first: int
@@ -92,13 +92,13 @@ WHOLE = Partition()
 
 
 class _Epoch:
-    """The order of one epoch: arrays with an entry for each shard, as often as it occurs, and for each window.
+    """The order of one epoch, as arrays with an entry for each occurrence of a shard and for each window.
 
     Args:
-        sizes: groups of all shards.
+        sizes: number of groups of each shard.
         weights: (number of shards, weight) of each artifact.
-        window: groups of a window, about.
-        words: 64 random bits for each of the five choices.
+        window: approximate number of groups in a window.
+        words: 64 random bits for each of the five random choices.
     """
 
     def __init__(self, sizes: IntArray, weights: Sequence[Weight], window: int, words: Sequence[int]) -> None:
@@ -134,11 +134,11 @@ class _Epoch:
 
 
 Pass = tuple[IntArray, IntArray, BoolArray]
-"""Shards, groups to take of each, and whether these are a share of its groups."""
+"""Shards, number of groups to take from each, and whether that is only a part of the shard."""
 
 
 def _passes(sizes: IntArray, weights: Sequence[Weight], shares: int) -> list[Pass]:
-    """What an epoch takes: each artifact as often as it weighs, without shards of which it takes nothing."""
+    """Passes of an epoch over each artifact: ⌊weight⌋ whole ones and a partial one, without shards not taken from."""
     parts: list[Pass] = []
     first = 0
     for count, weight in weights:
@@ -153,10 +153,10 @@ def _passes(sizes: IntArray, weights: Sequence[Weight], shares: int) -> list[Pas
 
 
 def _dealt(counts: Sequence[int], windows: int, rotation: int, dealing: int) -> IntArray:
-    """The window of each shard of passes of these lengths."""
+    """Window of each shard, for passes with these numbers of shards."""
     turns, places, first = [], [], 0
     for count, word in zip(counts, keys_of(rotation, np.arange(len(counts))).tolist(), strict=True):
-        # Turns begin elsewhere in each epoch, or the same shards would always be in the incomplete one.
+        # Rotate the turns in each epoch; otherwise the same shards would always be in the incomplete turn.
         turn, place = np.divmod((np.arange(count) + word % max(count, 1)) % max(count, 1), windows)
         turns.append(turn + first)
         places.append(place)
@@ -166,9 +166,9 @@ def _dealt(counts: Sequence[int], windows: int, rotation: int, dealing: int) -> 
 
 
 def _shares(sizes: IntArray, fraction: float, keys: WordArray) -> IntArray:
-    """Groups to take of each shard; of all the same proportion, rounded at random so that the sum is fixed."""
+    """Number of groups to take from each shard: the same proportion of all, rounded at random with a fixed sum."""
     total = int(sizes.sum())
-    # Shards are laid end to end at random, and marks at equal distances: how many are on each?
+    # Lay the shards end to end in random order, set marks at equal distances, and count the marks on each shard.
     line = np.argsort(keys, kind="stable")
     marks = (np.cumsum(sizes[line]) * groups_taken(total, fraction) + int(keys[0]) % total) // total
     taken = np.empty_like(sizes)
@@ -177,7 +177,7 @@ def _shares(sizes: IntArray, fraction: float, keys: WordArray) -> IntArray:
 
 
 def groups_taken(groups: int, weight: float) -> int:
-    """How many groups an epoch takes of an artifact with so many."""
+    """Number of groups that an epoch takes from an artifact with `groups` groups and a weight."""
     return int(weight) * groups + math.floor(groups * (weight % 1) + 0.5)
 
 
@@ -185,11 +185,11 @@ class Order:
     """Batches by global step. Steps and epochs count from 0.
 
     Args:
-        shard_sizes: groups of each shard, in storage order, those of one artifact after those of the other.
-        batch_size: groups of a batch.
-        seed: of the run.
-        window: groups that are shuffled together, about: whole shards, at least one; None for everything.
-        weights: (number of shards, weight) of each artifact; all shards once an epoch if not given.
+        shard_sizes: number of groups of each shard, in storage order, artifact after artifact.
+        batch_size: groups per batch.
+        seed: seed of the run.
+        window: approximate number of groups that are shuffled together, in whole shards; None for all.
+        weights: (number of shards, weight) of each artifact; None takes all shards once per epoch.
 
     Examples:
         >>> order = Order([2, 3], batch_size=2, seed=0)
@@ -224,7 +224,7 @@ class Order:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> IntArray:
-        """Indices of the groups of one step; threads may ask at the same time."""
+        """Indices of the groups of one step; thread-safe."""
         return self.batches_joined(step, step + 1)
 
     def batches_joined(self, start: int, stop: int) -> IntArray:
@@ -244,12 +244,12 @@ class Order:
             if kept == number:
                 return order
         order = _Epoch(self._sizes, self._weights, self._window, stream_seeds(self.seed, ORDER, number, 5))
-        # Two, for a reader that is ahead at the end of an epoch.
+        # Keep two epochs, since a prefetching reader may already be in the next one.
         self._recent = (number, order), *recent[:1]
         return order
 
     def shares(self, step: int, partition: Partition = WHOLE) -> list[Share]:
-        """What one process does in one step: its micro-batches, in order, without the empty ones."""
+        """Micro-batches of one process in one step, in order, without empty ones."""
         batch = self.batch(step)
         pieces = partition.world * partition.accumulate
         mine = range(partition.rank * partition.accumulate, (partition.rank + 1) * partition.accumulate)

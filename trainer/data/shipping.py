@@ -1,8 +1,8 @@
-"""Batches on their way out of data workers: in shared memory, or through a pipe where that is short.
+"""Transport of batches from data workers: in shared memory, or through a pipe where shared memory is short.
 
-Torch's loader puts tensors into /dev/shm, of which Docker gives a container 64 MB. In a worker that finds it full a
-thread fails that nobody listens to, and the batch never comes. So a worker looks before it sends, and what does not
-fit for sure goes through the pipe as bytes: slower, by a copy or two, and always possible.
+Torch's loader puts tensors into /dev/shm, which has only 64 MB in a Docker container by default. If it is full, a
+background thread of the worker fails silently and the batch never arrives. So a worker checks the free space first;
+a batch that might not fit goes through the pipe as bytes, which is slower by one or two copies but always works.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Parcel:
     """A batch as bytes.
 
     Attributes:
-        data: the batch, as torch.save writes it: plain pickle cannot take unsigned integers.
+        data: the batch, written by torch.save: plain pickle does not support tensors of unsigned integers.
         tensors: bytes of its tensors.
-        free: bytes of shared memory that there were.
+        free: bytes of shared memory that were free.
     """
 
     data: bytes
@@ -38,18 +38,18 @@ class Parcel:
     free: int
 
     def open(self) -> Batch:
-        """The batch."""
-        batch: Batch = torch.load(io.BytesIO(self.data), weights_only=False)  # of a process of ours
+        """Unpack the batch."""
+        batch: Batch = torch.load(io.BytesIO(self.data), weights_only=False)  # trusted: from our own worker
         return batch
 
 
 @dataclass(frozen=True, slots=True)
 class Shipping:
-    """Makes batches in a worker, in the form in which they can be sent.
+    """Collates batches in a worker, and packs those that may not fit into shared memory.
 
     Attributes:
         collate: stacks items to a batch.
-        senders: workers on this machine that may send at the same moment.
+        senders: number of workers on this machine that may send at the same time.
     """
 
     collate: Callable[[list[Any]], Batch | DatamergeError]
@@ -60,7 +60,7 @@ class Shipping:
         if isinstance(batch, DatamergeError):
             return batch
         free, size = free_shared_memory(), batch.nbytes
-        # If all of them look, and then all send, the last one's batch still has a place.
+        # Enough even if all workers check first and then all send.
         if free is None or free >= size * (self.senders * LOADERS + 1):
             return batch
         data = io.BytesIO()
@@ -69,12 +69,12 @@ class Shipping:
 
 
 def senders(workers: int) -> int:
-    """Data workers of all processes that torchrun started on this machine."""
+    """Number of data workers of all processes that torchrun started on this machine."""
     return workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_shared_memory() -> int | None:
-    """Bytes; None on systems whose shared memory is no folder."""
+    """Free shared memory in bytes; None on systems without `SHARED_MEMORY`."""
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError:

@@ -1,4 +1,4 @@
-"""From stored records to tensors, in the order of `trainer.data.order`, starting at any step."""
+"""Stream batches from artifacts, in the order of `trainer.data.order`, from any step on."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from trainer.data.shipping import LOADERS, SHARED_MEMORY, Parcel, Shipping, send
 
 
 class Wanted(NamedTuple):
-    """One item of a batch: which group, and 64 random bits for arms that draw a member."""
+    """Request for one item of a batch: index of the group, and 64 random bits for arms that draw a member."""
 
     group: int
     word: int
 
 
 class Asked(NamedTuple):
-    """A micro-batch as the loader asks for it: see `Piece`, and its groups."""
+    """Request for a micro-batch: position and step as in `Piece`, and its groups."""
 
     position: int
     step: int
@@ -44,15 +44,15 @@ class Asked(NamedTuple):
 
 
 class Groups(Dataset["Record | DatamergeError"]):
-    """Artifacts as a map-style dataset, asked by `Wanted`.
+    """Artifacts as a map-style dataset, indexed by `Wanted`.
 
-    A record that cannot be read is returned as its error: a loader worker that raised would wrap the one-line
-    message in its own traceback.
+    For a record that cannot be read the dataset returns the error: if a loader worker raised it, torch would wrap the
+    one-line message in a traceback.
 
     Args:
-        artifacts: on another machine what will be asked is fetched ahead, by the process that is asked.
-        course: in what order it is asked; None for one that nobody knows.
-        rows: by a group's random bits and its number of members, the rows of arrays that are read; None for all.
+        artifacts: the artifacts; remote ones are prefetched if there is a course.
+        course: the order in which groups will be read; None if it is unknown.
+        rows: (random bits of the group, number of members) → rows to read of each array; None reads all rows.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class Groups(Dataset["Record | DatamergeError"]):
         for wanted in asked.wanted:
             items.append(self[wanted])
             if isinstance(items[-1], DatamergeError):
-                break  # the batch is lost: what else is in it need not be waited for
+                break  # the batch is lost, so the rest of it need not be read
         return items
 
     def close(self) -> None:
-        """Fetch nothing ahead any more."""
+        """Stop prefetching."""
         if self._ahead is not None:
             self._ahead.close()
 
@@ -102,14 +102,13 @@ class Collate:
     """Stacks records to a batch.
 
     Attributes:
-        arm: what kind of batch.
-        labels: the target is the record's label, else its embedding.
-        members: how many of each group's first stored members to deliver, or to choose one from; arms that read
-            none do not look at it.
-        classes: labels must be below this.
-        clean: the quantity that is a group's clean image, to be delivered too: `clean`, or the `mean` of groups of
-            one image that nobody attacked; None for none.
-        rows: by label, the class that it is of those that are trained; None for the same number.
+        arm: name of the arm, which determines the kind of batch.
+        labels: whether targets are labels; otherwise they are embeddings.
+        members: number of stored members per group to use, from the first; ignored by arms that read no members.
+        classes: number of classes, which labels must be below.
+        clean: quantity that holds the clean image, to be delivered too: `clean`, or `mean` for groups of one
+            unattacked image; None delivers no clean images.
+        rows: class in training of each label; None if they are the same number.
     """
 
     arm: ArmName
@@ -120,12 +119,12 @@ class Collate:
     rows: Mapping[int, int] | None = None
 
     def arrays(self) -> set[str]:
-        """Names of the stored arrays that are read; the others are left alone."""
+        """Names of the stored arrays to read."""
         clean = {"mean": {"sum", "mean"}, "clean": {"clean"}, None: set[str]()}[self.clean]
         return set(ARMS[self.arm].arrays) | (set() if self.labels else {"target"}) | clean
 
     def taken(self, word: int, count: int) -> Mapping[str, slice]:
-        """The rows of its arrays that are read of a group of `count` members, by its random bits."""
+        """Rows to read of the arrays of a group with `count` members, chosen by its random bits."""
         choose = ARMS[self.arm].choose
         return {} if choose is None else {"members": choose(word, min(count, self.members))}
 
@@ -154,10 +153,16 @@ class Collate:
 
 
 def check_label(key: str, label: int | None, classes: int | None, rows: Mapping[int, int] | None = None) -> int:
-    """The class of a label, if cross entropy can take it.
+    """The class in training of a record's label.
+
+    Args:
+        key: key of the record, for messages.
+        label: its label; None if it has none.
+        classes: number of classes; None if unknown.
+        rows: class in training of each label; None if they are the same number.
 
     Raises:
-        ConfigError: there is none, or it is none of the classes.
+        ConfigError: the record has no label, or its label has no class.
     """
     if label is None:
         raise ConfigError(
@@ -174,7 +179,7 @@ def check_label(key: str, label: int | None, classes: int | None, rows: Mapping[
     return label
 
 
-class _Pieces(Sampler[Any]):  # the loader hands on whatever this gives, a list or not
+class _Pieces(Sampler[Any]):  # the loader passes each item on to `Groups.__getitems__`, whatever its type
     def __init__(self, course: Course) -> None:
         self._course = course
 
@@ -199,18 +204,18 @@ def stream(
     """Micro-batches of the steps [start, stop), as `order.shares` lists them.
 
     Args:
-        artifacts: where the groups are.
-        order: which groups form which step.
-        collate: what to deliver of each.
+        artifacts: artifacts with the groups.
+        order: groups of each step.
+        collate: reads and stacks records.
         start: first step, counted from 0.
         stop: step after the last.
-        workers: processes that read ahead; 0 reads ahead in a thread of this one.
-        pin: page-locked memory, for copies to a GPU that overlap with its work.
-        partition: which part of each step is ours.
+        workers: number of processes that read ahead; 0 reads ahead in a thread of this process.
+        pin: whether batches are in page-locked memory, so that copies to a GPU overlap with computation.
+        partition: this process' part of each step.
 
     Raises:
-        CorruptShard: bytes that differ from what was committed.
-        ConfigError: a label that is missing or out of range.
+        CorruptShard: stored bytes differ from their checksum.
+        ConfigError: a label is missing or out of range.
         DatamergeError: the artifact cannot be read.
         RuntimeError: a worker died; see `worker_deaths`.
     """
@@ -224,7 +229,7 @@ def stream(
         # Readers keep threads and locks that do not survive a fork.
         multiprocessing_context="spawn" if workers else None,
         worker_init_fn=_ignore_signals,
-        # A generator of its own: the loader draws a seed for its workers and must not touch the global one.
+        # The loader draws a seed for its workers; with its own generator it leaves the global one untouched.
         generator=torch.Generator(),
         pin_memory=pin,
     )
@@ -238,7 +243,7 @@ def stream(
 
 
 def _unpacked(loader: DataLoader[Any], workers: int, pin: bool) -> Iterator[Batch | DatamergeError]:
-    """What workers send, as it was before they packed it."""
+    """Unpack what workers send."""
     others = set(active_children())
     said = False
     try:
@@ -258,7 +263,7 @@ def _unpacked(loader: DataLoader[Any], workers: int, pin: bool) -> Iterator[Batc
 
 @contextmanager
 def ended(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
-    """The same batches; their workers end with the block, however that ends, not when they are collected."""
+    """Close the batches, and so end their workers, when the block ends, not when they are garbage-collected."""
     try:
         yield batches
     finally:
@@ -268,10 +273,12 @@ def ended(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """Say the death of a data worker in one line. Torch raises it from a signal: anywhere in here, not in `stream`.
+    """Turn the death of a data worker into a one-line error.
+
+    Torch raises it in a signal handler, so anywhere in the block and not only in `stream`.
 
     Raises:
-        DatamergeError: one died.
+        DatamergeError: a data worker died.
     """
     try:
         yield
@@ -279,16 +286,17 @@ def worker_deaths() -> Iterator[None]:
         if "DataLoader worker" not in first_line(error):
             raise
         raise DatamergeError(
-            f"data_workers: {first_line(error).partition('. ')[0].rstrip('.')}; each needs memory for two batches "
-            "and what it imports: use fewer `data_workers`, or a smaller `batch_size`, and run the same command again"
+            f"data_workers: {first_line(error).partition('. ')[0].rstrip('.')}; each worker needs memory for its "
+            "imports and two batches: use fewer `data_workers` or a smaller `batch_size`, and run the same command "
+            "again"
         ) from error
 
 
 def _end(workers: Collection[BaseProcess]) -> None:
-    """End workers at once: one that waits for a disk would be waited for, and they ignore milder signals."""
+    """Kill workers: they ignore milder signals, and one that waits for a disk would delay the end."""
     if threading.current_thread() is not threading.main_thread():
         return
-    # Torch's handler would take their end for an accident.
+    # Torch's SIGCHLD handler would report their end as a crash.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
@@ -300,14 +308,14 @@ def _end(workers: Collection[BaseProcess]) -> None:
 def _on_shared_memory(parcel: Parcel, workers: int) -> str:
     needed = parcel.tensors * (senders(workers) * LOADERS + 1)
     return (
-        f"data_workers: {SHARED_MEMORY} has {parcel.free / 2**20:.0f} MB free, {workers} workers want "
-        f"{needed / 2**20:.0f}: batches come through pipes, which is slower. Give the container more "
-        f"(docker run --shm-size={-(-needed * 2 // 2**30)}g), or use `data_workers=0`"
+        f"data_workers: expected {needed / 2**20:.0f} MB free in {SHARED_MEMORY} for {workers} workers, found "
+        f"{parcel.free / 2**20:.0f} MB; batches go through pipes, which is slower. Give the container more shared "
+        f"memory (docker run --shm-size={-(-needed * 2 // 2**30)}g), or use `data_workers=0`"
     )
 
 
 def _ignore_signals(worker: int) -> None:
-    # Ctrl-C reaches the whole process group. The main process decides when to stop and then ends its workers;
-    # one that died by itself would turn an orderly stop into an error.
+    # Ctrl-C reaches the whole process group. The main process decides when to stop and then ends its workers; a
+    # worker that died on its own would turn an orderly stop into an error.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
