@@ -7,11 +7,13 @@ PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs expe
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test slow check lint format docs pictures clean experiments-small bench gpu gpu-wheels
+.PHONY: help demo test test-floors dist slow check lint format docs pictures clean experiments-small bench gpu gpu-wheels
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
 	@echo "make test    run the tests"
+	@echo "make test-floors  read, check and convert artifacts with the oldest dependencies that pyproject.toml allows"
+	@echo "make dist    build the wheel and the sdist into dist/"
 	@echo "make slow    run the tests at full size (15 minutes, 12 GB of memory and 20 GB of disk)"
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
 	@echo "make format  reformat the code"
@@ -56,6 +58,23 @@ experiments-small: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
+# uv, because pip always takes the newest.
+FLOORS := .floors
+test-floors:
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet uv
+	$(FLOORS)/bin/uv pip compile --quiet --resolution lowest-direct pyproject.toml -o $(FLOORS)/floors.txt
+	$(FLOORS)/bin/uv pip install --quiet --python $(FLOORS)/bin/python -r $(FLOORS)/floors.txt .
+	for one in zarr-uint8_moments webdataset-float32; do \
+	  $(FLOORS)/bin/datamerge verify tests/golden/v1/$$one-full && \
+	  $(FLOORS)/bin/datamerge convert tests/golden/v1/$$one-full $(FLOORS)/$$one && \
+	  $(FLOORS)/bin/datamerge diff tests/golden/v1/$$one-full $(FLOORS)/$$one || exit; \
+	done
+
+dist: $(VENV)/bin/python
+	$(PIP) build
+	$(BIN)/python -m build --outdir dist
+
 # Seconds and memory of every stage go to the folder of DATAMERGE_REPORTS, if it is set.
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/slow
@@ -98,4 +117,4 @@ pictures: $(VENV)/.dev
 	$(BIN)/python -m docs.pictures.draw $(PICTURES)
 
 clean:
-	rm -rf $(VENV) .gpu-wheels .gpu-site demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(FLOORS) dist .gpu-wheels .gpu-site demo-output site .mypy_cache .ruff_cache .pytest_cache .hypothesis

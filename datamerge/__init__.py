@@ -5,11 +5,10 @@
     dm.merge(dm.MergeConfig(source="photos", artifact="adv", encoder="open_clip:ViT-B-32/openai"))
     dm.train(dm.TrainConfig(artifact="adv", run="run", arm="factors"))
 
-Names are imported when they are first used: `import datamerge` takes milliseconds, and reading an artifact needs no
-torch.
+Names are imported on first use, so `import datamerge` takes milliseconds and reading an artifact needs no torch.
 """
 
-TYPE_CHECKING = False  # as in `typing`, whose import would take most of the time
+TYPE_CHECKING = False  # type checkers know the name; importing `typing` would take most of the time
 if TYPE_CHECKING:
     from datamerge.artifacts import combine, convert, diff, export, inspect, preview, remerge, verify
     from datamerge.attacks import APGD, PGD, Attacked, NonFiniteGradient, cross_entropy, squared_error
@@ -133,8 +132,8 @@ __all__ = [
     "verify",
 ]
 
-# Module → the public names in it. Those that have another name there stand as `ours=theirs`.
-_ROOMS = {
+# Module → its public names; `public=name` where the module uses another name.
+_MODULES = {
     "datamerge.artifacts": "combine convert diff export inspect preview remerge verify",
     "datamerge.attacks": "APGD Attacked NonFiniteGradient PGD attack=run_attack cross_entropy squared_error",
     "datamerge.encoders": "Encoder Head load_encoder load_head save_encoder",
@@ -160,7 +159,7 @@ _ROOMS = {
     "trainer": "NotFiniteRun Stopped TrainConfig train",
     "trainer.export.command": "export_encoder=export",
 }
-# Room → the extra that installs what it imports.
+# Package → the extra that installs its dependencies.
 _EXTRAS = {
     "datamerge.attacks": "models",
     "datamerge.encoders": "models",
@@ -170,12 +169,12 @@ _EXTRAS = {
     "trainer": "train",
 }
 _PLACES = {
-    name: (room, inside or name)
-    for room, names in _ROOMS.items()
-    for name, _, inside in (entry.partition("=") for entry in names.split())
+    name: (module, attribute or name)
+    for module, names in _MODULES.items()
+    for name, _, attribute in (entry.partition("=") for entry in names.split())
 }
 
-if not TYPE_CHECKING:  # checkers know the names above, and no others
+if not TYPE_CHECKING:  # with `__getattr__`, type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         if name == "__version__":
@@ -183,9 +182,9 @@ if not TYPE_CHECKING:  # checkers know the names above, and no others
         elif name in _PLACES:
             from datamerge.packages import load
 
-            room, inside = _PLACES[name]
-            extra = next((extra for above, extra in _EXTRAS.items() if f"{room}.".startswith(f"{above}.")), "")
-            value = load(room, inside, extra=extra, needed_by=f"datamerge.{name}")
+            module, attribute = _PLACES[name]
+            extra = next((extra for package, extra in _EXTRAS.items() if f"{module}.".startswith(f"{package}.")), "")
+            value = load(module, attribute, extra=extra, needed_by=f"datamerge.{name}")
         else:
             raise AttributeError(f"module 'datamerge' has no attribute {name!r}")
         globals()[name] = value
@@ -197,7 +196,7 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
-    """The version of the installed distribution; a checkout that is not installed has none."""
+    """The version of the installed distribution; `0+unknown` in a checkout that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

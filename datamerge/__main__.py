@@ -1,11 +1,11 @@
-"""`python -m datamerge`, which is also how torchrun starts it."""
+"""`python -m datamerge`; torchrun starts the command in this way too."""
 
-# ruff: noqa: PTH100, PTH109, PTH120 - pathlib is imported from the right place only after this
+# ruff: noqa: PTH100, PTH109, PTH120 - importing pathlib before the path is fixed could load a user's module
 import os
 import sys
 
-# `-m` puts the working directory in front of what is installed, so that a user's own trainer/ or evaluation.py would
-# be imported in place of ours, and whatever pathlib needs. In a checkout it is where we were found, and stays.
+# `-m` puts the working directory first on sys.path, so a user's trainer/ or types.py would hide ours or that of the
+# standard library. In a checkout the packages are imported from that directory, so it stays.
 if sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
     del sys.path[0]
 

@@ -1,6 +1,7 @@
-"""What one does with artifacts, for Python: places as text, paths or `Location`s, progress on stderr.
+"""Operations on artifacts, for Python callers, with progress on stderr.
 
-An artifact is given by its place, or open. What writes one continues an unfinished one, and returns the new artifact.
+An artifact is given by its location (text, path or `Location`), or as an open `Artifact`. Operations that write an
+artifact continue an unfinished one, and return it open.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from storage_schemas.verify import fix as take_back
 from storage_schemas.verify import verify as check_files
 
 Place = str | os.PathLike[str] | Location
-"""A folder or fsspec URL, or a `Location` where its driver needs options."""
+"""A folder or fsspec URL, or a `Location` if its driver needs options."""
 
 
 def inspect(artifact: Place | Artifact) -> dict[str, Any]:
@@ -41,14 +42,14 @@ def inspect(artifact: Place | Artifact) -> dict[str, Any]:
 
 
 def verify(artifact: Place | Artifact, *, fix: bool = False) -> Report:
-    """Compare every file of an artifact with what was committed.
+    """Compare every file of an artifact with the committed sizes and hashes.
 
     Args:
-        artifact: its place, or the artifact itself.
-        fix: take back the commits of damaged shards; the merge that made the artifact then writes these again.
+        artifact: location of the artifact, or the artifact itself.
+        fix: remove the commits of damaged shards, so that the merge that made the artifact writes them again.
 
     Returns:
-        The problems that were found, also those that `fix` took back.
+        The problems, including those that `fix` has dealt with.
     """
     location = artifact.location if isinstance(artifact, Artifact) else _location(artifact)
     with ExitStack() as shown:
@@ -66,12 +67,12 @@ def verify(artifact: Place | Artifact, *, fix: bool = False) -> Report:
 
 
 def preview(artifact: Place | Artifact, *, groups: int = 8, keys: Sequence[str] = ()) -> Image.Image:
-    """A contact sheet: clean image, members, mean, amplified difference and variance, a row a group.
+    """A contact sheet with one row per group: clean image, members, mean, amplified difference, variance.
 
     Args:
-        artifact: its place, or the artifact itself; finished or not.
-        groups: how many to draw.
-        keys: the groups to draw, in place of some from all over the artifact.
+        artifact: location of the artifact, or the artifact itself; finished or not.
+        groups: number of groups to draw.
+        keys: keys of the groups to draw; by default groups from all over the artifact.
 
     Raises:
         ConfigError: an unknown key, no group to draw, or an empty artifact.
@@ -82,24 +83,24 @@ def preview(artifact: Place | Artifact, *, groups: int = 8, keys: Sequence[str] 
 def convert(
     source: Place | Artifact, target: Place, *, format: Format | None = None, encoding: EncodingName | None = None
 ) -> Artifact:
-    """Write an artifact in another format or encoding; None stands for the source's own.
+    """Write an artifact in another format or encoding; None keeps that of the source.
 
     Raises:
-        UserError: an unknown format or encoding, one that cannot hold these groups, or a target with something else.
+        UserError: the format or encoding is unknown or cannot hold these groups, or the target holds something else.
     """
     artifact = _opened(source)
     layout = artifact.manifest.layout
-    wanted = layout.format if format is None else format, layout.encoding if encoding is None else encoding
+    form = layout.format if format is None else format, layout.encoding if encoding is None else encoding
     return _write(
-        "convert", target, layout.groups, lambda place, advance: write_converted(artifact, place, *wanted, advance)
+        "convert", target, layout.groups, lambda place, advance: write_converted(artifact, place, *form, advance)
     )
 
 
 def remerge(source: Place | Artifact, target: Place, settings: Remerge) -> Artifact:
-    """Merge the stored members of an artifact again, without attacking anything: fewer of them, other factors.
+    """Merge the stored members of an artifact again, without an attack: fewer members, or other factors.
 
     Raises:
-        ConfigError: no members in the source, fewer than asked for, or more factors than they span.
+        ConfigError: the source stores no members or too few, or they span fewer directions than `factors`.
     """
     artifact = _opened(source)
     groups = artifact.manifest.layout.groups
@@ -109,15 +110,15 @@ def remerge(source: Place | Artifact, target: Place, settings: Remerge) -> Artif
 
 
 def combine(artifacts: Sequence[Place | Artifact], target: Place, *, allow_different: Sequence[str] = ()) -> Artifact:
-    """Write the union of artifacts; groups of one key become one group with the members of all.
+    """Write the union of artifacts; groups with the same key become one group with all their members.
 
     Args:
-        artifacts: two or more.
-        target: place of the union.
-        allow_different: names of the provenance, such as `attack.epsilon`, in which they may differ.
+        artifacts: two or more artifacts.
+        target: location of the union.
+        allow_different: entries of the provenance, such as `attack.epsilon`, in which they may differ.
 
     Raises:
-        UserError: artifacts that do not go together, with every difference.
+        UserError: the artifacts cannot be combined; the message lists every difference.
     """
     check_list("artifacts", artifacts)
     plan = plan_combination([_opened(artifact) for artifact in artifacts], allow_different)
@@ -125,10 +126,10 @@ def combine(artifacts: Sequence[Place | Artifact], target: Place, *, allow_diffe
 
 
 def diff(a: Place | Artifact, b: Place | Artifact, *, tolerance: float = 0.0) -> Difference:
-    """Compare two artifacts group by group; `tolerance` is the largest difference that counts as none.
+    """Compare two artifacts group by group; differences up to `tolerance` count as equal.
 
     Raises:
-        ConfigError: a tolerance below 0.
+        ConfigError: the tolerance is below 0.
     """
     first, second = _opened(a), _opened(b)
     with Progress("diff", len(first), "groups") as progress:
@@ -136,13 +137,13 @@ def diff(a: Place | Artifact, b: Place | Artifact, *, tolerance: float = 0.0) ->
 
 
 def export(artifact: Place | Artifact, keys: Sequence[str], folder: Place, *, kind: Kind = "npz") -> list[str]:
-    """Write single groups as files that everything opens: all arrays as `npz`, or pictures as `png`.
+    """Write single groups in common file formats: all arrays as `npz`, or pictures as `png`.
 
     Returns:
         The names of the files in the folder.
 
     Raises:
-        ConfigError: an unknown key or kind, or a file with other contents; nothing was written then.
+        ConfigError: an unknown key or kind, or a file exists with other content; nothing is written.
     """
     return write_groups(_opened(artifact), keys, _location(folder), kind)
 
@@ -158,7 +159,7 @@ def _location(place: Place) -> Location:
 def _write(
     verb: str, target: Place, groups: int, work: Callable[[Location, Callable[[int], None]], Manifest]
 ) -> Artifact:
-    """Run work that writes an artifact, with a progress bar, and open what it wrote."""
+    """Run an operation that writes an artifact, with a progress bar, and open the result."""
     location = _location(target)
     with Progress(verb, groups, "groups") as progress:
         work(location, progress.advance)

@@ -1,4 +1,4 @@
-"""The `datamerge` command. Sub-commands are imported when they are called, so that help answers at once."""
+"""The `datamerge` command. Sub-commands are imported when they are called, so that help appears at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from datamerge.packages import Unavailable, load
 
-# name → (module, attribute, extra that installs what it needs, one-line help)
+# name → (module, attribute, extra with its dependencies, one-line help)
 COMMANDS = {
     "merge": (
         "merge_service.cli",
@@ -47,16 +47,16 @@ COMMANDS = {
 
 
 class CannotLoad(click.ClickException):
-    """A command whose packages are not installed, or hidden by others of their names."""
+    """A command whose packages are not installed, or are hidden by others of the same name."""
 
     exit_code = 2
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules that are imported on first use.
+    """A group whose commands are imported on first use.
 
     Attributes:
-        alone: whether this process does nothing else: its messages call settings by their flags then.
+        alone: whether the process runs nothing but this command, so that messages may name flags.
     """
 
     alone = False
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
             command: click.Command = load(module, attribute, extra=extra, needed_by=f"`datamerge {cmd_name}`")
         except Unavailable as error:
             raise CannotLoad(str(error)) from None
-        # Imported behind the command: `--help` must not wait for pydantic, and what hides our packages is known now.
+        # Imported late: `--help` must not wait for pydantic, and `load` has checked that nothing hides our packages.
         from datamerge.runtime.messages import speak_as
         from datamerge.runtime.options import spell_flags_of
 
@@ -90,7 +90,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        # The group's own way would import every command, and with them torch.
+        # click's implementation would import every command, and with them torch.
         names = [CompletionItem(name, help=row[3]) for name, row in COMMANDS.items() if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, ctx, incomplete)
 
@@ -99,8 +99,8 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
 
 
-def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
+def _show_version(ctx: click.Context, parameter: click.Parameter, show: bool) -> None:
+    if show and not ctx.resilient_parsing:
         from datamerge import __version__
 
         click.echo(f"datamerge, version {__version__}")
@@ -116,11 +116,13 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) 
     callback=_show_version,
     help="Show the version and exit.",
 )
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no hints on stderr; warnings and errors remain.")
-@click.option("-v", "--verbose", is_flag=True, help="Show where an error came from, for a bug report.")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="Print no progress and no hints on stderr, only warnings and errors."
+)
+@click.option("-v", "--verbose", is_flag=True, help="Print the traceback of an error, for a bug report.")
 @click.pass_context
 def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
-    """Replace groups of similar samples by their mean and mean square, once, and train on those.
+    """Replace groups of similar samples by their mean and mean square, once, and train on these.
 
     \b
     datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --members 10
@@ -138,12 +140,12 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
 
 def run() -> NoReturn:
-    """Entry point: `main`, and an end of the process that the threads of others cannot disturb."""
+    """Entry point: run `main` and end the process, whatever threads libraries have left running."""
     LazyGroup.alone = True
     try:
         main()
     except SystemExit as end:
-        # Who used Ray, or was one of several processes that train together, has them.
+        # Ray and distributed training leave such threads.
         if "ray" not in sys.modules and os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         code = end.code
@@ -153,10 +155,9 @@ def run() -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Errors raised on purpose become one line and SystemExit with an exit code (2: wrong request, 1: failure)."""
-    # Imported here: `--help` must not wait for pydantic and zarr.
+    """Run the command. Expected errors become one line and an exit code (2: wrong request, 1: failure)."""
     try:
-        # Outside standalone mode click returns the code of an Exit, and whatever a command returns.
+        # Outside standalone mode click returns the code of an Exit, or the return value of the command.
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -173,14 +174,14 @@ def main() -> NoReturn:
 
 
 def _as_flags(message: str) -> str:
-    """A message with settings as flags; it begins with a place, which may be called like one."""
+    """A message with its settings as flags, except at its start, where a path may look like a setting."""
     from datamerge.runtime.options import as_flags
 
     return as_flags(message, in_front=False)
 
 
 def _report(error: Exception) -> int:
-    """Print an error raised on purpose; re-raise any other, which is a bug and deserves its traceback."""
+    """Print an expected error in one line; re-raise any other, whose traceback shows the bug."""
     from datamerge.runtime.options import as_flags
     from storage_schemas.access.redaction import redact
     from storage_schemas.errors import DatamergeError, printable

@@ -1,6 +1,6 @@
-"""The four packages that this distribution installs: found beside each other, or a line that says what is wrong.
+"""Imports the four packages of this distribution, or says in one line what hides or replaces them.
 
-`trainer` is also the name of a distribution on PyPI and of many people's own folders.
+A distribution on PyPI and many users' folders are also called `trainer`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Unavailable(ImportError):
-    """One of our objects cannot be imported, for a reason that the user can change; the message is one line."""
+    """An object of this distribution cannot be imported; the one-line message says what the user can do."""
 
 
 def load(module: str, attribute: str, *, extra: str, needed_by: str) -> Any:
-    """Import an object of ours.
+    """Import an object from one of the four packages.
 
     Args:
-        module: one of our modules.
-        attribute: the object's name in it.
-        extra: installs what the module imports; empty where `pip install datamerge` does.
+        module: module of the object.
+        attribute: name of the object in the module.
+        extra: extra that installs the module's dependencies; empty if `pip install datamerge` does.
         needed_by: what the user called, for the message.
 
     Raises:
@@ -46,10 +46,10 @@ def load(module: str, attribute: str, *, extra: str, needed_by: str) -> Any:
 
 
 def _check_not_hidden(name: str) -> None:
-    """Raise Unavailable where the import system finds another package of that name than ours."""
+    """Raise Unavailable if another package of that name is imported instead of ours."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        return  # ours is not there at all, as its import will say
+        return  # the package is missing; importing it will say so
     folder = _search_folder(spec)
     if folder.resolve() == ROOT:
         return
@@ -63,7 +63,7 @@ def _check_not_hidden(name: str) -> None:
 
 
 def _python_path() -> dict[Path, str]:
-    """The folders on PYTHONPATH, and how each is to be called in a message."""
+    """The folders on PYTHONPATH, and their names in messages."""
     entries = os.environ.get("PYTHONPATH", "")
     return {
         Path(entry).absolute(): entry or "the empty entry, which is the working directory,"
@@ -72,12 +72,12 @@ def _python_path() -> dict[Path, str]:
 
 
 def _search_folder(spec: ModuleSpec) -> Path:
-    """The entry of sys.path in which a module was found."""
+    """The entry of sys.path that contains a module."""
     return Path(spec.origin or "").absolute().parents[0 if spec.submodule_search_locations is None else 1]
 
 
 def _check_not_overwritten() -> None:
-    """Raise Unavailable where another distribution was installed over one of our packages."""
+    """Raise Unavailable if another distribution has overwritten one of our packages."""
     for name in OURS:
         file = ROOT / name / "__init__.py"
         if owner := _owner(name, file):
@@ -88,11 +88,11 @@ def _check_not_overwritten() -> None:
 
 
 def _owner(package: str, file: Path) -> str | None:
-    """Another distribution than ours that installed this file of a package."""
+    """The other distribution that installed this file of a package, if any."""
     from importlib.metadata import distribution, packages_distributions  # takes longer than all of `--help`
 
     for owner in packages_distributions().get(package, ()):
-        if owner in (None, "datamerge"):  # None: half of it is gone
+        if owner in (None, "datamerge"):  # None: an incomplete installation
             continue
         found = Path(str(distribution(owner).locate_file(f"{package}/{file.name}")))
         if found.resolve() == file.resolve():

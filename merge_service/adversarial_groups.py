@@ -1,7 +1,7 @@
-"""Groups of adversarial images of one photo: attacked in batches that hold whole groups.
+"""Groups of adversarial images of one photo, attacked in batches of whole groups.
 
-A batch goes through three hands: `inputs` are made on the CPU and `records` wait for what the device has left to do,
-both in any thread; only `attack` needs the encoder, and one thread at a time calls it.
+A batch takes three steps. `inputs` runs on the CPU and `records` waits for the device, each in any thread; `run`
+attacks, and only one thread at a time may call it.
 
 Shapes: G groups of a batch, N members, C H W pixels, K embedding.
 """
@@ -43,18 +43,18 @@ Batch = Sequence[tuple[Group, Pixels]]
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a batch is attacked from, on the CPU; pinned where a GPU will copy it.
+    """The inputs of an attack on a batch, in CPU memory; pinned if a GPU will copy them.
 
     Attributes:
-        clean: uint8 [G, C, H, W].
-        draws: of the random starts, one tensor [G·N, C, H, W] a restart.
+        clean: clean images, uint8 [G, C, H, W].
+        draws: random numbers of the starts, one tensor [G·N, C, H, W] per restart.
     """
 
     clean: Tensor
     draws: Sequence[Tensor]
 
     def of(self, groups: Sequence[int]) -> Inputs:
-        """Those of some of the groups."""
+        """The inputs of some of the groups."""
         some = torch.tensor(groups, dtype=torch.int64)
         return Inputs(
             self.clean[some],
@@ -64,12 +64,12 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class AttackedBatch:
-    """An attack that is over for the CPU; a GPU may still have the last kernels of it to run.
+    """An attack whose kernels have all been launched; a GPU may still be running the last of them.
 
     Attributes:
-        result: on [G·N, C, H, W].
-        embeddings: of the clean images, [G, K].
-        done: comes after its last kernel on a GPU.
+        result: the attacked pixels [G·N, C, H, W] and their losses.
+        embeddings: target embeddings of the clean images, [G, K].
+        done: event after the last kernel; None on the CPU.
     """
 
     batch: Batch
@@ -79,11 +79,11 @@ class AttackedBatch:
 
 
 class Attacker:
-    """Makes records of clean images.
+    """Attacks clean images and makes records of the members.
 
     Args:
-        encoder: the attacked one, on its device.
-        target_encoder: gives the embeddings that become targets; `encoder` itself unless the settings name another.
+        encoder: the encoder to attack, on its device.
+        target_encoder: its embeddings become targets; the same as `encoder` unless the settings name another.
         head: class head, for objectives on labels.
     """
 
@@ -97,16 +97,16 @@ class Attacker:
         self.model: nn.Module = encoder if head is None or _on_embeddings(config) else nn.Sequential(encoder, head)
         if config.compile:
             prepare_compilation("compile", self._device.type)
-            self.model = torch.compile(self.model)  # type: ignore[assignment]  # it gives a Module
+            self.model = torch.compile(self.model)  # type: ignore[assignment]  # typed as a callable, it is a Module
         self.precision: Precision = config.precision
         self.objective = config.objective
         self._members = config.group_size or 1
         self.groups_per_batch = max(1, config.batch_size // self._members)
-        # Records are made beside the next attack, whose kernels are in the way on the stream of all.
+        # Records are made during the next attack; on its stream they would wait for its kernels.
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def inputs(self, batch: Batch) -> Inputs:
-        """What G groups are attacked from."""
+        """Clean images and random starts of G groups."""
         clean = stacked(batch, self._device)
         shape, pinned = tuple(clean.shape[1:]), self._device.type == "cuda"
         seed, members = self._config.seed, self._members
@@ -115,7 +115,7 @@ class Attacker:
         return Inputs(clean, draw_starts(settings, shape, generators, restarts=restarts, pinned=pinned))
 
     def run(self, batch: Batch, inputs: Inputs, rejects: list[Reject]) -> AttackedBatch | None:
-        """Attack G groups; those whose gradient is not finite are rejected, the others attacked again without.
+        """Attack G groups. Groups whose gradient is not finite are rejected, and the others attacked again.
 
         Returns:
             None if all were rejected.
@@ -137,10 +137,10 @@ class Attacker:
         return None
 
     def attack(self, batch: Batch, inputs: Inputs) -> tuple[Attacked, Tensor]:
-        """Attack G groups at once: the clean images are encoded once, their N members run together.
+        """Attack G groups at once: each clean image is encoded once, and all members run in one batch.
 
         Returns:
-            The attack's result on [G·N, C, H, W], and the clean embeddings [G, K].
+            The attack's result on [G·N, C, H, W], and the embeddings of the clean images [G, K].
         """
         members = self._members
         clean = quotient(inputs.clean.to(self._device, non_blocking=True).float(), LEVELS)
@@ -162,13 +162,13 @@ class Attacker:
         return result, embeddings
 
     def targets(self, batch: Batch, embeddings: Tensor) -> Tensor:
-        """The objective's second argument, a row a group: embeddings [G, K] or labels [G]."""
+        """The objective's targets, one per group: embeddings [G, K] or labels [G]."""
         if _on_embeddings(self._config):
             return embeddings
         return torch.tensor([group.label for group, _ in batch], device=self._device)
 
     def records(self, attacked: AttackedBatch) -> list[Record]:
-        """The records of a batch, in its order; waits for the device."""
+        """The records of a batch, in the order of its groups; waits for the device."""
         batch, members = attacked.batch, self._members
         with self._beside(attacked.done):
             numbers = on_host(
@@ -179,7 +179,7 @@ class Attacker:
                 }
             )
             pixels = attacked.result.pixels.unflatten(0, (len(batch), members))
-            # A GPU takes all groups at once, a CPU one after the other through its caches.
+            # A GPU takes all groups at once; one group at a time fits a CPU's caches.
             some = len(batch) if self._stream is not None else 1
             arrays = [
                 found
@@ -207,7 +207,7 @@ class Attacker:
         ]
 
     def _arrays(self, batch: Batch, pixels: Tensor) -> list[dict[str, Array]]:
-        """Of every group, what its members [G, N, C, H, W] become."""
+        """The stored arrays of each group, from the members [G, N, C, H, W]."""
         if not self._config.grid:
             moments = (two_pass_moments(group) for group in on_host({"pixels": pixels})["pixels"].numpy())
             return [
@@ -228,9 +228,9 @@ class Attacker:
 
     @contextmanager
     def _beside(self, done: torch.cuda.Event | None) -> Iterator[None]:
-        """On a GPU what is called inside comes after `done`, and not after the attack that has begun since.
+        """On a GPU, run the block on a second stream: after `done`, but not after the attack launched since.
 
-        All of it has ended when the block does: `on_host` waits. So whatever it reads may be freed.
+        `on_host` waits, so all kernels of the block have run when it ends, and their inputs may be freed.
         """
         if self._stream is None or done is None:
             yield
@@ -241,7 +241,7 @@ class Attacker:
 
 
 def stacked(batch: Batch, device: torch.device) -> Tensor:
-    """The images of a batch, uint8 [G, C, H, W] on the CPU; pinned where a GPU will copy them."""
+    """The images of a batch, uint8 [G, C, H, W] in CPU memory; pinned if a GPU will copy them."""
     shape = (len(batch), *batch[0][1].shape)
     images = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
     np.stack([image for _, image in batch], out=images.numpy())

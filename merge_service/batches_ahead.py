@@ -1,9 +1,9 @@
-"""A shard's groups go through the encoder batch by batch, with a thread beside it for what needs none.
+"""Runs a shard's groups through the encoder in batches, while a second thread prepares inputs and makes records.
 
-    beside      inputs 1   inputs 2            records 1, inputs 3     records 2, inputs 4
-    encoder                batch 1             batch 2                 batch 3
+    second thread    inputs 1   inputs 2            records 1, inputs 3     records 2, inputs 4
+    encoder                     batch 1             batch 2                 batch 3
 
-One thread beside makes all inputs and records, in this order, so that a slow one holds two batches and no more.
+One thread makes all inputs and records, in this order, so at most two batches wait for it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class Maker(Protocol[Inputs, Made]):
     groups_per_batch: int
 
     def inputs(self, batch: Batch, /) -> Inputs:
-        """What the encoder needs of a batch."""
+        """The encoder's inputs for a batch."""
 
     def run(self, batch: Batch, inputs: Inputs, rejects: list[Reject], /) -> Made | None:
-        """The part of the encoder; None where all groups were rejected."""
+        """Run the encoder on a batch; None if all groups were rejected."""
 
     def records(self, made: Made, /) -> list[Record]:
-        """The records of a batch, in its order."""
+        """The records of a batch, in the order of its groups."""
 
 
 class BatchesAhead(Generic[Inputs, Made]):
-    """One shard. The inputs of its first batch are made from the start, before `run`.
+    """The batches of one shard. The inputs of the first batch are made at once, before `run` is called.
 
     Args:
-        groups: with their clean images; taken away as they are used.
-        beside: the thread beside.
-        rejects: gets the groups that cannot be used.
+        groups: groups with their clean images; the list is emptied as they are used.
+        beside: an executor with one thread, for inputs and records.
+        rejects: receives the groups that cannot be used.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BatchesAhead(Generic[Inputs, Made]):
                 self._made.append(self._beside.submit(self._maker.records, made))
 
     def records(self) -> list[Record]:
-        """All records, in the order of the groups; waits for the last ones. Nothing here holds them afterwards."""
+        """Wait for all records and return them in the order of the groups; no reference to them is kept."""
         records: list[Record] = []
         while self._made:
             records += self._made.popleft().result()

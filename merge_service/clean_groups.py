@@ -1,6 +1,6 @@
-"""Groups of one clean image each, which nothing attacks: the image is the mean, and its embedding the target.
+"""Groups of one clean image each, without an attack: the image is the mean, and its embedding the target.
 
-Every image goes through the encoder once, in batches, whatever their groups; of label targets none does.
+Every image goes through the encoder once, in batches; for label targets no encoder runs.
 
 Shapes: G groups of a batch, C H W pixels, K embedding.
 """
@@ -34,7 +34,7 @@ class CleanImages:
     """Makes records of clean images.
 
     Args:
-        encoder: of the targets, on its device; None for label targets.
+        encoder: encoder of the targets, on its device; None for label targets.
     """
 
     def __init__(self, config: MergeConfig, layout: Layout, encoder: Encoder | None) -> None:
@@ -43,11 +43,11 @@ class CleanImages:
         self.groups_per_batch = config.batch_size
 
     def inputs(self, batch: Batch) -> Tensor | None:
-        """The images, uint8 [G, C, H, W] on the CPU; None where no encoder takes them."""
+        """The images, uint8 [G, C, H, W] in CPU memory; None without an encoder."""
         return None if self._encoder is None else stacked(batch, self._encoder.mean.device)
 
     def run(self, batch: Batch, inputs: Tensor | None, rejects: list[Reject]) -> Embedded | None:
-        """Embed G images; those whose embedding is not finite are rejected.
+        """Embed G images. Images whose embedding is not finite are rejected.
 
         Returns:
             None if all were rejected.
@@ -70,7 +70,7 @@ class CleanImages:
         return Embedded(batch, embeddings) if batch else None
 
     def records(self, embedded: Embedded) -> list[Record]:
-        """The records of a batch, in its order."""
+        """The records of a batch, in the order of its groups."""
         arrays: list[dict[str, Array]] = [image_arrays(image, self._layout) for _, image in embedded.batch]
         if embedded.embeddings is not None:
             for found, target in zip(arrays, embedded.embeddings.numpy(), strict=True):

@@ -22,10 +22,12 @@ from storage_schemas import ConfigError
 
 @click.command(context_settings=HELP_FLAGS)
 @options(MergeConfig)
-@click.option("--config", "config_file", metavar="FILE.toml", help="Settings by their long names; flags win.")
-@click.option("--dry-run", is_flag=True, help="Measure a small piece, show what the whole would take, and stop.")
-@click.option("--price-per-hour", type=float, help="Of one worker, for the cost that --dry-run shows.")
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+@click.option(
+    "--config", "config_file", metavar="FILE.toml", help="Settings by their long names; flags override them."
+)
+@click.option("--dry-run", is_flag=True, help="Measure a small part, print an estimate for the whole, and stop.")
+@click.option("--price-per-hour", type=float, help="Price of a worker-hour, for the cost in --dry-run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def merge(
     config_file: str | None,
     dry_run: bool,
@@ -45,12 +47,12 @@ def merge(
     """
     if price_per_hour is not None and not dry_run:
         raise ConfigError(
-            f"`price_per_hour={price_per_hour:g}`: only a dry run shows a cost, found none; add `dry_run=True`",
+            f"`price_per_hour={price_per_hour:g}`: only a dry run shows a cost; add `dry_run=True`, or drop it",
             about="price_per_hour",
         )
     if price_per_hour is not None and not 0 < price_per_hour < math.inf:
         raise ConfigError(
-            f"`price_per_hour={price_per_hour:g}`: expected a price above 0; drop it where there is none",
+            f"`price_per_hour={price_per_hour:g}`: expected a price above 0; change it, or drop it",
             about="price_per_hour",
         )
     config = load_settings(MergeConfig, config_file, flags)

@@ -1,4 +1,4 @@
-"""k-means inside one class, in pixels or embeddings; the same clusters whatever the machine's threads.
+"""k-means inside one class, on pixels or embeddings; the result does not depend on the number of threads.
 
 Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007), by scikit-learn.
 """
@@ -31,11 +31,13 @@ def cluster_class(
 ) -> list[int]:
     """The cluster, 0 to `clusters` − 1, of every sample of a class.
 
-    Samples that cannot be read are put into cluster 0: the merge rejects them with the reason.
+    Samples that cannot be read go into cluster 0; the merge rejects them later, with the reason.
 
     Args:
-        seed: words of the seed sequence for the start.
-        encoder: cluster its embeddings; pixels if None.
+        seed: entropy of the `SeedSequence` for the k-means++ start.
+        reader: reads the pixels.
+        encoder: its embeddings are clustered; pixels if None.
+        batch_size: images in one forward pass.
     """
     features: list[Any] = []
     positions: list[int] = []
@@ -46,7 +48,7 @@ def cluster_class(
             continue
         pixels = np.stack([image for _, image in usable])
         positions += [position for position, _ in usable]
-        # 8-bit until all are there: float32 would take four times the memory twice over.
+        # Kept as 8-bit until all are read: float32 takes four times the memory, and is needed twice below.
         features.append(pixels.reshape(len(pixels), -1) if encoder is None else embed(encoder, pixels, batch_size))
     assignment = [0] * len(samples)
     if not positions:
@@ -58,28 +60,28 @@ def cluster_class(
 
 
 def _k_means(features: np.ndarray[Any, np.dtype[np.float32]], clusters: int, seed: Sequence[int]) -> list[int]:
-    # Here, because scikit-learn takes two seconds that other workers need not wait.
+    # scikit-learn takes two seconds to import, and only clustering needs it.
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     state = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
-    # Several threads add up in another order, and the last digit decides ties.
+    # With several threads the order of addition varies, and the last digit decides ties.
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        # Fewer distinct points than clusters: the others stay empty and become no group.
+        # Warns of fewer distinct points than clusters; empty clusters become no group.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = KMeans(clusters, init="k-means++", n_init=1, random_state=state, algorithm="lloyd").fit(features)
     return [int(label) for label in model.labels_]
 
 
 def to_bytes(identity: str, clusters: Mapping[int, Sequence[int]]) -> bytes:
-    """The assignment as the artifact keeps it, so that a resumed merge need not cluster again."""
+    """The assignment as a file of the artifact, so that a resumed merge need not cluster again."""
     document = {"identity": identity, "clusters": {str(label): list(found) for label, found in clusters.items()}}
     return json.dumps(document, separators=(",", ":")).encode()
 
 
 def from_bytes(data: bytes, identity: str) -> dict[int, list[int]] | None:
-    """The assignment, if it was made from the same samples in the same way."""
+    """Read the assignment; None if the file is invalid or was made from other samples or settings."""
     try:
         document = read_json(data)
         if document["identity"] != identity:

@@ -1,4 +1,4 @@
-"""Settings of a merge. One field, one fact; flags, TOML keys and the manifest use the same names."""
+"""Settings of a merge. Flags, TOML keys and the manifest use the same names."""
 
 from __future__ import annotations
 
@@ -29,65 +29,65 @@ _LENGTHS = ("epsilon", "step_size", "start_radius")
 class MergeConfig(Settings):
     """Settings of `datamerge merge`; a TOML file holds them under the same names."""
 
-    # What training called it; settings are copied from there.
+    # Users copy settings from training, which once spelled it `bf16`.
     renamed: ClassVar[dict[str, str]] = {"precision=bf16": 'precision = "bfloat16"'}
 
     effects: ClassVar[tuple[Effect, ...]] = (
         Effect(
             (*_ATTACK, "precision", "compile", "target_encoder"),
-            lambda own: own.grouping == "adversarial",
+            lambda settings: settings.grouping == "adversarial",
             "{settings.grouping} groups are not attacked; drop `{name}`",
         ),
         Effect(
             ("keep_clean",),
-            lambda own: own.grouping == "adversarial",
+            lambda settings: settings.grouping == "adversarial",
             "{settings.grouping} groups have no clean image; drop `{name}`",
         ),
         Effect(
             (*_ATTACK[1:], "precision", "compile", "target_encoder", *_KEPT),
-            lambda own: own.attack != "none",
+            lambda settings: settings.attack != "none",
             'with `attack="none"` a group is one clean image, which its mean holds; drop `{name}`',
         ),
         Effect(
             ("step_size",),
-            lambda own: own.attack == "pgd",
+            lambda settings: settings.attack == "pgd",
             '{settings.attack} chooses its own step sizes; drop `{name}`, or use `attack="pgd"`',
         ),
-        Effect(("step_size",), lambda own: own.steps > 0, "there are no steps; drop `{name}`, or set `steps`"),
+        Effect(
+            ("step_size",), lambda settings: settings.steps > 0, "there are no steps; drop `{name}`, or set `steps`"
+        ),
         Effect(
             ("start_radius",),
-            lambda own: own.random_start,
+            lambda settings: settings.random_start,
             "there is no random start to give a radius; drop `{name}`",
         ),
         Effect(
             ("restarts",),
-            lambda own: own.random_start,
-            "without a random start they would all be the same; drop `{name}`",
+            lambda settings: settings.random_start,
+            "without a random start all restarts would be the same; drop `{name}`",
         ),
         Effect(
             ("clusters", "cluster_by"),
-            lambda own: own.grouping == "cluster",
+            lambda settings: settings.grouping == "cluster",
             '{settings.grouping} groups have no clusters; drop `{name}`, or add `grouping="cluster"`',
         ),
         Effect(
             ("group_column",),
-            lambda own: own.grouping == "column",
-            '{settings.grouping} groups have none; drop `{name}`, or add `grouping="column"`',
+            lambda settings: settings.grouping == "column",
+            '{settings.grouping} groups are not read from a column; drop `{name}`, or add `grouping="column"`',
         ),
-        Effect(("factor_kind",), lambda own: own.factors is not None, "there are no factors; set `factors`"),
+        Effect(
+            ("factor_kind",), lambda settings: settings.factors is not None, "there are no factors; set `factors`"
+        ),
         Effect(
             ("class_names",),
-            lambda own: own.head is not None,
-            "they are the names of a head, found none; set `head`, or drop `{name}`",
+            lambda settings: settings.head is not None,
+            "class names belong to a head, and none is set; set `head`, or drop `{name}`",
         ),
-        Effect(
-            ("batch_size",),
-            lambda own: own.needs_encoder,
-            "no encoder runs on these groups; drop `{name}`",
-        ),
+        Effect(("batch_size",), lambda settings: settings.needs_encoder, "no encoder runs here; drop `{name}`"),
         Effect(
             ("num_gpus",),
-            lambda own: own.needs_encoder and own.device != "cpu",
+            lambda settings: settings.needs_encoder and settings.device != "cpu",
             "no encoder runs on a GPU; drop `{name}`",
         ),
         LIMITS,
@@ -97,26 +97,24 @@ class MergeConfig(Settings):
         description="Images: a folder, Parquet file, tar, .npz or IDX file, a pattern of tars, or "
         "python:MODULE:FACTORY; path or fsspec URL."
     )
-    artifact: Annotated[str, Option(argument=True)] = Field(
-        description="Where the artifact goes; folder or fsspec URL."
-    )
-    grouping: Grouping = Field("adversarial", description="What makes samples a group.")
+    artifact: Annotated[str, Option(argument=True)] = Field(description="Artifact to write: a folder or fsspec URL.")
+    grouping: Grouping = Field("adversarial", description="How samples are grouped.")
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN")] = Field(
         None,
         description="Encoder to attack, such as open_clip:ViT-B-32/openai, or the folder of a finished training run; "
-        "of groups that nothing attacks, the one whose embeddings are targets or are clustered.",
+        "without an attack, the encoder whose embeddings become targets or are clustered.",
     )
     target_encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the attacked one")] = Field(
-        None, description="Encoder of the targets."
+        None, description="Encoder whose embeddings become the targets."
     )
     targets: Annotated[Targets | None, Option(unset="embedding for adversarial groups, label for others")] = Field(
-        None, description="What records train towards."
+        None, description="Targets that training will use."
     )
     members: Annotated[
         PositiveInt | None, Option(unset=f"adversarial: {DEFAULT_MEMBERS}, not attacked: 1; label: the whole class")
     ] = Field(
         None,
-        description="Samples in a group: adversarial images of one photo, of a class, or of an average cluster.",
+        description="Samples in a group; for cluster groups, of an average cluster.",
     )
     clusters: PositiveInt | None = Field(None, description="k-means clusters of each class, for cluster groups.")
     cluster_by: Literal["pixels", "embedding"] = Field("pixels", description="Space in which k-means runs.")
@@ -125,8 +123,8 @@ class MergeConfig(Settings):
     )
     attack: Literal["pgd", "apgd", "none"] = Field(
         "pgd",
-        description="Attack that makes the members: PGD, or APGD, which chooses its own step sizes; with none each "
-        "group is a clean image, at no attack's cost.",
+        description="Attack that makes the members: PGD, or APGD, which adapts its step size; with none each "
+        "group is one clean image.",
     )
     epsilon: PixelLength = Field(
         PixelLength("2/255"), description="Radius of the l-inf ball, a fraction of the pixel range."
@@ -139,7 +137,7 @@ class MergeConfig(Settings):
     start_radius: Annotated[PixelLength | None, Option(unset="epsilon")] = Field(
         None, description="Radius of the random start, a fraction of the pixel range."
     )
-    restarts: PositiveInt = Field(1, description="Attacks of each member, of which the strongest is kept.")
+    restarts: PositiveInt = Field(1, description="Attacks on each member; the strongest is kept.")
     objective: ObjectiveName = Field(
         "squared_error",
         description="Loss that the attack maximises: the squared distance to the clean embedding, or the cross "
@@ -148,34 +146,34 @@ class MergeConfig(Settings):
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN")] = Field(
         None,
         description="Class head for cross_entropy, stored in the artifact: a .safetensors file, the classifier of a "
-        "timm: spec, the text tower of an open_clip: or hf: spec, or that of what a finished training run started "
-        "from; without one the encoder's outputs are taken for logits.",
+        "timm: spec, the text tower of an open_clip: or hf: spec, or the head of the encoder that a finished run "
+        "started from; without one the encoder's outputs are the logits.",
     )
     class_names: Annotated[str | None, Option(metavar="FILE")] = Field(
         None,
-        description="Class names, one a line, in the head's order, or `imagenet`; zero-shot heads are made of them.",
+        description="Class names of the head: a file with one a line, or `imagenet`; zero-shot heads need them.",
     )
     grid: bool = Field(True, description="Keep members on the 8-bit grid, so that moments are exact integers.")
     precision: Precision = Field("float32", description="Arithmetic of the attack's forward passes.")
     compile: bool = Field(False, description="Run encoders through torch.compile.")
     batch_size: PositiveInt = Field(
-        64, description="Images in one forward pass, members of an attack counted one by one; at least one group."
+        64, description="Images in one forward pass, where each member counts; at least one whole group runs."
     )
-    threads: PositiveInt = Field(1, description="CPU threads of an encoder; another number rounds in another way.")
-    format: Format = Field("zarr", description="Physical form of the shards.")
+    threads: PositiveInt = Field(1, description="CPU threads per worker; another number rounds differently.")
+    format: Format = Field("zarr", description="File format of the shards.")
     encoding: Annotated[EncodingName | None, Option(unset="uint8_moments on the 8-bit grid, float32 off it")] = Field(
         None, description="How moments are stored."
     )
     groups_per_shard: PositiveInt = Field(256, description="Groups in a shard, the unit of work and of retry.")
     order: Order = Field(
         "shuffled",
-        description="Order of the groups: shuffled by `seed`, as far as no part of the source is read more often for "
-        "it, or the source's.",
+        description="Order of the groups: shuffled by `seed` where that reads no part of the source more often, or "
+        "the source's order.",
     )
     keep_members: bool = Field(False, description="Store the members too, as 8-bit images.")
     keep_clean: bool = Field(False, description="Store the clean image too, as an 8-bit image.")
     factors: Annotated[PositiveInt | None, Option(unset="none")] = Field(
-        None, description="Factors of each group's covariance to store besides its variance."
+        None, description="Factors of each group's covariance to store beside its variance."
     )
     factor_kind: FactorKind = Field(
         "sketch",
@@ -183,15 +181,15 @@ class MergeConfig(Settings):
         "directions where there are `members` - 1 or more of them.",
     )
     shape: Annotated[str | None, Option(metavar="CxHxW", unset="the first image's")] = Field(
-        None, description="Pixels of the members where no encoder says."
+        None, description="Shape of the stored pixels where no encoder sets it."
     )
     preprocessing_of: Annotated[str | None, Option(metavar="SPEC|RUN", unset="none")] = Field(
-        None, description="Encoder whose pixels the groups get, where none is attacked or embedded."
+        None, description="Encoder whose preprocessing the images get, where no encoder is attacked or embeds."
     )
-    image_size: Annotated[PositiveInt | None, Option(unset="the model's own")] = Field(
-        None, description="Side of the encoders' input in pixels."
+    image_size: Annotated[PositiveInt | None, Option(unset="the model's")] = Field(
+        None, description="Side of the encoders' input, in pixels."
     )
-    resize: bool = Field(True, description="Resize and crop images of other sizes; without, they are rejected.")
+    resize: bool = Field(True, description="Resize and crop images of other sizes; otherwise they are rejected.")
     split: Split = None
     exif: ExifSetting = None
     image_column: ImageColumn = None
@@ -204,30 +202,28 @@ class MergeConfig(Settings):
     )
     limit: Limit = None
     limit_first: LimitFirst = None
-    # What follows changes how fast the work is done, never what is written.
+    # The settings below change the speed, never the bytes written.
     max_workers: Annotated[PositiveInt | None, Option(unset="as many as fit")] = Field(
-        None, description="Ray workers at most."
+        None, description="Maximum number of Ray workers."
     )
-    num_cpus: Annotated[PositiveInt | None, Option(unset="its threads")] = Field(
-        None, description="CPUs that a worker takes."
-    )
+    num_cpus: Annotated[PositiveInt | None, Option(unset="threads")] = Field(None, description="CPUs per worker.")
     num_gpus: Annotated[float | None, Option(unset="1")] = Field(
-        None, gt=0, description="GPUs that a worker takes; 0.5 lets two share one."
+        None, gt=0, description="GPUs per worker; with 0.5 two workers share a GPU."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where encoders run; auto takes GPUs if there are any. Ray deals out which ones."
+        "auto", description="Device of the encoders; auto takes GPUs if there are any. Ray assigns them."
     )
     ray_address: Annotated[str | None, Option(metavar="ADDRESS", unset="Ray starts on this machine")] = Field(
         None, description="Ray cluster to use: auto or HOST:PORT."
     )
     max_rejected: Annotated[int | None, Option(unset="1 % of all samples, at least 10")] = Field(
-        None, ge=0, description="Unusable samples beyond which the merge gives up."
+        None, ge=0, description="Number of unusable samples beyond which the merge stops."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _rounded(cls, values: Any) -> Any:
-        """Refuse decimals that were multiples of 1/255 before somebody rounded them."""
+        """Refuse decimals that are rounded multiples of 1/255."""
         if isinstance(values, dict) and values.get("grid", True):
             for name in _LENGTHS:
                 if (problem := rounded_level(values.get(name), radius=name != "step_size")) is not None:
@@ -253,13 +249,13 @@ class MergeConfig(Settings):
         if self.grouping == "column" and self.group_column is None:
             problems.append("group_column: expected the name of a column for column groups, found none")
         if self.grouping == "column" and self.members is not None:
-            problems.append("members: column groups have those that the column gives them; drop `members`")
+            problems.append("members: the column decides which samples a column group has; drop `members`")
         if self.attack == "none" and self.members not in (None, 1):
             problems.append(
                 f'members: expected 1, the clean image, with `attack="none"`, found {self.members}; drop `members`'
             )
         if self.grouping == "label" and self.keep_members and self.members is None:
-            problems.append("keep_members: a whole class is too much to keep; set `members` for smaller groups")
+            problems.append("keep_members: a whole class is too large to store; set `members` for smaller groups")
         if self.grouping in ("cluster", "column") and self.keep_members:
             problems.append(f"keep_members: {self.grouping} groups differ in size; drop `keep_members`")
         return problems
@@ -268,19 +264,21 @@ class MergeConfig(Settings):
         problems = []
         if self.encoder is None and self.needs_encoder:
             use = "to attack" if self.attacks else "for the embeddings"
-            problems.append(f"encoder: expected one {use}, found none; add a spec such as open_clip:ViT-B-32/openai")
+            problems.append(
+                f"encoder: expected an encoder {use}, found none; add a spec such as open_clip:ViT-B-32/openai"
+            )
         if self.encoder is not None and not self.needs_encoder:
             groups = "groups of one image" if self.grouping == "adversarial" else f"{self.grouping} groups"
             problems.append(
                 f'encoder: {groups} with label targets use none; drop `encoder`, or add `targets="embedding"`'
             )
         if self.encoder is not None and self.shape is not None:
-            problems.append("shape: pixels have the encoder's; drop `shape`")
+            problems.append("shape: the encoder sets the shape of the pixels; drop `shape`")
         if self.preprocessing_of is not None and (self.encoder is not None or self.shape is not None):
             there = "encoder" if self.encoder is not None else "shape"
-            problems.append(f"preprocessing_of: pixels have those of `{there}`; drop `preprocessing_of` or `{there}`")
+            problems.append(f"preprocessing_of: `{there}` sets the pixels; drop `preprocessing_of` or `{there}`")
         if self.image_size is not None and self.encoder is None and self.preprocessing_of is None:
-            problems.append("image_size: there is no encoder to have an input of that size; set `shape` instead")
+            problems.append("image_size: there is no encoder whose input could have that size; set `shape` instead")
         return problems
 
     def _pixel_problems(self) -> list[str]:
@@ -290,7 +288,7 @@ class MergeConfig(Settings):
                 'encoding: uint8_moments needs members on the 8-bit grid; use `grid=True` or `encoding="float32"`'
             )
         if self.factors is not None and (self.grouping != "adversarial" or not self.grid):
-            problems.append("factors: only adversarial groups on the 8-bit grid have them; drop `factors`")
+            problems.append("factors: only adversarial groups on the 8-bit grid have factors; drop `factors`")
         if self.factors is not None and self.factors >= (self.group_size or 1):
             problems.append(
                 f"factors: {self.group_size} members span {(self.group_size or 1) - 1} directions, found "
@@ -307,7 +305,7 @@ class MergeConfig(Settings):
                 "epsilon: expected more than 0, found 0: all members would be the clean image; set a radius"
             )
         if self.attack == "pgd" and self.steps and not self.step_size:
-            problems.append("step_size: expected more than 0, found 0; give steps a length, or use `steps=0`")
+            problems.append("step_size: expected more than 0, found 0; raise it, or use `steps=0`")
         if self.start_radius is not None and self.start_radius > self.epsilon:
             problems.append(
                 f"start_radius: expected at most epsilon, {self.epsilon}, found {self.start_radius}; lower "
@@ -316,11 +314,11 @@ class MergeConfig(Settings):
         if self.random_start and (self.start_radius is None or self.start_radius):
             return problems
         name, drop = ("start_radius",) * 2 if self.random_start else ("random_start", "random_start=False")
-        # ∇‖f(x) − f(x₀)‖² is 0 at x₀, so that the first step, and every other, stays there.
+        # ∇‖f(x) − f(x₀)‖² is 0 at x₀, so no step leaves it.
         if self.objective == "squared_error" and self.target_encoder in (None, self.encoder):
             problems.append(
-                f"{name}: the squared error has no slope at the clean image, where the attack would start and stay, "
-                f"and all members would be the clean image; drop `{drop}`"
+                f"{name}: the gradient of the squared error is 0 at the clean image, so all members would stay "
+                f"there; drop `{drop}`"
             )
         elif not self.steps:
             problems.append(
@@ -348,7 +346,7 @@ class MergeConfig(Settings):
 
     @property
     def resolved_targets(self) -> Targets:
-        """What records train towards."""
+        """`targets`, or its default for this grouping and objective."""
         if self.targets is not None:
             return self.targets
         if self.grouping != "adversarial":
@@ -362,7 +360,7 @@ class MergeConfig(Settings):
 
     @property
     def attack_settings(self) -> PGD | APGD:
-        """The attack's settings."""
+        """Settings of the attack, for `datamerge.attacks`."""
         if self.attack == "apgd":
             return APGD(self.epsilon, self.steps, self.random_start, self.grid, self.start_radius)
         return PGD(
@@ -375,7 +373,7 @@ class MergeConfig(Settings):
         )
 
     def lost_levels(self) -> list[str]:
-        """A sentence for each radius that the 8-bit grid cuts off to whole levels."""
+        """A sentence for each radius that the 8-bit grid cuts to whole levels."""
         if not self.attacks or not self.grid:
             return []
         radii = (("epsilon", self.epsilon), ("start_radius", self.start_radius))
@@ -384,17 +382,17 @@ class MergeConfig(Settings):
 
     @property
     def group_size(self) -> int | None:
-        """Members of a group; None where the data decides."""
+        """Members of a group; None where the data decides the size."""
         if self.grouping == "adversarial" and self.members is None:
             return DEFAULT_MEMBERS if self.attacks else 1
         return self.members
 
     @property
     def resolved_encoding(self) -> EncodingName:
-        """How moments are stored."""
+        """`encoding`, or its default for `grid`."""
         return self.encoding or ("uint8_moments" if self.grid else "float32")
 
     @property
     def cpus(self) -> int:
-        """CPUs a worker asks Ray for."""
+        """CPUs that a worker requests from Ray."""
         return self.num_cpus or self.threads

@@ -1,4 +1,4 @@
-"""What an artifact that is there already says of a merge into it: its source, and how an earlier release began it."""
+"""Checks before a merge continues an existing artifact: its source, and settings of earlier releases."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from storage_schemas.schema.manifest import MANIFEST, parse
 
 
 def as_begun(config: MergeConfig) -> MergeConfig:
-    """The settings, with the order and the limit of an artifact that an earlier release began.
+    """The settings, with `order` and `limit` adapted to an artifact that an earlier release began.
 
-    Earlier releases dealt samples to shards in the source's order, and `limit` took the first; neither is recorded.
+    Earlier releases kept the source's order, and their `limit` took the first samples; their plans record neither.
     """
     manifest = _manifest(Location(config.artifact))
     recorded = None if manifest is None else manifest.provenance.get("source")
     if manifest is None or "order" in manifest.provenance or not isinstance(recorded, dict):
         return config
-    if "samples" not in recorded:  # no merge's
+    if "samples" not in recorded:  # not written by a merge
         return config
     changed: dict[str, Any] = {}
     if "order" not in config.model_fields_set:
@@ -29,16 +29,16 @@ def as_begun(config: MergeConfig) -> MergeConfig:
         changed |= {"limit": None, "limit_first": config.limit}
     if changed:
         first = f", of the first {config.limit} samples" if "limit" in changed else ""
-        said = "order" if "order" in changed else "limit"
-        say(f"{said}: {config.artifact} was begun in the source's order{first}, which is kept")
+        name = "order" if "order" in changed else "limit"
+        say(f"{name}: {config.artifact} was begun in the source's order{first}, which is kept")
     return config.model_copy(update=changed)
 
 
 def check_source(artifact: str, source: Source) -> None:
-    """Refuse to continue an artifact whose source has changed since; warn if nobody can tell.
+    """Refuse to continue an artifact whose source has changed; warn where a change cannot be ruled out.
 
     Raises:
-        SourceError: names the files that differ.
+        SourceError: the source has changed; names the files that differ.
     """
     location = Location(artifact)
     manifest = _manifest(location)
@@ -52,7 +52,7 @@ def check_source(artifact: str, source: Source) -> None:
         if written:
             warn(
                 f"{source.url}: {len(written)} files, such as {written[0]}, were written after {artifact} was begun; "
-                "their sizes are the same, their content is not known. If they are other images, choose another "
+                "their sizes are the same, their content was not compared. If the images changed, choose another "
                 "output"
             )
         return

@@ -1,16 +1,16 @@
-"""Which samples, or groups of them, go into which shard: a seeded permutation that reads nothing more than once more.
+"""Assigns samples or groups to shards: a seeded permutation that does not make shards read more of the source.
 
-A shard is a run of `per_shard` places. Sources are sorted by class more often than not, so what fills the places is
-permuted:
+A shard is a run of `per_shard` consecutive places. Sources are often sorted by class, so their order is permuted:
 
-    samples that are read one by one    all of them
-    samples that are read by the block  whole blocks, among those of their size; then samples inside each block that
-                                        several shards read, and inside each shard. A shard holds few blocks, and a
-                                        block is in as many shards as in the source's order
-    groups of several samples           all groups, unless shards would then read more blocks
+    samples read one by one     all samples
+    samples read in blocks      whole blocks, among blocks of equal size; then the samples inside each block that
+                                several shards read, and inside each shard. So a shard reads few blocks, and a block
+                                is read by as many shards as in the source's order
+    groups of several samples   all groups, unless shards would then read more blocks
 
-A block is what a reader reads to give any of its samples (`Source.blocks`), such as a row group of Parquet. Shapes: M
-samples or groups, B blocks.
+A block is the unit that a reader reads for any of its samples (`Source.blocks`), such as a row group of Parquet.
+
+Shapes: M samples or groups, B blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from storage_schemas.schema.seeds import ORDER, purpose_seed
 
 IntArray = npt.NDArray[np.int64]
 
-# Groups of scattered samples read as many blocks in any order, up to chance.
+# Tolerance for chance: groups of scattered samples read about as many blocks in any order.
 CHANCE = 1.01
 
 
@@ -36,8 +36,8 @@ class Blocks:
     """Runs of samples that a reader reads together.
 
     Attributes:
-        sizes: int64 [B], each above 0, in the source's order.
-        places: int64 [B], at which place among the blocks of the shards each block is.
+        sizes: int64 [B], number of samples of each block, above 0, in the source's order.
+        places: int64 [B], place of each block in the order in which shards read them.
     """
 
     sizes: IntArray
@@ -45,14 +45,14 @@ class Blocks:
 
     @classmethod
     def of(cls, sizes: Sequence[int] | IntArray) -> Blocks:
-        """In the source's order; empty ones are left out."""
+        """Blocks of these sizes in the source's order, without empty ones."""
         found = np.asarray(sizes, np.int64)
         found = found[found > 0]
         return cls(found, np.arange(len(found)))
 
     @cached_property
     def ends(self) -> IntArray:
-        """int64 [B], where each ends in the source."""
+        """int64 [B], where each block ends in the source."""
         return np.cumsum(self.sizes)
 
     def of_samples(self, indices: IntArray) -> IntArray:
@@ -62,20 +62,20 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Dealing:
-    """The outcome: which sample, by its index in the source, is at which place.
+    """The order of the samples.
 
     Attributes:
-        order: int64 [M].
-        blocks: of the samples, if they are read by the block.
+        order: int64 [M], index in the source of the sample at each place.
+        blocks: blocks of the source; None if samples are read one by one.
     """
 
     order: IntArray
     blocks: Blocks | None = None
 
     def as_read(self, start: int, stop: int) -> IntArray:
-        """The places [start, stop), counted from `start`, so that each block is read once, and files front to back.
+        """The places [start, stop), relative to `start`, sorted so that each block is read once, front to back.
 
-        Blocks come in the order in which shards have them: the last of a shard may be the first of the next one.
+        Blocks keep their order across shards, as the last block of a shard may be the first of the next one.
         """
         indices = self.order[start:stop]
         if self.blocks is None:
@@ -84,11 +84,11 @@ class Dealing:
 
 
 def dealt(groups: Groups, sizes: IntArray | None, per_shard: int, seed: int) -> tuple[Groups, Dealing | None]:
-    """Groups in the order of their shards, and how they were dealt where each is one sample.
+    """The groups in the order of the shards, and the order of the samples if each group is one sample.
 
     Args:
-        groups: in the source's order.
-        sizes, per_shard, seed: as `deal` takes them.
+        groups: groups in the source's order.
+        sizes, per_shard, seed: see `deal`.
     """
     if groups.starts is None or groups.members is None:
         dealing = deal(len(groups), sizes, per_shard, seed)
@@ -98,13 +98,13 @@ def dealt(groups: Groups, sizes: IntArray | None, per_shard: int, seed: int) -> 
 
 
 def deal(count: int, sizes: Sequence[int] | IntArray | None, per_shard: int, seed: int) -> Dealing:
-    """Deal samples to shards.
+    """Assign samples to shards.
 
     Args:
-        count: M.
-        sizes: of the blocks that samples are read by; None where each is read by itself.
-        per_shard: places of a shard.
-        seed: of the artifact.
+        count: number of samples, M.
+        sizes: number of samples of each block; None if samples are read one by one.
+        per_shard: number of places in a shard.
+        seed: seed of the artifact.
     """
     rng = np.random.default_rng(purpose_seed(seed, ORDER))
     if sizes is None:
@@ -127,15 +127,15 @@ def deal(count: int, sizes: Sequence[int] | IntArray | None, per_shard: int, see
 
 
 def shards_of(starts: IntArray, ends: IntArray, per_shard: int) -> IntArray:
-    """How many shards each of the runs [start, end) of places is in."""
+    """Number of shards that each run [start, end) of places overlaps."""
     return (ends - 1) // per_shard - starts // per_shard + 1
 
 
 def _arranged(blocks: Blocks, per_shard: int, rng: np.random.Generator) -> IntArray:
-    """The blocks, each at the place of one of its size that is in as many shards; so none is in more than before.
+    """Permute the blocks among those of equal size that overlap equally many shards, so no shard reads more.
 
-    Where most have a size of their own, as those of writers that count bytes, they are permuted freely. A block may
-    then lie across the end of a shard that it missed before, and another one miss it.
+    If most blocks have a unique size, as with writers that limit bytes, all are permuted freely. A block may then
+    cross the end of a shard that it did not cross before, and another block no longer cross it.
     """
     sizes, ends = blocks.sizes, blocks.ends
     _, of_size, times = np.unique(sizes, return_inverse=True, return_counts=True)
@@ -151,14 +151,14 @@ def _arranged(blocks: Blocks, per_shard: int, rng: np.random.Generator) -> IntAr
 def deal_groups(
     starts: IntArray, samples: IntArray, sizes: Sequence[int] | IntArray | None, per_shard: int, seed: int
 ) -> IntArray | None:
-    """Deal groups of several samples to shards: which group is at which place; None for the order that they have.
+    """Assign groups of several samples to shards: the group at each place, or None to keep the order.
 
     Args:
-        starts: int64 [M + 1], where the samples of each group begin in `samples`, and where the last ones end.
-        samples: of all groups, by their index in the source.
-        sizes: of the blocks that samples are read by; None where each is read by itself.
-        per_shard: places of a shard.
-        seed: of the artifact.
+        starts: int64 [M + 1], where the samples of each group begin in `samples`; then the total.
+        samples: indices in the source of the samples of all groups.
+        sizes: number of samples of each block; None if samples are read one by one.
+        per_shard: number of places in a shard.
+        seed: seed of the artifact.
     """
     count = len(starts) - 1
     order = np.random.default_rng(purpose_seed(seed, ORDER)).permutation(count)

@@ -16,7 +16,7 @@ def named_encoder(
     """The encoder that a setting names, if it names one.
 
     Raises:
-        ConfigError: about that setting: see `resolve`.
+        ConfigError: see `resolve`; the error is about that setting.
     """
     named: str | None = getattr(config, setting)
     with refusals_about(setting):
@@ -24,22 +24,22 @@ def named_encoder(
 
 
 def check_pair(encoder: ResolvedEncoder | None, target: ResolvedEncoder | None) -> None:
-    """Check that an attacked encoder and that of the targets see the same pixels and have embeddings of one width.
+    """Check that the attacked encoder and that of the targets take the same pixels and have embeddings of one width.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: their pixels or widths differ.
     """
     if encoder is None or target is None:
         return
     mine, other = encoder.encoder, target.encoder
-    # Each normalises the pixels for itself; both see the same ones.
+    # The normalisation may differ: each encoder applies its own to the same pixels.
     if different := other.preprocessing.differences(mine.preprocessing, normalised=False):
         raise ConfigError(
             f"target_encoder: expected the pixels of the attacked encoder, found {'; '.join(different)}; choose one "
-            "that takes the same"
+            "that takes the same pixels"
         )
     if mine.embedding_dim != other.embedding_dim:
         raise ConfigError(
             f"target_encoder: expected embeddings of width {mine.embedding_dim}, as the attacked encoder's, found "
-            f"{other.embedding_dim}"
+            f"{other.embedding_dim}; choose another one"
         )

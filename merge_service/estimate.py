@@ -1,10 +1,10 @@
-"""What a merge takes: its FLOPs, counted, and its time, bytes and money, from a small measured piece of it.
+"""Estimates a merge: its FLOPs by counting, and its time, bytes and cost from a small measured part.
 
     FLOPs of a group     forward + N · restarts · (gradients · gradient + forward)
 
-`forward` is a pass of the encoder over one image and `gradient` the same with the backward pass to the pixels. Every
-group begins with the embedding of its clean image, every attack ends with the loss of its result, and what is not
-attacked has that embedding alone.
+`forward` is a pass of the encoder over one image, and `gradient` adds the backward pass to the pixels. Every group
+begins with the embedding of its clean image, and every attack ends with the loss of its result. A group that is not
+attacked takes the embedding alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from merge_service.worker_memory import worker_memory
 from storage_schemas import ArtifactWriter, DatamergeError, Location
 
 MEASURE_SECONDS = 3.0
-# A worker's interpreter, its imports and Ray's own start, besides loading the encoder.
+# Start of Ray and of a worker with its imports, without loading the encoder.
 START_SECONDS = 10.0
 SAMPLES_AT_ONCE = 512
 
@@ -38,8 +38,8 @@ class Passes:
     """FLOPs of an encoder's passes over one image.
 
     Attributes:
-        forward: of its embedding.
-        gradient: of its embedding and the gradient with respect to its pixels.
+        forward: FLOPs of the embedding.
+        gradient: FLOPs of the embedding and of its gradient with respect to the pixels.
     """
 
     forward: float
@@ -47,10 +47,10 @@ class Passes:
 
 
 def count_passes(model: nn.Module, shape: tuple[int, ...]) -> Passes:
-    """Count matrix products and convolutions of an encoder with frozen parameters, on one image [C, H, W]."""
+    """Count the FLOPs of a frozen encoder's matrix products and convolutions on one image [C, H, W]."""
     device = next(model.parameters()).device
     pixels = torch.zeros((1, *shape), device=device, requires_grad=True)
-    # torch does not count attention that is one fused kernel.
+    # torch does not count fused attention kernels.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             outputs = model(pixels)
@@ -60,7 +60,7 @@ def count_passes(model: nn.Module, shape: tuple[int, ...]) -> Passes:
 
 
 def group_flops(config: MergeConfig, passes: Passes) -> float:
-    """FLOPs of the encoder for one group of `adversarial` grouping."""
+    """FLOPs of the encoder for one group under `adversarial` grouping."""
     if not config.attacks:
         return passes.forward
     gradients = config.steps + (1 if config.attack == "apgd" else 0)
@@ -70,20 +70,20 @@ def group_flops(config: MergeConfig, passes: Passes) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An extrapolation.
+    """The estimate for a whole merge.
 
     Attributes:
-        bytes: of all shards, after compression.
+        bytes: size of all shards after compression.
         seconds: wall time with `workers` workers like this machine's device, their start included.
-        start_seconds: of that, until a worker is ready.
-        workers: W.
-        flops: of all encoder passes; None where no encoder runs.
-        flop_per_second: that one worker reached.
-        peak_share: of what a large matrix product reaches on the same device and threads.
-        measured: groups, or samples, that were measured.
-        worker_bytes: of memory that a worker takes at most.
-        free_bytes: of memory on this machine before there are workers; None where it does not say.
-        shortage: a line for the user where that is too little for as many workers as there are CPUs for.
+        start_seconds: the part of `seconds` before a worker is ready.
+        workers: number of workers.
+        flops: FLOPs of all encoder passes; None where no encoder runs.
+        flop_per_second: FLOP/s that one worker reached.
+        peak_share: `flop_per_second` over that of a large matrix product on the same device and threads.
+        measured: number of groups, or of given samples, that were measured.
+        worker_bytes: peak memory of a worker.
+        free_bytes: free memory of this machine before workers start; None if the system does not report it.
+        shortage: a line for the user if that is too little for the workers that the CPUs or GPUs allow.
     """
 
     bytes: int
@@ -99,15 +99,15 @@ class Estimate:
     shortage: str | None
 
     def cost(self, price_per_hour: float) -> float:
-        """Price of the workers' time, in the price's currency."""
+        """Price of all workers' time, in the currency of `price_per_hour`."""
         return self.seconds / 3600 * self.workers * price_per_hour
 
 
 def estimate(prepared: Prepared) -> Estimate:
-    """Measure a small piece of the real work on this machine, into a temporary folder, and extrapolate.
+    """Do a small part of the work on this machine, in a temporary folder, and extrapolate.
 
     Raises:
-        DatamergeError: none of the first groups can be used.
+        DatamergeError: no measured group is usable.
     """
     config, plan = prepared.config, prepared.plan
     device, free = local_device(config), free_memory()
@@ -145,7 +145,7 @@ def estimate(prepared: Prepared) -> Estimate:
 
 @dataclass(frozen=True)
 class _Measured:
-    """A piece of work: units are groups if they are attacked, else samples."""
+    """The measured part; its unit is a group of `adversarial` grouping, else a sample."""
 
     units: int
     units_in_all: int
@@ -165,11 +165,11 @@ def _measure_groups(prepared: Prepared, worker: ShardWorker, writer: ArtifactWri
         seconds = time.perf_counter() - started
         if seconds > MEASURE_SECONDS or size >= most:
             break
-        # Larger pieces until one takes long enough to be measured; whole batches if they are quick.
+        # Grow the part until it takes long enough to be measured.
         size = min(most, size * max(2, min(16, int(MEASURE_SECONDS / seconds) + 1)))
     _check_usable(first.groups + result.groups, prepared)
     if config.device != "cpu" and torch.cuda.is_available():
-        seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU they overlap
+        seconds = max(result.attack_seconds, seconds - result.attack_seconds)  # on a GPU, attack and writing overlap
     return _Measured(
         units=len(task.groups),
         units_in_all=plan.layout.groups,
@@ -210,8 +210,8 @@ def _flops_per_unit(prepared: Prepared, model: nn.Module | None) -> float:
 def _check_usable(groups: int, prepared: Prepared) -> None:
     if not groups:
         raise DatamergeError(
-            f"{prepared.source.url}: none of the first groups can be used, so nothing can be measured; merge a few "
-            "with a `limit` to see the reasons"
+            f"{prepared.source.url}: expected usable images in the first groups, found none to measure; merge a few "
+            "with `limit` to see why"
         )
 
 
@@ -226,10 +226,12 @@ def _fitting(config: MergeConfig, device: str) -> int:
 
 
 def _matrix_product_rate(config: MergeConfig, device: str) -> float:
-    """FLOP/s of a large matrix product, the best a device does, in the attack's precision."""
+    """FLOP/s of a large matrix product in the attack's precision, which approximates the device's peak."""
     size, repeats = (8192, 20) if device == "cuda" else (1024, 3)
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    matrix = torch.randn(size, size, device=device, dtype=dtype)  # of equal numbers a GPU makes more, with less power
+    matrix = torch.randn(
+        size, size, device=device, dtype=dtype
+    )  # random: constant matrices draw less power, so a GPU multiplies them faster
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     try:

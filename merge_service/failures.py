@@ -1,4 +1,4 @@
-"""What a failure means: for a moment, for one shard, or for the whole job."""
+"""Classifies failures: temporary, of one shard, or of the whole job."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from storage_schemas.access.retries import is_transient
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file is too large"}
 _CLOSED = {errno.EROFS: "the file system is read-only", errno.EACCES: "no permission", errno.EPERM: "no permission"}
-_LETTERS = 300  # of a cause, in a message
-# A disk's trouble for a moment; a network's is known to `is_transient`.
+_LETTERS = 300  # length limit of a cause in a message
+# Temporary errors of a disk; `is_transient` knows those of a network.
 _MOMENTS = {errno.EIO, errno.ESTALE, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# What is raised on purpose, or for values that are wrong: the same work would end in the same way.
+# Errors about values, and deliberate refusals: a retry would raise them again.
 _LASTING = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NotImplementedError, UserError)
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether reading the same sample may succeed a little later: trouble of a network or of a disk."""
+    """Whether reading the same sample may succeed a little later: a temporary error of a network or disk."""
     if isinstance(error, DatamergeError) or is_hopeless(error):
-        return False  # `Location` has tried again for itself
+        return False  # `Location` has its own retries
     return is_transient(error) or (isinstance(error, OSError) and error.errno in _MOMENTS)
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Whether a shard that failed with this would fail again."""
+    """Whether a shard that failed with this error would fail again."""
     return isinstance(error, _LASTING)
 
 
 def is_hopeless(error: BaseException) -> bool:
-    """Whether every other shard would meet the same failure, so that the job should stop at once."""
+    """Whether every other shard would fail in the same way, so that the job should stop at once."""
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in {**_FULL, **_CLOSED})
 
 
@@ -50,10 +50,10 @@ def explain(error: BaseException, where: str) -> DatamergeError:
 
 
 def cause_of_death(error: BaseException) -> str:
-    """The line of Ray's long message that says why a worker died: what it raised, and where, or how it ended."""
+    """Why a worker died, in one line of Ray's long message: its exception and file, or how its process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = [found[1] for line in lines if (found := re.match(r'File "([^"]+)", line \d+', line))]
-    if places:  # a traceback, whose last line is what was raised
+    if places:  # a traceback; its last line is the exception
         return f"{lines[-1]} ({places[-1]})"[:_LETTERS]
     known = [line for line in lines if re.search(r"exit|memory|node", line, re.IGNORECASE)]
     cause = (known or lines or ["unknown"])[-1]
@@ -61,17 +61,17 @@ def cause_of_death(error: BaseException) -> str:
 
 
 def remedy_of_starts(cause: str, folder: Path) -> str:
-    """What to do about workers that die while they start; `folder` is where the job was started."""
+    """Advice for workers that die while they start; `folder` is the working directory of the job."""
     shadows = _shadows(folder)
     if re.search("memory", cause, re.IGNORECASE):
         return "give them more memory, e.g. by a smaller `max_workers`"
     if shadows:
-        return f"rename {', '.join(shadows)} in {folder}, which are found in the place of libraries"
+        return f"rename {', '.join(shadows)} in {folder}, which hide libraries of the same name"
     return "remove the cause"
 
 
 def _shadows(folder: Path) -> list[str]:
-    """Modules in a folder that are called like installed ones. Ray searches it first until our code runs."""
+    """Modules in a folder that hide installed ones of the same name, as Ray searches the folder first."""
     elsewhere = [place for place in sys.path if place and Path(place).resolve() != folder.resolve()]
     found = []
     for path in sorted(folder.iterdir()):

@@ -1,4 +1,4 @@
-"""Which samples become one record: a pure function of settings, source and, for clusters, their assignment."""
+"""Which samples form a group: a pure function of the settings, the source and the assignment to clusters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from merge_service.config import MergeConfig
 from storage_schemas import ConfigError
 
 Places = npt.NDArray[np.int64]
-"""Places of samples in their source."""
+"""Indices of samples in their source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Groups(Sequence[Group]):
-    """A list of G groups, which are made when they are asked for.
+    """A sequence of groups, stored as columns; each `Group` is made on access.
 
     Attributes:
-        samples: of the source.
+        samples: the samples of the source.
         labels: int32 [G], `NO_LABEL` for none.
-        key: of a group, from its place.
-        members: int64, places of the groups' samples, group after group; None where each sample is a group.
-        starts: int64 [G + 1], where the groups begin in `members`; None likewise.
-        order: int64, which of the G groups there are and in which order; None for all as they are.
+        key: gives the key of a group from its index.
+        members: int64, indices of the groups' samples, group after group; None if each sample is a group.
+        starts: int64 [G + 1], where each group begins in `members`; None if each sample is a group.
+        order: int64, indices of the selected groups in their order; None for all G in order.
     """
 
     samples: Samples
@@ -83,24 +83,24 @@ class Groups(Sequence[Group]):
             start = stop
 
     def take(self, places: Indices) -> Groups:
-        """Those at these places, in this order."""
+        """The groups at these places, in this order."""
         return replace(self, order=np.asarray(places) if self.order is None else self.order[places])
 
     def sizes(self, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
-        """Samples of each of some consecutive groups."""
+        """Number of samples of each group in [start, stop)."""
         chosen = self._chosen(start, len(self) if stop is None else stop)
         return (
             np.ones(len(chosen), np.int64) if self.starts is None else self.starts[chosen + 1] - self.starts[chosen]
         )
 
     def outline(self, start: int, stop: int) -> tuple[Group, ...]:
-        """Some consecutive groups without their samples."""
+        """The groups in [start, stop), without their samples."""
         chosen = self._chosen(start, stop)
         labels = optional_labels(self.labels[chosen])
         return tuple(Group(self.key(g), (), label) for g, label in zip(chosen.tolist(), labels, strict=True))
 
     def places(self, start: int, stop: int) -> Places:
-        """Places in the source of the samples of some consecutive groups, group after group."""
+        """Indices in the source of the samples of the groups in [start, stop), group after group."""
         chosen = self._chosen(start, stop)
         if self.members is None or self.starts is None:
             return chosen
@@ -125,12 +125,12 @@ def make_groups(config: MergeConfig, source: Source, clusters: Mapping[int, Sequ
     """All groups of a merge, in the order that defines shards.
 
     Args:
-        config: the settings.
-        source: where the samples are.
-        clusters: for cluster groups, by label, the cluster of each sample of `by_class`.
+        config: settings of the merge.
+        source: source of the samples.
+        clusters: for cluster groups: by label, the cluster of each sample in the order of `by_class`.
 
     Raises:
-        ConfigError: samples without the label or column value that groups need.
+        ConfigError: a sample has no label or column value, and its group needs one.
     """
     if config.grouping == "adversarial":
         groups = Groups.of_each(source.samples)
@@ -146,7 +146,7 @@ def make_groups(config: MergeConfig, source: Source, clusters: Mapping[int, Sequ
 
 
 def by_class(source: Source) -> dict[int, Places]:
-    """Places of the samples of each label, in the source's order.
+    """Indices of the samples of each label, in the source's order.
 
     Raises:
         ConfigError: a sample has no label.
@@ -156,7 +156,7 @@ def by_class(source: Source) -> dict[int, Places]:
     if missing.any():
         raise ConfigError(
             f"label_column: groups inside classes need labels, {source.samples[int(missing.argmax())].name} of "
-            f"{source.url} has none{source.why}; expected one sub-folder a class, a labels.csv, or a label column"
+            f"{source.url} has none{source.why}; add one sub-folder per class, a labels.csv, or a label column"
         )
     present, counts = np.unique(labels, return_counts=True)
     runs = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
@@ -174,8 +174,8 @@ class _Keys:
     """Keys of groups inside classes.
 
     Attributes:
-        form: for `str.format`, from label and number.
-        labels, numbers: of the G groups.
+        form: format string of label and number.
+        labels, numbers: label, and number within the class, of each of the G groups.
     """
 
     form: str
@@ -199,7 +199,7 @@ def _starts(sizes: npt.NDArray[np.int64]) -> Places:
 
 
 def _label_groups(config: MergeConfig, source: Source) -> Groups:
-    """Every class, or random runs of `members` of it."""
+    """Whole classes, or each class cut at random into groups of `members`."""
 
     def cut() -> Iterator[tuple[int, Places, Places, Places]]:
         for label, places in by_class(source).items():
@@ -214,7 +214,7 @@ def _label_groups(config: MergeConfig, source: Source) -> Groups:
 
 
 def _cluster_groups(source: Source, clusters: Mapping[int, Sequence[int]]) -> Groups:
-    """The clusters of every class; empty ones have no group."""
+    """One group per non-empty cluster of each class."""
 
     def cut() -> Iterator[tuple[int, Places, Places, Places]]:
         for label, places in by_class(source).items():
@@ -226,16 +226,16 @@ def _cluster_groups(source: Source, clusters: Mapping[int, Sequence[int]]) -> Gr
 
 
 def _column_groups(config: MergeConfig, source: Source) -> Groups:
-    """Samples with the same value of a column, in the order of the values."""
+    """One group per value of a column, ordered by value."""
     samples, values = source.samples, source.samples.groups
     if values is None or (values.codes < 0).any():
         first = 0 if values is None else int((values.codes < 0).argmax())
         raise ConfigError(
             f"group_column: expected a value of {config.group_column!r} for every sample, {samples[first].name} of "
-            f"{source.url} has none"
+            f"{source.url} has none; add it, or use another column"
         )
     counts = np.bincount(values.codes, minlength=len(values.distinct))
-    # By value; those that no sample has, which others of a larger source had, come last.
+    # Ordered by value; values without samples (a limit may have dropped them) come last.
     ranked = sorted(range(len(counts)), key=lambda code: (not counts[code], values.distinct[code]))
     used = ranked[: np.count_nonzero(counts)]
     rank = np.empty(len(counts), np.int32)
@@ -251,7 +251,7 @@ def _column_groups(config: MergeConfig, source: Source) -> Groups:
             f"{config.group_column!r} of {source.url}, found several; group by another column, or add "
             '`targets="embedding"` and an `encoder`'
         )
-    # A dot in a value is no extension, and two values must not fall together.
+    # `make_keys` drops what looks like an extension; the suffix keeps values such as 1.0 and 1.5 apart.
     keys = make_keys([f"{values.distinct[code]}.group" for code in used])
     return Groups(samples, np.where(mixed, np.int32(NO_LABEL), labels), keys.__getitem__, members, starts)
 
@@ -261,13 +261,13 @@ def _check_labels(groups: Groups, source: Source) -> None:
     if missing.any():
         raise ConfigError(
             f"targets: label targets need labels, {groups[int(missing.argmax())].samples[0].name} has none"
-            f"{source.why}; expected one sub-folder a class, a labels.csv or a `label_column`, or use "
+            f"{source.why}; add one sub-folder per class, a labels.csv or a `label_column`, or use "
             '`targets="embedding"`'
         )
 
 
 def assignment_sha256(groups: Sequence[Group]) -> str:
-    """Hash of which sample is in which group."""
+    """Hash of the assignment of samples to groups."""
     digest = hashlib.sha256()
     for group in groups:
         digest.update("\0".join((group.key, *(sample.key for sample in group.samples), "\n")).encode())

@@ -1,4 +1,4 @@
-"""The class head of a merge, and the labels of its source as the head's rows."""
+"""The class head of a merge, and the source's labels as rows of the head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from merge_service.config import MergeConfig
 def named_head(config: MergeConfig, encoder: ResolvedEncoder | None) -> Head | None:
     """The class head that the settings name, if they name one.
 
-    A text tower runs on the CPU, once a machine: its head is kept. On a GPU this process would hold half a gigabyte
-    as long as the workers run, and keep them out of one that admits a single process.
+    A text tower runs on the CPU, once per machine, as its head is cached. On a GPU this process would hold half a
+    gigabyte while the workers run, and lock them out of a GPU that admits one process.
 
     Raises:
-        ConfigError: no such head, or one for embeddings of another width than the encoder's.
+        ConfigError: there is no such head, or it takes embeddings of another width than the encoder's.
     """
     if config.head is None:
         return None
@@ -34,7 +34,7 @@ def with_labels_of_head(
     """The source with the head's rows as labels, matched by name where both have names.
 
     Raises:
-        ConfigError: classes that the head does not have.
+        ConfigError: the source has classes that the head lacks.
     """
     attacked = encoder if config.objective == "cross_entropy" and config.attacks else None
     if head is None and attacked is None:

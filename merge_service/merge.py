@@ -1,4 +1,4 @@
-"""The merge: plan, find what is missing, do it, finish the artifact."""
+"""The merge: plan it, run the shards that are missing, finish the artifact."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ MIN_REJECTED = 10
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
-        manifest: of the finished artifact.
-        merged_shards: shards that this run wrote; the others were there.
-        rejects: samples this run could not use.
-        seconds: wall time of the Ray stage.
-        attack_seconds: of attacks, or of embedding images that are not attacked, summed over workers.
+        manifest: manifest of the finished artifact.
+        merged_shards: number of shards that this run wrote; the others existed.
+        rejects: samples that this run could not use.
+        seconds: wall time of the work on Ray, in seconds.
+        attack_seconds: seconds spent on attacks, or on embeddings without an attack, summed over workers.
     """
 
     manifest: Manifest
@@ -74,10 +74,11 @@ class MergeResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A merge that has been planned and not begun.
+    """A planned merge, not yet begun.
 
     Attributes:
-        files: what the artifact keeps besides its shards: class head, source listing, clusters.
+        encoder, target_encoder: encoder to attack or embed with, and encoder of the targets; None where not needed.
+        files: other files of the artifact, by name: class head, source listing, clusters.
     """
 
     config: MergeConfig
@@ -90,19 +91,20 @@ class Prepared:
 
     @property
     def encoders(self) -> list[Encoder]:
-        """Those that a worker loads; the attacked one comes first."""
+        """The encoders that a worker loads, the attacked one first."""
         return [found.encoder for found in (self.encoder, self.target_encoder) if found is not None]
 
 
 def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack | None = None) -> Prepared:
-    """List the source, load the encoder once to learn its shape and hash, plan.
+    """List the source, load the encoder once for its shape and hash, and plan the merge.
 
     Args:
-        planning_only: do not run k-means; assign the samples to clusters in turn instead.
-        ray: keeps Ray, where clusters had to be found, for what comes after.
+        config: settings of the merge.
+        planning_only: assign samples to clusters in turn instead of running k-means.
+        ray: keeps Ray running for the merge, if k-means had to start it.
 
     Raises:
-        UserError: anything that would make the merge fail later and can be known now.
+        UserError: the merge would fail later, for a reason that can be checked now.
     """
     config = as_begun(config)
     source = open_source(
@@ -132,9 +134,9 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
         if planning_only:
             clusters = {label: [i % counts[label] for i in range(len(classes[label]))] for label in classes}
         else:
-            with ExitStack() as own:
+            with ExitStack() as only_here:
                 clusters, files[clustering.FILE] = _clusters(
-                    config, source, encoder, preprocessing, turning.exif, counts, ray or own
+                    config, source, encoder, preprocessing, turning.exif, counts, ray or only_here
                 )
     plan = make_plan(config, source, encoder, target_encoder, head, preprocessing, turning, clusters)
     _warn_of(config, encoder)
@@ -152,22 +154,22 @@ def prepare(config: MergeConfig, *, planning_only: bool = False, ray: ExitStack 
 
 
 def _warn_of(config: MergeConfig, encoder: ResolvedEncoder | None) -> None:
-    """Say what is allowed, and seldom meant."""
+    """Warn about settings that are allowed but rarely intended."""
     for lost in config.lost_levels():
         warn(lost)
     if encoder is not None and encoder.encoder.random_weights:
         warn(
-            f"encoder {encoder.encoder.spec} has RANDOM weights, its groups are good for trying things out only; "
+            f"encoder {encoder.encoder.spec} has RANDOM weights, so its groups are only good for trials; "
             f"name weights as {encoder.encoder.spec}@FILE"
         )
 
 
 def merge(config: MergeConfig) -> MergeResult:
-    """Make an artifact, or finish one that an earlier run of the same settings began.
+    """Make an artifact, or continue one that an earlier run with the same settings began.
 
     Raises:
         UserError: see `prepare`; or the location holds something else.
-        DatamergeError: too many samples had to be rejected, none could be used, or shards had to be set aside.
+        DatamergeError: too many samples were rejected, none was usable, or some shards failed repeatedly.
     """
     with ExitStack() as ray:
         return run(prepare(config, ray=ray))
@@ -176,7 +178,7 @@ def merge(config: MergeConfig) -> MergeResult:
 def run(prepared: Prepared) -> MergeResult:
     """Carry out a prepared merge."""
     config, plan = prepared.config, prepared.plan
-    device, _ = local_device(config), _ray_stage()  # refused before anything is written
+    device, _ = local_device(config), _ray_stage()  # may raise, so before anything is written
     writer = ArtifactWriter(Location(config.artifact), plan.layout, plan.provenance)
     try:
         writer.begin(prepared.files)
@@ -199,7 +201,7 @@ def run(prepared: Prepared) -> MergeResult:
 def _run_stage(
     prepared: Prepared, writer: ArtifactWriter, shards: Sequence[int], earlier: int, device: str
 ) -> tuple[list[Reject], float]:
-    """Do the shards; returns rejects and the seconds of the attack."""
+    """Merge the shards on Ray; returns their rejects and the seconds of their attacks."""
     config, plan = prepared.config, prepared.plan
     rejects: list[Reject] = []
     aside: list[SetAside] = []
@@ -208,7 +210,7 @@ def _run_stage(
     done = plan.layout.groups - sum(plan.count(shard) for shard in shards)
     ray_stage = _ray_stage()
     try:
-        # SIGTERM last: Ray sets a handler of its own when it starts.
+        # Ray sets a handler for SIGTERM when it starts; ours must replace it.
         with (
             ray_stage.on_ray(config),
             sigterm_raises(),
@@ -226,7 +228,7 @@ def _run_stage(
                 progress.advance(plan.count(result.shard), _note(earlier + len(rejects), aside))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
-        # What is committed stays; say so in the manifest before anything else is said, if there is room to.
+        # Record the committed shards in the manifest; a full disk must not hide the first error.
         try:
             writer.finish()
         except OSError:
@@ -240,7 +242,7 @@ def _run_stage(
 
 
 def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> WorkerSetup:
-    """What a worker of this merge needs."""
+    """Everything that a worker of this merge needs to start."""
     encoder, target = (
         None if found is None else Wanted.of(found.encoder) for found in (prepared.encoder, prepared.target_encoder)
     )
@@ -258,20 +260,20 @@ def worker_setup(prepared: Prepared, writer: ArtifactWriter, device: str) -> Wor
 
 
 def local_device(config: MergeConfig) -> str:
-    """Where encoders run on this machine.
+    """The device on which encoders run.
 
     Raises:
-        ConfigError: a GPU is asked for, and there is none.
+        ConfigError: the settings require a GPU, and there is none.
     """
     if config.device == "cuda" and (config.ray_address is not None or torch.cuda.is_available()):
-        # The cluster's nodes may have what this machine has not. What this one has is the workers', and not touched:
-        # that would take half a gigabyte of it, and all of a GPU that admits one process.
+        # A cluster's nodes may have GPUs that this machine lacks. A local GPU is left to the workers: opening it here
+        # takes half a gigabyte of its memory, or all of a GPU that admits one process.
         return "cuda"
     return pick_device(config.device).type
 
 
 def _ray_stage() -> ModuleType:
-    """The module that does work on Ray; what only plans or measures does without it.
+    """Import the module that needs Ray, only when work runs: planning and estimates do without Ray.
 
     Raises:
         DatamergeError: Ray is not installed.
@@ -294,12 +296,12 @@ def _clusters(
     counts: Mapping[int, int],
     ray: ExitStack,
 ) -> tuple[dict[int, list[int]], bytes]:
-    """Clusters of every class and the file that keeps them; from the artifact, if an earlier run has found them."""
+    """Clusters of every class, and the file that stores them; read from the artifact if an earlier run wrote it."""
     identity = fingerprint(
         [source.fingerprint, len(source.samples), counts, config.cluster_by, config.seed, preprocessing.record()]
         + [encoder.encoder.sha256 if encoder else None, config.batch_size, config.threads]
         + ([encoder.encoder.code] if encoder and encoder.encoder.code else [])
-        + ([exif] if exif == "transpose" else [])  # what earlier releases found was of images as they are stored
+        + ([exif] if exif == "transpose" else [])  # earlier releases clustered without EXIF
     )
     location = Location(config.artifact)
     if location.exists(clustering.FILE):
@@ -336,12 +338,12 @@ def _check_usable(manifest: Manifest, url: str) -> None:
 
 def _note(rejected: int, aside: Sequence[SetAside]) -> str:
     notes = [f"{rejected} rejected"] if rejected else []
-    notes += [f"{len(aside)} shards set aside"] if aside else []
+    notes += [f"{len(aside)} shards failed"] if aside else []
     return ", ".join(notes)
 
 
 def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str:
-    """One line on the shards that could not be done: which samples, how often tried, why."""
+    """One line about the failed shards: their samples, number of tries and reasons."""
 
     def names(groups: Sequence[Group]) -> str:
         return shown(sample.name for group in groups for sample in group.samples)

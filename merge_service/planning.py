@@ -1,4 +1,4 @@
-"""Before any work: which groups, in which shards, stored how. A pure function of settings, source and encoder."""
+"""Plans groups, shards, arrays and provenance: a pure function of the settings, the source and the encoders."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.provenance import own_version
 from storage_schemas.schema.record import moment_specs
 
-# Bytes depend on these, as on our own code: decoding, resizing and arithmetic.
+# Packages whose decoding, resizing and arithmetic the stored bytes depend on.
 VERSIONED = ("numpy", "pillow", "torch")
-# A shard of given samples is cut into parts of this many, which different workers add up.
+# Number of given samples in a part of a shard; different workers may add up the parts.
 PART_SAMPLES = 4096
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ T = TypeVar("T")
 Items = tuple[tuple[int, int, Sample], ...]
 """Samples of a shard in the source's order: (index of the group, position in the group, sample)."""
 _Sorted = tuple[Places, Places, Places]
-"""The same as columns, with the places of the samples in the source."""
+"""The same as columns, with the samples' indices in the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,10 @@ class ShardTask:
     """One unit of work: the groups of one shard.
 
     Attributes:
-        groups: without their samples where these are added up as items.
-        items: all its samples, if they are added up and few enough for one piece.
-        reading: places of the groups in the order in which their images are read; empty for theirs.
+        shard: index of the shard.
+        groups: groups of the shard; without their samples if those are added up in parts.
+        items: samples to add up, if they are few enough for one part; else empty.
+        reading: indices of the groups in the order in which to read their images; empty for the order of the groups.
     """
 
     shard: int
@@ -59,25 +60,27 @@ class ShardTask:
     reading: tuple[int, ...] = ()
 
     def as_read(self) -> list[Sample]:
-        """The sample of each group, as they are read."""
+        """The one sample of each group, in the order in which to read them."""
         return [self.groups[place].samples[0] for place in self.reading or range(len(self.groups))]
 
     def in_place(self, read: Sequence[T]) -> list[T]:
-        """What was made of these samples, group by group."""
+        """Put results for `as_read` back into the order of the groups."""
         found = dict(zip(self.reading or range(len(self.groups)), read, strict=True))
         return [found[place] for place in range(len(self.groups))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a merge will write, known before the first shard.
+    """Everything that a merge will write, known before the first shard.
 
     Attributes:
-        groups: in the order that defines shards.
-        preprocessing: which pixels are made of the images.
-        exif: whether EXIF turns them.
+        groups: groups in the order that defines shards.
+        layout: layout of the artifact.
+        provenance: provenance of the artifact.
+        preprocessing: preprocessing of the images.
+        exif: whether EXIF orientations are applied.
         in_parts: whether a shard's samples may be added up on several workers.
-        dealing: of groups that are a sample each, where they are not in the source's order.
+        dealing: shuffled order of groups of one sample each; None if there is none.
     """
 
     groups: Groups
@@ -94,35 +97,35 @@ class Plan:
         return tuple(self.groups[slice(*self._span(shard))])
 
     def count(self, shard: int) -> int:
-        """How many groups a shard has."""
+        """Number of groups in a shard."""
         first, last = self._span(shard)
         return last - first
 
     def samples(self, shards: Iterable[int]) -> int:
-        """How many samples shards have."""
+        """Number of samples in the shards."""
         return sum(int(self.groups.sizes(*self._span(shard)).sum()) for shard in shards)
 
     def task(self, shard: int) -> ShardTask:
-        """A shard as a worker gets it."""
+        """The task of merging one shard."""
         if not self.in_parts:
             return self._task(shard, *self._span(shard))
         outline = self.groups.outline(*self._span(shard))
         return ShardTask(shard, outline, self.part(shard, 0) if self.parts(shard) == 1 else ())
 
     def beginning(self, groups: int) -> ShardTask:
-        """The first groups, as a shard of their own."""
+        """A task of the first groups only."""
         return self._task(0, 0, groups)
 
     def parts(self, shard: int) -> int:
-        """Parts that the samples of a shard are cut into; 1 for a shard that is done in one go."""
+        """Number of parts of a shard; 1 if it is merged whole."""
         if not self.in_parts:
             return 1
         return max(1, -(-self.samples([shard]) // PART_SAMPLES))
 
     def part(self, shard: int, part: int) -> Items:
-        """Part of a shard: a run of its samples in the source's order, so that files are read from front to back."""
+        """One part of a shard: a run of its samples in the source's order, so that files are read front to back."""
         if shard not in self._sorted:
-            self._sorted.clear()  # one shard's list is enough: its parts are handed out one after the other
+            self._sorted.clear()  # one shard's list is enough, as its parts are requested in a row
             self._sorted[shard] = self._in_order(shard)
         group, position, place = (
             column[part * PART_SAMPLES : (part + 1) * PART_SAMPLES] for column in self._sorted[shard]
@@ -130,7 +133,7 @@ class Plan:
         return tuple(zip(group.tolist(), position.tolist(), self.groups.samples.take(place), strict=True))
 
     def pieces(self, shards: Sequence[int]) -> Iterator[Piece]:
-        """The pieces of work that these shards begin with."""
+        """The first pieces of work of these shards: the shards, or all their parts."""
         for shard in shards:
             parts = self.parts(shard)
             if parts == 1:
@@ -167,7 +170,7 @@ def make_plan(
     """Plan groups, shards, arrays and provenance.
 
     Raises:
-        ConfigError, SourceError: settings that do not go with the data.
+        ConfigError, SourceError: the settings do not fit the data.
     """
     groups = make_groups(config, source, clusters)
     loaded = (target_encoder or encoder) if config.needs_encoder else None
@@ -191,7 +194,7 @@ def make_plan(
     if config.order == "shuffled":
         groups, dealing = dealt(groups, source.blocks, layout.groups_per_shard, config.seed)
         if groups is kept:
-            say(f"order: {source.url}: groups stay as they are; shards would read more row groups in another order")
+            say(f"order: {source.url}: groups keep the source's order; shards would read more row groups otherwise")
             del provenance["order"]
     return Plan(
         groups=groups,
@@ -222,25 +225,28 @@ def _check_classes(groups: Groups, encoder: Encoder | None, head: Head | None, s
 
 
 def pixels_of(config: MergeConfig, source: Source, encoder: Encoder | None, exif: Exif) -> Preprocessing:
-    """The pixels that an encoder takes, or those of the settings where none says.
+    """Preprocessing of the encoder, or with the shape from the settings if there is no encoder.
 
     Raises:
-        ConfigError, SourceError: no pixels of images, or none to be found.
+        ConfigError: the shape is not that of images.
+        SourceError: no image can be decoded to take the shape from.
     """
     preprocessing = Preprocessing(shape=_shape(config, source, exif)) if encoder is None else encoder.preprocessing
     if preprocessing.shape[0] not in (1, 3):
         raise ConfigError(
-            f"encoder: expected 1 or 3 channels, those that images have, found pixels {preprocessing.shape}; choose "
+            f"encoder: expected 1 or 3 channels, as images have, found pixels {preprocessing.shape}; choose "
             "another encoder"
         )
     return preprocessing if config.resize else preprocessing.of_exact_size()
 
 
 def _shape(config: MergeConfig, source: Source, exif: Exif) -> tuple[int, int, int]:
-    """Of the pixels where no encoder says: from the settings, else of the first image that can be decoded."""
+    """Shape [C, H, W] from the settings, else from the first image that can be decoded."""
     if config.shape is not None:
         if not re.fullmatch(r"[13](x[1-9][0-9]{0,4}){2}", config.shape.lower()):
-            raise ConfigError(f"shape: expected CxHxW with C = 1 or 3, e.g. 3x224x224, found {config.shape!r}")
+            raise ConfigError(
+                f"shape: expected CxHxW with C = 1 or 3, e.g. 3x224x224, found {config.shape!r}; correct it"
+            )
         channels, height, width = map(int, config.shape.lower().split("x"))
         return channels, height, width
     for sample in source.samples:
@@ -257,7 +263,7 @@ def _shape(config: MergeConfig, source: Source, exif: Exif) -> tuple[int, int, i
 def _arrays(
     config: MergeConfig, shape: tuple[int, int, int], groups: Groups, encoder: Encoder | None, spread: int
 ) -> list[ArraySpec]:
-    """The arrays of a record; `spread`: largest difference of two members of a group, in grey levels."""
+    """Specs of a record's arrays; `spread` is the largest difference of two members of a group, in levels."""
     largest = (config.group_size or 1) if config.grouping == "adversarial" else int(groups.sizes().max())
     arrays = moment_specs(config.resolved_encoding, shape, largest, spread)
     if config.stores_embedding and encoder is not None:
@@ -279,7 +285,7 @@ def _provenance(
     head: Head | None,
     preprocessing: Preprocessing,
 ) -> dict[str, Any]:
-    """What the groups are made from and how. `url` and `spec` say where things were; hashes say what they were."""
+    """How the groups are made. `url` and `spec` record locations, hashes record content."""
     provenance: dict[str, Any] = {
         "source": {
             "url": source.url,
@@ -293,7 +299,7 @@ def _provenance(
         "grouping": _grouping(config),
         "targets": config.resolved_targets,
         "seed": config.seed,
-        **({"order": config.order} if config.order != "source" else {}),  # plans of 0.1.0 say nothing of theirs
+        **({"order": config.order} if config.order != "source" else {}),  # absent in plans of 0.1.0
         "numerics": {
             "batch_size": config.batch_size,
             "threads": config.threads,
@@ -305,11 +311,11 @@ def _provenance(
     if config.needs_encoder and encoder is not None:
         provenance["encoder"] = (target_encoder or encoder).provenance()
         if target_encoder is not None:
-            # The record above is that of the targets' encoder; this one may normalise otherwise.
-            own = encoder.encoder.preprocessing.record()
-            provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": own}
+            # `preprocessing` above is that of the target encoder; the attacked one may normalise differently.
+            record = encoder.encoder.preprocessing.record()
+            provenance["attacked_encoder"] = {**encoder.provenance(), "preprocessing": record}
     if config.grouping == "adversarial":
-        # None says that the mean is the clean image; artifacts of other groupings say nothing.
+        # None means that the mean is the clean image; other groupings have no such entry.
         provenance["attack"] = _attack(config) if config.attacks else None
     if config.license is not None:
         provenance["license"] = config.license
@@ -317,7 +323,7 @@ def _provenance(
         provenance["head"] = {
             "spec": config.head,
             "classes": len(head.weight),
-            # Not `sha256`: combine has that of the whole file under `head.sha256`.
+            # Not `sha256`: combine stores the hash of the whole file under `head.sha256`.
             "weights_sha256": weights_sha256(head),
             "names_sha256": hashlib.sha256(json.dumps(head.names).encode()).hexdigest(),
         }

@@ -1,4 +1,4 @@
-"""How far a low-precision attack is from the float32 one, on a batch of the real data."""
+"""Compares a low-precision attack with the float32 one, on a batch of the real data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from merge_service.adversarial_groups import Attacker, Batch
 
 
 def compare(attacker: Attacker, batch: Batch) -> str:
-    """One line: how many gradient signs agree at the same points, and what both attacks reach.
+    """One line: the share of gradient signs that agree at the same points, and the loss of both attacks.
 
     Raises:
-        NonFiniteGradient: in either precision.
+        NonFiniteGradient: a gradient is not finite in either precision.
     """
     chosen = attacker.precision
     inputs = attacker.inputs(batch)
@@ -27,8 +27,8 @@ def compare(attacker: Attacker, batch: Batch) -> str:
     objective = OBJECTIVES[attacker.objective]
     signs = [gradient_sign(attacker.model, exact.pixels, target, objective, p) for p in (chosen, "float32")]
     agreement = float((signs[0] == signs[1]).to(torch.float32).mean())
-    reached, wanted = float(result.loss.mean()), float(exact.loss.mean())
+    reached, expected = float(result.loss.mean()), float(exact.loss.mean())
     return (
         f"precision {chosen}: {100 * agreement:.1f} % of gradient signs as in float32; attack loss {reached:.6g}, "
-        f"in float32 {wanted:.6g} ({100 * reached / wanted:.1f} %), on {images} images"
+        f"in float32 {expected:.6g} ({100 * reached / expected:.1f} %), on {images} images"
     )

@@ -1,4 +1,4 @@
-"""Ray's side of a merge's workers: actors that may die, as many as fit the nodes."""
+"""The pool of a merge's Ray workers: starts as many as the nodes have room for, and replaces those that die."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from merge_service.worker import ShardWorker, WorkerSetup
 from merge_service.worker_memory import WorkerMemory
 from storage_schemas import DatamergeError
 
-# Failures after which a shard is set aside, or a worker that never starts ends the job.
+# Failures after which a shard is given up, and failed starts in a row after which the job ends.
 TRIES = 3
-# A worker holds the piece it attacks, and one that it writes or decodes meanwhile.
+# A worker attacks one piece while it writes or decodes another.
 PIECES_PER_WORKER = 2
-# How often the cluster is looked at for nodes that came or went.
+# Interval between checks for nodes that joined or left.
 LOOK_SECONDS = 5.0
-# How long a first worker may take until it is missed.
+# Time after which the user is warned that no worker has started.
 START_SECONDS = 60
 
 
@@ -37,23 +37,23 @@ class RayWorker(ShardWorker):
     """A worker that reports its node, and keeps large results away from the driver."""
 
     def begin(self) -> str:
-        """Prepare; returns the node's id."""
+        """Prepare the worker; returns the id of its node."""
         self.prepare()
         return str(ray.get_runtime_context().get_node_id())
 
     def _machine(self) -> tuple[float, float]:
-        """CPUs and GPUs of this node, as Ray deals them out; a worker of a GPU does not see the others."""
+        """CPUs and GPUs of this node, from Ray: a worker sees only the GPUs that it was assigned."""
         here = ray.get_runtime_context().get_node_id()
         resources: dict[str, float] = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
         return resources.get("CPU", 1), resources.get("GPU", 0)
 
     def part_apart(self, items: Items) -> tuple[None, Partial]:
-        """`part`, as two results: one to wait for, and the moments, which only `complete` fetches."""
+        """`part` as two Ray objects: one that signals the end, and the moments, which only `complete` fetches."""
         return None, self.part(items)
 
 
 def _actor_class() -> Any:
-    """A Ray actor around a `RayWorker`. It is nested, so that Ray sends it as code; see `call_in_worker`."""
+    """A Ray actor class around a `RayWorker`; nested, so that Ray pickles it by value (see `call_in_worker`)."""
 
     class _RayWorker:
         def __init__(self, make: Callable[[], RayWorker]) -> None:
@@ -63,23 +63,21 @@ def _actor_class() -> Any:
             try:
                 self._worker = self._make()
                 return self._worker.begin()
-            except SystemExit as end:  # of a module that is imported; Ray would end the worker and not say why
-                raise ImportError(f"code that was loaded ended its process (SystemExit: {end})") from end
+            except SystemExit as end:  # raised by an imported module; Ray would end the worker without a reason
+                raise ImportError(f"imported code called exit (SystemExit: {end})") from end
 
         def call(self, method: str, *args: Any) -> Any:
             try:
                 return getattr(self._worker, method)(*args)
             except SystemExit as end:
-                raise ValueError(
-                    f"code of the encoder's or the source's ended its process (SystemExit: {end})"
-                ) from end
+                raise ValueError(f"code of the encoder or of the source called exit (SystemExit: {end})") from end
 
     return ray.remote(_RayWorker)
 
 
 @dataclass(eq=False)
 class Worker:
-    """An actor, the start it is in, and what it holds."""
+    """An actor, the reference of its start (None once it is ready), and the pieces that it holds."""
 
     actor: Any
     starting: Any
@@ -88,12 +86,12 @@ class Worker:
 
 
 class Pool:
-    """Workers on a cluster: replaced when they die, more when nodes join."""
+    """Workers on a cluster; dead ones are replaced, and nodes that join get some too."""
 
     def __init__(self, setup: WorkerSetup, memory: WorkerMemory | None) -> None:
         config = setup.config
         self._memory, self._said = memory, ""
-        # Of this machine, before there are workers; for a cluster's nodes Ray says it.
+        # Free memory of this machine before workers start; Ray reports that of a cluster's nodes.
         self._free = free_memory() if config.ray_address is None else None
         self._gpus = (config.num_gpus or 1.0) if setup.device.startswith("cuda") else 0.0
         self._cpus, self._limit = config.cpus, config.max_workers
@@ -110,8 +108,8 @@ class Pool:
             "scheduling_strategy": "SPREAD",
         }
 
-    def fit(self, wanted: int) -> None:
-        """Start workers until there are as many as fit the cluster, are allowed, and have work."""
+    def fit(self, pieces: int) -> None:
+        """Start as many workers as the cluster has room for and the settings allow, at most one per piece."""
         now = time.monotonic()
         if self.workers and now - self._looked < LOOK_SECONDS:
             return
@@ -120,12 +118,12 @@ class Pool:
         fitting = int(resources.get("CPU", 1)) // self._cpus
         if self._gpus:
             fitting = min(fitting, int(resources.get("GPU", 0) / self._gpus + 1e-9))
-        # One is asked for even where none fits: an autoscaler may add a node for it.
-        target = min(max(1, fitting), self._limit or max(1, fitting), max(1, wanted))
+        # Request one even where none fits: an autoscaler may add a node for it.
+        target = min(max(1, fitting), self._limit or max(1, fitting), max(1, pieces))
         if self._memory is not None:
             target = self._with_room(self._memory, target)
         while len(self.workers) < target:
-            # By value, not through ray.put: a later worker must not depend on an object that died with a node.
+            # Passed by value, not through ray.put: an object may be lost with its node before a later worker starts.
             actor = self._class.options(**self._options).remote(self._make)
             self.workers.append(Worker(actor, actor.begin.remote()))
         if any(worker.starting is None for worker in self.workers):
@@ -133,12 +131,12 @@ class Pool:
         elif now - self._worked > START_SECONDS:
             self._worked = now
             warn(
-                f"no worker has started yet; one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster has "
+                f"no worker has started yet: one needs {self._cpus} CPU and {self._gpus:g} GPU, the cluster has "
                 f"{resources.get('CPU', 0):g} and {resources.get('GPU', 0):g} in all"
             )
 
     def _with_room(self, memory: WorkerMemory, wanted: int) -> int:
-        """How many of so many workers the nodes have memory for, one in any case; says so where it is not all."""
+        """How many of the wanted workers the nodes have memory for, at least one; warns if it is not all of them."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room, short = 0, ""
         for node in nodes:
@@ -152,19 +150,19 @@ class Pool:
         return min(wanted, max(1, room))
 
     def started(self, worker: Worker) -> None:
-        """Record that a worker is ready; raises the error of its start."""
+        """Mark a worker as ready, or raise the error of its start."""
         worker.node, worker.starting = ray.get(worker.starting), None
         self._failed_starts = 0
 
     def lost(self, worker: Worker, error: RayActorError) -> bool:
-        """Drop a dead worker; returns whether its node went too, which is not its work's fault.
+        """Drop a dead worker; returns whether its node is gone too, in which case its work is not to blame.
 
         Raises:
             DatamergeError: workers keep dying before they are ready.
         """
         self.workers.remove(worker)
         self._looked = 0.0
-        ray.kill(worker.actor)  # it may only be out of reach
+        ray.kill(worker.actor)  # it may be alive and only unreachable
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         gone = bool(getattr(error, "preempted", False)) or (worker.node is not None and worker.node not in alive)
         if worker.starting is not None:

@@ -1,4 +1,4 @@
-"""Work on Ray: pieces out to a pool of workers, results in. This file and the pool's know Ray, no other here."""
+"""Runs the work on Ray: hands pieces to a pool of workers and yields their results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from merge_service.worker import ShardResult, WorkerSetup
 from merge_service.worker_memory import WorkerMemory
 from storage_schemas import DatamergeError
 
-# Different shards that may fail one after the other, before and after the first success, until the job stops.
+# Number of different shards that fail in a row, before and after the first success, at which the job stops.
 MOST_FAILING, MOST_FAILING_LATER = 3, 8
-# Tasks are small lists of names; results are counts. Only partial moments go through the object store.
+# A small store is enough: tasks are lists of names, results are counts, and only partial moments are large.
 OBJECT_STORE_BYTES = 128 * 2**20
-# No hiding of GPUs from workers that ask for none.
+# Do not hide GPUs from workers that request none.
 ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def on_ray(config: MergeConfig) -> AbstractContextManager[None]:
-    """Ray for this merge, in a `with`: a cluster, or processes on this machine that end with the block.
+    """A context with Ray: connected to a cluster, or started on this machine until the block ends.
 
     Raises:
-        ConfigError: no cluster at the address.
+        ConfigError: there is no cluster at the address.
         DatamergeError: Ray does not start here.
     """
     here: dict[str, Any] = {} if config.ray_address else {"object_store_memory": OBJECT_STORE_BYTES}
@@ -43,14 +43,14 @@ def on_ray(config: MergeConfig) -> AbstractContextManager[None]:
 
 
 def device(config: MergeConfig, local: str) -> str:
-    """Where the workers' encoders run: a cluster's GPUs if it has any and `device` is auto; else `local`."""
+    """Device of the workers' encoders: with `device="auto"` a cluster's GPUs if it has any; else `local`."""
     if config.ray_address is None or config.device != "auto":
         return local
     return "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
 
 
 class _Stage:
-    """Work on a pool: pieces come from a queue, and results go to `_received`."""
+    """Runs pieces from a queue on a pool; subclasses submit pieces and receive results."""
 
     def __init__(self, setup: WorkerSetup, queue: WorkQueue, pieces: int, memory: WorkerMemory | None = None) -> None:
         self._pool, self._queue, self._left = Pool(setup, memory), queue, pieces
@@ -59,19 +59,19 @@ class _Stage:
         self._succeeded = False
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
-        """Hand a piece to an actor; returns the reference to wait for."""
+        """Submit a piece to an actor; returns the reference to wait for."""
         raise NotImplementedError
 
     def _received(self, piece: Piece, result: Any) -> Iterator[Any]:
-        """Results to yield for a finished piece."""
+        """Yield the results of a finished piece."""
         raise NotImplementedError
 
     def _dropped(self, shard: int) -> None:
-        """Count a shard that needs no more work off `_left`, with all its pieces."""
+        """Subtract all remaining pieces of a shard that needs no more work from `_left`."""
         self._left -= 1
 
     def run(self) -> Iterator[Any]:
-        """Yield results and SetAside until nothing is left."""
+        """Yield results, and `SetAside` for failed shards, until no work is left."""
         try:
             while self._left > 0:
                 self._pool.fit(self._left)
@@ -97,7 +97,7 @@ class _Stage:
             worker.running[self._submit(worker.actor, piece)] = piece
 
     def _settle(self, worker: Worker, reference: Any) -> Iterator[Any]:
-        """Deal with one reference that is ready: a start, a result, an exception, or a death."""
+        """Handle one ready reference: a start, a result, an exception, or the death of a worker."""
         try:
             if reference is worker.starting:
                 self._pool.started(worker)
@@ -130,10 +130,10 @@ class _Stage:
             yield from self._received(piece, result)
 
     def _ready(self, actor: Any) -> None:
-        """A worker has started."""
+        """Called once a worker has started."""
 
     def _lost_parts(self, piece: Piece) -> None:
-        """Redo the parts that a piece needs: they were lost with a node."""
+        """Redo a piece whose inputs were lost with a node."""
         self._queue.add(piece)
 
     def _failed(self, pieces: Sequence[Piece], reason: str, lasting: bool = False) -> Iterator[SetAside]:
@@ -143,13 +143,13 @@ class _Stage:
             yield aside
         if len(self._failing) >= (MOST_FAILING_LATER if self._succeeded else MOST_FAILING):
             raise DatamergeError(
-                f"{len(self._failing)} shards failed one after the other, the last: {reason}; finished shards are "
+                f"{len(self._failing)} shards failed in a row, the last: {reason}; finished shards are "
                 "kept, remove the cause and run the same command again"
             )
 
 
 class _Shards(_Stage):
-    """The stage of shards: done whole, or in parts that are added up on several workers."""
+    """Merges shards, whole or in parts that several workers add up."""
 
     def __init__(self, plan: Plan, shards: Sequence[int], setup: WorkerSetup, memory: WorkerMemory | None) -> None:
         counts = {shard: plan.parts(shard) for shard in shards} if plan.in_parts else {}
@@ -158,7 +158,7 @@ class _Shards(_Stage):
         super().__init__(setup, WorkQueue(plan.pieces(shards), TRIES), pieces, memory)
         self._plan, self._first = plan, shards[0]
         self._check = setup.config.precision != "float32"
-        # References only: the moments stay where they were made until they are put together.
+        # References only: partial moments stay on their nodes until they are combined.
         self._partials: dict[int, dict[int, Any]] = {}
 
     def _submit(self, actor: Any, piece: Piece) -> Any:
@@ -189,7 +189,7 @@ class _Shards(_Stage):
         self._partials.pop(shard, None)
 
     def _lost_parts(self, piece: Piece) -> None:
-        if not piece.completes:  # a whole shard or a part builds on nothing
+        if not piece.completes:  # a whole shard or a part has no such inputs
             super()._lost_parts(piece)
             return
         self._partials.pop(piece.shard, None)
@@ -210,7 +210,7 @@ class _Shards(_Stage):
 
 
 class _Clusters(_Stage):
-    """The stage of k-means; a class takes the place of a shard."""
+    """Runs k-means; the pieces are classes instead of shards."""
 
     def __init__(
         self, setup: WorkerSetup, samples: Samples, classes: Mapping[int, Places], counts: Mapping[int, int]
@@ -230,13 +230,16 @@ class _Clusters(_Stage):
 def run_shards(
     plan: Plan, shards: Sequence[int], setup: WorkerSetup, memory: WorkerMemory | None = None
 ) -> Iterator[ShardResult | SetAside]:
-    """Do these shards on a pool of workers, yielding results as they come, in any order.
+    """Merge shards on a pool of workers, yielding results in the order in which they finish.
 
     Args:
-        memory: of a worker: no more are started on a node than it has room for.
+        plan: plan of the merge.
+        shards: indices of the shards to merge.
+        setup: setup of the workers.
+        memory: memory of a worker, which limits the number of workers on a node.
 
     Raises:
-        DatamergeError: a failure that every shard would meet, such as a full disk or other weights.
+        DatamergeError: a failure that every shard would repeat, such as a full disk or other weights.
     """
     yield from _Shards(plan, shards, setup, memory).run()
 
@@ -244,12 +247,13 @@ def run_shards(
 def run_clusters(
     setup: WorkerSetup, samples: Samples, classes: Mapping[int, Places], counts: Mapping[int, int]
 ) -> Iterator[tuple[int, list[int]]]:
-    """Label and clusters of every class's samples, as they come, in any order.
+    """Cluster every class; yields (label, cluster of each sample) in the order in which classes finish.
 
     Args:
-        samples: of the source.
-        classes: their places by label.
-        counts: of clusters.
+        setup: setup of the workers.
+        samples: samples of the source.
+        classes: indices of the samples of each label.
+        counts: number of clusters of each label.
 
     Raises:
         DatamergeError: a class cannot be clustered.

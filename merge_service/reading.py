@@ -1,4 +1,4 @@
-"""Samples to pixels, several at a time. A sample that cannot be used becomes a reject, not an error."""
+"""Reads and decodes samples, several at a time. An unusable sample gives a reason, not an error."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = npt.NDArray[np.uint8]
 
-# Seconds between the tries of a source's read; `Location` has its own for requests.
+# Seconds between tries to read a sample; `Location` retries requests separately.
 WAITS = (0.25, 1.0, 5.0)
 
-# More than a GPU's worker has use for: an image takes a thread some 4 ms.
+# Enough to keep a GPU busy: a thread decodes an image in some 4 ms.
 MOST_DECODERS = 16
 
-# A remote store answers in tens of milliseconds, whatever the number of requests.
+# A remote store takes tens of milliseconds per request, however many run at once.
 REMOTE_REQUESTS = 16
 
 
 def decoders_of_a_gpu(config: MergeConfig, cpus: float, gpus: float) -> int:
-    """Threads that decode for one worker on a GPU: its share of the machine's CPUs, unless `num_cpus` is set.
+    """Number of decoding threads of a worker on a GPU: its share of the CPUs, unless `num_cpus` is set.
 
     Args:
-        cpus, gpus: of the machine.
+        config: settings of the merge.
+        cpus, gpus: number of CPUs and GPUs of the machine.
     """
     if config.num_cpus is not None:
         return config.num_cpus
@@ -44,13 +45,13 @@ def decoders_of_a_gpu(config: MergeConfig, cpus: float, gpus: float) -> int:
 
 
 class PixelReader:
-    """Reads and decodes; one caller at a time, because readers keep open files.
+    """Reads and decodes samples, for one caller at a time, because readers keep open files.
 
     Args:
-        reader: of the source.
-        preprocessing: which pixels to make.
-        threads: that decode at the same time.
-        exif: whether EXIF turns the images.
+        reader: reader of the source.
+        preprocessing: preprocessing of the images.
+        threads: number of threads that decode.
+        exif: whether EXIF orientations are applied.
     """
 
     def __init__(self, reader: Reader, preprocessing: Preprocessing, threads: int, exif: Exif = "ignore") -> None:
@@ -62,14 +63,14 @@ class PixelReader:
         self._pool = ThreadPoolExecutor(requests, "decode") if requests > 1 else None
 
     def read(self, samples: Sequence[Sample], remarks: list[str] | None = None) -> list[Pixels | str]:
-        """Pixels uint8 [C, H, W] of every sample, or the reason why there are none.
+        """Pixels uint8 [C, H, W] of every sample, or the reason why it has none.
 
         Args:
-            samples: to read.
-            remarks: gets what `decode` has to say of them.
+            samples: samples to read.
+            remarks: receives the remarks of `decode`.
 
         Raises:
-            DatamergeError, ConnectionError, TimeoutError: the store does not answer; that must not reject samples.
+            DatamergeError, ConnectionError, TimeoutError: the store does not answer, which is not the sample's fault.
         """
         with self._lock:
             if self._pool is None:
@@ -86,7 +87,7 @@ class PixelReader:
         try:
             return retry(lambda: self._read(sample), transient=may_pass, delays=WAITS)
         except DatamergeError as error:
-            if isinstance(error, CorruptShard):  # a device or a pipe in the place of the file
+            if isinstance(error, CorruptShard):  # a device or a pipe instead of a file
                 return BadImage(first_line(error))
             raise
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Groups of given samples: added up part by part, in any order and on any worker, without a difference.
+"""Groups of given samples, added up in parts: the result does not depend on the order or on the workers.
 
-Sums of 8-bit pixels are integers, so partial moments combine exactly. Embeddings are floats: their sums are
-float64 and combined in the order of the parts, which the plan fixes.
+Sums of 8-bit pixels are integers, so partial moments combine exactly. Sums of embeddings are float64, and are
+combined in the order of the parts, which the plan fixes.
 
 Shapes: C H W pixels, K embedding.
 """
@@ -26,7 +26,7 @@ from storage_schemas import ExactMoments, Layout, Record, Reject
 from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.record import Array, encode_exact
 
-# Pixels in memory at a time, besides the sums.
+# Samples whose pixels are in memory at a time.
 READ_AT_ONCE = 256
 
 
@@ -36,9 +36,9 @@ class PartialGroup:
 
     Attributes:
         count, sum, sum_of_squares: as in ExactMoments; int64 [C, H, W].
-        names: (position in the group, name) of the samples that could be used.
-        embedding: sum of their embeddings, float64 [K].
-        members: the pixels by position, where they are kept.
+        names: (position in the group, name) of each usable sample.
+        embedding: sum of the samples' embeddings, float64 [K].
+        members: pixels by position, if members are stored.
     """
 
     count: int = 0
@@ -59,7 +59,7 @@ class PartialGroup:
         self.names.append((position, name))
 
     def add_embedding(self, embedding: npt.NDArray[np.float64]) -> None:
-        """Add the embedding of one sample, or a sum of them."""
+        """Add an embedding, or a sum of embeddings."""
         self.embedding = embedding if self.embedding is None else self.embedding + embedding
 
     def combine(self, other: PartialGroup) -> None:
@@ -93,10 +93,10 @@ class Partial:
 
 
 class Accumulator:
-    """Adds up samples.
+    """Adds up samples into moments.
 
     Args:
-        encoder: whose embeddings become targets; None where labels are enough.
+        encoder: its embeddings become targets; None for label targets.
     """
 
     def __init__(self, config: MergeConfig, layout: Layout, reader: PixelReader, encoder: Encoder | None) -> None:
@@ -106,7 +106,7 @@ class Accumulator:
         self._encoder = encoder
 
     def add_up(self, items: Sequence[tuple[int, int, Sample]]) -> Partial:
-        """Moments of (group, position, sample) items."""
+        """Add up (group, position, sample) items."""
         partial = Partial()
         for start in range(0, len(items), READ_AT_ONCE):
             some = items[start : start + READ_AT_ONCE]
@@ -133,7 +133,7 @@ class Accumulator:
             group.add_embedding(embedding.astype(np.float64))
 
     def records(self, task: ShardTask, partial: Partial) -> tuple[list[Record], list[Reject]]:
-        """Records and rejects of a shard, from the moments of all its samples."""
+        """Records and rejects of a shard, from the sums over all its samples."""
         rejects = [
             Reject(key=task.groups[index].key, sample=name, reason=reason)
             for (index, _), (name, reason) in sorted(partial.rejects.items())
@@ -160,7 +160,7 @@ class Accumulator:
         )
 
     def _members(self, group: PartialGroup) -> Pixels:
-        """Members in the group's order, filled up with zeros to the stored shape."""
+        """Members in the group's order, padded with zeros to the stored shape."""
         members = np.stack([group.members[position] for position in sorted(group.members)])
         spec = self._layout.array("members")
         missing = (spec.shape[0] if spec else 0) - len(members)
@@ -177,8 +177,8 @@ def embed(encoder: Encoder, images: Pixels, batch_size: int) -> npt.NDArray[np.f
 
     def advice() -> str:
         return (
-            f"out of memory with the embeddings of {min(batch_size, len(images))} images at a time on "
-            f"{device}; try a smaller `batch_size`"
+            f"out of memory on {device} while {min(batch_size, len(images))} images were embedded at once; "
+            f"try a smaller `batch_size`"
         )
 
     with out_of_memory_advice(advice), torch.no_grad(), arithmetic(device):

@@ -1,8 +1,8 @@
-"""Stored arrays of attacked groups, computed on the device that has their pixels, with the bits that NumPy gives.
+"""Stored arrays of attacked groups, computed on the device that holds the pixels, bit for bit as NumPy computes them.
 
-Sums, scatter and sketches are whole numbers that their dtypes hold, in whatever order they are added; what is divided
-is divided once, in float64. So a GPU and a CPU agree with `ExactMoments` and `storage_schemas.schema.factors` to the
-last bit, and a GPU sends a sixth of what the members' float32 pixels take.
+Sums, scatter and sketches are integers that their dtypes represent exactly, in any order of addition; quotients are
+rounded once, in float64. So GPUs and CPUs agree with `ExactMoments` and `storage_schemas.schema.factors` to the last
+bit, and a GPU transfers a sixth of the bytes of the members' float32 pixels.
 
 Shapes: G groups of a batch, N members, k factors, C H W pixels.
 """
@@ -25,7 +25,7 @@ from storage_schemas.schema.moments import LEVELS
 
 
 def grid_levels(pixels: Tensor) -> Tensor:
-    """uint8 of pixels in [0, 1] that are multiples of 1/255, up to rounding."""
+    """uint8 levels of pixels in [0, 1] that are multiples of 1/255 up to rounding error."""
     levels: Tensor = (pixels * LEVELS).round_()
     return levels.to(torch.uint8)
 
@@ -42,10 +42,10 @@ def exact_sums(members: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moment_arrays(members: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """What `encode_exact` makes of every group of members [G, N, C, H, W], on their device.
+    """`encode_exact` for every group of the members uint8 [G, N, C, H, W], on their device.
 
     Raises:
-        OverflowError: the values need wider dtypes than the layout has.
+        OverflowError: a value does not fit the dtype of the layout.
     """
     count = members.shape[1]
     total, squares = exact_sums(members)
@@ -62,7 +62,7 @@ def moment_arrays(members: Tensor, layout: Layout) -> dict[str, Tensor]:
 
 
 def image_arrays(image: npt.NDArray[np.uint8], layout: Layout) -> dict[str, npt.NDArray[Any]]:
-    """What `encode_exact` makes of a group of one image [C, H, W]."""
+    """`encode_exact` for a group of one image [C, H, W]."""
     if layout.encoding == "float32":
         levels = np.arange(LEVELS + 1, dtype=np.float64)
         means, squares = levels / LEVELS, levels**2 / LEVELS**2
@@ -72,13 +72,13 @@ def image_arrays(image: npt.NDArray[np.uint8], layout: Layout) -> dict[str, npt.
 
 
 def factor_array(members: Tensor, count: int, kind: FactorKind, generators: Sequence[np.random.Generator]) -> Tensor:
-    """What `factors` gives for every group of members [G, N, C, H, W], on their device: int64 [G, k, C, H, W].
+    """`factors` for every group of members [G, N, C, H, W], on their device: int64 [G, k, C, H, W].
 
     Args:
-        members: uint8.
-        count: k.
+        members: members, uint8.
+        count: number of factors, k.
         kind: see `factors`.
-        generators: one a group.
+        generators: generators of the signs, one per group.
     """
     number, flat = members.shape[1], members.flatten(2)
     if kind == "sketch" and count < number - 1:
@@ -93,9 +93,9 @@ def factor_array(members: Tensor, count: int, kind: FactorKind, generators: Sequ
 
 
 def _sketches(members: Tensor, count: int, generators: Sequence[np.random.Generator]) -> Tensor:
-    """uint8 [G, N, P] → int64 [G, k, P]; N(x_i − x̄) summed with signs is N·Σ ξx − Σξ·Σx."""
+    """Sketches, uint8 [G, N, P] → int64 [G, k, P]: Σ ξ·N(x − x̄) = N·Σ ξx − Σξ·Σx, with random signs ξ."""
     number = members.shape[1]
-    # Σ ξx is exact in float32, and in TF32 too: 8-bit numbers times signs, and sums of 24 bits.
+    # Σ ξx is exact in float32 and TF32: 8-bit numbers times signs, with sums below 2²⁴.
     wide = torch.float32 if number * LEVELS < 2**24 else torch.float64
     signs = torch.from_numpy(np.stack([sketch_signs(count, number, generator) for generator in generators]))
     signs = torch.cat([signs, torch.ones_like(signs[:, :1])], dim=1).to(members.device)
@@ -106,7 +106,7 @@ def _sketches(members: Tensor, count: int, generators: Sequence[np.random.Genera
 
 
 def _principal(members: Tensor, count: int) -> Tensor:
-    """uint8 [N, P] → int64 [k, P]. Products and sums are rounded one by one, in the order of the members."""
+    """Principal directions, uint8 [N, P] → int64 [k, P]; terms are added in the order of the members."""
     number = len(members)
     values = members.double()
     centred = number * values - values.sum(dim=0)
@@ -120,7 +120,7 @@ def _principal(members: Tensor, count: int) -> Tensor:
 
 
 def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU. From a GPU they come through pinned memory, all at once; the calling thread waits."""
+    """Copy tensors to the CPU. From a GPU all go through pinned memory at once, and the calling thread waits."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return tensors
     pinned = {
@@ -128,5 +128,5 @@ def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
     }
     torch.cuda.current_stream().synchronize()
-    # Pinned memory is dear: it goes back, and what is kept until it is written lies elsewhere.
+    # Pinned memory is scarce: copy the results out, so that it is freed before they are written.
     return {name: tensor.clone() for name, tensor in pinned.items()}

@@ -1,4 +1,4 @@
-"""Whether EXIF turns a merge's images, what the plan records of that, and the line that says what was met."""
+"""EXIF orientation in a merge: whether it is applied, how the plan records that, and the lines that report it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from storage_schemas.schema.manifest import MANIFEST, parse
 
 @dataclass(frozen=True)
 class Turning:
-    """What is done about orientations.
+    """How a merge treats EXIF orientations.
 
     Attributes:
         exif: whether they are applied.
-        recorded: whether the plan says so; plans from before there was a choice do not, and ignore them.
+        recorded: whether the plan records it; plans of earlier releases do not, and ignored orientations.
     """
 
     exif: Exif
@@ -28,26 +28,26 @@ class Turning:
 
     @property
     def record(self) -> dict[str, str]:
-        """What the plan says of the source's images."""
+        """The entry in the provenance of the source."""
         return {"exif": self.exif} if self.recorded else {}
 
 
 def turning_of(config: MergeConfig, source: Source) -> Turning:
-    """As the settings say, else as the artifact that is there was begun, else as the source's library does.
+    """Take EXIF treatment from the settings, else from an existing artifact, else from the source's library.
 
     Raises:
-        ConfigError: a setting for images that have no EXIF data.
+        ConfigError: `exif` is set, but the images of the source have no EXIF data.
     """
     exif = exif_of(config.exif, source.kind)
     if config.exif != "transpose" and _begun_without(config.artifact):
         if exif == "transpose":
-            say(f"{config.artifact} was begun with EXIF orientations ignored, which goes on")
+            say(f"{config.artifact} was begun with EXIF orientations ignored; they stay ignored")
         return Turning("ignore", recorded=False)
     return Turning(exif)
 
 
 def _begun_without(artifact: str) -> bool:
-    """Whether there is an artifact whose plan says nothing of orientations."""
+    """Whether there is an artifact whose plan does not record the treatment of orientations."""
     location = Location(artifact)
     if not location.exists(MANIFEST):
         return False
@@ -57,6 +57,6 @@ def _begun_without(artifact: str) -> bool:
 
 
 def say_remarks(remarks: Mapping[str, int], images: int, source: Source, exif: Exif) -> None:
-    """One line for each kind of image that was met, with their number."""
+    """Print a line for each kind of remark, with the number of images."""
     for line in describe_remarks(remarks, images, exif):
         say(f"{source.url}: {line}")

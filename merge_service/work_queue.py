@@ -1,8 +1,8 @@
-"""Which piece of work comes next, and what happens to one whose worker died: a state machine without Ray.
+"""The queue of work, without Ray: which piece comes next, and which piece to blame for a worker's death.
 
-A worker holds several pieces at a time, so its death has several suspects. A suspect is tried again alone on a
-worker, where its next failure is its own. After `tries` failures, or one that would come again, its shard is set
-aside and the rest goes on. A node that disappears blames nobody: its pieces go back to the front of the queue.
+A worker holds several pieces at a time, so its death has several suspects. A suspect is retried alone on a worker,
+where its next failure has no other cause. After `tries` failures, or one that a retry would repeat, its shard is
+given up and the others go on. If a node disappears, its pieces return to the front of the queue without blame.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One unit that a worker carries out.
+    """One unit of work.
 
     Attributes:
         shard: the shard it belongs to.
-        part: which part of the shard's samples; None for a whole shard, or for its completion.
-        completes: whether this puts the parts of a shard together.
+        part: index of the part of the shard's samples; None for a whole shard, or for its completion.
+        completes: whether the piece combines the parts of its shard.
     """
 
     shard: int
@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """A shard that was given up, after how many tries, and the last reason."""
+    """A shard that was given up, with the number of tries and the last reason."""
 
     shard: int
     tries: int
@@ -37,11 +37,11 @@ class SetAside:
 
 
 class WorkQueue:
-    """Pieces that wait, pieces under suspicion, and shards set aside.
+    """Waiting pieces, suspects, and shards that were given up.
 
     Args:
-        pieces: in the order of work; may be an iterator that makes them when they are needed.
-        tries: failures after which a shard is set aside.
+        pieces: pieces in the order of work; may be a lazy iterator.
+        tries: number of failures after which a shard is given up.
     """
 
     def __init__(self, pieces: Iterable[Piece], tries: int) -> None:
@@ -58,7 +58,7 @@ class WorkQueue:
         Args:
             load: pieces the worker holds.
             capacity: pieces it may hold.
-            alone: whether one of them is a suspect, which must not have company.
+            alone: whether it holds a suspect, which must run alone.
         """
         if alone or load >= capacity:
             return None
@@ -73,20 +73,20 @@ class WorkQueue:
         return self._failures[piece] > 0
 
     def add(self, piece: Piece) -> None:
-        """Put a piece at the front; a suspect stays one."""
+        """Put a piece back at the front; a suspect stays a suspect."""
         (self._suspects if self.is_suspect(piece) else self._returned).appendleft(piece)
 
     def succeeded(self, piece: Piece) -> None:
-        """Forget what the piece was suspected of."""
+        """Forget the failures of a piece."""
         self._failures.pop(piece, None)
 
     def failed(self, pieces: Iterable[Piece], reason: str, lasting: bool = False) -> list[SetAside]:
-        """One failure with one cause among these pieces; returns the shards that are given up.
+        """Record one failure that one of these pieces caused; returns the shards that are given up.
 
         Args:
-            pieces: that were under way.
-            reason: of the failure.
-            lasting: whether another try would fail in the same way.
+            pieces: pieces that the worker was running.
+            reason: reason of the failure.
+            lasting: whether a retry would fail in the same way.
         """
         given_up = []
         for piece in pieces:
@@ -101,7 +101,7 @@ class WorkQueue:
         return given_up
 
     def gives_up(self, shard: int) -> bool:
-        """Whether the shard has been set aside."""
+        """Whether the shard has been given up."""
         return shard in self._set_aside
 
     def _next(self, pieces: deque[Piece]) -> Piece | None:

@@ -1,8 +1,8 @@
-"""What a worker does, as a plain object without Ray: whole shards, parts of shards, clusters of a class.
+"""A worker as a plain object without Ray: merges whole shards and parts of shards, and clusters classes.
 
-Two calls may run at the same time, in two threads: while one attacks or embeds, the other writes what it has made
-and decodes what comes next. Each of the three stages admits one call, so two shards are in memory at most. A third
-thread works for the encoder: it prepares its next batch and turns the last one into records.
+Two calls may run at the same time, in two threads: while one attacks or embeds, the other writes its records or
+decodes its images. Each of the three stages admits one call, so at most two shards are in memory. A third thread
+prepares the encoder's next batch and turns its last one into records.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Wanted:
-    """An encoder that workers load, and what tells that it is the one of the plan.
+    """An encoder that workers load, and the facts by which they check that it is the planned one.
 
     Attributes:
-        spec: which to load.
-        sha256: of its weights.
-        preprocessing: that it has.
-        code: hash of the user's code that makes it, None for that of libraries.
+        spec: its spec.
+        sha256: SHA-256 of its weights.
+        preprocessing: its preprocessing.
+        code: hash of the user's code that builds it; None if a library builds it.
     """
 
     spec: str
@@ -55,14 +55,14 @@ class Wanted:
 
     @classmethod
     def of(cls, encoder: Encoder) -> Wanted:
-        """The one that the plan was made with."""
+        """Describe the encoder that the plan was made with."""
         return cls(encoder.spec, encoder.sha256, encoder.preprocessing, encoder.code)
 
     def load(self, device: str) -> Encoder:
-        """Load it, frozen.
+        """Load the encoder, frozen.
 
         Raises:
-            ConfigError: other weights, code or preprocessing than the plan was made with.
+            ConfigError: its weights, code or preprocessing are not those of the plan.
         """
         encoder = load_encoder(self.spec, device, aloud=False)
         if encoder.sha256 != self.sha256:
@@ -72,12 +72,12 @@ class Wanted:
             )
         if encoder.code != self.code:
             raise ConfigError(
-                f"encoder: expected the code of {self.spec} as it was planned with, found other code on "
-                f"{socket.gethostname()}; give every node the same files, and start again after a change"
+                f"encoder: expected the code of {self.spec} that the plan was made with, found other code on "
+                f"{socket.gethostname()}; give every node the same files, and start again if they changed"
             )
         if different := encoder.preprocessing.differences(self.preprocessing):
             raise ConfigError(
-                f"encoder: expected the preprocessing that {self.spec} was planned with, found "
+                f"encoder: expected the planned preprocessing of {self.spec}, found "
                 f"{'; '.join(different)} on {socket.gethostname()}; give every node the same files"
             )
         return encoder.requires_grad_(False)
@@ -85,13 +85,14 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
-    """What a worker needs to start; sent once.
+    """Everything that a worker needs to start; sent to it once.
 
     Attributes:
-        preprocessing: of the pixels.
-        exif: whether EXIF turns the images.
-        encoder, target_encoder: what to load, None where not needed.
-        writer: None before the plan is made, when only clusters are asked for.
+        reader: reader of the source.
+        preprocessing: preprocessing of the images.
+        exif: whether EXIF orientations are applied.
+        encoder, target_encoder: encoders to load; None where not needed.
+        writer: None before the plan is made, when workers only cluster.
     """
 
     config: MergeConfig
@@ -107,7 +108,7 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """The outcome of one shard; `remarks` count images that `decode` had something to say of."""
+    """The result of one shard; `remarks` counts the images on which `decode` remarked, by remark."""
 
     shard: int
     groups: int
@@ -117,7 +118,7 @@ class ShardResult:
 
 
 class ShardWorker:
-    """Merges shards with one encoder in memory. `prepare` comes first."""
+    """Merges shards with one encoder in memory. Call `prepare` first."""
 
     def __init__(self, setup: WorkerSetup) -> None:
         self._setup = setup
@@ -132,16 +133,14 @@ class ShardWorker:
         self._accumulator: Accumulator | None = None
 
     def prepare(self) -> None:
-        """Load encoders.
+        """Load the encoders.
 
         Raises:
-            ConfigError: other weights than the plan was made with, or no GPU.
+            ConfigError: an encoder is not the planned one, or there is no GPU.
         """
         setup = self._setup
         if setup.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(
-                f'device: expected a GPU on {socket.gethostname()}, torch sees none there; use `device="cpu"`'
-            )
+            raise ConfigError(f'device: expected a GPU on {socket.gethostname()}, found none; use `device="cpu"`')
         self._use_threads()
         target = setup.target_encoder.load(setup.device) if setup.target_encoder else None
         self._encoder = setup.encoder.load(setup.device) if setup.encoder else None
@@ -180,14 +179,14 @@ class ShardWorker:
         return self._commit(task, records, rejects, remarks, seconds)
 
     def part(self, items: Items) -> Partial:
-        """Add up some samples of a shard."""
-        # Reading and adding up alternate, so two parts at a time would only wait for each other's encoder.
+        """Add up a part of a shard's samples."""
+        # Two parts at once would only wait for each other: each alternates between reading and the encoder.
         with self._attack_lock:
             self._use_threads()
             return self._accumulate.add_up(items)
 
     def complete(self, task: ShardTask, *partials: Partial) -> ShardResult:
-        """Put the parts of a shard together, in their order, and commit it."""
+        """Combine the parts of a shard, given in their order, and commit it."""
         whole = Partial()
         for partial in partials:
             whole.combine(partial)
@@ -195,7 +194,7 @@ class ShardWorker:
         return self._commit(task, records, rejects, whole.remarks, 0.0)
 
     def cluster(self, label: int, samples: Sequence[Sample], clusters: int) -> list[int]:
-        """The cluster of every sample of a class."""
+        """The cluster of every sample of one class."""
         with self._attack_lock:
             self._use_threads()
             encoder = self._encoder if self._config.cluster_by == "embedding" else None
@@ -203,7 +202,7 @@ class ShardWorker:
             return cluster_class(samples, clusters, seed, self._reader, encoder, self._config.batch_size)
 
     def check_precision(self, task: ShardTask) -> str:
-        """How far the chosen precision is from float32, on the first groups of a shard; a line to print."""
+        """A line to print: how far the chosen precision is from float32 on the first groups of a shard."""
         if not isinstance(self._maker, Attacker):
             return ""
         groups = task.groups[: self._maker.groups_per_batch]
@@ -215,7 +214,7 @@ class ShardWorker:
 
     @property
     def model(self) -> nn.Module | None:
-        """The network that attacks or targets run, if any."""
+        """The network that the attack or the targets run, if any."""
         return self._maker.model if isinstance(self._maker, Attacker) else self._encoder
 
     @property
@@ -232,7 +231,7 @@ class ShardWorker:
         remarks: Sequence[str],
         seconds: float,
     ) -> ShardResult:
-        """Write a shard. `records` is empty afterwards: while they are encoded the next shard's are made."""
+        """Write a shard. Empties `records` as it goes: the next shard's records are made at the same time."""
         writer = self._setup.writer
         if writer is None:
             raise ConfigError("this worker was set up before the plan was made")
@@ -241,27 +240,27 @@ class ShardWorker:
         return ShardResult(task.shard, len(commit.records), commit.rejects, seconds, Counter(remarks))
 
     def _machine(self) -> tuple[float, float]:
-        """CPUs and GPUs of this machine that workers share."""
+        """CPUs and GPUs of this machine, which its workers share."""
         return usable_cpus(), torch.cuda.device_count()
 
     def _advice(self) -> str:
         config = self._config
         if not config.attacks:
             images = config.batch_size
-            return f"out of memory with the embeddings of {images} images at a time; try a smaller `batch_size`"
+            return f"out of memory while {images} images were embedded at once; try a smaller `batch_size`"
         return (
-            f"out of memory with {config.batch_size} images in a batch and {config.group_size} members a "
-            f"group at {config.precision}; try a smaller `batch_size` (at least one group goes through at once), "
+            f"out of memory with {config.batch_size} images per batch and {config.group_size} members per "
+            f"group in {config.precision}; try a smaller `batch_size` (a batch holds at least one group), "
             'fewer `members`, or `precision="bfloat16"`'
         )
 
     def _use_threads(self) -> None:
-        # The setting belongs to the calling thread, and calls come in on several.
+        # torch keeps this setting per thread, and calls arrive on several threads.
         torch.set_num_threads(self._config.threads)
 
 
 def _drained(records: list[Record]) -> Iterator[Record]:
-    """The records in their order; each is released when the next one is taken."""
+    """Yield the records in order; each is released when the next is taken."""
     records.reverse()
     while records:
         yield records.pop()

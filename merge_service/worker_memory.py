@@ -1,9 +1,9 @@
-"""The memory that a worker takes at most, and how many a machine has room for.
+"""Peak memory of a worker, and how many workers a machine has room for.
 
-    interpreter and libraries + weights + two shards + images · (what autograd keeps of one + copies of its pixels)
+    interpreter and libraries + weights + two shards + images · (tensors saved by autograd + copies of the pixels)
 
-`images` are those of a batch. What autograd keeps is measured on one image; it is most of the memory of large
-encoders: 244 MB of an image in ViT-L/14, frozen weights or not, which is 16 GB for a batch of 64.
+`images` is the number of images in a batch. The tensors that autograd saves are measured on one image. They are most
+of the memory of large encoders: 244 MB an image in ViT-L/14, frozen weights or not, which is 16 GB for a batch of 64.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from merge_service.config import MergeConfig
 from merge_service.sample_groups import READ_AT_ONCE
 from storage_schemas import Layout
 
-# A worker of Ray with torch and a library of encoders, without weights.
+# A Ray worker with torch and a library of encoders imported, without weights.
 LIBRARIES = 550 * 2**20
-# float32 copies of the pixels of a batch: bounds, points, gradients; APGD's momentum and best points too. One is that
-# of the last batch, which becomes records meanwhile.
+# float32 copies of a batch's pixels: bounds, points, gradients, for APGD also momentum and best points; and one of
+# the previous batch, which is made into records meanwhile.
 COPIES = {"pgd": 11, "apgd": 19, "none": 4}
-# Bytes of a pixel's draw, for this batch and the next, each restart.
+# Bytes per pixel and restart of the random draws of this batch and the next.
 DRAWS = 2 * 2
-# Of the largest activation, which a layer has as input, output and gradients while it runs.
+# Copies of the largest activation while its layer runs: input, output and their gradients.
 LAYER = 4
-# glibc gives freed pieces of this size back at once. Smaller ones leave holes: with these, encoders took 1.2 (a
-# ResNet) to 1.7 times (ViT-B/32) the memory of what they kept.
-GIVEN_BACK, HOLES = 32 * 2**20, 1.7
-# Of the free memory: Ray kills workers where less than a twentieth of the machine's is left.
+# glibc returns freed blocks of this size to the system at once. Smaller ones fragment the heap: encoders took 1.2 (a
+# ResNet) to 1.7 times (ViT-B/32) the bytes that autograd saved.
+RETURNED_BYTES, FRAGMENTATION = 32 * 2**20, 1.7
+# Share of the free memory to use: Ray kills workers when less than 5 % of a machine's memory is left.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class WorkerMemory:
-    """What a worker takes.
+    """Peak memory of a worker, in parts.
 
     Attributes:
-        fixed: bytes besides those of images.
-        pixels: bytes of an image in float32, with its copies.
-        kept: bytes of each piece that autograd keeps of one image; empty where nothing is attacked.
-        layer: bytes of the largest activation of one image.
-        images: in a batch.
-        least: images in the smallest batch: those of one group.
+        fixed: bytes that do not depend on the batch.
+        pixels: bytes of all float32 copies of one image.
+        kept: bytes of each tensor that autograd saves for one image; empty without an attack.
+        layer: bytes of the largest activation for one image.
+        images: number of images in a batch.
+        least: number of images in the smallest batch, one group.
     """
 
     fixed: int
@@ -61,21 +61,21 @@ class WorkerMemory:
 
     @property
     def bytes(self) -> int:
-        """Of a worker."""
+        """Peak bytes of a worker."""
         return self.fixed + self.of_images(self.images)
 
     def of_images(self, number: int) -> int:
-        """Bytes of so many images at once."""
+        """Bytes that depend on the batch, for a batch of `number` images."""
         pieces = [number * piece for piece in self.kept]
-        kept = sum(piece * (1 if piece >= GIVEN_BACK else HOLES) for piece in pieces)
+        kept = sum(piece * (1 if piece >= RETURNED_BYTES else FRAGMENTATION) for piece in pieces)
         return round(kept) + number * (LAYER * self.layer + self.pixels)
 
     def fitting(self, free: float, wanted: int) -> int:
-        """How many of so many workers have room; one starts in any case."""
+        """How many of the wanted workers have room in `free` bytes; at least one."""
         return int(max(1, min(wanted, USABLE * free // self.bytes)))
 
     def shortage(self, free: float, wanted: int) -> str | None:
-        """A line for the user where so many workers have no room, with a remedy if there is one; else None."""
+        """A line for the user if the wanted workers have no room in `free` bytes, with a remedy if any; else None."""
         if wanted * self.bytes <= USABLE * free:
             return None
         smaller = [2**power for power in range(20) if self.least <= 2**power < self.images]
@@ -90,16 +90,18 @@ class WorkerMemory:
 
 
 def worker_memory(config: MergeConfig, layout: Layout, encoders: Sequence[Encoder], device: str) -> WorkerMemory:
-    """What a worker of a merge takes of the machine's memory; on a GPU, images and their activations take none.
+    """Memory of the machine that a worker takes; with a GPU, images and activations are not in it.
 
     Args:
-        encoders: that it loads, on any device; the first one is attacked, or embeds.
-        device: of the workers.
+        config: settings of the merge.
+        layout: layout of the artifact.
+        encoders: encoders that the worker loads, on any device; the first is attacked, or embeds.
+        device: device of the workers.
     """
     attacks, members = config.attacks, config.group_size or 1
-    whole = config.grouping == "adversarial"  # images of a shard are read together
+    whole = config.grouping == "adversarial"  # a shard's images are read together
     values = math.prod(layout.pixels)
-    # A record and its clean image, or the sums that it is made from.
+    # A record with its clean image, or with the sums (two int64 arrays) that it is made from.
     group = layout.bytes_per_record + values * (1 if whole else 16)
     per_batch = max(1, config.batch_size // members) * members if whole else min(config.batch_size, READ_AT_ONCE)
     draws = (DRAWS if config.grid else 2 * DRAWS) if attacks and config.random_start else 0
@@ -117,9 +119,9 @@ def worker_memory(config: MergeConfig, layout: Layout, encoders: Sequence[Encode
 
 
 def _kept(config: MergeConfig, encoder: Encoder) -> tuple[tuple[int, ...], int]:
-    """Bytes of each piece that autograd keeps of one image, and bytes that it keeps whatever the images are.
+    """Bytes of each tensor that autograd saves per image, and bytes that it saves whatever the batch.
 
-    The latter are weights in bfloat16.
+    The latter are bfloat16 copies of weights.
     """
 
     def saved(images: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What attacks maximise, and the attacks."""
+"""Attacks on encoders and classifiers: PGD, APGD, AutoAttack, and the objectives that they maximise."""
 
 from datamerge.attacks.apgd import APGD, apgd
 from datamerge.attacks.arithmetic import arithmetic, quotient

@@ -2,10 +2,10 @@
 
     z   = Π[ x_t + η_t·d(∇ L(x_t)) ];   x_{t+1} = Π[ x_t + a·(z − x_t) + (1 − a)·(x_t − x_{t−1}) ],   a = 0.75
 
-d is the sign in the ℓ∞ ball, ∇/‖∇‖₂ in the ℓ2 ball. η starts at 2ε unless told otherwise. At checkpoints, ever closer
-to each other, a sample's η is halved and its search goes on from its best point, if fewer than ρ = 0.75 of the steps
-since the last checkpoint raised its loss, or if neither η nor the best loss has changed since. On the 8-bit grid the
-best point is rounded inside the ball at the end.
+d is the sign in the ℓ∞ ball, ∇/‖∇‖₂ in the ℓ2 ball. η starts at 2ε by default. At checkpoints, with shrinking
+intervals, a sample's η is halved and its search continues from its best point, if at most ρ = 0.75 of the steps since
+the last checkpoint raised its loss, or if neither η nor the best loss has changed since then. On the 8-bit grid the
+best point is rounded at the end, which keeps it inside the ball.
 
 Shapes: B samples, C H W pixels.
 """
@@ -43,8 +43,11 @@ class APGD:
     """Settings of the attack; lengths are exact fractions of the pixel range. See `PGD` for their meaning.
 
     Attributes:
-        norm: of the ball; with `l2`, epsilon bounds ‖δ‖₂ and results are off the grid.
+        norm: norm of the ball; with `l2`, epsilon bounds ‖δ‖₂ and results are off the grid.
         initial_step: η at the start, in units of ε.
+
+    Raises:
+        ConfigError: a length is invalid, the start is outside the ball, or `l2` is asked for on the grid.
     """
 
     epsilon: Fraction
@@ -63,7 +66,7 @@ class APGD:
 
 
 def checkpoints(steps: int) -> set[int]:
-    """Steps, counted from 1, after which step sizes are reconsidered: W of the paper, as its authors' code has it."""
+    """Steps, counted from 1, after which step sizes may be halved: W of the paper, as in its authors' code."""
     period, shortest, shrink = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))
     found, step = set(), period
     while step <= steps:
@@ -86,14 +89,14 @@ def apgd(
     initial: Tensor | None = None,
     draws: Tensor | None = None,
 ) -> Attacked:
-    """Attack a batch; other arguments, result and errors are those of `datamerge.attacks.attack`.
+    """Attack a batch with APGD, using `settings.steps` + 1 gradients.
 
-    It takes `settings.steps` + 1 gradients.
+    The other arguments, the result and the errors are those of `datamerge.attacks.attack`.
 
     Args:
         initial: pixels [B, C, H, W] to start from, e.g. the best of an earlier attack, instead of a random start;
             projected onto the ball.
-        draws: of the random start, as `draw_starts` gives them; taken from `generators` if None.
+        draws: random numbers of the start, from `draw_starts`; drawn from `generators` if None.
     """
     ball = ball_of(settings).around(clean, settings.epsilon, settings.grid)
     if initial is not None:
@@ -120,12 +123,12 @@ def apgd(
 
 
 def ball_of(settings: APGD) -> type[Ball]:
-    """The ball of a norm."""
+    """The class of the ball in the settings' norm."""
     return EuclideanBall if settings.norm == "l2" else Ball
 
 
 class _Search:
-    """The state of the iteration; B samples at a time, each with its own step size."""
+    """State of the iteration over B samples, each with its own step size."""
 
     def __init__(self, ball: Ball, gradients: Gradients, start: Tensor, step_size: float) -> None:
         self._ball, self._gradients = ball, gradients
@@ -134,14 +137,14 @@ class _Search:
         self._loss = self._best_loss = self.start_loss
         self.best, self._best_gradient = start.clone(), self._gradient
         self._step_size = torch.full((len(start), 1, 1, 1), step_size, device=start.device, dtype=start.dtype)
-        self._momentum = 1.0  # the first step has no previous one
+        self._momentum = 1.0  # the first step has no momentum term
         self._steps = 0
         self._raised = torch.zeros_like(self._loss)
         self._checked_loss = self._best_loss
         self._halved = torch.ones_like(self._loss, dtype=torch.bool)
 
     def step(self) -> None:
-        """Move all samples, keep the best point of each."""
+        """Move all samples and update the best point of each."""
         towards = self._ball.clamp_(self._points + self._step_size * self._ball.direction(self._gradient))
         moved = self._points + self._momentum * (towards - self._points)
         moved += (1 - self._momentum) * (self._points - self._previous)
@@ -157,7 +160,7 @@ class _Search:
         self._best_gradient = torch.where(better, self._gradient, self._best_gradient)
 
     def reconsider(self) -> None:
-        """Halve the steps of samples that have stopped gaining, and continue those from their best point."""
+        """Halve the step size of samples that have stopped gaining, and restart them from their best point."""
         oscillates = self._raised <= RHO * self._steps
         stuck = ~self._halved & (self._checked_loss >= self._best_loss)
         self._halved = oscillates | stuck

@@ -1,4 +1,4 @@
-"""What float32 means on a device, and in which order its kernels add."""
+"""Reproducible arithmetic: float32 without TF32, and kernels that add in a fixed order."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# cuBLAS adds in one order with workspaces of a fixed number and size, these being what torch takes on recent GPUs
-# anyway. torch looks once, at the process's first matrix product on a GPU, so it is set before there can be one.
+# cuBLAS is deterministic with workspaces of a fixed number and size; torch takes these on recent GPUs anyway. torch
+# reads the variable once, at the first matrix product on a GPU, so it is set on import.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Models that run operations for which torch has no kernel that adds in one order, such as max-pooling's backward.
-_IN_ANY_ORDER: WeakSet[nn.Module] = WeakSet()
+# Models with an operation that has no deterministic kernel, such as the backward pass of max-pooling.
+_NONDETERMINISTIC: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
-    """Deterministic convolutions inside, and float32 products as they are written: TF32 on a GPU if asked for.
+    """Inside, convolutions are deterministic, and products are float32, or TF32 on a GPU if `tf32` is True.
 
-    PyTorch allows TF32 in convolutions and picks their kernels by what runs first unless told otherwise. It asks at
-    the time a kernel starts, so a backward pass belongs inside too.
+    By default PyTorch allows TF32 in convolutions and may choose their kernels by timing. It reads these settings
+    when a kernel starts, so the backward pass belongs inside too.
     """
     before = torch.get_float32_matmul_precision()
     with torch.backends.cudnn.flags(
@@ -40,12 +40,12 @@ def arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
 
 @contextmanager
 def fixed_order(device: torch.device) -> Iterator[None]:
-    """Only kernels that add in one order inside, those of attention and cuBLAS among them.
+    """Inside, a GPU runs only deterministic kernels, including those of attention and cuBLAS.
 
-    A GPU's others add as their threads come. A CPU's need no telling: nothing changes there.
+    Other GPU kernels add in the order in which threads finish. On a CPU nothing changes.
 
     Raises:
-        RuntimeError: by an operation that has no such kernel, where it is called.
+        RuntimeError: from an operation without a deterministic kernel, when it is called.
     """
     if device.type != "cuda":
         yield
@@ -57,7 +57,7 @@ def fixed_order(device: torch.device) -> Iterator[None]:
     )
     filled = fills.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    fills.fill_uninitialized_memory = False  # no pass over memory that is written next
+    fills.fill_uninitialized_memory = False  # filling memory that is overwritten next costs time
     try:
         yield
     finally:
@@ -66,34 +66,33 @@ def fixed_order(device: torch.device) -> Iterator[None]:
 
 
 def in_fixed_order(model: nn.Module, device: torch.device, passes: Callable[[], T]) -> T:
-    """The result of some passes of a model, in `fixed_order` if all of its operations have kernels for that.
+    """Run passes of a model in `fixed_order`, or without it if an operation has no deterministic kernel.
 
-    A model that turns out to have others is remembered, also in other wrappings, and runs with any kernels from then
-    on: what failed need not fail again for every batch that is wrapped on its own.
+    Such a model is remembered, whatever modules wrap it, so that the attempt is not repeated for every batch.
     """
     inside = _inside(model)
-    if inside not in _IN_ANY_ORDER:
+    if inside not in _NONDETERMINISTIC:
         try:
             with fixed_order(device):
                 return passes()
         except RuntimeError as error:
             if device.type != "cuda" or "determin" not in str(error).lower():
                 raise
-            _IN_ANY_ORDER.add(inside)
+            _NONDETERMINISTIC.add(inside)
     return passes()
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """The module that wrappers are around, each with one child."""
+    """The innermost module of wrappers that have one child each."""
     while len(children := list(model.children())) == 1:
         model = children[0]
     return model
 
 
 def quotient(numbers: Tensor, by: float) -> Tensor:
-    """Numbers divided by one, in their dtype and rounded once, the same on every device.
+    """Divide a tensor by a number, rounding once in its dtype, with the same result on every device.
 
-    On a GPU torch multiplies by the inverse of a number of Python's, which is off by one in the last place for half
-    of the grey levels.
+    On a GPU torch replaces the division by a Python number with a multiplication by its inverse, which is off in the
+    last place for half of the 256 levels.
     """
     return numbers / torch.full((), by, dtype=numbers.dtype, device=numbers.device)

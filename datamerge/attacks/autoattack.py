@@ -6,7 +6,7 @@
         DLR_t(z, y) = −(z_y − z_t) / (z_π1 − (z_π3 + z_π4)/2),   z_π1 ≥ z_π2 ≥ …
 
 With fewer than four classes, where the ratio is not defined, z_t − z_y is maximised instead. An image is robust
-only if no iterate of any attack was misclassified.
+only if no iterate of any attack is misclassified.
 
 Shapes: B images, C H W pixels.
 """
@@ -36,8 +36,8 @@ class Survival:
 
     Attributes:
         clean: whether the image itself is classified correctly, bool [B].
-        robust: whether it also is at every point the attacks visited, bool [B].
-        pixels: a misclassified point where one was found, else the image, float32 [B, C, H, W].
+        robust: whether it and every point that the attacks visited are classified correctly, bool [B].
+        pixels: a misclassified point if there is one, else the image, float32 [B, C, H, W].
         after_cross_entropy: `robust` before the targeted attacks, bool [B].
     """
 
@@ -74,25 +74,27 @@ def auto_attack(
         model: logits [B, classes] from pixels in [0, 1]; in eval mode.
         clean: float32 [B, C, H, W] in [0, 1].
         labels: int64 [B].
-        settings: of every attack; off the grid, since every iterate counts.
-        generators: one source of randomness per sample.
-        names: how errors call the samples.
-        targeted: whether the targeted attacks follow.
-        restarts: starts of each attack.
-        precision: of the search; whether an image is classified correctly is decided in float32.
+        settings: settings of every attack; off the grid, since every iterate counts.
+        generators: one random generator per sample.
+        names: names of the samples, for errors.
+        targeted: whether to run the targeted attacks too.
+        restarts: number of starts of each attack.
+        precision: precision of the search; classifications are checked in float32.
 
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
     if settings.grid:
-        raise ValueError("auto_attack counts every iterate, which are not all on the grid")
+        raise ValueError(
+            "settings: expected grid=False, as every iterate counts and iterates leave the grid, found True"
+        )
     logits = _logits(model, clean)
     right = torch.eq(logits.argmax(dim=1), labels)
     robust, pixels = right.clone(), clean.clone()
     called = list(names) or [f"sample {row}" for row in range(len(clean))]
 
     def attack(objective: Objective, target: Tensor) -> None:
-        """On all survivors; `target` has a row per image of the batch."""
+        """Attack all survivors; `target` has one row per image of the batch."""
         rows = torch.nonzero(robust).flatten()
         if not len(rows):
             return
@@ -119,14 +121,14 @@ def auto_attack(
 
 
 def _logits(model: nn.Module, pixels: Tensor) -> Tensor:
-    """In float32, [B, classes]."""
+    """Logits in float32, [B, classes]."""
     with torch.no_grad(), arithmetic(pixels.device):
         logits: Tensor = model(pixels)
     return logits
 
 
 class _Watch(nn.Module):
-    """The model, and for each sample the last misclassified point it was shown."""
+    """Wraps the model and records the last misclassified point of each sample."""
 
     def __init__(self, model: nn.Module, labels: Tensor, clean: Tensor) -> None:
         super().__init__()
@@ -152,17 +154,17 @@ def check_masking(
     seed: int,
     precision: Precision = "float32",
 ) -> list[str]:
-    """Signs that gradients are masked, so that the robust accuracy found is too high (Athalye et al. 2018).
+    """Test for masked gradients, which make the robust accuracy look too high (Athalye et al. 2018).
 
     Args:
         model: logits from pixels.
         clean: float32 [B, C, H, W].
         labels: int64 [B].
-        settings: what `robust` was found with.
-        robust: bool [B].
-        keys: of the samples.
-        seed: of the attacks so far; the checks derive others from it.
-        precision: of the search.
+        settings: settings of the attack that gave `robust`.
+        robust: whether each image survived it, bool [B].
+        keys: keys of the samples.
+        seed: seed of that attack; the checks derive others from it.
+        precision: precision of the search.
 
     Returns:
         One sentence per failed check: four times the steps from other starts break significantly more images, or
@@ -195,12 +197,12 @@ def check_masking(
     if left:
         warnings.append(
             f"{left} of {count} images are robust to epsilon {float(huge.epsilon):g} ({settings.norm}), which no "
-            "classifier can be: its gradients do not lead an attack"
+            "classifier can be: its gradients are masked"
         )
     return warnings
 
 
 def _huge(norm: Norm, clean: Tensor) -> Fraction:
-    """Half the pixel range everywhere: the ball then holds uniform grey and all but the colour of any image."""
+    """An ε of half the pixel range per pixel: every such ball contains the uniform grey image."""
     per_pixel = Fraction(1, 2)
     return per_pixel if norm == "linf" else per_pixel * round(clean[0].numel() ** 0.5)

@@ -1,4 +1,4 @@
-"""What all attacks in an ℓ∞ ball share: its bounds, the random start, one gradient, and results.
+"""The parts that all attacks share: the ℓ∞ ball, random starts, gradients with respect to pixels, and results.
 
 On the 8-bit grid attacks run in units of 1/255: all bounds are small integers and hold exactly. Off the grid the
 bounds are float32 numbers rounded towards x.
@@ -29,7 +29,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class NonFiniteGradient(DatamergeError):
-    """The attack met a loss or gradient that is not finite. `indices` are the samples' positions in the batch."""
+    """A loss or gradient of an attack is not finite. `indices` are the positions of its samples in the batch."""
 
     def __init__(self, indices: Sequence[int], names: Sequence[str], step: int) -> None:
         self.indices = list(indices)
@@ -60,11 +60,11 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Ball:
-    """The search region of a batch, in the units of the iteration (1/255 on the grid).
+    """The search region of a batch, in units of 1/255 on the grid, else of the pixel range.
 
     Attributes:
-        lower, upper, centre: [B, C, H, W].
-        scale: units in the pixel range.
+        lower, upper, centre: bounds and clean images, [B, C, H, W].
+        scale: number of units in the pixel range.
         grid: whether results are multiples of 1/255.
     """
 
@@ -98,14 +98,14 @@ class Ball:
         generators: Sequence[np.random.Generator],
         pinned: bool = False,
     ) -> Tensor:
-        """What random starts are made of, [B, C, H, W]: drawn on the CPU so that they are the same on every device.
+        """Random numbers for starts, [B, C, H, W]; drawn on the CPU, so that every device gets the same.
 
         Args:
             shape: C, H, W.
-            radius: of the starts.
+            radius: radius of the starts.
             grid: see the class.
-            generators: one a sample.
-            pinned: whether the memory is pinned, from which a GPU copies while other work goes on.
+            generators: one random generator per sample.
+            pinned: whether to use pinned memory, from which a GPU copies asynchronously.
         """
         levels = math.floor(radius * LEVELS)
         drawn = torch.empty(
@@ -119,7 +119,7 @@ class Ball:
     def _one(
         shape: tuple[int, ...], levels: int | None, generator: np.random.Generator
     ) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
-        """The draws of one sample: within so many grey levels on the grid, in [0, 1) off it."""
+        """The random numbers of one sample: integers in [−levels, levels] on the grid, else in [0, 1)."""
         if levels is None:
             return generator.random(shape, np.float32)
         return generator.integers(-levels, levels, shape, np.int16, endpoint=True)
@@ -131,7 +131,7 @@ class Ball:
         generators: Sequence[np.random.Generator],
         draws: Tensor | None = None,
     ) -> Tensor:
-        """The centre, or random points around it, made of what `draw` gave before, or gives now."""
+        """The centre, or random points around it, from the given `draws` or new ones."""
         if not random:
             return self.centre
         if draws is None:
@@ -139,8 +139,8 @@ class Ball:
         return self.placed(draws, radius)
 
     def placed(self, draws: Tensor, radius: Fraction) -> Tensor:
-        """Points of the ball, made of draws."""
-        # The conversion comes after the copy: few bytes cross, and nothing waits for pinned ones.
+        """Points of the ball from draws."""
+        # Convert after the copy: int16 is half the bytes, and a copy from pinned memory is asynchronous.
         there = draws.to(self.centre.device, non_blocking=True)
         offsets = there.float() if self.grid else (there * 2 - 1) * float(radius)
         return self.clamp_(offsets.add_(self.centre))
@@ -154,17 +154,17 @@ class Ball:
         return gradient.sign()
 
     def choose(self, start: Tensor, start_loss: Tensor, points: Tensor, loss: Tensor) -> Attacked:
-        """`points`, or the start where that has the higher loss: an attack never makes things easier."""
+        """`points`, or the start for samples whose loss is higher there, so that no attack lowers the loss."""
         worse = loss < start_loss
         chosen = torch.where(worse.view(-1, 1, 1, 1), start, points)
         return Attacked(quotient(chosen, self.scale), start_loss, torch.maximum(loss, start_loss))
 
 
 def parse_lengths(settings: Any, *names: str) -> None:
-    """Make the lengths of a frozen dataclass exact: text such as `2/255` and floats become `Radius`es.
+    """Convert lengths of a frozen dataclass, text such as `2/255` or floats, to exact `Radius`es.
 
     Raises:
-        ConfigError: no length.
+        ConfigError: a value is not a length.
     """
     for name in names:
         value = getattr(settings, name)
@@ -177,13 +177,13 @@ def parse_lengths(settings: Any, *names: str) -> None:
 
 
 def radius_of_starts(settings: Any) -> Fraction:
-    """That of an attack's random starts: epsilon, unless its settings say another."""
+    """Radius of an attack's random starts: `start_radius` if set, else epsilon."""
     radius: Fraction = settings.epsilon if settings.start_radius is None else settings.start_radius
     return radius
 
 
 def check_ball(epsilon: Fraction, grid: bool, start_radius: Fraction | None) -> None:
-    """Raise ConfigError for a ball without another grid point, or a start outside the ball."""
+    """Raise ConfigError if the ball has no grid point but its centre, or if starts may be outside the ball."""
     for name, length in (("epsilon", epsilon), ("start_radius", start_radius)):
         if grid and length is not None and 0 < length < Fraction(1, LEVELS):
             raise ConfigError(
@@ -197,12 +197,12 @@ def check_ball(epsilon: Fraction, grid: bool, start_radius: Fraction | None) -> 
 
 
 class Gradients:
-    """∇ of an objective with respect to pixels, and the samples for which it was not finite.
+    """Gradients of an objective with respect to pixels; keeps track of samples whose values are not finite.
 
-    Whether numbers are finite is noted where they are computed and read once, at the end: a look at every step
-    would make the CPU wait for the GPU at every step.
+    Finiteness is recorded on the device at every step and read once, at the end, because reading it at every step
+    would make the CPU wait for the GPU.
 
-    On a GPU gradients come from kernels that add in one order, where the model's operations have such kernels.
+    On a GPU gradients come from deterministic kernels, if the model's operations have them.
     """
 
     def __init__(
@@ -210,8 +210,8 @@ class Gradients:
     ) -> None:
         self._model, self._target, self._objective = model, target, objective
         self._scale, self._precision = scale, precision
-        # Losses tell which of two points is worse, and go into the record as a number to look at: three more digits
-        # than bfloat16's are enough for both, and float32's took longer on a GPU than the steps in bfloat16.
+        # Losses only rank points and are stored for information, so TF32 is precise enough; in float32 they took
+        # longer on a GPU than the steps in bfloat16.
         exact = precision == "float32" or target.device.type != "cuda"
         self._loss_precision: Precision = "float32" if exact else "tf32"
         self._first_bad: Tensor | None = None
@@ -232,7 +232,7 @@ class Gradients:
         return loss, gradient
 
     def loss_at(self, points: Tensor) -> Tensor:
-        """Loss [B] as it goes into the record: in float32, in TF32 on a GPU whose gradients have less."""
+        """Loss [B] for the record: in float32, or in TF32 on a GPU if gradients have a lower precision."""
         with torch.no_grad():
             pixels = quotient(points, self._scale)
             loss = self._objective(forward(self._model, pixels, self._loss_precision), self._target)
@@ -240,11 +240,11 @@ class Gradients:
         return loss
 
     def start_loss(self, start: Tensor, loss: Tensor) -> Tensor:
-        """`loss_at` the start, given the loss that came with its gradient."""
+        """`loss_at` of the start, reusing the loss from its gradient if it has the same precision."""
         return loss if self._precision == self._loss_precision else self.loss_at(start)
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise NonFiniteGradient if any number so far was not finite."""
+        """Raise NonFiniteGradient if any loss or gradient so far was not finite."""
         if self._first_bad is None:
             return
         first_bad = self._first_bad.tolist()
@@ -261,7 +261,7 @@ class Gradients:
 
 
 def forward(model: nn.Module, pixels: Tensor, precision: Precision) -> Tensor:
-    """Outputs of a network on float32 pixels, computed in some precision, at least float32."""
+    """Outputs of a network on float32 pixels, computed in `precision` and returned as float32 or wider."""
     with (
         arithmetic(pixels.device, tf32=precision == "tf32"),
         torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
@@ -272,7 +272,7 @@ def forward(model: nn.Module, pixels: Tensor, precision: Precision) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters get no gradients inside, and have the flags they had afterwards."""
+    """Inside, no parameter requires gradients; the flags are restored afterwards."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -284,5 +284,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def sample_generators(seed: int, key: str, count: int) -> list[np.random.Generator]:
-    """Independent generators for `count` members of group `key`: a function of the seed and the key alone."""
+    """Independent random generators for `count` members of group `key`; they depend on the seed and key alone."""
     return [np.random.default_rng(child) for child in group_seed(seed, key).spawn(count)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from datamerge.attacks.ball import Ball
 
 Norm = Literal["linf", "l2"]
-# Numbers in [0, 1] are off by at most this after rounding to float32.
+# Largest error of rounding a number in [0, 1] to float32.
 HALF_ULP = 2.0**-25
 
 
@@ -36,7 +36,7 @@ class EuclideanBall(Ball):
     def around(cls, clean: Tensor, epsilon: Fraction, grid: bool) -> EuclideanBall:
         """All points within `epsilon` of `clean`, [B, C, H, W] in [0, 1], and inside [0, 1]."""
         if grid:
-            raise ValueError("the ℓ2 ball has no grid")
+            raise ValueError("grid: expected False in the ℓ2 ball, found True")
         return cls(torch.zeros_like(clean), torch.ones_like(clean), clean, 1.0, False, float(epsilon))
 
     @staticmethod
@@ -49,9 +49,9 @@ class EuclideanBall(Ball):
         return self.clamp_(self.centre + offsets)
 
     def clamp_(self, points: Tensor) -> Tensor:
-        """Project onto the ball, then onto the pixel range, which only shortens δ; in place."""
+        """Project onto the ball, then onto [0, 1], which only shortens δ; in place."""
         offsets = points.double() - self.centre.double()
-        # Room for the rounding of all pixels, which could otherwise carry points outside.
+        # A margin for the rounding of all pixels, which could move points outside the ball.
         radius = max(self.radius - HALF_ULP * math.sqrt(offsets[0].numel()), 0.0)
         # A sample that has not moved stays where it is.
         factor = (radius / offsets.flatten(1).norm(dim=1).clamp_min(1e-300)).clamp_max(1)

@@ -1,4 +1,4 @@
-"""What an attack maximises: a loss per sample of the encoder's output against a fixed target."""
+"""Objectives that attacks maximise: a loss per sample between the encoder's output and a fixed target."""
 
 from __future__ import annotations
 

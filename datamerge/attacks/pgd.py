@@ -2,11 +2,10 @@
 
     x'_0 = x + U(−r, r);   x'_{t+1} = Π[ x'_t + α·sign ∇ L(f(x'_t), target) ],   Π onto ‖δ‖∞ ≤ ε and [0, 1]
 
-with r = ε unless told otherwise. The last iterate is returned, unless its loss is below the start's, in which case
-the start is: an attack never makes things easier. Encoder parameters get no gradient. Every sample has its own
-generator, so what it becomes does not depend on its neighbours in the batch.
+with r = ε by default. The result is the last iterate, or the start if its loss is higher. Encoder parameters get no
+gradient. Every sample has its own random generator, so its result does not depend on the rest of the batch.
 
-On the 8-bit grid the start is uniform over the grid points of the ball, and α·255 = 1 steps stay on the grid.
+On the 8-bit grid the start is uniform over the grid points of the ball, and steps of whole levels stay on the grid.
 
 Shapes: B samples, C H W pixels, K embedding.
 """
@@ -45,6 +44,9 @@ class PGD:
         random_start: start at x + U(−r, r) rather than at x.
         grid: keep pixels on multiples of 1/255.
         start_radius: r, at most ε; ε if None.
+
+    Raises:
+        ConfigError: a length is invalid, or the start is outside the ball.
     """
 
     epsilon: Fraction
@@ -76,13 +78,13 @@ def attack(
     Args:
         model: takes pixels [B, C, H, W] in [0, 1]; should be in eval mode.
         clean: float32 [B, C, H, W] in [0, 1]; multiples of 1/255 when `settings.grid`.
-        target: the objective's second argument, one row per sample.
+        target: second argument of the objective, one row per sample.
         objective: loss per sample to maximise.
-        settings: the attack's.
-        generators: one source of randomness per sample.
-        names: how errors call the samples; their positions by default.
-        precision: of the forward passes; the perturbation is float32 always.
-        draws: of the random start, as `draw_starts` gives them; taken from `generators` if None.
+        settings: settings of the attack.
+        generators: one random generator per sample.
+        names: names of the samples, for errors; their positions by default.
+        precision: precision of the forward passes; the perturbation is always float32.
+        draws: random numbers of the start, from `draw_starts`; drawn from `generators` if None.
 
     Raises:
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
@@ -106,14 +108,12 @@ def attack(
 def ascend(
     ball: Ball, at: Callable[[Tensor], tuple[Tensor, Tensor]], points: Tensor, step_size: float, steps: int
 ) -> Tensor | None:
-    """The loop of PGD, from any start: step along the sign of the gradient, project onto the ball, again and again.
-
-    Nothing is drawn, rounded or chosen here, and no loss is taken of the result.
+    """The loop of PGD alone, from any start: step along the sign of the gradient and project onto the ball.
 
     Args:
-        ball: what the points must stay in.
-        at: points → loss [B] and gradient [B, C, H, W] there; the gradient is overwritten.
-        points: where to start, inside the ball, in its units; moved in place.
+        ball: search region.
+        at: gives loss [B] and gradient [B, C, H, W] at points; the gradient is overwritten.
+        points: start inside the ball, in its units; moved in place.
         step_size: α, in the ball's units.
         steps: number of gradient steps.
 

@@ -1,4 +1,4 @@
-"""Any attack by its settings, with restarts; and the sign of one gradient, to compare precisions."""
+"""Runs PGD or APGD with restarts; and gives the sign of one gradient, to compare precisions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ def run_attack(
     precision: Precision = "float32",
     draws: Sequence[Tensor] = (),
 ) -> Attacked:
-    """Attack a batch `restarts` times from new starts and keep, for every sample, the strongest result.
+    """Attack a batch `restarts` times from new starts and keep the strongest result of every sample.
 
-    Other arguments, results and errors are those of `datamerge.attacks.attack`; `start_loss` is the first start's.
+    The other arguments, the result and the errors are those of `datamerge.attacks.attack`; `start_loss` is that of
+    the first start.
 
     Args:
-        draws: what `draw_starts` gave before, if it did; taken from `generators` if empty.
+        restarts: number of starts.
+        draws: random numbers of the starts, from `draw_starts`; drawn from `generators` if empty.
     """
 
     def once(number: int) -> Attacked:
@@ -60,17 +62,17 @@ def draw_starts(
     restarts: int = 1,
     pinned: bool = False,
 ) -> list[Tensor]:
-    """What `run_attack` would draw, before it and in any thread: one tensor [B, C, H, W] a restart.
+    """Draw the random numbers of `run_attack` in advance, in any thread: one tensor [B, C, H, W] per restart.
 
     Args:
-        settings: of the attack.
+        settings: settings of the attack.
         shape: C, H, W.
-        generators: one source of randomness per sample; not used for anything after it.
+        generators: one random generator per sample; `run_attack` then needs none.
         restarts: as in `run_attack`.
-        pinned: whether the memory is pinned, from which a GPU copies while other work goes on.
+        pinned: whether to use pinned memory, from which a GPU copies asynchronously.
 
     Returns:
-        Empty where the attack has no random start.
+        The tensors; empty if the attack has no random start.
     """
     if not settings.random_start:
         return []

@@ -1,4 +1,4 @@
-"""Encoders that take [0, 1] pixels, by spec, and class heads behind them."""
+"""Encoders of pixels in [0, 1], loaded by spec, and class heads for their embeddings."""
 
 from datamerge.encoders.checkpoints import save_encoder, weights_sha256
 from datamerge.encoders.device import pick_device

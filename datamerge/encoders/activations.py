@@ -1,6 +1,6 @@
-"""Which activation weights of CLIP were trained with: GELU, or OpenAI's approximation of it, QuickGELU.
+"""Detects the activation that CLIP weights were trained with: GELU, or OpenAI's approximation of it, QuickGELU.
 
-Names and shapes of the weights are the same with both.
+Names and shapes of the weights are the same for both.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from datamerge.encoders.clip_names import HF_MARK
 from datamerge.encoders.weight_files import Contents
 from datamerge.encoders.weight_readings import Network
 
-# A buffer of OpenAI's archives, and of states of them.
+# A buffer of OpenAI's archives, and of state_dicts made from them.
 _OPENAI_MARK = "input_resolution"
 
 
 def is_openai(contents: Contents) -> bool:
-    """Whether weights are OpenAI's own, in the form in which they published them."""
+    """Whether a file holds OpenAI's weights in the form in which OpenAI published them."""
     return any(_OPENAI_MARK in state for state in contents.states.values())
 
 
 def quick_gelu(path: Path, contents: Contents) -> bool | None:
-    """Whether a file, or the configuration of transformers beside it, says QuickGELU; None if they say nothing."""
+    """Whether a file, or the transformers configuration beside it, implies QuickGELU; None if neither tells."""
     if is_openai(contents):
         return True
     if not any(name.endswith(HF_MARK) for state in contents.states.values() for name in state):
@@ -33,7 +33,7 @@ def quick_gelu(path: Path, contents: Contents) -> bool | None:
     try:
         config = json.loads((path.parent / "config.json").read_text("utf-8"))
         vision = config.get("vision_config", config)
-        # What CLIP's configuration means where it does not say.
+        # The default of CLIP's configuration.
         activation = vision.get("hidden_act", "quick_gelu")
     except (OSError, ValueError, AttributeError):
         return None

@@ -1,4 +1,4 @@
-"""Files of weights: read without executing anything in them, fitted to a network, written with its preprocessing."""
+"""Files of weights: reads them without executing code, loads them into a network, and writes them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from storage_schemas.schema.preprocessing import Preprocessing
 if TYPE_CHECKING:
     from datamerge.encoders.encoder import Encoder
 
-# Key in the metadata of the safetensors files that are written here.
+# Key of the preprocessing in the metadata of the safetensors files written here.
 PREPROCESSING = "preprocessing"
-OPENAI = "openai"  # open_clip's name of OpenAI's weights
+OPENAI = "openai"  # open_clip's tag of OpenAI's weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
+    """A file of weights.
 
     Attributes:
-        path: the file.
-        contents: its tensors, by where in it they stand and by name.
-        preprocessing: what it records of its network's pixels, if anything.
+        path: path of the file.
+        contents: tensors, by place in the file and by name.
+        preprocessing: preprocessing that the file records, if any.
     """
 
     path: Path
@@ -52,7 +52,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a file of weights (`datamerge.encoders.weight_files` says which).
 
     Raises:
-        ConfigError: not such a file.
+        ConfigError: the file is not such a file.
     """
     file = Path(path)
     contents = read_contents(file)
@@ -60,10 +60,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def recorded_preprocessing(path: Path) -> Preprocessing | None:
-    """What a file of weights records of its network's pixels, if anything.
+    """The preprocessing that a file of weights records, if any.
 
     Raises:
-        ConfigError: no such record, or no file of weights.
+        ConfigError: the record is invalid, or the file is no file of weights.
     """
     return _preprocessing(path, read_metadata(path))
 
@@ -80,16 +80,16 @@ def _preprocessing(path: Path, metadata: Mapping[str, str]) -> Preprocessing | N
 
 
 def as_trained(spec: EncoderSpec, checkpoint: Checkpoint | None = None) -> EncoderSpec:
-    """The spec with the tag, or else the activation, that its file tells of weights of open_clip's models.
+    """The spec of an open_clip model with the tag, or else the activation, that its file of weights implies.
 
-    Neither changes the names of the weights: with the wrong activation a file loads and computes something else.
+    Neither shows in the names of the weights: with the wrong activation a file loads and computes something else.
 
     Args:
-        spec: one that says neither, or any other, which is returned as it is.
-        checkpoint: of the file, where it has been read.
+        spec: spec with a file and no tag; any other spec is returned unchanged.
+        checkpoint: the file, if it has been read.
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: the file cannot be read.
     """
     if spec.kind != "open_clip" or spec.has_weights or spec.checkpoint is None:
         return spec
@@ -107,7 +107,7 @@ def as_trained(spec: EncoderSpec, checkpoint: Checkpoint | None = None) -> Encod
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of all parameters and buffers: names, dtypes, shapes and bytes, in name order."""
+    """SHA-256 of all parameters and buffers: names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -116,7 +116,7 @@ def weights_sha256(module: nn.Module) -> str:
 
 
 def save_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
-    """Write the network's weights and preprocessing as safetensors, atomically; the file serves as FILE of a spec."""
+    """Write a network's weights and preprocessing atomically as a safetensors file, which a spec can name as FILE."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}
     target = Path(path).absolute()
     metadata = {PREPROCESSING: json.dumps(encoder.preprocessing.record())}
@@ -124,13 +124,13 @@ def save_encoder(encoder: Encoder, path: str | os.PathLike[str]) -> None:
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> list[str]:
-    """Put the weights of a file into the network of a spec.
+    """Load the weights of a file into the network of a spec.
 
     Returns:
-        Lines for the user: what was resampled or left out.
+        Lines for the user about what was resampled or left out.
 
     Raises:
-        ConfigError: they do not fit it.
+        ConfigError: the weights do not fit the network.
     """
     theirs, own = quick_gelu(checkpoint.path, checkpoint.contents), has_quick_gelu(model)
     if None not in (theirs, own) and theirs != own:
@@ -143,12 +143,12 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, spec: EncoderSpec) -> li
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Tensors of a file of weights by name, without what wrappers put in front of all of them.
+    """Tensors of a file of weights by name, without common prefixes of wrappers.
 
     Raises:
-        ConfigError: not such a file, or one that only a network's own loader reads.
+        ConfigError: the file is no file of weights, or only the loader of a network can read it.
     """
     states = read_contents(path).states
     if not states:
-        raise ConfigError(f"encoder: expected names of torch in {path}, found an archive of JAX's")
+        raise ConfigError(f"encoder: expected torch weights in {path}, found an archive of JAX weights")
     return without_wrappers(next(iter(states.values())))

@@ -1,8 +1,8 @@
-"""Which row of a head a class is: by name where both sides have names, by position only where one has none.
+"""Matches classes to rows of a head: by name if both have names, else by position.
 
 exact name                                  cat = cat
-the same letters                            Pirate_ship = pirate ship
-ImageNet's synsets, through their names     n01440764 = tench = tench, Tinca tinca
+normalised name                             Pirate_ship = pirate ship
+synset of ImageNet, through its names       n01440764 = tench = tench, Tinca tinca
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Classes:
-    """Labels, and what they are called.
+    """A set of classes.
 
     Attributes:
-        names: by label; empty if unknown.
-        count: how many there are, if labels are rows of a head.
-        where: how messages call them.
+        names: names by label; empty if unknown.
+        count: number of classes.
+        where: name of the set, for messages.
     """
 
     names: Sequence[str]
@@ -38,7 +38,7 @@ class Classes:
 
     @property
     def named(self) -> bool:
-        """Whether the names say more than the place."""
+        """Whether there are names, and not only numbers."""
         return bool(self.names) and not are_numbers(self.names)
 
 
@@ -47,15 +47,15 @@ class Match:
     """Rows of a head for labels.
 
     Attributes:
-        rows: by label; of the labels that occur, and of all others that have one.
-        names: of the rows, as far as they are known.
+        rows: row by label, for all labels that have one.
+        names: names of the rows, if known.
     """
 
     rows: Mapping[int, int]
     names: Sequence[str]
 
     def moves(self, labels: int) -> bool:
-        """Whether any of so many labels is another number than its row, or has none."""
+        """Whether any of the labels 0 … `labels` − 1 differs from its row, or has none."""
         return any(self.rows.get(label) != label for label in range(labels))
 
 
@@ -63,14 +63,14 @@ def match_classes(labels: Collection[int], classes: Classes, head: Classes, sett
     """The row of the head for each label.
 
     Args:
-        labels: those that occur.
-        classes: of the labels.
-        head: the rows.
-        setting: that errors are about.
-        remedy: what to do about classes that the head does not have.
+        labels: labels that occur.
+        classes: classes of the labels.
+        head: classes of the head's rows.
+        setting: name of the setting, for errors.
+        remedy: advice for classes that the head lacks, for errors.
 
     Raises:
-        ConfigError: a label that no row stands for; names the classes that differ.
+        ConfigError: a label has no row; the message names the classes that differ.
     """
     if not labels:
         return Match({}, head.names)
@@ -82,14 +82,14 @@ def match_classes(labels: Collection[int], classes: Classes, head: Classes, sett
     named = classes.named and max(labels) < len(classes.names)
     synsets = named and all(_SYNSET.fullmatch(classes.names[label]) for label in labels)
     if synsets and not head.named and head.count == len(imagenet_synsets()):
-        say(f"the classes of {classes.where} are ImageNet's synsets, matched with {head.where} in their order")
+        say(f"the classes of {classes.where} are ImageNet's synsets, and are matched with {head.where} in order")
         head = Classes(imagenet_synsets(), head.count, head.where)
     if named and head.named:
         return _by_name(labels, classes, head, setting, remedy)
     if head.names and not head.named and [int(name) for name in head.names] != [*range(head.count)]:
         rows = {int(name): row for row, name in enumerate(head.names)}
         if len(rows) == len(head.names) and rows.keys() >= set(labels):
-            say(f"the classes of {head.where} are called by numbers, which the labels of {classes.where} mean")
+            say(f"the class names of {head.where} are numbers, and are matched with the labels of {classes.where}")
             return Match(rows, head.names)
     return _by_position(labels, classes, head, setting, remedy)
 
@@ -104,14 +104,14 @@ def _by_position(labels: Collection[int], classes: Classes, head: Classes, setti
         )
     if classes.names and len(classes.names) != head.count:
         warn(
-            f"{classes.where} has {len(classes.names)} classes and {head.where} has {head.count}: labels are taken "
+            f"{classes.where} has {len(classes.names)} classes and {head.where} has {head.count}: labels are used "
             "as positions in the head, which is wrong if the source has only some of its classes; "
-            + ("classes with names are" if head.named else "with a file of the head's class names they are")
-            + " matched by name"
+            + ("give the source class names" if head.named else "give a file of the head's class names")
+            + " to match by name"
         )
     elif classes.named or head.named:
         nameless = head.where if classes.named else classes.where
-        say(f"{nameless} has no class names: the labels of {classes.where} are taken as positions in {head.where}")
+        say(f"{nameless} has no class names, so the labels of {classes.where} are positions in {head.where}")
     return Match({label: label for label in range(head.count)}, head.names or classes.names)
 
 
@@ -124,7 +124,7 @@ def _by_name(labels: Collection[int], classes: Classes, head: Classes, setting: 
         mine = _places(way(classes.names), rows.keys())
         others = _places(way(head.names), set(rows.values()))
         for name, places in mine.items():
-            # Two cranes in both lists are the same two, in their order.
+            # If both lists have a name twice (crane), the two are matched in order.
             if name and len(others.get(name, ())) == len(places):
                 rows.update(zip(places, others[name], strict=True))
     missing = [classes.names[label] for label in sorted(set(labels) - rows.keys())]
@@ -143,7 +143,7 @@ def _by_name(labels: Collection[int], classes: Classes, head: Classes, setting: 
 
 
 def _places(names: Sequence[str], left_out: Collection[int]) -> dict[str, list[int]]:
-    """Where each name is, but for some places."""
+    """Positions of each name, without those in `left_out`."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         if place not in left_out:
@@ -152,9 +152,9 @@ def _places(names: Sequence[str], left_out: Collection[int]) -> dict[str, list[i
 
 
 def canonical_names(names: Sequence[str]) -> list[str]:
-    """ImageNet's synset of each name: of a synset itself, of one of its words, of open_clip's name; else empty."""
+    """ImageNet's synset for each name: a synset, its description or its name in open_clip; else empty."""
     synsets = imagenet_synsets()
-    if list(names) == imagenet_names():  # two of them occur twice
+    if list(names) == imagenet_names():  # two names occur twice
         return list(synsets)
     known = _synset_of_name()
     return [name if _SYNSET.fullmatch(name) else known.get(plain_name(name), "") for name in names]
@@ -171,7 +171,7 @@ def imagenet_synsets() -> Sequence[str]:
 
 @cache
 def _synset_of_name() -> Mapping[str, str]:
-    """Synset by name, where one alone has the name."""
+    """Synset by name, for names that only one synset has."""
     from timm.data.imagenet_info import ImageNetInfo
 
     synsets = imagenet_synsets()
@@ -192,10 +192,10 @@ def imagenet_names() -> list[str]:
 
 
 def read_names(file: str | None) -> list[str]:
-    """Class names of a file, or of `imagenet`; empty without a file.
+    """Class names from a file or of `imagenet`; empty without either.
 
     Raises:
-        ConfigError: no such file, or one without a name a line.
+        ConfigError: see `read_class_names`.
     """
     if file is None:
         return []

@@ -1,4 +1,4 @@
-"""CLIP's vision transformer in the names of open_clip's `model.visual` and of transformers' CLIPVisionModel."""
+"""Converts CLIP's vision transformer between the names of open_clip and of transformers' CLIPVisionModel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# open_clip's name below transformer.resblocks.N → transformers' below encoder.layers.N
+# Name in open_clip below transformer.resblocks.N → name in transformers below encoder.layers.N
 _LAYER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -15,12 +15,12 @@ _LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-# Their names at the top of the network, those of transformers below `vision_model.`
+# Name in open_clip at the top of the network → name in transformers below `vision_model.`
 _TOP = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.weight": "embeddings.patch_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
-    # Spelt so in transformers.
+    # transformers has this spelling.
     "ln_pre.weight": "pre_layrnorm.weight",
     "ln_pre.bias": "pre_layrnorm.bias",
     "ln_post.weight": "post_layernorm.weight",
@@ -33,11 +33,11 @@ HF_MARK, OPEN_CLIP_MARK = _TOP["conv1.weight"], "conv1.weight"
 
 
 def to_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's tensors under the names of CLIPVisionModelWithProjection; names it does not know stay."""
+    """Rename tensors of open_clip to CLIPVisionModelWithProjection's names; unknown names stay."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name == "proj":
-            # open_clip multiplies with it from the right, a Linear layer with its transpose.
+            # open_clip multiplies by the matrix from the right, a Linear layer by its transpose.
             result[PROJECTION] = tensor.T.contiguous()
         elif name in _TOP:
             result[VISION + _TOP[name]] = tensor
@@ -60,7 +60,7 @@ def _layer_to_hf(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def from_hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_hf`, with or without `vision_model.` in front; names it does not know stay."""
+    """The inverse of `to_hf`, for names with or without `vision_model.`; unknown names stay."""
     top = {theirs: ours for ours, theirs in _TOP.items()}
     result: dict[str, Tensor] = {}
     joined: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Which device a setting means."""
+"""Resolves the setting `device`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from storage_schemas import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a setting; `auto` takes a GPU if there is one.
+    """The torch device of a setting; `auto` takes a GPU if there is one.
 
     Raises:
-        ConfigError: no such device here, or one whose tensors hold no numbers (meta).
+        ConfigError: the device does not exist here, or its tensors have no data (`meta`).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        # torch goes on to list every device that it could have been built for.
+        # The rest of torch's message lists all devices that it could be built for.
         reason = first_line(error).partition(". ")[0]
         raise ConfigError(f'device: {name!r} cannot be used here ({reason}); use `device="cpu"`') from None
     return device

@@ -1,4 +1,4 @@
-"""Encoders as modules that take [0, 1] pixels, with their normalisation inside.
+"""Encoders: modules that take pixels in [0, 1] and contain their normalisation.
 
 Shapes: B batch, C H W pixels, K embedding.
 """
@@ -19,7 +19,7 @@ from datamerge.runtime.messages import first_line, say, warn
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
-# Kind of a spec → (spec, preprocessing that its file of weights records) → the network as the spec means it.
+# Kind of a spec → builder, which takes the spec and the preprocessing that its file of weights records.
 BUILDERS: Mapping[str, Callable[[EncoderSpec, Preprocessing | None], Built]] = {
     "open_clip": open_clip_models.build,
     "timm": timm_models.build,
@@ -33,13 +33,16 @@ class Encoder(nn.Module):
     """A network f_θ: pixels [B, C, H, W] in [0, 1] → embeddings [B, K].
 
     Attributes:
-        model: the network on normalised pixels.
+        model: the network, on normalised pixels.
         spec: the spec it was made from.
-        preprocessing: how its pixels are made from photos, and its normalisation.
+        preprocessing: preprocessing of photos to its pixels, and its normalisation.
         embedding_dim: K.
-        sha256: hash of the weights it was loaded with.
-        random_weights: whether nobody trained it.
-        code: hash of the user's code that computes it, None for the code of libraries.
+        sha256: SHA-256 of the weights it was loaded with.
+        random_weights: whether the weights are untrained.
+        code: hash of the user's code that computes it; None if a library does.
+
+    Raises:
+        ConfigError: the network fails on pixels of its shape, or does not return embeddings [B, K].
     """
 
     mean: Tensor
@@ -59,7 +62,7 @@ class Encoder(nn.Module):
         self.preprocessing = preprocessing
         self.random_weights = random_weights
         self.code = code
-        # None: pixels as they are.
+        # None means no normalisation.
         mean, std = preprocessing.mean or (0.0,), preprocessing.std or (1.0,)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
@@ -69,26 +72,26 @@ class Encoder(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pixels it takes."""
+        """(C, H, W) of the input pixels."""
         return self.preprocessing.shape
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells what it computes, as far as it is no setting: hashes of weights and, where it is known, code."""
+        """Hashes of the weights and, if known, of the user's code, which identify the function it computes."""
         return {"sha256": self.sha256, **({} if self.code is None else {"code_sha256": self.code})}
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Embeddings [B, K], un-normalised, of pixels [B, C, H, W] in [0, 1]."""
+        """Embeddings [B, K], not normalised, of pixels [B, C, H, W] in [0, 1]."""
         return cast(Tensor, self.model((pixels - self.mean) / self.std))
 
     def _probe(self) -> int:
-        """Width of the output, from one grey image."""
+        """Width of the embedding, from a forward pass on a grey image."""
         with torch.no_grad():
             try:
                 output = self(torch.full((1, *self.input_shape), 0.5))
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ConfigError(
-                    f"encoder: expected a network on pixels {self.input_shape}, {self.spec!r} fails with: "
+                    f"encoder: expected a network on pixels {self.input_shape}, found that {self.spec!r} fails: "
                     f"{first_line(error)}"
                 ) from error
         if not isinstance(output, Tensor) or output.ndim != 2:
@@ -101,13 +104,12 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
     """Build the encoder of a spec (see `datamerge.encoders.specs`), in eval mode.
 
     Args:
-        spec: which network and which weights.
-        device: that it is put on.
-        aloud: say on the screen what was resampled, and what was taken where neither spec nor file says. Workers
-            need not say again what their driver said.
+        spec: spec of the network and its weights.
+        device: device of the encoder.
+        aloud: whether to print what was resampled or assumed; workers do not repeat what their driver has printed.
 
     Raises:
-        ConfigError: an unknown model or tag, weights that cannot be read or do not fit.
+        ConfigError: the model or tag is unknown, or the weights cannot be read or do not fit.
     """
     parsed = parse_spec(spec)
     checkpoint = read_checkpoint(parsed.checkpoint) if parsed.checkpoint else None
@@ -126,10 +128,10 @@ def load_encoder(spec: str, device: str = "cpu", aloud: bool = True) -> Encoder:
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    """The same network with the weights of its convolutions in channels-last memory order, in which they run faster.
+    """Put the weights of convolutions into channels-last memory order, if there are several.
 
-    It is a tenth to a fifth faster from the second convolution on (`python -m benchmarks.pgd`: the floor
-    as built over the floor); a vision transformer has one, which cuts the image into patches.
+    That makes such networks 10 to 20 % faster (`python -m benchmarks.pgd`: the floor as built over the floor). A
+    vision transformer has one convolution only, for its patches.
     """
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if len(convolutions) > 1:

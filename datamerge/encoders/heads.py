@@ -1,15 +1,15 @@
-"""Class heads: logits from embeddings, read from a file, from a network's classifier or made from class names.
+"""Class heads: logits from embeddings, read from a file or a network's classifier, or made from class names.
 
     head.safetensors    weight [classes, K], optional bias [classes], optional scale [1]
     timm:…              the classifier of that network
     open_clip:…, hf:…   zero-shot: embeddings of class names by the text tower of that network
     RUN                 the folder of a training run: the head of the network that it started from
 
-Behind a network, `@FILE` takes classifier or text tower from that file where it holds them; else they are those of
-the network's tag, folder or repository.
+With `@FILE` after a network, classifier or text tower come from that file if it holds them; otherwise they are those
+of the network's tag, folder or repository.
 
-A head with `scale` is CLIP's: embeddings are normalised to length 1 and the logits multiplied by scale. SigLIP's has
-a bias as well.
+A head with `scale` is that of CLIP: embeddings are normalised to length 1, and logits multiplied by `scale`. That of
+SigLIP has a bias as well.
 """
 
 from __future__ import annotations
@@ -36,19 +36,22 @@ from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.record import Array
 
-# Kinds of encoders that have text towers.
+# Kinds of encoders with text towers.
 ZERO_SHOT = ("open_clip", "hf")
 FORMS = "a .safetensors file, a timm:, open_clip: or hf: spec, or the folder of a training run"
 
 
 class Head(nn.Module):
-    """A linear or cosine classifier; its tensors are buffers, so no optimiser moves them.
+    """A linear or cosine classifier. Its tensors are buffers, so no optimiser changes them.
 
     Attributes:
         weight: [classes, K].
         bias: [classes] or None.
         scale: [1] for a cosine classifier, else None.
-        names: class names, empty if unknown.
+        names: class names; empty if unknown.
+
+    Raises:
+        ConfigError: the bias does not fit the weight.
     """
 
     weight: Tensor
@@ -77,21 +80,21 @@ class Head(nn.Module):
         return nn.functional.linear(embeddings, self.weight, self.bias)
 
     def check_width(self, embedding_dim: int, what: str = "the head") -> None:
-        """Raise ConfigError, with what the head is called, unless it takes embeddings of this width."""
+        """Raise ConfigError unless the head takes embeddings of this width; `what` names it in the message."""
         if self.weight.shape[1] != embedding_dim:
             raise ConfigError(
-                f"head: expected one for embeddings of width {embedding_dim}, found weight "
-                f"{list(self.weight.shape)} in {what}"
+                f"head: expected a head for embeddings of width {embedding_dim}, found weight "
+                f"{list(self.weight.shape)} in {what}; use another one"
             )
 
     def to_bytes(self) -> bytes:
-        """The head as a safetensors file, as in an artifact."""
+        """The head as the content of a safetensors file, as in an artifact."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         return save(tensors, metadata={"names": json.dumps(self.names)})
 
 
 def head_from_arrays(arrays: Mapping[str, Array], names: Sequence[str]) -> Head:
-    """A head from `Artifact.head()` or a parsed file."""
+    """A head from the arrays of `Artifact.head()` or `parse_head`."""
     tensors = {name: torch.from_numpy(array.copy()).float() for name, array in arrays.items()}
     return Head(tensors["weight"], tensors.get("bias"), tensors.get("scale"), names)
 
@@ -104,21 +107,21 @@ def load_head(
     device: str = "cpu",
     shelf: Path | None = None,
 ) -> Head:
-    """Load a head from a file, a spec or a run (forms in the module's docstring).
+    """Load a head from a file, a spec or a run; see the docstring of the module.
 
     Args:
         spec: a path ending in .safetensors, an encoder spec, or the folder of a training run.
-        class_names: needed by zero-shot heads: the classes in label order.
-        templates: prompts of zero-shot heads with {} for the name; OpenAI's 80 for ImageNet by default.
-        device: where zero-shot heads are computed.
-        shelf: a folder that zero-shot heads are sought in first, before the one of all commands (see
-            `datamerge.encoders.zero_shot_heads`), and kept in as well.
+        class_names: class names in the order of labels; required for zero-shot heads.
+        templates: prompts of zero-shot heads, with {} for the name; OpenAI's 80 for ImageNet by default.
+        device: device on which zero-shot heads are computed.
+        shelf: folder of a second cache of zero-shot heads, searched before the user's (see
+            `datamerge.encoders.zero_shot_heads`).
 
     Returns:
         The head, on the CPU.
 
     Raises:
-        ConfigError: no such file, model or run, a file that holds no head, or class names missing.
+        ConfigError: there is no such file, model or run, the file holds no head, or class names are missing.
     """
     with refusals_about("head"):
         spec = head_spec(spec)
@@ -135,10 +138,10 @@ def load_head(
 
 
 def head_spec(text: str) -> str:
-    """The network whose head belongs to an encoder, for the folder of a run and for the encoder of one; else `text`.
+    """Spec of the network whose head belongs to a run or to an encoder; other texts are returned unchanged.
 
     Raises:
-        ConfigError: an encoder spec that cannot be, or a folder without a finished run.
+        ConfigError: the spec is invalid, or the folder holds no finished run.
     """
     if text.partition(":")[0] not in KINDS and not user_path(text).is_dir():
         return text
@@ -165,7 +168,7 @@ def _timm_classifier(spec: EncoderSpec) -> Head:
     name = timm_name(spec)
     state = dict(read_state_dict(Path(spec.checkpoint))) if spec.checkpoint else {}
     with seeded():
-        # Only its names are of use where a file has the classifier.
+        # If the file has the classifier, only the names in the network are used.
         model: Any = downloading(spec, lambda: timm.create_model(name, pretrained=spec.has_weights and not state))
     layer = model.get_classifier()
     if not isinstance(layer, nn.Linear):

@@ -1,6 +1,6 @@
 """Vision models of Hugging Face transformers: CLIP, SigLIP, DINOv2 and ViT.
 
-A model's folder (or repository) has `config.json`, `preprocessor_config.json` and weights.
+A model's folder or repository holds `config.json`, `preprocessor_config.json` and weights.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datamerge.encoders.building import Built, adapted, downloading, resampled, wanted_size
+from datamerge.encoders.building import Built, adapted, downloading, input_size, resampled
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
-# `model_type` of a configuration → class of the vision model. Whole models hold their vision model's weights.
+# `model_type` of a configuration → class of the vision model, which also loads from the weights of a whole model.
 CLASSES = {
     "clip": "CLIPVisionModelWithProjection",
     "clip_vision_model": "CLIPVisionModelWithProjection",
@@ -28,22 +28,21 @@ CLASSES = {
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "vit": "ViTModel",
 }
-# Image processors that do what `Preprocessing` says and nothing else: resize, crop, rescale, normalise.
+# Image processors that `Preprocessing` describes completely: resize, crop, rescale, normalise.
 PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor", "BitImageProcessor")
 PROJECTION = "visual_projection.weight"
-FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's constants
 
 
 class HuggingFaceTower(nn.Module):
-    """Pixels [B, C, H, W] → what the model's library calls the image's embedding [B, K].
+    """A vision model: pixels [B, C, H, W] → image embeddings [B, K], as transformers defines them.
 
-    Its tensors have the names that whole models of CLIP and SigLIP have in files: `vision_model.…`,
-    `visual_projection.weight`.
+    Its tensors have the names of whole CLIP and SigLIP models: `vision_model.…`, `visual_projection.weight`.
 
     Attributes:
-        vision_model: the transformer.
-        visual_projection: into the space that CLIP shares with texts, where the model has one.
-        config: of the vision model.
+        vision_model: the vision transformer.
+        visual_projection: projection into CLIP's joint space with texts, if the model has one.
+        config: configuration of the vision model.
     """
 
     def __init__(self, model: Any) -> None:
@@ -54,17 +53,17 @@ class HuggingFaceTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         output: Any = self.vision_model(pixel_values=pixels)
-        # ViT's own pooling layer is rarely trained; classifiers stand on the first token.
+        # ViT's pooling layer is rarely trained; classifiers use the first token.
         pooled = output.pooler_output if self.config.model_type != "vit" else output.last_hidden_state[:, 0]
         return cast(Tensor, pooled if self.visual_projection is None else self.visual_projection(pooled))
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """A vision model of transformers, with what its own image processor says of its preprocessing."""
+    """A vision model of transformers, with the preprocessing of its image processor."""
     transformers_for(spec)
     tower = HuggingFaceTower(downloading(spec, lambda: _model(spec)).float())
     own = recorded or downloading(spec, lambda: read_processor(spec))
-    native, size = _native(tower), wanted_size(spec, recorded)
+    native, size = _native(tower), input_size(spec, recorded)
     notes: list[str] = []
     if size is not None and size != native:
         downloading(spec, lambda: resize_tower(tower, size))
@@ -73,10 +72,10 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
 
 def transformers_for(spec: EncoderSpec) -> Any:
-    """The library, ready to read the folder or repository of a spec.
+    """Import transformers to read the folder or repository of a spec.
 
     Raises:
-        ConfigError: it is not installed, or the folder holds no model.
+        ConfigError: transformers is not installed, or the folder holds no model.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(f"encoder: '{spec}' needs the package 'transformers': pip install 'datamerge[hf]'")
@@ -90,7 +89,7 @@ def transformers_for(spec: EncoderSpec) -> Any:
 
 
 def _model(spec: EncoderSpec) -> Any:
-    """The vision model, with the weights of the folder or repository unless a file will bring others."""
+    """The vision model, with the weights of the folder or repository unless the spec names a file."""
     import transformers
 
     where: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
@@ -109,7 +108,7 @@ def _model(spec: EncoderSpec) -> Any:
     whole, projection = config, getattr(config, "projection_dim", None)
     if config.model_type in ("clip", "siglip"):
         config = config.vision_config
-        # Of the two widths in its configuration CLIP takes the whole model's.
+        # The configuration has two widths of the projection; CLIP uses that of the whole model.
         config.projection_dim = projection
     if whole.model_type == "clip_vision_model" and whole.architectures == ["CLIPVisionModel"]:
         name = "CLIPVisionModel"
@@ -118,7 +117,7 @@ def _model(spec: EncoderSpec) -> Any:
         return _class(name)._from_config(config, **options)
     model, missing, misshaped = _loaded(name, spec, config, options | where)
     if missing == [PROJECTION] and whole is config and not config.architectures:
-        # Nothing but the weights says which of CLIP's two vision models was saved.
+        # Only the weights tell which of CLIP's two vision models was saved.
         model, missing, misshaped = _loaded("CLIPVisionModel", spec, config, where)
     if missing or misshaped:
         raise ConfigError(
@@ -130,7 +129,7 @@ def _model(spec: EncoderSpec) -> Any:
 
 
 def _loaded(name: str, spec: EncoderSpec, config: Any, options: dict[str, Any]) -> tuple[Any, list[str], list[str]]:
-    """A model, and its tensors that the weights leave out or have in another shape; it would make them up."""
+    """A model, and the names of its tensors that are missing in the weights, or have another shape there."""
     model, found = _class(name).from_pretrained(
         spec.model, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
@@ -144,10 +143,10 @@ def _class(name: str) -> Any:
 
 
 def read_processor(spec: EncoderSpec) -> Preprocessing:
-    """The record of what the model's image processor does.
+    """The preprocessing that the model's image processor does.
 
     Raises:
-        ConfigError: there is none, or it does something else.
+        ConfigError: there is no processor, or `Preprocessing` cannot describe it.
     """
     import transformers
 
@@ -184,7 +183,7 @@ def _read(processor: Any, spec: EncoderSpec) -> Preprocessing:
             f"({', '.join(PROCESSORS)}), found {type(processor).__name__} with size {sides}"
         )
     scale = (sides["height"], sides["width"]) if squashed else (sides["shortest_edge"],) * 2
-    # Pixels in [0, 1] are 255 levels; where the processor divides by another number, mean and deviation do it.
+    # Our pixels are levels / 255; another divisor of the processor is folded into mean and deviation.
     gain = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     gain = 1.0 if abs(gain - 1) < 1e-9 else gain
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,), (1.0,))
@@ -212,9 +211,9 @@ def _native(tower: HuggingFaceTower) -> tuple[int, int]:
 
 
 def resize_tower(tower: HuggingFaceTower, size: tuple[int, int]) -> None:
-    """Fit position embeddings to images of (H, W), as the model's own `interpolate_pos_encoding=True` does.
+    """Resample position embeddings for images of (H, W), as `interpolate_pos_encoding=True` does.
 
-    DINOv2 does so at every call.
+    DINOv2 is left unchanged, as it resamples at every call.
     """
     if tower.config.model_type.startswith("dinov2"):
         return

@@ -1,4 +1,4 @@
-"""open_clip's image towers."""
+"""Builds the image towers of open_clip's models."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
+from datamerge.encoders.building import Built, adapted, differing, downloading, input_size, resampled, unknown
 from datamerge.encoders.specs import HUB, LOCAL, EncoderSpec
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
 CONFIGURATION = "open_clip_config.json"
-QUICK = "-quickgelu"  # the end of the names of models with that activation
-# In place of a text tower that nobody asks for: it would take half of the memory, or a configuration from the hub.
+QUICK = "-quickgelu"  # suffix of the names of models with QuickGELU
+# A tiny text tower in place of the real one, which would take half of the memory, or a configuration from the hub.
 NO_TEXT = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """The image tower of an open_clip model, with what open_clip itself says of its preprocessing."""
+    """The image tower of an open_clip model, with open_clip's preprocessing."""
     spec = known_open_clip(spec)
     import open_clip
 
-    size = wanted_size(spec, recorded)
+    size = input_size(spec, recorded)
     tag, doubts = _of_tags(spec) if not spec.whole else ({}, [])
     place = downloading(spec, lambda: _place(spec))
     visual = downloading(spec, lambda: _create(spec, place, size, tag)).visual
-    # CoCa's captions want the patches beside the embedding.
+    # CoCa would also return the patches, for its captions.
     visual.output_tokens = False
     own = _read(visual.preprocess_cfg, spec)
     notes: list[str] = []
@@ -39,13 +39,13 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
 
 def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
-    """The spec, if open_clip knows model and tag, with the activation that the weights were trained with in its name.
+    """Check model and tag, and add `-quickgelu` to the model's name if its weights were trained with it.
 
-    OpenAI's and a few other weights need QuickGELU. Asked for the plain model, open_clip only warns and runs it with
-    GELU; and a spec of fine-tuned weights has the model's name alone to say which of the two it is.
+    OpenAI's and a few other weights need QuickGELU. For the plain name open_clip only warns and uses GELU; and in a
+    spec of fine-tuned weights only the model's name tells the activation.
 
     Raises:
-        ConfigError: an unknown model or tag.
+        ConfigError: the model or tag is unknown.
     """
     make_torchvision_importable()
     import open_clip
@@ -54,7 +54,7 @@ def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
         return spec
     known = open_clip.list_models()
     if spec.model not in known:
-        # On paper the patch size stands behind a slash, which is where a tag begins here.
+        # Papers write the patch size after a slash (ViT-B/32), where a tag begins in a spec.
         on_paper = f"{spec.model}-{spec.pretrained}".replace("/", "-")
         fitting = max((name for name in known if f"{on_paper}-".startswith(f"{name}-")), key=len, default=None)
         if fitting is not None:
@@ -73,12 +73,12 @@ def known_open_clip(spec: EncoderSpec) -> EncoderSpec:
 
 
 def _place(spec: EncoderSpec) -> str:
-    """What open_clip is asked for."""
+    """The name or folder of the model for open_clip."""
     return of_hub(spec) if spec.model.startswith(HUB) and (spec.revision or spec.checkpoint) else spec.model
 
 
 def _create(spec: EncoderSpec, place: str, size: tuple[int, int] | None, tag: Mapping[str, Any]) -> Any:
-    """The model with its weights; without a text tower where a file will bring those of the image tower."""
+    """The model with its weights; if the spec names a file, without weights and text tower."""
     import open_clip
 
     options: dict[str, Any] = {"force_preprocess_cfg": tag}
@@ -94,7 +94,10 @@ def _create(spec: EncoderSpec, place: str, size: tuple[int, int] | None, tag: Ma
 
 
 def of_hub(spec: EncoderSpec) -> str:
-    """A model of the hub as a folder: at its revision, which open_clip cannot name; without weights for a file."""
+    """Download a model of the hub at its revision, which open_clip does not support; returns its folder.
+
+    If the spec names a file, the weights are not downloaded.
+    """
     from open_clip import factory
 
     repository = spec.model.removeprefix(HUB)
@@ -105,12 +108,12 @@ def of_hub(spec: EncoderSpec) -> str:
 
 
 def _of_tags(spec: EncoderSpec) -> tuple[Mapping[str, Any], list[str]]:
-    """open_clip's configuration of the tag, or of most weights of the model, with a line where they differ."""
+    """open_clip's configuration of the tag, else the most common one of the model, with a warning if they differ."""
     import open_clip
 
     if spec.pretrained:
         return open_clip.get_pretrained_cfg(spec.model, spec.pretrained), []
-    # A file does not say its activation; a name that ends in -quickgelu does.
+    # Tags may be listed under the plain name and under that with -quickgelu.
     names = {spec.model, f"{spec.model}{QUICK}"}
     configs = {
         tag: (open_clip.get_pretrained_cfg(model, tag), model)
@@ -128,7 +131,7 @@ def _of_tags(spec: EncoderSpec) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _facts(config: Mapping[str, Any], quick: bool) -> dict[str, str]:
-    """In words, what tags of one model may differ in."""
+    """The properties in which tags of one model may differ, in words."""
     words = {name: f"({', '.join(f'{value:g}' for value in config[name])})" for name in ("mean", "std")}
     return {
         **words,
@@ -145,10 +148,10 @@ def _quick(model: str, tag: Mapping[str, Any]) -> bool:
 
 
 def _read(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
-    """The record of open_clip's configuration, as `open_clip.image_transform` understands it."""
+    """The preprocessing of open_clip's configuration, as `open_clip.image_transform` interprets it."""
     size = _pair(config["size"])
     resize, interpolation = config["resize_mode"], config["interpolation"]
-    # Its way of resizing other images than squares knows no other interpolation.
+    # For inputs that are not square, open_clip always resizes with bicubic interpolation.
     by_ratio = resize == "longest" or (resize == "shortest" and size[0] != size[1])
     if interpolation == "random" or (by_ratio and resize == "shortest"):
         interpolation = "bicubic"
@@ -173,5 +176,5 @@ def _each(value: Any) -> tuple[float, ...]:
 
 
 def _has_positions(visual: Any) -> bool:
-    """Whether open_clip resamples something of this tower for another size; convolutions have nothing to."""
+    """Whether the tower has position embeddings, which open_clip resamples for another size."""
     return hasattr(getattr(visual, "trunk", visual), "set_input_size") or hasattr(visual, "positional_embedding")

@@ -1,4 +1,4 @@
-"""Networks of our own spelling, mlp:CxHxW-…-OUT, and of the user's own code, python:MODULE:FACTORY."""
+"""Builds networks of the specs mlp:CxHxW-…-OUT and python:MODULE:FACTORY."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datamerge.runtime.factories import Failed, NoFactory, call, find_factory, m
 from storage_schemas import ConfigError, shortened
 from storage_schemas.schema.preprocessing import Preprocessing
 
-# Largest mlp, 8 GB: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+# Largest MLP, 8 GB: a spec may come from a foreign artifact, where a few characters could exhaust the memory.
 MAX_WEIGHTS = 2**31
 
 
@@ -44,7 +44,7 @@ def build_mlp(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
 
 def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """What a function of the user's returns."""
+    """The module that a user's function returns."""
     try:
         factory = find_factory(spec.model)
     except NoFactory as error:
@@ -59,11 +59,11 @@ def build_python(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
 
 def _declared(model: object, spec: EncoderSpec) -> Preprocessing:
-    """What a module says of its pixels: `preprocessing`, or the `input_shape` of pixels in [0, 1]."""
+    """The preprocessing that a module declares: `preprocessing`, or `input_shape` for pixels in [0, 1]."""
     shape, declared = getattr(model, "input_shape", None), getattr(model, "preprocessing", None)
     if isinstance(model, nn.Module) and isinstance(declared, Preprocessing | Mapping):
         read = declared if isinstance(declared, Preprocessing) else Preprocessing.read(declared, f"encoder: '{spec}'")
-        # Without a normalisation in front the module does it itself.
+        # Without a declared normalisation the module normalises its pixels itself.
         plain = {"mean": read.mean or (0.0,), "std": read.std or (1.0,)}
         return Preprocessing.model_validate({**read.model_dump(), **plain})
     if not isinstance(model, nn.Module) or shape is None or len(shape) != 3:
@@ -75,15 +75,15 @@ def _declared(model: object, spec: EncoderSpec) -> Preprocessing:
 
 
 def _checked(preprocessing: Preprocessing, shape: tuple[int, int, int], spec: EncoderSpec) -> Preprocessing:
-    """The preprocessing, if it is of the pixels that the network was written for; no size can be chosen here.
+    """The preprocessing, if its pixels have the shape of the network, which cannot be changed here.
 
     Raises:
-        ConfigError: another shape.
+        ConfigError: its shape is another.
     """
     size = (spec.image_size,) * 2 if spec.image_size else preprocessing.size
     if (preprocessing.shape[0], *size) != shape:
         raise ConfigError(
             f"encoder: expected pixels {shape} of {spec.named}, found {(preprocessing.shape[0], *size)} in "
-            f"{'image_size' if spec.image_size else spec.checkpoint}; choose the size in {spec.kind}:'s own words"
+            f"{'image_size' if spec.image_size else spec.checkpoint}; the {spec.kind}: spec itself sets the size"
         )
     return preprocessing

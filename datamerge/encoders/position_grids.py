@@ -1,4 +1,4 @@
-"""Position embeddings of another grid of patches, resampled as the library of the network does it."""
+"""Resamples position embeddings to another grid of patches, as the library of the network does."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 
 def resampled(library: str, part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str] | None:
-    """Position embeddings for the grid of a network of open_clip or transformers; timm's filters bring their own.
+    """Position embeddings resampled for a network of open_clip or transformers; timm's filters do it themselves.
 
     Args:
-        library: of the network.
+        library: library of the network.
         part: the network.
-        name: of the parameter in it.
-        old: its values for another grid.
+        name: name of the parameter.
+        old: values of the parameter for another grid.
 
     Returns:
-        The values in float32, and from which grid to which; None for a tensor that the library does not resample.
+        The values in float32, and the description of both grids; None if the library does not resample the tensor.
     """
     if not old.is_floating_point():
         return None
@@ -32,13 +32,13 @@ def resampled(library: str, part: nn.Module, name: str, old: Tensor) -> tuple[Te
         if library == "transformers" and re.search(r"position_embeddings?(\.weight)?$", name):
             return _hugging_face(part, name, old)
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-        # No square of patches, another width, or a tensor that is no plain one.
+        # The patches form no square, the width differs, or the tensor is not a plain one.
         return None
     return None
 
 
 def timm_grids(part: Any, old: Tensor) -> str | None:
-    """From which grid to which timm resamples position embeddings [1, tokens, width]; None if it does not."""
+    """The old and new grid, if timm resamples position embeddings [1, tokens, width]; else None."""
     grid = getattr(getattr(part, "patch_embed", None), "grid_size", None)
     own = getattr(part, "pos_embed", None)
     if grid is None or own is None or old.ndim != 3 or old.shape == own.shape:
@@ -62,7 +62,7 @@ def _open_clip(visual: Any, old: Tensor) -> tuple[Tensor, str]:
 
 
 def _hugging_face(part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str]:
-    """With the method by which the network takes other sizes in its forward pass."""
+    """Resample with the method that the network uses for other sizes in its forward pass."""
     place, _, attribute = name.removesuffix(".weight").rpartition(".")
     embeddings: Any = deepcopy(part.get_submodule(place))
     new = part.get_parameter(name)
@@ -74,7 +74,7 @@ def _hugging_face(part: nn.Module, name: str, old: Tensor) -> tuple[Tensor, str]
     grid = size[0] // patch[0], size[1] // patch[1]
     with torch.no_grad():
         result = embeddings.interpolate_pos_encoding(torch.zeros(1, new.shape[-2], old.shape[-1]), *size)
-    # What is no square of patches are tokens with a position: CLIP's class token.
+    # Positions beyond the grid belong to other tokens, such as CLIP's class token.
     return result.reshape(new.shape), _grids(len(values) - (new.shape[-2] - grid[0] * grid[1]), grid)
 
 

@@ -1,7 +1,7 @@
-"""The folder of a finished training run where an encoder is asked for: its spec, its weights, what it started from.
+"""Resolves the folder of a finished training run to an encoder: its spec, its weights, and its original encoder.
 
 Runs of releases before 0.2.0 recorded neither their preprocessing nor the tag that their weights started from. Both
-are those of the original, which `run.json` names; that one may be a run's encoder itself, and so on back.
+are those of the original encoder, which `run.json` names, and which may be the encoder of another run in turn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from storage_schemas import ConfigError
 from storage_schemas.access.local_paths import user_path
 from storage_schemas.schema.run import SUMMARY, WEIGHTS, RunSummary, read_summary
 
-# Fields of a run's summary that make a round traceable: the artifact it trained on, and the encoder it began with.
+# Fields of a run's summary that provenance records: its artifact, and the encoder that it started from.
 LINKS = ("arm", "steps", "plan_sha256", "encoder_sha256", "original_sha256")
 
 
@@ -32,7 +32,7 @@ class ResolvedEncoder:
     run: dict[str, Any] | None
 
     def provenance(self) -> dict[str, Any]:
-        """What an artifact says of the encoder."""
+        """The record of the encoder in an artifact's provenance."""
         facts: dict[str, Any] = {
             "spec": self.encoder.spec,
             **self.encoder.identity,
@@ -48,13 +48,13 @@ def resolve(text: str, device: str = "cpu", image_size: int | None = None) -> Re
     """Load the encoder that a spec or the folder of a training run names.
 
     Args:
-        text: the spec or the folder.
-        device: where to.
-        image_size: side of the input in pixels, instead of its own.
+        text: spec, or folder of a training run.
+        device: device of the encoder.
+        image_size: side of the input in pixels; None for the encoder's default.
 
     Raises:
-        ConfigError: neither a spec nor the folder of a finished run, weights that are not those of the run, or a run
-            at another size than its own.
+        ConfigError: `text` is neither a spec nor the folder of a finished run, the weights are not those of the run,
+            or `image_size` differs from that of the run.
     """
     spec, run = encoder_spec(text)
     resized = with_image_size(spec, image_size)
@@ -76,7 +76,7 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
     """Spec of an encoder, and the links of its training run if `text` is the folder of one.
 
     Raises:
-        ConfigError: a folder without a finished run, or one whose file of weights was replaced.
+        ConfigError: the folder holds no finished run, or its file of weights was replaced.
     """
     folder = user_path(text)
     if not folder.is_dir():
@@ -87,7 +87,7 @@ def encoder_spec(text: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def spec_of_run(summary: RunSummary, folder: Path) -> str:
-    """Spec of a run's encoder, with its weights from the run's own folder.
+    """Spec of a run's encoder, with its weights from the folder of the run.
 
     Raises:
         ConfigError: the file of weights records another preprocessing than `run.json`.
@@ -107,9 +107,9 @@ def spec_of_run(summary: RunSummary, folder: Path) -> str:
 
 
 def with_tag_of_run(text: str) -> str:
-    """A spec, with the tag that its weights started from where they are those of a run that did not record it.
+    """The spec with the tag that its weights started from, if they are those of a run that did not record it.
 
-    The tag says which preprocessing and which text tower belong to the weights.
+    The tag determines the preprocessing and the text tower of the weights.
     """
     spec, runs = split_spec(text), list(_runs_behind(text))
     if spec.pretrained or not runs or runs[0].preprocessing is not None:
@@ -122,13 +122,13 @@ def with_tag_of_run(text: str) -> str:
 
 
 def started_from(text: str) -> str:
-    """What the first of the runs behind an encoder started from, whose text tower or classifier belongs to it.
+    """Spec of the network that the first run behind an encoder started from; its text tower or classifier applies.
 
     Args:
-        text: spec of the encoder, or the folder of a training run.
+        text: spec of the encoder, or folder of a training run.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: `text` is neither.
     """
     folder = user_path(text)
     if folder.is_dir():
@@ -139,17 +139,17 @@ def started_from(text: str) -> str:
     spec = split_spec(runs[-1].original if runs else text)
     file = Path(spec.checkpoint) if spec.checkpoint else None
     if file is not None and file.name == WEIGHTS and not file.exists() and spec.has_weights:
-        # A run that is gone. It wrote no text tower and no classifier.
+        # The weights of a deleted run, which contained neither text tower nor classifier.
         spec = replace(spec, checkpoint=None)
     return str(spec)
 
 
 def _runs_behind(text: str, expected: str | None = None) -> Iterator[RunSummary]:
-    """The run that wrote a spec's weights, the run whose encoder that one started from, and so on.
+    """Yield the run that wrote a spec's weights, the run whose encoder that one started from, and so on.
 
     Args:
-        text: the spec.
-        expected: hash of its weights, if anybody recorded it.
+        text: spec of the encoder.
+        expected: recorded hash of its weights, if any.
     """
     seen: set[Path] = set()
     while (file := split_spec(text).checkpoint) is not None:
@@ -161,15 +161,13 @@ def _runs_behind(text: str, expected: str | None = None) -> Iterator[RunSummary]
             run = read_summary(folder)
         except ConfigError:
             return
-        # Another run may have taken this one's place since.
+        # Another run may have replaced this one.
         if expected not in (None, run.encoder_sha256):
             return
         yield run
         text, expected = run.original, run.original_sha256
 
 
-@cache  # a command asks for the same encoder several times
+@cache  # a command resolves the same encoder several times
 def _explain(file: str, tag: str) -> None:
-    say(
-        f"{file} is of an earlier release and records no preprocessing: it is that of {tag}, and so is its text tower"
-    )
+    say(f"{file} is of an earlier release and records no preprocessing; that of {tag} is used, and its text tower")

@@ -1,4 +1,4 @@
-"""Encoder specs: one string that says which network and which weights.
+"""Encoder specs: one string that names a network and its weights.
 
     open_clip:MODEL/TAG            open_clip:ViT-L-14/openai       weights open_clip knows by that tag
     open_clip:hf-hub:ORG/NAME      open_clip:hf-hub:chs20/fare2-clip
@@ -7,13 +7,13 @@
     timm:hf-hub:ORG/NAME           (also timm:local-dir:FOLDER)
     hf:FOLDER, hf:ORG/NAME         hf:openai/clip-vit-base-patch32 a vision model of Hugging Face transformers
     mlp:CxHxW-HIDDEN-…-OUT         mlp:1x28x28-512-512-10          a ReLU network on flattened pixels
-    python:MODULE:FACTORY          python:my_models:encoder        your own function that returns a module
+    python:MODULE:FACTORY          python:my_models:encoder        a user's function that returns a module
 
-Behind any of them `@FILE` takes the weights from a file: `open_clip:ViT-L-14/openai@tuned.pt` is that network, with
-the preprocessing and the text tower of that tag. `@REVISION` behind a name on the hub is a revision of it.
-`,image_size=336` in front of `@FILE` sets the input's side in pixels.
+After any of them, `@FILE` takes the weights from a file: `open_clip:ViT-L-14/openai@tuned.pt` is that network, with
+the preprocessing and the text tower of that tag. `@REVISION` after a name on the hub selects a revision.
+`,image_size=336` before `@FILE` sets the side of the input in pixels.
 
-A spec that names no weights has random ones, the same on every machine.
+A spec without weights means random weights, the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ EXAMPLES = (
     "python:module:factory"
 )
 HUB, LOCAL = "hf-hub:", "local-dir:"
-# A file of weights is told from a revision of a hub by these.
+# Suffixes that distinguish a file of weights from a revision on a hub.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".index.json")
 DCP_TO_FILE = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
-# Pixels: a spec may come from somebody else's artifact, and a few letters of it could fill any memory.
+# In pixels. A spec may come from a foreign artifact, where a few characters could exhaust the memory.
 MAX_SIDE = 4096
 
 
@@ -46,12 +46,12 @@ class EncoderSpec:
 
     Attributes:
         kind: one of `KINDS`.
-        model: architecture, or where a whole model is: `hf-hub:ORG/NAME`, `local-dir:/FOLDER`, for hf a folder or
+        model: architecture, or location of a whole model: `hf-hub:ORG/NAME`, `local-dir:/FOLDER`, for hf a folder or
             ORG/NAME.
-        pretrained: the library's tag of the weights, whose preprocessing and text tower belong to it too.
-        revision: of the hub.
-        image_size: side of the input in pixels; the model's own if None.
-        checkpoint: absolute path of a file of weights that replace those of the tag.
+        pretrained: the library's tag of the weights; it also determines preprocessing and text tower.
+        revision: revision on the hub.
+        image_size: side of the input in pixels; None for the model's default.
+        checkpoint: absolute path of a file of weights, which replace those of the tag.
     """
 
     kind: str
@@ -70,12 +70,12 @@ class EncoderSpec:
 
     @property
     def whole(self) -> bool:
-        """Whether the model's name alone says which weights: a hub's, a folder's, or a function's."""
+        """Whether the model alone determines the weights: on a hub, in a folder, or from a function."""
         return self.kind in ("hf", "python") or self.model.startswith((HUB, LOCAL))
 
     @property
     def has_weights(self) -> bool:
-        """Whether model and tag name weights, which a file may replace."""
+        """Whether model and tag determine weights, which a file may replace."""
         return self.whole or self.pretrained is not None
 
     @property
@@ -88,7 +88,7 @@ def parse_spec(text: str) -> EncoderSpec:
     """Parse an encoder spec.
 
     Raises:
-        ConfigError: not of one of the forms above, or a file that does not exist.
+        ConfigError: the text has none of the forms above, or its file does not exist.
     """
     spec = split_spec(text)
     file = None if spec.checkpoint is None else Path(spec.checkpoint)
@@ -101,12 +101,16 @@ def parse_spec(text: str) -> EncoderSpec:
 
 
 def split_spec(text: str) -> EncoderSpec:
-    """As `parse_spec`, for specs whose file may have been moved."""
+    """Parse an encoder spec without checking that its file exists.
+
+    Raises:
+        ConfigError: the text has none of the forms above.
+    """
     kind, _, rest = text.partition(":")
     if kind not in KINDS or not rest:
         raise ConfigError(f"encoder: expected one of {EXAMPLES}, found {text!r}")
     name, file = _split_file(kind, rest)
-    # Absolute, because specs are recorded in manifests and runs and read back from other folders.
+    # Absolute, because manifests and runs record specs, and are read from other folders.
     checkpoint = None if file is None else str(user_path(file).absolute())
     name, size = _split_size(name)
     if size is not None and not (re.fullmatch(r"[0-9]{1,5}", size) and 1 <= int(size) <= MAX_SIDE):
@@ -116,7 +120,7 @@ def split_spec(text: str) -> EncoderSpec:
         model, revision = _split_revision(name)
         spec = EncoderSpec(kind, model, None, revision, image_size, checkpoint)
     elif kind in ("open_clip", "timm"):
-        # timm itself writes resnet50.a1_in1k; none of its models has a dot in its own name.
+        # timm writes resnet50.a1_in1k; none of its models has a dot in its name.
         model, _, tag = name.replace(".", "/", 1).partition("/") if kind == "timm" else name.partition("/")
         spec = EncoderSpec(kind, model, tag if tag not in ("", "random") else None, None, image_size, checkpoint)
     else:
@@ -127,7 +131,7 @@ def split_spec(text: str) -> EncoderSpec:
 
 
 def _split_file(kind: str, rest: str) -> tuple[str, str | None]:
-    """What stands before `@FILE`, and FILE. Folders and revisions may hold an @ of their own."""
+    """The part before `@FILE`, and FILE. Folders and revisions may contain an @ too."""
     if kind != "hf" and not rest.startswith((HUB, LOCAL)):
         name, at, file = rest.partition("@")
         return name, file if at else None
@@ -136,7 +140,7 @@ def _split_file(kind: str, rest: str) -> tuple[str, str | None]:
     cuts = [(rest[: at.start()], rest[at.end() :]) for at in re.finditer("@", rest)]
     files = [(name, file) for name, file in cuts if file.endswith(SUFFIXES)]
     there = [(name, file) for name, file in cuts if user_path(file).is_file()]
-    # Recorded paths are absolute; a file that is gone is still told from the name before it.
+    # Recorded paths are absolute, so they can be recognised even if the file is missing.
     recorded = [(name, file) for name, file in files if file.startswith("/")]
     return next(iter(there or recorded or files[::-1]), (rest, None))
 
@@ -147,7 +151,7 @@ def _split_size(name: str) -> tuple[str, str | None]:
 
 
 def _split_revision(name: str) -> tuple[str, str | None]:
-    """A folder as an absolute path; or a name on a hub, and its revision."""
+    """A folder as an absolute path, or a name on a hub and its revision."""
     schema = next((schema for schema in (HUB, LOCAL) if name.startswith(schema)), "")
     place = name.removeprefix(schema)
     folder = user_path(place)
@@ -156,17 +160,17 @@ def _split_revision(name: str) -> tuple[str, str | None]:
     place, _, revision = place.partition("@")
     if not schema and Path(place).is_dir():
         raise ConfigError(
-            f"encoder: expected a name on the hub before @{revision}, found the folder {place}; drop it"
+            f"encoder: expected a name on the hub before @{revision}, found the folder {place}; drop the revision"
         )
     return f"{schema}{place}", revision or None
 
 
 @contextmanager
 def refusals_about(setting: str) -> Iterator[None]:
-    """Name this setting instead of `encoder` where the spec of another one is refused inside.
+    """Inside, errors about an encoder's spec name `setting` instead of `encoder`.
 
     Raises:
-        ConfigError: as the block, with the setting in front.
+        ConfigError: the error of the block, about `setting`.
     """
     try:
         yield
@@ -177,19 +181,19 @@ def refusals_about(setting: str) -> Iterator[None]:
 
 
 def with_checkpoint(spec: str, path: str) -> str:
-    """The same network, tag and input size with its weights from `path`."""
+    """The spec with its weights from the file `path`."""
     return str(replace(split_spec(spec), checkpoint=path))
 
 
 def with_image_size(spec: str, image_size: int | None) -> str:
-    """The same network with an input of so many pixels a side; as it is for None."""
+    """The spec with an input of `image_size` pixels a side; unchanged for None."""
     return spec if image_size is None else str(replace(parse_spec(spec), image_size=image_size))
 
 
 def at_home(spec: str, folder: Path) -> str:
-    """The spec of a run's encoder with its weights from the run's own folder, where they are there.
+    """The spec of a run's encoder with its weights from the folder of the run, if the file exists there.
 
-    Runs get moved and copied, and the path to where one was may lead to another by now.
+    Runs get moved and copied, so the recorded path may by now belong to another run.
     """
     checkpoint = split_spec(spec).checkpoint
     own = folder / Path(checkpoint).name if checkpoint else None

@@ -1,7 +1,7 @@
-"""Text towers of open_clip's models and of CLIP and SigLIP in Hugging Face transformers, without the image towers.
+"""Loads text towers of open_clip's models, and of CLIP and SigLIP in Hugging Face transformers.
 
-Which one belongs to a spec: that of its file of weights, if that holds one; else that of its tag, folder or
-repository, since image towers are tuned towards a text tower that stays as it is.
+The text tower of a spec is that in its file of weights, if the file holds one; else that of its tag, folder or
+repository, because image towers are tuned towards a frozen text tower.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from datamerge.encoders.specs import HUB, EncoderSpec
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 
-# How names of a text tower begin in a file: CLIP's, those of a tower of its own, MobileCLIP's, transformers'.
+# Prefixes of a text tower in a file: of CLIP, of open_clip's custom text towers, of MobileCLIP, of transformers.
 TEXTS = ("token_embedding.", "text.", "text_encoder.", "text_model.")
 BIG_VISION = ".npz"
-# Of an open_clip model, what class names do not go through: the image tower, and CoCa's captions.
+# Parts of an open_clip model that do not process class names: the image tower, and CoCa's decoder of captions.
 CAPTIONS = "text_decoder"
 OTHER_PARTS = ("visual", CAPTIONS)
-# In place of an image tower that nobody asks for.
+# A tiny image tower in place of the real one.
 NO_IMAGES = {"image_size": 8, "patch_size": 8, "width": 64, "layers": 1}
 # `model_type` of a configuration → class of the whole model.
 WHOLE = {"clip": "CLIPModel", "siglip": "SiglipModel"}
@@ -37,12 +37,13 @@ WHOLE = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 
 @dataclass(frozen=True)
 class TextTower:
-    """Texts → embeddings in the space of the images.
+    """A text tower: texts → embeddings in the joint space with images.
 
     Attributes:
-        model: with `encode_text(tokens, normalize)`, `logit_scale` and perhaps `logit_bias`, as open_clip has it.
-        tokenizer: texts → token ids, as `encode_text` takes them.
-        configuration: what the weights do not say of the computation, as JSON.
+        model: model with the interface of open_clip: `encode_text(tokens, normalize)`, `logit_scale` and perhaps
+            `logit_bias`.
+        tokenizer: converts texts to the tokens that `encode_text` takes.
+        configuration: configuration of the computation, as JSON.
     """
 
     model: Any
@@ -51,12 +52,12 @@ class TextTower:
 
     @property
     def scale(self) -> Tensor:
-        """Factor of the cosines [1]."""
+        """Factor of the cosines, [1]."""
         return cast(Tensor, self.model.logit_scale.detach().exp().reshape(1).float())
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to every logit [1], as in SigLIP; None for others."""
+        """Bias of all logits, [1], for SigLIP; None for others."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else cast(Tensor, bias.detach().reshape(1).float())
 
@@ -65,7 +66,7 @@ def load_text_tower(spec: EncoderSpec) -> TextTower:
     """The text tower that belongs to an encoder of kind open_clip or hf, in eval mode.
 
     Raises:
-        ConfigError: there is none, or its weights, configuration or tokeniser cannot be had.
+        ConfigError: there is none, or its weights, configuration or tokeniser cannot be loaded.
     """
     make_torchvision_importable()
     tower = _hugging_face(spec) if spec.kind == "hf" else _open_clip(spec)
@@ -86,24 +87,24 @@ def _open_clip(spec: EncoderSpec) -> TextTower:
 
 
 def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
-    """A model of open_clip without its image tower: the text tower that belongs to an encoder, scale and bias.
+    """A model of open_clip without its image tower: the text tower of an encoder, with scale and bias.
 
     Args:
-        spec: of the encoder, from `known_open_clip`.
-        captions: keep CoCa's decoder of captions, too.
+        spec: spec of the encoder, from `known_open_clip`.
+        captions: keep CoCa's decoder of captions too.
 
     Raises:
-        ConfigError: there is none, or its weights or configuration cannot be had.
+        ConfigError: there is none, or its weights or configuration cannot be loaded.
     """
     import open_clip
 
     texts = _texts_of_file(spec)
-    # Whole models of JAX, which open_clip alone can read.
+    # A whole model in JAX's format, which only open_clip reads.
     archive = spec.checkpoint if spec.checkpoint and spec.checkpoint.endswith(BIG_VISION) else None
     if spec.checkpoint and texts is None and not (archive or spec.has_weights):
         raise ConfigError(
-            f"encoder: expected a text tower in {spec.checkpoint}, found an image tower alone; name the weights that "
-            f"it was tuned from, whose text tower belongs to it: {spec.kind}:{spec.model}/TAG"
+            f"encoder: expected a text tower in {spec.checkpoint}, found only an image tower; name the weights that "
+            f"it was tuned from, for their text tower: {spec.kind}:{spec.model}/TAG"
         )
     configuration = downloading(spec, lambda: open_clip.get_model_config(spec.model))
 
@@ -131,7 +132,7 @@ def open_clip_texts(spec: EncoderSpec, captions: bool = False) -> Any:
 
 
 def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:
-    """Tensors of the file of a spec, if a text tower is among them."""
+    """Tensors of the file of a spec, if they include a text tower."""
     if spec.checkpoint is None or spec.checkpoint.endswith(BIG_VISION):
         return None
     tensors = read_state_dict(Path(spec.checkpoint))
@@ -139,7 +140,7 @@ def _texts_of_file(spec: EncoderSpec) -> dict[str, Tensor] | None:
 
 
 def _as_open_clip(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names and shapes as this model has them, by what open_clip does with whole models that it reads."""
+    """Convert names and shapes to those of a model, as open_clip does when it loads whole models."""
     from open_clip import factory
 
     state = factory.convert_state_dict(model, state)
@@ -151,7 +152,7 @@ def _as_open_clip(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = state[name].reshape(own.shape)
     if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:
         state.setdefault("logit_bias", torch.zeros_like(model.logit_bias))
-    with suppress(AssertionError):  # positions of another width, which do not fit and are named where they do not
+    with suppress(AssertionError):  # another width does not fit; `_load` reports it
         factory.resize_text_pos_embed(state, model)
     return state
 
@@ -164,13 +165,13 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], spec: EncoderSpec) -> N
         problem = f"no {missing[0]!r}" if missing else f"another shape of {wrong[0]!r}"
         raise ConfigError(
             f"encoder: expected the text tower of {spec.named} in {spec.checkpoint}, found {problem} ({len(missing)} "
-            f"tensors missing, {len(wrong)} of another shape); name the weights whose text tower belongs to it"
+            f"tensors missing, {len(wrong)} of another shape); name the weights whose text tower it uses"
         )
     model.load_state_dict({name: state[name] for name in own})
 
 
 class HuggingFaceTexts(nn.Module):
-    """A model of transformers with open_clip's way of asking it for texts' embeddings."""
+    """A model of transformers with the interface of open_clip for texts."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -179,7 +180,7 @@ class HuggingFaceTexts(nn.Module):
         self.logit_bias = getattr(model, "logit_bias", None)
 
     def encode_text(self, tokens: Mapping[str, Tensor], normalize: bool = False) -> Tensor:
-        """Embeddings [B, K] of what the tokeniser gives, of length 1 if asked."""
+        """Embeddings [B, K] of tokens, with length 1 if `normalize`."""
         found = self.model.get_text_features(**tokens)
         # An output object since transformers 5.
         features = cast(Tensor, getattr(found, "pooler_output", found))
@@ -216,7 +217,7 @@ def _hugging_face(spec: EncoderSpec) -> TextTower:
     length = config.text_config.max_position_embeddings
 
     def tokens(texts: Sequence[str]) -> Any:
-        # SigLIP looks at the last position, and was trained with all of them filled.
+        # SigLIP pools the last position, and was trained on padded texts.
         padding = "max_length" if config.model_type == "siglip" else True
         return tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt")
 
@@ -228,17 +229,17 @@ def _tokenizer(spec: EncoderSpec, where: Mapping[str, Any]) -> Any:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec.model, **where)
-    # transformers makes one without words where it finds no files.
+    # Without files, transformers makes a tokeniser without words.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError(f"no files of a tokeniser in {Path(spec.model)}")
     return tokenizer
 
 
 def _fetched(spec: EncoderSpec, what: str, create: Callable[[], Any]) -> Any:
-    """What a constructor gives that a text tower needs besides its weights.
+    """Run a constructor of a part that a text tower needs besides its weights; `what` names the part.
 
     Raises:
-        ConfigError: it cannot be had; the message says how to do without.
+        ConfigError: the part cannot be loaded; the message says how to do without it.
     """
     try:
         return downloading(spec, create)
@@ -246,7 +247,7 @@ def _fetched(spec: EncoderSpec, what: str, create: Callable[[], Any]) -> Any:
         error = refusal.__cause__ or refusal
         words = reason(error).partition(". ")[0]
         raise ConfigError(
-            f"encoder: expected {what} for '{spec}', found no way to get it ({type(error).__name__}: {words}); where "
-            "there is a network, make the head with datamerge.load_head, write its `to_bytes` into a file, and name "
-            "that .safetensors file"
+            f"encoder: expected {what} for '{spec}', found none ({type(error).__name__}: {words}); on a connected "
+            "machine, make the head with datamerge.load_head, write its `to_bytes` to a .safetensors file, and name "
+            "that file"
         ) from error

@@ -1,4 +1,4 @@
-"""timm's networks without their classifiers."""
+"""Builds networks of timm without their classifiers."""
 
 from __future__ import annotations
 
@@ -6,31 +6,38 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from datamerge.encoders.building import Built, adapted, differing, downloading, resampled, unknown, wanted_size
+from datamerge.encoders.building import Built, adapted, differing, downloading, input_size, resampled, unknown
 from datamerge.encoders.specs import EncoderSpec
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.preprocessing import Preprocessing
 
-RESIZES = {"squash": "squash", "border": "longest"}  # timm's crop mode → ours; all others are shortest
-FACTS = ("shape", "resize", "scale", "interpolation", "mean", "std")  # in which tags of one model may differ
+RESIZES = {"squash": "squash", "border": "longest"}  # crop mode of timm → `Preprocessing.resize`; others: shortest
+FACTS = (
+    "shape",
+    "resize",
+    "scale",
+    "interpolation",
+    "mean",
+    "std",
+)  # properties in which tags of one model may differ
 
 
 def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
-    """A network of timm without its classifier, with what timm itself says of its preprocessing."""
+    """A network of timm without its classifier, with timm's preprocessing."""
     make_torchvision_importable()
     from timm.data.config import resolve_model_data_config
 
     name = timm_name(spec)
     model = downloading(spec, lambda: _create(name, spec))
     config = resolve_model_data_config(model)
-    native, size = tuple(config["input_size"][1:]), wanted_size(spec, recorded)
+    native, size = tuple(config["input_size"][1:]), input_size(spec, recorded)
     notes: list[str] = []
     if size is not None and size != native:
         resizable = hasattr(model, "set_input_size")
         if not resizable and model.pretrained_cfg.get("fixed_input_size"):
             raise ConfigError(
-                f"encoder: expected `image_size={native[0]}` or none for {spec.named}, whose layers are made for it, "
+                f"encoder: expected `image_size={native[0]}` or none for {spec.named}, whose input size is fixed, "
                 f"found {size[0]}"
             )
         if resizable:
@@ -42,7 +49,11 @@ def build(spec: EncoderSpec, recorded: Preprocessing | None) -> Built:
 
 
 def timm_name(spec: EncoderSpec) -> str:
-    """Model and tag as timm spells them; raises ConfigError for unknown ones."""
+    """Model and tag in the spelling of timm.
+
+    Raises:
+        ConfigError: the model or tag is unknown.
+    """
     import timm
 
     if spec.whole:
@@ -62,7 +73,7 @@ def _create(name: str, spec: EncoderSpec) -> Any:
     import timm
 
     if spec.whole and not spec.checkpoint:
-        # With a classifier timm insists on every tensor; without one it only logs what is missing.
+        # Load with the classifier: without one timm only logs missing tensors instead of failing.
         model: Any = timm.create_model(name, pretrained=True)
         model.reset_classifier(0)
         return model
@@ -70,7 +81,7 @@ def _create(name: str, spec: EncoderSpec) -> Any:
 
 
 def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
-    """The warning that a file's preprocessing is that of timm's first tag, where others of the model differ."""
+    """The warning that a file's preprocessing is assumed from timm's default tag, if other tags differ."""
     if spec.has_weights or not spec.checkpoint:
         return []
     import timm
@@ -86,7 +97,7 @@ def _doubts(spec: EncoderSpec, own: Preprocessing) -> list[str]:
 
 
 def read_config(config: Mapping[str, Any], spec: EncoderSpec) -> Preprocessing:
-    """The record of timm's configuration, as `timm.data.create_transform` understands it."""
+    """The preprocessing of timm's configuration, as `timm.data.create_transform` interprets it."""
     shape = tuple(config["input_size"])
     scale = tuple(math.floor(side / config["crop_pct"]) for side in shape[1:])
     resize = RESIZES.get(config["crop_mode"], "shortest")

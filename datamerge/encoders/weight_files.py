@@ -1,12 +1,12 @@
-"""Files of weights as the tensors in them: by what they hold, not by their name, and without running code from them.
+"""Reads files of weights by their content, not their name, and without running code from them.
 
-    safetensors          also under another name
-    torch.save           a state_dict, or a training checkpoint that holds one (or several) further in
+    safetensors          under any name
+    torch.save           a state_dict, or a training checkpoint that contains one or several
     TorchScript          OpenAI's archives
-    NumPy's .npz         JAX weights; timm reads the tensors itself
-    *.index.json         shards beside it, of any of the first two
+    NumPy's .npz         JAX weights, of which timm reads the tensors
+    *.index.json         an index of shards of the first two formats beside it
 
-Tensors stay on disk until they are used wherever the format allows it.
+Tensors are read from disk on use, if the format allows it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
-# Where training checkpoints keep the network, the first one first. timm takes averaged weights where there are some.
+# Keys of the network in training checkpoints, in order of preference. Like timm, averaged weights come first.
 WRAPPERS = (
     "state_dict_ema",
     "model_ema",
@@ -47,19 +47,19 @@ WRAPPERS = (
 )
 # Longest header that safetensors accepts, in bytes.
 _LONGEST_HEADER = 100_000_000
-# The deepest nesting at which a checkpoint keeps a state_dict.
+# Deepest nesting of a state_dict in a checkpoint.
 _DEPTH = 4
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
-        states: tensors by name, by where in the file they stand: `""`, or `state_dict`, `model.visual`; the likeliest
-            first.
-        metadata: of safetensors files.
-        jax: whether it is an archive of NumPy arrays in JAX's names, whose tensors are not read here.
+        states: tensors by name, by their place in the file: `""`, `state_dict`, `model.visual`, …; the likeliest
+            place comes first.
+        metadata: metadata of safetensors files.
+        jax: whether it is an archive of JAX weights, whose tensors are not read here.
     """
 
     states: Mapping[str, Mapping[str, Tensor]]
@@ -71,7 +71,7 @@ def read_contents(path: Path) -> Contents:
     """Read a file of weights.
 
     Raises:
-        ConfigError: not such a file; says in one line what it is instead.
+        ConfigError: it is no such file; the message says what it is instead.
     """
     kind = _kind(path)
     with _damage_refused(path, kind):
@@ -92,7 +92,7 @@ def read_metadata(path: Path) -> Mapping[str, str]:
     """The metadata of a safetensors file or of the shards of an index; empty for other files.
 
     Raises:
-        ConfigError: no file of weights.
+        ConfigError: it is no file of weights.
     """
     kind = _kind(path)
     with _damage_refused(path, kind):
@@ -105,7 +105,7 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 
 
 def _kind(path: Path) -> str:
-    """safetensors, torch, pickle (torch's before 1.6), TorchScript, npz or index."""
+    """The format: safetensors, torch, pickle (of torch before 1.6), TorchScript, npz or index."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -159,26 +159,26 @@ def _kind_of_zip(path: Path) -> str:
 def _damage_refused(path: Path, kind: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            # torch deprecates TorchScript, quantised tensors and old pickles; files stay what they are.
+            # Ignore torch's deprecation warnings about TorchScript, quantised tensors and old pickles.
             warnings.simplefilter("ignore")
             yield
     except ConfigError:
         raise
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, MemoryError) as error:
         raise ConfigError(f"encoder: {path} is truncated or damaged ({kind}): {first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError, and whatever malformed pickles run into
+    except Exception as error:  # pickle.UnpicklingError, and any error of a malformed pickle
         raise _foreign_objects(path, kind, error) from None
 
 
 def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
-    """The refusal of a pickle that asks for more than tensors; nothing of it was run."""
+    """The error about a pickle that needs more than tensors; none of its code was run."""
     try:
         asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if kind == "torch" else []
     except Exception:  # a malformed pickle
         asked = []
     asked = [name for name in asked if not name.startswith("numpy.")] or re.findall(r"GLOBAL (\S+)", str(error))
     more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
-    # What torch itself says of one begins with advice to run it.
+    # torch's message is not shown, as it starts with the advice to run the code.
     asked = asked or ["a pickle that torch did not write"]
     return ConfigError(
         f"encoder: expected plain tensors in {path}, found objects that only run code could make "
@@ -187,8 +187,8 @@ def _foreign_objects(path: Path, kind: str, error: Exception) -> ConfigError:
 
 
 def _torch_file(path: Path, mmap: bool) -> Any:
-    """What torch.save wrote, if it is plain: tensors, containers, NumPy's numbers and arrays, timm's settings."""
-    # How NumPy pickles numbers and arrays, which schedulers and generators keep; its versions name these otherwise.
+    """Load a file of torch.save that holds only tensors, containers, NumPy numbers and arrays, and Namespaces."""
+    # NumPy's functions for unpickling, as schedulers and generators store NumPy values; names vary by version.
     makers: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
     safe: list[Any] = [
         (one, f"numpy.{core}.multiarray.{one.__name__}") for one in makers for core in ("core", "_core")
@@ -196,16 +196,16 @@ def _torch_file(path: Path, mmap: bool) -> Any:
     safe += [np.ndarray, np.dtype, argparse.Namespace, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
     with torch.serialization.safe_globals(safe):
         if path.suffix == ".safetensors":
-            # torch.load believes this name.
+            # torch.load would trust this suffix, so pass it a stream.
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _torchscript(path: Path) -> Mapping[str, Tensor]:
-    """Parameters and buffers of a TorchScript archive; one that would run code while it is loaded is refused."""
+    """Parameters and buffers of a TorchScript archive; archives that run code on loading are refused."""
     with zipfile.ZipFile(path) as archive:
-        # Entries, not names: two may share one.
+        # Iterate over entries, as two may share a name.
         sources = [entry for entry in archive.infolist() if entry.filename.endswith(".py")]
         if any(b"__setstate__" in archive.read(entry) for entry in sources):
             raise ConfigError(
@@ -230,7 +230,7 @@ def _nested(value: Any, place: str, depth: int) -> Iterator[tuple[str, Mapping[s
     if tensors:
         yield place, tensors
     for name, one in value.items():
-        # An optimiser's moments have the shapes of the weights.
+        # Skip optimisers, whose moments have the names and shapes of weights.
         if isinstance(name, str) and not re.match(r"optim|sched|scaler|loops|callbacks", name):
             yield from _nested(one, f"{place}.{name}" if place else name, depth + 1)
 
@@ -242,7 +242,7 @@ def _likelihood(place: str) -> tuple[int, int]:
 
 
 def _index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Which file beside an index holds each tensor, and the metadata of all of them."""
+    """The shard of each tensor, and the metadata, from an index."""
     try:
         index = json.loads(path.read_text("utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Tensors of a file put into a network: all of the network's, each once, or a refusal that says what came closest."""
+"""Loads the tensors of a file into a network: all of them, or none with an error about the closest match."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from datamerge.encoders.weight_readings import BENIGN, Network, Reading, as_name
 from datamerge.runtime.messages import first_line
 from storage_schemas import ConfigError
 
-# The other tower of a CLIP, in the names of both libraries.
+# Names of CLIP's text tower, in both libraries.
 _TEXT = re.compile(r"(text|text_model|text_projection|logit_scale|logit_bias)(\.|$)")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> list[str]:
-    """Put the weights of a file into the network of a spec.
+    """Load the weights of a file into the network of a spec.
 
     Returns:
-        Lines for the user: which of several networks was taken, what was resampled or left out.
+        Lines for the user about the network chosen of several, and what was resampled or left out.
 
     Raises:
-        ConfigError: they do not fit it, in one line with the three readings that came closest.
+        ConfigError: the weights do not fit; the message names the three closest readings.
     """
     if contents.jax:
         return _fit_jax(model, path, spec)
     network = Network(model)
-    reading, said = _choose(network, path, contents, spec)
+    reading, lines = _choose(network, path, contents, spec)
     _check_plain(network, path, reading)
-    said += _left(network, path, reading, spec)
+    lines += _left(network, path, reading, spec)
     values = {name: reading.tensors.get(name, own) for name, own in network.own.items()}
     try:
         model.load_state_dict(values)
@@ -53,15 +53,15 @@ def fit(model: nn.Module, path: Path, contents: Contents, spec: EncoderSpec) -> 
             f"encoder: expected finite weights in {path}, found NaN or infinity in {broken[0]!r} and "
             f"{len(broken) - 1} other tensors; the training that wrote it diverged, take an earlier checkpoint"
         )
-    return said + _resampled(path, reading.notes)
+    return lines + _resampled(path, reading.notes)
 
 
 def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec) -> tuple[Reading, list[str]]:
-    """The reading that fits: as the file names things if that does, else through a converter. And what to say."""
+    """The reading that fits, with the names of the file if possible, else by a converter; and lines for the user."""
     named = [(place, reading) for place, state in contents.states.items() for reading in as_named(network, state)]
     fitting = [(place, reading) for place, reading in named if reading.fits]
     if fitting:
-        # What needs no resampling, behind prefixes that wrappers use, the likeliest place: sorting keeps their order.
+        # Prefer readings without resampling, then known prefixes, then (the sort is stable) the likeliest place.
         fitting.sort(key=lambda one: (bool(one[1].notes), not one[1].known))
         return fitting[0][1], _alone(path, fitting)
     others: list[tuple[str, Reading]] = []
@@ -69,7 +69,7 @@ def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec)
         for readings in converted(network, state):
             fitting = [(place, reading) for reading in readings if reading.fits]
             if fitting:
-                # Not converted too, but as many tensors: another state of the same network.
+                # States with as many tensors are taken for other states of the network, without converting them.
                 beside = [f"`{name}`" for name, other in contents.states.items() if len(other) >= len(state)]
                 several = f"encoder: {path} holds several networks, in {' and '.join(beside)}; `{place}` was taken"
                 return fitting[0][1], _alone(path, fitting) + ([several] if len(beside) > 1 else [])
@@ -78,7 +78,7 @@ def _choose(network: Network, path: Path, contents: Contents, spec: EncoderSpec)
 
 
 def _alone(path: Path, fitting: list[tuple[str, Reading]]) -> list[str]:
-    """What to say of several networks in one file, of which the likeliest is taken; of equal ones none."""
+    """Lines about several networks in one file, of which the likeliest is used; empty if they are equal."""
     place, chosen = fitting[0]
     for other_place, other in fitting[1:]:
         pairs = [(tensor, other.tensors[name]) for name, tensor in chosen.tensors.items() if name in other.tensors]
@@ -118,20 +118,26 @@ def _oddity(tensor: Tensor, own: Tensor) -> str:
 
 
 def _left(network: Network, path: Path, reading: Reading, spec: EncoderSpec) -> list[str]:
-    """What to say of tensors beside the network's; inside the network they are a part that this one lacks."""
+    """Lines about tensors that the network does not use.
+
+    Raises:
+        ConfigError: they belong to a part that this network lacks.
+    """
     left = [
         name for name in reading.left if not (BENIGN.search(name) or _TEXT.match(name) or _classifier(network, name))
     ]
     inside = [name for name in left if _inside(network, name)]
     if inside:
         raise ConfigError(
-            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it has no place "
-            f"for, first {inside[0]!r}; without them it would compute something else; name the network they are of"
+            f"encoder: expected weights of {spec.named}, found {len(inside)} tensors in {path} that it lacks, first "
+            f"{inside[0]!r}; without them it would compute something else; name the network that they belong to"
             f"{_would_fit(network, [reading], spec)}"
         )
     if not left:
         return []
-    return [f"encoder: {path}: {len(left)} tensors beside the encoder's were left out, first {left[0]!r}"]
+    return [
+        f"encoder: {path}: {len(left)} tensors that do not belong to the encoder were left out, first {left[0]!r}"
+    ]
 
 
 def _resampled(path: Path, notes: Sequence[str]) -> list[str]:
@@ -142,7 +148,7 @@ def _resampled(path: Path, notes: Sequence[str]) -> list[str]:
 
 
 def _classifier(network: Network, name: str) -> bool:
-    """Whether a name is one of the classifier that timm's networks are built without."""
+    """Whether a tensor belongs to the classifier, without which timm's networks are built."""
     if not network.timm:
         return False
     path, part = network.timm
@@ -153,7 +159,7 @@ def _classifier(network: Network, name: str) -> bool:
 
 
 def _inside(network: Network, name: str) -> bool:
-    """Whether a name is below a module of the network's, or one more of numbered layers."""
+    """Whether a name is below a module of the network, or is a further one of its numbered layers."""
     first, dot, _ = name.removeprefix(network.path).partition(".")
     children = dict(network.part.named_children())
     numbered = bool(children) and all(child.isdigit() for child in children)
@@ -161,16 +167,16 @@ def _inside(network: Network, name: str) -> bool:
 
 
 def _refusal(network: Network, path: Path, readings: list[tuple[str, Reading]], spec: EncoderSpec) -> ConfigError:
-    # The same words are said once.
+    # Keyed by text, so that equal problems are reported once.
     closest = {
         f"{_where(place, reading)}: {_problem(network, reading)}": reading
         for place, reading in sorted(readings, key=lambda one: len(one[1].missing) + len(one[1].wrong))
     }
-    said = "; ".join(list(closest)[:3])
+    shown = "; ".join(list(closest)[:3])
     shard = re.search(r"-\d+-of-\d+\.", path.name)
     hint = "; it is one of several files, name the .index.json that lists them" if shard else ""
     hint = hint or _would_fit(network, closest.values(), spec)
-    return ConfigError(f"encoder: expected weights of {spec.named}, found none in {path}; closest: {said}{hint}")
+    return ConfigError(f"encoder: expected weights of {spec.named}, found none in {path}; closest: {shown}{hint}")
 
 
 def _problem(network: Network, reading: Reading) -> str:
@@ -183,7 +189,7 @@ def _problem(network: Network, reading: Reading) -> str:
 
 
 def _would_fit(network: Network, readings: Iterable[Reading], spec: EncoderSpec) -> str:
-    """open_clip's own vision transformers of the width, depth, patches and embedding that the file has."""
+    """A hint: open_clip's vision transformers with the width, depth, patches and embedding of the file."""
     if (network.library, network.kind) != ("open_clip", "VisionTransformer"):
         return ""
     import open_clip
@@ -217,32 +223,32 @@ def _would_fit(network: Network, readings: Iterable[Reading], spec: EncoderSpec)
 
 
 def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> list[str]:
-    """JAX's archives (ViT, BiT, SigLIP) through the loaders of timm's networks."""
+    """Load a JAX archive (ViT, BiT, SigLIP) with the loader of a timm network."""
     network = Network(model)
     part: Any = network.timm[1] if network.timm else None
     if not hasattr(part, "load_pretrained"):
         raise ConfigError(
-            f"encoder: expected weights of {spec.named}, found an archive of JAX's in {path}, which only some "
-            "networks of timm read (ViT, BiT, SigLIP)"
+            f"encoder: expected weights of {spec.named}, found an archive of JAX weights in {path}, which only "
+            "some networks of timm can load (ViT, BiT, SigLIP)"
         )
     with torch.no_grad():
-        # What the loader leaves out stays so.
+        # NaN marks tensors that the loader does not set.
         for tensor in network.own.values():
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
     try:
         with np.load(path) as arrays:
-            # Beside SigLIP's text tower.
+            # Without SigLIP's text tower.
             images = [name for name in arrays.files if "txt/" not in name]
             layers = _jax_layers(arrays, images)
             positions = next((arrays[name] for name in images if name.endswith("pos_embedding")), None)
         if layers is not None and hasattr(part, "blocks") and layers != len(part.blocks):
             raise ValueError(f"{layers} layers for {len(part.blocks)}")
         part.load_pretrained(str(path))
-    except Exception as error:  # a name that is missing, another shape, a damaged archive
+    except Exception as error:  # a missing name, another shape, a damaged archive
         raise ConfigError(
-            f"encoder: expected weights of {spec.named}, found none in {path} that timm's loader of JAX's archives "
-            f"reads: {type(error).__name__} {first_line(error)}"
+            f"encoder: expected weights of {spec.named}, found an archive of JAX weights in {path} that timm "
+            f"cannot load: {type(error).__name__} {first_line(error)}"
         ) from None
     broken = _not_finite(model)
     if broken:
@@ -255,11 +261,11 @@ def _fit_jax(model: nn.Module, path: Path, spec: EncoderSpec) -> list[str]:
 
 
 def _jax_layers(arrays: Any, names: Sequence[str]) -> int | None:
-    """How many layers the transformer of an archive has, by the names in it; None for other networks."""
+    """Number of layers of the transformer in an archive, from its names; None for other networks."""
     numbers = [int(found[1]) for name in names if (found := re.search(r"Transformer/encoderblock_(\d+)/", name))]
     if numbers:
         return max(numbers) + 1
-    # One array holds those of all layers.
+    # In scanned archives one array holds the weights of all layers.
     scanned = [name for name in names if name.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
     return len(arrays[scanned[0]]) if scanned else None
 

@@ -1,7 +1,7 @@
-"""The ways to read the tensors of a file as those of a network: prefixes, and the names of other libraries.
+"""Maps the tensors of a file to those of a network: by prefixes, or from the names of other libraries.
 
-The libraries' own converters do the work wherever there are some: timm's filters of each family (which know the
-original names of DeiT, DINOv2, ConvNeXt, …), open_clip's for MobileCLIP, transformers' names through `clip_names`.
+The converters of the libraries are used if they exist: timm's filters of each family (for the original names of DeiT,
+DINOv2, ConvNeXt, …), open_clip's for MobileCLIP. `clip_names` converts the names of transformers.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from datamerge.encoders import clip_names
 from datamerge.encoders.position_grids import resampled, timm_grids
 
 LIBRARIES = ("open_clip", "timm", "transformers")
-# What torch.compile, FSDP and activation checkpointing put between names.
+# Components that torch.compile, FSDP and activation checkpointing insert into names.
 _WITHIN = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
-# What wrappers put in front of an image tower's names.
+# Prefixes that wrappers add to the names of an image tower.
 _KNOWN_PREFIXES = frozenset(
     ("module", "model", "clip", "clip_model", "net", "network", "backbone", "trunk", "encoder", "student")
     + ("visual", "vision", "vision_model", "vision_tower", "vision_encoder", "image_encoder")
 )
-# Buffers without which a network computes the same.
+# Buffers that do not affect what a network computes.
 BENIGN = re.compile(
     r"(^|\.)(num_batches_tracked|position_ids|relative_position_index|attn_mask|total_ops|total_params)$"
 )
-# How far a library's converter gets with names that are not its own.
-_NOT_ITS_OWN = (KeyError, IndexError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
+# Errors of a library's converter for names that it does not know.
+_UNKNOWN_NAMES = (KeyError, IndexError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a file.
+    """One way to map a file to a network.
 
     Attributes:
-        how: for messages: ``below `visual.` ``.
-        tensors: the file's, by the network's names.
-        missing, wrong: names of the network's that are not there, or of another shape.
-        left: names in the file beside those, without the prefix.
-        known: whether the prefix is one of those that wrappers use.
-        notes: what was resampled.
+        how: description for messages, such as ``below `visual.` ``.
+        tensors: tensors of the file, by the names in the network.
+        missing, wrong: names in the network that the file lacks, or has with another shape.
+        left: unused names in the file, without the prefix.
+        known: whether the prefix is one that wrappers use.
+        notes: descriptions of what was resampled.
     """
 
     how: str
@@ -65,14 +65,14 @@ class Reading:
 
 
 class Network:
-    """A network and what it is a network of.
+    """A network, and the library's module inside it.
 
     Attributes:
         own: its tensors by name.
-        part: the library's module that holds most of it, or the network itself.
-        path: of that module in the network, with a dot.
-        strip: the same where it holds all of it, else nothing.
-        library: one of `LIBRARIES`, or nothing.
+        part: the library's module with most of the tensors, or the network itself.
+        path: path of that module in the network, with a trailing dot.
+        strip: `path` if the module holds all tensors, else empty.
+        library: one of `LIBRARIES`, or empty.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,22 +89,22 @@ class Network:
 
     @property
     def kind(self) -> str:
-        """Class of the library's module."""
+        """Name of the class of the library's module."""
         return type(self.part).__name__
 
     @property
     def timm(self) -> tuple[str, nn.Module] | None:
-        """Path below `path` and module of the network of timm that it is or holds."""
+        """Path below `path`, and module, of the timm network that this network is or contains."""
         if self.library == "timm":
             return "", self.part
         trunk = getattr(self.part, "trunk", None)
         return ("trunk.", trunk) if self.library == "open_clip" and isinstance(trunk, nn.Module) else None
 
     def reading(self, how: str, named: Mapping[str, Tensor], strip: str = "", known: bool = True) -> Reading:
-        """The tensors `named`, which lack `strip` in front of the network's names, as those of the network."""
-        wanted = {_clean(name).removeprefix(strip): name for name in self.own}
-        found = {own: named[name] for name, own in wanted.items() if name in named}
-        missing = tuple(sorted(own for own in wanted.values() if own not in found and not BENIGN.search(own)))
+        """Map the tensors `named` to the network; their names lack its prefix `strip`."""
+        expected = {_clean(name).removeprefix(strip): name for name in self.own}
+        found = {own: named[name] for name, own in expected.items() if name in named}
+        missing = tuple(sorted(own for own in expected.values() if own not in found and not BENIGN.search(own)))
         wrong = tuple(own for own, tensor in found.items() if tensor.shape != self.own[own].shape)
         notes: tuple[str, ...] = ()
         if not missing:
@@ -113,11 +113,13 @@ class Network:
                 if resized is not None and resized[0].shape == self.own[own].shape:
                     found[own], notes = resized[0], (*notes, resized[1])
             wrong = tuple(own for own in wrong if found[own].shape != self.own[own].shape)
-        return Reading(how, found, missing, wrong, tuple(name for name in named if name not in wanted), known, notes)
+        return Reading(
+            how, found, missing, wrong, tuple(name for name in named if name not in expected), known, notes
+        )
 
 
 def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """Readings with the file's names as they are, below the prefixes under which most of the network's stand."""
+    """Readings without converting names, below the prefixes that match most names of the network."""
     cleaned = cleaned_names(state)
     strips = {"", network.strip}
     if network.timm and network.timm[0]:
@@ -132,7 +134,7 @@ def as_named(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]
 
 
 def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[list[Reading]]:
-    """Readings through the converters that there are for such a network, of one converter at a time."""
+    """Readings by the converters for this kind of network, one list per converter."""
     cleaned = cleaned_names(state)
     converters: list[Callable[[Network, Mapping[str, Tensor]], Iterator[Reading]]] = []
     if network.library == "open_clip" and network.kind == "VisionTransformer":
@@ -148,19 +150,19 @@ def converted(network: Network, state: Mapping[str, Tensor]) -> Iterator[list[Re
     for converter in converters:
         try:
             yield list(converter(network, cleaned))
-        except _NOT_ITS_OWN:
-            # Tensors that are no plain ones, in names that are this converter's.
+        except _UNKNOWN_NAMES:
+            # The names are known, but tensors are not plain ones.
             continue
 
 
 def cleaned_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Without what wrappers put between names, where the names stay apart."""
+    """Remove the components that wrappers insert into names, if the names stay distinct."""
     cleaned = {_clean(name): tensor for name, tensor in state.items()}
     return cleaned if len(cleaned) == len(state) else state
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Also without what wrappers put in front of all of them."""
+    """Remove also the prefix that wrappers add to all names."""
     cleaned = cleaned_names(state)
     prefix = next(iter(_common_prefix(cleaned)), "")
     return {name[len(prefix) :]: tensor for name, tensor in cleaned.items()}
@@ -171,13 +173,13 @@ def _clean(name: str) -> str:
 
 
 def _prefixes(network: Network, state: Mapping[str, Tensor], strip: str = "") -> list[str]:
-    """The three under which most of the network's names stand; the shortest first among equals."""
-    wanted = {_clean(name).removeprefix(strip) for name in network.own}
+    """The three prefixes that match most names of the network; among equals, the shortest comes first."""
+    expected = {_clean(name).removeprefix(strip) for name in network.own}
     count: Counter[str] = Counter()
     for name in state:
         parts = name.split(".")
         for cut in range(len(parts)):
-            if ".".join(parts[cut:]) in wanted:
+            if ".".join(parts[cut:]) in expected:
                 count["".join(f"{part}." for part in parts[:cut])] += 1
     return sorted(count, key=lambda prefix: (-count[prefix], len(prefix)))[:3] or [""]
 
@@ -188,7 +190,7 @@ def _hugging_face(network: Network, state: Mapping[str, Tensor]) -> Iterator[Rea
         outer = inner.removesuffix(clip_names.VISION)
         tower = {name[len(inner) :]: tensor for name, tensor in state.items() if name.startswith(inner)}
         if inner == outer:
-            # In memory, CLIPVisionModel has no prefix of its own.
+            # In memory, CLIPVisionModel has no prefix.
             tops = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
             tower = {name: tensor for name, tensor in tower.items() if name.startswith(tops)}
         projection = {name: state[outer + name] for name in [clip_names.PROJECTION] if outer + name in state}
@@ -210,18 +212,18 @@ def _open_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Readin
 
 
 def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """Through the loader of transformers, which knows how names changed from version to version."""
+    """Load with transformers, which converts the names of its earlier versions."""
     for prefix in dict.fromkeys([_prefixes(network, state, network.path)[0], *_common_prefix(state), ""]):
         below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
         try:
             loaded, without = _loaded_by_transformers(network.part, below)
-        except _NOT_ITS_OWN:
+        except _UNKNOWN_NAMES:
             continue
         named = {name: tensor for name, tensor in loaded.items() if name not in without}
-        # What is of another shape only: its name is the file's.
+        # Tensors of another shape keep the name in the file.
         named |= {name: below[full] for full in below for name in without if f".{full}".endswith(f".{name}")}
         named = {network.path + name: tensor for name, tensor in named.items()}
-        # A projection beside the part.
+        # Tensors outside the part, such as a projection.
         named |= {name: below[name] for name in network.own if not name.startswith(network.path) and name in below}
         how = f" below `{prefix}`" if prefix else ""
         reading = network.reading(f"the names of other versions of transformers{how}", named)
@@ -231,7 +233,7 @@ def _transformers(network: Network, state: Mapping[str, Tensor]) -> Iterator[Rea
 
 
 def _loaded_by_transformers(part: Any, state: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], set[str]]:
-    """The weights of another network of the part's class, and names of those that it did not get from the state."""
+    """The weights of a new network of the same class loaded from the state, and the names that were not loaded."""
     from transformers.utils import logging as their_logging
 
     level = their_logging.get_verbosity()
@@ -251,7 +253,7 @@ def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Read
     for mark in [name for name in state if re.search(r"(^|\.)image_encoder\.model\.patch_emb", name)]:
         prefix = mark[: mark.index("image_encoder.model.")]
         below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
-        # The converter asks for it; an image tower alone has none.
+        # The converter requires it; an image tower alone has none.
         below.setdefault("logit_scale", torch.zeros(()))
         named = convert_state_dict(SimpleNamespace(visual=network.part), below)
         tower = {name[len("visual.") :]: tensor for name, tensor in named.items() if name.startswith("visual.")}
@@ -260,7 +262,7 @@ def _mobile_clip(network: Network, state: Mapping[str, Tensor]) -> Iterator[Read
 
 
 def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
-    """timm's filter on what stands below a prefix, and on all of it: filters know prefixes of their own."""
+    """Convert with timm's filter, below a prefix and without one, as filters know some prefixes too."""
     path, part = cast(tuple[str, nn.Module], network.timm)
     filters = _timm_filter(part)
     if filters is None:
@@ -270,9 +272,9 @@ def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
         below = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
         try:
             named = filters(dict(below))
-        except _NOT_ITS_OWN:
+        except _UNKNOWN_NAMES:
             continue
-        # open_clip's head beside the trunk.
+        # open_clip's head outside the trunk.
         outside = prefix.removesuffix(path) if path else prefix
         heads = {
             f"{outside}{name}": name for own in network.own if not (name := own[len(network.path) :]).startswith(path)
@@ -293,7 +295,7 @@ def _timm(network: Network, state: Mapping[str, Tensor]) -> Iterator[Reading]:
 
 
 def _common_prefix(state: Mapping[str, Tensor]) -> list[str]:
-    """What wrappers put in front of all names: one candidate."""
+    """The prefix of wrappers that all names share, as a list of at most one."""
     first = next(iter(state)).split(".")
     prefix = ""
     for part in first:
@@ -304,7 +306,7 @@ def _common_prefix(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _timm_filter(part: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
-    """The function by which timm reads the original checkpoints of a family, with what its builder passes."""
+    """timm's function that converts the original checkpoints of a family, with the arguments of its builder."""
     module = sys.modules[type(part).__module__]
     names = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
     found: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)

@@ -1,10 +1,9 @@
-"""Zero-shot heads: the embeddings of class names, kept so that nobody computes them twice.
+"""Zero-shot heads: embeddings of class names, cached on disk.
 
 CACHE/heads/KEY.safetensors      weight [classes, K], scale [1], and for SigLIP bias [classes]
 
-CACHE is $DATAMERGE_CACHE, else $XDG_CACHE_HOME/datamerge, else ~/.cache/datamerge. The key is a hash of all that goes
-into a head: weights and configuration of the text tower, what its tokeniser makes of the words, class names and
-prompts. The files may be removed at any time.
+CACHE is that of `datamerge.runtime.user_cache`. The key is a hash of everything that a head depends on: weights and
+configuration of the text tower, tokens of the texts, class names and prompts. The files may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from datamerge.runtime.user_cache import user_cache
 from storage_schemas import ConfigError
 from storage_schemas.access.atomic import atomic_file
 
-# All of ImageNet's 80,000 prompts at once would not fit any memory.
+# All 80,000 prompts of ImageNet at once would not fit into memory.
 CLASSES_AT_ONCE = 10
 
 
@@ -39,20 +38,20 @@ def zero_shot(
     device: str = "cpu",
     shelf: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors of the head that the text tower of a spec makes of class names.
+    """Tensors of the zero-shot head for class names, by the text tower of a spec.
 
     Args:
-        spec: of kind open_clip or hf.
-        class_names: in label order.
-        templates: prompts with {} for the name; OpenAI's 80 for ImageNet if there are none.
-        device: where texts are embedded.
-        shelf: another folder in which the tensors are sought first and kept as well.
+        spec: spec of kind open_clip or hf.
+        class_names: class names in the order of labels.
+        templates: prompts with {} for the name; OpenAI's 80 for ImageNet if empty.
+        device: device on which texts are embedded.
+        shelf: folder of a second cache, searched first.
 
     Returns:
-        weight [classes, K], scale [1], and bias [classes] where the model has one.
+        weight [classes, K], scale [1], and bias [classes] if the model has one.
 
     Raises:
-        ConfigError: there is no such text tower, or it cannot be had.
+        ConfigError: there is no such text tower, or it cannot be loaded.
     """
     tower = load_text_tower(spec)
     import open_clip
@@ -66,7 +65,7 @@ def zero_shot(
             tensors = _features(tower, class_names, prompts, device)
     except (IndexError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"encoder: expected a tokeniser and a text tower that go together at '{spec}', found "
+            f"encoder: expected a tokeniser that fits the text tower of '{spec}', found "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -89,7 +88,7 @@ def _features(tower: TextTower, class_names: Sequence[str], prompts: Sequence[st
 
 
 def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -> str:
-    """A hash of all that the tensors depend on."""
+    """Hash of everything that the tensors depend on."""
     import open_clip
 
     words: Any = tower.tokenizer([*class_names, *prompts])
@@ -108,12 +107,12 @@ def _key(tower: TextTower, class_names: Sequence[str], prompts: Sequence[str]) -
 def _read(file: Path) -> dict[str, Tensor] | None:
     try:
         return load(file.read_bytes())
-    except (OSError, SafetensorError):  # not there, or damaged
+    except (OSError, SafetensorError):  # missing, or damaged
         return None
 
 
 def _keep(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file whole or not at all; a folder where nothing can be written keeps nothing."""
+    """Write a file atomically; errors are ignored, as this is only a cache."""
     try:
         if _read(file) is None:
             with atomic_file(file) as stream:

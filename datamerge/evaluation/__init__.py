@@ -1,4 +1,4 @@
-"""Raw images again: embedding loss and accuracy of encoders, clean and under attack (see README.md)."""
+"""Evaluation on raw images: embedding loss and accuracy of encoders, clean and under attack (see README.md)."""
 
 from datamerge.evaluation.config import EvaluateConfig
 from datamerge.evaluation.pgd import evaluate

@@ -28,10 +28,10 @@ class ImageBatch:
     """Some consecutive samples of a source.
 
     Attributes:
-        samples: the B usable ones.
+        samples: the B usable samples.
         pixels: uint8 [B, C, H, W]; [0, C, H, W] if none is usable.
-        rejected: the others.
-        remarks: how many images `decode` had something to say of.
+        rejected: the samples that could not be read or decoded.
+        remarks: number of images for each remark of `decode`.
     """
 
     samples: Sequence[Sample]
@@ -48,7 +48,7 @@ class ImageBatch:
 def read_batches(
     source: Source, preprocessings: Sequence[Preprocessing], size: int, exif: Exif = "ignore"
 ) -> Iterator[Sequence[ImageBatch]]:
-    """All samples in the source's order, `size` listed samples at a time; a batch for each of the preprocessings."""
+    """All samples in the source's order, `size` at a time; yields one batch for each preprocessing."""
     parts = (source.samples[first : first + size] for first in range(0, len(source.samples), size))
     return read_ahead(_read(source, samples, preprocessings, exif) for samples in parts)
 
@@ -85,7 +85,7 @@ def _raw(source: Source, sample: Sample) -> RawImage | BadImage:
     try:
         return retry(partial(source.reader.read, sample))
     except (BadImage, OSError) as error:
-        if is_transient(error):  # the image is not to blame, and later encoders would see others
+        if is_transient(error):  # the image itself may be sound, and later encoders would see other images
             raise DatamergeError(f"{sample.name}: {error}; run the same command again to continue") from error
         return BadImage(str(error))
 
@@ -94,7 +94,7 @@ def report_rejected(rejected: Sequence[RejectedImage], source: Source) -> None:
     """Warn about images that could not be used.
 
     Raises:
-        SourceError: none could.
+        SourceError: no image could be used.
     """
     if len(rejected) == len(source.samples):
         reason = f"; the first one: {rejected[0].sample}: {rejected[0].reason}" if rejected else ""

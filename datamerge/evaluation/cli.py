@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from datamerge.evaluation.parts import PARTS, evaluate_all
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.store import check_output
-from datamerge.evaluation.tables import print_rows, table_rows, to_json, write_reports
+from datamerge.evaluation.tables import print_rows, table_rows, to_json
 from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
 
@@ -73,7 +74,6 @@ def _add_command(name: str) -> None:
     def command(file: str | None, as_json: bool, **flags: Any) -> None:
         config = load_settings(PARTS[name].settings, file, flags)
         if config.output is not None:
-            # Hours of attacks must not end at a folder that cannot be written.
             check_output(config.output)
         results = PARTS[name].evaluate(config)
         rows = table_rows(results) if config.output is None else write_reports(config.output, name, results)
@@ -82,7 +82,7 @@ def _add_command(name: str) -> None:
             return
         print_rows(rows)
         if config.output is not None:
-            click.echo(f"{config.output}/report.html: table, pictures and settings")
+            click.echo(f"{config.output}/report.html: table, curves, pictures and settings")
 
 
 for _name in PARTS:

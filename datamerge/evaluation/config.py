@@ -1,4 +1,4 @@
-"""Settings of evaluations on raw images; those of LLaVA are in `datamerge.evaluation.llava.config`."""
+"""Settings of evaluations on raw images; `datamerge.evaluation.llava.config` has those of LLaVA."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ _CLASS_NAMES = Effect(
     lambda own: own.head is not None,
     "they belong to a head, found none; set `head` or drop `{name}`",
 )
+_PICTURES = Effect(
+    ("pictures",),
+    lambda own: own.output is not None and own.head is not None,
+    "pictures show classes and are stored; set `head` and `output`, or drop `{name}`",
+)
 _TEMPLATES = Effect(
     ("templates",),
     lambda own: (
@@ -48,7 +53,7 @@ _TEMPLATES = Effect(
 
 
 class ImagesConfig(Settings):
-    """What all evaluations on raw images share."""
+    """Settings that all evaluations on raw images share."""
 
     effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS)
 
@@ -64,7 +69,7 @@ class ImagesConfig(Settings):
     limit: Limit = None
     limit_first: LimitFirst = None
     sample: Annotated[int | None, Option(unset="all")] = Field(
-        None, ge=1, description="Draw so many samples at random, the same for every run."
+        None, ge=1, description="Number of samples drawn at random, the same for every run."
     )
     sample_seed: SampleSeed = 42
     steps: int = Field(100, ge=1, description="Gradient steps of each attack.")
@@ -73,8 +78,8 @@ class ImagesConfig(Settings):
     batch_size: int = Field(64, ge=1, description="Images per forward pass; results do not depend on it.")
     precision: SearchPrecision = Field(
         "float32",
-        description="Of the attacks' search: tf32 lets a GPU round the factors of products to 10 bits. Losses and "
-        "classifications of what they find are float32's.",
+        description="Arithmetic of the attacks' search: tf32 lets a GPU round the factors of products to 10 bits. "
+        "Losses and classifications are always computed in float32.",
     )
     split: Split = None
     exif: ExifSetting = None
@@ -91,7 +96,7 @@ class EvaluateConfig(ImagesConfig):
     """Settings of `datamerge evaluate` without a sub-command: embedding loss and accuracy under PGD."""
 
     renamed: ClassVar[dict[str, str]] = {"on_grid": "grid"}
-    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _CLASS_NAMES)
+    effects: ClassVar[tuple[Effect, ...]] = (SAMPLE_SEED, LIMITS, _CLASS_NAMES, _PICTURES)
 
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="no accuracies")] = Field(
         None,
@@ -115,11 +120,12 @@ class EvaluateConfig(ImagesConfig):
     grid: bool = Field(
         False, description="Keep attacked pixels on multiples of 1/255; the field's standard is not to."
     )
+    pictures: int = Field(6, ge=0, description="Images of each run shown in the report.")
 
     @model_validator(mode="before")
     @classmethod
     def _rounded(cls, values: Any) -> Any:
-        """Refuse decimals on the grid that were multiples of 1/255 before somebody rounded them."""
+        """Refuse decimals on the grid that are rounded multiples of 1/255."""
         if isinstance(values, dict) and values.get("grid"):
             for name in ("epsilon", "step_size"):
                 if (problem := rounded_level(values.get(name), radius=name == "epsilon")) is not None:
@@ -147,7 +153,7 @@ class EvaluateConfig(ImagesConfig):
 
 
 class RadiiConfig(ImagesConfig):
-    """What `datamerge evaluate zero-shot` and `embedding` share: APGD at several radii."""
+    """Settings that `datamerge evaluate zero-shot` and `embedding` share: APGD at several radii."""
 
     epsilons: list[Radius] = Field(
         [Radius("2/255"), Radius("4/255")],
@@ -205,6 +211,7 @@ class ZeroShotConfig(RadiiConfig):
         "autoattack", description="APGD-CE, then targeted APGD-DLR on survivors; or APGD-CE alone."
     )
     check_masking: bool = Field(True, description="Look for masked gradients on a few images.")
+    pictures: int = Field(6, ge=0, description="Images of each run shown in the report.")
 
 
 class EmbeddingConfig(RadiiConfig):

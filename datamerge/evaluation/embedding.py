@@ -1,7 +1,7 @@
-"""`datamerge evaluate embedding`: how far embeddings are from the frozen original's, clean and under APGD.
+"""`datamerge evaluate embedding`: squared distance of embeddings to the frozen original's, clean and under APGD.
 
-FARE's Table 14 quantity: the mean over images of ‖f(x) − f_original(x)‖², and of ‖f(x') − f_original(x)‖² with x'
-from APGD on it. It needs no labels and no text, which makes it the cheapest anchor.
+The quantity of FARE's Table 14: the mean over images of ‖f(x) − f_original(x)‖², and of ‖f(x') − f_original(x)‖²
+where APGD maximises it over x'. It needs neither labels nor text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The encoders under evaluation, loaded onto the device, with what they are compared to."""
+"""The encoders under evaluation and their frozen references, loaded onto the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Subject:
     """One encoder under evaluation.
 
     Attributes:
-        run: where it comes from.
+        run: the run or spec that it comes from.
         encoder: f, on the device.
         original: the frozen reference, on the device; `encoder` itself for a baseline.
     """
@@ -38,12 +38,12 @@ def load_subjects(
 
     Args:
         runs: what to evaluate.
-        device: where to.
-        original: reference instead of what each run started from.
-        image_size: side of the input of encoders that are named by specs, in pixels, instead of their own.
+        device: where the encoders are loaded.
+        original: reference for all runs; the encoder that each run started from if None.
+        image_size: side of the input of encoders that are given as specs, in pixels; their own if None.
 
     Raises:
-        ConfigError: encoders that take other pixels, or have other embeddings than their reference.
+        ConfigError: an encoder takes other pixels than its reference, or has embeddings of another width.
     """
     with refusals_about("runs"):
         runs = [_sized(run, image_size) for run in runs]
@@ -67,7 +67,7 @@ def load_subjects(
         for run in runs
     ]
     for subject in subjects:
-        # Rows may take different pixels, but an encoder and its reference are shown the same ones.
+        # Rows may take different pixels, but an encoder and its reference see the same ones.
         mine, reference = subject.encoder.preprocessing, subject.original.preprocessing
         if different := mine.differences(reference, normalised=False):
             raise ConfigError(
@@ -91,7 +91,7 @@ def _sized(run: Run, image_size: int | None) -> Run:
     """The same run at another size of the input, if it is a spec.
 
     Raises:
-        ConfigError: a training run, whose encoder has the size that it was trained at.
+        ConfigError: a training run, whose encoder keeps the size that it was trained at.
     """
     if image_size is None:
         return run
@@ -106,7 +106,7 @@ def _sized(run: Run, image_size: int | None) -> Run:
 
 
 def load_trained(spec: str, device: torch.device) -> Encoder:
-    """An encoder; warns if nobody has trained it."""
+    """Load an encoder; warns if its weights are random."""
     encoder = load_encoder(spec, str(device))
     if encoder.random_weights:
         warn(f"encoder {spec} has random weights; nobody has trained it")
@@ -114,7 +114,7 @@ def load_trained(spec: str, device: torch.device) -> Encoder:
 
 
 def check_weights(run: Run, encoder: Encoder, recorded: str) -> None:
-    """Warn of weights that changed since the training: they are another encoder under the same name."""
+    """Warn if the weights changed since the training: they are another encoder under the same name."""
     if encoder.sha256 != recorded:
         warn(
             f"run {run.name!r}: the weights of {encoder.spec} are not those the training saw (sha256 "
@@ -124,10 +124,10 @@ def check_weights(run: Run, encoder: Encoder, recorded: str) -> None:
 
 @contextmanager
 def numerics(threads: int | None, device: torch.device) -> Iterator[None]:
-    """What all passes of an evaluation compute with; a caller from Python gets its own settings back.
+    """Set the number of threads and the arithmetic of an evaluation, and restore the caller's afterwards.
 
     Args:
-        threads: of the CPU; as many as torch has now if None.
+        threads: number of CPU threads; torch's present number if None.
         device: where the encoders are.
     """
     with torch_threads(threads), arithmetic(device):

@@ -35,9 +35,9 @@ def make_heads(
     Args:
         spec: of the head, or `outputs`.
         class_names: file with the classes in the head's order, or `imagenet`.
-        encoders: one head each, on their device.
+        encoders: one head is made for each, on its device.
         templates: prompts of zero-shot heads.
-        shelf: a folder that zero-shot heads are kept in.
+        shelf: folder in which zero-shot heads are kept.
 
     Raises:
         ConfigError: no such head, or one that does not take the encoders' embeddings.
@@ -72,12 +72,12 @@ def classify(encoders: Sequence[Encoder], heads: Sequence[Head], source: Source,
         encoders: whose embeddings the heads take.
         heads: one per encoder.
         source: whose labels are matched with the heads' classes.
-        where: how errors call the head.
+        where: name of the head in error messages.
 
     Raises:
-        ConfigError: a label that no row of the head stands for.
+        ConfigError: the head has no row for a label.
     """
-    rows: dict[int, Mapping[int, int]] = {}  # matched once, however many encoders share a head
+    rows: dict[int, Mapping[int, int]] = {}  # by head, which several encoders may share
     for head in heads:
         if id(head) not in rows:
             rows[id(head)] = match_labels(source, head, where)
@@ -90,11 +90,11 @@ def classify(encoders: Sequence[Encoder], heads: Sequence[Head], source: Source,
 def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
     """Row of the head for each label that occurs in the source.
 
-    Classes are matched by name where both have names, so that a few class folders can be measured with a head of a
-    thousand classes; by position otherwise.
+    Classes are matched by name if both have names, so that a few class folders can be measured with a head of a
+    thousand classes, and by position otherwise.
 
     Raises:
-        ConfigError: a label that no row stands for.
+        ConfigError: the head has no row for a label.
     """
     used = set(source.samples.used_labels())
     classes = Classes(source.class_names, len(source.class_names), source.url)
@@ -104,7 +104,7 @@ def match_labels(source: Source, head: Head, where: str) -> Mapping[int, int]:
 
 
 def head_sha256(head: Head) -> str:
-    """What tells a head from another one."""
+    """SHA-256 of the head as a file, which identifies it."""
     return hashlib.sha256(head.to_bytes()).hexdigest()
 
 

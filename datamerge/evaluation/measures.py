@@ -1,4 +1,4 @@
-"""What is measured of one encoder on one batch: embedding losses and classifications, clean and under attack.
+"""Measures of one encoder on one batch: embedding losses and classifications, clean and under attack.
 
 Shapes: B images, C H W pixels, K embedding.
 """
@@ -17,6 +17,7 @@ from datamerge.attacks import (
     APGD,
     PGD,
     Precision,
+    Survival,
     auto_attack,
     cross_entropy,
     run_attack,
@@ -29,8 +30,10 @@ from storage_schemas import DatamergeError
 
 # Lists with one entry per image, by name.
 Measured = dict[str, list[Any]]
-# By the radius as the user wrote it, smallest first.
+# Attacks by their radius as the user wrote it, smallest first.
 Attacks = Mapping[str, PGD | APGD]
+# By position in the batch: the radius at which an image was first misclassified, and those pixels [C, H, W].
+Broken = dict[int, tuple[str, Tensor]]
 
 CLEAN_LOSS = "embedding loss clean"
 TOP_1, TOP_5 = "top-1", "top-5"
@@ -57,7 +60,7 @@ class LabelledBatch:
         model: logits from pixels.
         pixels: float32 [B, C, H, W] in [0, 1].
         labels: rows of the head, int64 [B].
-        samples: whose pixels they are; their keys seed the attacks.
+        samples: the B samples; their keys seed the attacks.
     """
 
     model: nn.Module
@@ -69,7 +72,7 @@ class LabelledBatch:
     def of(
         cls, encoder: Encoder, classifier: Classifier, pixels: Tensor, samples: Sequence[Sample]
     ) -> LabelledBatch | None:
-        """Samples without a label, or of a class that the head does not know, take no part; None if none is left."""
+        """The samples whose label the head has a row for; None if there are none."""
         rows = {
             index: classifier.rows[sample.label]
             for index, sample in enumerate(samples)
@@ -83,7 +86,7 @@ class LabelledBatch:
 
     @property
     def names(self) -> list[str]:
-        """How errors call the images."""
+        """Names of the images in error messages."""
         return [sample.name for sample in self.samples]
 
     def take(self, rows: Tensor) -> LabelledBatch:
@@ -111,11 +114,11 @@ def embedding_losses(
         encoder: f.
         original: the frozen reference.
         pixels: x, float32 [B, C, H, W] in [0, 1].
-        samples: whose pixels they are; their keys seed the attacks.
-        attacks: on the squared distance.
-        seed: the evaluation's.
+        samples: the B samples; their keys seed the attacks.
+        attacks: attacks that maximise the squared distance.
+        seed: seed of the evaluation.
         restarts: random starts of each attack.
-        precision: of the search; losses are float32's.
+        precision: arithmetic of the search; losses are computed in float32.
 
     Raises:
         DatamergeError: a loss is not finite; names the samples.
@@ -157,22 +160,26 @@ def classifications(
     restarts: int = 1,
     targeted: bool = True,
     precision: Precision = "float32",
+    broken: Broken | None = None,
 ) -> Measured:
     """Whether images are classified correctly: clean, among the best five, and under every attack.
 
-    Only what survived the attack before is attacked, at first what is correct clean: every ball holds the smaller
-    ones. PGD is judged by the image it ends at, APGD by every point it visits.
+    The first attack gets the images that are classified correctly clean, each later one those that are robust to the
+    attack before it, since every ball contains the smaller ones. PGD is judged by the image it ends at, APGD by every
+    point it visits.
 
     Args:
         batch: the images.
-        attacks: on the cross entropy.
-        seed: the evaluation's.
+        attacks: attacks that maximise the cross entropy.
+        seed: seed of the evaluation.
         restarts: random starts of each attack.
-        targeted: whether targeted attacks follow APGD's on the cross entropy.
-        precision: of the search; what an image is classified as is float32's.
+        targeted: whether targeted attacks follow APGD on the cross entropy.
+        precision: arithmetic of the search; images are classified in float32.
+        broken: if given, receives the misclassified images that the attacks find.
 
     Returns:
-        Columns `top-1`, `top-5`, one per radius, and for APGD `RADIUS APGD-CE`: before the targeted attacks.
+        Columns `top-1`, `top-5` and one per radius; for APGD also `RADIUS APGD-CE`, the column before the targeted
+        attacks.
 
     Raises:
         DatamergeError: a logit or a gradient is not finite; names the samples.
@@ -191,9 +198,13 @@ def classifications(
             left = batch.take(rows)
             generators = _generators(left.samples, seed)
             if isinstance(settings, APGD):
-                robust[rows], after[rows] = _survive_apgd(left, settings, generators, restarts, targeted, precision)
+                found = _survive_apgd(left, settings, generators, restarts, targeted, precision)
+                robust[rows], after[rows], pixels = found.robust, found.after_cross_entropy, found.pixels
             else:
-                robust[rows] = _survive_pgd(left, settings, generators, restarts, precision)
+                robust[rows], pixels = _survive_pgd(left, settings, generators, restarts, precision)
+            if broken is not None:
+                places = enumerate(rows.tolist())
+                broken |= {row: (text, pixels[place]) for place, row in places if not robust[row]}
         columns[text] = robust.tolist()
         if isinstance(settings, APGD):
             columns[f"{text} APGD-CE"] = after.tolist()
@@ -206,7 +217,8 @@ def _survive_pgd(
     generators: Sequence[np.random.Generator],
     restarts: int,
     precision: Precision,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Which images are classified correctly where the attack ends, bool [B], and the pixels there."""
     found = run_attack(
         batch.model,
         batch.pixels,
@@ -218,7 +230,8 @@ def _survive_pgd(
         restarts=restarts,
         precision=precision,
     )
-    return torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
+    right = torch.eq(_logits(batch.model, found.pixels, batch.names).argmax(dim=1), batch.labels)
+    return right, found.pixels
 
 
 def _survive_apgd(
@@ -228,9 +241,8 @@ def _survive_apgd(
     restarts: int,
     targeted: bool,
     precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """What survives all attacks, and what the first one."""
-    survival = auto_attack(
+) -> Survival:
+    return auto_attack(
         batch.model,
         batch.pixels,
         batch.labels,
@@ -241,7 +253,6 @@ def _survive_apgd(
         restarts=restarts,
         precision=precision,
     )
-    return survival.robust, survival.after_cross_entropy
 
 
 def check_finite(values: Tensor, names: Sequence[str], what: str) -> None:

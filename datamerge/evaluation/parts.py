@@ -1,4 +1,4 @@
-"""The parts of the evaluation, and `datamerge evaluate all`: those a TOML file has a table for, in one report."""
+"""The parts of the evaluation, and `datamerge evaluate all`, which runs those that a TOML file has a table for."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from datamerge.evaluation.config import OUTPUT, EmbeddingConfig, EvaluateConfig, ImagesConfig, ZeroShotConfig
 from datamerge.evaluation.llava.config import CaptionsConfig, LlavaSettings, VqaConfig
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.store import check_output
-from datamerge.evaluation.tables import Results, Row, write_reports
+from datamerge.evaluation.tables import Results, Row
 from datamerge.packages import Unavailable, load
 from datamerge.runtime import load_settings, read_toml
 from storage_schemas import ConfigError
@@ -22,8 +23,9 @@ class Part:
     """One part of the evaluation.
 
     Attributes:
-        settings: its settings class.
-        module, function: what evaluates them; imported when called, since LLaVA needs packages that others do not.
+        settings: class of its settings.
+        module, function: the function that takes them, imported when it is called, since LLaVA needs packages that
+            the other parts do not.
     """
 
     settings: type[AnyConfig]
@@ -31,10 +33,10 @@ class Part:
     function: str
 
     def evaluate(self, config: AnyConfig) -> Results:
-        """Carry it out.
+        """Evaluate this part.
 
         Raises:
-            ConfigError: a package is not installed, or what the function refuses.
+            ConfigError: a package is not installed, or the function refuses the settings.
         """
         try:
             function = load(
@@ -62,14 +64,14 @@ def evaluate_all(
     Every part's settings are checked before the first one starts.
 
     Args:
-        file: TOML; top-level settings hold for all parts, a table named after a part for that one.
-        runs: what to evaluate; those of the file if empty.
-        data: raw images, instead of the file's.
-        output: folder, instead of the file's.
-        device: instead of the file's.
+        file: TOML file; top-level settings hold for all parts, the table of a part for that part.
+        runs: what to evaluate; the file's runs if empty.
+        data: raw images; the file's if None.
+        output: folder of the results; the file's if None.
+        device: where to compute; the file's if None.
 
     Raises:
-        ConfigError: the file cannot be read, has no part, or settings that are wrong.
+        ConfigError: the file cannot be read, has no table of a part, or has wrong settings.
     """
     content = read_toml(file)
     tables = {name: content.pop(name) for name in PARTS if isinstance(content.get(name), dict)}

@@ -6,7 +6,7 @@ stronger attacks of the other parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,17 @@ from datamerge.evaluation.labels import OUTPUTS, classify, head_sha256, make_hea
 from datamerge.evaluation.measures import (
     CLEAN_LOSS,
     TOP_1,
+    Broken,
     Classifier,
     LabelledBatch,
     Measured,
     classifications,
     embedding_losses,
 )
+from datamerge.evaluation.pictures import PICTURES, Album, spread
 from datamerge.evaluation.results import ArmResult, mean_score, rate_score
 from datamerge.evaluation.runs import read_run
-from datamerge.evaluation.store import PREPROCESSING
+from datamerge.evaluation.store import PREPROCESSING, ArmFolder
 from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime.messages import say, warn
@@ -53,6 +55,7 @@ def evaluate(config: EvaluateConfig) -> Results:
     source = open_sample(config)
     subjects = load_subjects(runs, device, config.original, config.image_size)
     classifiers = _classifiers(config, subjects, source)
+    shown = spread(source, config.pictures)
     rows = [
         StudyRow(
             subject,
@@ -65,6 +68,7 @@ def evaluate(config: EvaluateConfig) -> Results:
                 _measure,
                 subject,
                 classifier,
+                _album(config, subject, classifier, shown),
                 attacks={radius: attack},
                 seed=config.seed,
                 restarts=config.restarts,
@@ -79,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Results:
 
 
 def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: Source) -> Sequence[Classifier | None]:
-    """What classifies each encoder's embeddings; says so where head or labels are missing."""
+    """The classifier of each encoder's embeddings; None, with a message, where head or labels are missing."""
     encoders = [subject.encoder for subject in subjects]
     heads = make_heads(config.head, config.class_names, encoders) if config.head is not None else []
     labelled = bool(source.samples.used_labels())
@@ -97,18 +101,40 @@ def _classifiers(config: EvaluateConfig, subjects: Sequence[Subject], source: So
     return [None] * len(subjects)
 
 
+def _folder(config: EvaluateConfig, subject: Subject) -> ArmFolder | None:
+    return None if config.output is None else ArmFolder(config.output, PART, subject.run.name, subject.run.arm)
+
+
+def _album(
+    config: EvaluateConfig, subject: Subject, classifier: Classifier | None, shown: Collection[str]
+) -> Album | None:
+    """The album of the images with these keys; None where nothing is stored or classified."""
+    folder = _folder(config, subject)
+    return None if folder is None or classifier is None else Album(folder, shown, classifier.head.names)
+
+
 def _measure(
-    subject: Subject, classifier: Classifier | None, pixels: Tensor, samples: Sequence[Sample], **how: Any
+    subject: Subject,
+    classifier: Classifier | None,
+    album: Album | None,
+    pixels: Tensor,
+    samples: Sequence[Sample],
+    **how: Any,
 ) -> Measured:
     columns = embedding_losses(subject.encoder, subject.original, pixels, samples, **how)
     labelled = classifier and LabelledBatch.of(subject.encoder, classifier, pixels, samples)
     if labelled:
-        columns |= {f"accuracy {name}": hits for name, hits in classifications(labelled, **how).items()}
+        broken: Broken = {}
+        classified = classifications(labelled, **how, broken=broken)
+        columns |= {f"accuracy {name}": hits for name, hits in classified.items()}
+        if album is not None:
+            columns[PICTURES] = album.keep(labelled, broken)
     return columns
 
 
 def _result(config: EvaluateConfig, attack: PGD, found: Measurements, source: Source) -> ArmResult:
     radius, columns = str(config.epsilon), found.columns
+    folder = _folder(config, found.subject)
     scores = [mean_score("loss clean", columns[CLEAN_LOSS]), mean_score("loss adv.", columns[radius])]
     if f"accuracy {TOP_1}" in columns:
         scores.append(rate_score("accuracy clean", columns[f"accuracy {TOP_1}"]))
@@ -125,5 +151,6 @@ def _result(config: EvaluateConfig, attack: PGD, found: Measurements, source: So
             "original_sha256": found.subject.original.sha256,
             "step_size": str(attack.step_size),
             "data_fingerprint": source.fingerprint,
+            **({} if folder is None else {"folder": str(folder.path), PICTURES: columns.get(PICTURES, [])}),
         },
     )

@@ -1,4 +1,4 @@
-"""What evaluations say of one encoder."""
+"""Results of the evaluation of one encoder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RejectedImage(BaseModel):
 
 
 class Training(BaseModel):
-    """What the training of an encoder used and cost.
+    """The training of an encoder and its cost.
 
     Attributes:
-        artifact: what it was trained on.
+        artifact: the artifact that it was trained on.
         steps: optimiser steps.
         seconds: wall time.
         bytes: bytes of the artifact's arrays that were read.
@@ -44,7 +44,7 @@ class Training(BaseModel):
 
     @classmethod
     def of(cls, summary: RunSummary | None) -> Training | None:
-        """From the summary of a run; None where there was no training."""
+        """The training that the summary of a run describes; None without a summary."""
         if summary is None:
             return None
         return cls(artifact=summary.artifact, steps=summary.steps, seconds=summary.seconds, bytes=summary.bytes)
@@ -54,11 +54,11 @@ class Score(BaseModel):
     """One cell of the table of arms: a mean over images.
 
     Attributes:
-        name: of the column, such as `COCO adv.`.
+        name: name of the column, such as `COCO adv.`.
         value: the mean, in percent for rates.
         error: its standard error, None for one image.
         low, high: its 95 % interval.
-        count: images.
+        count: number of images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,19 +76,19 @@ class ArmResult(BaseModel):
 
     Attributes:
         part: pgd, zero-shot, embedding, captions or vqa.
-        run: the run's folder or spec, as it was given.
+        run: the run's folder or spec, as the user gave it.
         arm: row of the table.
         encoder: spec of the evaluated encoder.
         encoder_sha256: hash of its weights.
         scores: columns of the table.
-        images: images or questions measured.
+        images: number of images or questions measured.
         rejected: images that could not be used.
-        seconds: wall time spent on this arm in all sittings, decoding left out.
-        training: what the run cost, None for a spec.
-        note: what the scores are, for a line under the table.
-        warnings: what the reader must know before trusting the scores.
+        seconds: wall time spent on this arm over all calls, without decoding.
+        training: the training of the run, None for a spec.
+        note: definition of the scores, a line under the table.
+        warnings: reasons to distrust the scores.
         settings: all settings of the measurement, defaults resolved.
-        details: what belongs to this part only.
+        details: facts of this part only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -33,10 +33,10 @@ class Run:
 
 
 def read_run(text: str) -> Run:
-    """A run from what the user typed: a folder that holds `run.json`, or an encoder spec.
+    """The run that the user named by its folder, which holds `run.json`, or by an encoder spec.
 
     Raises:
-        ConfigError: neither, an unfinished run, or a damaged one.
+        ConfigError: the text is neither, or the run is unfinished or damaged.
     """
     folder = user_path(text)
     if folder.is_dir():

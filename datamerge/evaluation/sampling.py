@@ -1,4 +1,4 @@
-"""Random parts of a list, drawn as FARE draws them."""
+"""Random subsets of a list, drawn as FARE draws them."""
 
 from __future__ import annotations
 

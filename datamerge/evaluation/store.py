@@ -1,4 +1,4 @@
-"""The output folder: every finished piece of work is a file, so that an interrupted evaluation goes on where it was.
+"""The output folder: every finished batch or image is a file, so that an interrupted evaluation continues there.
 
 OUTPUT/report.html, report.md, results.json      all parts evaluated into this folder
 OUTPUT/PART/results.json                         pgd, zero-shot, embedding, captions or vqa
@@ -30,7 +30,7 @@ CODES = ("encoder_code_sha256", "original_code_sha256")
 
 
 class ArmFolder:
-    """What was measured of one arm in one part of the evaluation.
+    """The folder of one arm in one part of the evaluation.
 
     Args:
         output: the user's output folder.
@@ -49,15 +49,15 @@ class ArmFolder:
         """Make the folder the one of these settings, or check that it is.
 
         Args:
-            shared: settings that determine the numbers, the same for all arms, which are rows of one table.
-            own: this arm's weights, and settings that change no number but what is stored.
+            shared: settings that determine the numbers and are the same for all arms, the rows of one table.
+            own: the weights of this arm, and settings that change what is stored but no number.
 
         Raises:
-            ConfigError: it, or the folder of another arm, holds results of other settings; the message names them.
+            ConfigError: this folder, or that of another arm, holds results of other settings; the message names them.
         """
         wanted = json.loads(json.dumps({**shared, **own}))
         for file in sorted(self.path.parent.glob(f"*/{IDENTITY}")):
-            # Settings that nothing was measured with yet bind nobody.
+            # A folder without results fixes no settings.
             if not any(file.parent.glob("items/*.json")):
                 continue
             found = _read_stored(file)
@@ -93,7 +93,7 @@ class ArmFolder:
 
 
 def check_output(output: str) -> None:
-    """Hours of attacks must not end at a folder that cannot be written.
+    """Check that results can be written, before hours of attacks.
 
     Raises:
         ConfigError: a URL, the name of a JSON file, a file is in the way, or a folder where nothing can be written.
@@ -112,7 +112,7 @@ def write_result(location: Location, name: str, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        DatamergeError: a full disk, or whatever else stands against it.
+        DatamergeError: the disk is full, or the file cannot be written for another reason.
     """
     try:
         location.write(name, data)
@@ -124,7 +124,7 @@ def write_result(location: Location, name: str, data: bytes) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, whose text says what is there instead, and OSError."""
+    """The object in a JSON file; raises ValueError, whose text names what was found instead, and OSError."""
     content = read_json(file.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}")
@@ -140,11 +140,11 @@ def _read_stored(file: Path) -> dict[str, Any]:
 
 
 def _in_present_words(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity of a release before 0.2.0, which knew one geometry and said nothing of it."""
+    """An identity of a release before 0.2.0, with the entries that those releases left out."""
     spelt = dict(found)
     for name in CODES:
         if name in wanted and name not in found:
-            spelt[name] = wanted[name]  # nor of the code of encoders
+            spelt[name] = wanted[name]
     for name in (PREPROCESSING, f"original_{PREPROCESSING}"):
         if name in wanted and name not in found:
             present = Preprocessing.read(wanted[name], IDENTITY)

@@ -43,7 +43,7 @@ class StudyRow:
     Attributes:
         subject: the encoder.
         identity: what determines its numbers besides its weights and the shared settings.
-        measure: columns of a batch, from pixels float32 [B, C, H, W] in [0, 1] and its samples.
+        measure: from pixels float32 [B, C, H, W] in [0, 1] and their samples to the columns of a batch.
     """
 
     subject: Subject
@@ -58,10 +58,10 @@ class Measurements:
     Attributes:
         subject: the encoder.
         columns: per sample, in the source's order.
-        images: usable ones.
-        rejected: the others.
-        exif: whether EXIF turned them.
-        seconds: wall time of all sittings, decoding left out.
+        images: number of usable images.
+        rejected: the images that could not be used.
+        exif: whether images were turned as their EXIF data say.
+        seconds: wall time over all calls, without decoding.
     """
 
     subject: Subject
@@ -94,8 +94,8 @@ def open_sample(config: ImagesConfig) -> Source:
     """The source, or the random part of it that the settings ask for.
 
     Raises:
-        SourceError: nothing there.
-        ConfigError: fewer samples than asked for.
+        SourceError: there is no image.
+        ConfigError: the source has fewer samples than `sample`.
     """
     source = open_source(
         config.data,
@@ -119,14 +119,14 @@ def open_sample(config: ImagesConfig) -> Source:
 def run_study(
     config: ImagesConfig, part: str, rows: Sequence[StudyRow], source: Source, **shared: Any
 ) -> list[Measurements]:
-    """Measure what is not yet stored; one result per row.
+    """Measure every batch that is not stored yet; one result per row.
 
     Args:
         config: the settings.
         part: name of the evaluation.
         rows: the encoders.
         source: the images.
-        shared: what else determines the numbers of all rows.
+        shared: further settings that determine the numbers of all rows.
 
     Raises:
         ConfigError: the output folder holds results of other settings.
@@ -134,7 +134,7 @@ def run_study(
         DatamergeError: a batch that does not fit the device, or numbers that are not finite.
     """
     exif = exif_of(config.exif, source.kind)
-    # Results of earlier releases, which ignored it, say nothing of it.
+    # Results of earlier releases, which ignored EXIF, have no entry for it.
     shared |= {"exif": None if exif == "ignore" else exif}
     shared |= {"precision": None if config.precision == "float32" else config.precision}
     shared |= {"data_fingerprint": source.fingerprint, **config.model_dump(mode="json", include=DECISIVE)}
@@ -169,7 +169,7 @@ def run_study(
         _collect(row.subject, exif, [item for item in column if item is not None])
         for row, column in zip(rows, stored, strict=True)
     ]
-    # Once for all rows, unless an image can be shown to some encoders only.
+    # One warning for all rows, unless an image is usable for some encoders only.
     for number, one in enumerate(studied):
         if all(one.rejected != other.rejected for other in studied[:number]):
             report_rejected(one.rejected, source)
@@ -177,7 +177,7 @@ def run_study(
 
 
 def _claim(config: ImagesConfig, part: str, row: StudyRow, shared: Mapping[str, Any]) -> ArmFolder | None:
-    """The row's part of the output folder, if there is one."""
+    """The row's folder in the output folder; None where nothing is stored."""
     if config.output is None:
         return None
     encoder = row.subject.encoder

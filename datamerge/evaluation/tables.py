@@ -1,12 +1,11 @@
-"""Results of all parts as one table: on the terminal, JSON for programs, Markdown for papers, HTML with pictures.
+"""Results of all parts as one table: on the terminal, as JSON for programs, as Markdown for papers, in notebooks.
 
-One row per arm, the columns of the paper: COCO clean, COCO adv., VQAv2 clean, VQAv2 adv., before them those of the
-other parts, behind them what everything cost.
+One row per arm. The columns of the paper are COCO clean, COCO adv., VQAv2 clean and VQAv2 adv.; the scores of the
+other parts precede them, and the cost follows.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
@@ -20,20 +19,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from datamerge.evaluation.pictures import picture_section
 from datamerge.evaluation.results import ArmResult, Score
-from datamerge.evaluation.store import read_object, write_result
-from storage_schemas import DatamergeError, Location
+from datamerge.evaluation.store import read_object
+from datamerge.runtime import pages
+from storage_schemas import DatamergeError
 from storage_schemas.access.local_paths import user_path
 
 PARTS = ("pgd", "zero-shot", "embedding", "captions", "vqa")
 RESULTS = "results.json"
 MISSING = "–"
-NAMES = 2  # columns that say what a row is
-# A pipe or file has no edge to wrap at, unless COLUMNS says so.
+NAMES = 2  # columns at the left, which name a row
+# Width of a table in a pipe or file, unless COLUMNS is set.
 NO_TERMINAL_WIDTH = 200
 ANY_WIDTH = 10_000
-LEAST_NAME = 8  # letters of a name that stand in one line
+LEAST_NAME = 8  # letters of a name before it is folded
 NOTE = (
     "± is the standard error of the mean over images; [low, high] its 95 % interval (Wilson for rates, bootstrap "
     "over images for other means). Rows of one part saw the same images."
@@ -43,32 +42,11 @@ NOTE = (
 Row = Mapping[str, ArmResult]
 
 
-def write_reports(output: str, part: str, results: Sequence[ArmResult]) -> list[Row]:
-    """Store the results of one part and rebuild the reports of all parts in the folder; returns the table's rows.
-
-    Arms that were evaluated into this folder before and not again stay in it.
-
-    Raises:
-        DatamergeError: results of an earlier call that cannot be read, or a folder that takes no more.
-    """
-    folder = user_path(output).absolute()
-    location = Location(folder)
-    again = {result.run for result in results}
-    kept = [result for result in read_results(folder / part / RESULTS) if result.run not in again]
-    _write(location, f"{part}/{RESULTS}", [*kept, *results])
-    everything = [result for name in PARTS for result in read_results(folder / name / RESULTS)]
-    _write(location, RESULTS, everything)
-    rows = table_rows(everything)
-    write_result(location, "report.md", to_markdown(rows).encode())
-    write_result(location, "report.html", to_html(rows).encode())
-    return rows
-
-
 def read_results(file: Path) -> list[ArmResult]:
-    """The results that a `results.json` holds; none where there is no such file.
+    """The results in a `results.json`; none if there is no such file.
 
     Raises:
-        DatamergeError: a file of another kind.
+        DatamergeError: the file holds something else.
     """
     if not file.is_file():
         return []
@@ -99,7 +77,8 @@ class Results(list[ArmResult]):
 
     def _repr_html_(self) -> str:
         rows = table_rows(self)
-        return _html_table(rows) + "".join(f"<p>{html.escape(note)}</p>" for note in _notes(rows))
+        notes = pages.Table([], [[note] for note in table_notes(rows)])
+        return pages.table_html(html_table(rows)) + (pages.table_html(notes) if notes.rows else "")
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -112,15 +91,15 @@ def print_rows(rows: Sequence[Row]) -> None:
 def _print(rows: Sequence[Row], console: Console) -> None:
     for table in _tables(_grid(rows), console):
         console.print(table)
-    for text in (*_notes(rows), *(f"WARNING: {message}" for message in _warnings(rows))):
+    for text in (*table_notes(rows), *(f"WARNING: {message}" for message in table_warnings(rows))):
         console.print(text, markup=False, highlight=False)
 
 
 def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
-    """The grid as one table, or as several one below the other, each as wide as the console: nothing is cut.
+    """The grid as one table, or as several below each other where one would be wider than the console.
 
-    Each has the names of its rows, folded where they would leave no room; after the first one only the arms, if these
-    tell the rows apart.
+    Each table names its rows, folded where there is too little room. Tables after the first one name the arms only,
+    if these differ.
     """
     columns = list(range(len(grid[0])))
     whole = _table(grid, columns, None)
@@ -140,7 +119,7 @@ def _tables(grid: Sequence[Sequence[str]], console: Console) -> list[Table]:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    room = console.options.update(width=ANY_WIDTH)  # what is measured never exceeds it
+    room = console.options.update(width=ANY_WIDTH)  # a measurement never exceeds the width it is given
     return console.measure(table, options=room).maximum <= console.width
 
 
@@ -171,51 +150,18 @@ def to_markdown(rows: Sequence[Row]) -> str:
     header, *cells = _grid(rows, interval=True)
     rule = ["---" if position < NAMES else "---:" for position in range(len(header))]
     lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|", *(f"| {' | '.join(line)} |" for line in cells)]
-    lines += ["", " ".join((NOTE, *_notes(rows))), *(f"\n**Warning:** {text}" for text in _warnings(rows))]
+    lines += ["", " ".join((NOTE, *table_notes(rows))), *(f"\n**Warning:** {text}" for text in table_warnings(rows))]
     return "\n".join(lines) + "\n"
 
 
-def to_html(rows: Sequence[Row]) -> str:
-    """One page that needs no other file."""
-    warnings = "".join(f"<p class='warning'>Warning: {html.escape(message)}</p>" for message in _warnings(rows))
-    pictures = "\n".join(picture_section(result) for row in rows for result in row.values())
-    settings = "\n".join(
-        f"<h3>{html.escape(result.arm)}, {result.part}</h3><pre>"
-        f"{html.escape(json.dumps({**result.settings, 'encoder_sha256': result.encoder_sha256}, indent=1))}</pre>"
-        for row in rows
-        for result in row.values()
-    )
-    note = html.escape(" ".join((NOTE, *_notes(rows))))
-    return _PAGE.format(table=_html_table(rows, interval=True), note=note, warnings=warnings) + (
-        f"{pictures}\n<details><summary>Settings</summary>{settings}</details>\n</body></html>\n"
-    )
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>datamerge evaluation</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; color: #222; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; }}
-td:nth-child(n+3) {{ text-align: right; font-variant-numeric: tabular-nums; }} .warning {{ color: #a40; }}
-figure {{ display: inline-block; margin: .5rem 1.5rem 1rem 0; vertical-align: top; width: 36rem; }}
-.row {{ display: flex; gap: .3rem; }} .row div {{ flex: 1; text-align: center; }} .row img {{ width: 100%; }}
-small {{ color: #666; }} pre {{ overflow-x: auto; background: #f6f6f6; }}
-</style></head><body>
-<h1>Evaluation</h1>
-{table}
-<p>{note}</p>{warnings}
-"""
-
-
-def _html_table(rows: Sequence[Row], interval: bool = False) -> str:
-    header, *lines = _grid(rows, interval)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "\n".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+def html_table(rows: Sequence[Row], interval: bool = False) -> pages.Table:
+    """The table for a page; intervals are in a second line of their cells."""
+    header, *cells = _grid(rows, interval)
+    return pages.Table(header, [[cell.replace(" [", "\n[") for cell in line] for line in cells], NAMES)
 
 
 def _grid(rows: Sequence[Row], interval: bool = False) -> list[list[str]]:
-    """The header and a line per row, as text; what trainings cost only where there was one."""
+    """The header and a line per row, as text; columns of the training's cost only if a row has one."""
     names = (score.name for part in PARTS for row in rows if part in row for score in row[part].scores)
     columns = list(dict.fromkeys(names))
     trained = any(result.training is not None for row in rows for result in row.values())
@@ -229,7 +175,7 @@ def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
     cost = first.training
     return [
         first.arm,
-        _short_name(first.run),
+        short_name(first.run),
         *(_format(scores[name], interval) if name in scores else MISSING for name in columns),
         "/".join(str(count) for count in dict.fromkeys(result.images for result in row.values())),
         _seconds(sum(result.seconds for result in row.values())),
@@ -238,8 +184,8 @@ def _cells(row: Row, columns: Sequence[str], interval: bool) -> list[str]:
     ]
 
 
-def _short_name(run: str) -> str:
-    """A run without the folders in front, which are alike in every row."""
+def short_name(run: str) -> str:
+    """A run without the folders in front of its name."""
     if user_path(run).is_dir():
         return user_path(run).absolute().name
     network, at, checkpoint = run.partition("@")
@@ -247,7 +193,7 @@ def _short_name(run: str) -> str:
 
 
 def _format(score: Score, interval: bool) -> str:
-    """With as many digits as the error makes sense of, at least one behind the point."""
+    """The score with as many digits as its error justifies, at least one after the point."""
     scale = score.error or abs(score.value) / 100
     digits = min(6, max(1, -math.floor(math.log10(scale)))) if scale else 1
     text = f"{score.value:.{digits}f}" + ("" if score.error is None else f" ± {score.error:.{digits}f}")
@@ -267,18 +213,16 @@ def _bytes(count: int) -> str:
     return f"{size:.1f} TB"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def table_notes(rows: Sequence[Row]) -> list[str]:
+    """What the scores are, a line for each part that says so."""
     return list(dict.fromkeys(result.note for row in rows for result in row.values() if result.note))
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def table_warnings(rows: Sequence[Row]) -> list[str]:
+    """What a reader must know before trusting the scores, with the arm and part."""
     return [
         f"{result.arm}, {result.part}: {message}"
         for row in rows
         for result in row.values()
         for message in result.warnings
     ]
-
-
-def _write(location: Location, name: str, results: Sequence[ArmResult]) -> None:
-    write_result(location, name, to_json(results).encode())

@@ -1,4 +1,4 @@
-"""How far a mean over images can be trusted: standard errors and 95 % intervals.
+"""Standard errors and 95 % intervals of means over images.
 
 Rates get Wilson's interval, which is right at 0 and 1 too; other means the percentile bootstrap over images.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 RESAMPLES = 2_000
-BLOCK = 40  # of them at a time
+BLOCK = 40  # resamples drawn at a time
 BOOTSTRAP_SEED = 0
 Z95 = 1.959963984540054
 
@@ -44,7 +44,7 @@ def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     array = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(np.random.SeedSequence([BOOTSTRAP_SEED, len(array)]))
     chances = np.full(len(array), 1 / len(array))
-    # In blocks: all counts of fifty thousand images at once are gigabytes.
+    # In blocks, since the counts of all resamples of fifty thousand images take gigabytes.
     blocks = (generator.multinomial(len(array), chances, size=BLOCK) @ array for _ in range(RESAMPLES // BLOCK))
     low, high = np.quantile(np.concatenate(list(blocks)) / len(array), [0.025, 0.975])
     return float(low), float(high)

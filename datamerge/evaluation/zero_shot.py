@@ -1,7 +1,7 @@
 """`datamerge evaluate zero-shot`: top-1 and top-5 accuracy, clean and under attack at several radii.
 
-A run's encoder is classified by the text tower of what it started from, as FARE does; or by any given head. Radii are
-attacked in ascending order and only what survived the last one, since every ball holds the smaller ones.
+Images are classified by the text tower of the encoder that a run started from, as in FARE, or by a given head. Radii
+are attacked in ascending order, each on the images robust at the radius before, since a ball contains smaller ones.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from datamerge.encoders.heads import ZERO_SHOT, head_spec
 from datamerge.evaluation.config import ZeroShotConfig
 from datamerge.evaluation.encoders_under_test import Subject, load_subjects, numerics
 from datamerge.evaluation.labels import classify, head_sha256, make_heads
-from datamerge.evaluation.measures import TOP_1, TOP_5, Classifier, LabelledBatch, Measured, classifications
+from datamerge.evaluation.measures import TOP_1, TOP_5, Broken, Classifier, LabelledBatch, Measured, classifications
+from datamerge.evaluation.pictures import PICTURES, Album, spread
 from datamerge.evaluation.results import ArmResult, rate_score
 from datamerge.evaluation.runs import read_run
+from datamerge.evaluation.store import ArmFolder
 from datamerge.evaluation.study import Measurements, StudyRow, open_sample, run_study
 from datamerge.evaluation.tables import Results
 from datamerge.runtime import read_lines
@@ -41,7 +43,7 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
         SourceError: no usable image at `config.data`.
         DatamergeError: a logit that is not finite, or a batch that does not fit the device.
     """
-    config.attacks()  # refuses what cannot be before the encoders are loaded
+    config.attacks()  # refuses wrong radii before the encoders are loaded
     templates = read_templates(config.templates)
     device = pick_device(config.device)
     runs = [read_run(text) for text in config.runs]
@@ -55,12 +57,14 @@ def evaluate_zero_shot(config: ZeroShotConfig) -> Results:
     specs = [_head_spec(config, subject) for subject in subjects]
     cache: dict[str, Head] = {}
     first = set(source.samples[: config.batch_size].keys) if config.check_masking else set()
+    shown = spread(source, config.pictures)
     rows = []
     for subject, spec in zip(subjects, specs, strict=True):
         head = _head(config, spec, subject, templates, cache)
         (classifier,) = classify([subject.encoder], [head], source, spec)
         identity = {"masking": config.check_masking, "head": head_sha256(head)}
-        rows.append(StudyRow(subject, identity, _measure(config, subject, classifier, first)))
+        album = Album(_folder(config, subject), shown, head.names)
+        rows.append(StudyRow(subject, identity, _measure(config, subject, classifier, first, album)))
     with numerics(config.threads, device):
         studied = run_study(config, PART, rows, source, attack=config.attack)
     return Results(_result(config, spec, one, source) for spec, one in zip(specs, studied, strict=True))
@@ -70,7 +74,7 @@ def read_templates(text: str) -> list[str]:
     """Prompts with {} for the class name: `openai` (empty: the head's default), `simple`, or the lines of a file.
 
     Raises:
-        ConfigError: no such file, or a line without {}.
+        ConfigError: there is no such file, or a line does not have {} exactly once.
     """
     if text == "openai":
         return []
@@ -86,6 +90,10 @@ def read_templates(text: str) -> list[str]:
             f"templates: expected one prompt a line with {{}} for the name in {text}, found {shortened(wrong[0])}"
         )
     return templates
+
+
+def _folder(config: ZeroShotConfig, subject: Subject) -> ArmFolder:
+    return ArmFolder(config.output, PART, subject.run.name, subject.run.arm)
 
 
 def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
@@ -107,7 +115,7 @@ def _head_spec(config: ZeroShotConfig, subject: Subject) -> str:
 def _head(
     config: ZeroShotConfig, spec: str, subject: Subject, templates: Sequence[str], cache: dict[str, Head]
 ) -> Head:
-    """The head of a subject; those of text towers are made once, and kept in the output folder too."""
+    """The head of a subject; heads of text towers are made once and also kept in the output folder."""
     if spec.partition(":")[0] not in ZERO_SHOT:
         return make_heads(spec, config.class_names, [subject.encoder])[0]
     if spec not in cache:
@@ -118,9 +126,9 @@ def _head(
 
 
 def _measure(
-    config: ZeroShotConfig, subject: Subject, classifier: Classifier, checked: Collection[str]
+    config: ZeroShotConfig, subject: Subject, classifier: Classifier, checked: Collection[str], album: Album
 ) -> Callable[[Tensor, Sequence[Sample]], Measured]:
-    """The measure of one row; gradients are looked at in the batch that begins with a sample of `checked`."""
+    """The measure of one row; masked gradients are looked for in the batch that begins with a sample of `checked`."""
     attacks = config.attacks()
 
     def measure(pixels: Tensor, samples: Sequence[Sample]) -> Measured:
@@ -128,6 +136,7 @@ def _measure(
         if labelled is None:
             return {}
         targeted = config.attack == "autoattack"
+        broken: Broken = {}
         columns = classifications(
             labelled,
             attacks=attacks,
@@ -135,7 +144,9 @@ def _measure(
             restarts=config.restarts,
             targeted=targeted,
             precision=config.precision,
+            broken=broken,
         )
+        columns[PICTURES] = album.keep(labelled, broken)
         if samples[0].key in checked:
             columns["masking"] = _masking(config, labelled, columns)
         return columns
@@ -179,5 +190,7 @@ def _result(config: ZeroShotConfig, head: str, found: Measurements, source: Sour
             "head": head,
             "after_cross_entropy": {text: 100 * sum(columns[f"{text} APGD-CE"]) / count for text in radii},
             "data_fingerprint": source.fingerprint,
+            "folder": str(_folder(config, found.subject).path),
+            PICTURES: columns.get(PICTURES, []),
         },
     )

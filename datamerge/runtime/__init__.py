@@ -1,4 +1,4 @@
-"""What every sub-command shares: settings from TOML and flags, and progress that works without a terminal."""
+"""Code that all sub-commands share: settings from TOML and flags, messages, progress, Ray, signals, memory."""
 
 from datamerge.runtime.local_files import local_path, read_lines
 from datamerge.runtime.messages import quiet

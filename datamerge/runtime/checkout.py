@@ -1,4 +1,4 @@
-"""Which commit of this code made a result."""
+"""The commit of this code, to record with a result."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def commit() -> str:
-    """The commit of this checkout, `unknown` outside of one.
+    """The commit of this checkout; `unknown` outside of one.
 
-    It ends in `-dirty` where code or settings differ from the commit. Results, which runs write, may differ.
+    It ends in `-dirty` if a Python or TOML file differs from the commit; other files, such as results, do not count.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
-    # Installed elsewhere, the package may lie in a repository that is not ours.
+    # An installed package may lie inside another repository.
     described = git("describe", "--always").stdout.strip() if (ROOT / ".git").exists() else ""
     if not described:
         return "unknown"

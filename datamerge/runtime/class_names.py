@@ -1,4 +1,4 @@
-"""Names of classes as people write them down, and when two of them are the same."""
+"""Reads class names from files in common forms, and normalises names for comparison."""
 
 from __future__ import annotations
 
@@ -20,49 +20,50 @@ _SYNSET = re.compile(r"(n\d{8})(?:\s*[:,;\t]\s*|\s+)(\S.*)")
 
 
 def plain_name(name: str) -> str:
-    """A class name without what people and file systems change: Unicode's form, case, `_` and spaces."""
+    """A class name normalised for comparison: Unicode form, case, `_` and spaces do not count."""
     return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").split())
 
 
 def are_numbers(names: Sequence[str]) -> bool:
-    """Whether class names are whole numbers, which say no more than their place."""
+    """Whether all class names are whole numbers, so that they carry no names."""
     return all(name.strip().isdecimal() and len(name) < 20 for name in names)
 
 
 def read_class_names(file: str, setting: str = "class_names") -> list[str]:
-    """Class names of a file, in the order of the rows that they name.
+    """Read the class names of a head from a file, in the order of its rows.
 
-    One name a line, as it is, with commas and all; or every line as `0: tench` or `n01440764 tench`; or JSON:
+    The file has one name per line (commas are allowed), or lines such as `0: tench` or `n01440764 tench`, or JSON:
     ["tench", …], {"0": "tench", …}, {"0": ["n01440764", "tench"], …}, {"tench": 0, …}.
 
     Args:
-        setting: that names the file, for messages.
+        file: path of the file.
+        setting: name of the setting, for messages.
 
     Raises:
-        ConfigError: no such file, an empty one, a line without a name between others, or numbers with a gap.
+        ConfigError: the file is missing or empty, has a blank line between names, or its numbers have a gap.
     """
     try:
         text = user_path(file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
-        raise ConfigError(f"{setting}: expected one class name a line in {file}, found {reason}") from None
+        raise ConfigError(f"{setting}: expected one class name per line in {file}, found {reason}") from None
     return parse_class_names(text, file, setting)
 
 
 def parse_class_names(text: str, file: str, setting: str) -> list[str]:
-    """Class names in a text; see `read_class_names`.
+    """Class names in the text of a file; see `read_class_names`.
 
     Raises:
-        ConfigError: no names, a line without one between others, or numbers with a gap.
+        ConfigError: there are no names, a blank line between names, or numbers with a gap.
     """
     names = _of_json(text, file, setting) if text.lstrip()[:1] in ("[", "{") else _of_lines(text, file, setting)
     if not names:
-        raise ConfigError(f"{setting}: expected one class name a line in {file}, found an empty file")
+        raise ConfigError(f"{setting}: expected one class name per line in {file}, found an empty file")
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         say(
-            f"{setting}: {len(twice)} names in {file} occur several times, such as {twice[0]!r}; images of such "
-            "classes are matched by name only where the source has as many classes of that name, in their order"
+            f"{setting}: {len(twice)} names in {file} are repeated, such as {twice[0]!r}; these classes are matched "
+            "by name, in order, only if the source has as many classes of that name"
         )
     return names
 
@@ -73,12 +74,12 @@ def _of_lines(text: str, file: str, setting: str) -> list[str]:
         lines.pop()
     if "" in lines:
         raise ConfigError(
-            f"{setting}: expected one class name a line in {file}, found none in line {lines.index('') + 1}, which "
-            "would shift those after it; remove the line, or name the class"
+            f"{setting}: expected one class name per line in {file}, found line {lines.index('') + 1} blank, which "
+            "would shift the names after it; remove the line, or name the class"
         )
     synsets = [_SYNSET.fullmatch(line) for line in lines]
     if lines and all(synsets):
-        say(f"{setting}: the names in {file} are what follows the synsets, such as {synsets[0] and synsets[0][2]!r}")
+        say(f"{setting}: the names in {file} are those after the synsets, such as {synsets[0] and synsets[0][2]!r}")
         return [found[2] for found in synsets if found]
     numbered = [(int(found[1]), found[2]) for found in map(_NUMBERED.fullmatch, lines) if found]
     numbers = sorted(number for number, _ in numbered)
@@ -97,10 +98,10 @@ def _of_json(text: str, file: str, setting: str) -> list[str]:
         try:
             found = json.loads(text)
         except ValueError:
-            found = ast.literal_eval(text.strip())  # {0: 'tench', …}, as the best known list of ImageNet has it
+            found = ast.literal_eval(text.strip())  # {0: 'tench', …}, the form of a common list of ImageNet's classes
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         if "\n" in text.strip():
-            return _of_lines(text, file, setting)  # names in brackets
+            return _of_lines(text, file, setting)  # the first name starts with a bracket
         raise ConfigError(f"{setting}: expected class names in {file}, found broken JSON") from None
     if isinstance(found, dict):
         found = _in_order(found.get("id2label", found), file, setting)
@@ -112,7 +113,7 @@ def _of_json(text: str, file: str, setting: str) -> list[str]:
 
 
 def _in_order(found: Mapping[Any, Any], file: str, setting: str) -> list[Any]:
-    """The names of {index: name} or {name: index}."""
+    """The names in {index: name} or {name: index}, ordered by index."""
     if found and all(isinstance(value, int) for value in found.values()):
         found = {value: key for key, value in found.items()}
     try:

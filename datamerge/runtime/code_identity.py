@@ -1,8 +1,8 @@
-"""What tells code of the user's from what it was before: a hash of its source, and of what it imports of theirs.
+"""Detects changes of the user's code: hashes the source of a module and of the user's modules that it imports.
 
-Found without running anything: from a module's file along its imports, also those inside functions, through all
-modules that are neither installed nor Python's nor ours. Comments and layout do not count. What code reads besides
-its weights, such as files and the environment, is not seen.
+The code is not run. Imports are followed from the module's file, also those inside functions, through all modules
+that belong neither to Python nor to this distribution nor to an installed package. Comments and layout do not count.
+Files and environment variables that the code reads are not covered.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 from datamerge.packages import OURS
 
-# Name of a module → what it was imported by, and its hash then: files may change under a process that runs.
+# Name of a module → the spec it was imported by, and its hash at that time: files may change while a process runs.
 _known: dict[str, tuple[ModuleSpec | None, str | None]] = {}
 
 
 def code_sha256(module: str) -> str | None:
-    """Hash of a module that has been imported and of its own imports; None for ours, or one without a file.
+    """Hash of an imported module of the user and of its imports; None for our modules and those without a file.
 
     Args:
-        module: its dotted name.
+        module: dotted name of the module.
     """
-    spec = getattr(sys.modules.get(module), "__spec__", None)  # another one after `importlib.reload`
+    spec = getattr(sys.modules.get(module), "__spec__", None)  # changes with `importlib.reload`
     if module not in _known or _known[module][0] is not spec:
         _known[module] = (spec, _hash(module, getattr(sys.modules.get(module), "__file__", None)))
     return _known[module][1]
@@ -48,14 +48,14 @@ def _hash(module: str, file: str | None) -> str | None:
         found[name] = hashlib.sha256(_plain(content)).hexdigest()
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         for imported in sorted(_imports(content, package)):
-            waiting += [(one, place) for one, place in _files(imported) if _is_own(one, place, top)]
-    # The module itself first, without its name: an alias is the same code.
+            waiting += [(one, place) for one, place in _files(imported) if _is_users(one, place, top)]
+    # The module itself comes first, without its name, so that an alias has the same hash.
     first = found.pop(module)
     return hashlib.sha256(repr((first, sorted(found.items()))).encode()).hexdigest()
 
 
 def _plain(content: bytes) -> bytes:
-    """Source as Python writes it, without comments; bytes that are no source as they are."""
+    """Normalised source without comments; bytes that do not parse are returned unchanged."""
     try:
         return ast.unparse(ast.parse(content)).encode()
     except (SyntaxError, ValueError, RecursionError):
@@ -63,7 +63,7 @@ def _plain(content: bytes) -> bytes:
 
 
 def _imports(content: bytes, package: str) -> set[str]:
-    """Dotted names that may be modules, of all imports in a source."""
+    """Dotted names of all imports in a source; some may be attributes instead of modules."""
     try:
         nodes = list(ast.walk(ast.parse(content)))
     except (SyntaxError, ValueError, RecursionError):
@@ -80,7 +80,7 @@ def _imports(content: bytes, package: str) -> set[str]:
 
 
 def _files(name: str) -> Iterator[tuple[str, Path]]:
-    """A module and the packages around it that have files, as far as they are found."""
+    """The files of a module and of the packages that contain it, as far as they exist."""
     places: Sequence[str] | None = None
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
@@ -101,8 +101,8 @@ def _spec(name: str, places: tuple[str, ...] | None) -> ModuleSpec | None:
         return None
 
 
-def _is_own(name: str, file: Path, top: str) -> bool:
-    """Whether a module is the user's: of the factory's package, or neither ours nor Python's nor installed."""
+def _is_users(name: str, file: Path, top: str) -> bool:
+    """Whether a module is the user's: in the package `top`, or neither ours nor Python's nor installed."""
     package = name.partition(".")[0]
     if package == top:
         return True
@@ -113,9 +113,9 @@ def _is_own(name: str, file: Path, top: str) -> bool:
 
 @cache
 def _installed() -> tuple[Path, ...]:
-    """Folders of what is installed, as they are called and as they are."""
+    """Folders of installed modules, with and without links resolved."""
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     called = {Path(sysconfig.get_path(name)) for name in names}
-    # Other environments that this one looks into are called the same.
+    # Environments that this one extends have folders of the same name.
     called |= {Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")}
     return tuple({*called, *(folder.resolve() for folder in called)})

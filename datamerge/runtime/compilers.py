@@ -1,4 +1,4 @@
-"""Whether torch.compile can work here: it writes source code, and calls a compiler of the system for it."""
+"""Checks that torch.compile can work here: it generates source code and calls a compiler of the system."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pathlib import Path
 
 from storage_schemas import ConfigError
 
-# Environment variable that names the compiler, and what is sought without it. On GPUs it is Triton that calls one.
+# Device → the environment variable that names the compiler, and the defaults. On GPUs, Triton calls the compiler.
 _COMPILERS = {"cuda": ("CC", ("gcc", "clang"))}
 _ELSEWHERE = ("CXX", ("g++", "clang++"))
 
 
 def prepare_compilation(setting: str, device_type: str) -> None:
-    """Refuse compilation where its first step would end in a traceback; else keep torch from advising TF32 for it.
+    """Refuse compilation if torch.compile would fail at the first step; silence torch's advice to use TF32.
 
-    Whether products are in TF32 is `precision`, which has a value already.
+    The setting `precision` decides about TF32.
 
     Args:
-        setting: that asks for it.
-        device_type: cpu, cuda, …: where the compiled network runs.
+        setting: name of the setting that asks for compilation.
+        device_type: device of the compiled network: cpu, cuda, ….
 
     Raises:
-        ConfigError: there is no compiler.
+        ConfigError: there is no compiler, or Python's headers are missing.
     """
     variable, names = _COMPILERS.get(device_type, _ELSEWHERE)
     named = os.environ.get(variable)
     sought = (named,) if named else names
     if not any(shutil.which(name) for name in sought):
         raise ConfigError(
-            f"{setting}: torch.compile calls a compiler ({' or '.join(sought)}), found none here; install one "
+            f"{setting}: torch.compile needs a compiler ({' or '.join(sought)}), found none; install one "
             f"(Debian: apt-get install g++), name it in {variable}, or drop `{setting}`"
         )
     header = Path(sysconfig.get_path("include"), "Python.h")
     if device_type == "cuda" and not header.exists():
         raise ConfigError(
-            f"{setting}: on a GPU torch.compile writes modules of Python in C, found no {header}; install Python's "
-            f"headers (Debian: apt-get install python3-dev), or drop `{setting}`"
+            f"{setting}: on a GPU torch.compile builds C extensions, which need {header}, found none; install "
+            f"Python's headers (Debian: apt-get install python3-dev), or drop `{setting}`"
         )
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)

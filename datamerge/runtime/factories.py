@@ -1,4 +1,4 @@
-"""The user's own code in specs: `python:MODULE:FACTORY` names a function without arguments."""
+"""User code in specs: `python:MODULE:FACTORY` names a function without arguments."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ T = TypeVar("T")
 
 PREFIX = "python:"
 
-# Factories of ours that artifacts, runs and compose files of earlier releases name by another place.
+# Our factories that have moved since earlier releases; artifacts and runs record the old names.
 _MOVED = {"demo.digits:digit_encoder": "datamerge.demo.digits:digit_encoder"}
 
 
 class NoFactory(Exception):
-    """A spec that leads to no function; the message says why and does not repeat the spec."""
+    """A spec names no function; the message says why, without repeating the spec."""
 
 
 class Failed(Exception):
-    """The user's own code raised something; the message is that on one line, and the cause is that itself."""
+    """User code raised an exception: the message is its first line, and `__cause__` is the exception."""
 
 
 def call(operation: Callable[[], T]) -> T:
-    """What the user's own code returns. Only Ctrl-C and SIGTERM pass through it.
+    """Call user code and return its result; KeyboardInterrupt passes through.
 
     Raises:
-        Failed: it raised anything else, be it SystemExit.
+        Failed: it raised any other exception, SystemExit included.
     """
     try:
         return operation()
@@ -46,19 +46,19 @@ def _described(error: BaseException) -> str:
     name = type(error).__name__
     try:
         text = first_line(error)
-    except Exception:  # an exception whose own text cannot be made
+    except Exception:  # str() of the exception fails
         return name
     return name if text in ("", name) else f"{name}: {text}"
 
 
 def find_factory(spec: str) -> Callable[[], Any]:
-    """The function that a spec names, with or without `python:` in front.
+    """Import the function that a spec names, with or without the prefix `python:`.
 
-    MODULE is looked for among what is installed and then in the working directory. That becomes the last entry of
-    sys.path, and stays there: what a factory returns may import more of its modules later.
+    MODULE is looked up among the installed modules, then in the working directory, which becomes the last entry of
+    sys.path. It stays there, because a factory's result may import more of its modules later.
 
     Raises:
-        NoFactory: another form, no such module or function, or a module whose own code fails.
+        NoFactory: the spec has another form, its module or function does not exist, or importing the module fails.
     """
     module_name, function_name = _place(spec)
     if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
@@ -67,7 +67,7 @@ def find_factory(spec: str) -> Callable[[], Any]:
     if folder not in sys.path:
         sys.path.append(folder)
     if importlib.util.find_spec("torchvision") is not None:
-        # The user's module may import it, or their factory, and knows nothing of our builds of torch.
+        # The user's module or factory may import torchvision, which can fail beside a CPU build of torch.
         from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
         make_torchvision_importable()
@@ -98,7 +98,7 @@ def _place(spec: str) -> tuple[str, str]:
 
 
 def _imported(name: str) -> ModuleType:
-    """A module; raises ImportError, or Failed with whatever else its code raises."""
+    """Import a module; raises ImportError, or Failed for any other exception of its code."""
     try:
         return call(lambda: importlib.import_module(name))
     except Failed as error:

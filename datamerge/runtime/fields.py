@@ -1,4 +1,4 @@
-"""Settings that several commands share: type, limits and help in one place; each model adds its default."""
+"""Fields that several models of settings share: type, limits and help. Each model adds its default."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ Seed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of all random choi
 Limit = Annotated[
     int | None,
     Option(unset="all"),
-    Field(ge=1, description="Draw so many samples by `seed`, evenly over the source."),
+    Field(ge=1, description="Number of samples to use, drawn evenly over the source by `seed`."),
 ]
-LimitFirst = Annotated[int | None, Option(unset="all"), Field(ge=1, description="Use the first so many samples.")]
-LIMITS = Effect(("limit_first",), lambda own: own.limit is None, "`limit` draws others; drop one of the two")
-SampleSeed = Annotated[int, Field(ge=0, lt=2**32, description="Seed of the draw of `sample`.")]
+LimitFirst = Annotated[
+    int | None,
+    Option(unset="all"),
+    Field(ge=1, description="Number of samples to use, from the start of the source."),
+]
+LIMITS = Effect(
+    ("limit_first",), lambda settings: settings.limit is None, "`limit` also chooses samples; drop one of the two"
+)
+SampleSeed = Annotated[int, Field(ge=0, lt=2**32, description="Seed for drawing `sample`.")]
 ImageColumn = Annotated[
     str | None,
     Option(metavar="NAME", unset="the only one"),
-    Field(description="Column or array of the source with the images."),
+    Field(description="Column or array with the images."),
 ]
 LabelColumn = Annotated[
     str | None,
-    Option(metavar="NAME", unset="label, labels, fine_label, or the one that is called like labels"),
-    Field(description="Column, array or tar member with the labels; none: without labels."),
+    Option(metavar="NAME", unset="label, labels, fine_label, or a similar name"),
+    Field(description="Column, array or tar member with the labels; with none, samples have no labels."),
 ]
 Split = Annotated[
     str | None,
     Option(metavar="NAME", unset="the only one"),
-    Field(min_length=1, description="Split of the source, where it has several: train, train+validation, or all."),
+    Field(min_length=1, description="Split of a source with several, such as train, train+validation or all."),
 ]
 ExifSetting = Annotated[
     Literal["transpose", "ignore"] | None,
     Option(unset="transpose for Parquet and Arrow, else ignore"),
-    Field(description="Whether the orientation in images' EXIF data is applied."),
+    Field(description="Whether to apply or ignore the EXIF orientation of images."),
 ]
 Output = Annotated[
     str,
     Option(alias="-o", metavar="FOLDER"),
-    Field(min_length=1, description="Folder of the results; the same one again continues."),
+    Field(min_length=1, description="Folder for the results; a folder with unfinished results is continued."),
 ]

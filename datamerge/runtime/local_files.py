@@ -1,4 +1,4 @@
-"""Folders and lists on this machine, as a user names them."""
+"""Local folders and text files that settings name."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from storage_schemas.access.local_paths import absolute, user_path
 
 
 def local_path(text: str, setting: str) -> Path:
-    """A folder of this machine, absolute.
+    """The absolute path of a local folder.
 
     Args:
-        setting: that names it, for the message.
+        text: path, as the user gave it.
+        setting: name of the setting, for messages.
 
     Raises:
-        ConfigError: a URL.
-        UserError: what cannot be a path.
+        ConfigError: it is a URL.
+        UserError: it cannot be a path.
     """
     if "://" in text:
         raise ConfigError(
-            f"{setting}: expected a folder of this machine, found the URL {text}; copy it there afterwards"
+            f"{setting}: expected a folder of this machine, found the URL {text}; name one, and "
+            "copy it there afterwards"
         )
     return Path(absolute(text))
 
 
 def read_lines(file: str, setting: str, expected: str) -> list[str]:
-    """Lines of a text file without the blank ones and the spaces around them.
+    """The non-blank lines of a text file, stripped.
 
     Args:
-        setting: that names the file, for the message.
-        expected: what the file should be, for the message.
+        file: path of the file.
+        setting: name of the setting, for messages.
+        expected: description of the file, for messages.
 
     Raises:
-        ConfigError: no such file, or an empty one.
+        ConfigError: the file is missing or empty.
     """
     try:
         lines = user_path(file).read_text("utf-8-sig").splitlines()

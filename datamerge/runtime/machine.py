@@ -1,4 +1,4 @@
-"""What this process may use of its machine: in a container or a Slurm job that is less than the machine has."""
+"""The CPUs that this process may use; in a container or a Slurm job, fewer than the machine has."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may keep busy, at least 1: those it may run on, and no more than its cgroup's share.
+    """Number of CPUs that this process may use, at least 1: those of its affinity, limited by its cgroup's quota.
 
-    `os.cpu_count()` gives those of the machine, also in a container that gets two of its 96.
+    `os.cpu_count()` counts the machine's CPUs, even in a container that gets two of 96.
 
     Args:
-        root: of the file system, for tests.
+        root: root of the file system, for tests.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(cpus, _cgroup_share(root))))
 
 
 def _cgroup_share(root: Path) -> float:
-    """The smallest share of CPUs of this process's cgroup and of those above it; infinite where there is none.
+    """The smallest CPU quota of this process's cgroup and its ancestors; infinite without one.
 
-    Version 2 has `cpu.max`, with `QUOTA PERIOD` in microseconds; version 1 a file for each.
+    Version 2 has a file `cpu.max` with `QUOTA PERIOD` in microseconds; version 1 has one file for each.
     """
     shares = [math.inf]
     for line in _text(root / "proc/self/cgroup").splitlines():
@@ -31,7 +31,7 @@ def _cgroup_share(root: Path) -> float:
             continue
         top = root / "sys/fs/cgroup" / (controllers and "cpu")
         folder = top / path.strip("/")
-        # In a container the path is often that of the host, which is not there; its own cgroup is then the top.
+        # In a container the path is often the host's and does not exist here; the container's cgroup is at the top.
         for place in {top, *(p for p in (folder, *folder.parents) if p.is_relative_to(top))}:
             quota, period = (*_text(place / "cpu.max").split(), "", "")[:2]
             if controllers:

@@ -1,4 +1,4 @@
-"""How much memory is free, how much gradients need, and advice in place of an out-of-memory error."""
+"""Free memory, memory that gradients need, and advice instead of out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from storage_schemas import DatamergeError
 
-# Controllers in /proc/self/cgroup (none: cgroups v2) → where they are mounted, the files of limit and use, and the
-# line of memory.stat on what the kernel drops from its cache first.
+# Controller in /proc/self/cgroup (empty: cgroups v2) → its mount point, the files of its limit and usage, and the
+# line of memory.stat with the cache that the kernel can reclaim.
 _CGROUPS = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -20,13 +20,13 @@ _CGROUPS = {
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that processes may still take here: of the machine, and of the containers that this one is in.
+    """Bytes of memory that processes may still allocate, within the limits of the machine and of its containers.
 
     Args:
-        root: of the file system, for its proc and sys.
+        root: root of the file system, for tests.
 
     Returns:
-        None where the system does not say, as others than Linux.
+        Bytes; None if the system does not report them, which only Linux does.
     """
     try:
         machine = _numbers(root / "proc/meminfo")["MemAvailable:"] * 2**10
@@ -40,14 +40,14 @@ def free_memory(root: Path = Path("/")) -> int | None:
             if name in _CGROUPS:
                 mounted, *files = _CGROUPS[name]
                 inside = root / mounted / path.lstrip("/")
-                # A container may see its own group alone, at the mount, while its path is the host's.
+                # A container may see only its own group, at the mount point, while the path is the host's.
                 for folder in (inside, *inside.parents[: len(Path(path).parts) - 1]):
                     left.append(_left_in(folder, *files, otherwise=machine))
     return max(0, min(left))
 
 
 def _left_in(folder: Path, limit: str, used: str, cache: str, *, otherwise: int) -> int:
-    """Bytes left to one control group; `otherwise` where it has no limit."""
+    """Bytes left to one control group; `otherwise` if it has no limit."""
     try:
         most, taken = ((folder / name).read_text().strip() for name in (limit, used))
         dropped = _numbers(folder / "memory.stat").get(cache, 0)
@@ -57,28 +57,28 @@ def _left_in(folder: Path, limit: str, used: str, cache: str, *, otherwise: int)
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Read a file whose lines hold a name and a number."""
     lines = (line.split() for line in file.read_text().splitlines())
     return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
-    """Run a forward pass and count what autograd keeps of it until its gradients are taken.
+    """Run a forward pass and measure the memory that autograd saves for the backward pass.
 
     Args:
-        model: whose parameters and buffers do not count.
-        forward: the pass.
+        model: model whose parameters and buffers do not count.
+        forward: runs the forward pass.
 
     Returns:
-        The outputs, and the bytes of each piece of memory that is kept.
+        The outputs, and the bytes of each saved storage.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            # Kept alive, so that no address is used twice.
+        if storage.data_ptr() not in weights:
+            # Keep the storage alive, so that its address is not reused.
             storages[storage.data_ptr()] = storage
         return tensor
 
@@ -88,7 +88,7 @@ def saved_for_backward(model: nn.Module, forward: Callable[[], Tensor]) -> tuple
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says so: the CPU's allocator and some CUDA libraries raise a plain RuntimeError."""
+    """Whether memory ran out; the CPU's allocator and some CUDA libraries raise a plain RuntimeError for it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -101,7 +101,7 @@ def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
     """Turn an out-of-memory error inside the block into a DatamergeError that names the settings to lower.
 
     Args:
-        advice: makes the message, in front of which stands `batch_size`; called only after such an error.
+        advice: makes the message, which is prefixed with `batch_size`; called only after such an error.
 
     Raises:
         DatamergeError: the block ran out of memory.

@@ -1,7 +1,7 @@
-"""The command line's side of settings: options made from a model, and messages that name them as flags.
+"""Makes command-line options from a model of settings, and spells settings as flags in messages.
 
-A field gives an option its name (`keep_clean` → `--keep-clean`), type, help (the description) and default;
-`Option` beside the type adds what these do not say:
+A field defines an option's name (`keep_clean` → `--keep-clean`), type, help (its description) and default. `Option`
+in its annotation adds the rest:
 
     learning_rate: Annotated[float, Option(alias="--lr")] = Field(1e-5, description="Peak rate of AdamW.")
 """
@@ -22,24 +22,24 @@ from storage_schemas.schema.pixel_length import PixelLength
 
 F = TypeVar("F", bound=Callable[..., Any])
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
-"""`context_settings` of every command, so that its help is the same whoever calls it first."""
-# In backquotes, as errors write them: a setting, with or without a value.
+"""`context_settings` of every command."""
+# A setting in a message: in backquotes, with or without a value.
 _SETTING = re.compile(r"`([a-z][a-z0-9_]*)(?:=([^`]+))?`")
 _IN_FRONT = re.compile(r"(^|; )([a-z][a-z0-9_]*)(?=: )")
 
-# Settings of the commands made so far → how the command line spells them. Other models have their own names.
+# Settings of the commands imported so far → their spelling on the command line.
 _spellings: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line shows a field; beside the whole type: `Annotated[int | None, Option(…)]`.
+    """How a field appears on the command line; it annotates the whole type: `Annotated[int | None, Option(…)]`.
 
     Attributes:
         alias: another spelling of the flag, such as `--lr`.
-        metavar: stands for the value in the help.
-        unset: what happens without a value, where the default is None or an empty list.
-        argument: whether the value has no flag but a place; a list takes all values at its place.
+        metavar: placeholder for the value in the help.
+        unset: the effective default, for the help, if the default is None or an empty list.
+        argument: whether the value is positional; a list takes all remaining values.
     """
 
     alias: str = ""
@@ -49,14 +49,18 @@ class Option:
 
 
 def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[[F], F]:
-    """Decorates a command with an option or argument for every field of the model, in the order of the fields.
+    """Decorate a command with an option or argument for every field of the model, in the order of the fields.
 
-    The command gets them by name, None where the user gave none: what `load_settings` takes as flags. Texts, lengths
-    and sizes are left to the model, whose refusals name the setting.
+    The command receives the values by name, None if not given, as `load_settings` takes them. Texts, lengths and
+    sizes are checked by the model, whose errors name the setting.
+
+    Args:
+        model: model of the settings.
+        leave_out: fields without an option.
     """
 
     fields = {name: field for name, field in model.model_fields.items() if name not in leave_out}
-    # Without the sign that there may be several: commands share these.
+    # Without the `…` of repeated arguments, as commands share the spellings.
     _spellings.update({name: _spelling(name, field).removesuffix("…") for name, field in fields.items()})
 
     def decorate(function: F) -> F:
@@ -68,21 +72,21 @@ def options(model: type[Settings], leave_out: Collection[str] = ()) -> Callable[
 
 
 def spell_flags_of(command: click.Command) -> None:
-    """Have messages name the options that a command has without a model of settings as flags, too."""
+    """Let messages also spell as flags those options of a command that come from no model."""
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.name is not None:
             _spellings.setdefault(parameter.name, max(parameter.opts, key=len))
 
 
 def as_flags(message: str, *, in_front: bool = True) -> str:
-    """A message with its settings as the command line spells them: `` `keep_clean=True` `` becomes --keep-clean.
+    """Spell the settings in a message as flags: `` `keep_clean=True` `` becomes --keep-clean.
 
-    Settings are those of the commands imported so far, and anything in backquotes that has a value. In front they
-    are without backquotes: `epsilon: expected …; steps: expected …`.
+    This covers settings of the commands imported so far, and anything in backquotes with a value. At the start of a
+    message settings have no backquotes: `epsilon: expected …; steps: expected …`.
 
     Args:
-        message: of an error.
-        in_front: whether the message may begin with a setting; many begin with a place, which may be called like one.
+        message: message of an error.
+        in_front: whether a setting may be at the start; many messages start with a path, which may look like one.
     """
     if in_front and message.partition(":")[0] in _spellings:
         message = _IN_FRONT.sub(lambda found: found[1] + _spellings.get(found[2], found[2]), message)
@@ -96,7 +100,7 @@ def _in_backquotes(text: str) -> str:
             return _spellings.get(name, found[0])
         if value == "False":
             return f"--no-{_dashed(name)}"
-        # As Python writes True, strings and lists of strings.
+        # Python writes `True`, quotes and brackets; flags do not.
         value = re.sub("^True$|[\"'\\[\\]]", "", value).replace(", ", ",")
         return f"{_spellings.get(name, f'--{_dashed(name)}')} {value}".rstrip()
 
@@ -118,8 +122,8 @@ def _dashed(name: str) -> str:
 
 def _argument(name: str, field: FieldInfo) -> Callable[[F], F]:
     kind = _plain(field.annotation)
-    several = any(get_origin(part) is list for part in (kind, *get_args(kind)))  # a list, or one or a list
-    # Never required here: a TOML file may hold it, and the model says what is missing.
+    several = any(get_origin(part) is list for part in (kind, *get_args(kind)))  # a list, or a union with one
+    # Never required: a TOML file may hold the value, and the model reports missing ones.
     look: dict[str, Any] = {"nargs": -1, "callback": _listed} if several else {}
     return click.argument(name, required=False, metavar=_spelling(name, field), **look)
 

@@ -1,4 +1,4 @@
-"""The end of a process in which native libraries have threads of their own."""
+"""Ends a process in which native libraries have left threads running."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NoReturn
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit as `sys.exit` does, but without the destructors of native libraries.
+    """Exit like `sys.exit`, but without running the destructors of native libraries.
 
-    Threads of Ray (2.60) and of torch's process groups (2.13) outlive their shutdown and use what the destructors
-    free: a process whose work is done could still end with a segmentation fault or an abort.
+    Threads of Ray (2.60) and of torch's process groups (2.13) outlive their shutdown and use memory that destructors
+    free, so a process could end with a segmentation fault or an abort after its work is done.
     """
-    # Private, and without a public way: a registered handler that ends the process comes before all that were
-    # registered earlier, and those would never run.
+    # A private function, as there is no public one. A registered handler that ended the process would run before all
+    # that were registered earlier, and those would never run.
     atexit._run_exitfuncs()
     leave(code)
 

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a line now and then in a log file."""
+"""Progress on stderr: a bar on a terminal, a line every ten seconds in a log file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOG_EVERY = 10.0
 
 
 class Progress:
-    """Counts `total` units of work on stderr, or in silence after `--quiet`; a context manager.
+    """Reports progress of `total` units of work on stderr, unless quiet; a context manager.
 
     Args:
         what: verb shown in front, e.g. ``merge``.

@@ -1,4 +1,4 @@
-"""Ray as a guest in a process of ours: joined or started, and kept out of the search path."""
+"""Starts Ray or joins a cluster, sets its environment, and keeps its workers from importing shadowing modules."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ UV_RUN = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 def connected(
     address: str | None, cpus: int, environment: Mapping[str, str] | None = None, **init: Any
 ) -> Iterator[None]:
-    """Ray in here: the connection that the caller has, a cluster, or Ray on this machine, which ends with the block.
+    """Inside, Ray is connected: by the caller's connection, to a cluster, or to a local Ray that ends with the block.
 
     Args:
-        address: of a cluster, e.g. `auto` or HOST:PORT; None to start Ray here.
-        cpus: that Ray started here offers at least, where the machine has fewer.
-        environment: variables for Ray besides those of `ray_environment`, where the user has not set them.
+        address: address of a cluster, e.g. `auto` or HOST:PORT; None to start Ray on this machine.
+        cpus: least number of CPUs that a local Ray offers, even if the machine has fewer.
+        environment: more environment variables for Ray, for those that the user has not set.
         init: more arguments of `ray.init`.
 
     Raises:
-        ConfigError: no cluster at the address.
+        ConfigError: there is no cluster at the address.
         DatamergeError: Ray does not start here.
     """
     os.environ.update(ray_environment(environment))
@@ -65,7 +65,7 @@ def _join(address: str, init: dict[str, Any]) -> None:
 
 
 def _obey_uv_run() -> None:
-    """Tell Ray what the environment says of `uv run`: it has read that when it was imported, perhaps before."""
+    """Update Ray's setting for `uv run` from the environment: Ray reads it on import, which may have been earlier."""
     from ray._private import ray_constants
 
     if hasattr(ray_constants, UV_RUN):
@@ -78,7 +78,7 @@ def _start(cpus: int, init: dict[str, Any]) -> None:
     cpus = max(usable_cpus(), cpus)
     try:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR, **init)
-    except Exception as error:  # that is what Ray raises where its processes do not come up in time
+    except Exception as error:  # Ray raises a plain one if its processes do not start in time
         raise DatamergeError(
             f"Ray did not start on this machine ({first_line(error)}); free some memory and processors, and run the "
             "same command again"
@@ -86,9 +86,9 @@ def _start(cpus: int, init: dict[str, Any]) -> None:
 
 
 def check_cluster_address(address: str) -> None:
-    """Raise ConfigError where HOST:PORT of a Ray cluster, also as ray://HOST:PORT, takes no connection.
+    """Raise ConfigError if HOST:PORT or ray://HOST:PORT accepts no connection.
 
-    Ray itself would try for minutes. Other addresses, such as `auto`, are left to it.
+    Ray itself would try for minutes. Other addresses, such as `auto`, are not checked.
     """
     found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
     if found is None:
@@ -97,17 +97,17 @@ def check_cluster_address(address: str) -> None:
         socket.create_connection((found[1], int(found[2])), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"ray_address: expected a Ray cluster at {address!r}, found nothing that takes connections there "
+            f"ray_address: expected a Ray cluster at {address!r}, found no connection "
             f"({error}); leave it out to start Ray here"
         ) from None
 
 
 def ray_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What Ray reads from the environment when it starts, without what the user has set already."""
+    """Environment variables for Ray, without those that the user has set."""
     settings = {
-        # No reports to its makers.
+        # No usage reports.
         "RAY_USAGE_STATS_ENABLED": "0",
-        # No metrics of a driver: ray.init() starts a thread for them that ray.shutdown() leaves running (Ray 2.60).
+        # No metrics: ray.init() starts a thread for them that ray.shutdown() leaves running (Ray 2.60).
         "RAY_enable_open_telemetry": "0",
         # Under `uv run` workers would otherwise start in a copy of the working directory.
         UV_RUN: "0",
@@ -117,13 +117,13 @@ def ray_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
-    """A function without arguments that Ray can send to a worker, where it calls `module:name` with these.
+    """A function without arguments for a Ray worker, which calls `module:name` with `args` there.
 
-    Ray puts the driver's working directory and script folder in front of its workers' search path, and whatever a
-    worker is sent by name it imports from there: a user's own `trainer/` instead of ours. This function is sent as
-    code, because it is nested, and its arguments as bytes. It moves the two folders to the end, where they serve
-    `python:` specs, before it imports anything. Where there is the driver's working directory, it enters it: relative
-    paths mean the same on both sides.
+    Ray puts the driver's working directory and script folder first on its workers' search path, so that a worker
+    would import a user's `trainer/` instead of ours. This function is nested, so Ray pickles it by value, and it
+    carries its arguments as bytes. Before it imports anything, it moves the two folders to the end of the path, where
+    `python:` specs still find them. It also changes to the driver's working directory, if that exists, so that
+    relative paths mean the same on both sides.
     """
     from ray import cloudpickle
 
@@ -144,9 +144,9 @@ def call_in_worker(target: str, *args: Any) -> Callable[[], Any]:
             os.chdir(here)
         first = [folder for folder in sys.path if folder not in users]
         last = [folder for folder in sys.path if folder in users]
-        # Where the driver found us, for machines on which we are not installed.
+        # The driver's folder of our packages, for machines on which they are not installed.
         sys.path[:] = [*first, *([] if ours in first else [ours]), *last]
-        arguments = pickle.loads(packed)  # noqa: S301 - as Ray does with all that it sends
+        arguments = pickle.loads(packed)  # noqa: S301 - Ray unpickles all that it sends
         return getattr(importlib.import_module(module), name)(*arguments)
 
     return call

@@ -1,4 +1,4 @@
-"""The next item made in a thread while the caller works on this one."""
+"""Makes the next item in a thread while the caller works on the current one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T], stop: Callable[[], None] = lambda: None) -> Iterator[T]:
-    """The same items in the same order; while one is used, a thread makes the next.
+    """Yield the same items in the same order; while one is in use, a thread makes the next.
 
-    One thread makes them all: readers keep open files and caches that are not meant for several. Decoding,
-    decompression and hashes release the GIL.
+    One thread makes all items, because readers keep open files and caches that are not thread-safe. Decoding,
+    decompression and hashing release the GIL.
 
     Args:
-        items: what to make.
-        stop: called if the caller wants no more before the end, to shorten the item that is being made.
+        items: lazy items.
+        stop: called if the caller stops early, to cut short the item that is being made.
     """
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:

@@ -1,4 +1,4 @@
-"""One way to configure: a pydantic model, filled from a TOML file, overridden by flags."""
+"""Settings: a pydantic model, filled from a TOML file and overridden by flags."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from storage_schemas.schema.problems import in_words
 
 @dataclass(frozen=True)
 class Effect:
-    """When some settings have an effect; where they have none, a value that the user chose for them is refused.
+    """The condition under which some settings have an effect; otherwise a value that the user sets is refused.
 
     Attributes:
-        of: the settings.
-        when: whether they have one, given all settings.
-        advice: why they have none and what to do, as a format of `name`, the setting, and `settings`, all of them.
+        of: names of these settings.
+        when: the condition, a function of all settings.
+        advice: why they have no effect and what to do; a format string of `name`, the setting, and `settings`, all.
     """
 
     of: tuple[str, ...]
@@ -37,27 +37,27 @@ class Effect:
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values are not coerced silently, instances are immutable.
 
-    Numbers are finite. What a user chose and what would have no effect is refused (`effects`).
+    Numbers have to be finite. A setting that the user chose but that has no effect is refused (`effects`).
 
-    Paths, tuples and integers of NumPy are taken for the text, list or integer that a TOML file would hold.
+    Paths, tuples and NumPy integers are converted to the text, list or integer of a TOML file.
 
     Raises:
-        ConfigError: any value is wrong; every problem is named, with the closest known key for a misspelt one.
+        ConfigError: any value is wrong; the message names every problem, and suggests a key for a misspelt one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Spellings of earlier releases, `name` or `name=value` → what replaces them, for a hint."""
+    """Spellings of earlier releases, `name` or `name=value` → their replacement, for a hint."""
 
     effects: ClassVar[Sequence[Effect]] = ()
-    """Settings that mean something only together with others."""
+    """Settings that have an effect only together with others."""
 
-    if not TYPE_CHECKING:  # type checkers make a signature from the fields
+    if not TYPE_CHECKING:  # type checkers derive the signature from the fields
 
         def __init__(self, **values: Any) -> None:
             values = {name: _as_in_toml(value) for name, value in values.items()}
-            # What is written in hexadecimal may have thousands of digits, which no later message could show.
+            # A hexadecimal number may have thousands of digits, which Python refuses to print in a later message.
             problems = [
                 (name, f"expected a number of at most 64 bits, found {shortened(value)}")
                 for name, value in values.items()
@@ -80,11 +80,11 @@ class Settings(BaseModel):
         return self
 
     def _is_chosen(self, name: str) -> bool:
-        """Whether the user said something by a setting: also its default, but not that it is off."""
+        """Whether the user chose a setting; writing out its default counts, unless that is off."""
         if name not in self.model_fields_set or getattr(self, name) is None:
             return False
         default = type(self).model_fields[name].get_default(call_default_factory=True)
-        # What is read back from a dump has all settings; nobody has chosen those that are as they were.
+        # Settings read back from a dump are all set; those equal to their default were not chosen.
         chosen = default is not False and self.model_fields_set != set(type(self).model_fields)
         return chosen or getattr(self, name) != default
 
@@ -95,12 +95,12 @@ S = TypeVar("S", bound=Settings)
 def load_settings(
     model: type[S], file: str | None, flags: Mapping[str, Any], preset: Mapping[str, Any] | None = None
 ) -> S:
-    """Settings from a preset, overridden by a TOML file, overridden by the flags that are not None.
+    """Settings from a preset, overridden by a TOML file, overridden by flags that are not None.
 
     Raises:
         ConfigError: the file cannot be read, or any value is wrong.
     """
-    # The defaults that a preset repeats are nobody's choice.
+    # Defaults that a preset repeats do not count as chosen.
     given = {name: value for name, value in (preset or {}).items() if not _is_default(model, name, value)}
     values: dict[str, Any] = {**given, **(read_toml(file) if file else {})}
     values |= {name: value for name, value in flags.items() if value is not None}
@@ -113,13 +113,17 @@ def load_settings(
 
 
 def read_toml(file: str) -> dict[str, Any]:
-    """The contents of a TOML file; raises ConfigError."""
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not valid TOML.
+    """
     try:
         with user_path(file).open("rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"{file}: expected a TOML file, found {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, not UTF-8, or a number with thousands of digits
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
 
 
@@ -142,8 +146,8 @@ def _refusal(problems: list[tuple[str, str]]) -> ConfigError:
 
 
 def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
-    """The setting and what is wrong with it."""
-    # The setting is the whole list, also where one item is wrong.
+    """The name of the setting, and the problem with its value."""
+    # For a wrong item of a list, the setting is the list.
     name = str(problem["loc"][0])[:SHOWN_LETTERS] if problem["loc"] else ""
     message = in_words(problem)
     spelling = f"{name}={problem['input']}" if isinstance(problem["input"], str) else ""
@@ -155,7 +159,7 @@ def _describe(problem: Any, model: type[Settings]) -> tuple[str, str]:
     if spelling in model.renamed:
         return name, f"{problem['input']!r} is written {model.renamed[spelling]} now"
     if problem["type"] == "value_error":
-        # Validators of the whole model name the setting themselves.
+        # Errors from validators of the whole model start with the name of the setting.
         found = re.match(r"(\w+): ", message) if not name else None
         return (found[1], message[found.end() :]) if found and found[1] in model.model_fields else (name, message)
     if problem["type"].startswith("byte_size"):

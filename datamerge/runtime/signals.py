@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM: noted, so that work ends in order, or raised as an exception.
+"""SIGINT and SIGTERM: recorded, so that work ends in order, or raised as an exception.
 
-Only the main thread may set handlers; in other threads both do nothing, and signals are somebody else's business.
+Only the main thread can set signal handlers; in other threads these context managers do nothing.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-PATIENCE = 1.0  # seconds after a signal, for something that is waited for
+PATIENCE = 1.0  # seconds that `StopSignals.waiting` goes on after a signal
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived, which schedulers send before they kill."""
+    """SIGTERM arrived, which schedulers send before they kill a process."""
 
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM in here. Enter it once Ray runs, whose own handler aborts with a stack trace."""
+    """Inside, SIGTERM raises `Terminated`. Enter it after Ray has started, to replace its handler, which aborts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,21 +37,21 @@ def sigterm_raises() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        # Ray raises a KeyboardInterrupt of its own for whatever a handler raises inside its calls.
+        # If a handler raises inside a call of Ray, Ray raises a KeyboardInterrupt instead.
         if received:
             raise Terminated from None
         raise
     finally:
-        # A handler that was not set from Python comes back as None.
+        # None stands for a handler that was not set from Python.
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class WaitedInVain(KeyboardInterrupt):
-    """A signal arrived, and what was waited for has not come since."""
+    """A signal arrived, and the operation in `StopSignals.waiting` did not end soon after it."""
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM; the second has its usual effect. A context manager.
+    """Records the first SIGINT or SIGTERM; a second one has its usual effect. A context manager.
 
     Attributes:
         received: number of the signal that arrived; 0 for none.
@@ -72,7 +72,7 @@ class StopSignals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for something in here: some seconds after a signal that ends with `WaitedInVain`."""
+        """Inside, a wait that goes on for `PATIENCE` seconds after a signal raises `WaitedInVain`."""
         self._is_waiting = True
         try:
             yield
@@ -87,7 +87,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
-        # Not through sys.stderr: the signal may have interrupted a write to it, which cannot be entered twice.
+        # Not through sys.stderr, which is not reentrant: the signal may have interrupted a write to it.
         os.write(2, b"stopping after this step; once more to stop at once\n")
         self._restore()
 

@@ -1,4 +1,4 @@
-"""How many CPU threads torch computes with, for a while."""
+"""Sets the number of torch's CPU threads for a while."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from datamerge.runtime.machine import usable_cpus
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
-    """This many CPU threads inside; a caller from Python gets its own number back.
+    """Inside, torch computes with `number` CPU threads; the previous number is restored afterwards.
 
-    If None as many as torch has now, and no more than the CPUs that the process may use: torch starts with one for
-    each of the machine, of which a container may have a small share.
+    None means torch's current number, but no more than the CPUs that the process may use: torch starts one thread per
+    CPU of the machine, of which a container may have a small share.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, usable_cpus()) if number is None else number)

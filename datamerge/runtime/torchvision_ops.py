@@ -1,9 +1,9 @@
 """Lets `import torchvision` work next to a CPU-only torch.
 
-PyPI's torchvision is compiled against CUDA; beside a CPU build of torch its library does not load, and the
-import then dies with "operator torchvision::nms does not exist" (pytorch#122494, vision#9077), although
-transforms, timm and open_clip need none of its compiled operators. Declaring the two operators' schemas lets
-the import pass. Nothing is declared where the compiled library loads.
+PyPI's torchvision is compiled against CUDA; beside a CPU build of torch its library does not load, and the import
+fails with "operator torchvision::nms does not exist" (pytorch#122494, vision#9077), although transforms, timm and
+open_clip need none of its compiled operators. Declaring the schemas of the two operators lets the import succeed.
+Nothing is declared if the compiled library loads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_torchvision_importable() -> bool:
     return _declare() is not None
 
 
-@cache  # also because the declarations live as long as the object
+@cache  # keeps the object alive, and with it the declarations
 def _declare() -> torch.library.Library | None:
     if _compiled_library_loads():
         return None
@@ -40,7 +40,7 @@ def _declare() -> torch.library.Library | None:
 
 
 def _compiled_library_loads() -> bool:
-    """Whether torchvision's operators exist, or would after its import; also true when it is not installed."""
+    """Whether torchvision's operators exist, or will after its import; True if it is not installed."""
     if _operator_exists():
         return True
     package = importlib.util.find_spec("torchvision")

@@ -1,4 +1,4 @@
-"""Raw images as 8-bit pixels: folders, Parquet, WebDataset tars, arrays, your own data sets; see README.md."""
+"""Raw images as 8-bit pixels, from folders, Parquet, WebDataset tars, arrays or user code; see README.md."""
 
 from __future__ import annotations
 

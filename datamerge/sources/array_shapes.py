@@ -1,4 +1,4 @@
-"""Which array holds the images, how its axes are meant, and which arrays make a split; what is unclear is refused.
+"""Finds the array of images, its axes, and the arrays of each split; ambiguous arrays are refused.
 
 Shapes: M images, C channels (1 or 3), H height, W width.
 """
@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 IMAGE_ARRAYS = ("images", "image", "x", "data", "arr_0")
 LABEL_ARRAYS = ("labels", "label", "y", "arr_1")
 NAME_ARRAYS = ("class_names", "classes")
-# Rows of data sets that are shipped flat → how to shape them.
+# Row length of flat data sets → the shape of their images.
 _FLAT = {784: "-1, 28, 28", 1024: "-1, 32, 32", 3072: "-1, 3, 32, 32", 12288: "-1, 3, 64, 64"}
 
 
@@ -29,15 +29,15 @@ def find_images(arrays: Mapping[str, Array], column: str | None, where: str) -> 
     """Name of the array of images, and its images [M, H, W] or [M, H, W, C].
 
     Raises:
-        SourceError: none, several, or axes that may mean two things.
+        SourceError: there is no such array, there are several, or its axes are ambiguous.
     """
     usable = [name for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim in (3, 4)]
     if column is None:
         column = next((name for name in IMAGE_ARRAYS if name in usable), usable[0] if len(usable) == 1 else None)
     if column not in usable:
-        asked = "" if column is None else f" as `image_column={column!r}`"
+        named = "" if column is None else f" as `image_column={column!r}`"
         raise SourceError(
-            f"{where}: expected an array of uint8 images [M, H, W], [M, H, W, C] or [M, C, H, W]{asked}, "
+            f"{where}: expected an array of uint8 images [M, H, W], [M, H, W, C] or [M, C, H, W]{named}, "
             f"found {_found(arrays, column, usable)}"
         )
     images = _channels_last(arrays[column], f"{where}: expected", column)
@@ -47,7 +47,7 @@ def find_images(arrays: Mapping[str, Array], column: str | None, where: str) -> 
 
 
 def _found(arrays: Mapping[str, Array], column: str | None, usable: Sequence[str]) -> str:
-    """What there is instead of images, and what to do about it."""
+    """Describe the arrays that are not images, with a remedy."""
     found = {name: f"{array.dtype} {list(array.shape)}" for name, array in arrays.items()}
     if len(usable) > 1 and column is None:
         return f"{found}; name it with `image_column`"
@@ -69,7 +69,7 @@ def _found(arrays: Mapping[str, Array], column: str | None, usable: Sequence[str
 
 
 def _channels_last(images: Array, expected: str, column: str) -> Array:
-    """Images [M, H, W] or [M, H, W, C], whichever axis the channels are in."""
+    """Images as [M, H, W] or [M, H, W, C], whichever axis holds the channels."""
     found = f"found {column} {list(images.shape)}"
     if images.ndim == 3:
         if images.shape[2] in (1, 3):
@@ -80,15 +80,15 @@ def _channels_last(images: Array, expected: str, column: str) -> Array:
         return images
     first, last = images.shape[1] in (1, 3), images.shape[3] in (1, 3)
     if first and last:
-        raise SourceError(f"{expected} channels in one axis, {found}, where they may be in two; leave out one axis")
+        raise SourceError(f"{expected} channels in one axis, {found}, where two axes may be channels; drop one axis")
     if not first and not last:
-        alpha = "; leave out the alpha channel" if 4 in (images.shape[1], images.shape[3]) else ""
+        alpha = "; drop the alpha channel" if 4 in (images.shape[1], images.shape[3]) else ""
         raise SourceError(f"{expected} images with 1 or 3 channels, {found}{alpha}")
     return images.transpose(0, 2, 3, 1) if first else images
 
 
 def arrays_of_splits(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Names of arrays by split, and there by what they are without it: {"train": {"x": "x_train"}}."""
+    """Names of arrays by split and by their name without the split: {"train": {"x": "x_train"}}."""
     splits: dict[str, dict[str, str]] = {}
     for name in names:
         word = split_of_name(name)
@@ -101,13 +101,13 @@ def arrays_of_splits(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def choose_arrays(
     arrays: Mapping[str, Array], wanted: str | None, where: str
 ) -> tuple[str | None, dict[str, str], dict[str, int]]:
-    """The split to use, its arrays and the images of each split.
+    """The split to use, its arrays, and the number of images of each split.
 
-    Arrays are given by their names without the split, `x` for `x_train`. Without a wish it is the split for training,
-    and this is said.
+    Arrays are keyed by their name without the split, `x` for `x_train`. By default the split for training is used,
+    and a message says so.
 
     Raises:
-        ConfigError: no such split, or several and none is for training.
+        ConfigError: there is no such split, or there are several and none is for training.
     """
     splits = arrays_of_splits(arrays)
     counts = {

@@ -2,7 +2,7 @@
 
     IDX    NAME-images-idx3-ubyte[.gz], labels beside it in NAME-labels-idx1-ubyte[.gz]
     .npz   one uint8 array [M, H, W], [M, H, W, C] or [M, C, H, W] of images, one array [M] of labels, others [M];
-           names of the classes by index in `class_names` or `classes`
+           class names by index in `class_names` or `classes`
 
 Every worker reads the file once.
 """
@@ -42,7 +42,7 @@ from datamerge.sources.unpack import gunzip, refuse_bomb
 from storage_schemas import ConfigError, Location, SourceError
 
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-# zipfile raises RuntimeError where a password is needed; the header of an array is a Python literal of any shape.
+# zipfile raises RuntimeError if a password is needed; parsing an array's header, a Python literal, can raise many.
 _BROKEN_NPZ = (
     ValueError,
     zipfile.BadZipFile,
@@ -63,7 +63,7 @@ Array = npt.NDArray[Any]
 
 
 class ArrayReader:
-    """Reads images of an array that is loaded on first use."""
+    """Reads images of an array, which is loaded on first use."""
 
     is_concurrent = False
     is_remote = False
@@ -86,7 +86,7 @@ class ArrayReader:
 
 
 def holds_images(location: Location, name: str) -> bool:
-    """Whether a file has an array that may be images, by the headers alone; also where these are broken."""
+    """Whether the headers of a file show an array that may hold images; True if they are broken."""
     if not name.lower().endswith((".npz", ".npy")):
         return "label" not in name and "idx1" not in name
     try:
@@ -112,20 +112,20 @@ def _rank(stream: IO[bytes]) -> int:
 
 
 def open_arrays(location: Location, file: str, columns: Columns, split: str | None = None) -> Source:
-    """List the images of an array file, of its split for training where it has several and none is named.
+    """List the images of an array file; of several splits, the one for training is the default.
 
     Raises:
-        ConfigError: no such split.
-        SourceError: not such a file, or arrays that do not go together.
+        ConfigError: there is no such split.
+        SourceError: the file is no array file, or its arrays do not fit together.
     """
     where = f"{location.url}/{file}"
-    location.pin(file)  # readers load it again
+    location.pin(file)  # readers load the file again, and must get the same version
     data = location.read(file)
     arrays = _parse(data, where)
     split, splits, columns = _of_split(arrays, columns, split, where)
     column, images = find_images(arrays, columns.image, where)
     if arrays[column].ndim == len(images) == 3:
-        say(f"{where}: {column} {list(images.shape)} is taken as 3 grey images, not as one of three channels")
+        say(f"{where}: {column} {list(images.shape)} is read as 3 grey images, not as one image with three channels")
     if images.max() == 1:
         say(f"{where}: {column} holds 0 and 1 only, which is black; if 1 is white, save (255 * x).astype(np.uint8)")
     listing = {file: _facts(data)}
@@ -135,18 +135,20 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
         arrays["labels"] = _parse_idx(data, f"{location.url}/{beside}")
         listing[beside] = _facts(data)
     label_name, unlabelled = _label_array(arrays, (column, columns.group), columns.label, len(images), where)
-    given, told = _class_names(arrays, (column, label_name, columns.group), where)
+    names_array, class_names = _class_names(arrays, (column, label_name, columns.group), where)
     try:
-        labels, names = read_labels(_values(arrays, label_name, len(images), where), f"{where}, {label_name!r}", told)
+        labels, names = read_labels(
+            _values(arrays, label_name, len(images), where), f"{where}, {label_name!r}", class_names
+        )
     except NoClass as error:
         raise SourceError(
             f"{where}: expected whole numbers or text in {label_name!r}, found {error}; name another array, or use "
             f"`label_column={NONE!r}`"
         ) from None
-    if told and names == told:
-        say(f"{where}: the names of {len(names)} classes are taken from {given!r}: {shown(names)}")
-    elif told and names:  # numbers that do not go with the names are said where labels are read
-        warn(f"{where}: labels are not all among the {len(told)} names in {given!r}, which are left out")
+    if class_names and names == class_names:
+        say(f"{where}: the names of {len(names)} classes are taken from {names_array!r}: {shown(names)}")
+    elif class_names and names:  # `read_labels` warns if labels are numbers beyond the names
+        warn(f"{where}: labels are not all among the {len(class_names)} names in {names_array!r}, which are left out")
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
@@ -161,13 +163,15 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
 def _of_split(
     arrays: Mapping[str, Array], columns: Columns, split: str | None, where: str
 ) -> tuple[str | None, dict[str, int], Columns]:
-    """The split to use, the images of each, and its arrays as columns."""
-    if columns.image is not None and split is None:  # it says the split
+    """The split to use, the number of images of each split, and the columns with the split's arrays."""
+    if columns.image is not None and split is None:  # the name of the array determines the split
         parts = arrays_of_splits(arrays).get(split_of_name(columns.image) or "", {})
         return None, {}, replace(columns, label=columns.label or _first(parts, LABEL_ARRAYS))
     split, parts, splits = choose_arrays(arrays, split, where)
     if columns.image is not None and columns.image not in parts.values():
-        raise ConfigError(f"split: expected that of the array {columns.image!r} of {where}, found {split!r}; drop it")
+        raise ConfigError(
+            f"split: expected the split of array {columns.image!r} of {where}, found {split!r}; drop `split`"
+        )
     image = columns.image or _first(parts, IMAGE_ARRAYS)
     return split, splits, replace(columns, image=image, label=columns.label or _first(parts, LABEL_ARRAYS))
 
@@ -181,7 +185,7 @@ def _facts(data: bytes) -> list[Any]:
 
 
 def _parse(data: bytes, where: str) -> dict[str, Array]:
-    """The arrays of a file by name; those of IDX files have none and are called `images`."""
+    """The arrays of a file by name; the array of an IDX file is called `images`."""
     if data.startswith(b"\x93NUMPY") and not where.lower().endswith(".npz"):
         return {"images": _parse_npy(data, where)}
     if not where.lower().endswith((".npz", ".npy")) and not data.startswith(b"PK"):
@@ -189,13 +193,13 @@ def _parse(data: bytes, where: str) -> dict[str, Array]:
     stored = io.BytesIO(data)
     try:
         with zipfile.ZipFile(stored) as members:
-            # Together: all are loaded.
+            # The sum of all members counts, as all are loaded.
             refuse_bomb(sum(member.file_size for member in members.infolist()), stored.getbuffer().nbytes)
         with np.load(stored, allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
     except _BROKEN_NPZ as error:
         raise SourceError(f"{where}: expected an .npz archive of plain arrays: {error}") from None
-    # NumPy gives the bytes of members that are no arrays.
+    # For other members NumPy returns bytes.
     return {name: array for name, array in found.items() if isinstance(array, np.ndarray)}
 
 
@@ -217,12 +221,12 @@ def _parse_idx(data: bytes, where: str) -> Array:
     shape = np.frombuffer(data, ">u4", data[3], 4).tolist() if dtype and len(data) >= 4 + 4 * data[3] else []
     start = 4 + 4 * len(shape)
     if dtype is None or len(data) - start != math.prod(shape) * np.dtype(dtype).itemsize:
-        raise SourceError(f"{where}: expected an IDX file, found {len(data)} bytes that are none")
+        raise SourceError(f"{where}: expected an IDX file, found {len(data)} bytes in another format")
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def _labels_beside(location: Location, file: str) -> str | None:
-    """The labels that belong to an IDX file of images, if they are there."""
+    """The file of labels beside an IDX file of images, if it exists."""
     name = file.replace("images", "labels").replace("idx3", "idx1")
     plain = name.removesuffix(".gz")
     candidates = [name, plain, f"{plain}.gz"] if name != file else []
@@ -230,22 +234,22 @@ def _labels_beside(location: Location, file: str) -> str | None:
 
 
 def _label_array(
-    arrays: dict[str, Array], taken: tuple[str | None, ...], wanted: str | None, count: int, where: str
+    arrays: dict[str, Array], taken: tuple[str | None, ...], named: str | None, count: int, where: str
 ) -> tuple[str | None, str]:
-    """Name of the array of labels, and why there is none."""
-    if wanted is not None:
-        return (None if wanted == NONE and wanted not in arrays else wanted), ""
+    """Name of the array of labels, or the reason why there is none."""
+    if named is not None:
+        return (None if named == NONE and named not in arrays else named), ""
     others = [name for name in arrays if name not in taken]
     usual = next((name for name in LABEL_ARRAYS if name in others), None)
     if usual is not None:
-        if usual == LABEL_ARRAYS[-1]:  # it has no name of its own
+        if usual == LABEL_ARRAYS[-1]:  # `arr_1`, the default name, does not say that it holds labels
             say(f"{where}: labels are taken from {usual!r}; `label_column` names another array")
         return usual, ""
     return choose_column([name for name in others if arrays[name].shape[:1] == (count,)], where)
 
 
 def _class_names(arrays: Mapping[str, Array], taken: tuple[str | None, ...], where: str) -> tuple[str, list[str]]:
-    """Name of an array of class names by index, and these; none where there are no labels that they could be of."""
+    """Name and content of an array of class names by index; empty if there are no labels."""
     given = next((name for name in NAME_ARRAYS if name in arrays and name not in taken), None)
     if given is None or taken[1] is None or arrays[given].dtype.kind not in "US":
         return "", []
@@ -254,14 +258,14 @@ def _class_names(arrays: Mapping[str, Array], taken: tuple[str | None, ...], whe
     if arrays[given].ndim != 1 or len(set(names)) < len(names):
         warn(
             f"{where}: {given} {list(arrays[given].shape)} with {len(set(names))} different texts is no list of "
-            "class names, one a class; it is left out"
+            "distinct class names; it is left out"
         )
         return "", []
     return given, names
 
 
 def _values(arrays: dict[str, Array], column: str | None, count: int, where: str) -> list[Any]:
-    """A value an image, for one-hot rows a list; None of each where no array is meant."""
+    """One value per image, a list for one-hot rows; None for each if no array is named."""
     if column is None:
         return [None] * count
     values = arrays.get(column)

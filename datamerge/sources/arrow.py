@@ -1,8 +1,8 @@
 """Arrow IPC files, streams or with a footer, as `datasets.save_to_disk` and the cache of `datasets` write them.
 
-data-00000-of-00002.arrow, …   tables; a folder each for the splits of a DatasetDict
-state.json                     which of them belong to the data set
-dataset_info.json              its class names, where the tables do not hold them
+data-00000-of-00002.arrow, …   tables; each split of a DatasetDict has a folder
+state.json                     list of the files that belong to the data set
+dataset_info.json              class names, if the tables do not hold them
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from datamerge.sources.tables import to_image
 from storage_schemas import Location, SourceError, read_json
 
 STATE, INFO = "state.json", "dataset_info.json"
-HUGGING_FACE = b"huggingface"  # key of the metadata in which `datasets` keeps the features
+HUGGING_FACE = b"huggingface"  # key of the features in the metadata
 
 
 class ArrowReader:
-    """Reads rows; keeps the last file open, of local ones without reading it."""
+    """Reads rows; keeps the last file open. Local files are memory-mapped."""
 
     is_concurrent = False
-    # Files are fetched whole: more threads would not help.
+    # Files are fetched whole, so more threads would not help.
     is_remote = False
 
     def __init__(self, location: Location, column: str) -> None:
@@ -45,12 +45,12 @@ class ArrowReader:
             value = self._column_of(name)[int(row)].as_py()
         except BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's or the network's; what pyarrow has against the bytes has no number
+                raise  # an error of the disk or network; pyarrow's errors about content have no errno
             raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
         return to_image(value, self._location, name, int(row))
 
     def _column_of(self, name: str) -> pa.ChunkedArray:
-        """The images of a file; a broken one is read once, not once a row."""
+        """The column of images of a file. A broken file is read once, not once per row."""
         if name in self._broken:
             raise ValueError(self._broken[name])
         if self._open is None or self._open[0] != name:
@@ -83,7 +83,7 @@ class _ArrowFile:
 
     @property
     def blocks(self) -> list[int]:
-        """Files are opened, and remote ones fetched, as a whole."""
+        """One block: files are opened or fetched as a whole."""
         return [self._table.num_rows]
 
     def read(self, columns: Sequence[str]) -> pa.Table:
@@ -104,16 +104,16 @@ def open_arrow(location: Location, files: Sequence[tuple[str, int]], columns: Co
     """List the rows of Arrow files below a location.
 
     Raises:
-        SourceError: a file is no Arrow file, or has no such columns.
+        SourceError: a file is not an Arrow file, or lacks a column.
     """
     return open_tables(location, files, columns, "arrow", _opened, ArrowReader)
 
 
 def read_table(location: Location, name: str) -> pa.Table:
-    """A table; of a local file only what is used of it is read.
+    """Open a table; a local file is memory-mapped, a remote one fetched.
 
     Raises:
-        pa.ArrowInvalid: no such file, or one that is cut short.
+        pa.ArrowInvalid: the file is not an Arrow file, or is truncated.
     """
     path = location.local_path(name)
     source = pa.memory_map(path) if path is not None else pa.BufferReader(location.read(name))
@@ -126,11 +126,11 @@ def read_table(location: Location, name: str) -> pa.Table:
 def of_data_set(
     location: Location, files: Sequence[tuple[str, int]], others: Collection[str]
 ) -> list[tuple[str, int]]:
-    """Those of the files that belong to data sets; beside them `datasets` keeps what it computed.
+    """The files that belong to data sets, without the caches that `datasets` writes beside them.
 
     Args:
-        location: of the files.
-        files: paths, and bytes.
+        location: location of the files.
+        files: paths and sizes in bytes.
         others: paths of other files, such as state.json.
     """
     known: dict[str, set[str]] = {}
@@ -151,7 +151,7 @@ def _data_files(location: Location, state: str) -> set[str]:
         return {str(entry["filename"]) for entry in read_json(location.read(state))["_data_files"]}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(
-            f"{location.url}/{state}: expected what datasets.save_to_disk writes: {first_line(error)}"
+            f"{location.url}/{state}: expected the form that datasets.save_to_disk writes: {first_line(error)}"
         ) from None
 
 
@@ -163,5 +163,5 @@ def _opened(location: Location, name: str, size: int) -> TableFile:
         try:
             found = read_json(location.read(info))
         except ValueError:
-            found = None  # class names are all that it is good for
+            found = None  # it only adds class names
     return _ArrowFile(read_table(location, name), found)

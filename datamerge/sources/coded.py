@@ -1,4 +1,4 @@
-"""A column of any values as numbers: the different values once, and for each sample which of them it has."""
+"""Dictionary encoding of a column of any values: the distinct values, and a code per sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datamerge.sources.labels import hashable, read_distinct
 
 
 class Coded:
-    """Collects a column, file by file; M values in the end."""
+    """Collects a column of M values, file by file."""
 
     def __init__(self) -> None:
         self._places: dict[Any, int] = {}
@@ -24,23 +24,23 @@ class Coded:
         return sum(map(len, self._codes))
 
     def add(self, values: Iterable[Any]) -> None:
-        """Add values that are Python's.
+        """Add Python values.
 
         Raises:
-            NoClass: a value that could be no label.
+            NoClass: a value cannot be a label.
         """
         places = self._places
         codes = [places.setdefault(hashable(value), len(places)) for value in values]
         self._codes.append(np.array(codes, np.int32))
 
     def add_coded(self, distinct: Sequence[Any], codes: npt.NDArray[np.integer[Any]]) -> None:
-        """Add values that are given by their places among some, which need not all be used, or differ."""
+        """Add values by their codes in `distinct`, which may hold unused or repeated values."""
         places = self._places
         table = [places.setdefault(hashable(value), len(places)) for value in distinct]
         self._codes.append(np.array(table, np.int32)[codes])
 
     def add_column(self, column: pa.ChunkedArray, to_value: Callable[[Any], Any] = lambda value: value) -> None:
-        """Add Arrow's values; `to_value` makes of Python's form of each what is kept."""
+        """Add Arrow values, each converted to Python and then by `to_value`."""
         try:
             encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid):  # lists, views
@@ -53,11 +53,13 @@ class Coded:
     def labels(
         self, where: str, names: Sequence[str], row: Callable[[int], str], folders: bool = False
     ) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Labels as a column, and class names; see `read_labels`, also for what is raised."""
+        """Labels int32 [M] and class names; arguments and errors are those of `read_distinct`."""
         codes = self._joined()
         counts = np.bincount(codes, minlength=len(self._places))
         positions = np.zeros(len(counts), np.int64)
-        positions[codes[::-1]] = np.arange(len(codes) - 1, -1, -1, dtype=np.int32)  # of several the last one stays
+        positions[codes[::-1]] = np.arange(
+            len(codes) - 1, -1, -1, dtype=np.int32
+        )  # the last assignment wins: the first row
         keys = list(self._places)
         used = sorted(np.flatnonzero(counts).tolist(), key=positions.__getitem__)
         first = {keys[code]: int(positions[code]) for code in used}
@@ -66,7 +68,7 @@ class Coded:
         return np.array([indices.get(key, NO_LABEL) for key in keys], np.int32)[codes], names
 
     def values(self) -> Values:
-        """Texts and None as a column."""
+        """The column, whose values are texts or None."""
         codes, distinct = self._joined(), list(self._places)
         if None in self._places:
             codes = np.where(codes == self._places[None], np.int32(-1), codes)

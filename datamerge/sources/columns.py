@@ -1,4 +1,4 @@
-"""Lists of samples as columns: some ten bytes a sample where objects take hundreds. M samples."""
+"""Lists of M samples as columns, which take some ten bytes per sample where objects take hundreds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NO_LABEL = -1
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """A column of texts of which most are the same, such as what names groups.
+    """A column of texts with few distinct values, such as names of groups.
 
     Attributes:
-        distinct: the different ones, in the order in which they come up.
-        codes: int32 [M], places in `distinct`; -1 for none.
+        distinct: the distinct texts, in the order of their first occurrence.
+        codes: int32 [M], indices into `distinct`; -1 for none.
     """
 
     distinct: Sequence[str]
@@ -30,28 +30,28 @@ class Values:
 
     @classmethod
     def of(cls, values: Iterable[str | None]) -> Values:
-        """Of a value a sample."""
+        """From one value per sample."""
         places: dict[str, int] = {}
         codes = [-1 if value is None else places.setdefault(value, len(places)) for value in values]
         return cls(list(places), np.array(codes, np.int32))
 
     def part(self, start: int, stop: int) -> list[str | None]:
-        """Values of consecutive samples."""
+        """Values of the samples in [start, stop)."""
         return [None if code < 0 else self.distinct[code] for code in self.codes[start:stop].tolist()]
 
     def take(self, indices: Indices | slice) -> Values:
-        """Those at these places, in this order."""
+        """The values at these indices, in this order."""
         return Values(self.distinct, self.codes[indices])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Samples(Sequence[Sample]):
-    """A list of samples, whose items are made when they are asked for.
+    """A sequence of samples, stored as columns; each `Sample` is made on access.
 
     Attributes:
         naming: names and keys.
         labels: int32 [M], `NO_LABEL` for none.
-        groups: values of the group column, if one was asked for.
+        groups: values of the group column, if there is one.
     """
 
     naming: Naming
@@ -60,7 +60,7 @@ class Samples(Sequence[Sample]):
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> Samples:
-        """Of objects."""
+        """From `Sample` objects."""
         listed = list(samples)
         naming = Listed.of([sample.name for sample in listed], [sample.key for sample in listed])
         groups = None if all(s.group is None for s in listed) else Values.of(s.group for s in listed)
@@ -68,22 +68,22 @@ class Samples(Sequence[Sample]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, of what grows with M."""
+        """Bytes of memory that grow with M."""
         return self.naming.nbytes + self.labels.nbytes + (0 if self.groups is None else self.groups.codes.nbytes)
 
     @property
     def names(self) -> list[str]:
-        """Names, as a list."""
+        """All names."""
         return self.naming.names(0, len(self))
 
     @property
     def keys(self) -> list[str]:
-        """Keys, as a list."""
+        """All keys."""
         return self.naming.keys(0, len(self))
 
     @property
     def group_values(self) -> list[str | None]:
-        """Values of the group column, as a list."""
+        """All values of the group column; None for each sample without one."""
         return [None] * len(self) if self.groups is None else self.groups.part(0, len(self))
 
     def __len__(self) -> int:
@@ -114,40 +114,40 @@ class Samples(Sequence[Sample]):
             return NotImplemented
         return len(self) == len(other) and all(one == another for one, another in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # equal ones may be stored in different ways
+    __hash__ = None  # type: ignore[assignment]  # equal lists may be stored differently
 
     def __repr__(self) -> str:
         return one_line(self, "", f"{len(self)} samples")
 
     def parts(self) -> Iterator[Samples]:
-        """All of them, a few at a time."""
+        """The samples in consecutive parts of limited size."""
         return (self[start : start + CHUNK] for start in range(0, len(self), CHUNK))
 
     def json_of(self, values: Callable[[Samples], Sequence[Any]]) -> JsonList:
-        """A list of a value a sample, for `fingerprint`; `values` gives those of a few samples."""
+        """A JSON list of one value per sample, for `fingerprint`; `values` gives those of a part."""
         return JsonList(map(values, self.parts()))
 
     def json_of_labels(self) -> JsonList:
-        """Their labels, likewise."""
+        """The labels as a JSON list."""
         return self.json_of(lambda part: optional_labels(part.labels))
 
     def json_of_groups(self) -> JsonList:
-        """Values of the group column, likewise."""
+        """The values of the group column as a JSON list."""
         return self.json_of(lambda part: part.group_values)
 
     def take(self, indices: Indices) -> Samples:
-        """Those at these places, in this order."""
+        """The samples at these indices, in this order."""
         groups = None if self.groups is None else self.groups.take(indices)
         return Samples(self.naming.take(indices), self.labels[indices], groups)
 
     def relabelled(self, rows: Mapping[int, int]) -> Samples:
-        """The same with other numbers for their labels."""
+        """The samples with each label replaced by `rows[label]`."""
         used, back = np.unique(self.labels, return_inverse=True)
         numbers = [NO_LABEL if label == NO_LABEL else rows[label] for label in used.tolist()]
         return replace(self, labels=np.array(numbers, np.int32)[back])
 
     def used_labels(self) -> list[int]:
-        """The labels that samples have, in order."""
+        """The distinct labels of the samples, ascending."""
         return [label for label in np.unique(self.labels).tolist() if label != NO_LABEL]
 
     def _slice(self, start: int, stop: int) -> Samples:
@@ -156,10 +156,10 @@ class Samples(Sequence[Sample]):
 
 
 def label_column(labels: Sequence[int | None]) -> npt.NDArray[np.int32]:
-    """Labels as a column."""
+    """Labels as an int32 column."""
     return np.fromiter((NO_LABEL if label is None else label for label in labels), np.int32, len(labels))
 
 
 def optional_labels(labels: npt.NDArray[np.int32]) -> list[int | None]:
-    """Labels of a column as Python has them."""
+    """Labels of a column as Python integers or None."""
     return [None if label == NO_LABEL else label for label in labels.tolist()]

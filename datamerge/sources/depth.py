@@ -1,12 +1,12 @@
-"""Samples of more than 8 bits to 8 bits, by the range that the file declares; without one they are refused.
+"""Converts images of more than 8 bits to 8 bits, by the range that the file declares; others are refused.
 
     16-bit greys               0 … 65535, the depth that PNG, TIFF, PPM or JPEG 2000 declare; 12-bit TIFFs 0 … 4095
     TIFF with a range          its tags SMinSampleValue and SMaxSampleValue, whatever the type of the samples
-    floats, 32 bits, signed    refused without these tags: what is black and what is white is anyone's guess
+    floats, 32 bits, signed    refused without these tags, as black and white are unknown
     16-bit colour              Pillow keeps the upper 8 bits of each sample
 
-An image of 16 bits whose values all fit into 8 is refused too, unless the tags declare a range: as declared it is
-black, and more likely it is an 8-bit image in 16 bits. Greys that are 0 everywhere are black in both readings.
+A 16-bit image whose values all fit into 8 bits is refused too, unless the tags declare a range: it would become
+black, and is more likely an 8-bit image stored in 16 bits. An image of zeros is black either way.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-BAND = 256  # rows; a scan may be large
+BAND = 256  # rows converted at a time, as a scan may be large
 FULL = 65535
 GREY_LEVELS = 255
-# A sample of 16 bits that uses less than this share of its range makes a picture that people call dark.
+# A 16-bit image that uses less than this share of its range is reported as dark.
 DARK = 1 / 4
 DARK_REMARK = "dark"
 
@@ -35,16 +35,16 @@ _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 class BadImage(Exception):
-    """An image that cannot be used; the message is the reason that goes into the artifact."""
+    """An unusable image; the message is the reason that the artifact records."""
 
 
 def is_wide(mode: str) -> bool:
-    """Whether a mode is one of greys of more than 8 bits."""
+    """Whether a mode of Pillow has grey samples of more than 8 bits."""
     return mode in ("I", "F") or mode.startswith("I;16")
 
 
 def bits(image: Image.Image) -> int:
-    """Bits of a sample that a file declares, asked before its pixels are loaded; 8 for fewer or none."""
+    """Bits per sample that a file declares, at least 8; call it before the pixels are loaded."""
     if is_wide(image.mode):
         return 32 if image.mode in ("I", "F") and image.format not in ("PPM", "PNG") else 16
     tiles = getattr(image, "tile", None)
@@ -62,7 +62,7 @@ def bits(image: Image.Image) -> int:
 
 
 def _jpeg_2000_bits(image: Image.Image) -> int:
-    """Of the first component, from the codestream's header: 38 bytes after its marker."""
+    """Bits of the first component, from the header of the codestream, 38 bytes after its marker."""
     file: Any = getattr(image, "fp", None)
     if file is None:
         return 8
@@ -76,15 +76,15 @@ def _jpeg_2000_bits(image: Image.Image) -> int:
 
 
 def to_8_bits(image: Image.Image, declared_bits: int, remarks: list[str] | None = None) -> Image.Image:
-    """An image of a mode with 8 bits a sample that Pillow converts to grey and to RGB.
+    """Convert an image to a mode with 8 bits per sample, which Pillow can convert to grey and to RGB.
 
     Args:
-        image: loaded or not.
-        declared_bits: what `bits` said before it was loaded.
-        remarks: gets `DARK_REMARK` for an image that is dark, whose range was not declared.
+        image: image, loaded or not.
+        declared_bits: result of `bits` before the image was loaded.
+        remarks: receives `DARK_REMARK` if the image is dark and declares no range.
 
     Raises:
-        BadImage: values whose range is not known, or outside the declared one.
+        BadImage: the range of the values is unknown, or values are outside the declared range.
     """
     if is_wide(image.mode):
         return _narrowed(image, remarks)
@@ -95,12 +95,12 @@ def to_8_bits(image: Image.Image, declared_bits: int, remarks: list[str] | None 
         raise BadImage("signed integers of 8 bits, which Pillow reads as unsigned; store unsigned ones")
     if image.mode in _PREMULTIPLIED:
         return image.convert(_PREMULTIPLIED[image.mode])
-    return image.convert("RGB") if image.mode == "LAB" else image  # from there to grey, which Pillow cannot directly
+    return image.convert("RGB") if image.mode == "LAB" else image  # Pillow converts LAB to RGB only
 
 
 def _narrowed(image: Image.Image, remarks: list[str] | None) -> Image.Image:
     wide = np.asarray(image)
-    lowest, highest = wide.min().item(), wide.max().item()  # one not-a-number makes both such
+    lowest, highest = wide.min().item(), wide.max().item()  # both are NaN if any value is
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise BadImage(f"floats that are not finite; {_REMEDY}")
     declared = _declared_range(image)
@@ -131,10 +131,10 @@ def _bands(wide: npt.NDArray[Any]) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
 
 
 def _usual_range(image: Image.Image, lowest: float, highest: float) -> tuple[float, float]:
-    """The range of 16-bit samples whose file declares no other.
+    """The full range of 16-bit samples, for files that declare no other.
 
     Raises:
-        BadImage: other samples.
+        BadImage: the samples are of another type.
     """
     if image.format in ("PPM", "PNG") and image.mode == "I":
         return 0, FULL  # Pillow scales to it
@@ -145,10 +145,10 @@ def _usual_range(image: Image.Image, lowest: float, highest: float) -> tuple[flo
 
 
 def _declared_range(image: Image.Image) -> tuple[float, float] | None:
-    """What TIFF's tags say; where one of them is missing it is the end of the type, as TIFF has it.
+    """The range from TIFF's tags, if any; a missing end is that of the sample type, as TIFF specifies.
 
     Raises:
-        BadImage: an empty range.
+        BadImage: the range is empty.
     """
     lowest, highest = _numbers(image, _LOWEST), _numbers(image, _HIGHEST)
     if not lowest and not highest:
@@ -162,7 +162,7 @@ def _declared_range(image: Image.Image) -> tuple[float, float] | None:
 
 
 def _check_colour(image: Image.Image, declared_bits: int, remarks: list[str] | None) -> None:
-    """Refuse colours whose upper 8 bits, all that Pillow reads, are not what the image shows."""
+    """Refuse colours that the upper 8 bits, all that Pillow reads, do not represent."""
     declared = _declared_range(image)
     if declared is not None and declared != (0, 2**declared_bits - 1):
         raise BadImage(
@@ -173,7 +173,7 @@ def _check_colour(image: Image.Image, declared_bits: int, remarks: list[str] | N
         return
     ranges: Any = [image.getchannel(band).getextrema() for band in image.getbands() if band != "A"]
     highest = max(high for _, high in ranges)
-    if highest <= (1 if image.format == "PPM" else 0):  # whose values Pillow rounds
+    if highest <= (1 if image.format == "PPM" else 0):  # Pillow rounds the values of PPM
         raise BadImage(
             f"{declared_bits} bits a sample, and all values in the lowest 8: black, or an 8-bit image in more bits; "
             "store 8 bits"
@@ -183,7 +183,7 @@ def _check_colour(image: Image.Image, declared_bits: int, remarks: list[str] | N
 
 
 def _check_use(highest: float, high: int, remarks: list[str] | None) -> None:
-    """Refuse greys that would all become black, whose file says nothing but the number of bits."""
+    """Refuse greys that would all become black, if the file declares only the number of bits."""
     if 0 < highest <= high >> 8:
         raise BadImage(
             f"{high.bit_length()} bits a sample, and no value above {highest:g}: black, or an 8-bit image in more "
@@ -194,7 +194,7 @@ def _check_use(highest: float, high: int, remarks: list[str] | None) -> None:
 
 
 def _narrow_transparency(image: Image.Image) -> None:
-    """A PNG names its transparent colour by samples of 16 bits, of which Pillow has read the upper 8."""
+    """Convert the transparent colour of a PNG from 16 to 8 bits, as Pillow has read the upper 8 of the pixels."""
     colour = image.info.get("transparency")
     if isinstance(colour, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in colour)
@@ -205,10 +205,10 @@ def _tiff_bits(image: Image.Image, otherwise: int) -> int:
 
 
 def _numbers(image: Image.Image, tag: int) -> tuple[float, ...]:
-    """The values of a TIFF's tag; none of other formats.
+    """The values of a TIFF tag; empty for other formats.
 
     Raises:
-        BadImage: no numbers.
+        BadImage: the values are not numbers.
     """
     tags: Any = getattr(image, "tag_v2", None)
     value = () if tags is None else tags.get(tag, ())

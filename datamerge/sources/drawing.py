@@ -1,4 +1,4 @@
-"""Part of a source: drawn evenly over it, or its first samples."""
+"""Limits a source to some samples: drawn evenly over it, or the first ones."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from storage_schemas.schema.seeds import LIMIT, purpose_seed
 
 @dataclass(frozen=True)
 class Limits:
-    """How many samples to use.
+    """The number of samples to use, and how to choose them.
 
     Attributes:
-        drawn: so many, one of each of so many equal runs of the source; a source that is sorted by class gives all
-            classes alike.
-        first: the first so many.
-        seed: of the draw.
+        drawn: number of samples to draw, one from each of that many equal runs of the source, so that a source
+            sorted by class gives samples of all classes.
+        first: number of samples to take from the start.
+        seed: seed of the draw.
 
     Raises:
-        ConfigError: a number below 1, both, or a negative seed.
+        ConfigError: a number is below 1, both are given, or the seed is negative.
     """
 
     drawn: int | None = None
@@ -36,12 +36,10 @@ class Limits:
                 check_count(name, count)
         check_not_negative("seed", self.seed)
         if None not in (self.drawn, self.first):
-            raise ConfigError(
-                f"limit_first: expected no other limit, found `limit={self.drawn}`, which draws; drop one of them"
-            )
+            raise ConfigError(f"limit_first: expected no other limit, found `limit={self.drawn}`; drop one of them")
 
     def of(self, total: int) -> npt.NDArray[np.int64] | None:
-        """Indices of the samples of a source of `total`, ascending; None for all of them."""
+        """Ascending indices of the chosen samples of `total`; None for all."""
         count = self.first if self.drawn is None else self.drawn
         if count is None or count >= total:
             return None

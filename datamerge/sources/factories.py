@@ -1,9 +1,9 @@
-"""Map-style data sets from your own code: `python:MODULE:FACTORY`, as `torchvision.datasets` classes are.
+"""Map-style data sets from user code, such as `torchvision.datasets`: `python:MODULE:FACTORY`.
 
 The factory takes no arguments and returns an object with `len()` whose items hold an image and perhaps a label (see
-`datamerge.sources.items`). Every worker calls the factory once. Labels are taken from `targets`, `labels` or a column
-of labels if the data set has them, else by going through it once; class names from `classes` or `features`. An item
-that raises anything is a bad image, as a file cut short is.
+`datamerge.sources.items`). Every worker calls the factory once. Labels come from `targets`, `labels` or a column of
+labels if the data set has one, else from reading all items once; class names come from `classes` or `features`. An
+item that raises an exception is a bad image, like a truncated file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from storage_schemas.access.retries import retry
 
 T = TypeVar("T")
 
-# Seconds between the tries of an item that fails for a network's reasons.
+# Seconds between tries to read an item after a network error.
 WAITS = (0.25, 1.0, 5.0)
 
 
 class FactoryReader:
-    """Reads items of a data set that is made on first use."""
+    """Reads items of a data set, which is made on first use."""
 
     is_concurrent = False
     is_remote = False
@@ -48,8 +48,8 @@ class FactoryReader:
         """The image of an item.
 
         Raises:
-            BadImage: whatever the data set raises.
-            SourceError: it cannot be made here.
+            BadImage: the data set raises any exception for it.
+            SourceError: the factory fails on this machine.
         """
         if self._dataset is None:
             self._dataset = _make(self._url)
@@ -60,10 +60,10 @@ class FactoryReader:
 
 
 def open_factory(url: str, limits: Limits = EVERYTHING, labelled: bool = True) -> Source:
-    """List a data set, with its labels or without.
+    """List the items of a data set, with or without labels.
 
     Raises:
-        SourceError: no such factory, or what it returns is no map-style data set of images.
+        SourceError: there is no such factory, or its result is not a map-style data set of images.
     """
     dataset = _make(url)
     total = _length(dataset, url)
@@ -80,8 +80,8 @@ def open_factory(url: str, limits: Limits = EVERYTHING, labelled: bool = True) -
     (stem,) = make_keys([url.rpartition(":")[2]])
     rows = Rows.of([url], [stem], [total])
     samples = Samples(rows if chosen is None else rows.take(chosen), label_column(labels))
-    # A data set has no files: a fixed choice of its images stands for their content.
-    # Cut off, not rounded as for a contact sheet: fingerprints in artifacts depend on the choice.
+    # A data set has no files, so the fingerprint covers a fixed choice of its images. Positions are truncated, not
+    # rounded: fingerprints in artifacts depend on the choice.
     hashed = sorted({items[int(place)] for place in np.linspace(0, count - 1, min(count, HASHED_FILES))})
     listing = {f"image {index}": [1, _hash(dataset, index)] for index in hashed}
     identity = fingerprint([total, samples.json_of_labels(), listing])
@@ -100,19 +100,19 @@ def _make(url: str) -> Any:
     if isinstance(dataset, Mapping):
         raise SourceError(
             f"{url}: expected a data set, found a {kind} with {shortened(list(dataset))}; let the factory return one "
-            "of these"
+            "of its values"
         )
     if _only_iterates(dataset):
         raise SourceError(
             f"{url}: expected a map-style data set of (image, label), found {kind} without len() or indexing, which "
-            "can only be gone through; let the factory return `list(...)` of it, or write it to tars once and name "
+            "can only be iterated; let the factory return `list(...)` of it, or write it to tars once and name "
             "those"
         )
     return dataset
 
 
 def _only_iterates(dataset: Any) -> bool:
-    """Whether items cannot be had by number; torch's iterable data sets have the methods, which raise."""
+    """Whether a data set has no random access; torch's iterable data sets have the methods, but they raise."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return True
     return any(base.__name__ == "IterableDataset" for base in type(dataset).__mro__)
@@ -126,7 +126,7 @@ def _length(dataset: Any, url: str) -> int:
 
 
 def _read(dataset: Any, index: int) -> RawImage:
-    """The image of an item, again after failures of a network; raises BadImage for whatever is raised."""
+    """The image of an item, with retries after network errors; raises BadImage for any exception."""
     found = _attempt(lambda: to_raw(parts(dataset[index])[0]))
     if isinstance(found, BadImage):
         raise found
@@ -134,7 +134,7 @@ def _read(dataset: Any, index: int) -> RawImage:
 
 
 def _attempt(operation: Callable[[], T]) -> T | BadImage:
-    """What code of the user's returns, or a BadImage with the reason why it does not."""
+    """Call user code; returns its result, or a BadImage with the reason of its failure."""
     try:
         return call(lambda: retry(operation, delays=WAITS))
     except Failed as error:
@@ -142,7 +142,7 @@ def _attempt(operation: Callable[[], T]) -> T | BadImage:
 
 
 def _labels(dataset: Any, items: Sequence[int], total: int, url: str) -> tuple[Labels, str]:
-    """Labels and class names, and why there are none: captions and boxes are no labels, and may be none needed."""
+    """Labels and class names, or the reason why there are none: captions and boxes are no labels."""
     column = _column(dataset)
     known = _known(dataset, items, total, column)
     if known is None:
@@ -157,9 +157,9 @@ def _labels(dataset: Any, items: Sequence[int], total: int, url: str) -> tuple[L
 
 
 def _known(dataset: Any, items: Sequence[int], total: int, column: str | None) -> list[Any] | None:
-    """The labels of some items, where the data set tells them without; None where it does not, or fails to."""
+    """The labels of some items from an attribute or column of the data set; None if it has none, or fails."""
 
-    def told(values: Any) -> list[Any] | None:
+    def chosen(values: Any) -> list[Any] | None:
         if values is None or len(values) != total:
             return None
         first = list(values[: items[-1] + 1])
@@ -167,18 +167,18 @@ def _known(dataset: Any, items: Sequence[int], total: int, column: str | None) -
 
     for name in ("targets", "labels"):
         with suppress(Failed):
-            if (found := call(lambda name=name: told(getattr(dataset, name, None)))) is not None:  # type: ignore[misc]  # bound now
+            if (found := call(lambda name=name: chosen(getattr(dataset, name, None)))) is not None:  # type: ignore[misc]  # bound now
                 return found
     with suppress(Failed):
-        return None if column is None else call(lambda: told(dataset[column]))
+        return None if column is None else call(lambda: chosen(dataset[column]))
     return None
 
 
 def _from_items(dataset: Any, items: Sequence[int], url: str) -> list[Any]:
-    """A label an item; None for those that cannot be read, whose number is said.
+    """One label per item; None for items that cannot be read, which a warning counts.
 
     Raises:
-        SourceError: there are no others.
+        SourceError: no item can be read.
     """
     found = [_attempt(lambda index=index: parts(dataset[index])[1]) for index in items]  # type: ignore[misc]  # bound now
     failed = [place for place, label in enumerate(found) if isinstance(label, BadImage)]
@@ -191,21 +191,21 @@ def _from_items(dataset: Any, items: Sequence[int], url: str) -> list[Any]:
 
 
 def _column(dataset: Any) -> str | None:
-    """The column of labels of a data set that has columns, as those of `datasets`."""
+    """The column of labels of a data set with columns, such as one of `datasets`."""
     names = getattr(dataset, "column_names", None)
     return label_key(dict.fromkeys(names)) if isinstance(names, list) else None
 
 
 def _class_names(dataset: Any, column: str | None) -> list[str]:
-    """Class names by index, where the data set tells them."""
+    """Class names by index, if the data set has them."""
     features = getattr(dataset, "features", None)
-    told = getattr(features.get(column), "names", None) if isinstance(features, Mapping) else None
-    names = getattr(dataset, "classes", None) or told
+    of_column = getattr(features.get(column), "names", None) if isinstance(features, Mapping) else None
+    names = getattr(dataset, "classes", None) or of_column
     return [str(name) for name in names] if isinstance(names, Sequence) and not isinstance(names, str) else []
 
 
 def _hash(dataset: Any, index: int) -> str | None:
-    """What stands for the content of an item; None of one that cannot be read."""
+    """Hash of the content of an item; None if it cannot be read."""
 
     def content() -> bytes:
         image = to_raw(parts(dataset[index])[0])

@@ -1,4 +1,4 @@
-"""The files of a source as columns: names, sizes, and the hashes of those whose content was looked at."""
+"""The listing of a source's files as columns: names, sizes, and hashes of the files whose content was read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True, eq=False)
 class FileList(Mapping[str, Sequence[Any]]):
-    """By file, its [bytes, sha256 or None].
+    """A mapping from file to [bytes, SHA-256 or None].
 
     Attributes:
-        names: Arrow's large strings [F], sorted.
-        sizes: int64 [F].
-        hashed: int64 [H], places of the files with a hash, in order.
-        digests: uint8 [H, 32], their hashes.
+        names: paths, Arrow large strings [F], sorted.
+        sizes: int64 [F], bytes.
+        hashed: int64 [H], ascending indices of the files with a hash.
+        digests: uint8 [H, 32], their SHA-256.
     """
 
     names: pa.LargeStringArray
@@ -38,7 +38,7 @@ class FileList(Mapping[str, Sequence[Any]]):
 
     @classmethod
     def of(cls, location: Location, files: Files) -> FileList:
-        """Of sorted files."""
+        """From sorted files; reads and hashes some of them."""
         hashes = hash_contents(location, files.paths(), files.sizes)
         digests = b"".join(bytes.fromhex(hashes[place]) for place in sorted(hashes))
         return cls(
@@ -50,7 +50,7 @@ class FileList(Mapping[str, Sequence[Any]]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory besides those of the names."""
+        """Bytes of memory, without the names."""
         return self.sizes.nbytes + self.hashed.nbytes + self.digests.nbytes
 
     def __len__(self) -> int:
@@ -69,10 +69,10 @@ class FileList(Mapping[str, Sequence[Any]]):
         return _Items(self)
 
     def json(self) -> Iterator[str]:
-        """What `json.dumps` writes of it as a dict, in pieces."""
+        """The text that `json.dumps` gives for the mapping as a dict, in pieces."""
         yield "{"
         for start in range(0, len(self), CHUNK):
-            # Without a list a file, which the garbage collector would look through.
+            # One list per file would burden the garbage collector.
             names = map(encode_basestring_ascii, self.names[start : start + CHUNK].to_pylist())
             hashes = [f'"{digest}"' if digest else "null" for digest in self._hashes(start, start + CHUNK)]
             facts = zip(names, self.sizes[start : start + CHUNK].tolist(), hashes, strict=True)
@@ -96,7 +96,7 @@ class FileList(Mapping[str, Sequence[Any]]):
 
 
 class _Items(ItemsView[str, Sequence[Any]]):
-    """Names and facts without looking for each name."""
+    """Items in order, without a search for each name."""
 
     _mapping: FileList
 

@@ -1,4 +1,4 @@
-"""Paths and sizes of very many files as columns: 16 bytes a file besides its path. F files."""
+"""Paths and sizes of very many files as columns, in 16 bytes per file and its path. F files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from datamerge.sources.naming import CHUNK
 
 File = tuple[str, int]
-"""Path relative to the source, and bytes."""
+"""Path relative to the source, and size in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +23,10 @@ class Files(Sequence[File]):
     """Files, sorted by path.
 
     Attributes:
-        names: paths, Arrow's large strings [F].
+        names: paths, Arrow large strings [F].
         sizes: int64 [F], bytes.
-        folders: those that hold files themselves, in any order; empty for the top.
-        of_folder: int32 [F], the folder of each file.
+        folders: folders that contain files directly, in any order; an empty text is the top.
+        of_folder: int32 [F], index of each file's folder.
     """
 
     names: pa.LargeStringArray
@@ -36,7 +36,7 @@ class Files(Sequence[File]):
 
     @classmethod
     def of(cls, files: Iterable[File]) -> Files:
-        """Of paths and sizes in any order."""
+        """From paths and sizes in any order."""
         if isinstance(files, Files):
             return files
         collected = Collected()
@@ -63,12 +63,12 @@ class Files(Sequence[File]):
             yield from self[start : start + CHUNK]
 
     def paths(self) -> Iterator[str]:
-        """Their paths, few of which exist as Python's texts at a time."""
+        """Yield the paths; few of them exist as Python strings at a time."""
         for start in range(0, len(self), CHUNK):
             yield from self.names[start : start + CHUNK].to_pylist()
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> Files:
-        """Those that a mask [F] chooses."""
+        """The files that a mask [F] selects."""
         of_folder = self.of_folder[chosen]
         used = np.flatnonzero(np.bincount(of_folder, minlength=len(self.folders)))
         places = np.zeros(len(self.folders), np.int32)
@@ -77,18 +77,18 @@ class Files(Sequence[File]):
         return Files(names, self.sizes[chosen], [self.folders[place] for place in used.tolist()], places[of_folder])
 
     def in_folders(self, chosen: Sequence[bool]) -> Files:
-        """Those in some of the folders, for each of which `chosen` says so."""
+        """The files in the folders for which `chosen`, one value per folder, is True."""
         return self if all(chosen) else self.where(np.array(chosen, np.bool_)[self.of_folder])
 
     def below(self, folder: str) -> Files:
-        """The same, called by their paths below a folder that holds them all."""
+        """The same files with paths relative to a folder that contains them all."""
         cut = len(folder) + 1
         names = pc.utf8_slice_codeunits(self.names, cut)
         return Files(names, self.sizes, [path[cut:] for path in self.folders], self.of_folder)
 
 
 class Collected:
-    """Collects files one by one, in memory that grows in place."""
+    """Collects files one by one, in growing buffers."""
 
     def __init__(self) -> None:
         self._text = bytearray()
@@ -104,7 +104,7 @@ class Collected:
         """Add a file.
 
         Raises:
-            UnicodeEncodeError: a name that is no text.
+            UnicodeEncodeError: the name is not valid text.
         """
         text = name.encode()
         if text < self._last:
@@ -115,11 +115,11 @@ class Collected:
         self._sizes.append(size)
 
     def files(self) -> Files:
-        """All of them, which takes over the memory: nothing can be added any more."""
+        """All files. The result takes over the buffers, so no file can be added afterwards."""
         names = pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._text))
         sizes = np.frombuffer(self._sizes, np.int64)
         if not self._is_sorted:
-            order = pc.sort_indices(names)  # by UTF-8, which is the order of Python's texts
+            order = pc.sort_indices(names)  # the order of UTF-8 is that of Python strings
             names, sizes = names.take(order), sizes[order.to_numpy()]
         places: dict[str, int] = {}
         of_folder = np.empty(len(sizes), np.int32)

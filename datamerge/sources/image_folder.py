@@ -1,8 +1,8 @@
-"""A folder of image files, nested as you like. Classes come from labels.csv, or from sub-folders.
+"""A folder of image files, at any depth. Classes come from labels.csv, or from sub-folders.
 
 labels.csv has a column `file` (a path below the folder, or below its sub-folder `images`) and usually `label`; other
-columns can name groups. Columns of 0 and 1, one a class, will do as well. Without labels.csv, first-level
-sub-folders are classes.
+columns can name groups. One column of 0 and 1 per class also works. Without labels.csv, first-level sub-folders are
+classes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from datamerge.sources.labels import (
     NoClass,
     choose_column,
     label_columns,
+    named_column,
     number_in,
     read_labels,
     shown,
-    wanted_column,
     warn_of_twins,
 )
 from datamerge.sources.listing import is_artifact, is_folder, is_junk
@@ -78,12 +78,13 @@ def open_image_folder(
     Args:
         location: the folder.
         files: the images.
-        columns: of labels.csv.
+        columns: columns of labels.csv.
         skipped: level of the folders that are splits, not classes.
-        known: other images, which labels.csv may name.
+        known: paths of other images, which labels.csv may name too.
 
     Raises:
-        SourceError: a labels.csv that does not go with the images.
+        ConfigError: `image_column` is set.
+        SourceError: labels.csv does not fit the images.
     """
     if columns.image is not None:
         raise ConfigError(
@@ -93,8 +94,8 @@ def open_image_folder(
     broken = files.where(pc.match_substring(files.names, "\\").to_numpy(zero_copy_only=False)).names
     if len(broken):
         warn(
-            f"{location.url}: {len(broken)} of {len(files)} names hold a backslash, such as {broken[0]}, which was a "
-            "folder on Windows and is none here; unpack the archive again with a program that makes folders of them"
+            f"{location.url}: {len(broken)} of {len(files)} names hold a backslash, such as {broken[0]}, which "
+            "separates folders on Windows only; unpack the archive again with a program that makes folders"
         )
     values: Values | None = None
     class_names: list[str] = []
@@ -123,11 +124,11 @@ def open_image_folder(
 
 
 def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> tuple[Labels, str]:
-    """Labels from a column of labels.csv, and why there are none."""
+    """Labels from a column of labels.csv, or the reason why there are none."""
     _warn_of_columns(table, names, columns)
     others = [name for name in table.columns if name not in (table.file_column, columns.group)]
     if columns.label is not None:
-        column, why = wanted_column(columns.label, table.columns, table.where), ""
+        column, why = named_column(columns.label, table.columns, table.where), ""
         if column in others and not any(label_columns([column])):
             _warn_of_one_of_several(table, names, others, column)
     elif len(others) == 1:
@@ -151,7 +152,7 @@ def _table_labels(table: LabelTable, names: Sequence[str], columns: Columns) -> 
 
 
 def _one_hot_labels(table: LabelTable, names: Sequence[str], others: Sequence[str]) -> tuple[Labels, str]:
-    """Labels from columns of 0 and 1, one a class, where no column is called label; and why there are none."""
+    """Labels from one-hot columns, or the reason why there are none."""
     hot = _find_one_hot(table, names, others)
     if hot is not None and not hot.odd:
         say(f"{table.where}: the columns {shown(hot.names)} hold one 1 a row, taken as {len(hot.names)} classes")
@@ -163,8 +164,8 @@ def _one_hot_labels(table: LabelTable, names: Sequence[str], others: Sequence[st
     reasons = []
     if hot is not None:
         reasons.append(
-            f"the columns {shown(hot.names)} of {TABLE} hold 0 and 1, but not one 1 each in {len(hot.odd)} of "
-            f"{len(names)} images, first {table.line(names[hot.odd[0]])}, so that they are no label of one class"
+            f"the columns {shown(hot.names)} of {TABLE} hold 0 and 1, but not one 1 for {len(hot.odd)} of "
+            f"{len(names)} images, first {table.line(names[hot.odd[0]])}, so they give no single label"
         )
     if rest:
         reasons.append(
@@ -178,27 +179,25 @@ def _one_hot_labels(table: LabelTable, names: Sequence[str], others: Sequence[st
 def _find_one_hot(table: LabelTable, names: Sequence[str], others: Sequence[str]) -> OneHotColumns | None:
     values = {}
     for name in others:
-        with suppress(SourceError):  # rows of one image that differ, as captions do
+        with suppress(SourceError):  # an image may have several rows that differ, such as captions
             values[name] = table.values(name, names)
     return find_one_hot(values)
 
 
 def _warn_of_one_of_several(table: LabelTable, names: Sequence[str], others: Sequence[str], column: str) -> None:
-    """Say so where the named column is one of several of 0 and 1: it says one class or not, not which."""
+    """Warn if the chosen column is one of several one-hot columns: it tells only one class from the rest."""
     hot = _find_one_hot(table, names, others)
     if hot is None or column not in hot.names:
         return
-    instead = (
-        f"{len(hot.odd)} images do not have one 1 in these" if hot.odd else "without `label_column` all are read"
-    )
+    instead = f"{len(hot.odd)} images do not have one 1 in them" if hot.odd else "drop `label_column` to read all"
     warn(
         f"{table.where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
-        f"are 0 and 1 of it alone; {instead}"
+        f"are its 0 and 1 alone; {instead}"
     )
 
 
 def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) -> None:
-    """Say which columns have one name, and which say a split: all splits are taken."""
+    """Warn about columns that share a name, and about columns of splits, as all splits are used."""
     for name, times in Counter(table.columns).items():
         if times > 1:
             warn(f"{table.where}: {times} columns are called {name!r}, of which the first is used; rename the others")
@@ -209,9 +208,9 @@ def _warn_of_columns(table: LabelTable, names: Sequence[str], columns: Columns) 
 
 
 def _folder_labels(location: Location, files: Files, skipped: int | None) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Labels from the sub-folders of the first level at which there are several, `skipped` left aside.
+    """Labels from the sub-folders of the first level with several, without counting the level `skipped`.
 
-    Images beside them have none. Folders that are all called by whole numbers are the labels by value.
+    Images beside the sub-folders have no label. If all names of folders are whole numbers, these are the labels.
     """
     parts = [folder.split("/") if folder else [] for folder in files.folders]
     images = np.bincount(files.of_folder).tolist()
@@ -223,8 +222,8 @@ def _folder_labels(location: Location, files: Files, skipped: int | None) -> tup
     if beside and (len(distinct) < 2 or beside * 2 >= len(files)):
         if distinct:
             say(
-                f"{location.url}: {beside} of {len(files)} images are beside {len(distinct)} sub-folders: these are "
-                "not taken as classes"
+                f"{location.url}: {beside} of {len(files)} images are beside {len(distinct)} sub-folders, so "
+                "these are not taken as classes"
             )
         return np.full(len(files), NO_LABEL, np.int32), []
     if beside:
@@ -238,7 +237,7 @@ def _folder_labels(location: Location, files: Files, skipped: int | None) -> tup
     labels, classes = coded.labels(location.url, (), lambda index: files[index][0], folders=True)
     if distinct and not classes:
         classes = _numbered(distinct, location.url)
-    if skipped is None or (len(splits) == 1 and skipped <= level):  # others have folders of their own
+    if skipped is None or (len(splits) == 1 and skipped <= level):  # otherwise each split has its own class folders
         above = parts[0][:level]
         if skipped is not None:
             above.insert(skipped, *splits)
@@ -251,10 +250,10 @@ def _folder_labels(location: Location, files: Files, skipped: int | None) -> tup
 
 
 def _level(parts: Sequence[Sequence[str]]) -> int:
-    """How deep the class folders are: below folders that all images share, where these hold several folders.
+    """The depth of the class folders: below the folders that all images share, if these hold several folders.
 
     Args:
-        parts: of the folders that hold images.
+        parts: components of the paths of all folders that contain images.
     """
     level = 0
     while all(len(part) > level + 1 and part[level] == parts[0][level] for part in parts):
@@ -263,10 +262,10 @@ def _level(parts: Sequence[Sequence[str]]) -> int:
 
 
 def _numbered(folders: Sequence[str], where: str) -> list[str]:
-    """Class names of folders that are called by numbers, where these count from 0; none otherwise.
+    """Names of folders that are numbers, ordered by value, if these count from 0; else empty.
 
     Raises:
-        SourceError: two folders that are the same number.
+        SourceError: two folders have the same value.
     """
     by_value: dict[int, str] = {}
     for folder in folders:
@@ -275,18 +274,18 @@ def _numbered(folders: Sequence[str], where: str) -> list[str]:
             continue
         if value in by_value:
             raise SourceError(
-                f"{where}: expected one folder a class, found {by_value[value]} and {folder}, both the label "
+                f"{where}: expected one folder per class, found {by_value[value]} and {folder}, both label "
                 f"{value}; rename one"
             )
         by_value[value] = folder
     first, last = min(by_value, default=0), max(by_value, default=0)
     if by_value:
-        say(f"{where}: the class folders {by_value[first]} … {by_value[last]} are numbers, taken as the labels")
+        say(f"{where}: the class folders {by_value[first]} … {by_value[last]} are numbers, used as the labels")
     return [by_value[value] for value in range(last + 1)] if len(by_value) == last + 1 else []
 
 
 def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
-    """Say where the classes are, if not at the top, and which folders beside them hold no image.
+    """Print where the class folders are, if not at the top, and warn about class folders without images.
 
     Object stores have no empty folders.
     """
@@ -302,6 +301,6 @@ def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
     empty = sorted(name for name in others if not is_artifact({path.name for path in folders[name].iterdir()}))
     if empty:
         warn(
-            f"{location.url}: {len(empty)} of {len(folders)} class folders hold no image, {shown(empty)}; the "
-            "classes are those of the others"
+            f"{location.url}: {len(empty)} of {len(folders)} class folders hold no image, {shown(empty)}; they "
+            "are not classes"
         )

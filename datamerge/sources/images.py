@@ -1,4 +1,4 @@
-"""From an encoded image to 8-bit pixels, the way the libraries that encoders come from do it."""
+"""Decodes and resizes images to 8-bit pixels, exactly as the libraries of the encoders do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 __all__ = ["BadImage", "decode", "describe_remarks", "native_shape", "opened"]
 
-# A 1 × 60,000 strip is a small file, but the image that fills 224 × 224 has 3 billion pixels before the crop.
+# A 1 × 60,000 strip is a small file, but scaled to fill 224 × 224 it has 3 billion pixels before the crop.
 MAX_RESIZED_PIXELS = 50_000_000
 TURNED_REMARK = "turned"
 TIFF_MAGIC = (b"II*\0", b"MM\0*")
@@ -31,22 +31,22 @@ def decode(
 ) -> npt.NDArray[np.uint8]:
     """Decode, convert to grey (C = 1) or RGB (C = 3), turn, resize, crop or pad; uint8 [C, H, W], not normalised.
 
-    Images are converted before they are resized, as torchvision's ImageFolder and timm do. Of several frames or pages
-    the first is taken; colour profiles are not applied.
+    Images are converted before they are resized, as torchvision's ImageFolder and timm do. The first of several
+    frames or pages is used; colour profiles are not applied.
 
     Args:
-        data: a file, or an image.
-        preprocessing: which pixels to make of it.
-        exif: whether the orientation in EXIF data is applied.
-        remarks: gets `TURNED_REMARK` for an image that EXIF turns, whether that is applied or not, and `DARK_REMARK`.
+        data: content of a file, or an image.
+        preprocessing: preprocessing to apply.
+        exif: whether to apply the orientation in EXIF data.
+        remarks: receives `DARK_REMARK`, and `TURNED_REMARK` if EXIF data turn the image, applied or not.
 
     Raises:
-        BadImage: not an image, cut short, or absurdly large or narrow; of another size where none is resized; of more
-            than 8 bits a sample and a range that is not known.
+        BadImage: the data are no image, truncated, or absurdly large or narrow; the size differs and resizing is off;
+            or samples have more than 8 bits and an unknown range.
     """
     channels, height, width = preprocessing.shape
     with opened(data) as image:
-        # Sizes are known before pixels are, but whether the sides are swapped is known only after, of PNGs.
+        # The size is known before decoding; a PNG's orientation, which may swap the sides, only afterwards.
         if preprocessing.resize == "none" and (width, height) not in (image.size, image.size[::-1]):
             raise BadImage(f"expected {width}x{height} pixels, found {image.width}x{image.height}")
         declared_bits = bits(image)
@@ -67,14 +67,14 @@ def decode(
 
 @contextmanager
 def opened(data: bytes | Image.Image) -> Iterator[Image.Image]:
-    """An image whose pixels may not be decoded yet; whatever PIL has against it becomes BadImage."""
+    """Open an image, without decoding its pixels; errors of Pillow inside the block become BadImage."""
     try:
         with warnings.catch_warnings():
-            # A palette with transparency only warns; a decompression bomb is refused.
+            # Ignore warnings such as that about palettes with transparency, but refuse decompression bombs.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(data, Image.Image):
-                yield data  # maybe of a file whose pixels are not read yet
+                yield data  # it may belong to a file, with pixels not yet read
             else:
                 with Image.open(io.BytesIO(data), formats=_formats()) as image:
                     yield image
@@ -96,14 +96,14 @@ def _unidentified(data: bytes | Image.Image) -> str:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Formats of photos that this Pillow reads. Others may start a program: EPS starts Ghostscript."""
+    """Photo formats that this Pillow reads. Other formats are excluded: EPS would start Ghostscript."""
     Image.init()
     register_heif()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Composited on white if it has any transparency, as transformers' convert_to_rgb."""
+    """Composite an image with transparency on white, as transformers' convert_to_rgb does."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image
     layer = image.convert("RGBA")
@@ -114,14 +114,14 @@ def _resized(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     size = _scaled_size(image, preprocessing)
     if size == image.size:
         return image
-    # Fitted to the longer side, the other one of a strip may come out as 0.
+    # If the longer side of a strip is fitted, the shorter one may become 0.
     if 0 in size or size[0] * size[1] > MAX_RESIZED_PIXELS:
         raise BadImage(f"{image.width}x{image.height} pixels: too narrow, they would become {size[0]}x{size[1]}")
     return image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
 
 
 def _scaled_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(W, H) that an image is resized to, as the libraries compute it, down to the last bit of their floats."""
+    """(W, H) after resizing, with the floating-point arithmetic of the libraries."""
     (width, height), (to_height, to_width) = image.size, preprocessing.scale
     if preprocessing.resize == "none":
         return image.size
@@ -131,7 +131,7 @@ def _scaled_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int,
         choose = min if preprocessing.resize == "shortest" else max
         ratio = choose(height / to_height, width / to_width)
         return round(width / ratio), round(height / ratio)
-    # Whether the width is the side that is fitted: the shorter one in units of the scale, or the longer one.
+    # Whether the width is the shorter side, relative to the scale.
     narrow = width * to_height <= height * to_width
     if narrow == (preprocessing.resize == "shortest"):
         return to_width, height * to_width // width
@@ -139,7 +139,7 @@ def _scaled_size(image: Image.Image, preprocessing: Preprocessing) -> tuple[int,
 
 
 def _crop_or_pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    """The centre, with a margin where the image is smaller: the smaller half of it above and to the left."""
+    """Crop or pad around the centre; of an odd margin, the smaller half is above or to the left."""
     height, width = preprocessing.size
     if image.size == (width, height):
         return image
@@ -156,10 +156,10 @@ def _crop_or_pad(image: Image.Image, preprocessing: Preprocessing) -> Image.Imag
 
 
 def native_shape(data: bytes | Image.Image, exif: Exif = "ignore") -> tuple[int, int, int]:
-    """(C, H, W) of an image; C is 1 for greys, else 3. Its pixels are decoded only where EXIF may turn it.
+    """(C, H, W) of an image; C is 1 for grey images, else 3. Pixels are decoded only if EXIF matters.
 
     Raises:
-        BadImage: not an image, or absurdly large.
+        BadImage: the data are no image, or absurdly large.
     """
     with opened(data) as image:
         grey = image.mode in ("1", "L", "LA", "La") or is_wide(image.mode)
@@ -168,19 +168,19 @@ def native_shape(data: bytes | Image.Image, exif: Exif = "ignore") -> tuple[int,
 
 
 def describe_remarks(remarks: Mapping[str, int], images: int, exif: Exif) -> list[str]:
-    """A line for each kind of image that `decode` had something to say of.
+    """A line for each kind of remark of `decode`.
 
     Args:
-        remarks: how many there were, by what `decode` said.
-        images: that were read.
+        remarks: number of images by remark.
+        images: number of images that were read.
         exif: whether orientations were applied.
     """
     lines = []
-    if turned_ones := remarks.get(TURNED_REMARK, 0):
+    if turned_images := remarks.get(TURNED_REMARK, 0):
         done, other = ("applied", "ignore") if exif == "transpose" else ("not applied", "transpose")
         lines.append(
-            f"{turned_ones} of {images} images have an orientation in their EXIF data, which is {done}; "
-            f'`exif="{other}"` does otherwise'
+            f"{turned_images} of {images} images have an orientation in their EXIF data, which is {done}; "
+            f'use `exif="{other}"` for the opposite'
         )
     if dark := remarks.get(DARK_REMARK, 0):
         lines.append(

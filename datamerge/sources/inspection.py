@@ -1,4 +1,4 @@
-"""What a source is taken to be, before anything runs: its kind, splits, classes, and what some of its images are."""
+"""Inspects a source before anything runs: its kind, splits, classes, and properties of some images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from datamerge.sources.splits import ALL
 from storage_schemas import ConfigError, Location, redact
 from storage_schemas.schema.arguments import check_count
 
-LOOKED_AT = 64  # images
-THUMBNAILS, SIDE = 3, 256  # how many, and pixels of the longer side
-# What an image may turn out to be when it is decoded; PIL raises anything.
+LOOKED_AT = 64  # number of images to decode
+THUMBNAILS, SIDE = 3, 256  # number of thumbnails, and pixels of their longer side
+# Errors of broken images; Pillow raises many kinds.
 _BROKEN = (BadImage, OSError, SyntaxError, ValueError, EOFError, RuntimeError)
 
 
@@ -37,30 +37,33 @@ def inspect_source(
     seed: int = 0,
     thumbnails: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """What a source is taken to be, and what a random choice of its images are; everything is plain JSON.
+    """How a source would be read, and properties of a random choice of its images, as plain JSON values.
 
     Args:
-        source: as `open_source` takes it.
-        split: to look at. Where there are several and none is named, all are, and `choose` says that one is needed.
+        source: source, as for `open_source`.
+        split: split to inspect. If there are several and none is named, all are inspected, and `choose` says that a
+            choice is needed.
         image_column: column or array of images.
         label_column: column, array or tar member of labels.
-        images: how many to decode, at most.
-        seed: of the choice of images.
-        thumbnails: a .png file to write with three of the images, as they are stored.
+        images: maximum number of images to decode.
+        seed: seed of the choice of images.
+        thumbnails: a .png file to write, with three of the images as they are stored.
 
     Returns:
-        `kind`, `split` and `splits` with their sizes, `samples`, `unlabelled` ones and, if that is known, why,
-        `classes` with their labels, names and sizes, `left_out` files by reason, and of the images `looked_at`:
-        `sizes`, `modes`, `formats`, how many EXIF would turn (`turned`), what a merge does about these unless it is
-        told otherwise (`exif`), and the `unusable` ones with their reasons.
+        `kind`; `split`, and the sizes of all `splits`; number of `samples` and of `unlabelled` ones, with the reason
+        if known; `classes` with labels, names and sizes; files `left_out`, by reason. About the images `looked_at`:
+        `sizes`, `modes`, `formats`, number with an EXIF orientation (`turned`), how a merge treats it by default
+        (`exif`), and the `unusable` images with their reasons.
 
     Raises:
-        ConfigError: no such split; thumbnails that are no .png file.
-        SourceError: nothing there, or nothing that can be read.
+        ConfigError: there is no such split, or `thumbnails` is not a .png file.
+        SourceError: there is nothing, or nothing readable.
     """
     check_count("images", images)
     if thumbnails is not None and not os.fspath(thumbnails).lower().endswith(".png"):
-        raise ConfigError(f"thumbnails: expected a file that ends in .png, found {os.fspath(thumbnails)!r}")
+        raise ConfigError(
+            f"thumbnails: expected a file that ends in .png, found {os.fspath(thumbnails)!r}; rename it"
+        )
     choose = None
     try:
         found = open_source(source, split=split, image_column=image_column, label_column=label_column)
@@ -95,7 +98,7 @@ def _drawn(samples: Samples, count: int, seed: int) -> Samples:
 
 
 def _classes(source: Source) -> dict[str, Any]:
-    """Sizes of classes in the order of their labels, also of those that only have a name."""
+    """Sizes of the classes in the order of their labels, including classes without samples."""
     labels, times = np.unique(source.samples.labels, return_counts=True)
     counts = Counter(dict(zip(labels.tolist(), times.tolist(), strict=True)))
     unlabelled = counts.pop(NO_LABEL, 0)
@@ -107,7 +110,7 @@ def _classes(source: Source) -> dict[str, Any]:
 
 
 def _looked_at(source: Source, samples: Sequence[Sample], pictures: list[Image.Image]) -> dict[str, Any]:
-    """What the images are; small ones of the first go into `pictures`."""
+    """Properties of the images; thumbnails of the first ones go into `pictures`."""
     sizes: Counter[str] = Counter()
     modes: Counter[str] = Counter()
     formats: Counter[str] = Counter()
@@ -143,9 +146,9 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _write(pictures: Sequence[Image.Image], file: str | os.PathLike[str]) -> None:
-    """Pictures side by side, as a PNG."""
+    """Write pictures side by side as a PNG."""
     if not pictures:
-        raise ConfigError("thumbnails: expected an image to draw, found none that can be decoded; leave it out")
+        raise ConfigError("thumbnails: expected an image to draw, found none that can be decoded; drop `thumbnails`")
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
     left = 0
     for picture in pictures:

@@ -1,11 +1,11 @@
-"""What an item of somebody's data set holds: an image and perhaps a label, in the forms that libraries give them.
+"""Items of a data set: an image and perhaps a label, in the forms that libraries use.
 
-(image, label, …)                     torchvision's; a caption or boxes in the place of the label are no label
-{"image": …, "label": …}              `datasets`' and webdataset's, with one image
-image                                 no label
+(image, label, …)            torchvision; a caption or boxes instead of a label count as no label
+{"image": …, "label": …}     datasets and webdataset, with one image
+image                        without a label
 
-An image is PIL's, encoded bytes, {bytes, path}, a path, a uint8 array [H, W], [H, W, C] or [C, H, W], or a tensor
-[H, W] or [C, H, W] of uint8, or of floats in [0, 1] as ToTensor makes them.
+An image is a PIL image, encoded bytes, {bytes, path}, a path, a uint8 array [H, W], [H, W, C] or [C, H, W], or a
+tensor [H, W] or [C, H, W] of uint8, or of floats in [0, 1] as ToTensor makes them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from datamerge.sources.sample import RawImage
 from storage_schemas import shortened
 from storage_schemas.access.local_paths import user_path
 
-# Keys of images where an item holds several things that could be one, such as masks.
+# Keys to prefer if an item holds several images, such as masks.
 USUAL_KEYS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "pixel_values")
 _LEVELS = 255
 
 
 def parts(item: Any) -> tuple[Any, Any]:
-    """The image and the label of an item; None for no label.
+    """The image and the label of an item; the label is None if there is none.
 
     Raises:
-        BadImage: it holds no image, or several.
+        BadImage: the item holds no image, or several.
     """
     if _is_image(item):
         return item, None
@@ -47,10 +47,10 @@ def parts(item: Any) -> tuple[Any, Any]:
 
 
 def image_key(item: Mapping[Any, Any]) -> Any:
-    """The key of the only image in a mapping, or of the one that is called as images are.
+    """The key of the only image in a mapping, or of the one with a usual name.
 
     Raises:
-        BadImage: no image, or several.
+        BadImage: the mapping holds no image, or several.
     """
     images = [key for key, value in item.items() if _is_image(value) or (key in USUAL_KEYS and _is_path(value))]
     usual = [key for key in images if key in USUAL_KEYS]
@@ -64,7 +64,7 @@ def image_key(item: Mapping[Any, Any]) -> Any:
 
 
 def label_key(item: Mapping[Any, Any]) -> str | None:
-    """The key of a mapping that is called as labels are; None if there is none, or no telling which."""
+    """The key with a usual name of labels; None if there is none, or if several are possible."""
     usual, others = label_columns([key for key in item if isinstance(key, str)])
     if usual:
         return usual[0]
@@ -72,11 +72,11 @@ def label_key(item: Mapping[Any, Any]) -> str | None:
 
 
 def to_raw(value: Any) -> RawImage:
-    """An image of any of the forms above as what readers return.
+    """Convert an image of any form above to the form that readers return.
 
     Raises:
-        BadImage: another form.
-        OSError: a path that leads to no readable file.
+        BadImage: the value has another form.
+        OSError: the file at a path cannot be read.
     """
     if isinstance(value, Image.Image):
         return value
@@ -112,7 +112,7 @@ def _is_path(value: Any) -> bool:
 
 
 def _from_tensor(tensor: Any) -> np.ndarray[Any, Any]:
-    """A tensor of torch's as uint8; the levels of floats are those that ToTensor divided by 255."""
+    """A torch tensor as uint8; floats are multiplied by 255, the inverse of ToTensor."""
     described = f"{type(tensor).__name__} {tensor.dtype} {list(tensor.shape)}"
     if not tensor.is_floating_point():
         array = np.asarray(tensor.detach().cpu())
@@ -128,7 +128,7 @@ def _from_tensor(tensor: Any) -> np.ndarray[Any, Any]:
 
 
 def _of_pixels(array: np.ndarray[Any, Any], channels_first: bool) -> Image.Image:
-    """An image of uint8 pixels. Tensors have their channels first; arrays have them last, unless none are there."""
+    """An image of uint8 pixels. Channels are first in tensors and last in arrays, if that axis can be channels."""
     if array.ndim == 3:
         first, last = array.shape[0] in (1, 3), array.shape[2] in (1, 3)
         if first and (channels_first or not last):

@@ -1,12 +1,12 @@
-"""labels.csv, as spreadsheets, pandas and people write it: which row is meant for which image, and its cells.
+"""Reads labels.csv, as spreadsheets, pandas and people write it, and matches its rows to images.
 
     encoding    UTF-8 with or without a byte order mark, or UTF-16 with one
-    cells       separated by commas, semicolons, tabs, bars or spaces; in quotes or not; spaces around them are cut
-    header      names the columns, in any order and case; else the column of files is the one that names images
-    files       as they are, or below images/
+    cells       separated by commas, semicolons, tabs, bars or spaces; quoted or not; surrounding spaces are stripped
+    header      names the columns, in any order and case; without one, the column of files is searched
+    files       paths below the folder, or below images/
 
-Files are also found by `./`, `\\`, another case, another form in Unicode, another suffix or none, where one image
-alone can be meant.
+A path may also differ from the image's by `./`, `\\`, case, Unicode form, or a different or missing suffix, if
+only one image matches.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ FILE_COLUMNS = (
     "id",
 )
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_LOOKED_AT = 1000  # rows, to find the column of files
+_LOOKED_AT = 1000  # rows in which the column of files is searched
 _SEPARATORS = (",", ";", "\t", "|", " ")
 
 
-# Tuples of texts, unlike lists, cost the garbage collector nothing; there may be millions.
+# A tuple of strings, unlike a list, costs the garbage collector nothing; there may be millions.
 Row = tuple[int, tuple[str, ...]]
 """(line in the file, cells)"""
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The rows of a table that are meant for images.
+    """The rows of a table, by image.
 
     Attributes:
-        where: it is.
-        columns: their names as they are written; `column 2` and so on where they have none.
-        file_column: the one that names the images.
-        rows: by image, in the order of the file.
+        where: URL of the table.
+        columns: names of the columns as written; `column 2` and so on for those without a name.
+        file_column: name of the column of files.
+        rows: rows of each image, in the order of the table.
     """
 
     where: str
@@ -70,10 +70,10 @@ class LabelTable:
     rows: Mapping[str, Sequence[Row]]
 
     def values(self, column: str, images: Sequence[str]) -> list[str | None]:
-        """What a column says of each image; None for an empty cell, and for images that the table does not name.
+        """The value of a column for each image; None for an empty cell or an image without a row.
 
         Raises:
-            SourceError: no such column, or rows that say different things of one image.
+            SourceError: there is no such column, or rows of one image have different values.
         """
         if column not in self.columns:
             raise SourceError(f"{self.where}: expected a column {column!r}, found {list(self.columns)}")
@@ -81,7 +81,7 @@ class LabelTable:
         return [self._value(image, place) for image in images]
 
     def line(self, image: str) -> str:
-        """How messages call the row of an image."""
+        """The row of an image, for messages."""
         return f"line {self.rows[image][0][0]}" if image in self.rows else f"no row for {image}"
 
     def _value(self, image: str, place: int) -> str | None:
@@ -96,19 +96,19 @@ class LabelTable:
 
 
 def read_label_table(data: bytes, images: Sequence[str], where: str) -> LabelTable:
-    """Find the rows of images.
+    """Read a table and match its rows to images.
 
     Args:
-        data: the file.
-        images: paths below its folder.
-        where: how messages call it.
+        data: content of the file.
+        images: paths of the images, relative to the folder of the table.
+        where: URL of the table, for messages.
 
     Raises:
-        SourceError: no table, no column of files, a row that may mean several images, or none that means one.
+        SourceError: the file is no table, has no column of files, no row matches an image, or one matches several.
     """
     lines, matcher = _parse(data, images, where), _Matcher(images)
     if not lines:
-        raise SourceError(f"{where}: expected a header such as file,label and a row an image, found an empty table")
+        raise SourceError(f"{where}: expected a header such as file,label and a row per image, found an empty table")
     columns, place, lines = _header(lines, matcher, where)
     lines = [row if len(row[1]) == len(columns) else _whole(row, len(columns), where) for row in lines]
     named = [(line, cells[place]) for line, cells in lines]
@@ -123,7 +123,7 @@ def read_label_table(data: bytes, images: Sequence[str], where: str) -> LabelTab
         such = f", such as {missing[0][1]!r}" if missing else ""
         raise SourceError(
             f"{where}: expected paths below its folder in the column {columns[place]!r}, found none in {len(lines)} "
-            f"rows{such}; correct the table: images are called such as {min(images, default='none')}"
+            f"rows{such}; correct the table; an image is {min(images, default='none')}"
         )
     _say_differences(where, images, rows, missing)
     return LabelTable(where, columns, columns[place], rows)
@@ -134,7 +134,7 @@ def _say_differences(
 ) -> None:
     if missing:
         line, name = missing[0]
-        warn(f"{where}: {len(missing)} rows name files that are not there, such as {name!r} in line {line}")
+        warn(f"{where}: {len(missing)} rows name missing files, such as {name!r} in line {line}")
     without = [image for image in images if image not in rows]
     if without:
         say(f"{where}: {len(without)} of {len(images)} images have no row, such as {without[0]}")
@@ -144,7 +144,7 @@ def _say_differences(
 
 
 def _parse(data: bytes, images: Sequence[str], where: str) -> Sequence[Row]:
-    """The rows that are not empty, separated by what makes most sense."""
+    """The non-empty rows, with the separator that gives the most plausible cells."""
     try:
         text = data.decode("utf-16" if data[:2] in _UTF_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,13 +155,13 @@ def _parse(data: bytes, images: Sequence[str], where: str) -> Sequence[Row]:
     beginning = text[: csv.field_size_limit()]
     known = {*images, *(image.rpartition("/")[2] for image in images), *FILE_COLUMNS}
 
-    def sense(separator: str) -> tuple[bool, int]:
+    def plausibility(separator: str) -> tuple[bool, int]:
         rows = _rows(beginning, separator, skipped, where, 2)
-        # Spaces come last: they are in names, too.
+        # Spaces come last, as names contain them too.
         cells = len(rows[0][1]) if rows and separator != " " else 1
         return any(cell in known or cell.lower() in known for _, cells in rows for cell in cells), cells
 
-    return _rows(text, max(_SEPARATORS, key=sense), skipped, where)
+    return _rows(text, max(_SEPARATORS, key=plausibility), skipped, where)
 
 
 def _rows(text: str, separator: str, skipped: int, where: str, limit: int | None = None) -> list[Row]:
@@ -180,17 +180,17 @@ def _rows(text: str, separator: str, skipped: int, where: str, limit: int | None
 
 
 def _header(lines: Sequence[Row], matcher: _Matcher, where: str) -> tuple[list[str], int, Sequence[Row]]:
-    """Names of the columns, the place of the one with the files, and the rows below the header."""
+    """Names of the columns, the index of the column of files, and the rows below the header."""
     first = lines[0][1]
     folded = [re.sub(r"[ -]", "_", cell.lower()) for cell in first]
     named = sorted((FILE_COLUMNS.index(cell), place) for place, cell in enumerate(folded) if cell in FILE_COLUMNS)
     if named and not any(map(matcher.exact, first)):
         some = [cells for _, cells in lines[1 : _LOOKED_AT + 1]]
         below = {place: [cells[place] for cells in some if place < len(cells)] for _, place in named}
-        # Several may be called like files, such as `image` and `id`: the one that names most images.
+        # Of several candidates, such as `image` and `id`, choose the one that names most images.
         best = max(below, key=lambda place: sum(cell in matcher for cell in below[place]))
         return _names(first), best, lines[1:]
-    # No header, or one in other words: the column of files is the one that names images.
+    # No header, or unknown names: the column of files is the one that names images.
     for rows, names in ((lines, [""] * len(first)), (lines[1:], first)):
         for place in range(len(first)):
             if rows and place < len(rows[0][1]) and rows[0][1][place] in matcher:
@@ -204,12 +204,12 @@ def _header(lines: Sequence[Row], matcher: _Matcher, where: str) -> tuple[list[s
 
 
 def _names(cells: Sequence[str]) -> list[str]:
-    """Names of columns; those without a name, as pandas writes its index, get one."""
+    """Names of columns; a column without a name, such as an index of pandas, gets one."""
     return [cell or f"column {place + 1}" for place, cell in enumerate(cells)]
 
 
 def _whole(row: Row, width: int, where: str) -> Row:
-    """A row with as many cells as the header has."""
+    """The row with as many cells as the header."""
     line, cells = row
     if any(cells[width:]):
         raise SourceError(
@@ -220,7 +220,7 @@ def _whole(row: Row, width: int, where: str) -> Row:
 
 
 def _forms() -> tuple[Callable[[str], str], ...]:
-    """Ways to compare paths, the strictest first."""
+    """Normal forms in which paths are compared, the strictest first."""
 
     def plain(path: str) -> str:
         path = posixpath.normpath(path.replace("\\", "/")).lstrip("/")
@@ -237,7 +237,7 @@ def _forms() -> tuple[Callable[[str], str], ...]:
 
 
 class _Matcher:
-    """Finds the image that a cell means."""
+    """Finds the image that a cell names."""
 
     def __init__(self, images: Sequence[str]) -> None:
         self._known = set(images)
@@ -251,10 +251,10 @@ class _Matcher:
         )
 
     def match(self, cells: Sequence[tuple[int, str]], where: str) -> list[str | None]:
-        """The image of each (line, cell), None where there is none.
+        """The image of each (line, cell); None if there is none.
 
         Raises:
-            SourceError: a cell that may mean several images.
+            SourceError: a cell matches several images.
         """
         found = [self.exact(cell) for _, cell in cells]
         loosely = 0
@@ -266,22 +266,24 @@ class _Matcher:
                 if found[place] is not None or not cell:
                     continue
                 alike = self._alike(cell, way)
-                if len(alike) > 1 or way == len(self._forms) - 1:  # a.png is not there if another row names a.jpg
+                if (
+                    len(alike) > 1 or way == len(self._forms) - 1
+                ):  # an image named by another row does not match again
                     alike = [image for image in alike if image not in taken]
                 if len(alike) > 1:
                     raise SourceError(
-                        f"{where}, line {line}: expected one image, found {len(alike)} that {cell!r} may mean: "
+                        f"{where}, line {line}: expected one image, found {len(alike)} that match {cell!r}: "
                         f"{', '.join(alike[:5])}; write the path in full"
                     )
                 if alike:
                     found[place] = alike[0]
                     loosely += way > 0
         if loosely:
-            say(f"{where}: {loosely} rows name their image with another case or suffix; read as meant")
+            say(f"{where}: {loosely} rows name their image with another case or suffix, and are matched to it")
         return found
 
     def exact(self, cell: str) -> str | None:
-        """The image of this very path, below the folder or its sub-folder images."""
+        """The image with exactly this path, below the folder or its sub-folder `images`."""
         if cell in self._known:
             return cell
         below = f"images/{cell}"

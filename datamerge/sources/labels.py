@@ -1,13 +1,13 @@
-"""What a label is, wherever it comes from: a class index from 0 to 2³¹ − 1, or the name of a class, or none.
+"""Interprets labels from any source: a class index from 0 to 2³¹ − 1, the name of a class, or none.
 
-    whole numbers, also as 3.0, "003", b"3", "[3]", True, NumPy's, lists of one   the index itself; negative: none
-    text that is all 0x1, 0xA, … or numbers                                       the index itself, and it is said
-    one-hot rows                                                                  the index of the 1; all 0: none
-    text                                                                          names, numbered alphabetically
-    null, NaN, empty text; among numbers also "unknown", "None", …                none, and the count is said
-    some numbers, some names; fractions; numbers above 2³¹ − 1                    refused, with what is odd
+    whole numbers, also as 3.0, "003", b"3", "[3]", True, of NumPy, lists of one   the index; none if negative
+    text, if all are 0x1, 0xA, … or numbers                                        the index, with a message
+    one-hot rows                                                                   the index of the 1; none if all 0
+    text                                                                           names, numbered alphabetically
+    null, NaN, empty text; among numbers also "unknown", "None", …                 none, with their count in a message
+    mixed numbers and names; fractions; numbers above 2³¹ − 1                      refused, with the odd values
 
-Columns that hold labels have names that are known here, too.
+The usual names of columns of labels are here too.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from storage_schemas import SourceError, shortened
 
 LARGEST_LABEL = 2**31 - 1
 NONE = "none"
-"""As `label_column`: do without labels."""
+"""Value of `label_column` for no labels."""
 USUAL = ("label", "labels", "fine_label")
-"""Columns that hold labels, the first that is there."""
+"""Names of columns of labels, in order of preference."""
 _ROLES = ("label", "class", "category", "target_label", "class_label")
 OTHERS = (
     *("class", "classes", "classname", "cls", "target", "targets", "category", "categories", "y", "coarse_label"),
     *(f"{role}_{what}" for role in _ROLES for what in ("id", "idx", "index", "name")),
     *("labelid", "class_label", "target_label", "ground_truth", "gt", "wnid", "synset"),
 )
-"""Columns that hold labels where there is only one of them and none of the usual ones."""
+"""Names of columns that hold labels if there is only one of them and none of the usual ones."""
 LABEL_NAMES = frozenset((*USUAL, *OTHERS))
-# Pandas' and Excel's ways to write nothing; among numbers also what people write.
+# How pandas and Excel write a missing value; among numbers, also how people do.
 _ABSENT = frozenset({"nan", "null", "n/a", "#n/a", "<na>"})
 _ABSENT_AMONG_NUMBERS = _ABSENT | {"none", "na", "nil", "unknown", "unlabeled", "unlabelled", "missing", "?", "-"}
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?")
-# 3,0 or 1,000 or several labels: as names they would be numbered anew.
+# 3,0, 1,000 or several labels: read as names, they would get other numbers.
 _WITH_COMMAS = re.compile(r"[+-]?\d+(\s*,\s*\d+)+")
-# How Python, NumPy and torch print a list of one, and a number.
+# How Python, NumPy and torch print a number or a list of one.
 _WRAPPED = re.compile(r"(?:tensor|array|np\.\w+)?[\[(]\s*([^\[\]()]*?)\s*,?\s*[\])]")
 _HEXADECIMAL = re.compile(r"0[xX][0-9a-fA-F]+")
 _SHOWN = 5
 
 
 class NoClass(ValueError):
-    """A value that could never be the label of one class: several values, a mapping, a date."""
+    """A value that cannot be the label of one class: several values, a mapping, a date."""
 
 
 class NotWhole(NoClass):
-    """A number that is not whole: a score, or a label that something went wrong with."""
+    """A number that is not whole: a score, or a corrupted label."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class OneHot:
 
     Attributes:
         width: length of the row.
-        index: of the 1, None if there is none.
+        index: position of the 1; None if there is none.
     """
 
     width: int
@@ -83,18 +83,18 @@ def read_labels(
     row: Callable[[int], str] = "row {}".format,
     folders: bool = False,
 ) -> Labels:
-    """Class indices and class names of labels of any form; see the module's docstring.
+    """Class indices and class names from labels of any form; see the docstring of the module.
 
     Args:
-        raw: a value a sample; None where it has none.
-        where: how messages call the place.
-        names: of the classes by index, where the source has them.
-        row: how messages call a sample, from its position.
-        folders: whether these are names of folders: 1.5 and NaN are names there.
+        raw: one value per sample; None for samples without one.
+        where: place of the labels, for messages.
+        names: class names by index, if the source has them.
+        row: names a sample from its position, for messages.
+        folders: whether the values are names of folders, of which 1.5 and NaN are names too.
 
     Raises:
-        NoClass: values that are no labels at all.
-        SourceError: numbers among names, or numbers that are none of a class.
+        NoClass: a value cannot be a label.
+        SourceError: numbers and names are mixed, or a number is not a class index.
     """
     plain = set(map(type, raw)) <= {int, bool, str, type(None)}
     keys = raw if plain else [hashable(value) for value in raw]
@@ -113,11 +113,13 @@ def read_distinct(
     row: Callable[[int], str],
     folders: bool,
 ) -> tuple[dict[Any, int], list[str]]:
-    """Class indices by value, without those that say nothing, and class names; the other arguments of `read_labels`.
+    """Class indices by value, without the missing values, and class names.
+
+    The other arguments and the errors are those of `read_labels`.
 
     Args:
-        first: of the different values where each is first, in this order; they are `hashable`.
-        times: how often each is there.
+        first: position of the first occurrence of each distinct value, in this order; values are `hashable`.
+        times: number of occurrences of each value.
     """
     numbers, texts = _meant(first, where, row, folders)
     if texts and names:
@@ -143,7 +145,7 @@ def read_distinct(
 def _meant(
     first: Mapping[Any, int], where: str, row: Callable[[int], str], folders: bool
 ) -> tuple[dict[Any, int], dict[Any, str]]:
-    """Distinct values that are numbers, and those that are names."""
+    """The distinct values that are numbers, and those that are names."""
     meanings: dict[Any, Meaning] = {}
     for key, position in first.items():
         try:
@@ -171,10 +173,10 @@ def _all_names(
     where: str,
     row: Callable[[int], str],
 ) -> dict[Any, str]:
-    """Numbers as names, too, where most are names: letters and digits, say.
+    """Read numbers as names too, if most values are names, as with letters and digits.
 
     Raises:
-        SourceError: a few names among numbers, which would be numbered anew.
+        SourceError: there are a few names among numbers, which would get other numbers.
     """
     if len(set(texts.values())) <= len(set(numbers.values())):
         some = shown(f"{shortened(key)} ({row(first[key])})" for key in texts)
@@ -182,19 +184,19 @@ def _all_names(
             f"{where}: expected whole numbers or names as labels, found {len(numbers)} different numbers and "
             f"{len(texts)} others: {some}; correct them, or use `label_column={NONE!r}`"
         )
-    say(f"{where}: {len(numbers)} of {len(numbers) + len(texts)} class names are numbers; all are taken as names")
+    say(f"{where}: {len(numbers)} of {len(numbers) + len(texts)} class names are numbers; all are read as names")
     return {**texts, **{key: key.strip() if isinstance(key, str) else str(value) for key, value in numbers.items()}}
 
 
 def meaning(value: Any) -> Meaning:
-    """What one value says: an index, a name or nothing.
+    """Interpret one value: an index, a name, a one-hot row or nothing.
 
     Raises:
-        NoClass: several values, or none of a class.
+        NoClass: it holds several values, or cannot be a label.
     """
     if isinstance(value, OneHot):
         return value
-    if hasattr(value, "tolist"):  # NumPy's and torch's
+    if hasattr(value, "tolist"):  # NumPy and torch
         value = value.tolist()
     if isinstance(value, bytes):
         try:
@@ -207,7 +209,7 @@ def meaning(value: Any) -> Meaning:
         return value.strip() or None
     if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real) or hasattr(value, "as_integer_ratio"):  # Decimal is no Real
+    if isinstance(value, Real) or hasattr(value, "as_integer_ratio"):  # Decimal is not a Real
         return _whole(value)
     if isinstance(value, list | tuple):
         return _of_several(value)
@@ -231,7 +233,7 @@ def _of_several(values: Sequence[Any]) -> Meaning:
 
 
 def hashable(value: Any) -> Hashable:
-    """Something hashable that means the same; NumPy scalars and tensors would be slow, or equal by identity."""
+    """A hashable value with the same meaning; NumPy scalars would be slow, and tensors compare by identity."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list):
@@ -251,15 +253,15 @@ def _from_one_hot(meanings: Mapping[Any, Meaning], where: str) -> dict[Any, int 
     if len(widths) > 1 or (hot and any(isinstance(value, int | str) for value in meanings.values())):
         raise NoClass(f"lists of {' and '.join(map(str, sorted(widths)))} values")
     if hot:
-        say(f"{where}: rows of {hot[0].width} with one 1 are taken as the index of the 1")
+        say(f"{where}: rows of {hot[0].width} values with one 1 are read as the index of the 1")
     return {key: value.index if isinstance(value, OneHot) else value for key, value in meanings.items()}
 
 
 def number_in(text: str, digits_only: bool = False) -> int | None:
-    """The whole number that a text writes, as 7, 007 and, if not by digits only, 7.0 or 7e0; None if it is none.
+    """The whole number in a text: 7, 007 and, unless `digits_only`, 7.0 or 7e0; None if it is no number.
 
     Raises:
-        NotWhole: a number that is not whole.
+        NotWhole: the number is not whole.
     """
     text = text if digits_only else text.strip()
     if text.removeprefix("-").isdecimal():
@@ -278,7 +280,7 @@ def number_in(text: str, digits_only: bool = False) -> int | None:
 
 
 def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Sequence[str]) -> Any:
-    """Texts that are among the class names as their indices, all of them or none."""
+    """Replace texts by their index among the class names, if all of them are class names."""
     index = {plain_name(name): position for position, name in reversed(list(enumerate(names)))}
     if any(plain_name(text) not in index for text in texts.values()):
         return numbers, texts
@@ -286,28 +288,28 @@ def _from_names(numbers: Mapping[Any, int], texts: Mapping[Any, str], names: Seq
 
 
 def _from_hexadecimal(numbers: Mapping[Any, int], texts: Mapping[Any, str], where: str) -> Any:
-    """Texts such as 0xA as the numbers that they write, all of them or none: as names they would be numbered anew."""
+    """Replace texts such as 0xA by their numbers, if all are hexadecimal; as names they would get other numbers."""
     present = {key: text for key, text in texts.items() if text.lower() not in _ABSENT_AMONG_NUMBERS}
     if not present or not all(map(_HEXADECIMAL.fullmatch, present.values())):
         return numbers, texts
-    say(f"{where}: {len(present)} different labels are hexadecimal, taken as numbers: {shown(present.values())}")
+    say(f"{where}: {len(present)} different labels are hexadecimal and read as numbers: {shown(present.values())}")
     return {**numbers, **{key: int(text, 16) for key, text in present.items()}}, {}
 
 
 def _alphabetical(texts: Mapping[Any, str], where: str) -> tuple[dict[Any, int], list[str]]:
-    """Names numbered alphabetically; two forms of one in Unicode are one name, which is said."""
+    """Number names alphabetically; Unicode forms of one name are joined, with a message."""
     form: dict[str, str] = {}
     for text in sorted(set(texts.values())):
         form.setdefault(unicodedata.normalize("NFC", text), text)
     ordered = sorted(form.values())
     if joined := sorted(set(texts.values()) - set(ordered)):
-        say(f"{where}: {len(joined)} class names are written in two forms of Unicode, taken as one: {shown(joined)}")
+        say(f"{where}: {len(joined)} class names are written in two forms of Unicode, joined: {shown(joined)}")
     index = {name: position for position, name in enumerate(ordered)}
     return {key: index[form[unicodedata.normalize("NFC", text)]] for key, text in texts.items()}, ordered
 
 
 def warn_of_twins(names: Sequence[str], where: str) -> None:
-    """Say so where class names differ only in case, spaces or `_`: they may be meant to be one."""
+    """Warn about class names that differ only in case, spaces or `_`: they may be one class."""
     times = Counter(map(plain_name, names))
     twins = [name for name in names if times[plain_name(name)] > 1]
     if twins:
@@ -330,7 +332,7 @@ def _say_missing(
     first: Mapping[Any, int],
     row: Callable[[int], str],
 ) -> None:
-    """Say how many samples have no label although others have, and what stands there."""
+    """Report how many samples have no label although others have one, and their values."""
     found = Counter({key: times[key] for key in first if key not in indices})
     missing, total = found.total(), sum(times.values())
     if not missing or found[None] == total:
@@ -344,23 +346,23 @@ def _say_missing(
 
 
 def shown(items: Iterable[str]) -> str:
-    """The first few of a list, and how many more there are."""
+    """The first items of a list as text, and the number of further ones."""
     listed = list(items)
     more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
     return f"{', '.join(listed[:_SHOWN])}{more}"
 
 
 def label_columns(names: Sequence[str], left_out: Collection[str] = ()) -> tuple[list[str], list[str]]:
-    """Columns that are called as labels usually are, the best first, and columns that may be meant."""
+    """Columns with a usual name of labels, the best first, and columns with another possible name."""
     folded = {name: re.sub(r"[ -]", "_", name.strip().lower()) for name in names if name not in left_out}
-    usual = [name for wanted in USUAL for name in sorted(folded, key=wanted.__ne__) if folded[name] == wanted]
+    usual = [name for label in USUAL for name in sorted(folded, key=label.__ne__) if folded[name] == label]
     return usual, [name for name in folded if folded[name] in OTHERS]
 
 
 def choose_column(names: Sequence[str], where: str, left_out: Collection[str] = ()) -> tuple[str | None, str]:
-    """The column of labels among columns that could hold some, and why there is none.
+    """The column of labels among candidates, or the reason why there is none.
 
-    Says which is taken where that is no matter of course.
+    Prints the choice if it is not obvious.
     """
     usual, others = label_columns(names, left_out)
     if not usual and len(others) > 1:
@@ -372,22 +374,22 @@ def choose_column(names: Sequence[str], where: str, left_out: Collection[str] = 
         return None, ""
     rest = [name for name in [*usual, *others] if name != column]
     if rest or column not in USUAL:
-        also = f", not from {', '.join(rest)}; `label_column` names another one" if rest else ""
+        also = f", not from {', '.join(rest)}; `label_column` chooses another" if rest else ""
         say(f"{where}: labels are taken from {column!r}{also}")
     return column, ""
 
 
-def wanted_column(wanted: str, names: Sequence[str], where: str) -> str | None:
-    """The column that the user named, in any case of letters; None for `none`.
+def named_column(column: str, names: Sequence[str], where: str) -> str | None:
+    """The column that the user named, ignoring case; None for `none`.
 
     Raises:
-        SourceError: no such column.
+        SourceError: there is no such column.
     """
-    if wanted in names:
-        return wanted
-    alike = [name for name in names if name.strip().lower() == wanted.strip().lower()]
+    if column in names:
+        return column
+    alike = [name for name in names if name.strip().lower() == column.strip().lower()]
     if len(alike) == 1:
         return alike[0]
-    if wanted == NONE:
+    if column == NONE:
         return None
-    raise SourceError(f"{where}: expected a label column {wanted!r}, found {list(names)}")
+    raise SourceError(f"{where}: expected a label column {column!r}, found {list(names)}")

@@ -1,4 +1,4 @@
-"""The files below a folder by what they hold, and what is left out of them: counted, and said in one line."""
+"""Lists the files below a folder by kind, and counts those that are left out, by reason."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ if TYPE_CHECKING:
     from datamerge.sources.files import Collected, File, Files  # pyarrow takes half a second
 
 Entry = tuple[str, int, bool]
-"""A file, and whether it may be something else: a device, a pipe."""
+"""(path, bytes, whether it may be a device or a pipe instead of a file)"""
 
 HIDDEN, EMPTY = "hidden", "empty"
 DEAD_LINKS, CYCLES = "links that lead nowhere", "links back to a folder above"
 FORBIDDEN = "folders that may not be read"
-# What file managers leave behind.
+# Files that file managers create.
 _JUNK = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
-# Beside a manifest these make a folder an artifact, finished or not.
+# A manifest beside one of these makes a folder an artifact, finished or not.
 _ARTIFACT_PARTS = ("commits", "shards", "groups.zarr", "source.json.gz")
-# Files of a folder that describe its data, and are used where they are known.
+# Files that describe the data of a folder.
 DESCRIPTIONS = ("classnames.txt", "state.json", "dataset_info.json", "dataset_dict.json")
 TABLES = (".csv", ".tsv", ".jsonl")  # such as metadata.csv, train.csv, labels.csv
-# Files without a suffix that are all looked into; of more, so many are, and the others if one of these is an image.
+# Up to this many files without a suffix are all opened; of more, a sample, and the rest if the sample has an image.
 ALL_SNIFFED, SAMPLE_SNIFFED = 1000, 64
 SHOWN_REASONS = 8
 
 
 @dataclass
 class Listing:
-    """What is below a folder.
+    """The files below a folder.
 
     Attributes:
         location: the folder.
-        files: by kind, sorted by path; images are `Files`.
-        others: bytes of other files by path, of those that mean something: tables, descriptions and archives. What
-            nobody reads is only counted: a text beside each of millions of images.
-        left_out: how many files are not read, by reason.
-        artifacts: sub-folders that are artifacts, whose files are left out.
+        files: files by kind, sorted by path; images are `Files`.
+        others: size in bytes of other relevant files, by path: tables, descriptions and archives. Irrelevant files
+            are only counted, as there may be one beside each of millions of images.
+        left_out: number of files that are not read, by reason.
+        artifacts: number of files in each sub-folder that is an artifact; these are left out.
     """
 
     location: Location
@@ -72,23 +72,23 @@ class Listing:
         return self.files.get(kind, ())
 
     def leave(self, name: str, size: int) -> None:
-        """Note a file that is not read."""
+        """Record a file that is not read."""
         self.left_out[_reason(name, size)] += 1
         if name.lower().endswith((*TABLES, *PACKED)) or name.rpartition("/")[2] in DESCRIPTIONS:
             self.others[name] = size
 
     def take(self, used: Iterable[str]) -> None:
-        """Note that these other files are used after all."""
+        """Record that some of the other files are used after all."""
         for name in used:
             if name in self.others:
                 self.left_out[_reason(name, self.others[name])] -= 1
 
 
 def list_folder(location: Location) -> Listing:
-    """The files below a folder; links to folders are followed, hidden and empty files left out.
+    """List the files below a folder. Links to folders are followed; hidden and empty files are left out.
 
     Raises:
-        SourceError: the folder is an artifact, or a file to be read is a device or has a name that is no text.
+        SourceError: the folder is an artifact, or a file to read is a device or has a name that is not UTF-8.
     """
     from datamerge.sources.files import Collected
 
@@ -133,7 +133,7 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
 
 
 def say_left_out(listing: Listing) -> None:
-    """Say what is not read, once."""
+    """Report the files that are not read."""
     for folder, count in listing.artifacts.items():
         say(f"{listing.location.url}: {folder} is an artifact, its {count} files are left out")
     if line := describe_left_out(listing.left_out):
@@ -146,20 +146,20 @@ def is_artifact(names: Collection[str]) -> bool:
 
 
 def _note_nameless(listing: Listing, nameless: Collected, name: str, size: int) -> None:
-    """Note a file without a suffix, to be looked into."""
+    """Record a file without a suffix, whose content decides later."""
     try:
         nameless.add(name, size)
-    except UnicodeEncodeError:  # which is refused if it is an image
+    except UnicodeEncodeError:  # an image with such a name is refused
         if looks_like_image(_head(listing.location, name)):
             check_listed(listing.location, name, "file")
         listing.leave(name, size)
 
 
 def _walk(listing: Listing) -> Iterator[Entry]:
-    """Files below a local folder, sorted by path: one `stat` a file, for its size, and one more a link."""
+    """Files below a local folder, sorted by path, with one `stat` per file and two per link."""
     root = listing.location.path("")
-    # Entries that are left of a folder, its path in the source, its real path, and the real paths of folders whose
-    # links led here.
+    # For each open folder: its remaining entries, its path in the source, its real path, and the real paths of the
+    # folders whose links led to it.
     waiting: list[tuple[list[os.DirEntry[str]], str, str, tuple[str, ...]]]
     waiting = [(_entries(listing, root, ""), "", os.path.realpath(root), ())]
     while waiting:
@@ -176,7 +176,7 @@ def _walk(listing: Listing) -> Iterator[Entry]:
                 yield f"{prefix}{entry.name}", entry.stat().st_size, not entry.is_file()
                 continue
             inside = _entered(entry, real, above)
-        except OSError:  # a link that leads nowhere, or to itself
+        except OSError:  # a broken link, or one to itself
             listing.left_out[DEAD_LINKS] += 1
             continue
         if inside is None:
@@ -187,7 +187,7 @@ def _walk(listing: Listing) -> Iterator[Entry]:
 
 
 def _entries(listing: Listing, folder: str, prefix: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, in the order of the paths backwards; nothing if it is an artifact or may not be read."""
+    """Entries of a folder in reverse order of their paths; none if it is an artifact or unreadable."""
     location = listing.location
     try:
         with os.scandir(folder) as scanned:
@@ -202,13 +202,13 @@ def _entries(listing: Listing, folder: str, prefix: str) -> list[os.DirEntry[str
     if _note_artifact(listing, prefix, {entry.name for entry in entries} if len(entries) < 100 else ()):
         listing.artifacts[prefix[:-1]] = sum(len(files) for _, _, files in os.walk(folder))
         return []
-    # `a.png` comes before what is in `a`: a dot before a slash.
+    # In the order of paths `a.png` precedes the files in `a`, as a dot precedes a slash.
     entries.sort(key=lambda entry: f"{entry.name}/" if is_folder(entry) else entry.name, reverse=True)
     return entries
 
 
 def _entered(entry: os.DirEntry[str], real: str, above: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
-    """Real path of a folder, and those that links left on the way to it; None where it leads back."""
+    """Real path of a folder, and of the folders whose links led to it; None if a link leads back to one."""
     if not entry.is_symlink():
         return f"{real}/{entry.name}", above
     target = os.path.realpath(entry.path)
@@ -217,7 +217,7 @@ def _entered(entry: os.DirEntry[str], real: str, above: tuple[str, ...]) -> tupl
 
 
 def _find(listing: Listing) -> Iterator[Entry]:
-    """Files below a folder of an object store."""
+    """Files below a folder of a remote store."""
     found = listing.location.files()
     tops: dict[str, set[str]] = {"": set()}
     for name in found:
@@ -231,7 +231,7 @@ def _find(listing: Listing) -> Iterator[Entry]:
     inside = tuple(prefix for prefix, names in tops.items() if _note_artifact(listing, prefix, names))
     for name, entry in found.items():
         if entry["type"] == "directory" or name.endswith("/"):
-            continue  # what consoles write to show an empty folder
+            continue  # consoles write such entries for empty folders
         if inside and name.startswith(inside):
             folder = next(prefix for prefix in inside if name.startswith(prefix))[:-1]
             listing.artifacts[folder] = listing.artifacts.get(folder, 0) + 1
@@ -245,7 +245,7 @@ def _note_artifact(listing: Listing, prefix: str, names: Collection[str]) -> boo
     """Whether a folder below the source is an artifact.
 
     Raises:
-        SourceError: the source itself is one.
+        SourceError: the source itself is an artifact.
     """
     found = is_artifact(names)
     if found and not prefix:
@@ -256,7 +256,7 @@ def _note_artifact(listing: Listing, prefix: str, names: Collection[str]) -> boo
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is one, or a link to one; a link to itself is none."""
+    """Whether an entry is a folder or a link to one; False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -264,7 +264,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is hidden, or something that file managers leave behind."""
+    """Whether a file or folder is hidden, or created by a file manager."""
     return name[0] == "." or name.lower() in _JUNK
 
 
@@ -275,7 +275,7 @@ def _is_hidden(path: str) -> bool:
 def _sniffed(location: Location, files: Files) -> npt.NDArray[np.bool_]:
     """Which of the files without a suffix are images.
 
-    Few are all looked into. Of many it is some first: a data set either has suffixes or it has not.
+    Few files are all opened. Of many, a sample comes first, as a data set has suffixes throughout or not at all.
     """
     step = 1 if len(files) <= ALL_SNIFFED else max(2, len(files) // SAMPLE_SNIFFED)
     found = _are_images(location, files[::step])
@@ -283,7 +283,7 @@ def _sniffed(location: Location, files: Files) -> npt.NDArray[np.bool_]:
         return found
     if location.is_local:
         return _are_images(location, files) if found.any() else np.zeros(len(files), np.bool_)
-    # A request a file would be too many: all or none.
+    # One request per file would be too many, so the sample decides for all.
     return (files.sizes > 0) & found.all()
 
 

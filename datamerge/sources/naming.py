@@ -1,9 +1,9 @@
-"""Names and keys of samples, in as few bytes as they can be computed from.
+"""Names and keys of samples, stored compactly and computed on access.
 
-    Paths     names of files are kept, keys are computed from them
-    Rows      FILE#ROW and STEM-ROW: the files are kept
-    Members   TAR#START+SIZE STEM: paths in tars are kept, keys are computed from them
-    Listed    both are kept
+    Paths     paths of files are stored, keys are computed from them
+    Rows      names are FILE#ROW, keys STEM-ROW; only files are stored
+    Members   names are TAR#START+SIZE STEM; paths in tars are stored, keys are computed from them
+    Listed    both are stored
 
 M samples.
 """
@@ -23,7 +23,7 @@ from datamerge.sources.sample import clash_suffix, plain_keys
 
 Indices = npt.NDArray[np.integer[Any]]
 CHUNK = 16384
-"""Samples that exist as Python objects at a time where all are gone through."""
+"""Number of samples that exist as Python objects at a time during an iteration."""
 
 
 class Naming(Protocol):
@@ -31,34 +31,34 @@ class Naming(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, of what grows with M."""
+        """Bytes of memory that grow with M."""
         ...
 
     def __len__(self) -> int: ...
 
     def names(self, start: int, stop: int) -> list[str]:
-        """Names of consecutive samples; `stop` ≤ M."""
+        """Names of the samples in [start, stop), `stop` ≤ M."""
         ...
 
     def keys(self, start: int, stop: int) -> list[str]:
-        """Keys of consecutive samples; `stop` ≤ M."""
+        """Keys of the samples in [start, stop), `stop` ≤ M."""
         ...
 
     def slice(self, start: int, stop: int) -> Naming:
-        """Those of consecutive samples."""
+        """Names and keys of the samples in [start, stop)."""
         ...
 
     def take(self, indices: Indices) -> Naming:
-        """Those at these places, in this order."""
+        """Names and keys of the samples at these indices, in this order."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class _Named:
-    """Names that are kept.
+    """Stored names.
 
     Attributes:
-        texts: Arrow's large strings [M].
+        texts: names, Arrow large strings [M].
     """
 
     texts: pa.LargeStringArray
@@ -73,7 +73,7 @@ class _Named:
 
 @dataclass(frozen=True, eq=False)
 class Paths(_Named):
-    """Keys are computed from the names as `make_keys` does.
+    """Stored names, from which keys are computed as in `make_keys`.
 
     Attributes:
         clashing: bool [M], whether another name gives the same key; None if none does.
@@ -83,7 +83,7 @@ class Paths(_Named):
 
     @classmethod
     def of(cls, texts: pa.LargeStringArray) -> Paths:
-        """Find out which clash."""
+        """Find out which keys clash."""
         return cls(texts, clashing(len(texts), _Named(texts).names))
 
     @property
@@ -106,13 +106,13 @@ class Paths(_Named):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of files: names and keys are a file's and a number.
+    """Rows of files: names and keys consist of a prefix per file and the number of the row.
 
     Attributes:
-        files: what names begin with, by file.
-        stems: what keys begin with, by file.
-        starts: int64 [files + 1], rows of the files before each, and of all.
-        places: int64 [M], rows of the files taken one after the other; None for all of them.
+        files: prefix of names, by file.
+        stems: prefix of keys, by file.
+        starts: int64 [files + 1], number of rows in the preceding files; then the total.
+        places: int64 [M], indices of the rows in the concatenation of all files; None for all rows.
     """
 
     files: Sequence[str]
@@ -122,7 +122,7 @@ class Rows:
 
     @classmethod
     def of(cls, files: Sequence[str], stems: Sequence[str], rows: Sequence[int]) -> Rows:
-        """All rows of files that have so many."""
+        """All rows of files; `rows` gives their numbers."""
         return cls(files, stems, np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]))
 
     @property
@@ -160,10 +160,10 @@ class Members:
 
     Attributes:
         tars: paths of the tars.
-        beginnings: what keys begin with, by tar.
-        of_tar: int32 [M], the tar of each.
-        stems: paths inside up to the first dot of the name, Arrow's large strings [M].
-        starts, sizes: int64 [M], bytes of the content.
+        beginnings: prefix of keys, by tar.
+        of_tar: int32 [M], index of the tar of each file.
+        stems: paths inside the tar up to the first dot of the file name, Arrow large strings [M].
+        starts, sizes: int64 [M], byte offset and size of the content.
         clashing: as in `Paths`.
     """
 
@@ -224,7 +224,7 @@ class Members:
         )
 
     def _texts(self, start: int, stop: int) -> list[str]:
-        """What keys are computed from; a dot in a name is no extension."""
+        """Texts from which keys are computed; the suffix keeps a dot in a name from being read as an extension."""
         begin, columns = self.beginnings, (self.of_tar[start:stop].tolist(), self.stems[start:stop].to_pylist())
         return [
             f"{begin[tar]}{_without_marks(stem) if '#' in stem else stem}.image"
@@ -234,17 +234,17 @@ class Members:
 
 @dataclass(frozen=True, eq=False)
 class Listed(_Named):
-    """Names and keys that are not computed.
+    """Stored names and keys.
 
     Attributes:
-        of_keys: keys, Arrow's large strings [M].
+        of_keys: keys, Arrow large strings [M].
     """
 
     of_keys: pa.LargeStringArray
 
     @classmethod
     def of(cls, names: Iterable[str], keys: Iterable[str]) -> Listed:
-        """Of Python's texts, which UTF-8 has to be able to say."""
+        """From Python strings, which have to be valid in UTF-8."""
         return cls(pa.array(names, pa.large_string()), pa.array(keys, pa.large_string()))
 
     @property
@@ -267,9 +267,9 @@ class Listed(_Named):
 
 
 def clashing(count: int, texts: Callable[[int, int], list[str]]) -> npt.NDArray[np.bool_] | None:
-    """Which of M texts have the key of another one, if any; `texts` gives consecutive ones.
+    """Which of M texts share their key with another one, bool [M]; None if none does.
 
-    By hashes of the keys first, which take 8 bytes each.
+    Hashes of the keys, at 8 bytes each, are compared first. `texts` gives the texts in [start, stop).
     """
 
     def parts() -> Iterator[tuple[int, list[str]]]:
@@ -283,7 +283,7 @@ def clashing(count: int, texts: Callable[[int, int], list[str]]) -> npt.NDArray[
     del hashes
     if not len(repeated):
         return None
-    # Computed again, for the memory of another column. Two keys may have one hash by accident.
+    # Keys are computed a second time instead of stored. Compare them, as different keys may have one hash.
     found = [(start + place, keys[place]) for start, keys in parts() for place in _among(keys, repeated)]
     times = Counter(key for _, key in found)
     clash = np.zeros(count, np.bool_)
@@ -301,7 +301,7 @@ def _hashes(keys: Sequence[str]) -> npt.NDArray[np.int64]:
 
 
 def _keys(texts: Sequence[str], clashing: npt.NDArray[np.bool_] | None, start: int) -> list[str]:
-    """Keys of consecutive texts, the first of which is at `start`."""
+    """Keys of consecutive texts that begin at index `start`."""
     keys = plain_keys(texts)
     if clashing is not None:
         for place in np.flatnonzero(clashing[start : start + len(keys)]).tolist():
@@ -314,5 +314,5 @@ def _without_marks(text: str) -> str:
 
 
 def _compact(texts: pa.LargeStringArray) -> pa.LargeStringArray:
-    """A copy without what is around a slice, which would be pickled with it."""
+    """A copy of a slice without the rest of its buffer, which would be pickled too."""
     return pa.concat_arrays([texts])

@@ -1,4 +1,4 @@
-"""Classes as columns of 0 and 1, one a class: `image,MEL,NV,BCC`."""
+"""One-hot labels: one column of 0 and 1 per class, such as `image,MEL,NV,BCC`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Numbers and booleans of Python that are equal are one key.
+# In Python 1, 1.0 and True are the same key.
 _BITS: dict[Any, int | None] = {None: None, 0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
 _NO_BIT = -1
 
@@ -16,9 +16,9 @@ class OneHotColumns:
     """Columns that hold 0 and 1 only.
 
     Attributes:
-        names: of the columns, in their order.
-        labels: place of the 1 among them, a value a row; None for rows that say nothing.
-        odd: positions of the rows with no 1, several ones, or cells left empty.
+        names: names of the columns, in order.
+        labels: position of the 1 in each row; None for rows without exactly one 1.
+        odd: indices of the rows with no 1, several ones, or some empty cells.
     """
 
     names: Sequence[str]
@@ -27,10 +27,10 @@ class OneHotColumns:
 
 
 def find_one_hot(columns: Mapping[str, Sequence[Any]]) -> OneHotColumns | None:
-    """The columns of 0 and 1 among some; None where there are fewer than two.
+    """The columns that hold only 0 and 1; None if there are fewer than two.
 
     Args:
-        columns: their values, one a row, as text or numbers; None for empty cells.
+        columns: values by column, one per row, as text or numbers; None for empty cells.
     """
     bits = {name: [_BITS.get(value, _NO_BIT) for value in values] for name, values in columns.items()}
     bits = {name: values for name, values in bits.items() if _NO_BIT not in values and {0, 1} & set(values)}

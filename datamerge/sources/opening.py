@@ -1,4 +1,4 @@
-"""From what a user calls a source to its samples: which files it has, which splits, and what reads them."""
+"""Opens a source by its name: finds its files and splits, and the module that lists its samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from datamerge.sources.files import File  # pyarrow takes half a second
 
 EXPECTED = f"images ({' '.join(EXTENSIONS[:4])} …), Parquet or Arrow files, tars or arrays"
-LOOKED_INTO = 20  # tables and arrays beside other data, to know whether they hold images
+LOOKED_INTO = 20  # tables or arrays beside other data that are checked for images
 NOUNS: dict[Kind, str] = {
     "image": "image",
     "parquet": "Parquet file",
@@ -67,36 +67,39 @@ def open_source(
     group_column: str | None = None,
     split: str | None = None,
 ) -> Source:
-    """List a source: images, Parquet or Arrow files or tars in a folder, one such file, arrays, or your own data set.
+    """List a source: a folder of images, Parquet or Arrow files or tars, one such file, arrays, or a user's data set.
 
     Args:
         url: path, fsspec URL, pattern of files, or `python:MODULE:FACTORY`.
-        limit: draw so many samples by `seed`, evenly over the source.
-        limit_first: use the first so many samples.
-        seed: of the draw.
-        image_column: column or array of images; needed when there are several.
-        label_column: column, array or tar member of labels; the usual names by default.
+        limit: number of samples to draw by `seed`, evenly over the source.
+        limit_first: number of samples to take from the start.
+        seed: seed of the draw.
+        image_column: column or array of images; required if there are several.
+        label_column: column, array or tar member of labels; by default one with a usual name.
         group_column: column, array or tar member whose values name groups.
-        split: the split to use where there are several, as `train`, `train+validation` or `all`.
+        split: split to use if there are several, such as `train`, `train+validation` or `all`.
+
+    Returns:
+        The listed source. No image is decoded.
 
     Raises:
-        ConfigError: a limit below 1, or both; no such split, or several and none named.
-        SourceError: nothing there, or nothing of these kinds.
+        ConfigError: a limit is below 1, both limits are set, there is no such split, or several and none is chosen.
+        SourceError: there is nothing, or no data of a supported kind.
     """
     limits = Limits(limit, limit_first, seed)
     with _in_one_line(os.fspath(url)):
         source = _open(url, limits, Columns(image_column, label_column, group_column), split)
     if source.drawn_from is not None:
         say(
-            f"{source.url}: {len(source.samples)} of {source.drawn_from} samples, drawn evenly over all by the seed "
-            f"{seed}; `limit_first` takes the first"
+            f"{source.url}: {len(source.samples)} of {source.drawn_from} samples are used, drawn evenly with "
+            f"seed {seed}; `limit_first` takes the first ones"
         )
     return source
 
 
 @contextmanager
 def _in_one_line(url: str) -> Iterator[None]:
-    """Whatever goes wrong with somebody's files in here is said with the file and the reason."""
+    """Turn any error about the user's files inside into a SourceError with the file and the reason."""
     try:
         yield
     except DatamergeError:
@@ -106,7 +109,7 @@ def _in_one_line(url: str) -> Iterator[None]:
             raise
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else url
         raise SourceError(f"{redact(where)}: cannot be listed: {error.strerror or first_line(error)}") from error
-    except Exception as error:  # a library's, or a fault of ours, whose traceback is kept
+    except Exception as error:  # an error of a library, or a bug of ours; the traceback is kept
         raise SourceError(f"{redact(url)}: cannot be listed: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -114,9 +117,11 @@ def _open(url: str | os.PathLike[str], limits: Limits, columns: Columns, split: 
     text = os.fspath(url)
     if text.startswith(PREFIX):
         if columns not in (Columns(), Columns(label=NONE)):
-            raise SourceError(f"{text}: a data set of (image, label) has no columns; leave their names out")
+            raise SourceError(
+                f"{text}: a data set of (image, label) has no columns; drop the settings that name columns"
+            )
         if split is not None:
-            raise ConfigError(f"split: {text} has none, found {split!r}; let the factory return the one to use")
+            raise ConfigError(f"split: expected none for {text}, found {split!r}; let the factory return one split")
         from datamerge.sources.factories import open_factory
 
         return open_factory(text, limits, labelled=columns.label is None)
@@ -146,14 +151,14 @@ def _open_files(
     split: str | None,
     kind: Kind | None = None,
 ) -> Source:
-    """Files that the user named: one, or those of a pattern."""
+    """The samples of files that the user named: one file, or those of a pattern."""
     kinds = {kind or kind_of(name) or _kind_by_content(location.below(name), name) for name, _ in files}
     if len(kinds) > 1:
         shown = ", ".join(sorted(f"{NOUNS[kind]}s" for kind in kinds))
         raise SourceError(f"{url}: expected files of one kind, found {shown}; end the pattern with a suffix")
     (kind,) = kinds
     if kind == "image" and len(files) == 1:
-        raise SourceError(f"{url}: expected a folder of images, found one; name the folder")
+        raise SourceError(f"{url}: expected a folder of images, found one image; name the folder")
     if kind == "array" and len(files) > 1:
         raise SourceError(f"{url}: expected one array file, found {len(files)}; name one")
     if kind == "array":
@@ -163,22 +168,22 @@ def _open_files(
 
 
 def _kind_by_content(file: Location, name: str) -> Kind:
-    """What a file holds whose name does not say.
+    """The kind of a file, from its content.
 
     Raises:
-        SourceError: nothing that we read, with what to do about it.
+        SourceError: the kind is not supported; the message says what to do.
     """
     where = file.url
     if packed := packed_suffix(name):
         raise SourceError(f"{where}: {PACKED[packed]}")
     if suffix_of(name) in HEIF:
-        raise SourceError(f"{where}: expected a folder of images, found one; name the folder")
+        raise SourceError(f"{where}: expected a folder of images, found one image; name the folder")
     found = None if file.is_read_only else kind_of_content(file.read("", 0, CONTENT_BYTES))
     if found is not None:
         return found
     expected = "a .parquet, .arrow or .tar file, an .npz or .npy file or an IDX file"
     if file.is_read_only:
-        raise SourceError(f"{where}: expected {expected}; web servers list no folders, give the URL of one of these")
+        raise SourceError(f"{where}: expected {expected}; web servers list no folders, so give the URL of a file")
     raise SourceError(f"{where}: expected a folder, {expected}")
 
 
@@ -203,7 +208,7 @@ def open_folder(listing: Listing, columns: Columns, split: str | None) -> Source
 
 
 def _leave_caches(listing: Listing) -> None:
-    """Leave out Arrow files that belong to no data set."""
+    """Leave out Arrow files that are caches."""
     from datamerge.sources.arrow import of_data_set
 
     kept = of_data_set(listing.location, listing.of("arrow"), listing.others)
@@ -215,7 +220,7 @@ def _only_kind(listing: Listing) -> Kind:
     """The kind of data below a folder.
 
     Raises:
-        SourceError: none, or several.
+        SourceError: there are no data, or several kinds.
     """
     url = listing.location.url
     present = {kind: files for kind, files in listing.files.items() if files}
@@ -258,13 +263,13 @@ def _is_array_of_images(location: Location, name: str) -> bool:
 def _chosen(
     splits: Mapping[str, Sequence[File]], url: str, kind: Kind, split: str | None
 ) -> tuple[list[File], str | None]:
-    """The files of the wanted split, sorted, and its name."""
+    """The sorted files of the chosen split, and its name."""
     chosen, name = choose(splits, split, url, NOUNS[kind])
     return sorted(chosen), name
 
 
 def _open_images(listing: Listing, columns: Columns, split: str | None) -> Source:
-    """The images below a folder, or those of a split of it."""
+    """The images below a folder, or of one split."""
     from datamerge.sources.files import Files
     from datamerge.sources.image_folder import open_image_folder
 
@@ -273,21 +278,21 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
     counts: Counter[str] = Counter()
     for part, count in zip(split_of, np.bincount(files.of_folder).tolist(), strict=True):
         counts[part] += count
-    wanted, name = choose_names(counts, split, location.url, NOUNS["image"])
-    chosen, known = files.in_folders([part in wanted for part in split_of]), []
+    parts, name = choose_names(counts, split, location.url, NOUNS["image"])
+    chosen, known = files.in_folders([part in parts for part in split_of]), []
     if name is None or (name == ALL and "" in counts):
-        skipped = None  # what is called like a split is a class
+        skipped = None  # a folder named like a split is a class
     else:
         skipped = level
         above = {"/".join(folder.split("/")[: level + 1]) for folder in chosen.folders}
         folder = next(iter(above))
         if len(above) == 1 and f"{folder}/{TABLE}" in listing.others and TABLE not in listing.others:
-            # The table is about this folder: as if the user had named it.
+            # The table is in this folder, so proceed as if the user had named the folder.
             location, skipped = location.below(folder), None
             chosen = chosen.below(folder)
             listing.take([f"{folder}/{TABLE}"])
     if location is listing.location and TABLE in listing.others:
-        known = files.in_folders([part not in wanted for part in split_of]).names.to_pylist()
+        known = files.in_folders([part not in parts for part in split_of]).names.to_pylist()
     source = open_image_folder(location, chosen, columns, skipped=skipped, known=known)
     if columns.label is None and not location.exists(TABLE):
         _say_tables(listing)
@@ -295,17 +300,17 @@ def _open_images(listing: Listing, columns: Columns, split: str | None) -> Sourc
 
 
 def _say_tables(listing: Listing) -> None:
-    """Say which tables may have been meant to give the labels."""
+    """Report tables that may have been meant to hold the labels."""
     tables = sorted(name for name in listing.others if name.lower().endswith(TABLES) and name.count("/") < DEEPEST)
     if tables:
         say(
             f"{listing.location.url}: labels are not taken from {shown(tables)}; call one that holds them {TABLE}, "
-            "its header file,label"
+            "with the header file,label"
         )
 
 
 def _open_arrays(listing: Listing, columns: Columns, split: str | None) -> Source:
-    """The array file of a folder; of several the one of the wanted split."""
+    """The only array file with images in a folder."""
     location, url = listing.location, listing.location.url
     every = [name for name, _ in listing.of("array")]
     files = [name for name in every if _is_array_of_images(location, name)] or every
@@ -322,7 +327,7 @@ def _read_array(location: Location, name: str, columns: Columns, split: str | No
 
 
 def _read(kind: Kind, location: Location, url: str, files: Sequence[File], columns: Columns) -> Source:
-    """The samples of files. All kinds need pyarrow, which takes half a second, and exports do without."""
+    """The samples of files. Imports are local: all kinds need pyarrow, which takes half a second to import."""
     if kind == "parquet":
         from datamerge.sources.parquet import open_parquet
 

@@ -1,9 +1,9 @@
-"""EXIF's orientation: which libraries turn an image by it, and the turning.
+"""EXIF orientation: which libraries apply it, and how.
 
     ignore      torchvision's ImageFolder, webdataset's decoder, img2dataset, LLaVA
     transpose   datasets.Image, since datasets 2.19
 
-Pillow turns TIFFs itself, and so does its plugin for HEIF: no library sees those as they are stored.
+Pillow always turns TIFFs, and its plugin HEIF images, so no library sees those as they are stored.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _FROM_DATASETS = ("parquet", "arrow")
 
 
 def usual_exif(kind: str) -> Exif:
-    """What the library does whose layout a kind of source is."""
+    """The treatment by the library that the kind of source belongs to."""
     return "transpose" if kind in _FROM_DATASETS else "ignore"
 
 
-def exif_of(wanted: Exif | None, kind: str) -> Exif:
-    """What is done about the images of a kind of source: as a user wishes, else what is usual.
+def exif_of(setting: Exif | None, kind: str) -> Exif:
+    """The treatment for a kind of source: the setting if given, else the usual one.
 
     Raises:
-        ConfigError: a wish for pixels that come from no file.
+        ConfigError: the setting is given for arrays, whose pixels come from no image file.
     """
-    if wanted is not None and kind == "arrays":
+    if setting is not None and kind == "arrays":
         raise ConfigError("exif: arrays hold pixels without EXIF data; drop `exif`")
-    return wanted or usual_exif(kind)
+    return setting or usual_exif(kind)
 
 
 def orientation(image: Image.Image) -> int:
-    """1 for an image that is upright or does not say, 2 to 8 as EXIF counts; of a PNG only once it is loaded.
+    """The EXIF orientation, 1 (upright, or unknown) to 8; a PNG has to be loaded first.
 
-    EXIF data that cannot be read say nothing: the image itself is sound. TIFFs are upright when they are loaded, and
-    have the size of it before.
+    Unreadable EXIF data count as unknown, as the image itself is sound. TIFFs count as upright: Pillow turns them
+    when it loads them, and reports the turned size before.
     """
     if image.format == "TIFF":
         return UPRIGHT
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
-    except Exception:  # Pillow's parser raises anything
+    except Exception:  # Pillow's parser can raise any exception
         return UPRIGHT
     return value if value in _TURNS else UPRIGHT
 
@@ -66,5 +66,5 @@ def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """Upright, as PIL.ImageOps.exif_transpose makes it."""
+    """Turn an image upright, as PIL.ImageOps.exif_transpose does."""
     return image if orientation == UPRIGHT else image.transpose(_TURNS[orientation])

@@ -30,32 +30,32 @@ from datamerge.sources.table_labels import TableLabels
 from datamerge.sources.tables import check_paths, has_images, image_column, to_image
 from storage_schemas import Location, SourceError
 
-# What pyarrow raises for a file that is none, or not whole.
+# Exceptions of pyarrow for files that are invalid or truncated.
 BROKEN = (pa.ArrowException, OSError, ValueError, LookupError, MemoryError)
 _CALLED = {"parquet": "a Parquet", "arrow": "an Arrow"}
 
 
 class TableFile(Protocol):
-    """A file with a table: what is listed of it."""
+    """A file that holds one table."""
 
     metadata: Any  # has num_rows
 
     @property
     def schema_arrow(self) -> pa.Schema:
-        """Names and types of its columns."""
+        """Names and types of the columns."""
         ...
 
     @property
     def blocks(self) -> list[int]:
-        """Rows of the parts that are read as one."""
+        """Number of rows of each part that is read at once."""
         ...
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Some of its columns."""
+        """Read some columns."""
         ...
 
     def paths(self, column: str) -> list[str | None] | None:
-        """The paths of a column {bytes, path} that holds no bytes at all; None if it holds images."""
+        """The paths in a column {bytes, path} without any bytes; None if it holds images."""
         ...
 
 
@@ -76,7 +76,7 @@ class _ParquetFile(pq.ParquetFile):  # type: ignore[misc]  # pyarrow is untyped
         return [value and value["path"] for value in self.read(columns=[f"{column}.path"]).column(column).to_pylist()]
 
     def _is_null(self, leaf: str) -> bool:
-        """Whether the statistics say that a column holds nothing; they need not say anything."""
+        """Whether the statistics, which may be missing, show that a column holds only nulls."""
         groups = [self.metadata.row_group(number) for number in range(self.num_row_groups)]
         chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
         counts = [(chunk.num_values, chunk.statistics) for chunk in chunks if chunk.path_in_schema == leaf]
@@ -89,7 +89,7 @@ class ParquetReader:
     """Reads rows; keeps the last row group in memory, because shards are runs of rows."""
 
     is_concurrent = False
-    # Row groups are fetched whole: more threads would not help.
+    # Row groups are fetched whole, so more threads would not help.
     is_remote = False
 
     def __init__(self, location: Location, column: str) -> None:
@@ -105,23 +105,23 @@ class ParquetReader:
             value = self._value(name, int(row))
         except BROKEN as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's or the network's; what pyarrow has against the bytes has no number
+                raise  # an error of the disk or network; pyarrow's errors about content have no errno
             raise BadImage(f"row {row} of {name} cannot be read: {first_line(error)}") from None
         return to_image(value, self._location, name, int(row))
 
     def _value(self, name: str, row: int) -> Any:
         if self._file is None or self._file[0] != name:
             self._file = (name, pq.ParquetFile(self._location.open(name)))
-        file, wanted = self._file[1], row
+        file, number = self._file[1], row
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if row < rows:
                 return self._column_of(name, file, group)[row].as_py()
             row -= rows
-        raise LookupError(f"{name} has no row {wanted}")
+        raise LookupError(f"{name} has no row {number}")
 
     def _column_of(self, name: str, file: pq.ParquetFile, group: int) -> Any:
-        """The images of a row group; a broken one is read once, not once a row."""
+        """The column of images of a row group. A broken group is read once, not once per row."""
         if (name, group) in self._broken:
             raise ValueError(self._broken[name, group])
         if self._cached is None or self._cached[:2] != (name, group):
@@ -146,7 +146,7 @@ def open_parquet(
     """List the rows of Parquet files below a location.
 
     Raises:
-        SourceError: a file is not Parquet, or has no such columns.
+        SourceError: a file is not Parquet, or lacks a column.
     """
     return open_tables(location, files, columns, "parquet", _opened, ParquetReader)
 
@@ -159,18 +159,18 @@ def open_tables(
     opened: Callable[[Location, str, int], TableFile],
     reader: Callable[[Location, str], Reader],
 ) -> Source:
-    """List the rows of files that hold a table each.
+    """List the rows of files with one table each.
 
     Args:
-        location: of the files.
-        files: paths below it, and bytes.
-        columns: of the tables.
-        kind: of the source.
-        opened: opens a file, and refuses one that cannot have the rows that it claims.
-        reader: makes the reader of a column.
+        location: location of the files.
+        files: paths below the location, and sizes in bytes.
+        columns: columns of the tables.
+        kind: kind of the source.
+        opened: opens a file; raises ValueError if it cannot have as many rows as it claims.
+        reader: makes the reader of the image column.
 
     Raises:
-        SourceError: a file of another kind, or one without such columns.
+        SourceError: a file is of another kind, lacks a column, or there are no rows.
     """
     beside: dict[str, int] = {}
     blocks: list[int] = []
@@ -209,7 +209,7 @@ def open_tables(
 
 
 def holds_images(location: Location, name: str) -> bool:
-    """Whether a Parquet file has a column that may hold images, or cannot be read, which is to be said."""
+    """Whether a Parquet file has a column that may hold images; True if unreadable, so that opening reports it."""
     try:
         return has_images(pq.ParquetFile(location.open(name)).schema_arrow)
     except BROKEN:
@@ -223,9 +223,10 @@ def _opened(location: Location, name: str, size: int) -> TableFile:
 
 
 def _check_rows(file: _ParquetFile, size: int) -> None:
-    """Raises ValueError where a file of `size` bytes cannot have the rows that it claims.
+    """Raise ValueError if a file of `size` bytes cannot have as many rows as it claims.
 
-    A footer of 200 bytes may claim any number, and we keep something of every row. No image fits into one byte.
+    A footer of 200 bytes can claim any number of rows, and every listed row takes memory. An image takes more than a
+    byte.
     """
     rows = int(file.metadata.num_rows)
     groups = file.blocks
@@ -239,7 +240,7 @@ def _check_rows(file: _ParquetFile, size: int) -> None:
 
 
 def _group_values(file: TableFile, column: str, where: str) -> pa.ChunkedArray:
-    """Values of the group column, a value a row."""
+    """Values of the group column, one per row."""
     if column not in file.schema_arrow.names:
         raise SourceError(f"{where}: expected a group column {column!r}, found {file.schema_arrow.names}")
     return _values(file, column)
@@ -250,7 +251,7 @@ def _as_group(value: Any) -> str | None:
 
 
 def _values(file: TableFile, column: str) -> pa.ChunkedArray:
-    """A value a row."""
+    """Values of a column, one per row."""
     rows = file.metadata.num_rows
     values = file.read(columns=[column]).column(column)
     if len(values) != rows:

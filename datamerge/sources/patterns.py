@@ -1,4 +1,4 @@
-"""Files by patterns: globs and braces, over any file system; a file that is called like a pattern is that file."""
+"""Finds files by globs and braces on any file system; existing files whose names look like patterns win."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SPECIAL = re.compile(r"[*?\[{]")
 
 
 def is_pattern(url: str) -> bool:
-    """Whether a source is a pattern of files, or one tar, which may be named by the query of a URL."""
+    """Whether a source is a pattern of files, or one tar, which the query of a URL may name."""
     base, query = split_query(url)
     lower = base.lower()
     if not _SPECIAL.search(base):
@@ -33,10 +33,10 @@ def is_pattern(url: str) -> bool:
 
 
 def find_files(url: str) -> tuple[Location, list[File]]:
-    """The folder that all files of a pattern share, and the files below it.
+    """The common folder of the files that a pattern matches, and the files.
 
     Raises:
-        SourceError: nothing there, or files of several hosts.
+        SourceError: nothing matches, or the files are on several hosts.
     """
     base, query = split_query(url)
     paths: list[str] = []
@@ -48,7 +48,7 @@ def find_files(url: str) -> tuple[Location, list[File]]:
     folder = paths[0].rpartition("/")[0]
     while not all(path.startswith(f"{folder}/") for path in paths):
         folder = folder.rpartition("/")[0]
-    if folder.endswith(":/"):  # what s3://a and s3://b have in common
+    if folder.endswith(":/"):  # the common prefix of s3://a and s3://b
         raise SourceError(f"{redact(base)}: expected files of one host or bucket, found several; name one of them")
     location = Location(f"{folder or '/'}{query}")
     files = []
@@ -63,7 +63,7 @@ def find_files(url: str) -> tuple[Location, list[File]]:
 
 
 def _expanded(base: str, query: str) -> list[str]:
-    """A pattern without its braces, local ones from the root; folders that are there are called as they are."""
+    """Expand the braces of a pattern, except in existing folders; local patterns become absolute."""
     base = base if "://" in base else str(user_path(base).absolute())
     folder, _, name = base.rpartition("/")
     if _is_literal(folder, query):
@@ -72,7 +72,7 @@ def _expanded(base: str, query: str) -> list[str]:
 
 
 def _is_literal(place: str, query: str) -> bool:
-    """Whether a file or folder is there whose name looks like a pattern; buckets and hosts are not called so."""
+    """Whether a file or folder exists whose name looks like a pattern; hosts and buckets have no such names."""
     host = place.partition("://")[2].partition("/")[0]
     if not _SPECIAL.search(place) or place.startswith("http") or _SPECIAL.search(host):
         return False
@@ -80,7 +80,7 @@ def _is_literal(place: str, query: str) -> bool:
 
 
 def _matches(pattern: str, query: str) -> list[str]:
-    """Files that a pattern without braces stands for, not all of which need be there."""
+    """Files that a pattern without braces matches; a plain path is not checked for existence."""
     folder, _, name = pattern.rpartition("/")
     if not re.search(r"[*?\[]", name if _is_literal(folder, query) else pattern):
         return [pattern]

@@ -1,4 +1,4 @@
-"""What a source of raw images is: a list of samples, and a small reader that workers can carry."""
+"""A source of raw images: a list of samples, and a small reader that is sent to workers."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from datamerge.sources.columns import Samples  # pyarrow takes half a second
 
 RawImage = bytes | Image.Image
-"""What a reader returns: an encoded image (JPEG, PNG, …), or one that is decoded already."""
+"""An encoded image (JPEG, PNG, …) or a decoded one, as readers return it."""
 
 LISTING = "source.json.gz"
-# Bytes that UTF-8 never has: between names, and in place of what keys do without.
+# Bytes that never occur in UTF-8: the separator of names, and the replacement of characters not allowed in keys.
 _END, _MARK = b"\xff", b"\xfe"
 _SUFFIX = re.compile(rb"\.[A-Za-z0-9]+(?=\n?(\xff|\Z))")
 _KEPT = (string.ascii_letters + string.digits + "_-").encode() + _END
 _MARKED = bytes(byte if byte in _KEPT else _MARK[0] for byte in range(256))
-# Local sources up to this size are hashed whole, which takes seconds.
+# Local sources up to this size are hashed completely, which takes seconds.
 WHOLE_BYTES = 2**30
-# Of others, files whose ends go into a fingerprint. All would mean reading the whole source before any work.
+# Of other sources, both ends of this many files are hashed; hashing all would read the whole source before any work.
 HASHED_FILES = 64
 HASHED_BYTES = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a table, arrays of an archive or members of a tar hold what; None stands for the usual ones.
+    """Names of the columns of a table, arrays of an archive or members of a tar; None stands for the usual name.
 
     Attributes:
-        image: encoded images, or pixels.
-        label: classes.
-        group: values that name groups; no groups if None.
+        image: column of encoded images, or pixels.
+        label: column of labels.
+        group: column whose values name groups; no groups if None.
     """
 
     image: str | None = None
@@ -67,9 +67,9 @@ class Sample:
 
     Attributes:
         key: identifier of letters, digits, `_` and `-`, unique in the source.
-        name: how the source calls it: a path, or file and row.
+        name: name in the source: a path, or file and row.
         label: class index, if known.
-        group: value of the group column, if one was asked for.
+        group: value of the group column, if there is one.
     """
 
     key: str
@@ -83,7 +83,7 @@ class Reader(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether a read waits for a network."""
+        """Whether reads go over a network."""
         ...
 
     @property
@@ -92,7 +92,12 @@ class Reader(Protocol):
         ...
 
     def read(self, sample: Sample) -> RawImage:
-        """The image; raises OSError or BadImage."""
+        """Read the image of a sample.
+
+        Raises:
+            OSError: the file cannot be read.
+            BadImage: the sample holds no image.
+        """
         ...
 
 
@@ -101,21 +106,21 @@ class Source:
     """A listed source.
 
     Attributes:
-        url: where it is.
-        kind: `image_folder`, `parquet`, `webdataset`, `arrays` or `python`.
-        samples: in the order that defines shards.
-        class_names: by label, empty if there are none.
-        fingerprint: hash of the listing, to notice that the data changed.
-        reader: reads the samples.
-        listing: by file, what identifies its content: [bytes, hash or None, …].
-        location: the folder of the listed files, if they are files.
-        unlabelled: why no sample has a label although something looks like labels; empty if that is not so.
-        split: what was chosen where there are splits.
-        splits: how many files or images each has.
-        left_out: how many files of its folder are not read, by reason.
-        blocks: sizes of the runs of samples that the reader reads together, such as row groups; None where every
-            sample is read by itself.
-        drawn_from: how many samples there were, where some were drawn.
+        url: URL of the source.
+        kind: `image_folder`, `parquet`, `arrow`, `webdataset`, `arrays` or `python`.
+        samples: samples in the order of the source.
+        class_names: class names by label; empty if there are none.
+        fingerprint: hash of the listing, to detect changes of the data.
+        reader: reader of the samples.
+        listing: by file, values that identify its content: [bytes, SHA-256 or None, …].
+        location: folder of the listed files, if they are files.
+        unlabelled: why no sample has a label although there may be labels; empty otherwise.
+        split: the chosen split, if there are splits.
+        splits: number of files or images of each split.
+        left_out: number of files that are not read, by reason.
+        blocks: number of samples in each run that the reader reads at once, such as a row group; None if samples are
+            read one by one.
+        drawn_from: number of samples before some were drawn; None if none were.
     """
 
     url: str
@@ -139,18 +144,18 @@ class Source:
 
     @property
     def why(self) -> str:
-        """Why no sample has a label, in brackets, for messages of what needs labels; mostly empty."""
+        """`unlabelled` in brackets, to append to messages about missing labels."""
         return f" ({self.unlabelled})" if self.unlabelled else ""
 
     def limited(self, limits: Limits) -> Source:
-        """Some of the samples."""
+        """The source with the samples that the limits choose."""
         chosen, total = limits.of(len(self.samples)), len(self.samples)
         if chosen is None:
             return self
         return replace(self.take(chosen), drawn_from=total if limits.drawn is not None else None)
 
     def take(self, indices: npt.NDArray[np.int64]) -> Source:
-        """The samples at these places, which have to increase."""
+        """The source with the samples at these ascending indices."""
         blocks = self.blocks
         if blocks is not None:
             taken = np.bincount(np.searchsorted(np.cumsum(blocks), indices, side="right"), minlength=1)
@@ -158,18 +163,22 @@ class Source:
         return replace(self, samples=self.samples.take(indices), blocks=blocks)
 
     def relabelled(self, rows: Mapping[int, int], names: Sequence[str]) -> Source:
-        """The same samples with other numbers for their labels, whose names are `names`."""
+        """The source with each label replaced by `rows[label]`, and the class names `names`."""
         return replace(self, samples=self.samples.relabelled(rows), class_names=names)
 
     def listing_bytes(self) -> bytes:
-        """The listing as a file of the artifact, to say later what has changed; equal listings give equal bytes."""
+        """The listing as a file of the artifact, for `changes`; equal listings give equal bytes."""
         listing = self.listing
         if isinstance(listing, InPieces):  # sorted
             return _gzip(piece.encode() for piece in listing.json())
         return gzip.compress(json.dumps(dict(listing), sort_keys=True).encode(), mtime=0)
 
     def changes(self, earlier: bytes) -> list[str]:
-        """How the files differ from an earlier `listing_bytes`, a line each."""
+        """Differences from an earlier `listing_bytes`, one line per file.
+
+        Raises:
+            SourceError: `earlier` is not a listing.
+        """
         now = {name: list(facts) for name, facts in self.listing.items()}
         try:
             before = {name: [size, *rest] for name, (size, *rest) in read_json(gunzip(earlier)).items()}
@@ -186,25 +195,25 @@ class Source:
         return lines
 
     def written_since(self, when: datetime) -> list[str]:
-        """Local files that were written later than `when` and whose content the listing does not tell."""
+        """Local files that were modified after `when` and whose content the listing does not cover."""
         location = self.location
         if location is None or not location.is_local:
             return []
         if _is_small(location, [facts[0] for _, facts in self.listing.items()]):
-            return []  # hashed whole
+            return []  # hashed completely
         return [name for name in self.listing if location.fs.modified(location.path(name)) > when]
 
 
 def check_listed(location: Location, name: str, kind: str = "other") -> None:
-    """Refuse a file that could not be read, or not be noted.
+    """Refuse a file that cannot be read, or whose name cannot be recorded.
 
     Args:
-        location: that has the file.
-        name: of the file.
-        kind: what the file system calls it; `other` is a local link, or no file at all.
+        location: location of the file.
+        name: path of the file.
+        kind: type in the file system; `other` is a local link, or not a file.
 
     Raises:
-        SourceError: a device or a pipe, whose reading need not end; a name that no manifest could hold.
+        SourceError: it is a device or a pipe, of which a read may never end, or its name is not UTF-8.
     """
     try:
         name.encode()
@@ -217,10 +226,10 @@ def check_listed(location: Location, name: str, kind: str = "other") -> None:
 
 
 def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[str, list[Any]]:
-    """Size of every file, and its sha256: of all of it in a local source of up to `WHOLE_BYTES`.
+    """Size and SHA-256 of every file, for a local source of up to `WHOLE_BYTES`.
 
-    In others it is the sha256 of the first and the last 64 KiB, for a fixed choice of up to `HASHED_FILES` files that
-    depends on their names alone.
+    For others, the SHA-256 of the first and last 64 KiB of up to `HASHED_FILES` files, whose choice depends on their
+    names alone.
     """
     hashes = hash_contents(location, [name for name, _ in files], [size for _, size in files])
     return {name: [size, hashes.get(place)] for place, (name, size) in enumerate(files)}
@@ -229,7 +238,7 @@ def make_listing(location: Location, files: Sequence[tuple[str, int]]) -> dict[s
 def hash_contents(
     location: Location, names: Iterable[str], sizes: Sequence[int] | npt.NDArray[np.int64]
 ) -> dict[int, str]:
-    """The hashes of `make_listing` by the file's place."""
+    """The hashes of `make_listing`, by the index of the file."""
     if _is_small(location, sizes):
         return {place: hashlib.sha256(location.read(name)).hexdigest() for place, name in enumerate(names)}
     ranked = ((hashlib.sha256(name.encode()).digest(), place, name) for place, name in enumerate(names))
@@ -250,16 +259,16 @@ def _content_hash(location: Location, name: str, size: int) -> str:
 
 @runtime_checkable
 class InPieces(Protocol):
-    """Something that is too long to be written as JSON in one go."""
+    """A value whose JSON is too long to be made at once."""
 
     def json(self) -> Iterator[str]:
-        """What `json.dumps` would write of it."""
+        """The text that `json.dumps` would give, in pieces."""
         ...
 
 
 @dataclass(frozen=True)
 class JsonList:
-    """A list that comes in parts, none of which is empty."""
+    """A list, given in non-empty parts."""
 
     parts: Iterable[Sequence[Any]]
 
@@ -272,7 +281,7 @@ class JsonList:
 
 @dataclass(frozen=True)
 class JsonTexts:
-    """A list whose items are JSON already, in parts, none of which is empty."""
+    """A list of items that are already JSON, given in non-empty parts."""
 
     parts: Iterable[Sequence[str]]
 
@@ -284,7 +293,7 @@ class JsonTexts:
 
 
 def fingerprint(entries: Sequence[Any]) -> str:
-    """Hash of the JSON of a list, of which some entries may be `InPieces`."""
+    """Hash of the JSON of a list, whose entries may be `InPieces`."""
     digest = hashlib.sha256(b"[")
     for number, entry in enumerate(entries):
         digest.update(b", " * (number > 0))
@@ -295,7 +304,7 @@ def fingerprint(entries: Sequence[Any]) -> str:
 
 
 def _gzip(pieces: Iterable[bytes]) -> bytes:
-    """As `gzip.compress` with no time writes all pieces at once."""
+    """The bytes of `gzip.compress(…, mtime=0)` for the concatenated pieces."""
     packed, packer = io.BytesIO(), zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     packed.write(gzip.compress(b"", mtime=0)[:10])
     checksum = size = 0
@@ -317,9 +326,9 @@ def make_keys(names: Sequence[str]) -> list[str]:
 
 
 def plain_keys(names: Sequence[str]) -> list[str]:
-    """Names without their extensions, other characters than those of keys replaced; these may clash.
+    """Names without their extensions, with each run of characters not allowed in keys replaced by `_`.
 
-    A run of these becomes one `_`. All names are worked on as one text: a call a name would take three times as long.
+    Keys may clash. All names are processed as one text: one call per name would take three times as long.
     """
     if not names:
         return []
@@ -331,10 +340,10 @@ def plain_keys(names: Sequence[str]) -> list[str]:
 
 
 def clash_suffix(name: str) -> str:
-    """What tells a key from that of another name."""
+    """A suffix that distinguishes a key from that of another name."""
     return f"-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def as_text(value: object) -> str:
-    """A value from somebody's JSON, whose strings may hold what no UTF-8 can say, as text."""
+    """A value from foreign JSON as text that is valid in UTF-8."""
     return str(value).encode(errors="backslashreplace").decode()

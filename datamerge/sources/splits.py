@@ -1,10 +1,11 @@
-"""Splits of a data set, by the names of its folders, files and arrays, as the Hugging Face Hub reads them.
+"""Splits of a data set, from the names of its folders, files and arrays, as the Hugging Face Hub reads them.
 
-    train/cat/x.png, test/…        folders of images, at the first level where all are called so
+    train/cat/x.png, test/…        folders of images, at the first level where all folders have such names
     data/train-00000-of-00002.parquet, train.parquet, imagenet-val-07.tar, validation/0.tar
     x_train, y_train, test_images  arrays
 
-`split` names one, several as `train+validation`, or `all`, which takes everything as if there were no splits.
+The setting `split` names one, several as `train+validation`, or `all`, which uses everything as if there were no
+splits.
 """
 
 from __future__ import annotations
@@ -33,45 +34,45 @@ _CANONICAL = {word: meaning for meaning, words in _MEANINGS.items() for word in 
 _FOLDER = re.compile(rf"({'|'.join(_CANONICAL)})([-_ ]?(\d+|set|data|images|imgs))?")
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
 _COLUMNS = ("split", "subset", "partition", "set")
-# Names of numbered files that say nothing.
+# Names of numbered files that do not name a split.
 _PLAIN = {"data", "part", "shard", "dataset", "output", "file", "images"}
-DEEPEST = 3  # level of folders at which splits are looked for
+DEEPEST = 3  # number of levels of folders that are searched for splits
 
 
 def choose(
-    splits: Mapping[str, Sequence[T]], wanted: str | None, where: str, noun: str
+    splits: Mapping[str, Sequence[T]], setting: str | None, where: str, noun: str
 ) -> tuple[list[T], str | None]:
-    """The items of the wanted split and its name; all of them and None where there is nothing to choose from.
+    """The items of the chosen split and its name; all items and None if there are no splits.
 
-    See `choose_names`; `splits` are items by split.
+    `splits` holds the items of each split; for the rest see `choose_names`.
     """
-    names, name = choose_names({split: len(items) for split, items in splits.items()}, wanted, where, noun)
+    names, name = choose_names({split: len(items) for split, items in splits.items()}, setting, where, noun)
     return [item for chosen in names for item in splits[chosen]], name
 
 
 def choose_names(
-    counts: Mapping[str, int], wanted: str | None, where: str, noun: str
+    counts: Mapping[str, int], setting: str | None, where: str, noun: str
 ) -> tuple[list[str], str | None]:
-    """The splits that were meant, and how they are called together; all and None where none have names.
+    """The chosen splits and their joint name; all and None if there are no splits.
 
     Args:
-        counts: how many items are in each split; those of none under an empty name.
-        wanted: `train`, `train+validation`, `all`, or None.
-        where: of the source.
-        noun: what an item is, such as `image`.
+        counts: number of items in each split; an empty name stands for no split.
+        setting: `train`, `train+validation`, `all`, or None.
+        where: URL of the source, for messages.
+        noun: noun for an item, such as `image`.
 
     Raises:
-        ConfigError: no such split, or several and none is named; with the list.
+        ConfigError: there is no such split, or there are several and none is chosen; the message lists them.
     """
     named, everything = sorted(name for name in counts if name), list(counts)
     if not named:
-        if wanted not in (None, ALL):
-            raise ConfigError(f"split: {where} has no splits, found {wanted!r}; drop `split`")
+        if setting not in (None, ALL):
+            raise ConfigError(f"split: {where} has no splits, found {setting!r}; drop `split`")
         return everything, None
-    if wanted == ALL:
+    if setting == ALL:
         return everything, ALL
     shown = ", ".join(f"{name or 'no split'} ({_counted(counts[name], noun)})" for name in sorted(counts))
-    if wanted is None:
+    if setting is None:
         if len(counts) > 1:
             first = next((name for name in named if meaning(name) == "train"), named[0])
             raise ConfigError(
@@ -81,28 +82,28 @@ def choose_names(
         say(f"{where}: its only split is {shown}")
         return everything, named[0]
     chosen: list[str] = []
-    for part in wanted.split("+"):
+    for part in setting.split("+"):
         meant = meaning(part)
         alike = [name for name in named if meant is not None and meaning(name) == meant]
         found = [part] if part in named else alike
         if len(found) != 1:
-            raise ConfigError(f"split: expected one of {shown} of {where}, found {part!r}")
+            raise ConfigError(f"split: expected one of {shown} of {where}, found {part!r}; choose one")
         chosen += [name for name in found if name not in chosen]
     if "" in counts:
-        say(f"{where}: {_counted(counts[''], noun)} of no split left out")
+        say(f"{where}: {_counted(counts[''], noun)} without a split are left out")
     return sorted(chosen), "+".join(chosen)
 
 
 def sizes(splits: Mapping[str, Sequence[T]]) -> dict[str, int]:
-    """How many items each split has; empty where there are no splits."""
+    """Number of items in each split; empty if there are no splits."""
     return {name: len(items) for name, items in sorted(splits.items())} if any(splits) else {}
 
 
 def file_splits(files: Sequence[File], where: str) -> dict[str, list[File]]:
-    """Files with many samples each, by split.
+    """Files of many samples, by split.
 
     Raises:
-        SourceError: subsets that have the same splits, as `160px/train-00000-of-00001.parquet` and `full/train-…`.
+        SourceError: subsets have the same splits, as `160px/train-00000-of-00001.parquet` and `full/train-…`.
     """
     splits: dict[str, list[File]] = defaultdict(list)
     folders: dict[str, str] = {}
@@ -122,7 +123,7 @@ def file_splits(files: Sequence[File], where: str) -> dict[str, list[File]]:
 
 
 def split_of_file(path: str) -> str | None:
-    """The split of a file with many samples, by its folders, else by its name."""
+    """The split of a file of many samples, from its folders, else from its name."""
     *folders, name = path.split("/")
     for folder in folders:
         if _FOLDER.fullmatch(folder.lower()):
@@ -135,18 +136,18 @@ def split_of_file(path: str) -> str | None:
 
 
 def split_of_name(name: str) -> str | None:
-    """The word of a name that says a split, such as `val` of `imagenet-val-007`."""
+    """The word in a name that is a split, such as `val` in `imagenet-val-007`."""
     return next((word for word in re.split(r"[^A-Za-z]+", name) if word.lower() in _CANONICAL), None)
 
 
 def image_splits(folders: Sequence[str]) -> tuple[list[str], int]:
-    """The split of each folder of images, and the level of the folders that are splits; empty names if none are.
+    """The split of each folder of images, empty if none, and the level of the folders that are splits.
 
-    Folders are splits where all at one level are called so, or, before classes are told apart, two that mean
-    different ones: a class may be called `train`.
+    Folders at a level are splits if all of them have names of splits, or, at the first level with several folders, if
+    two name different splits. One alone is not enough, as a class may be called `train`.
 
     Args:
-        folders: all that hold images themselves.
+        folders: all folders that contain images directly.
     """
     outermost = True
     for level in range(DEEPEST):
@@ -167,22 +168,22 @@ def _part(folder: str, level: int) -> str:
 
 
 def meaning(name: str) -> str | None:
-    """`train`, `validation` or `test`, as a name of a split means; None for another name."""
+    """The split that a name stands for: `train`, `validation` or `test`; None for other names."""
     found = _FOLDER.fullmatch(name.lower())
     return _CANONICAL[found[1]] if found else None
 
 
 def is_split_column(name: str) -> bool:
-    """Whether a column of a table is called as those that say a split."""
+    """Whether a column of a table has a usual name for splits."""
     return name.strip().lower() in _COLUMNS
 
 
 def warn_of_split_column(name: str, counts: Mapping[str, int], where: str) -> None:
-    """Say so where the values of such a column are several splits: nothing is chosen by it."""
+    """Warn if a column holds several splits, as all of them are used."""
     if len({meaning(value) for value in counts} - {None}) > 1:
         found = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items()))
         warn(
-            f"{where}: the column {name!r} tells splits, {found}, which are all taken; to take one, write each to a "
+            f"{where}: the column {name!r} tells splits, {found}, which are all used; to use one, write each to a "
             "folder or file of its name"
         )
 

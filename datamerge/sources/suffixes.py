@@ -1,4 +1,4 @@
-"""What a file is by the end of its name, and by its first bytes where the name does not say."""
+"""The kind of a file, from its suffix, or from its first bytes if the name does not tell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 Kind = Literal["image", "parquet", "tar", "arrow", "array"]
 
-# Every suffix that Pillow registers for the formats of `images.FORMATS`; the usual ones first, messages show those.
+# All suffixes that Pillow registers for `images.FORMATS`; the common ones come first, as messages show those.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
     *(".jpe", ".jfif", ".mpo", ".apng", ".pbm", ".pnm", ".pfm", ".avif", ".avifs"),
@@ -19,7 +19,7 @@ HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
 HEIF_PACKAGE = "pillow_heif"
 PARQUET, TAR, ARROW = (".parquet",), (".tar",), (".arrow",)
 ARRAYS = (".npz", ".npy", ".idx", "ubyte")
-# What we cannot read in pieces → what a user does about it.
+# Suffix of an archive without random access → the remedy.
 PACKED = {
     **dict.fromkeys(
         (".tar.gz", ".tgz", ".tar.zst", ".tzst", ".tar.xz", ".txz", ".tar.bz2", ".tbz2", ".tbz", ".tar.lz4"),
@@ -38,12 +38,12 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(ARROW, "arrow"),
     **dict.fromkeys(ARRAYS[:3], "array"),
 }
-# Bytes that files begin with, of formats that the decoder reads; TGA has none.
+# First bytes of files in the formats that the decoder reads; TGA has no fixed ones.
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 _JPEG2000 = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 MAGIC_BYTES = 16
 CONTENT_BYTES = 512
-# Of archives and tables: where in the file, what is there, and what it then is.
+# (offset, bytes at this offset, kind) of archives and tables.
 _CONTENTS: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"PAR1", "parquet"),
     (0, b"ARROW1", "arrow"),
@@ -51,7 +51,7 @@ _CONTENTS: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\x93NUMPY", "array"),
     (257, b"ustar", "tar"),
 )
-# What a file of another kind in place of a tar begins with.
+# First bytes of compressed files and archives that may be called .tar → their suffix.
 PACKED_MAGIC = {
     b"\x1f\x8b": ".tar.gz",
     b"(\xb5/\xfd": ".tar.zst",
@@ -67,12 +67,12 @@ PACKED_MAGIC = {
 def suffix_of(name: str) -> str:
     """The suffix of a file's name in lower case, with its dot; empty if there is none."""
     stem, _, suffix = name.rpartition("/")[2].rpartition(".")
-    # `photo.2021` and `a. b` have none: those are not the names of formats.
+    # `photo.2021` and `a. b` have no suffix, as these endings name no format.
     return f".{suffix.lower()}" if stem and suffix.isalnum() and not suffix.isdigit() else ""
 
 
 def kind_of(name: str) -> Kind | None:
-    """What a file's name says that it holds; None for what we do not read."""
+    """The kind of a file by its name; None if it is not read."""
     suffix = suffix_of(name)
     kind = _KINDS.get(suffix)
     if kind is None:
@@ -101,25 +101,25 @@ def looks_like_image(head: bytes) -> bool:
 
 
 def kind_of_content(head: bytes) -> Kind | None:
-    """What a file that begins with these `CONTENT_BYTES` holds, whatever its name is."""
+    """The kind of a file by its first `CONTENT_BYTES` bytes; None if it is not read."""
     found = (kind for start, magic, kind in _CONTENTS if head[start : start + len(magic)] == magic)
     return next(found, "image" if looks_like_image(head) else None)
 
 
 @cache
 def reads_heif() -> bool:
-    """Whether the package that teaches Pillow HEIC and HEIF is installed."""
+    """Whether the package that adds HEIC and HEIF to Pillow is installed."""
     return importlib.util.find_spec(HEIF_PACKAGE) is not None
 
 
 def register_heif() -> None:
-    """Teach Pillow HEIC and HEIF, where the package that does is installed."""
+    """Add HEIC and HEIF to Pillow, if the package for them is installed."""
     if reads_heif():
         importlib.import_module(HEIF_PACKAGE).register_heif_opener()
 
 
 def describe(suffix: str) -> str:
-    """A suffix as a reason for leaving its files out, with the remedy where there is one."""
+    """A suffix as the reason for leaving files out, with the remedy if there is one."""
     if suffix in HEIF:
         return f"{suffix} (pip install 'datamerge[heif]' reads them)"
     return suffix or NO_SUFFIX

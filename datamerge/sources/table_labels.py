@@ -1,4 +1,4 @@
-"""The column of labels in a table of several files: which it is, what it says, and what its classes are called."""
+"""Finds the column of labels in a table of several files, and reads its labels and class names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from datamerge.sources.labels import (
     choose_column,
     label_columns,
     meaning,
+    named_column,
     read_labels,
     shown,
-    wanted_column,
     warn_of_twins,
 )
 from datamerge.sources.one_hot import OneHotColumns, find_one_hot
@@ -29,7 +29,7 @@ from datamerge.sources.splits import is_split_column, warn_of_split_column
 from storage_schemas import SourceError, read_json, shortened
 
 Read = Callable[[str], pa.ChunkedArray]
-"""Column → its values, one a row."""
+"""Gives the values of a column, one per row."""
 _TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _NUMBERS_AND_TEXT = (pa.types.is_integer, pa.types.is_boolean, *_TEXT, pa.types.is_null)
 _BITS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_floating)
@@ -48,17 +48,17 @@ class TableLabels:
     """Collects the labels of a table, file by file.
 
     Args:
-        wanted: the column that the user named, if any.
-        where: how messages call the table.
+        named: the column that the user named, if any.
+        where: URL of the table, for messages.
         left_out: columns that hold something else.
     """
 
-    def __init__(self, wanted: str | None, where: str, left_out: Sequence[str | None] = ()) -> None:
-        self._wanted, self._where = wanted, where
+    def __init__(self, named: str | None, where: str, left_out: Sequence[str | None] = ()) -> None:
+        self._named, self._where = named, where
         self._left_out = {name for name in left_out if name is not None}
         self._column: str | None = None
         self._names: list[str] = []
-        self._one_hot: list[str] = []  # columns, one a class, of which the first stands for all
+        self._one_hot: list[str] = []  # one-hot columns; the first stands for all as `_column`
         self._files = self._rows = 0
         self._without: list[str] = []
         self._raw = Coded()
@@ -69,7 +69,7 @@ class TableLabels:
         """Read the labels of one file, whose images are in the column `image`.
 
         Raises:
-            SourceError: no such column, or one that holds no labels.
+            SourceError: there is no such column, or it holds no labels.
         """
         self._files += 1
         self._rows += rows
@@ -103,13 +103,13 @@ class TableLabels:
             self._give_up(self._column, error, where)
 
     def finish(self, row: Callable[[int], str]) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Labels of all rows as a column, and class names.
+        """Labels of all rows, int32 [M], and class names.
 
         Args:
-            row: how messages call a row, from its position.
+            row: names a row from its position, for messages.
 
         Raises:
-            SourceError: values that are no labels.
+            SourceError: values are no labels.
         """
         for name, counts in self._splits.items():
             if name != self._column:
@@ -130,9 +130,9 @@ class TableLabels:
         return np.full(self._rows, NO_LABEL, np.int32), []
 
     def _choose(self, schema: pa.Schema, read: Read, where: str) -> str | None:
-        """The column of labels; says which, where that is no matter of course."""
-        if self._wanted is not None:
-            column = wanted_column(self._wanted, schema.names, where)
+        """The column of labels; prints the choice if it is not obvious."""
+        if self._named is not None:
+            column = named_column(self._named, schema.names, where)
             if column is not None and not _may_hold_labels(schema.field(column).type):
                 self._refuse(column, schema.field(column).type, where)
             if column is not None and not any(label_columns([column])):
@@ -143,7 +143,7 @@ class TableLabels:
         ]
         for name in [name for kind in label_columns(fitting) for name in kind]:
             if any(is_list(schema.field(name).type) for is_list in _LISTS):
-                try:  # rows of one class, in one form or another, or several labels each
+                try:  # a list may be one-hot, hold one label, or hold several
                     read_labels(self._values(schema, name, read), where)
                 except NoClass as error:
                     say(f"{where}: the column {name!r} holds no labels of one class: {error}")
@@ -159,7 +159,7 @@ class TableLabels:
     def _choose_one_hot(
         self, schema: pa.Schema, fitting: Sequence[str], read: Read, where: str
     ) -> tuple[str | None, str]:
-        """The first of columns of 0 and 1, one a class, or why these are none."""
+        """The first of the one-hot columns, or the reason why they are not one-hot."""
         hot = find_one_hot(_lists(read, [name for name in fitting if _is_one_of(schema.field(name).type, _BITS)]))
         if hot is None or any(class_names(schema, name) for name in fitting):
             return None, ""
@@ -173,7 +173,7 @@ class TableLabels:
         return self._one_hot[0], ""
 
     def _warn_of_one_of_several(self, column: str, schema: pa.Schema, read: Read, where: str) -> None:
-        """Say so where the named column is one of several of 0 and 1: it says one class or not, not which."""
+        """Warn if the chosen column is one of several one-hot columns: it tells only one class from the rest."""
         names = [field.name for field in schema if field.name not in self._left_out and _is_one_of(field.type, _BITS)]
         if column not in names or not set(read(column).to_pylist()) <= {0, 1}:
             return
@@ -181,7 +181,7 @@ class TableLabels:
         if hot is not None:
             warn(
                 f"{where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
-                "are 0 and 1 of it alone"
+                "are its 0 and 1 alone"
             )
 
     def _values(self, schema: pa.Schema, column: str, read: Read) -> list[Any]:
@@ -193,16 +193,16 @@ class TableLabels:
             if values[column] and (hot is None or hot.odd or hot.names != self._one_hot):
                 raise NoClass(_not_one_hot(hot) if hot and hot.odd else "no 0 and 1 in columns beside it")
             return [] if hot is None else list(hot.labels)
-        # One-hot rows of a thousand numbers are kept as one.
+        # Interpret at once: a one-hot row of a thousand numbers becomes one value.
         return [meaning(value) for value in read(column).to_pylist()]
 
     def _is_plain(self, schema: pa.Schema) -> bool:
-        """Whether labels are a value each."""
+        """Whether each label is a single value."""
         return not self._one_hot and not any(check(schema.field(self._column).type) for check in _LISTS)
 
     def _give_up(self, column: str, error: NoClass, where: str) -> None:
-        """Do without a column that is called like labels; refuse one that the user named."""
-        if self._wanted is not None:
+        """Ignore a column that only has a usual name of labels; refuse one that the user named."""
+        if self._named is not None:
             self._refuse(column, error, where)
         self.unlabelled = f"the column {column!r} holds no labels of one class: {error}"
         warn(f"{where}: no labels are read: {self.unlabelled}")
@@ -210,14 +210,15 @@ class TableLabels:
 
     def _refuse(self, column: str, found: object, where: str) -> None:
         raise SourceError(
-            f"{where}: expected integers or text in the label column {column!r}, found {found}"
+            f"{where}: expected integers or text in the label column {column!r}, found {found}; use another "
+            "`label_column`"
         ) from None
 
 
 def _by_type(
     schema: pa.Schema, fitting: Sequence[str], left_out: Collection[str], where: str
 ) -> tuple[str | None, str]:
-    """The one column whose features are Hugging Face's ClassLabel; else which columns may be meant."""
+    """The only column with a ClassLabel feature of Hugging Face, or the reason why there is none."""
     classes = [name for name in fitting if class_names(schema, name)]
     if len(classes) == 1:
         say(f"{where}: labels are taken from {classes[0]!r}, the only column with class names")
@@ -250,7 +251,7 @@ def _none_called_label(names: Sequence[str]) -> str:
 def _not_one_hot(hot: OneHotColumns) -> str:
     return (
         f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 each in {len(hot.odd)} of {len(hot.labels)} "
-        f"rows, first row {hot.odd[0]}, so that they are no label of one class"
+        f"rows, first row {hot.odd[0]}, so they give no single label"
     )
 
 
@@ -267,15 +268,15 @@ def _is_one_of(kind: pa.DataType, checks: Sequence[Callable[[pa.DataType], bool]
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:
-    """Class names of a column that Hugging Face datasets keep in the schema's metadata."""
+    """Class names of a column, which Hugging Face datasets store in the metadata of the schema."""
     metadata = (schema.metadata or {}).get(b"huggingface")
     if not metadata:
         return []
     try:
         feature = read_json(metadata)["info"]["features"][column]
-        names = feature.get("feature", feature)["names"]  # of a list of labels, inside
-        if isinstance(names, dict):  # {"0": "cat", …}, as dataset cards write them
+        names = feature.get("feature", feature)["names"]  # a list of labels has an inner feature
+        if isinstance(names, dict):  # {"0": "cat", …}, the form of dataset cards
             names = [names[key] for key in sorted(names, key=int)]
         return [as_text(name) for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError):  # somebody else's metadata under this key
+    except (ValueError, KeyError, TypeError, AttributeError):  # other metadata under this key
         return []

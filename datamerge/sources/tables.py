@@ -1,7 +1,7 @@
-"""Images in the columns of Parquet and Arrow tables, whatever type they are stored as.
+"""Images in columns of Parquet and Arrow tables, of any type.
 
 binary, large or fixed-size, views, dictionaries      encoded images
-{bytes, path}                                         Hugging Face's `Image`: encoded, or a file beside the table
+{bytes, path}                                         `Image` of Hugging Face: encoded, or a file beside the table
 lists of uint8, also of fixed size                    encoded if flat, pixels [H, W], [H, W, C] or [C, H, W] if nested
 """
 
@@ -22,37 +22,37 @@ from storage_schemas import Location, SourceError
 SHOWN_COLUMNS = 12
 
 
-def image_column(schema: pa.Schema, wanted: str | None, where: str) -> str:
-    """The column with the images.
+def image_column(schema: pa.Schema, named: str | None, where: str) -> str:
+    """The column of images: the named one, or the only candidate.
 
     Raises:
-        SourceError: no such column, none with images, or several and none is named.
+        SourceError: there is no such column, none holds images, or there are several and none is named.
     """
     usual = [field.name for field in schema if is_encoded(field.type)]
     candidates = usual or [field.name for field in schema if _is_unusual(field.type)]
-    if len(candidates) > 1:  # labels may be bytes, too
+    if len(candidates) > 1:  # labels may be bytes too
         candidates = [name for name in candidates if not any(label_columns([name]))] or candidates
-    if wanted is None and len(candidates) == 1:
+    if named is None and len(candidates) == 1:
         return str(candidates[0])
-    if wanted is None and candidates:
+    if named is None and candidates:
         raise SourceError(f"{where}: expected one image column, found {candidates}; name it with `image_column`")
     found = ", ".join(f"{field.name} {_shortened(field.type)}" for field in list(schema)[:SHOWN_COLUMNS])
-    if wanted is None:
+    if named is None:
         raise SourceError(
             f"{where}: expected a column of images (encoded bytes, or a struct of bytes and path), found {found}; "
             "name files that have one, or store an image's bytes in each row"
         )
     images = f"; images are in {candidates}" if candidates else ""
-    if wanted not in schema.names:
-        raise SourceError(f"{where}: expected the image column {wanted!r}, found {found}{images}")
-    kind = schema.field(wanted).type
+    if named not in schema.names:
+        raise SourceError(f"{where}: expected the image column {named!r}, found {found}{images}")
+    kind = schema.field(named).type
     if not is_encoded(kind) and not _is_unusual(kind):
         several = "; one image a row is needed" if _is_list(kind) else ""
         raise SourceError(
-            f"{where}: expected encoded images in the image column {wanted!r}, found "
+            f"{where}: expected encoded images in the image column {named!r}, found "
             f"{_shortened(kind)}{several}{images}"
         )
-    return wanted
+    return named
 
 
 def has_images(schema: pa.Schema) -> bool:
@@ -61,7 +61,7 @@ def has_images(schema: pa.Schema) -> bool:
 
 
 def is_encoded(kind: pa.DataType) -> bool:
-    """Whether values of a type are encoded images, as nearly all tables hold them."""
+    """Whether values of a type may be encoded images in the form of nearly all tables."""
     kind = _plain(kind)
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0)
@@ -69,7 +69,7 @@ def is_encoded(kind: pa.DataType) -> bool:
 
 
 def _is_unusual(kind: pa.DataType) -> bool:
-    """Whether values may be images where no other column has any: digests and embeddings look alike."""
+    """Whether values may be images if no other column has any; digests and embeddings have such types too."""
     kind = _plain(kind)
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("path") >= 0)
@@ -77,7 +77,7 @@ def _is_unusual(kind: pa.DataType) -> bool:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """A type without what only says how it is stored."""
+    """The value type, without extension types and dictionary encoding."""
     while True:
         if isinstance(kind, pa.BaseExtensionType):
             kind = kind.storage_type
@@ -104,16 +104,16 @@ def _shortened(kind: pa.DataType) -> str:
 
 
 def to_image(value: Any, location: Location, table: str, row: int) -> RawImage:
-    """The image that a cell holds.
+    """The image in a cell.
 
     Args:
-        value: of the cell.
-        location: of the table.
-        table: its path there.
-        row: of the cell, for messages.
+        value: value of the cell.
+        location: location of the table.
+        table: path of the table.
+        row: row of the cell, for messages.
 
     Raises:
-        BadImage: no image in it, or one that is elsewhere and not found.
+        BadImage: the cell holds no image, or the path of a missing file.
     """
     where = f"row {row} of {table}"
     if isinstance(value, dict):
@@ -147,10 +147,10 @@ def _from_list(values: list[Any], where: str) -> RawImage:
 
 
 def read_beside(location: Location, table: str, path: str, where: str) -> bytes:
-    """A file that a table names by its path from the table's folder; paths that leave the folder are refused.
+    """Read a file that a table names by its path relative to the table's folder.
 
     Raises:
-        BadImage: no such file.
+        BadImage: there is no such file, or the path leaves the folder.
     """
     name = path_beside(table, path)
     if name is None:
@@ -162,7 +162,7 @@ def read_beside(location: Location, table: str, path: str, where: str) -> bytes:
 
 
 def path_beside(table: str, path: str) -> str | None:
-    """The path in the source of a file that a table names; None where it would lead out of the table's folder."""
+    """The path in the source of a file that a table names; None if it leaves the table's folder."""
     parts = [part for part in path.replace("\\", "/").split("/") if part != "."]
     if "" in parts or ".." in parts or "://" in path:
         return None
@@ -171,10 +171,10 @@ def path_beside(table: str, path: str) -> str | None:
 
 
 def check_paths(location: Location, table: str, paths: Sequence[str | None], where: str) -> list[tuple[str, int]]:
-    """The files that a table without images of its own names, each once, with their bytes; those not there left out.
+    """The existing files that a table of paths names, each once, with their sizes in bytes.
 
     Raises:
-        SourceError: the first is not there.
+        SourceError: the first file is missing.
     """
     names = [None if path is None else path_beside(table, path) for path in paths]
     files: dict[str, int] = {}

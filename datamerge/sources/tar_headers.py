@@ -1,9 +1,8 @@
-"""The files in a tar by their headers, without an object for each.
+"""Lists the files of a tar from its headers, several times as fast as `tarfile`.
 
-Headers of a tar differ in name, size and time; the rest is mostly that of the header before. So a header is taken
-without `tarfile` where it is one that `tarfile` has read, but for those fields, and its checksum is right. Everything
-else goes to `tarfile`, a member at a time: pax headers that say more than times, long names, links, folders, sparse
-files, large sizes, the end, and damage.
+Headers in one tar mostly differ in name, size and time only. So `tarfile` parses one header of each kind, and headers
+that equal it in all other fields and have a correct checksum are read without it. All others go to `tarfile`, member
+by member: pax headers with more than times, long names, links, folders, sparse files, large sizes, the end, damage.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from zlib import adler32
 
-NAMES = "backslashreplace"  # of bytes in a member's name that are no text
-MAX_MEMBER = 2**36  # bytes of any member; tarfile would seek beyond what file systems allow
+NAMES = "backslashreplace"  # for bytes in names that are not UTF-8
+MAX_MEMBER = 2**36  # bytes; for larger members tarfile would seek beyond the limits of file systems
 ENCODING = tarfile.ENCODING
 BLOCK = tarfile.BLOCKSIZE
 REGULAR, EXTENDED = tarfile.REGTYPE[0], tarfile.XHDTYPE[0]
-# Name; mode and owner; size; time; checksum; kind and the rest.
+# Name; mode and owner; size; time; checksum; type flag and the rest.
 _FIELDS = struct.Struct("100s24s12s12s8s356s")
 _BEFORE_CHECKSUM = 148
-_SPACES = 8 * ord(" ")  # in place of the checksum where it is computed
-_PREFIX = slice(345 - 156, 500 - 156)  # of the name, in the rest
+_SPACES = 8 * ord(" ")  # the checksum is computed with spaces in its own field
+_PREFIX = slice(345 - 156, 500 - 156)  # prefix of the name, in the rest
 _TIME = re.compile(rb"(\d{1,4}) [acm]time=[\d.]+\n")
-# Bytes of a local tar read at a time: the headers around a label, but little of an image.
+# Bytes of a local tar to read at a time: enough for the headers around a label, but little of an image.
 WINDOW = 4096
 
 
@@ -35,9 +34,9 @@ class File(NamedTuple):
     """A file in a tar.
 
     Attributes:
-        name: path inside.
-        start, size: where its content is.
-        problem: why the content cannot be used; mostly empty.
+        name: path inside the tar.
+        start, size: byte offset and size of its content.
+        problem: why the content cannot be used; usually empty.
     """
 
     name: str
@@ -47,21 +46,21 @@ class File(NamedTuple):
 
 
 class _Kind:
-    """What headers of one kind have besides name, size and time."""
+    """The fields that headers of one kind share: all but name, size and time."""
 
     def __init__(self, owner: bytes, time: bytes, rest: bytes) -> None:
         self.owner, self.time, self.rest = owner, time, rest
-        self.more = sum(rest) + _SPACES - 1  # to make a checksum of an Adler sum, which begins at 1
+        self.more = sum(rest) + _SPACES - 1  # turns an Adler sum, which begins at 1, into the checksum
         prefix = rest[_PREFIX].partition(b"\0")[0]
         self.prefix = f"{_text(prefix)}/" if prefix else ""
 
 
 class TarFiles:
-    """The files of a tar in its order.
+    """Iterates over the files of a tar, in order.
 
     Args:
-        stream: of the tar, from its beginning; every read may be a request where it is not local.
-        is_local: whether to read around the stream.
+        stream: the tar, at its beginning; if it is not local, every read may be a request.
+        is_local: whether the stream has a file descriptor to read from directly.
     """
 
     def __init__(self, stream: Any, is_local: bool) -> None:
@@ -73,10 +72,10 @@ class TarFiles:
         self._kinds: dict[int, _Kind] = {}
 
     def __iter__(self) -> Iterator[File]:
-        """Its files; links, folders and others are left out.
+        """Yield the regular files.
 
         Raises:
-            tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError: damage.
+            tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError: the tar is damaged.
         """
         offset: int | None = 0
         while offset is not None:
@@ -88,16 +87,20 @@ class TarFiles:
                 yield found
 
     def content(self, file: File) -> bytes:
-        """What is in a file."""
+        """The content of a file.
+
+        Raises:
+            tarfile.ReadError: the tar is truncated.
+        """
         data = self._read(file.start, file.size)
         if len(data) < file.size:
             raise tarfile.ReadError("unexpected end of data")
         return data
 
     def _plain(self, offset: int) -> Iterator[File]:
-        """Files whose headers are of known kinds, from here on; then `_after` is where others begin."""
+        """Yield files from `offset` on while their headers are of known kinds; `_after` is the offset after them."""
         kinds, unpack = self._kinds, _FIELDS.unpack_from
-        header = offset  # that of the file itself; `offset` may be that of an extended one
+        header = offset  # of the file itself; `offset` may be that of its extended header
         while True:
             self._after = offset
             at = header - self._first
@@ -134,7 +137,7 @@ class TarFiles:
             header = offset = start + -(-size // BLOCK) * BLOCK
 
     def _learn(self, block: bytes) -> _Kind | None:
-        """Remember of which kind a header is, if it is a file's or extended, and `tarfile` finds no fault with it."""
+        """Remember the kind of a header, if it is a regular or extended one that `tarfile` accepts."""
         _, owner, _, time, _, rest = _FIELDS.unpack(block)
         if rest[0] not in (REGULAR, EXTENDED):
             return None
@@ -146,7 +149,7 @@ class TarFiles:
         return kind
 
     def _unusual(self, offset: int) -> tuple[File | None, int | None]:
-        """The member whose headers begin here, if it is a file, and where the next one is; None at the end."""
+        """Read a member with `tarfile`: returns it if it is a file, and the offset of the next, None at the end."""
         self._stream.seek(offset)
         with tarfile.open(fileobj=self._stream, mode="r:", errors=NAMES) as tar:
             info = tar.next()
@@ -154,7 +157,7 @@ class TarFiles:
                 return None, None
             after = tar.offset
         if not info.offset < after < info.offset + MAX_MEMBER:
-            raise ValueError(f"{info.name!r} claims {info.size} bytes")  # negative, never ends, or absurd
+            raise ValueError(f"{info.name!r} claims {info.size} bytes")  # negative, endless, or absurd
         if not info.isfile():
             return None, after
         problem = ""
@@ -181,7 +184,7 @@ class TarFiles:
 
 
 def _octal(field: bytes) -> int:
-    """A number as nearly all tars have it; raises ValueError for other ways."""
+    """A number in the usual octal form; raises ValueError for other forms."""
     if field[11] not in b"\0 ":
         raise ValueError(field)
     return int(field[:11], 8)
@@ -192,7 +195,7 @@ def _text(name: bytes) -> str:
 
 
 def _are_times(block: bytes) -> bool:
-    """Whether a pax header says when a file was written or read, and nothing else."""
+    """Whether a pax header holds times and nothing else."""
     place = 0
     while found := _TIME.match(block, place):
         if int(found[1]) != found.end() - place:

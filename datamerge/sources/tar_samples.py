@@ -1,7 +1,7 @@
-"""Samples of tars as columns: 28 bytes and the name a sample. M samples.
+"""Samples of tars as columns, in 28 bytes and the name per sample. M samples.
 
-A sample is the members of one tar whose paths are the same up to the first dot of the name. What their texts say is
-kept as numbers, tar by tar, for those columns alone that may turn out to hold labels or groups.
+A sample consists of the members of one tar whose paths are equal up to the first dot of the file name. Values of
+members and JSON fields are stored as codes, and only for columns that may hold labels or groups.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class _Tar:
     """Samples of one tar.
 
     Attributes:
-        places: of each here, by its path.
-        starts, sizes: of the images; `_NO_IMAGE` where there is none.
-        texts: of members that are read, by extension and sample.
+        places: index of each sample, by its path.
+        starts, sizes: byte offset and size of each image; `_NO_IMAGE` if there is none.
+        texts: content of the members that are read, by extension and sample.
     """
 
     name: str
@@ -50,7 +50,7 @@ class _Tar:
     texts: dict[str, dict[int, bytes]] = field(default_factory=dict)
 
     def complete(self) -> Sequence[int]:
-        """Samples that have an image."""
+        """Indices of the samples that have an image."""
         if _NO_IMAGE not in self.sizes:
             return range(len(self.sizes))
         return [place for place, size in enumerate(self.sizes) if size != _NO_IMAGE]
@@ -61,14 +61,14 @@ class TarSamples:
 
     Args:
         columns: members and fields to read.
-        column: one more that may hold labels.
+        column: another column that may hold labels.
 
     Attributes:
-        found: how many samples there are, with an image or without.
-        first_without: the first without one.
-        others: how many members are not read, by extension.
-        members: extensions of the texts that are read, in the order of the samples, without JSON.
-        fields: of the first JSON.
+        found: number of samples, with or without an image.
+        first_without: the first sample without an image.
+        others: number of members that are not read, by extension.
+        members: extensions of the members that are read, except JSON, in the order of their first occurrence.
+        fields: fields of the first JSON member.
     """
 
     def __init__(self, columns: Columns, column: str | None = None) -> None:
@@ -88,7 +88,7 @@ class TarSamples:
         self._labels = {name: Coded() for name in (named, column) if name is not None}
         self._groups = Coded()
         self._no_class: dict[str, NoClass] = {}
-        self._said: set[str] = set()
+        self._present: set[str] = set()
         self._has_json = False
         self._late: set[str] = set()
 
@@ -96,11 +96,11 @@ class TarSamples:
         return len(self._sizes)
 
     def add(self, name: str, files: TarFiles) -> None:
-        """Add those of a tar.
+        """Add the samples of a tar.
 
         Raises:
-            SourceError: a sample with several images, or a text that is too long.
-            ValueError: a file that cannot be read, and what `TarFiles` raises.
+            SourceError: a sample has several images, or a label is too long.
+            ValueError: a file cannot be read; other errors are those of `TarFiles`.
         """
         tar = _Tar(name)
         places, starts, sizes, roles = tar.places, tar.starts, tar.sizes, self._roles
@@ -134,33 +134,33 @@ class TarSamples:
         self._take(tar)
 
     def naming(self) -> Members:
-        """Names and keys; takes over the memory, so that nothing can be added any more."""
+        """Names and keys. The result takes over the buffers, so nothing can be added afterwards."""
         stems = pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._text))
         of_tar = np.concatenate(self._of_tar or [np.empty(0, np.int32)])
         starts, sizes = (np.frombuffer(column, np.int64) for column in (self._starts, self._sizes))
         return Members.of(self._tars, of_tar, stems, starts, sizes)
 
     def path(self, index: int) -> str:
-        """How messages call a sample."""
+        """The name of a sample, for messages."""
         tar = int(np.searchsorted(np.cumsum([len(some) for some in self._of_tar]), index, side="right"))
         return f"{self._tars[tar]}#{self._text[self._ends[index] : self._ends[index + 1]].decode()}"
 
     def is_incomplete(self, column: str) -> bool:
-        """Whether there was JSON, which may have had this column, before the column was known."""
+        """Whether JSON members were read before this column was known, so that values may be missing."""
         return column in self._late
 
     def has(self, column: str) -> bool:
-        """Whether any sample has such a member or field."""
-        return column in self._said
+        """Whether any sample has such a member or JSON field."""
+        return column in self._present
 
     def labels(self, column: str, where: str) -> tuple[npt.NDArray[np.int32], list[str]]:
-        """Labels and class names; see `read_labels`, also for what is raised."""
+        """Labels and class names; errors are those of `read_labels`."""
         if column in self._no_class:
             raise self._no_class[column]
         return self._labels[column].labels(where, (), self.path)
 
     def groups(self) -> Values | None:
-        """What the group column says, if one was asked for."""
+        """Values of the group column, if there is one."""
         return None if self._columns.group is None else self._groups.values()
 
     def _role(self, extension: str) -> int:
@@ -174,12 +174,12 @@ class TarSamples:
         if self._image:
             return SourceError(f"{name}: expected one {extension} of each sample, found a second one: {file.name}")
         return SourceError(
-            f"{name}: expected one image a sample, found a second one: {file.name}; name the kind of member as "
-            f"`image_column`, such as {extension}, or write no dot into the names of samples"
+            f"{name}: expected one image per sample, found a second one: {file.name}; set `image_column` to "
+            f"an extension such as {extension}, or use no dots in the names of samples"
         )
 
     def _take(self, tar: _Tar) -> None:
-        """Keep what is needed of a tar."""
+        """Store the samples of a tar."""
         chosen, stems = tar.complete(), list(tar.places)
         self.found += len(stems)
         if len(chosen) < len(stems):
@@ -196,7 +196,7 @@ class TarSamples:
         self._tars.append(tar.name)
 
     def _take_texts(self, tar: _Tar, chosen: Sequence[int]) -> None:
-        """Keep what texts say in the columns that may hold labels or groups."""
+        """Store the values of columns that may hold labels or groups."""
         jsons = tar.texts.get(JSON, {})
         firsts = {
             extension: min((place for place in texts if tar.sizes[place] != _NO_IMAGE), default=None)
@@ -212,23 +212,23 @@ class TarSamples:
             self._note_columns()
         self._has_json |= first is not None
         group = [] if self._columns.group is None else [self._columns.group]
-        said = _said(tar.texts, chosen, {*self._labels, *group})
+        values = _by_column(tar.texts, chosen, {*self._labels, *group})
         for column, coded in self._labels.items():
-            if any(value is not None for value in said[column]):
-                self._said.add(column)
+            if any(value is not None for value in values[column]):
+                self._present.add(column)
             if column in self._no_class:
                 continue
             try:
-                coded.add(said[column])
-            except NoClass as error:  # which matters if the column is the one
+                coded.add(values[column])
+            except NoClass as error:  # raised later, if this column is chosen
                 self._no_class[column] = error
         for column in group:
-            self._groups.add([None if value is None else as_text(value) for value in said[column]])
+            self._groups.add([None if value is None else as_text(value) for value in values[column]])
 
     def _note_columns(self) -> None:
-        """Note columns that may hold labels, by what is known of the members and fields until now."""
+        """Add columns that may hold labels, according to the members and fields so far."""
         if LABEL_EXTENSION in self.members:
-            columns = [LABEL_EXTENSION]  # and no other
+            columns = [LABEL_EXTENSION]  # `cls` excludes all others
             self._labels = {column: coded for column, coded in self._labels.items() if column in columns}
         else:
             usual, others = label_columns([*self.members, *self.fields])
@@ -242,10 +242,10 @@ class TarSamples:
                 self._late.add(column)
 
 
-def _said(
+def _by_column(
     texts: Mapping[str, Mapping[int, bytes]], chosen: Sequence[int], columns: Collection[str]
 ) -> dict[str, Any]:
-    """By column, what the member of this name or else the field of the JSON says of each sample; None for nothing."""
+    """By column, its value for each sample: from the member of this name, else from the JSON field; else None."""
     jsons = texts.get(JSON, {})
     members = {column: texts.get(column, {}) for column in columns}
     fields: dict[int, dict[str, Any]] = {}
@@ -276,7 +276,7 @@ def _decoded(text: bytes) -> str | None:
 
 
 def _values(text: bytes, columns: Collection[str]) -> dict[str, Any]:
-    """Some fields of a JSON member, as they are there."""
+    """Some fields of a JSON member, without conversion."""
     try:
         get = read_json(text).get
     except (ValueError, AttributeError):

@@ -1,7 +1,7 @@
 """WebDataset tars: local files, globs, braces, any fsspec URL.
 
-A sample is the run of members that share the name before the first dot: KEY.jpg, KEY.cls, KEY.json, … . Tars are
-listed once by their headers; readers then fetch single images by their byte ranges.
+A sample consists of the members that share the name before the first dot: KEY.jpg, KEY.cls, KEY.json, … . Tars are
+listed once by their headers; readers then fetch single images by byte range.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from datamerge.sources.tar_headers import TarFiles
 from datamerge.sources.tar_samples import LABEL_EXTENSION, TarSamples
 from storage_schemas import ConfigError, Location, SourceError
 
-# What tarfile raises for a file that is none, or is made to do harm.
+# Exceptions of tarfile for files that are no tars, or malicious.
 _BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
-CLASS_NAMES = "classnames.txt"  # one a line, in label order, as CLIP_benchmark writes them beside its tars
+CLASS_NAMES = "classnames.txt"  # one name a line, in the order of labels, as CLIP_benchmark writes it beside tars
 
 
 class TarReader:
@@ -56,7 +56,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     """List the samples of tars below a location.
 
     Raises:
-        SourceError: a file is no tar, or none has images.
+        SourceError: a file is not a tar, or no tar has images.
     """
     found = _collected(location, files, columns)
     if not len(found):
@@ -69,7 +69,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
         )
     if found.first_without is not None:
         say(
-            f"{url}: {found.found - len(found)} of {found.found} samples have no image and are left out, as "
+            f"{url}: {found.found - len(found)} of {found.found} samples have no image and are left out, such as "
             f"{found.first_without}"
         )
     may_label = _say_other_images(found.others, url)
@@ -96,7 +96,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
 def _collected(
     location: Location, files: Sequence[tuple[str, int]], columns: Columns, column: str | None = None
 ) -> TarSamples:
-    """The samples of all tars; see `TarSamples`."""
+    """Collect the samples of all tars; see `TarSamples`."""
     found = TarSamples(columns, column)
     for name, _ in files:
         with _refused(location, name), location.open(name) as stream:
@@ -105,7 +105,7 @@ def _collected(
 
 
 def _json(samples: Samples) -> list[str]:
-    """What `json.dumps` writes of the name, label and group of each."""
+    """The JSON of the name, label and group of each sample."""
     names = map(encode_basestring_ascii, samples.names)
     labels = ("null" if label == NO_LABEL else label for label in samples.labels.tolist())
     groups = ("null" if group is None else encode_basestring_ascii(group) for group in samples.group_values)
@@ -113,7 +113,7 @@ def _json(samples: Samples) -> list[str]:
 
 
 def _say_other_images(others: Mapping[str, int], url: str) -> list[str]:
-    """Say how many images are left out, of kinds that the user did not name; the other kinds of members."""
+    """Report images of other kinds, which are left out; returns the other kinds of members."""
     images = {extension: count for extension, count in others.items() if kind_of(f"x.{extension}") == "image"}
     if images:
         some = shown(f"{count} {extension}" for extension, count in images.items())
@@ -123,7 +123,7 @@ def _say_other_images(others: Mapping[str, int], url: str) -> list[str]:
 
 @contextmanager
 def _refused(location: Location, name: str) -> Iterator[None]:
-    """Turn what tarfile raises into a SourceError."""
+    """Turn exceptions of tarfile into a SourceError."""
     try:
         yield
     except _BROKEN as error:
@@ -135,7 +135,7 @@ def _refused(location: Location, name: str) -> Iterator[None]:
 
 
 def _class_names_beside(location: Location, tar: str, labels: npt.NDArray[np.int32]) -> list[str]:
-    """Class names of a file beside a tar, or in the folder that holds its folder; none if they are too few."""
+    """Class names from a file beside a tar, or one folder above; empty if they are too few."""
     largest = int(labels.max())
     if location.is_read_only or largest == NO_LABEL:
         return []
@@ -158,10 +158,10 @@ def _class_names_beside(location: Location, tar: str, labels: npt.NDArray[np.int
 
 
 def _label_column(found: TarSamples, others: Collection[str], columns: Columns, url: str) -> tuple[str | None, str]:
-    """The member or field with labels, which by default is `cls`, or called as labels usually are; why there is none.
+    """The member or field of labels, by default `cls` or a usual name, or the reason why there is none.
 
     Raises:
-        SourceError: no sample has the one that the user named.
+        SourceError: no sample has the member or field that the user named.
     """
     if columns.label == NONE:
         return None, ""
@@ -169,7 +169,7 @@ def _label_column(found: TarSamples, others: Collection[str], columns: Columns, 
         if not found.has(columns.label):
             raise SourceError(
                 f"{found.path(0)}: expected a member or JSON field {columns.label!r} with the label, found none in "
-                f"{len(found)} samples"
+                f"{len(found)} samples; use another `label_column`"
             )
         return columns.label, ""
     if LABEL_EXTENSION in found.members:
@@ -183,7 +183,7 @@ def _label_column(found: TarSamples, others: Collection[str], columns: Columns, 
 
 
 def _labels(found: TarSamples, column: str, url: str) -> tuple[npt.NDArray[np.int32], list[str]]:
-    """Labels and class names; raises NoClass and SourceError."""
+    """Labels and class names; errors are those of `read_labels`."""
     where = f"{url}, {column!r}"
     labels, names = found.labels(column, where)
     warn_of_twins(names, where)
@@ -191,7 +191,7 @@ def _labels(found: TarSamples, column: str, url: str) -> tuple[npt.NDArray[np.in
 
 
 def _no_label_member(found: TarSamples, others: Collection[str], columns: Columns) -> str:
-    """Why no member holds labels: there are others, or images only, whose folders and tars are no classes."""
+    """Why no member holds labels. Folders and tars are not classes."""
     some = [name for name in (*others, *found.fields) if name != columns.group]
     if some:
         return f"none of the members and fields {shown(some)} is called cls or label; name one as `label_column`"

@@ -1,4 +1,4 @@
-"""Decompression that ends before memory does."""
+"""Decompression with a limit against decompression bombs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import gzip
 import io
 import zlib
 
-# Pictures of one colour shrink to a thousandth; a few of them are no harm.
+# Images of one colour compress to a thousandth, so only large results with a high ratio are refused.
 MAX_UNPACKED, MAX_RATIO = 2**28, 200
 
 
 def refuse_bomb(size: int, stored: int) -> None:
-    """Raises ValueError for data that becomes so much larger that it cannot be images."""
+    """Raise ValueError if `stored` bytes unpack to `size` bytes, far more than images would."""
     if size > MAX_UNPACKED and size > MAX_RATIO * stored:
         raise ValueError(f"{stored} bytes unpack to {size} or more: refused as a decompression bomb")
 
 
 def gunzip(data: bytes) -> bytes:
-    """The contents of a gzip file.
+    """The content of a gzip file.
 
     Raises:
-        ValueError: a bomb, or broken data within.
-        OSError, EOFError: no gzip file, or one that is cut short.
+        ValueError: the file is a decompression bomb, or its data are broken.
+        OSError, EOFError: the file is not gzip, or truncated.
     """
     limit = max(MAX_UNPACKED, MAX_RATIO * len(data))
     try:

@@ -1,1 +1,1 @@
-"""Commands that look at artifacts, check and compare them, make new ones of them, and take groups out."""
+"""Commands that inspect, verify, compare, convert, remerge and combine artifacts, and export groups."""

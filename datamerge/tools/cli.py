@@ -23,13 +23,13 @@ from storage_schemas.schema.factors import FactorKind
 from storage_schemas.schema.manifest import EncodingName, Format
 
 SHOWN = 20
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the outcome as JSON.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("source")
 @click.argument("target")
-@click.option("--format", type=click.Choice(get_args(Format)), help="Physical form; SOURCE's by default.")
+@click.option("--format", type=click.Choice(get_args(Format)), help="File format; SOURCE's by default.")
 @click.option("--encoding", type=click.Choice(get_args(EncodingName)), help="Encoding; SOURCE's by default.")
 @JSON
 def convert(source: str, target: str, format: Format | None, encoding: EncodingName | None, as_json: bool) -> None:
@@ -48,20 +48,22 @@ def convert(source: str, target: str, format: Format | None, encoding: EncodingN
 
 
 class RemergeSettings(Settings):
-    """`Remerge` as options; it checks the values itself."""
+    """The settings of `Remerge` as options; `Remerge` checks their values."""
 
     effects: ClassVar[tuple[Effect, ...]] = (
-        Effect(("factor_kind",), lambda own: own.factors is not None, "there are no factors; set `factors`"),
+        Effect(
+            ("factor_kind",), lambda settings: settings.factors is not None, "there are no factors; set `factors`"
+        ),
     )
 
     members: Annotated[int | None, Option(metavar="N", unset="all")] = Field(
-        Remerge.members, description="How many members of each group to take, the first ones."
+        Remerge.members, description="Number of members to take from each group, from the first on."
     )
     factors: Annotated[int | None, Option(metavar="K", unset="none")] = Field(
         Remerge.factors, description="Factors of each group's covariance to store."
     )
     factor_kind: FactorKind = Field(
-        Remerge.factor_kind, description="Random, or principal directions (also where K >= N - 1)."
+        Remerge.factor_kind, description="Random sketches, or principal directions (always where K >= N - 1)."
     )
     keep_members: Annotated[bool, Option(alias=" /--drop-members")] = Field(
         Remerge.keep_members, description="Store the members again."
@@ -74,9 +76,9 @@ class RemergeSettings(Settings):
 @options(RemergeSettings)
 @JSON
 def remerge_members(source: str, target: str, as_json: bool, **flags: Any) -> None:
-    """Merge the stored members of SOURCE again, without attacking anything: fewer of them, or with other factors.
+    """Merge the stored members of SOURCE again, without an attack: fewer members, or other factors.
 
-    Each result is what `datamerge merge` with these settings would have written. SOURCE has to hold its members
+    The result is what `datamerge merge` with these settings would have written. SOURCE has to store its members
     (`merge --keep-members`). Running the same command again continues where an earlier run stopped.
 
     \b
@@ -84,8 +86,8 @@ def remerge_members(source: str, target: str, as_json: bool, **flags: Any) -> No
     datamerge remerge adv-n10 adv-sketch --factors 1 --drop-members
     """
     with _writing(target):
-        wanted = load_settings(RemergeSettings, None, flags)
-        written = library.remerge(source, target, Remerge(**wanted.model_dump()))
+        settings = load_settings(RemergeSettings, None, flags)
+        written = library.remerge(source, target, Remerge(**settings.model_dump()))
     _show_written(target, written, as_json)
 
 
@@ -97,16 +99,16 @@ def remerge_members(source: str, target: str, as_json: bool, **flags: Any) -> No
     "allowed",
     multiple=True,
     metavar="NAME[,…]",
-    help="Combine although the provenances differ here, e.g. attack.epsilon.",
+    help="Entries of the provenance that may differ, e.g. attack.epsilon.",
 )
 @JSON
 def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], as_json: bool) -> None:
     """Write the union of two or more ARTIFACTS to OUTPUT.
 
-    A key that several artifacts have becomes one group with the members of all of them, exactly; other groups are
-    copied. Artifacts made in different ways are refused with the differences. Seeds may differ, and so may the
-    encoder under attack (a later round's) as long as the targets are equal. Running the same command again continues
-    where an earlier run stopped.
+    Groups with the same key become one group with all their members, exactly; other groups are copied. Artifacts
+    made with different settings are refused, with the differences. Seeds may differ, and so may the attacked encoder
+    (in a later round) if the targets are equal. Running the same command again continues where an earlier run
+    stopped.
 
     \b
     datamerge combine round-1 round-2 rounds-1-2
@@ -122,11 +124,11 @@ def combine(artifacts: tuple[str, ...], output: str, allowed: tuple[str, ...], a
 @click.argument("a")
 @click.argument("b")
 @click.option(
-    "--tolerance", default=0.0, type=click.FloatRange(min=0), help="Largest difference that counts as none."
+    "--tolerance", default=0.0, type=click.FloatRange(min=0), help="Largest difference that counts as equal."
 )
 @JSON
 def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
-    """Compare the groups of artifacts A and B: which are in one only, which differ, and how far.
+    """Compare the groups of artifacts A and B: which are in one only, which differ, and by how much.
 
     The exit code is 0 if all groups are equal, 1 if any differs, and 2 if the artifacts cannot be compared.
 
@@ -138,7 +140,7 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
         first, second = open_artifact(a), open_artifact(b)
         found = library.diff(first, second, tolerance=tolerance)
     except DatamergeError as error:
-        error.exit_code = 2  # as with diff(1): 1 says that they differ, and nothing else
+        error.exit_code = 2  # as in diff(1), 1 means only that they differ
         raise
     click.echo(json.dumps(found.as_json()) if as_json else "\n".join(map(printable, _lines(found, first, second))))
     if not found.equal:
@@ -150,14 +152,14 @@ def diff(a: str, b: str, tolerance: float, as_json: bool) -> None:
 @click.argument("keys", nargs=-1, required=True)
 @click.option("-o", "--output", default=".", show_default=True, help="Folder for the files; path or URL.")
 @click.option(
-    "--to", "kind", default="npz", show_default=True, type=click.Choice(get_args(Kind)), help="Kind of file."
+    "--to", "kind", default="npz", show_default=True, type=click.Choice(get_args(Kind)), help="File format."
 )
 @JSON
 def export(artifact: str, keys: tuple[str, ...], output: str, kind: Kind, as_json: bool) -> None:
-    """Write single groups of ARTIFACT, by their KEYS, as files that everything opens.
+    """Write the groups of ARTIFACT with these KEYS in common file formats.
 
-    npz holds all arrays with mean, mean square and variance in [0, 1]; png pictures of mean, variance, clean image
-    and members.
+    npz holds all arrays, with mean, mean square and variance in [0, 1]; png holds pictures of the mean, the
+    variance, the clean image and the members.
 
     \b
     datamerge export adv-2-255 n01440764_10026 -o groups
@@ -170,7 +172,7 @@ def export(artifact: str, keys: tuple[str, ...], output: str, kind: Kind, as_jso
 
 @contextmanager
 def _writing(output: str) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+    """After Ctrl-C, say how to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -201,7 +203,7 @@ def _show_written(output: str, written: Artifact, as_json: bool) -> None:
 
 
 def _lines(found: Difference, a: Artifact, b: Artifact) -> list[str]:
-    """The outcome for people: settings, groups in one only, groups that differ, a summary."""
+    """The result as text: settings, groups in one only, groups that differ, a summary."""
     lines = [f"{name}: {shortened(pair[0])} | {shortened(pair[1])}" for name, pair in found.settings.items()]
     for keys, artifact in ((found.only_in_a, a), (found.only_in_b, b)):
         lines += _shortened([f"only in {artifact.location.url}: {key}" for key in keys])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,30 +20,38 @@ from datamerge import artifacts as library
 from datamerge.packages import load
 from datamerge.runtime import load_settings
 from datamerge.runtime.options import HELP_FLAGS, options
+from datamerge.runtime.pages import Section, render
+from datamerge.runtime.pages import Table as PageTable
+from datamerge.runtime.pages.groups import group_strips
 from datamerge.tools.source_inspection import SourceSettings
 from datamerge.tools.source_inspection import rows as source_rows
-from storage_schemas import ConfigError, Location, NotAnArtifact, UserError, printable
+from storage_schemas import ConfigError, Location, NotAnArtifact, UserError, open_artifact, printable
 from storage_schemas.access.redaction import split_query
 from storage_schemas.card.contact_sheet import ROWS
 from storage_schemas.card.dataset_card import recorded_preprocessing
 from storage_schemas.schema.manifest import MANIFEST
 from storage_schemas.verify import Report
 
-SHOWN_PROBLEMS = 8  # of one file
-# Suffixes of pictures → formats of Pillow; what has none is a PNG.
+SHOWN_PROBLEMS = 8  # per file
+# Suffix of a picture → format of Pillow; without a suffix, PNG.
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PAGE = ".html"
+LEGEND = (
+    "One row is one group. Mean and variance are those of its members; the variance is averaged over the channels. "
+    "The difference is multiplied so that its largest value just fits the range, and grey stands for 0."
+)
 
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact", required=False)
-@click.option("--source", metavar="DATA", help="Raw images to look at in place of an artifact, as merge takes them.")
+@click.option("--source", metavar="DATA", help="Raw images to inspect instead of an artifact, given as to merge.")
 @options(SourceSettings)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: Any) -> None:
     """Show what ARTIFACT holds: groups, bytes, encoding, ranges of its moments, provenance.
 
-    With --source, show what raw images are taken to be before anything is done with them: kind, splits, classes,
-    what is left out, and sizes, modes and EXIF of some of the images. The options between are for these alone.
+    With --source, show how merge would read raw images: kind, splits, classes, files left out, and the sizes, modes
+    and EXIF orientations of some of the images. The other options, except --json, apply to --source only.
 
     \b
     datamerge inspect adv-2-255
@@ -61,7 +70,9 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
     else:
         given = next((name for name, value in settings.model_dump().items() if value is not None), None)
         if given is not None:
-            raise ConfigError(f"{given}: an artifact has none; drop `{given}`, or name raw images with --source")
+            raise ConfigError(
+                f"{given}: artifacts have no such setting; drop `{given}`, or name raw images with --source"
+            )
         try:
             facts = library.inspect(str(artifact))
         except NotAnArtifact as error:
@@ -83,40 +94,68 @@ def inspect(artifact: str | None, source: str | None, as_json: bool, **flags: An
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
 @click.option(
-    "-o", "--output", default="preview.png", show_default=True, help="Picture to write: .png, .jpg or .webp."
+    "-o",
+    "--output",
+    default="preview.png",
+    show_default=True,
+    help="Picture to write: .png, .jpg or .webp; .html for a page with captions and provenance.",
 )
 @click.option("--groups", type=click.IntRange(1, 64), help="Groups to draw. [8]")
 @click.option("--key", "keys", multiple=True, help="Draw the group with this key; may be repeated.")
 def preview(artifact: str, output: str, groups: int | None, keys: tuple[str, ...]) -> None:
-    """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance."""
+    """Draw a contact sheet of ARTIFACT: clean, members, mean, amplified difference, variance.
+
+    \b
+    datamerge preview adv-2-255 -o preview.html
+    datamerge preview adv-2-255 --key 000017 --key 000042 -o two.png
+    """
     if keys and groups is not None:
         raise ConfigError(f"groups: those of the keys are drawn; drop `groups={groups}` or the keys", about="groups")
     suffix = PurePosixPath(split_query(output)[0]).suffix.lower()
-    if suffix not in PICTURES:
-        shown = ", ".join(filter(None, PICTURES))
+    if suffix not in (*PICTURES, PAGE):
+        shown = ", ".join(filter(None, (*PICTURES, PAGE)))
         raise ConfigError(
             f"output: expected a file that ends in {shown}, found {output!r}; rename it", about="output"
         )
-    buffer = io.BytesIO()
-    library.preview(artifact, groups=groups or ROWS, keys=keys).convert("RGB").save(buffer, PICTURES[suffix])
+    if suffix == PAGE:
+        content = _page(artifact, groups or ROWS, keys).encode()
+    else:
+        buffer = io.BytesIO()
+        library.preview(artifact, groups=groups or ROWS, keys=keys).convert("RGB").save(buffer, PICTURES[suffix])
+        content = buffer.getvalue()
     folder, name = Location(output).split()
     try:
-        folder.write(name, buffer.getvalue())
+        folder.write(name, content)
     except IsADirectoryError:
         raise UserError(f"{output}: expected a file to write, found a folder; name a file in it") from None
-    click.echo(f"{output}: {human_bytes(len(buffer.getvalue()))}")
+    click.echo(f"{output}: {human_bytes(len(content))}")
+
+
+def _page(artifact: str, groups: int, keys: Sequence[str]) -> str:
+    """The groups and what `datamerge inspect` shows of the artifact, as one page."""
+    opened = open_artifact(artifact, partial=True)
+    facts = library.inspect(opened)
+    counts = dict.fromkeys((facts["members"]["min"], facts["members"]["max"]))
+    return render(
+        printable(PurePosixPath(facts["url"]).name),
+        f"{facts['groups']:,} merged groups of {' to '.join(map(str, counts))} images.",
+        [
+            Section("Groups", text=[LEGEND], strips=group_strips(opened, groups, keys)),
+            Section("Contents and provenance", table=PageTable([], _rows(facts), names=2)),
+        ],
+    )
 
 
 @click.command(context_settings=HELP_FLAGS)
 @click.argument("artifact")
-@click.option("--fix", "repair", is_flag=True, help="Take back the commits of damaged shards.")
+@click.option("--fix", "repair", is_flag=True, help="Remove the commits of damaged shards.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def verify(artifact: str, repair: bool, as_json: bool) -> None:
-    """Compare every file of ARTIFACT with what was committed.
+    """Compare every file of ARTIFACT with the committed sizes and hashes.
 
-    Exit code 0: sound; 1: damaged, also where --fix took the damage back; 2: not an artifact. --fix removes the
-    sidecars of damaged shards, so that the merge command that made ARTIFACT writes these shards again, and repairs
-    other damaged files.
+    The exit code is 0 if all files are sound, 1 if any is damaged (also after --fix), and 2 if there is no artifact.
+    --fix removes the commits of damaged shards, so that the command that made ARTIFACT writes these shards again,
+    and repairs other damaged files.
 
     \b
     datamerge verify adv-2-255
@@ -151,7 +190,7 @@ def _show_report(report: Report, repaired: bool) -> None:
 
 
 def _advice(report: Report, repaired: bool) -> str:
-    """What to do about the problems of a report: `fix` mends what was committed, and leaves all other files alone."""
+    """Advice about the problems of a report. `fix` repairs committed files and leaves stray files alone."""
     advice = []
     if any(not problem.stray for problem in report.problems):
         again = "the command that made the artifact again"
@@ -202,7 +241,7 @@ def _optional(text: str, value: float | None) -> str:
 
 
 def _text(foreign: str) -> Text:
-    """What others wrote, shown as it is: no markup, no codes that a terminal obeys."""
+    """Text from outside, shown literally: without markup or terminal control codes."""
     return Text(printable(foreign))
 
 

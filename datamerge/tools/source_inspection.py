@@ -1,4 +1,4 @@
-"""`datamerge inspect --source`: what raw images are taken to be, for people."""
+"""The table of `datamerge inspect --source`: how raw images would be read."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from datamerge.runtime import Settings
 from datamerge.runtime.fields import ImageColumn, LabelColumn, Split
 from datamerge.runtime.options import Option, as_flags
 
-# Of a long list: how many of its beginning and of its end are shown.
+# Number of items shown from the start and from the end of a long list.
 FIRST, LAST = 5, 3
 
 
 class SourceSettings(Settings):
-    """What of a source to look at."""
+    """Options of `datamerge inspect --source`."""
 
     split: Split = None
     image_column: ImageColumn = None
     label_column: LabelColumn = None
     thumbnails: Annotated[str | None, Option(metavar="FILE.png", unset="none")] = Field(
-        None, description="Picture to write with three of the source's images."
+        None, description="Picture to write, with three images of the source."
     )
 
 
 def rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and values of a table about a source, from what `inspect_source` returns."""
+    """Rows (name, value) of the table about a source, from the result of `inspect_source`."""
     looked, classes = facts["looked_at"], facts["classes"]
     found = [("kind", facts["kind"])]
     if facts["splits"]:
@@ -57,7 +57,7 @@ _COUNTED = ("sizes", "modes", "formats")
 
 
 def _shortened(items: Sequence[str]) -> str:
-    """The first and the last few."""
+    """The first and last items of a list, as text."""
     if len(items) > FIRST + LAST + 1:
         items = [*items[:FIRST], "…", *items[-LAST:]]
     return ", ".join(items)

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SUMS = HERE / "pictures.json"
 # One look for all diagrams. Helvetica stands for whatever sans serif the reader has.
 _STYLE = {
-    "G": "fontname=Helvetica fontsize=11 bgcolor=white color=#9e9e9e pad=0.1",
+    "G": "fontname=Helvetica fontsize=11 bgcolor=white color=#9e9e9e labeljust=l pad=0.1",
     "N": "fontname=Helvetica fontsize=12 shape=box style=rounded color=#3f51b5 height=0.3 width=0.3",
     "E": "fontname=Helvetica fontsize=10 arrowsize=0.7",
 }
@@ -24,7 +24,8 @@ _STYLE = {
 
 def sources() -> dict[str, Path]:
     """Source of each picture, by the picture's name."""
-    scripts = {path.stem: path for path in HERE.glob("*.py") if path.name != Path(__file__).name}
+    tools = {Path(__file__).name, "session.py"}
+    scripts = {path.stem: path for path in HERE.glob("*.py") if path.name not in tools}
     return dict(sorted((scripts | {path.stem: path for path in HERE.glob("*.dot")}).items()))
 
 

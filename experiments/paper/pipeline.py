@@ -33,8 +33,9 @@ from datamerge.evaluation.llava.config import CaptionsConfig, VqaConfig
 from datamerge.evaluation.llava.evaluate import check_memory
 from datamerge.evaluation.llava.model import count_parameters
 from datamerge.evaluation.llava.vqa import evaluate_vqa
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.results import ArmResult
-from datamerge.evaluation.tables import RESULTS, write_reports
+from datamerge.evaluation.tables import RESULTS
 from datamerge.runtime import load_settings
 from datamerge.sources import Source, open_source
 from experiments.paper.settings import COLUMNS, MEMBERS, Data, Study

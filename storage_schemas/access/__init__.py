@@ -1,1 +1,1 @@
-"""Files wherever fsspec reaches: locations, retries, a verified local cache, byte ranges."""
+"""File access through fsspec: locations, retries, a verified local cache, byte ranges."""

@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all, and failures of a disk with the path that they were about."""
+"""Atomic writes of local files, and disk errors that name the file being written."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any, BinaryIO, cast
 from storage_schemas.errors import DatamergeError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-# What libraries make of it that do not pass the system's error on: safetensors, and torch's archives.
+# Messages of libraries that hide the system's error: safetensors and torch's archives.
 _IN_WORDS = re.compile(
     r"No space left on device|File too large|[Qq]uota exceeded|Input/output error|unexpected pos|file write failed"
 )
 
 
 class _Raw(io.FileIO):
-    """A file that remembers why a write failed, for writers that make something else of it.
+    """A file that remembers why a write failed, because some writers replace the error by one of their own.
 
     Attributes:
-        failure: of the first write that failed.
+        failure: error of the first write that failed.
     """
 
     failure: OSError | None = None
@@ -38,28 +38,29 @@ class _Raw(io.FileIO):
             raise
 
 
-SHOWN_NAME = 40  # letters of a file's name in that of its temporary file
+SHOWN_NAME = 40  # letters of a file's name that the name of its temporary file repeats
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A stream to write; its bytes are on the disk under `path` once the block ends without an error, not before.
+    """A binary stream whose bytes appear under `path` when the block ends without an error.
 
-    The parent folder is made. After an error nothing is left behind, and an older file stays as it was.
+    Creates the parent folder. After an error the temporary file is removed and an older file is unchanged.
 
     Raises:
-        IsADirectoryError: a folder is there.
-        OSError: the disk is full, or does not take it for another reason; with the path.
+        IsADirectoryError: `path` is a folder.
+        OSError: the disk is full or the write fails for another reason; `filename` is `path`.
     """
-    if path.is_dir():  # the rename would fail too, and name the temporary file
+    if path.is_dir():  # the rename would fail too, but its error would name the temporary file
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `mkstemp`, whose files are for their owner alone: the umask decides. The name may be as long as any.
+    # Not `mkstemp`, which ignores the umask: only the owner could read the file. The name is cut because `path` may
+    # already have the longest name that the file system allows.
     temporary = path.with_name(f".{path.name[:SHOWN_NAME]}.{secrets.token_hex(6)}.tmp")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise _of(error, path) from error
+        raise _with_path(error, path) from error
     raw = _Raw(descriptor, "wb")
     try:
         with io.BufferedWriter(raw) as stream:
@@ -70,11 +71,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if raw.failure is not None:
-            raise _of(raw.failure, path) from error
+            raise _with_path(raw.failure, path) from error
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
-            raise _of(error, path) from error
+            raise _with_path(error, path) from error
         raise
-    # The rename itself must survive a power cut, or a sidecar could outlive its shard.
+    # Sync the rename as well: otherwise a power cut could leave a sidecar without its shard.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -84,7 +85,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say where, if a disk fails while other libraries write to `path`, or below it.
+    """Turn disk errors of other libraries that write to `path`, or below it, into an error that names `path`.
 
     Raises:
         DatamergeError: the disk is full, read-only or broken.
@@ -102,19 +103,19 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _of(error: OSError, path: Path) -> OSError:
-    """The same failure, about this path; errors that no system call made have no number, and stay as they are."""
+def _with_path(error: OSError, path: Path) -> OSError:
+    """The same error with this path; unchanged if it has no errno, that is, if no system call raised it."""
     return error if error.errno is None else OSError(error.errno, os.strerror(error.errno), str(path))
 
 
 def _reason(error: BaseException) -> str | None:
-    """What a disk has against it, wherever it is said in a chain of errors; None for any other error."""
+    """Why the disk refused a write, searched along the chain of causes; None if no disk error is in it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return os.strerror(cause.errno or 0)
         if found := _IN_WORDS.search(str(cause)):
             known = found[0] not in ("unexpected pos", "file write failed")
-            return found[0] if known else "the disk did not take all of it, it may be full"
+            return found[0] if known else "the file was written only in part, the disk may be full"
         cause = cause.__cause__ or cause.__context__
     return None

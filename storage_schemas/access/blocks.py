@@ -1,15 +1,19 @@
-"""Copies of remote files on a disk, block by block, for all processes of a machine and any number of artifacts.
+"""Local copies of remote files, block by block, shared by all processes of a machine and any number of artifacts.
 
-A file that is not complete is `NAME.SIZE.blocks`: `SIZE` bytes, sparse, then a byte a block of 4 KiB that is 1 once
-the block is there. Whoever wants blocks claims a run of them, by a lock of the system on as many bytes of `claims`,
-so that a killed process lets go of them; looks whether they have come meanwhile; fetches them with one request,
-writes them at their place, and marks them. Others wait for the marks, or for the claim to fall free. Once all marks
-are set they are cut off, and the file is called `NAME`: a copy like any other file, to be memory-mapped. NAME is a
-hash.
+An incomplete copy is named `NAME.SIZE.blocks`, where NAME is a hash. It holds `SIZE` bytes, sparse, followed by one
+mark per block of 4 KiB: a byte that is 1 once the block is present. To fetch blocks, a process
 
-Who reads or fetches a file has it open under a shared lock, which lasts as long as any view of its map. What is not
-in use may be evicted as soon as the limit demands it (`room`). A power cut may leave a mark without its block. That,
-and any other damage, is found as in other files: the record's checksum fails, the copy is dropped and fetched again.
+1. claims a run of them by a POSIX lock on as many bytes of the file `claims`, which the system releases if the
+   process is killed;
+2. reads the marks again, because the blocks may have arrived meanwhile;
+3. fetches the run with one request, writes it in place, and sets its marks.
+
+Other processes wait for the marks or for the release of the claim. When all marks are set they are cut off, and the
+copy is renamed to `NAME`: from then on it is an ordinary file that can be memory-mapped.
+
+A process that reads or fetches a file holds a shared lock on it, which lasts as long as any view of its memory map.
+Files without a lock may be evicted when the byte limit demands it (`room`). A power cut may leave a mark without its
+block. This and any other damage fails the record's checksum; the copy is then dropped and fetched again.
 """
 
 from __future__ import annotations
@@ -33,18 +37,18 @@ from storage_schemas.access.room import Room, locked
 
 Bytes = npt.NDArray[np.uint8]
 
-BLOCK = 4096  # bytes; little more is fetched than is asked for, and a page of sparse files is as large
-OPEN_FILES = 128  # a process keeps open; each has a map and descriptors
+BLOCK = 4096  # bytes; the page size of sparse files, and small enough to fetch little beyond a request
+OPEN_FILES = 128  # per process; each has a map and descriptors
 
 
 class BlockFile:
-    """An open copy, complete or not. What is shared among threads is guarded by its folder's `changed`."""
+    """An open copy, complete or not. `Folder.changed` guards the state that threads share."""
 
     def __init__(self, name: str, size: int, descriptor: int, path: Path) -> None:
         self.name, self.size, self.path = name, size, path
         self._descriptor = descriptor
         self.inode = os.fstat(descriptor).st_ino
-        # The map has a copy of the descriptor, and the lock on it lasts while any view does.
+        # The map duplicates the descriptor, so the shared lock lasts as long as any view.
         self.view: Bytes = (
             np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
             if size
@@ -56,24 +60,24 @@ class BlockFile:
         self.refresh(0, len(self.here))
 
     def refresh(self, first: int, last: int) -> None:
-        """Take over the marks of blocks [first, last) that other processes have set."""
+        """Read the marks of blocks [first, last) that other processes have set."""
         marks = os.pread(self._descriptor, last - first, self.size + first)
         if marks:
             self.here[first:last] |= np.frombuffer(marks, np.bool_)[: last - first]
-        else:  # cut off: all are set
+        else:  # the marks were cut off, so all blocks are present
             self.here[:] = True
 
     @property
     def is_complete(self) -> bool:
-        """Whether all blocks are here, as far as is known in this process."""
+        """Whether all blocks are known to be present in this process."""
         self._complete = self._complete or bool(self.here.all())
         return self._complete
 
     def missing(self, start: int, end: int, *, or_coming: bool = False) -> bool:
-        """Whether any of the bytes [start, end) has not come, as far as is known here.
+        """Whether any of the bytes [start, end) is not known to be present in this process.
 
         Args:
-            or_coming: nor is being fetched by this process.
+            or_coming: count bytes that this process is fetching as present.
         """
         if self._complete:
             return False
@@ -81,7 +85,7 @@ class BlockFile:
         return not (self.here[blocks] | self.busy[blocks] if or_coming else self.here[blocks]).all()
 
     def write(self, first: int, data: bytes | memoryview) -> None:
-        """Fill blocks from `first` on, and mark them."""
+        """Write `data` to the blocks from `first` on, and set their marks."""
         view, at = memoryview(data).cast("B"), first * BLOCK
         while view:
             written = os.pwrite(self._descriptor, view, at)
@@ -92,15 +96,15 @@ class BlockFile:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the copy is still in its folder: not evicted, nor forgotten by another process."""
+        """Whether the copy is still in its folder: neither evicted nor dropped by another process."""
         return os.fstat(self._descriptor).st_nlink > 0
 
     def touch(self) -> None:
-        """Mark the copy as used now; access times proper are off on many machines."""
+        """Record that the copy is used now, as its mtime: many machines do not keep access times."""
         os.utime(self._descriptor)
 
     def cut(self) -> None:
-        """Take the marks off."""
+        """Cut the marks off."""
         os.ftruncate(self._descriptor, self.size)
 
     def __del__(self) -> None:
@@ -109,10 +113,10 @@ class BlockFile:
 
 
 class Folder:
-    """The copies in one folder, as this process sees them; all its threads share one `Folder` a folder.
+    """The copies in one folder, as this process sees them; all threads share one instance (see `folder_of`).
 
     Attributes:
-        changed: guards the open files; notified when blocks have come or are given up.
+        changed: guards the open files; notified when blocks arrive or a claim on them is released.
     """
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -123,7 +127,7 @@ class Folder:
         self._claims: int | None = None
 
     def opened(self, name: str) -> BlockFile | None:
-        """A copy that this process has open, at no cost; another process may have dropped it meanwhile."""
+        """A copy that this process has open, without a system call; another process may have dropped it since."""
         return self._open.get(name)
 
     @overload
@@ -131,28 +135,31 @@ class Folder:
     @overload
     def open(self, name: str, size: None) -> BlockFile | None: ...
     def open(self, name: str, size: int | None) -> BlockFile | None:
-        """A copy to read or to fill; made if there is none.
+        """Open a copy for reading or filling.
 
         Args:
-            size: bytes of the file; None for those of whatever complete copy is there, and None if none is.
+            size: bytes of the file; a missing copy is created. None opens an existing complete copy of any size.
+
+        Returns:
+            The copy; None if `size` is None and there is no complete copy.
 
         Raises:
-            OSError: the disk.
+            OSError: the disk failed.
         """
         with self.changed:
             file = self._open.get(name)
             if file is not None and file.is_kept and (file.is_complete if size is None else size == file.size):
                 self._open.move_to_end(name)
                 return file
-        file = self._found(name, size)
+        file = self._open_or_create(name, size)
         if file is None:
             return None
         if file.is_complete:
-            self.finish(file)  # whoever filled it was killed before
+            self.finish(file)  # the process that filled it was killed before it could
         with self.changed:
             other = self._open.get(name)
             if other is not None and other.inode == file.inode:
-                return other  # of another thread, which may be fetching
+                return other  # opened by another thread, which may be fetching into it
             self._open[name] = file
             while len(self._open) > OPEN_FILES and (idle := self._idle()) is not None:
                 del self._open[idle]
@@ -170,14 +177,14 @@ class Folder:
     def _idle(self) -> str | None:
         return next((name for name, file in self._open.items() if not file.busy.any()), None)
 
-    def _found(self, name: str, size: int | None) -> BlockFile | None:
+    def _open_or_create(self, name: str, size: int | None) -> BlockFile | None:
         if (file := self._existing(name, size)) is not None or size is None:
             return file
         with self._names():
-            return self._existing(name, size) or self._made(name, size)
+            return self._existing(name, size) or self._create(name, size)
 
-    def _made(self, name: str, size: int) -> BlockFile:
-        """A copy without any blocks, open before it has its name: others may evict what nobody has open."""
+    def _create(self, name: str, size: int) -> BlockFile:
+        """Create a copy without blocks. It is locked before it is renamed: unlocked copies may be evicted."""
         path = self._partial(name, size)
         with self.temporary() as new:
             descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -200,7 +207,7 @@ class Folder:
                     fcntl.flock(descriptor, fcntl.LOCK_SH)
                     status = os.fstat(descriptor)
                     if not status.st_nlink:
-                        continue  # evicted between the two
+                        continue  # evicted between the open and the lock
                     found = status.st_size
                     whole = found if size is None else size
                     if found == whole or (path.name != name and found == whole + -(-whole // BLOCK)):
@@ -208,7 +215,7 @@ class Folder:
                         return file
                 finally:
                     os.close(descriptor)
-                path.unlink(missing_ok=True)  # cut short, or of an artifact that was replaced
+                path.unlink(missing_ok=True)  # truncated, or a copy of an artifact that was replaced
                 break
         return None
 
@@ -217,19 +224,19 @@ class Folder:
 
     @contextmanager
     def _names(self) -> Iterator[None]:
-        """While files are made, renamed or forgotten."""
+        """Hold the lock under which copies are created, renamed and dropped."""
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "lock-names"):
             yield
 
     def claim(self, file: BlockFile, start: int, end: int, most: int) -> tuple[int, int] | None:
-        """Claim the first run of missing blocks of the bytes [start, end) that nobody is fetching.
+        """Claim the first run of blocks of the bytes [start, end) that are missing and that nobody is fetching.
 
         Args:
-            most: bytes of the run.
+            most: largest length of the run in bytes.
 
         Returns:
-            The run, blocks [first, last), which the caller gives back with `release`; None if there is none.
+            The run, blocks [first, last), which the caller passes to `release`; None if there is none.
         """
         at, stop, step = start // BLOCK, -(-end // BLOCK), 1
         with self.changed:
@@ -250,14 +257,14 @@ class Folder:
                     come = np.flatnonzero(file.here[first:last])
                     if len(come):
                         self._unlock(file.name, first, last)
-                        continue  # some of them came before the claim
+                        continue  # some of them arrived before the claim
                     file.busy[first:last] = True
                     return first, last
-                at, step = first + step, 2 * step  # another process has a run from here on, of unknown length
+                at, step = first + step, 2 * step  # another process has claimed a run of unknown length from here
         return None
 
     def release(self, file: BlockFile, run: tuple[int, int]) -> None:
-        """Give a claimed run back, filled or not; a file that is complete now gets its name."""
+        """Release a claimed run, filled or not, and rename the copy if it is complete now."""
         first, last = run
         with self.changed:
             file.busy[first:last] = False
@@ -269,11 +276,12 @@ class Folder:
                 self.finish(file)
 
     def finish(self, file: BlockFile) -> None:
+        """Cut the marks off a complete copy and give it its final name."""
         if file.path.name == file.name:
             return
         with self._names():
             try:
-                if file.path.stat().st_ino == file.inode:  # not one made since this was forgotten
+                if file.path.stat().st_ino == file.inode:  # not a newer copy, made after this one was dropped
                     file.cut()
                     file.path = file.path.replace(self.path / file.name)
             except FileNotFoundError:
@@ -281,15 +289,15 @@ class Folder:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Be the only one, of all threads and processes, that fetches a file of unknown size."""
+        """Hold a lock, among all threads and processes, for fetching a file of unknown size."""
         with locked(self.path / f"lock-{int(name[:8], 16) % 64:02d}"):
             yield
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep a whole file, if there is room for it.
+        """Store a whole file if there is room for it.
 
         Raises:
-            OSError: the disk.
+            OSError: the disk failed.
         """
         with self.room.reserved(len(data)) as may_write, self.temporary() as new:
             if may_write:
@@ -298,7 +306,7 @@ class Folder:
 
     @contextmanager
     def temporary(self) -> Iterator[Path]:
-        """Where to write a file that is renamed once it is whole; what is there in the end is removed."""
+        """A path for a file that the caller renames once it is whole; otherwise it is removed."""
         path = self.path / f".{secrets.token_hex(6)}.tmp"
         try:
             yield path
@@ -306,10 +314,13 @@ class Folder:
             path.unlink(missing_ok=True)
 
     def forget(self, name: str, inode: int | None) -> bool:
-        """Drop a copy; whether there was one.
+        """Drop a copy.
 
         Args:
-            inode: of the copy that is damaged, which another process may have replaced since; None for any.
+            inode: of the damaged copy, so that a copy which has replaced it is kept; None for any.
+
+        Returns:
+            Whether there was one.
         """
         with self.changed:
             dropped = self._open.pop(name, None) is not None
@@ -325,7 +336,7 @@ class Folder:
 
     def _lock(self, name: str, first: int, last: int) -> bool:
         if self._claims is None or not os.fstat(self._claims).st_nlink:
-            # Never closed: a process that closes any descriptor of a file lets go of all its locks on it.
+            # Never closed: closing any descriptor of a file releases all POSIX locks of the process on it.
             self._claims = os.open(self.path / "claims", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, last - first, _place(name) + first)
@@ -338,10 +349,10 @@ class Folder:
         fcntl.lockf(self._claims, fcntl.LOCK_UN, last - first, _place(name) + first)
 
     def give_up(self, error: OSError, url: str) -> None:
-        """Say once that the disk does not work, and that it is left alone from now on."""
+        """Stop using the disk after an error, and warn once."""
         with self.changed:
-            said, self.failed = self.failed, True
-        if not said:
+            warned, self.failed = self.failed, True
+        if not warned:
             warnings.warn(
                 f"cache {self.path}: {error.strerror or error}; reading {url} without it",
                 RuntimeWarning,
@@ -350,7 +361,7 @@ class Folder:
 
 
 def _place(name: str) -> int:
-    """Where the claims of a file are; where two share a place they wait for each other without need."""
+    """Offset of a file's claims in `claims`; two files with the same offset wait for each other needlessly."""
     return int(name[:8], 16) << 28
 
 
@@ -367,7 +378,7 @@ def folder_of(path: Path, max_bytes: int) -> Folder:
 
 
 def _after_fork() -> None:
-    """A child begins anew: its parent's threads, and what they hold, are not there."""
+    """Start a child process with empty state: it has none of its parent's threads, which may hold locks."""
     global _MAKING
     _MAKING = threading.Lock()
     _FOLDERS.clear()

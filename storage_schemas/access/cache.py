@@ -1,7 +1,7 @@
 """A local cache of a remote artifact's files: a folder, a byte limit, shared by all processes of a machine.
 
-How copies are kept is said in `blocks`, how they are fetched in `fetching`. What a copy holds is checked like any
-other file's content: a damaged or outdated one fails its record's checksum, is dropped and fetched again.
+`blocks` describes how copies are stored, `fetching` how they are fetched. The contents of a copy are checked like
+those of any other file: a damaged or outdated copy fails its record's checksum, is dropped and fetched again.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ DEFAULT_BYTES = 100 * 2**30
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder for copies of remote files and the bytes it may hold; any number of artifacts may share it.
+    """A folder for copies of remote files; any number of artifacts and processes may share it.
+
+    Attributes:
+        folder: created if it is missing.
+        max_bytes: byte limit of all copies in it.
 
     Raises:
-        ConfigError: a limit that is not positive, or a folder that cannot be made.
+        ConfigError: the limit is not positive, or the folder cannot be created.
     """
 
     folder: Path
@@ -49,7 +53,7 @@ class Cache:
 class CachedLocation(Location):
     """A read-only view of a remote location through a `Cache`. A local folder is read in place.
 
-    The manifest is always fetched: it is what tells old copies from new ones.
+    The manifest is always fetched, because it distinguishes old copies from new ones.
     """
 
     cache: Cache

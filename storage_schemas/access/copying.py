@@ -1,4 +1,4 @@
-"""Copies of one location's files, in a cache: what is missing is fetched, by the thread that asks."""
+"""Cached copies of one location's files; the calling thread fetches missing blocks."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from storage_schemas.errors import CorruptShard, UserError
 
 T = TypeVar("T")
 
-LARGEST = 8 * 2**20  # bytes of a request
+LARGEST = 8 * 2**20  # bytes of the largest request
 
 
 class NoDisk(Exception):
-    """The disk of the cache has failed; that is said, and the cache is left alone."""
+    """The disk of the cache has failed. The user was warned; the cache is no longer used."""
 
 
-class _OfServer(Exception):
-    """Its argument is no failure of the disk, though it looks like one."""
+class _ServerError(Exception):
+    """Wraps an OSError of the server, which `_disk` would otherwise take for a failure of the disk."""
 
 
 class Copies:
-    """Files of a location in the folder of a cache. Safe for threads.
+    """Copies of the files of a location in the folder of a cache. Thread-safe.
 
     All methods raise NoDisk once the disk fails, and what `Location.sent` raises.
 
     Attributes:
-        has_ranges: whether the server knows any, as far as has been seen.
+        has_ranges: False once the server has ignored a byte range.
     """
 
     def __init__(self, location: Location, folder: Folder) -> None:
@@ -40,7 +40,7 @@ class Copies:
         self._ranges = RangeReads(location)
         self.has_ranges = True
         self._names: dict[str, str] = {}
-        self._inodes: dict[str, int] = {}  # of what was read last, by path
+        self._inodes: dict[str, int] = {}  # by path, the inode of the copy that was read last
 
     @property
     def failed(self) -> bool:
@@ -57,10 +57,10 @@ class Copies:
         return self.folder.opened(self._name(path))
 
     def here(self, path: str, start: int, end: int, size: int | None) -> Bytes | None:
-        """Bytes of a copy that this process has open, if it is known that they are there.
+        """Bytes [start, end) of a copy that this process has open; None unless they are known to be present.
 
         Args:
-            size: of the file, as the artifact says.
+            size: bytes of the file according to its sidecar.
         """
         file = self.opened(path)
         if file is None or file.size != size or file.missing(start, end) or not file.is_kept:
@@ -69,41 +69,41 @@ class Copies:
         return file.view[start:end]
 
     def whole(self, path: str) -> BlockFile | None:
-        """The copy of a file, if it is complete."""
+        """The copy of a file; None unless it is complete."""
         with self._disk():
             return self.folder.open(self._name(path), None)
 
     def used(self, path: str, file: BlockFile) -> BlockFile:
-        """The same copy, of which it is known that it is read."""
+        """Record that a copy is read, and return it."""
         self._inodes[path] = file.inode
         return self.touched(file)
 
     def touched(self, file: BlockFile) -> BlockFile:
-        """The same copy, which is in use, or will be soon."""
+        """Record that a copy is in use, or soon will be, and return it."""
         with self._disk():
             file.touch()
         return file
 
     def published(self, file: BlockFile) -> str:
-        """The path of a copy, which is complete."""
+        """Path of a complete copy, under its final name."""
         with self._disk():
             self.folder.finish(file)
         return str(file.path)
 
     def fetch(self, path: str, file: BlockFile, start: int, end: int, unused_since: int | None = None) -> bool | None:
-        """Fetch the first run of blocks that bytes [start, end) lack and that nobody is fetching.
+        """Fetch the first run of blocks of bytes [start, end) that are missing and that nobody is fetching.
 
         Args:
             path: of the file.
             file: its copy.
-            start, end: of the bytes.
+            start, end: range in bytes.
             unused_since: see `Room.reserved`.
 
         Returns:
-            True, also where the server turns out to know no ranges; None if there is no such run; False if there is
-            no room.
+            True if a run was fetched, or if the server turned out not to support ranges; None if there is no such
+            run; False if there is no room.
         """
-        if self.folder.room.is_full(unused_since):  # or others would wait for what is claimed in vain
+        if self.folder.room.is_full(unused_since):  # before the claim: others would wait for it in vain
             return False
         with self._disk():
             run = self.folder.claim(file, start, end, LARGEST)
@@ -114,7 +114,7 @@ class Copies:
         try:
             with self._disk(), self.folder.room.reserved(end - start + last - first, unused_since) as may_write:
                 if may_write:
-                    file.write(first, self._of_server(lambda: self._get(path, start, end)))
+                    file.write(first, self._request(lambda: self._get(path, start, end)))
                 return may_write
         except UserError as error:
             if not isinstance(error.__cause__, NoRanges):
@@ -135,20 +135,20 @@ class Copies:
         return data
 
     def download(self, path: str, size: int) -> bool:
-        """Fetch a whole file, of a server that knows no ranges; False if there is no room for it."""
+        """Fetch a whole file from a server without ranges; False if there is no room for it."""
         name = self._name(path)
         with self._disk(), self.folder.alone(name):
             if self.folder.open(name, None) is not None:
                 return True
             with self.folder.room.reserved(size) as may_write, self.folder.temporary() as new:
                 if may_write:
-                    self._of_server(lambda: self._location.download(path, new, size))
+                    self._request(lambda: self._location.download(path, new, size))
                     self.folder.forget(name, None)
                     new.replace(self.folder.path / name)
                 return may_write
 
     def keep(self, path: str) -> bytes:
-        """A whole file, of the cache or of the server, in one request though nobody knows its size."""
+        """A whole file of unknown size, from the cache or from the server with one request."""
         name = self._name(path)
         with self._disk():
             if (file := self.whole(path)) is not None:
@@ -156,12 +156,12 @@ class Copies:
             with self.folder.alone(name):
                 if (file := self.whole(path)) is not None:
                     return self.used(path, file).view.tobytes()
-                data = self._of_server(lambda: self._location.sent(path, None, None))
+                data = self._request(lambda: self._location.sent(path, None, None))
                 self.folder.put(name, data)
         return data
 
     def forget(self, path: str) -> bool:
-        """Drop the copy of a file; whether there was one."""
+        """Drop the copy of a file; True if there was one."""
         return self.folder.forget(self._name(path), self._inodes.pop(path, None))
 
     def _name(self, path: str) -> str:
@@ -171,19 +171,19 @@ class Copies:
 
     @contextmanager
     def _disk(self) -> Iterator[None]:
-        """While the disk is used; that it fails is said once."""
+        """Turn an OSError of the disk into NoDisk, with one warning."""
         try:
             yield
-        except _OfServer as error:
+        except _ServerError as error:
             raise error.args[0] from None
         except OSError as error:
             self.folder.give_up(error, self._location.url)
             raise NoDisk from error
 
     @staticmethod
-    def _of_server(request: Callable[[], T]) -> T:
-        """The result of a request that is made amid work on the disk, which does not fail with it."""
+    def _request(request: Callable[[], T]) -> T:
+        """Make a request inside `_disk` without its missing file counting as a failure of the disk."""
         try:
             return request()
         except FileNotFoundError as error:
-            raise _OfServer(error) from None
+            raise _ServerError(error) from None

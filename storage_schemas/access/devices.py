@@ -1,4 +1,4 @@
-"""Local paths that are no files: reading a device or a pipe need not end."""
+"""A check that local paths are regular files: reading a device or a pipe may never end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from storage_schemas.errors import CorruptShard
 
 
 def refuse_devices(path: str) -> None:
-    """Do nothing for a local file or folder, or where there is none.
+    """Accept a local file or folder, or a missing path.
 
     Raises:
-        CorruptShard: a device or a pipe, to which a file of an artifact may link.
+        CorruptShard: the path is a device or a pipe, for example through a link in the artifact.
     """
     try:
         mode = Path(path).stat().st_mode
     except OSError:
-        return  # the read says it better
+        return  # the read raises a better error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise CorruptShard(f"{path}: expected a file, found a device or a pipe")

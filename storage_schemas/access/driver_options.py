@@ -1,4 +1,4 @@
-"""Options of drivers: of a place from the file that `DATAMERGE_STORAGE` names, of all from variables of fsspec.
+"""Driver options: per URL from the file that `DATAMERGE_STORAGE` names, global ones from fsspec's variables.
 
     # storage.toml
     ["s3://public-photos"]
@@ -8,7 +8,8 @@
     ["s3://ours"]
     endpoint_url = "https://host/s3"
 
-A table holds for its URL and for all below it; of several, that of the longest. Options given in Python come first.
+A table applies to its URL and everything below it; the table with the longest URL wins. Options given in Python
+override those of the file.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "
 
 
 def options_for(url: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the driver of a URL.
+    """The driver options for a URL.
 
     Args:
-        url: without a query.
-        given: in Python, which come before those of the file.
+        url: without its query.
+        given: options given in Python, which override those of the file.
 
     Raises:
-        ConfigError: a file that cannot be read; a variable that should say true or false and says something else.
+        ConfigError: the file cannot be read, or a boolean variable has another value than true or false.
     """
     for protocol in re.findall(r"(\w[\w+.-]*)://", url):
         _correct_variables(protocol)
@@ -65,12 +66,12 @@ def _read(file: str) -> dict[str, dict[str, Any]]:
 
 
 def _correct_variables(protocol: str) -> None:
-    """Make of the texts of FSSPEC_S3_ANON and its like what the driver takes: to it `no` is a text, and true."""
+    """Parse the booleans in FSSPEC_S3_ANON and similar variables: the driver would take the string `no` for true."""
     if not fsspec.config.conf or not protocol:
         return
     try:
         driver = fsspec.get_filesystem_class(protocol)
-    except (ImportError, ValueError):  # said better where the driver is used
+    except (ImportError, ValueError):  # the use of the driver raises a better error
         return
     parameters = inspect.signature(driver.__init__).parameters
     for name in [driver.protocol] if isinstance(driver.protocol, str) else driver.protocol:

@@ -1,4 +1,4 @@
-"""What a driver raised, as one line without secrets: where, what the server said, what to do about it."""
+"""Errors of drivers as one line without secrets: the file, the server's answer, and the remedy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from storage_schemas.errors import DatamergeError, SourceError, UserError
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 AGAIN = "run the same command again to continue"
 _S3 = ("s3://", "s3a://")
-# What a server says → what helps. Texts before numbers: S3 has more errors than HTTP has numbers.
-_SAID = {
+# Text in a server's answer → remedy. Checked before the status: S3 has more error codes than HTTP has statuses.
+_REMEDIES = {
     "expired": "make a new signature or token",
     "clock": "set the clock of this machine",
     "RequestTimeTooSkewed": "set the clock of this machine",
@@ -24,33 +24,34 @@ _SAID = {
 
 
 class RangeError(DatamergeError):
-    """The range begins behind the end of the file."""
+    """The range begins past the end of the file."""
 
 
 class Refused(UserError):
-    """A driver's own refusal; where that was is put in front of it."""
+    """An answer that our driver refuses; its message lacks the file, which `explained` puts in front."""
 
 
 class ChangedFile(Refused):
-    """A file is another one than the request before saw."""
+    """The file has changed since the previous request."""
 
 
 class NoRanges(Refused):
-    """A web server sends a file whole, whichever range is asked for."""
+    """A web server ignores byte ranges and sends the whole file."""
 
 
 def explained(failure: Exception, where: str, *, is_signed: bool = False) -> Exception:
-    """The error to raise for what a driver raised: FileNotFoundError for a missing file, else one line.
+    """The error to raise in place of a driver's: FileNotFoundError for a missing file, else a one-line error.
 
     Args:
-        where: the file, as it may be shown.
+        failure: error of the driver.
+        where: path or URL of the file, without secrets.
         is_signed: whether its URL has a query.
     """
     status = http_status(failure)
     if isinstance(failure, FileNotFoundError) and status in (None, 404, 410) and not is_transient(failure):
         return FileNotFoundError(errno.ENOENT, "no such file", where)
     if isinstance(failure, FileNotFoundError) and isinstance(failure.__cause__, Exception):
-        failure = failure.__cause__  # some drivers call every failure a missing file
+        failure = failure.__cause__  # some drivers report every failure as a missing file
     if status == 416:
         return RangeError(where)
     if status == 412 or isinstance(failure, Refused):
@@ -59,37 +60,37 @@ def explained(failure: Exception, where: str, *, is_signed: bool = False) -> Exc
 
 
 def _failed(failure: Exception, where: str, status: int | None, is_signed: bool) -> DatamergeError:
-    """The error for a failure that has no meaning of its own."""
+    """The error for a failure other than a missing file, a bad range or a refused answer."""
     reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
-    said = reason if status is None or str(status) in reason else f"{status}: {reason}"
-    remedy = next((remedy for text, remedy in _SAID.items() if text.lower() in reason.lower()), None)
+    answer = reason if status is None or str(status) in reason else f"{status}: {reason}"
+    remedy = next((remedy for text, remedy in _REMEDIES.items() if text.lower() in reason.lower()), None)
     if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
-        return UserError(f"{where}: access refused ({said}); {remedy or _credentials(where, is_signed)}")
+        return UserError(f"{where}: access refused ({answer}); {remedy or _credentials(where, is_signed)}")
     if isinstance(failure, TypeError) and "keyword argument" in reason:
-        return UserError(f"{where}: the driver has no such option ({said}); check the options of this location")
+        return UserError(f"{where}: the driver has no such option ({answer}); check the options of this location")
     if is_transient(failure) or (status is None and remedy is None):
-        return DatamergeError(f"{where}: {type(failure).__name__}: {said}; {remedy or AGAIN}")
-    return UserError(f"{where}: the server refuses the request ({said}); {remedy or 'check the URL'}")
+        return DatamergeError(f"{where}: {type(failure).__name__}: {answer}; {remedy or AGAIN}")
+    return UserError(f"{where}: the server refuses the request ({answer}); {remedy or 'check the URL'}")
 
 
 def _not_as_asked(failure: Exception, where: str) -> DatamergeError:
-    """The error for an answer that is no failure to the server."""
+    """The error for an answer that succeeded but is not usable."""
     if isinstance(failure, NoRanges):
         return UserError(
-            f"{where}: expected a server that knows byte ranges, found {failure}; copy the file to this machine, or "
-            "read an artifact through a `cache`"
+            f"{where}: expected a server that supports byte ranges, found {failure}; copy the file to this machine, "
+            "or read an artifact through a `cache`"
         )
     if isinstance(failure, Refused) and not isinstance(failure, ChangedFile):
         return UserError(f"{where}: {failure}; copy the file to this machine")
     found = f" (found {failure})" if isinstance(failure, ChangedFile) else ""
     return SourceError(
-        f"{where}: another file has this name than when it was opened{found}; run the command again, or copy "
-        "the file to this machine"
+        f"{where}: the file has changed since it was opened{found}; run the command again, or copy the file to this "
+        "machine"
     )
 
 
 def missing_driver(url: str, error: ImportError) -> str:
-    """What to install for a URL."""
+    """Advice on which driver to install for a URL."""
     protocol = url.partition("://")[0]
     extra = EXTRAS.get(protocol)
     hint = f"pip install 'datamerge[{extra}]'" if extra else str(error)
@@ -101,7 +102,8 @@ def _credentials(where: str, is_signed: bool) -> str:
         return "the signature may have expired or be for another file or method: make a new one for GET"
     if where.startswith(_S3):
         return (
-            "check the credentials in the environment; a public bucket needs FSSPEC_S3_ANON=true, one whose readers "
-            "pay FSSPEC_S3_REQUESTER_PAYS=true; where buckets differ, give each its own in a file DATAMERGE_STORAGE"
+            "check the credentials in the environment; a public bucket needs FSSPEC_S3_ANON=true, a requester-pays "
+            "bucket FSSPEC_S3_REQUESTER_PAYS=true; if buckets differ, list their options in a file that "
+            "DATAMERGE_STORAGE names"
         )
     return "check the credentials in the environment or the URL"

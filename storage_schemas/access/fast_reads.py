@@ -1,13 +1,13 @@
-"""Ranges of remote files through obstore, where that asks for just what the file system would, in less time.
+"""Fast range reads through obstore, where it would make the same request as the fsspec file system.
 
-It is used for success alone. What it does not get is asked through `Location.sent`, which has the retries, the
-messages and the patience with servers; a failure that may pass is the first of the tries that a range has. A first
-range goes through the file system anyway. On S3 it shows what is asked for: not options are translated, but the
-request that botocore made of them, and of the environment and of its files, is made again. Credentials come from its
-client, as long as the store is used.
+obstore only serves the successful case. When it fails, the range is read through `Location.sent`, which has the
+retries, the error messages and the tolerance of unusual servers; a transient failure of obstore counts as the first
+attempt. The first range of a location always goes through the file system. On S3 that request is the template for
+obstore's: instead of translating s3fs's options, we copy the request that botocore made from the options, the
+environment and its configuration files. Credentials come from botocore's client for as long as the store is used.
 
-Where anything is not known to come out the same there is no other way than the file system: options that change
-requests, proxies, signed URLs, names that want escapes, files that are pinned, processes that were forked.
+obstore is not used where its request might differ: options that change requests, proxies, signed URLs, names that
+need escaping, pinned files, and forked processes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
 
 Buffer = bytes | memoryview
-Read = Callable[[str, int, int], memoryview]  # of a path in the location, bytes [start, end)
-# Of a location, a path in it, and its first request: what that brings, and how the next ones are made, or None.
+Read = Callable[[str, int, int], memoryview]  # (path in the location, start, end) → bytes [start, end)
+# (location, path, first request) → (its bytes, a function that makes a reader for later requests, or None).
 Learn = Callable[[Location, str, Callable[[], bytes]], tuple[bytes, Callable[[], Read | None]]]
 
-# After so many failures in a row where the file system succeeded, obstore rests; twice as long each time.
+# After this many consecutive failures where the file system succeeded, obstore pauses; each pause is twice as long.
 FAILURES = 4
 FIRST_REST, LONGEST_REST = 60.0, 3600.0
-# Seconds. obstore asks for credentials again five minutes before they expire, so these it asks for every minute.
+# Seconds. obstore renews credentials five minutes before they expire, so it asks for these every minute.
 CREDENTIALS_LAST = 360
-# Nobody escapes a letter of these paths, nor drops a part of them.
+# Paths in which no client escapes a character or normalises a part.
 _PLAIN = re.compile(r"(?:https?://[\w.-]+(?::\d+)?/)?(?!(?:.*/)?\.{0,2}(?:/|$))[\w.~/-]+", re.ASCII)
 _SIGNED = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,]+)/\d+/([^/,]+)/s3/aws4_request,.*")
-# Options of s3fs that a request shows, or that change none.
+# Options of s3fs that are visible in a request or do not affect it.
 _S3_OPTIONS = {
     *("anon", "key", "secret", "token", "username", "password", "profile", "session", "endpoint_url", "use_ssl"),
     *("requester_pays", "cache_regions", "client_kwargs", "config_kwargs", "use_listings_cache"),
@@ -60,10 +60,10 @@ _S3_HEADERS = {
 
 
 class _Failed(Exception):
-    """An answer that is of no use.
+    """A failed or unusable answer.
 
     Attributes:
-        status: of the answer; None where it is not said.
+        status: HTTP status of the answer; None if unknown.
     """
 
     def __init__(self, status: int | None = None) -> None:
@@ -72,18 +72,18 @@ class _Failed(Exception):
 
 
 class RangeReads:
-    """Reads ranges of the files of one remote location, in the quickest way there is. Safe for threads."""
+    """Reads ranges of the files of one remote location, through obstore where possible. Thread-safe."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self._learn = _way(location)
+        self._learn = _learner(location)
         self._read: Read | None = None
         self._learning = threading.Lock()
-        self._failures = 0  # in a row
+        self._failures = 0  # consecutive
         self._rest, self._rest_until = FIRST_REST, 0.0
 
     def get(self, path: str, start: int, end: int, most: int | None = None) -> Buffer:
-        """What `Location.sent` gives for a range, and its errors."""
+        """Bytes [start, end) of a file; same result and errors as `Location.sent`."""
         location, learn, read = self._location, self._learn, self._read
         if (
             learn is None
@@ -98,9 +98,9 @@ class RangeReads:
             if not self._learning.acquire(blocking=False):
                 return location.sent(path, start, end, most)
             try:
-                first, learnt = learn(location, path, lambda: location.sent(path, start, end, most))
+                first, make_reader = learn(location, path, lambda: location.sent(path, start, end, most))
                 with suppress(Exception):
-                    self._read = learnt()
+                    self._read = make_reader()
                 if self._read is None:
                     self._learn = None
                 return first
@@ -108,7 +108,7 @@ class RangeReads:
                 self._learning.release()
         delays = backoff()
         try:
-            found = _tried(read, path, start, end)
+            found = _attempt(read, path, start, end)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", f"{location.url}/{path}") from None
         except _Failed as failure:
@@ -132,18 +132,18 @@ class RangeReads:
             self._rest = min(LONGEST_REST, 2 * self._rest)
 
 
-def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
+def _attempt(read: Read, path: str, start: int, end: int) -> memoryview:
     """All bytes of a range.
 
     Raises:
-        FileNotFoundError: the server says so.
-        _Failed: anything else.
+        FileNotFoundError: no such file.
+        _Failed: any other failure, or fewer bytes than requested.
     """
     try:
         data = read(path, start, end)
     except (FileNotFoundError, _Failed, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         text = str(error)
         if (status := re.search(r"status code: (\d{3})", text)) is not None:
             raise _Failed(int(status[1])) from None
@@ -155,8 +155,8 @@ def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
     return data
 
 
-def _way(location: Location) -> Learn | None:
-    """How to learn of a first request what obstore must ask for; None where it must not."""
+def _learner(location: Location) -> Learn | None:
+    """How to derive obstore's requests from the first one; None where obstore must not be used."""
     try:
         importlib.import_module("obstore.store")
     except ImportError:
@@ -173,14 +173,14 @@ def _way(location: Location) -> Learn | None:
         or not set(options) <= _S3_OPTIONS
         or not set(options.get("client_kwargs") or {}) <= _CLIENT_OPTIONS
         or not set(options.get("config_kwargs") or {}) <= _CONFIG_OPTIONS
-        or any(name.startswith(("AWS_SSE_", "AWS_SERVER_SIDE_")) for name in names)  # obstore would obey them
+        or any(name.startswith(("AWS_SSE_", "AWS_SERVER_SIDE_")) for name in names)  # obstore would follow them
     ):
         return None
     return _learn_s3
 
 
 def _client_options(url: str) -> ClientConfig:
-    # As those of `web`: an answer as a whole may take as long as it has bytes.
+    # As in `web`: a large answer as a whole may take long.
     return {
         "allow_http": url.startswith("http://"),
         "connect_timeout": "15s",
@@ -227,7 +227,7 @@ def _learn_s3(location: Location, path: str, first: Callable[[], bytes]) -> tupl
         events = (await _client(fs, bucket)).meta.events
         (events.register if is_begin else events.unregister)("before-send.s3.GetObject", note)
 
-    with suppress(Exception):  # said better by the request
+    with suppress(Exception):  # the request itself raises a better error
         fsspec.asyn.sync(fs.loop, listen, True)
     try:
         data = first()
@@ -238,12 +238,14 @@ def _learn_s3(location: Location, path: str, first: Callable[[], bytes]) -> tupl
 
 
 def _s3_read(fs: Any, bucket: str, folder: str, base: str, headers: Mapping[str, str]) -> Read | None:
-    """How to make requests like one that s3fs made; None where they would differ.
+    """A reader whose requests equal one that s3fs made; None where they would differ.
 
     Args:
-        folder: of the bucket, with its slash.
-        base: the address of the bucket, in the path or in the host.
-        headers: of the request.
+        fs: the file system of s3fs.
+        bucket: name of the bucket.
+        folder: prefix of the location in the bucket, with a trailing slash.
+        base: URL of the bucket, which is in its path or in its host.
+        headers: of the request of s3fs.
     """
     import obstore
     from obstore.store import S3Store
@@ -256,16 +258,16 @@ def _s3_read(fs: Any, bucket: str, folder: str, base: str, headers: Mapping[str,
         or headers.get("x-amz-request-payer", "requester") != "requester"
         or (authority is not None and signed is None)
         or (signed and credentials and not credentials.are(signed[1], headers.get("x-amz-security-token")))
-        # Certificates of obstore's own would be trusted beside these.
+        # obstore would also trust its own certificates.
         or (base.startswith("https://") and fs.session.get_config_variable("ca_bundle"))
     ):
         return None
     store = S3Store(
         bucket,
-        # All that obstore would take from the environment of its own accord.
+        # Set everything that obstore would otherwise take from the environment.
         endpoint=base,
         aws_endpoint_url_s3=base,
-        virtual_hosted_style_request=True,  # the bucket is in the address, wherever that has it
+        virtual_hosted_style_request=True,  # `endpoint` contains the bucket already, in its host or its path
         region=signed[2] if signed else "us-east-1",
         skip_signature=signed is None,
         request_payer="x-amz-request-payer" in headers,
@@ -279,13 +281,13 @@ def _s3_read(fs: Any, bucket: str, folder: str, base: str, headers: Mapping[str,
 
 
 async def _client(fs: Any, bucket: str) -> Any:
-    """Botocore's client, as s3fs has it for a bucket."""
+    """The botocore client of s3fs for a bucket."""
     await fs.set_session()
     return await fs.get_s3(bucket)
 
 
 class _Credentials:
-    """Gives obstore what botocore's client would sign with now: keys, or what a profile, a role or a machine has."""
+    """Credential provider for obstore: the current credentials of botocore's client, from whatever source."""
 
     def __init__(self, fs: Any, bucket: str) -> None:
         self._fs, self._bucket = fs, bucket
@@ -305,7 +307,7 @@ class _Credentials:
         return await found.get_frozen_credentials(), hasattr(found, "refresh_needed")
 
     def are(self, key: str, token: str | None) -> bool:
-        """Whether a request was signed with them."""
+        """Whether a request with this access key and session token was signed with the current credentials."""
         found = self()
         return (found["access_key_id"], found.get("token")) == (key, token)
 
@@ -314,7 +316,7 @@ _FORKED = False
 
 
 def _after_fork() -> None:
-    """obstore's threads are not in a child, and it waits for them."""
+    """Disable obstore in a child process, where it would wait for threads that only its parent has."""
     global _FORKED
     _FORKED = "obstore" in sys.modules
 

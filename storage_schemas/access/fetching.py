@@ -1,19 +1,19 @@
-"""Bytes of the files of one remote location: fetched ahead, many at a time, each once.
+"""Prefetching of the files of one remote location: many requests at a time, each byte once.
 
-What a run will read is known before: it says so (`expect`, `fill`), and threads fetch it in this order:
+A run knows in advance what it will read and announces it (`expect`, `fill`). Threads fetch in this order:
 
-1. what somebody waits for now (`read`), for which one request is always kept free;
-2. ranges that are expected, in the order they were named, neighbours with one request, and with what is around them
-   and to be filled, so that no request is for less than `SMALLEST`;
-3. the rest of files to be filled, in large requests, of which a quarter as many are made at a time.
+1. ranges that a reader waits for now (`read`); one request is always kept free for them;
+2. expected ranges, in the order of their announcement. Neighbours share a request. Where the surrounding bytes are to
+   be filled as well, they are included, so that no request is for less than `SMALLEST`;
+3. the rest of the files to be filled, in large requests, of which a quarter as many are made at a time.
 
-With a cache everything goes through its copies (`copying`, `blocks`), so ranges and whole files are one thing, and
-what another process has fetched, or is fetching, is not fetched here. Without one, where it has no room, and once
-its disk fails, expected ranges wait in memory until they are read as often as they are expected; what is held there
-is bounded. For what is expected no copy makes room that has been used, or will be, since the run began: in a random
-order all files are in use all the time, and each that went would be fetched again.
+With a cache everything goes through its copies (`copying`, `blocks`): ranges and whole files are stored in the same
+way, and bytes that another process has fetched, or is fetching, are not fetched again. Without a cache, where it has
+no room, and after its disk has failed, expected ranges stay in memory until they have been read as often as they were
+announced; that memory is bounded. Prefetching never evicts a copy that was used since the run began: with a random
+order all files are in use all the time, and an evicted file would have to be fetched again.
 
-What is fetched ahead may fail: the reader asks again, and says what the server said.
+Failures of prefetching are ignored: the reader repeats the request and raises the server's error.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from storage_schemas.access.cache import Cache
 
 REQUESTS = 64  # at a time, of a few hundred KB each
-LARGE = 4  # a large request counts as that many
-FLYING = 32 * 2**20  # bytes of expected ranges that are on their way, in more requests than large ones
-AHEAD_BYTES = 256 * 2**20  # kept in memory, where there is no cache or no room in it
-GAP = 16 * 2**10  # bytes between two ranges that are requested with them
-POLL_SECONDS = 0.005  # between two looks at what another process is fetching
-POLLS = 20  # until it is looked whether that process is still there
+LARGE = 4  # a large request counts as this many
+FLYING = 32 * 2**20  # bytes in flight up to which more expected ranges than large requests are fetched
+AHEAD_BYTES = 256 * 2**20  # bytes of ranges kept in memory, without a cache or without room in it
+GAP = 16 * 2**10  # bytes between two ranges up to which they share a request
+POLL_SECONDS = 0.005  # between two checks of what another process is fetching
+POLLS = 20  # checks before testing whether that process is still alive
 
 
 class Fetcher(RequestThreads):
@@ -60,13 +60,13 @@ class Fetcher(RequestThreads):
         requests: int = REQUESTS,
         ahead_bytes: int = AHEAD_BYTES,
     ) -> None:
-        """Make one that fetches nothing yet.
+        """Create an idle fetcher.
 
         Args:
-            location: not on this machine.
-            cache: where copies are kept.
-            requests: at a time.
-            ahead_bytes: of expected ranges that are on their way, or wait in memory.
+            location: must be remote.
+            cache: where copies are stored; None for memory alone.
+            requests: largest number of requests at a time.
+            ahead_bytes: limit of expected ranges in flight or in memory.
         """
         super().__init__(location.url, requests)
         self._location, self._ranges = location, RangeReads(location)
@@ -76,7 +76,7 @@ class Fetcher(RequestThreads):
         self._fills = Fills()
         self._pieces = Pieces(ahead_bytes)
         self._began = time.time_ns()
-        self._is_told = False  # what will be read
+        self._is_announced = False  # whether `expect` or `fill` was called
 
     # What readers call.
 
@@ -84,10 +84,10 @@ class Fetcher(RequestThreads):
         """Queue ranges that will be read, in order of first use.
 
         Args:
-            sizes: bytes of their files, as the artifact says.
+            sizes: bytes of their files, according to the sidecars.
         """
         with self._changed:
-            self._is_told = True
+            self._is_announced = True
             self._sizes.update(sizes)
             for item in ranges:
                 if item.start >= item.end or self._is_here(item):
@@ -97,13 +97,13 @@ class Fetcher(RequestThreads):
             self._start_threads()
 
     def fill(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
-        """Queue whole files, or large parts of them, in order of first use; without a cache nothing happens.
+        """Queue whole files, or large parts of them, in order of first use; does nothing without a cache.
 
         Args:
-            sizes: bytes of these files, as the artifact says.
+            sizes: bytes of these files, according to the sidecars.
         """
         with self._changed:
-            self._is_told = True
+            self._is_announced = True
             self._sizes.update(sizes)
             if self._copies is not None:
                 self._fills.add(ranges)
@@ -111,22 +111,22 @@ class Fetcher(RequestThreads):
 
     @property
     def held(self) -> int:
-        """Bytes that are on their way, or wait in memory."""
+        """Bytes of expected ranges in flight and in memory."""
         with self._changed:
             return self._pieces.held
 
     def forget_expected(self) -> None:
-        """Take all that is queued, or waits in memory, for something that will not be read."""
+        """Drop all queued ranges and those in memory: they will not be read."""
         with self._changed:
             self._expected.clear()
             self._fills.clear()
             self._pieces.clear()
 
     def read(self, path: str, start: int, end: int, size: int | None = None) -> Bytes:
-        """The bytes [start, end) of a file, as far as it has them; read-only.
+        """Bytes [start, end) of a file, fewer past its end; read-only.
 
         Args:
-            size: bytes of the file, as the artifact says; asked of the server where nobody has said.
+            size: bytes of the file according to its sidecar; by default as announced, else asked of the server.
 
         Raises:
             FileNotFoundError: no such file.
@@ -138,17 +138,17 @@ class Fetcher(RequestThreads):
         if found is not None and not self._pieces.is_due(item):
             return found
         try:
-            if not self._reach(item) and copies is not None:
+            if not self._dequeue(item) and copies is not None:
                 with suppress(NoDisk):
                     size = self._size(path, size)
                     if (found := self._from_disk(copies, path, start, end, size)) is not None:
                         return found
             return self._from_memory(item)
         finally:
-            self._leave(item)
+            self._release(item)
 
     def read_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """What `Location.read` gives; a whole file of unknown size takes one request."""
+        """Same as `Location.read`; a whole file of unknown size takes one request."""
         copies = self._copies
         if start is None and end is None and path not in self._sizes and copies is not None:
             try:
@@ -159,12 +159,12 @@ class Fetcher(RequestThreads):
         return self.read(path, start or 0, size if end is None else min(end, size), size).tobytes()
 
     def whole(self, path: str) -> Bytes | None:
-        """All of a file that was read and whose copy is complete; a view of its map."""
+        """A view of the memory map of a complete copy that this process has open; None if there is none."""
         file = None if (copies := self._copies) is None else copies.opened(path)
         return file.view if file is not None and file.is_complete and file.is_kept else None
 
     def whole_path(self, path: str) -> str | None:
-        """The complete copy of a file; None without a cache, and where it has no room."""
+        """Path of the complete copy of a file, fetched if needed; None without a cache or without room in it."""
         copies = self._copies
         if copies is None:
             return None
@@ -177,7 +177,7 @@ class Fetcher(RequestThreads):
             return None
 
     def forget(self, path: str) -> bool:
-        """Drop the copy of a file; whether there was one."""
+        """Drop the copy of a file; True if there was one."""
         with self._changed:
             self._sizes.pop(path, None)
             self._pieces.forget(path)
@@ -194,7 +194,7 @@ class Fetcher(RequestThreads):
         if self._fills and self._active["fill"] < large:
             return "fill", functools.partial(self._fill, self._fills.take())
         if self._fills.are_elsewhere and not self._active["fill"]:
-            return "fill", self._look_again
+            return "fill", self._retry_fills
         return None
 
     # Copies on a disk.
@@ -204,7 +204,7 @@ class Fetcher(RequestThreads):
         return None if self._kept is None or self._kept.failed else self._kept
 
     def _is_here(self, item: Range, *, or_coming: bool = False) -> bool:
-        """Whether bytes are known to be on the disk."""
+        """Whether the range is known to be on the disk; with `or_coming`, also if it is being fetched."""
         file = None if (copies := self._copies) is None else copies.opened(item.path)
         return file is not None and not file.missing(item.start, item.end, or_coming=or_coming)
 
@@ -221,10 +221,10 @@ class Fetcher(RequestThreads):
         return size
 
     def _from_disk(self, copies: Copies, path: str, start: int, end: int, size: int) -> Bytes | None:
-        """Bytes of the copy, once they are there; None if there is no room for them."""
+        """Bytes of the copy, after waiting for them; None if there is no room for them."""
         item, end = Range(path, start, end), min(end, size)
         patience = self._patience(path)
-        used = self._began if self._is_told else None
+        used = self._began if self._is_announced else None
         while True:
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
@@ -233,18 +233,18 @@ class Fetcher(RequestThreads):
                 if not self._wait_for(path, lambda: copies.download(path, size)):
                     return None
                 continue
-            if end - start > LARGEST:  # the other threads help
+            if end - start > LARGEST:  # let the other threads help
                 self._fill_first(Range(path, start, end))
-            come = None
+            fetched = None
             if file.missing(start, end, or_coming=True):
-                come = self._wait_for(
-                    path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
+                fetched = self._wait_for(
+                    path, functools.partial(copies.fetch, path, file, *self._widened(start, end, size), used)
                 )
-            if come is False or (come is None and not self._comes(copies, file, item, end, patience)):
+            if fetched is False or (fetched is None and not self._arrives(copies, file, item, end, patience)):
                 return None
 
-    def _comes(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
-        """Wait a while for what others are fetching to the disk; False if they found no room for it."""
+    def _arrives(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
+        """Wait a while for a range that others are fetching to the disk; False if they had no room for it."""
         for _ in range(POLLS):
             if self._pieces.has(item):
                 return False
@@ -255,15 +255,15 @@ class Fetcher(RequestThreads):
             file.refresh(item.start // BLOCK, -(-end // BLOCK))
         return True
 
-    def _wanted(self, start: int, end: int, size: int) -> tuple[int, int]:
-        """What to fetch for a reader: if nobody has said what else will be read, what is around it."""
-        if self._is_told or end - start > LARGEST:
+    def _widened(self, start: int, end: int, size: int) -> tuple[int, int]:
+        """The range to fetch for a reader: widened by its surroundings unless all reads are announced."""
+        if self._is_announced or end - start > LARGEST:
             return start, end
         first = start // LARGEST * LARGEST
         return first, min(max(end, first + LARGEST), size)
 
     def _fill(self, item: Range) -> None:
-        """Fetch the next part of a range that is missing."""
+        """Fetch the next missing part of a range to the disk."""
         path, start, end = item
         size, copies = self._sizes.get(path), self._copies
         if copies is None or size is None:
@@ -274,19 +274,19 @@ class Fetcher(RequestThreads):
         if not copies.has_ranges:
             copies.download(path, size)
             return
-        self._fill_first(item)  # the next thread takes the part after this one
-        come = copies.fetch(path, file, start, end, self._began)
-        if come:
+        self._fill_first(item)  # the next thread fetches the part after this one
+        fetched = copies.fetch(path, file, start, end, self._began)
+        if fetched:
             return
         with self._changed:
-            self._fills.drop(item, is_elsewhere=come is None and file.missing(start, end))
+            self._fills.drop(item, is_elsewhere=fetched is None and file.missing(start, end))
 
     def _fill_first(self, item: Range) -> None:
         with self._changed:
             self._fills.put_first(item)
             self._start_threads()
 
-    def _look_again(self) -> None:
+    def _retry_fills(self) -> None:
         with self._changed:
             self._changed.wait(0.2)
             self._fills.look_again()
@@ -294,7 +294,7 @@ class Fetcher(RequestThreads):
     # Expected ranges.
 
     def _expected_work(self) -> Callable[[], None] | None:
-        """The first expected ranges that are neighbours; None if there is no room for them in memory."""
+        """Work that fetches the first expected range and its neighbours; None if memory has no room for them."""
         items: list[Range] = []
         for item in self._expected:
             if items and not (
@@ -314,7 +314,7 @@ class Fetcher(RequestThreads):
     def _fetch_expected(self, items: list[Range]) -> None:
         pieces: dict[Range, Bytes] = {}
         try:
-            if rest := self._without_room(items):
+            if rest := self._fetch_to_disk(items):
                 with self._changed:
                     self._pieces.turn(rest)
                 path, start, end = rest[0].path, rest[0].start, rest[-1].end
@@ -326,8 +326,8 @@ class Fetcher(RequestThreads):
                 for item, piece in pieces.items():
                     self._pieces.keep(item, piece)
 
-    def _without_room(self, items: list[Range]) -> list[Range]:
-        """Fetch neighbours to the disk; those for which it has no room."""
+    def _fetch_to_disk(self, items: list[Range]) -> list[Range]:
+        """Fetch neighbouring ranges to the disk, and return those for which it has no room."""
         path, start, end = items[0].path, items[0].start, items[-1].end
         size, copies = self._sizes.get(path), self._copies
         if size is None or copies is None:
@@ -336,24 +336,24 @@ class Fetcher(RequestThreads):
             file = copies.touched(copies.open(path, size))
             start, end = self._fills.around(path, start, min(end, size))
             while copies.has_ranges and start < end and file.missing(start, end):
-                come = copies.fetch(path, file, start, end, self._began)
-                if come is None:  # others are fetching what is missing
+                fetched = copies.fetch(path, file, start, end, self._began)
+                if fetched is None:  # other threads or processes are fetching the missing blocks
                     return []
-                if not come:
+                if not fetched:
                     return [item for item in items if file.missing(item.start, min(item.end, size))]
             return []
         return items
 
-    def _reach(self, item: Range) -> bool:
-        """Take a range from what is queued; whether it is in memory, or on its way there."""
+    def _dequeue(self, item: Range) -> bool:
+        """Remove a range from the queue; True if it is in memory, or on its way there."""
         with self._changed:
             if item in self._expected:
                 del self._expected[item]
                 self._pieces.make_room()
             return self._pieces.has(item)
 
-    def _leave(self, item: Range) -> None:
-        """Let go of a range that has been read, unless it will be read again."""
+    def _release(self, item: Range) -> None:
+        """Release a range that has been read; queue it again if it will be read again and has to be fetched."""
         with self._changed:
             if self._pieces.leave(item):
                 self._expected.setdefault(item)
@@ -366,7 +366,7 @@ class Fetcher(RequestThreads):
                 patience.wait(self._changed)
             if (piece := self._pieces.get(item)) is not None:
                 return piece
-            self._pieces.begin([item], to_memory=True)  # so that nobody queues it meanwhile
+            self._pieces.begin([item], to_memory=True)  # so that it is not queued meanwhile
         data = None
         try:
             data = np.frombuffer(self._wait_for(item.path, lambda: self._ranges.get(*item)), np.uint8)

@@ -1,4 +1,4 @@
-"""Paths of this machine, as a user writes them: absolute from the start, whatever the working directory is later."""
+"""Local paths as a user writes them, made absolute at once, so that a later change of directory does not matter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from storage_schemas.errors import UserError, shortened
 
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, of Linux and macOS
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux and macOS
 
 
 def local_part(text: str) -> str | None:
-    """The path of a place on this machine, also of `file://` URLs; None for other URLs."""
+    """The path of a local path or `file://` URL; None for other URLs."""
     for scheme in ("file://", "local://"):
         if text.startswith(scheme):
             return text[len(scheme) :]
@@ -19,15 +19,16 @@ def local_part(text: str) -> str | None:
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """A path with the home folder for `~`; `~name` of nobody, and `~` of somebody without a home, are names."""
+    """Expand `~` and `~name` to home folders; kept literally where there is no such user or home."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib raises RuntimeError for these
 
 
 def absolute(text: str | os.PathLike[str]) -> str:
-    """A path from the root; `~` is the home folder, `..` stays, because a link may be before it.
+    """An absolute path with `~` expanded; `..` is kept, because the folder before it may be a link.
 
     Raises:
-        UserError: a relative path, and a working directory that was removed; what cannot be the path of anything.
+        UserError: the path is relative and the working directory was removed; the path or a name in it is too long,
+            or it contains a NUL.
     """
     try:
         path = str(user_path(text).absolute())
@@ -36,7 +37,7 @@ def absolute(text: str | os.PathLike[str]) -> str:
     names = os.fsencode(path).split(b"/")
     if len(os.fsencode(path)) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME or "\0" in path:
         raise UserError(
-            f"expected a path of at most {LONGEST_PATH} bytes, of names of at most {LONGEST_NAME}, found "
+            f"expected a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}, found "
             f"{shortened(os.fspath(text))}"
         )
     return path

@@ -1,4 +1,4 @@
-"""A folder anywhere fsspec reaches, with whole-file atomic writes, retries, and errors that show no secret."""
+"""A folder on any fsspec file system, with atomic writes of whole files, retries, and errors without secrets."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from storage_schemas.errors import DatamergeError, UserError
 
 T = TypeVar("T")
 
-# Failures of this machine's disk while it takes a download.
+# Errors of the local disk during a download.
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 WRITE_ATTEMPTS = 5
-# Bytes of a file that a web server without ranges may send for each part of it.
+# Largest file, in bytes, that a web server without ranges may send whole for each range.
 MOST_WHOLE = 64 * 2**20
 
 
@@ -38,11 +38,19 @@ class Location:
     """A root folder: a local path or any fsspec URL (``s3://``, ``gs://``, ``https://``, ``memory://``).
 
     Paths given to the methods are relative to the root and use ``/``. Transient failures of remote storage are
-    retried. A query string, such as a signature, is kept and added to every path. A local path means the same for
-    the life of a location and in its copies, whatever the working directory of their process.
+    retried. A query string, such as a signature, is kept and added to every path. A relative local path is resolved
+    when the location is created, so later changes of the working directory do not matter.
+
+    Args:
+        url: path or URL of the folder.
+        storage_options: options of the fsspec driver.
 
     Attributes:
-        url: the path or URL as it may be shown and stored: passwords and query values are masked.
+        url: the path or URL with passwords and query values masked, for messages and manifests.
+        root: the folder as its file system spells it.
+
+    Raises:
+        UserError: fsspec does not know the URL, its driver is not installed, or the server refuses access.
     """
 
     def __init__(self, url: str | os.PathLike[str], **storage_options: Any) -> None:
@@ -53,7 +61,7 @@ class Location:
         if (path := local_part(self._base)) is not None:
             self._base = absolute(path)
         self._options = options_for(self._base, storage_options)
-        # Of files that are read in several requests: what tells them from others under the same name.
+        # By path, the version (ETag or date) of each pinned file.
         self._versions: dict[str, str] = {}
         self._connect()
 
@@ -61,27 +69,27 @@ class Location:
         options = dict(self._options)
         is_s3 = self._base.startswith(("s3://", "s3a://"))
         if is_s3:
-            # Botocore's own retries, and those of s3fs around them, would multiply with ours.
+            # The retries of botocore, and those of s3fs around them, would multiply with ours.
             config = dict(options.get("config_kwargs") or {})
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, **config}
         if "://" in self._base and "::" not in self._base:
-            # Others write here too: a remembered listing would give sizes of files that were replaced since.
+            # Other processes write here too: a cached listing could hold sizes of files that were replaced since.
             options.setdefault("use_listings_cache", False)
         try:
-            self._fs, self.root = self._found(options)
+            self._fs, self.root = self._file_system(options)
         except ImportError as error:
             raise UserError(f"{self.url}: {missing_driver(self._base, error)}") from None
         except ValueError as error:
             raise UserError(f"{self.url}: not a path or URL that fsspec knows ({redact(str(error))})") from None
-        except Exception as error:  # drivers look for credentials, and those of archives for the archive
+        except Exception as error:  # drivers look up credentials here, and archive drivers open the archive
             raise explained(error, self.url) from None
         if is_s3:
             self._fs.retries = 1
         self._process = os.getpid()
 
-    def _found(self, options: dict[str, Any]) -> tuple[Any, str]:
-        """The file system, and the folder as that spells it."""
-        if "://" not in self._base:  # not by its URL: a path may look like two
+    def _file_system(self, options: dict[str, Any]) -> tuple[Any, str]:
+        """The file system, and the folder as it spells it."""
+        if "://" not in self._base:  # `url_to_fs` would split a path that contains "::"
             return fsspec.filesystem("file", **options), self._base
         if self._base.startswith(("http://", "https://")) and "::" not in self._base:
             from storage_schemas.access.web import WebFileSystem  # its driver is optional
@@ -92,7 +100,7 @@ class Location:
 
     @property
     def fs(self) -> Any:
-        """The file system; connected again in a forked process, where the parent's connections are of no use."""
+        """The file system; reconnected in a forked process, where the parent's connections do not work."""
         if self._process != os.getpid():
             self._connect()
         return self._fs
@@ -112,55 +120,55 @@ class Location:
         return (f"{self.root}/{relative}" if relative else str(self.root)) + self._query
 
     def local_path(self, relative: str) -> str | None:
-        """A local file with the contents of `relative`, None where reading it means a request.
+        """Path of a local file with the contents of `relative`; None if reading it takes requests.
 
         Raises:
-            FileNotFoundError: a location that keeps local copies, and no such file to copy.
+            FileNotFoundError: the location keeps local copies, and there is no such file to copy.
         """
         return self.path(relative) if self.is_local else None
 
     def forget(self, relatives: Iterable[str]) -> bool:
-        """Drop local copies of these files; whether there was any. A plain location has none."""
+        """Drop local copies of these files; True if there was any. A plain location has none."""
         return False
 
     def exists(self, relative: str = "") -> bool:
         if self.is_local:
             return bool(self.fs.exists(self.path(relative)))
         try:
-            # Not `exists`, which takes a failing server for a missing file: a finished artifact would be begun anew.
+            # Not `exists`, which reports a failing server as a missing file: a merge would start over.
             self._call(relative, lambda path: self.fs.info(path))
         except FileNotFoundError:
             return False
         return True
 
     def is_file(self) -> bool:
-        """Whether this location is one file; over http(s), where folders cannot be told from files, any is."""
+        """Whether this location is one file; always True over http(s), which does not distinguish folders."""
         if self.is_local:
             return bool(self.fs.isfile(self.root))
         return bool(self._call("", lambda path: self.fs.info(path))["type"] == "file")
 
     def files(self) -> dict[str, Mapping[str, Any]]:
-        """What the file system says of every file below this folder (`size`, `type`), by relative path."""
+        """The file system's entry (`size`, `type`) of every file below this folder, by relative path."""
         self.fs.invalidate_cache()
         found = self._call("", lambda path: self.fs.find(path, detail=True))
         return {path.removeprefix(self.root).lstrip("/"): entry for path, entry in found.items()}
 
     def glob(self, pattern: str) -> list[str]:
-        """Sorted paths in this folder that a pattern with `*`, `?` or `[]` names; over http(s) only its last part."""
+        """Sorted relative paths that match a pattern with `*`, `?` or `[]`; over http(s) only in its last part."""
         if self.is_read_only:
             folder, slash, last = pattern.rpartition("/")
             return [f"{folder}{slash}{name}" for name in fnmatch.filter(self.names(folder), last)]
-        # The folder itself may be called like a pattern.
+        # The folder's own name may contain wildcards.
         found = self._call("", lambda path: self.fs.glob(f"{glob.escape(path)}/{pattern}"))
         return sorted(path.removeprefix(self.root).lstrip("/") for path in found)
 
     def size(self, relative: str) -> int:
-        """Bytes of one file; raises FileNotFoundError."""
+        """Size of one file in bytes; raises FileNotFoundError."""
         size = self._call(relative, lambda path: self.fs.size(path))
-        return len(self.sent(relative, None, None)) if size is None else int(size)  # some web servers do not tell
+        return len(self.sent(relative, None, None)) if size is None else int(size)  # some web servers omit it
 
     def names(self, relative: str = "") -> list[str]:
-        """Sorted names of the entries of a folder, empty when there is no such folder."""
+        """Sorted names of the entries of a folder; empty if there is no such folder."""
         self.fs.invalidate_cache()
         try:
             entries = self._call(relative, lambda path: self.fs.ls(path, detail=False))
@@ -169,7 +177,7 @@ class Location:
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
-        """All bytes of a file, or the range [start, end) as far as the file has it; raises FileNotFoundError."""
+        """All bytes of a file, or the range [start, end), cut at the end of the file; raises FileNotFoundError."""
         return self.sent(relative, start, end)
 
     def sent(
@@ -180,15 +188,18 @@ class Location:
         most: int | None = None,
         delays: Iterable[float] | None = None,
     ) -> bytes:
-        """What the file system sends for a range; nothing from behind the end.
+        """Bytes [start, end) of a file, from the file system itself; empty past the end of the file.
 
         Args:
-            most: bytes of a file that a web server without ranges may send whole, by default `MOST_WHOLE`.
+            relative: path of the file.
+            start, end: range in bytes; None for the start and the end of the file.
+            most: largest file, in bytes, that a web server without ranges may send whole; by default `MOST_WHOLE`.
             delays: see `retry`.
 
         Raises:
-            SourceError: the file is not the one that was pinned.
-            UserError: a web server that knows no ranges, and a longer file.
+            FileNotFoundError: no such file.
+            SourceError: the file has changed since it was pinned.
+            UserError: a web server ignores ranges and the file is larger than `most`.
         """
         if self.is_local:
             refuse_devices(self.path(relative))
@@ -208,21 +219,22 @@ class Location:
             return b""
 
     def pin(self, relative: str) -> int:
-        """Bytes of a file that will be read in several requests: they must all see the same file.
+        """Pin the current version of a file that will be read in several requests, and return its size in bytes.
 
-        From now on reads of it, here and in copies of this location, refuse another file of that name. Object
-        stores other than S3, and servers that give neither ETag nor date, cannot tell. Local files are not watched.
+        From now on reads of it, here and in copies of this location, fail if the file has changed. Changes cannot be
+        detected on object stores other than S3, nor on servers that send neither ETag nor date. Local files are not
+        checked.
 
         Raises:
             FileNotFoundError: no such file.
-            SourceError: it was pinned before, and is another one now.
+            SourceError: the file has changed since it was pinned before.
         """
         if self.is_local:
             return self.size(relative)
         entry = self._call(relative, lambda path: self.fs.info(path))
         version = str(entry.get("ETag") or "") if self.is_read_only or "s3" in self._fs.protocol else ""
         if version.startswith("W/") and not self.is_read_only:
-            version = ""  # S3 would take no weak one for equal
+            version = ""  # S3 never treats a weak ETag as equal
         if version and version != self._versions.setdefault(relative, version):
             changed = ChangedFile(f"{version}, expected {self._versions[relative]}")
             raise explained(changed, self._where(relative))
@@ -230,10 +242,13 @@ class Location:
         return len(self.sent(relative, None, None)) if size is None else int(size)
 
     def open(self, relative: str) -> Any:
-        """A binary stream of a file, for libraries that seek in it; raises FileNotFoundError and CorruptShard.
+        """A seekable binary stream of a file.
 
-        Over a network every read is a request of its own, with the retries and the errors of `read`; the file is
-        pinned.
+        A remote file is pinned, and every read of it is one request with the retries and errors of `read`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CorruptShard: a local path is a device or a pipe.
         """
         if not self.is_local:
             return io.BufferedReader(RemoteStream(self, relative), streams.BLOCK)
@@ -252,10 +267,10 @@ class Location:
         self._call(relative, get)
 
     def write(self, relative: str, data: bytes) -> None:
-        """Write a file so that a reader sees all of it or none, whatever kills this process.
+        """Write a file atomically: a reader sees all of it or none, even if this process is killed.
 
         Raises:
-            UserError: a place that cannot be written to.
+            UserError: the location cannot be written to.
         """
         if self.is_local:
             self._write_local(relative, data)
@@ -275,7 +290,7 @@ class Location:
                     stream.write(data)
                 return
             except FileNotFoundError:
-                # Another writer that has finished took our temporary file for a leftover.
+                # Another writer finished and removed our temporary file as a leftover.
                 if attempt == WRITE_ATTEMPTS - 1:
                     raise
 
@@ -290,7 +305,7 @@ class Location:
         """Remove a file.
 
         Raises:
-            UserError: a link inside a local folder makes this a file outside.
+            UserError: a link inside a local folder leads to a file outside of it.
         """
         if self.is_local:
             folder = Path(self.path(relative)).parent.resolve()
@@ -299,17 +314,17 @@ class Location:
         self._call(relative, lambda path: self.fs.rm_file(path))
 
     def split(self) -> tuple[Location, str]:
-        """The folder that holds this location, and its name there."""
+        """The parent folder of this location, and its name there."""
         folder, _, name = self._base.rpartition("/")
         shown, slash, _ = self.url.rpartition("/")
         return self._at(folder or "/", shown or slash or "."), name
 
     def below(self, relative: str) -> Location:
-        """A folder in this one."""
+        """A subfolder of this location."""
         return self._at(f"{self._base}/{relative}", f"{self.url}/{relative}")
 
     def _at(self, base: str, shown: str) -> Location:
-        """Another folder of this file system; `shown`: what to call it if it is local."""
+        """Another folder of this file system; `shown` is its `url` if it is local."""
         location = Location(f"{base}{self._query}", **self._options)
         if location.is_local:
             location.url = shown
@@ -319,18 +334,18 @@ class Location:
         return f"{self.url}/{relative}" if relative else self.url
 
     def _call(self, relative: str, operation: Callable[[str], T], delays: Iterable[float] | None = None) -> T:
-        """Run an operation on a path, with retries and readable errors where it goes over a network."""
+        """Run an operation on a path; on remote storage with retries and readable errors."""
         path = self.path(relative)
         if self.is_local:
             return operation(path)
         try:
             return retry(lambda: operation(path), delays=delays)
         except Exception as error:
-            said = isinstance(error, DatamergeError) and not isinstance(error, Refused)
-            if said or getattr(error, "errno", None) in _LOCAL:
+            is_ours = isinstance(error, DatamergeError) and not isinstance(error, Refused)
+            if is_ours or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
-        # Without the driver's own error, which may show a secret.
+        # The driver's own error is not chained: it may show a secret.
         cause = failure if isinstance(failure, NoRanges) else None
         raise explained(failure, self._where(relative), is_signed=bool(self._query)) from cause
 

@@ -1,4 +1,4 @@
-"""A dictionary that keeps what was used last."""
+"""A dictionary of the most recently used values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 class Lru(Generic[K, V]):
-    """The `size` values that were put or got most recently, by key."""
+    """The `size` most recently used values, by key. Values are not None."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,4 +1,4 @@
-"""Values that several threads want: each is made once."""
+"""A thread-safe cache that computes each value once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ V = TypeVar("V")
 
 
 class Once(Generic[K, V]):
-    """The `size` values that were used last, by key; one thread makes a value, others wait for it.
+    """The `size` most recently used values, by key; one thread computes a value while others wait for it.
 
-    What fails is not kept: all that wait get the error, whoever asks later tries again.
+    Errors are not cached: all waiting threads get the error, and a later call tries again.
     """
 
     def __init__(self, size: int) -> None:
@@ -28,7 +28,7 @@ class Once(Generic[K, V]):
             return self._values.get(key) is not None
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of a key; `make` is called if there is none."""
+        """The value of a key, computed by `make` if it is not cached."""
         with self._lock:
             value = self._values.get(key)
             if value is not None:
@@ -39,7 +39,7 @@ class Once(Generic[K, V]):
         if is_mine:
             try:
                 made.set_result(make())
-            except BaseException as error:  # whoever waits must not wait for ever
+            except BaseException as error:  # or other threads would wait for ever
                 made.set_exception(error)
             with self._lock:
                 del self._made[key]

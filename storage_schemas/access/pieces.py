@@ -1,4 +1,4 @@
-"""Ranges that were fetched ahead and wait in memory, each until it is read as often as it is expected."""
+"""Prefetched ranges in memory, each kept until it has been read as often as it was announced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from storage_schemas.access.blocks import Bytes
 
 
 class Range(NamedTuple):
-    """Bytes [start, end) of a file, by its path in the location."""
+    """Bytes [start, end) of a file; `path` is relative to the location."""
 
     path: str
     start: int
@@ -18,57 +18,57 @@ class Range(NamedTuple):
 
 
 class Pieces:
-    """What is on its way or waits in memory. Not safe for threads: its owner's lock guards it.
+    """Ranges in flight or in memory. Not thread-safe: the owner's lock guards it.
 
     Attributes:
-        flying: bytes on their way.
-        held: bytes of both.
+        flying: bytes in flight.
+        held: bytes in flight and in memory.
     """
 
     def __init__(self, most: int) -> None:
-        """Make one that holds nothing.
+        """Create an empty one.
 
         Args:
-            most: bytes on their way and in memory.
+            most: limit of `held` in bytes.
         """
         self._most = most
-        self._due: Counter[Range] = Counter()  # how often a range will be read
-        self._flying: dict[Range, bool] = {}  # whether to memory
+        self._due: Counter[Range] = Counter()  # how often each range will still be read
+        self._flying: dict[Range, bool] = {}  # in flight → whether to memory, not to the disk
         self._here: dict[Range, Bytes] = {}
         self.flying = self.held = 0
 
     def expect(self, item: Range) -> bool:
-        """Note that a range will be read once more; whether it has to be fetched for that."""
+        """Announce one more read of a range; True if it has to be fetched for it."""
         self._due[item] += 1
         return item not in self._flying and item not in self._here
 
     def is_due(self, item: Range) -> bool:
-        """Whether a range is expected."""
+        """Whether a range will still be read."""
         return item in self._due
 
     def has_room(self, items: Sequence[Range]) -> bool:
-        """Whether these may be fetched; one of any size may if nothing else is there."""
+        """Whether these ranges fit the limit; ranges of any size do if nothing else is held."""
         return not self.held or self.held + _bytes(items) <= self._most
 
     def begin(self, items: Sequence[Range], to_memory: bool) -> None:
-        """Note that ranges are on their way."""
+        """Record that ranges are in flight."""
         self._flying.update(dict.fromkeys(items, to_memory))
         self.flying += _bytes(items)
         self.held += _bytes(items)
 
     def turn(self, items: Sequence[Range]) -> None:
-        """Note that ranges on their way to the disk go to memory."""
+        """Record that ranges in flight go to memory instead of to the disk."""
         self._flying.update(dict.fromkeys(items, True))
 
     def end(self, items: Sequence[Range]) -> None:
-        """Note that ranges are no longer on their way."""
+        """Record that ranges are no longer in flight."""
         for item in items:
             self._flying.pop(item, None)
         self.flying -= _bytes(items)
         self.held -= _bytes(items)
 
     def is_flying(self, item: Range) -> bool:
-        """Whether a range is on its way, to memory or to the disk."""
+        """Whether a range is in flight, to memory or to the disk."""
         return item in self._flying
 
     def has(self, item: Range) -> bool:
@@ -80,35 +80,39 @@ class Pieces:
         return self._here.get(item)
 
     def keep(self, item: Range, piece: Bytes) -> None:
-        """Hold a range, if anybody will read it."""
+        """Hold the bytes of a range if it will be read."""
         if item in self._due and item not in self._here:
             self._here[item] = piece
             self.held += len(piece)
 
     def leave(self, item: Range) -> bool:
-        """Note that a range was read, and drop it unless it is due again; whether it has to be fetched for that."""
+        """Record one read of a range; drop it unless it is due again and memory is at most half full.
+
+        Returns:
+            Whether it has to be fetched once more.
+        """
         if item not in self._due:
             return False
         self._due[item] -= 1
         is_due = self._due[item] > 0
         if not is_due:
             del self._due[item]
-        if not is_due or self.held > self._most // 2:  # what is read sooner comes first
+        if not is_due or self.held > self._most // 2:  # leave the memory to ranges that are read sooner
             self._drop(item)
         return is_due and item not in self._flying and item not in self._here
 
     def make_room(self) -> None:
-        """Drop what nobody reads, so that it keeps out nothing that is read."""
+        """Drop held ranges, oldest first, if they fill more than half of the memory while nothing is in flight."""
         while self._here and not self._flying and self.held > self._most // 2:
             self._drop(next(iter(self._here)))
 
     def forget(self, path: str) -> None:
-        """Drop what is there of a file."""
+        """Drop the held ranges of a file."""
         for item in [item for item in self._here if item.path == path]:
             self._drop(item)
 
     def clear(self) -> None:
-        """Nothing will be read."""
+        """Drop all held ranges and announcements."""
         self._due.clear()
         for item in list(self._here):
             self._drop(item)

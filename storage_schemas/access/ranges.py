@@ -1,4 +1,4 @@
-"""Byte ranges of an artifact's files: memory maps where they are local, else what the location's fetcher gives."""
+"""Byte ranges of an artifact's files: from memory maps where they are local, else from the location's fetcher."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import FileEntry
 
-# More than the 8 shards of the trainer's window, times the arrays it reads of a Zarr shard.
+# More than the 8 shards of the trainer's window times the arrays that it reads from a Zarr shard.
 OPEN_MAPS = 32
 BLOCK = 16 * 2**20
 
 
 def damage(location: Location, entry: FileEntry) -> str | None:
-    """What is wrong with a file, compared with what was committed; None if nothing is. Reads it in blocks."""
+    """How a file differs from its committed size and hash; None if it does not. Reads it in blocks of 16 MiB."""
     try:
         size = location.size(entry.path)
         if size != entry.bytes:
@@ -36,7 +36,7 @@ def damage(location: Location, entry: FileEntry) -> str | None:
 
 
 class FileRanges:
-    """Reads ranges of many files, keeping the maps of the last `OPEN_MAPS` open."""
+    """Reads ranges of many files, keeping the last `OPEN_MAPS` memory maps open."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -46,7 +46,11 @@ class FileRanges:
         """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
 
         Args:
-            file_bytes: of the whole file, as the artifact says; without it a cache asks the server, once a file.
+            path: of the file in the location.
+            start: position of the first byte.
+            size: number of bytes.
+            file_bytes: size of the whole file according to its sidecar; without it a cache asks the server, once per
+                file.
 
         Raises:
             CorruptShard: the file is missing or too short.
@@ -78,7 +82,7 @@ class FileRanges:
         local = self._location.path(path)
         refuse_devices(local)
         try:
-            # Pages are shared among processes and dropped under pressure; nothing is read ahead of use.
+            # Pages are shared among processes, read on use, and dropped under memory pressure.
             mapped = np.memmap(local, np.uint8, mode="r").view(np.ndarray)
         except ValueError:  # an empty file cannot be mapped
             raise CorruptShard(f"{self._location.url}/{path}: the file is empty") from None

@@ -1,4 +1,4 @@
-"""URLs and texts without their secrets: user names, passwords and query values are masked."""
+"""Masking of secrets in URLs and texts: user names, passwords and query values."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# No scheme is longer; without a bound a long word takes quadratic time.
+# No scheme is longer than 31 characters; without a bound a long word would take quadratic time.
 _URL = re.compile(r"\w[\w+.-]{0,30}://[^\s'\"<>]+")
-# A password may hold slashes; a port is none.
+# A password may contain slashes; digits and a slash after the colon are a port.
 _USER = re.compile(r"(?<=://)(?:[^/?#]+|[^/?#:]*:(?!\d+/)[^?#]*)@")
 _QUERY = re.compile(r"(?<=[?&#;])([^=&]+)=(?:[^&),]|,(?=[^&)]))*")
 _BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 
 def redact(text: str) -> str:
-    """A URL, or a text that contains some, with user names, passwords and query values masked."""
+    """A URL, or a text that contains URLs, with user names, passwords and query values masked.
+
+    Examples:
+        >>> redact("https://user:password@host/artifact?sig=abc")
+        'https://***@host/artifact?sig=***'
+    """
     return _URL.sub(lambda url: _redact_url(url[0]), text)
 
 
@@ -29,13 +34,13 @@ def redact_tree(tree: Any) -> Any:
 
 
 def split_query(url: str) -> tuple[str, str]:
-    """A URL without its query, and the query with its question mark; elsewhere than in http(s) there is none."""
+    """A URL without its query, and the query with its question mark; only http(s) URLs have one."""
     base, mark, query = url.partition("?") if _is_http(url) else (url, "", "")
     return base, mark + query
 
 
 def _redact_url(url: str) -> str:
-    if _is_http(url):  # elsewhere a question mark stands for any letter of a name
+    if _is_http(url):  # in other URLs a question mark is a wildcard
         url = _BARE_QUERY.sub("***", url)
     return _QUERY.sub(r"\1=***", _USER.sub("***@", url))
 

@@ -1,9 +1,9 @@
-"""Threads that make requests: many at a time, what somebody waits for first.
+"""Threads that make many requests at a time; those that a caller waits for come first.
 
-Threads begin with the work and end with it, with their owner, or with the interpreter. One request is always kept
-free for somebody who waits. Once something that nobody waits for has failed, nothing is fetched ahead for a while,
-which doubles with each failure: a server in trouble is asked by those alone who need the answer. Who waits for a
-minute says so.
+Threads start when there is work and end when there is none, or with their owner or the interpreter. One request is
+always kept free for waiting callers. After a failed prefetch there is a pause without prefetching, which doubles with
+each failure: an overloaded server then gets only the requests that somebody waits for. A caller that has waited for a
+minute emits a warning.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from typing import Any, TypeVar, cast
 from storage_schemas.errors import DatamergeError
 
 T = TypeVar("T")
-Job = tuple[str, Callable[[], None]]  # of what kind, and the work
+Job = tuple[str, Callable[[], None]]  # kind of work, and the work itself
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-SILENT_SECONDS = 60.0  # that somebody waits before that is said
-WAITED_FOR = "waited for"  # kind of the work that somebody waits for
+SILENT_SECONDS = 60.0  # of waiting between two warnings
+WAITED_FOR = "waited for"  # kind of work that a caller waits for
 
 
 class RequestThreads(ABC):
-    """Makes requests in threads; what to fetch ahead is said by a class below."""
+    """Makes requests in threads; subclasses choose what to prefetch."""
 
     def __init__(self, url: str, requests: int) -> None:
-        """Make one that has no threads yet.
+        """Create one without threads.
 
         Args:
-            url: where to, as it may be shown.
-            requests: at a time.
+            url: of the server, without secrets, for messages.
+            requests: largest number of requests at a time.
         """
         self._url, self._requests = url, requests
-        self._changed = threading.Condition()  # guards all that is queued
+        self._changed = threading.Condition()  # guards all queues and counters
         self._calls: deque[Call] = deque()
         self._active: Counter[str] = Counter()
         self._pause, self._pause_until = 0.0, 0.0
         self._closed = False
-        self._abandoned = 0  # how often
+        self._abandoned = 0  # number of calls of `abandon`
         _ALL.add(self)
 
     @abstractmethod
     def _next_ahead(self, most: int) -> Job | None:
-        """Work that nobody waits for, of which `most` is done at a time; the caller holds `_changed`."""
+        """The next prefetch, if one is due; at most `most` run at a time. The caller holds `_changed`."""
 
     def close(self) -> None:
-        """Fetch nothing ahead any more; returns when no request is on its way."""
+        """Stop prefetching, and return when no request is in flight."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -61,7 +61,7 @@ class RequestThreads(ABC):
                 self._changed.wait(1.0)
 
     def abandon(self) -> None:
-        """Let those go who wait now, with an error: what they wait for is of no use any more."""
+        """End all current waits with a DatamergeError: their results are no longer needed."""
         with self._changed:
             self._abandoned += 1
             self._changed.notify_all()
@@ -74,7 +74,7 @@ class RequestThreads(ABC):
         return f"{self._url}/{path}"
 
     def _wait_for(self, path: str, work: Callable[[], T]) -> T:
-        """The result of some work, which a thread does ahead of everything else."""
+        """The result of some work, which a thread does before all other work."""
         call = Call(work)
         patience = self._patience(path)
         with self._changed:
@@ -85,12 +85,12 @@ class RequestThreads(ABC):
         return cast(T, call.outcome())
 
     def _start_threads(self) -> None:
-        """Start as many as there is work for; the caller holds `_changed`."""
+        """Start a thread for each job that is due; the caller holds `_changed`."""
         while (job := self._next()) is not None:
             threading.Thread(target=_work, args=(weakref.ref(self), job), name="fetch", daemon=True).start()
 
     def _next(self) -> Job | None:
-        """The work that is due, if a request is free for it."""
+        """The next job, if one is due and a request is free for it; the caller holds `_changed`."""
         if self._active.total() >= self._requests:
             return None
         most = max(1, self._requests - 1)
@@ -108,11 +108,11 @@ class RequestThreads(ABC):
         return job
 
     def _do(self, kind: str, work: Callable[[], None]) -> Job | None:
-        """Do some work; what is due next, for this thread."""
+        """Do some work, and return this thread's next job."""
         failed = False
         try:
             work()
-        except Exception:  # who reads it is told
+        except Exception:  # a later read repeats the request and raises its error
             failed = True
         with self._changed:
             if not failed:
@@ -128,7 +128,7 @@ class RequestThreads(ABC):
 
 
 class Call:
-    """Work that somebody waits for, and what came of it."""
+    """Work that a caller waits for, and its result or error."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._work = work
@@ -145,35 +145,35 @@ class Call:
         self.is_done = True
 
     def outcome(self) -> Any:
-        """What the work gave; raises what it raised."""
+        """The result of the work; raises its error."""
         if self._error is not None:
             raise self._error
         return self._result
 
 
 class Patience:
-    """One wait, in any number of pieces."""
+    """The clock of one wait, which may consist of several calls of `wait`."""
 
     def __init__(self, where: str, is_abandoned: Callable[[], bool]) -> None:
-        """Begin to wait.
+        """Start the clock.
 
         Args:
-            where: the URL of the file that is waited for, as it may be shown.
-            is_abandoned: whether nobody wants it any more.
+            where: URL of the file, without secrets, for messages.
+            is_abandoned: whether the file is no longer needed.
         """
         self._where, self._is_abandoned = where, is_abandoned
         self._began = time.monotonic()
         self._minutes = 0
 
     def wait(self, changed: threading.Condition, seconds: float = 1.0) -> None:
-        """Wait for a notification, at most so long; the caller holds `changed`.
+        """Wait for a notification, at most `seconds`; the caller holds `changed`.
 
         Raises:
-            DatamergeError: nobody wants it any more.
+            DatamergeError: the wait was abandoned.
         """
         changed.wait(seconds)
         if self._is_abandoned():
-            raise DatamergeError(f"{self._where}: no longer waited for")
+            raise DatamergeError(f"{self._where}: the read was abandoned, because its reader has stopped")
         waited = time.monotonic() - self._began
         if waited >= SILENT_SECONDS * (self._minutes + 1):
             self._minutes = int(waited // SILENT_SECONDS)
@@ -185,7 +185,7 @@ class Patience:
 
 
 def _work(owner: weakref.ref[RequestThreads], job: Job | None) -> None:
-    """What a thread does: work until there is none, or until nobody has the owner any more."""
+    """Body of a thread: work until there is no job, or until the owner is garbage-collected."""
     while job is not None and (threads := owner()) is not None:
         job = threads._do(*job)
         del threads
@@ -195,7 +195,7 @@ _ALL: weakref.WeakSet[RequestThreads] = weakref.WeakSet()
 
 
 def _stop() -> None:
-    """Begin no request while the interpreter ends."""
+    """Start no prefetch while the interpreter exits."""
     for threads in list(_ALL):
         threads._closed = True
 

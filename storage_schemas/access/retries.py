@@ -1,4 +1,4 @@
-"""Retries: which failures may pass, and how long to wait for them."""
+"""Retries: which failures are transient, and how long to wait before another attempt."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ T = TypeVar("T")
 
 ATTEMPTS = 6
 FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0
-# What a server asks for is granted up to this many seconds a wait.
+# A server's Retry-After is honoured up to this many seconds per wait.
 LONGEST_ASKED = 60.0
 
 _STATUSES = {408, 425, 429, 500, 502, 503, 504}
 _ERRNOS = {errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EREMOTEIO}
-# By name: the drivers (aiohttp; botocore; google.auth; azure) are optional, and none of these has a common base.
+# By name: the drivers (aiohttp; botocore; google.auth, azure) are optional, and their errors have no common base.
 _CLASSES = {
     *("ClientConnectionError", "ClientPayloadError"),
     *("HTTPClientError", "IncompleteReadError", "ResponseParserError"),
     *("TransportError", "ServiceRequestError", "ServiceResponseError", "IncompleteRead"),
 }
-# Waiting times influence no result; workers that share a seed must not wait in step.
+# Not seeded: waits do not affect results, and workers that share a seed must not wait in step.
 _JITTER = random.SystemRandom()
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later: time-outs, lost connections, 429 and 5xx answers.
 
-    Causes count too: some drivers call every failure a missing file.
+    Causes count too: some drivers report every failure as a missing file.
     """
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _chain(error)):
-        return False  # what nobody trusts will not be trusted later; the drivers call it a lost connection
+        return False  # the certificate stays invalid, although drivers report it as a lost connection
     for cause in _chain(error):
         if isinstance(cause, (ConnectionError, TimeoutError)):
             return True
@@ -54,16 +54,16 @@ def retry(
     transient: Callable[[Exception], bool] = is_transient,
     delays: Iterable[float] | None = None,
 ) -> T:
-    """Call `operation`, again after every transient failure, not before the time that a server asks for.
+    """Call `operation`, and repeat it after transient failures, waiting at least as long as the server asks for.
 
     Args:
         operation: may be called several times.
-        transient: whether a failure may pass.
-        delays: seconds to wait after each failure that may pass; one call more than there are delays is made. By
-            default those of `backoff`.
+        transient: whether a failure is transient.
+        delays: seconds to wait after each transient failure; one more call is made than there are delays. By default
+            those of `backoff`.
 
     Raises:
-        Whatever the last call raised.
+        Exception: the error of the last call. Errors that are not transient are raised at once.
     """
     for delay in backoff() if delays is None else delays:
         try:
@@ -77,16 +77,16 @@ def retry(
 
 
 def backoff() -> Iterator[float]:
-    """Seconds to wait between `ATTEMPTS` calls: they double from `FIRST_DELAY` to `LONGEST_DELAY`.
+    """Seconds to wait between `ATTEMPTS` calls: they double from `FIRST_DELAY`, up to `LONGEST_DELAY`.
 
-    A random part of each, up to half, is left out, so that workers which failed together do not return together.
+    Each is shortened by a random part, at most half, so that workers which failed together do not retry together.
     """
     for attempt in range(ATTEMPTS - 1):
         yield min(LONGEST_DELAY, FIRST_DELAY * 2**attempt) * _JITTER.uniform(0.5, 1.0)
 
 
 def http_status(error: BaseException) -> int | None:
-    """Status of the HTTP answer an error stands for, in the spellings of the drivers."""
+    """HTTP status of an error, or of one of its causes, as the drivers store it; None without one."""
     for cause in _chain(error):
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
@@ -101,7 +101,7 @@ def http_status(error: BaseException) -> int | None:
 
 
 def _asked_for(error: BaseException) -> float:
-    """Seconds that a server asks to be left alone for (RFC 9110, Retry-After), up to `LONGEST_ASKED`; else 0."""
+    """Seconds of the server's Retry-After header (RFC 9110), at most `LONGEST_ASKED`; 0 without one."""
     for cause in _chain(error):
         response = getattr(cause, "response", None)
         headers = response.get("ResponseMetadata", {}).get("HTTPHeaders") if isinstance(response, dict) else None

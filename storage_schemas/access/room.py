@@ -1,8 +1,8 @@
-"""The byte limit of a cache's folder, kept by all processes together.
+"""The byte limit of a cache's folder, which all processes observe together.
 
-A process is granted bytes before it writes them, many at a time, in a `grant-…` file that it keeps locked; those of
-the dead are void. Bytes that were granted and are written may count twice for a while, so that the limit is never
-passed. To make room the least recently used copies are evicted that nobody has open.
+Before a process writes, it reserves bytes, many at a time, in a `grant-…` file that it keeps locked; the grants of
+dead processes are void. Reserved bytes that are already written may count twice for a while, so the limit is never
+exceeded. To make room, the least recently used copies that no process has open are evicted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# A process is granted that many bytes at a time, or this part of the limit.
+# A grant has at most LARGEST_GRANT bytes, and at most 1/GRANTS of the limit unless one write needs more.
 LARGEST_GRANT, GRANTS = 256 * 2**20, 64
-REFUSED_SECONDS = 1.0  # before a full cache is looked through again
-ABANDONED = 3600  # seconds after which a file that was being written is taken for left behind
+REFUSED_SECONDS = 1.0  # before a full cache is scanned again
+ABANDONED = 3600  # seconds without a write after which an unfinished file counts as abandoned
 
 _COPY = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.(blocks|part))?")
 _GRANT = re.compile(r"grant-[0-9a-f]{12}")
@@ -28,31 +28,32 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp")
 
 
 class Room:
-    """What this process may write into the folder of a cache."""
+    """This process's share of the byte limit of a cache's folder."""
 
     def __init__(self, path: Path, max_bytes: int, let_go: Callable[[str], bool]) -> None:
-        """Make one that may write nothing yet.
+        """Create one without a grant.
 
         Args:
             path: of the folder.
-            max_bytes: of all copies in it.
-            let_go: closes this process's own copy of a name; False if it is being fetched.
+            max_bytes: limit of all copies in it.
+            let_go: closes this process's own copy of a name; returns False if it is being fetched.
         """
         self._path, self.max_bytes, self._let_go = path, max_bytes, let_go
         self._lock = threading.Lock()
         self._grant: tuple[Path, int] | None = None
-        self._granted = self._flying = self._said = 0  # bytes; the last are those in the file
-        self._refused = {True: 0.0, False: 0.0}  # until when, by whether any copy may be evicted
+        self._granted = self._flying = self._stated = 0  # bytes: unused, being written, and stated in the grant file
+        self._refused = {True: 0.0, False: 0.0}  # by whether any copy might be evicted, when to ask again
 
     @contextmanager
     def reserved(self, size: int, unused_since: int | None = None) -> Iterator[bool]:
-        """While so many bytes are written: whether they may be.
+        """Reserve room while `size` bytes are written; yields whether they may be.
 
         Args:
-            unused_since: only copies that nobody has used since may be evicted for them, ns; None for any.
+            size: in bytes.
+            unused_since: time in ns; only copies that were last used before it may be evicted. None for any copy.
 
         Raises:
-            OSError: the disk.
+            OSError: the disk failed.
         """
         with self._lock:
             may = self._granted >= size or (not self._is_refused(unused_since) and self._ask(size, unused_since))
@@ -65,25 +66,25 @@ class Room:
             if may:
                 with self._lock:
                     self._flying -= size
-                    if self._granted + self._flying <= self._said // 2:  # what is written counts as that alone
+                    if self._granted + self._flying <= self._stated // 2:  # written bytes no longer need the grant
                         with locked(self._path / "lock-space"):
                             self._write_grant()
 
     def is_full(self, unused_since: int | None = None) -> bool:
-        """Whether there was just now no room, for anything: a question that costs nothing."""
+        """Whether the folder was found full within `REFUSED_SECONDS`; costs no system call."""
         return not self._granted and self._is_refused(unused_since)
 
     def _is_refused(self, unused_since: int | None) -> bool:
-        # Where any copy may be evicted and there is no room, there is none for those who ask for less.
+        # If there is no room although any copy may be evicted, there is none with fewer candidates either.
         refused = max(until for kind, until in self._refused.items() if kind or unused_since is not None)
         return time.monotonic() < refused
 
     def _ask(self, size: int, unused_since: int | None) -> bool:
         self._path.mkdir(parents=True, exist_ok=True)
         with locked(self._path / "lock-space"):
-            for wanted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
-                if self._make_room(wanted + self._flying, unused_since):
-                    self._granted = wanted
+            for granted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
+                if self._make_room(granted + self._flying, unused_since):
+                    self._granted = granted
                     break
             else:
                 self._granted = 0
@@ -96,11 +97,11 @@ class Room:
             path = self._path / f"grant-{secrets.token_hex(6)}"
             self._grant = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._grant[1], fcntl.LOCK_EX)
-        self._said = self._granted + self._flying
-        os.pwrite(self._grant[1], b"%020d" % self._said, 0)
+        self._stated = self._granted + self._flying
+        os.pwrite(self._grant[1], b"%020d" % self._stated, 0)
 
     def _make_room(self, size: int, unused_since: int | None) -> bool:
-        """Evict copies until so many more bytes fit; whether they do."""
+        """Evict copies until `size` more bytes fit; True if they do."""
         if size > self.max_bytes:
             return False
         copies: list[tuple[int, int, str]] = []
@@ -119,7 +120,7 @@ class Room:
         return excess <= 0
 
     def _granted_to(self, grant: Path) -> int:
-        """Bytes granted to another process; a dead one's are void."""
+        """Bytes granted to another process; 0, and the file is removed, if that process is dead."""
         if self._grant is not None and grant == self._grant[0]:
             return 0
         try:
@@ -151,10 +152,10 @@ class Room:
 
 
 def _taken(entry: os.DirEntry[str]) -> tuple[int, int] | None:
-    """When a copy was used last, ns, and its bytes; None for what is none, or was left behind and is removed."""
+    """When a copy was used last, in ns, and its bytes; None if it is no copy. Removes abandoned files."""
     found = _COPY.fullmatch(entry.name)
     is_temporary = _TEMPORARY.fullmatch(entry.name) is not None
-    # Else a lock, or a file of somebody else, who chose a folder that was not empty.
+    # Anything else is a lock, or a foreign file in a folder that was not empty.
     if found is None and not is_temporary:
         return None
     kind = None if found is None else found[3]
@@ -168,7 +169,7 @@ def _taken(entry: os.DirEntry[str]) -> tuple[int, int] | None:
     if found is None:
         return None  # being written, and counted as granted
     taken = status.st_size
-    if kind == "part":  # of the previous release, which counts what is still to come
+    if kind == "part":  # a partial file of the previous release, which reserves its full size
         taken = int(found[2])
     elif kind == "blocks":  # with holes
         taken = min(taken, 512 * status.st_blocks)
@@ -177,7 +178,7 @@ def _taken(entry: os.DirEntry[str]) -> tuple[int, int] | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the only one here, of all threads and processes."""
+    """Hold an exclusive lock on a file, among all threads and processes."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -187,7 +188,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _is_free(descriptor: int) -> bool:
-    """Whether nobody else has a lock on this file; the caller has it now, until it closes the descriptor."""
+    """Whether no other descriptor holds a lock on this file; if so, the caller's now holds an exclusive one."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Files that are not on this machine, read in several requests that all see the same file."""
+"""Remote files read in several requests, all of which must see the same version of the file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import fsspec.asyn
 if TYPE_CHECKING:
     from storage_schemas.access.location import Location
 
-BLOCK = 5 * 2**20  # bytes that a stream over a network requests at least
+BLOCK = 5 * 2**20  # smallest request of a remote stream, in bytes
 
 
 class RemoteStream(io.RawIOBase):
-    """A file that is not on this machine, a range request a read."""
+    """A remote file as a seekable stream; every read is one HTTP range request."""
 
     def __init__(self, location: Location, relative: str) -> None:
         self._location, self._relative = location, relative
@@ -42,7 +42,7 @@ class RemoteStream(io.RawIOBase):
 
 
 def read_version(fs: Any, path: str, start: int | None, end: int | None, version: str) -> bytes:
-    """Bytes of an object on S3 if it is still the one with this ETag; the error of an answer 412 if it is not."""
+    """Bytes [start, end) of an S3 object with this ETag; raises the driver's error for status 412 if it changed."""
     return cast(bytes, fsspec.asyn.sync(fs.loop, _read_version, fs, path, start, end, version))
 
 

@@ -1,4 +1,4 @@
-"""Requests that wait for storage, several at a time."""
+"""An ordered `map` over a thread pool, for requests to storage."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Calls that are begun or done and not taken yet, for each thread: a job of 200,000 shards has as many.
+# Calls per thread that may be started or done before their results are taken. Bounded: there may be 200,000 shards.
 AHEAD = 2
 
 
 @contextmanager
 def in_threads(threads: int, work: Callable[..., T], *columns: Iterable[object]) -> Iterator[Iterator[T]]:
-    """`map(work, *columns)`, in that order, with calls in so many threads, a few of them ahead of what is taken.
+    """Ordered `map(work, *columns)` on a thread pool, up to `AHEAD` calls per thread ahead of the results taken.
 
-    Ends without the calls that have not begun.
+    When the block ends, calls that have not started are cancelled.
     """
     pool = ThreadPoolExecutor(threads)
 

@@ -1,7 +1,8 @@
-"""Files of web servers, in the spellings of HTTP that are met: no ranges, no HEAD, redirects, gzip, changed files.
+"""A file system for web servers that checks every answer.
 
-A server may answer a range with the whole file, and say so by 200 in place of 206; a body may be compressed, and its
-length is then that of other bytes; and a file may be another one by the next request. Every answer is looked at.
+Servers differ: some support neither ranges nor HEAD and answer a range with the whole file (status 200 in place of
+206); some compress bodies, whose ranges and lengths are then those of the compressed bytes; some redirect; and a file
+may change between two requests.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from fsspec.implementations.http import HTTPFileSystem
 
 from storage_schemas.access.explaining import ChangedFile, NoRanges, Refused
 
-Headers = Any  # a mapping of aiohttp's, whose keys have no case
-# Of a connection, and of every piece of an answer; an answer as a whole may take as long as it has bytes.
+Headers = Any  # aiohttp's mapping with case-insensitive keys
+# Time-outs for connecting and for each piece of an answer; a large answer as a whole may take long.
 CONNECT_SECONDS, PIECE_SECONDS = 15, 30
-# All that may stand in a URL; a percent sign too where it escapes something.
+# Characters that a URL may contain unescaped; "%" is handled separately.
 _LEGAL = "%/:=&?~+!$,;'@()*[]-._"
 
 
 class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]  # fsspec is untyped
-    """fsspec's file system of http(s), with answers that are checked."""
+    """fsspec's http(s) file system with checked answers."""
 
     def __init__(self, client_kwargs: dict[str, Any] | None = None, **options: Any) -> None:
         own = dict(client_kwargs or {})
-        # Compressed bytes have other ranges, and another length.
+        # Ranges and lengths must be those of the uncompressed file.
         own["headers"] = {"Accept-Encoding": "identity", **dict(own.get("headers") or {})}
         own.setdefault(
             "timeout", aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=PIECE_SECONDS)
         )
-        # A redirect may be signed as it is spelt.
+        # The signature of a redirect may depend on its exact spelling.
         own.setdefault("requote_redirect_url", False)
         super().__init__(client_kwargs=own, **options)
 
     def encode_url(self, url: str) -> yarl.URL:
-        """The address as the user spelt it, its escapes with it; what has no place in one is escaped, `#` as well."""
+        """The URL as the user wrote it, existing escapes included; other illegal characters and `#` are escaped."""
         return yarl.URL(quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", url), safe=_LEGAL), encoded=True)
 
     async def _cat_file(
@@ -53,11 +54,17 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]  # fsspec is untyped
         """Bytes [start, end) of a file.
 
         Args:
-            version: that the file must have, as `_info` gave it; None for any.
-            most: bytes of a file that may be sent whole where a range is asked for; None for any.
+            url: of the file.
+            start, end: range in bytes; None for the start and the end of the file.
+            version: version that the file must have, from `_info`; None for any.
+            most: largest file, in bytes, that may be sent whole in answer to a range; None for any.
+            options: of the request, for aiohttp.
 
         Raises:
-            ChangedFile, NoRanges: see there.
+            FileNotFoundError: status 404 or 410.
+            ChangedFile: the file has another version.
+            NoRanges: the server ignores ranges and the file is larger than `most`.
+            Refused: the answer has other bytes than the range.
         """
         if start is not None and start == end:
             return b""
@@ -78,7 +85,7 @@ class WebFileSystem(HTTPFileSystem):  # type: ignore[misc]  # fsspec is untyped
         return data if answer.status == 206 else _part(data, start, end)
 
     async def _info(self, url: str, **options: Any) -> dict[str, Any]:
-        """Size and version of a file, from an answer with one byte of it: signatures for GET are none for HEAD."""
+        """Size and version of a file, from a GET of its first byte: a URL signed for GET does not allow HEAD."""
         asked = {**self.kwargs, **options}
         asked["headers"] = {**asked.get("headers", {}), "Range": "bytes=0-0"}
         session = await self.set_session()
@@ -112,7 +119,7 @@ def _is_encoded(headers: Headers) -> bool:
 
 
 def _check_range(headers: Headers, start: int) -> None:
-    """Raise for an answer with other bytes than those asked for."""
+    """Raise Refused for an answer with other bytes than the requested ones."""
     if _is_encoded(headers):
         raise Refused(f"found a server that sends ranges of compressed bytes ({headers['Content-Encoding']})")
     found = re.match(r"\s*bytes\s+(\d+)-", headers.get("Content-Range", ""))
@@ -123,19 +130,19 @@ def _check_range(headers: Headers, start: int) -> None:
 
 
 async def _at_most(answer: aiohttp.ClientResponse, most: int) -> bytes:
-    """The body of an answer that may be too long.
+    """The body of an answer of at most `most` bytes.
 
     Raises:
-        NoRanges: it is; its rest is not waited for.
+        NoRanges: the body is longer; the rest is not read.
     """
     if answer.content_length is not None and answer.content_length > most:
-        raise NoRanges(f"one that sends all {answer.content_length} bytes each time")
+        raise NoRanges(f"one that sends all {answer.content_length} bytes for each range")
     pieces, size = [], 0
     async for piece in answer.content.iter_any():
         pieces.append(piece)
         size += len(piece)
         if size > most:
-            raise NoRanges("one that sends all bytes each time")
+            raise NoRanges("one that sends all bytes for each range")
     return b"".join(pieces)
 
 

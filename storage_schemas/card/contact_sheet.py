@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -24,8 +25,47 @@ TILE = 112
 GAP, HEADER = 4, 16
 
 
+class Tile(NamedTuple):
+    """One picture of a group.
+
+    Attributes:
+        name: what it shows.
+        pixels: uint8 [H, W, 3].
+        scale: what its colours stand for, empty where they are the image's own.
+    """
+
+    name: str
+    pixels: Pixels
+    scale: str = ""
+
+
 def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = ()) -> bytes:
     """A PNG of `groups` groups spread evenly over the artifact, or of the groups with the given keys.
+
+    Raises:
+        ConfigError: an unknown key, no group to draw, or an empty artifact.
+    """
+    rows = [(caption(record), tiles(record)) for record in choose(artifact, groups, keys)]
+    columns = [tile.name for tile in rows[0][1]]
+    sheet = Image.new(
+        "RGB", (GAP + (TILE + GAP) * len(columns), HEADER + (TILE + HEADER + GAP) * len(rows) + GAP), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, name in enumerate(columns):
+        draw.text((GAP + column * (TILE + GAP), 2), name, fill="black")
+    for row, (text, pictures) in enumerate(rows):
+        top = HEADER + row * (TILE + HEADER + GAP)
+        draw.text((GAP, top + TILE + 1), text, fill="black")
+        for column, picture in enumerate(pictures):
+            tile = Image.fromarray(picture.pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
+            sheet.paste(tile, (GAP + column * (TILE + GAP), top))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def choose(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = ()) -> list[Record]:
+    """`groups` groups spread evenly over the artifact, or the groups with the given keys.
 
     Raises:
         ConfigError: an unknown key, no group to draw, or an empty artifact.
@@ -42,45 +82,32 @@ def contact_sheet(artifact: Artifact, groups: int = ROWS, keys: Sequence[str] = 
         # Rounded, not cut off as where a source chooses what it hashes: both choices are in what has been written.
         spread = np.linspace(0, len(artifact) - 1, min(groups, len(artifact))).round().astype(int)
         indices = sorted(set(spread.tolist()))
-    rows = [_row(record) for record in artifact.records(indices)]
-    columns = [name for name, _ in rows[0][1]]
-    sheet = Image.new(
-        "RGB", (GAP + (TILE + GAP) * len(columns), HEADER + (TILE + HEADER + GAP) * len(rows) + GAP), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate(columns):
-        draw.text((GAP + column * (TILE + GAP), 2), name, fill="black")
-    for row, (caption, tiles) in enumerate(rows):
-        top = HEADER + row * (TILE + HEADER + GAP)
-        draw.text((GAP, top + TILE + 1), caption, fill="black")
-        for column, (_, pixels) in enumerate(tiles):
-            tile = Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.NEAREST)
-            sheet.paste(tile, (GAP + column * (TILE + GAP), top))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    return buffer.getvalue()
+    return list(artifact.records(indices))
 
 
-def _row(record: Record) -> tuple[str, list[tuple[str, Pixels]]]:
-    """Caption and tiles of a group."""
+def caption(record: Record) -> str:
+    """Key, number of members and label of a group."""
     label = "" if record.label is None else f"  label {record.label}"
-    return f"{record.key}  N = {record.count}{label}", _tiles(record)
+    return f"{record.key}  N = {record.count}{label}"
 
 
-def _tiles(record: Record) -> list[tuple[str, Pixels]]:
-    tiles: list[tuple[str, Pixels]] = []
+def tiles(record: Record) -> list[Tile]:
+    """The pictures of a group, from left to right."""
+    found: list[Tile] = []
     clean, members = record.clean, record.members
     if clean is not None:
-        tiles.append(("clean", rgb(clean)))
+        found.append(Tile("clean", rgb(clean)))
     if members is not None:
         shown = [members[min(i, len(members) - 1)] for i in range(SHOWN_MEMBERS)]
-        tiles += [(f"member {i}", rgb(member)) for i, member in enumerate(shown)]
-    tiles.append(("mean", rgb((record.mean * 255).round().astype(np.uint8))))
+        found += [Tile(f"member {i}", rgb(member)) for i, member in enumerate(shown)]
+    found.append(Tile("mean", rgb((record.mean * 255).round().astype(np.uint8))))
     reference = members[0] if members is not None else clean
     if reference is not None:
         difference = record.mean - reference.astype(np.float32) / 255
         largest = max(float(np.abs(difference).max()), 1e-6)
         amplified = (127.5 + 127.5 * difference / largest).round().astype(np.uint8)
-        tiles.append((f"mean - {'member 0' if members is not None else 'clean'}", rgb(amplified)))
-    tiles.append(("variance", heat(record.variance.mean(axis=0))))
-    return tiles
+        name = f"mean - {'member 0' if members is not None else 'clean'}"
+        found.append(Tile(name, rgb(amplified), f"× {0.5 / largest:.3g}, around grey"))
+    variance = record.variance.mean(axis=0)
+    found.append(Tile("variance", heat(variance), f"black 0, white {float(variance.max()):.2g}"))
+    return found

@@ -1,4 +1,4 @@
-"""The artifact's croissant.json: Croissant 1.0 metadata (mlcommons.org/croissant).
+"""The artifact's croissant.json: Croissant 1.1 metadata (mlcommons.org/croissant).
 
 Files are described as sets, so that the document stays small; files of artifacts with few files are listed one
 by one with their sha256 too. Hashes of all others are in the sidecars, whose own are in manifest.json, which
@@ -17,17 +17,19 @@ from storage_schemas.stores import STORES
 
 LISTED_FILES = 1000
 
-# The context that the specification gives.
+# The context of the specification's first appendix, and the terms that mlcroissant adds. The appendix has
+# http://schema.org/, for which mlcroissant finds no data set.
 CONTEXT: dict[str, Any] = {
     "@language": "en",
     "@vocab": "https://schema.org/",
     **{
         name: f"cr:{name}"
         for name in (
-            *("citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet"),
-            *("format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet"),
-            *("references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField"),
-            "transform",
+            *("annotation", "arrayShape", "citeAs", "column", "containedIn", "equivalentProperty", "excludes"),
+            *("extract", "field", "fileObject", "fileProperty", "fileSet", "format", "includes", "isArray"),
+            *("isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "readLines", "recordSet"),
+            *("references", "regex", "repeated", "replace", "samplingRate", "sdVersion", "separator", "source"),
+            *("subField", "transform", "unArchive", "value"),
         )
     },
     "conformsTo": "dct:conformsTo",
@@ -35,7 +37,9 @@ CONTEXT: dict[str, Any] = {
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
     "dct": "http://purl.org/dc/terms/",
+    "description": {"@container": "@language"},
     "examples": {"@id": "cr:examples", "@type": "@json"},
+    "name": {"@container": "@language"},
     "rai": "http://mlcommons.org/croissant/RAI/",
     "sc": "https://schema.org/",
 }
@@ -50,13 +54,13 @@ def croissant(facts: Mapping[str, Any], files: Sequence[FileEntry]) -> bytes:
     document = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
-        "conformsTo": "http://mlcommons.org/croissant/1.0",
+        "conformsTo": "http://mlcommons.org/croissant/1.1",
         "name": f"datamerge-{facts['plan_sha256'][:12]}",
         "description": describe(facts),
         "license": license_of(facts),
         "version": f"{facts['schema_version']}.0.0",
         "distribution": _distribution(facts["format"], files),
-        "recordSet": [_groups(facts)],
+        "recordSet": [_groups(facts), _arrays(facts)],
     }
     return json.dumps(document, indent=1, ensure_ascii=False).encode() + b"\n"
 
@@ -100,27 +104,48 @@ def _file_object(file: FileEntry, kind: str) -> dict[str, Any]:
 
 
 def _groups(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """One record a group, read from the sidecars; arrays are described, Croissant has no reader for them."""
-    fields = [_field("key", "sc:Text", "Key of the group."), _field("count", "sc:Integer", "Samples in the group.")]
+    """One record a group, read from the sidecars."""
+    fields = [
+        _field("groups/key", "Key of the group.", "sc:Text", _sidecar("key")),
+        _field("groups/count", "Samples in the group.", "sc:Integer", _sidecar("count")),
+    ]
     if facts["labelled"] == facts["groups"]:
-        fields.append(_field("label", "sc:Integer", "Class index."))
-    arrays = ", ".join(f"{name} {spec['dtype']} {spec['shape']}" for name, spec in facts["arrays"].items())
-    return {
-        "@type": "cr:RecordSet",
-        "@id": "groups",
-        "name": "groups",
-        "description": f"Groups of samples. Each has these arrays in the shards: {arrays}.",
-        "key": {"@id": "groups/key"},
-        "field": fields,
-    }
+        fields.append(_field("groups/label", "Class index.", "sc:Integer", _sidecar("label")))
+    return _record_set("groups", "Groups of samples.", fields) | {"key": {"@id": "groups/key"}}
 
 
-def _field(name: str, kind: str, description: str) -> dict[str, Any]:
+def _arrays(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays of one group. Tools of Croissant cannot read them, hence a record set of their own."""
+    fields = []
+    for name, spec in facts["arrays"].items():
+        kind = "sc:Float" if spec["dtype"].startswith("float") else "sc:Integer"
+        source = {"fileSet": {"@id": "shards"}}
+        field = _field(f"arrays/{name}", "README.md says how it is read.", [_number(spec["dtype"]), kind], source)
+        if spec["shape"]:
+            field |= {"isArray": True, "arrayShape": ",".join(map(str, spec["shape"]))}
+        fields.append(field)
+    return _record_set("arrays", "Arrays of each group, in the order of the record set `groups`.", fields)
+
+
+def _number(dtype: str) -> str:
+    """Croissant's name of a numpy dtype: uint8 is cr:UInt8."""
+    return f"cr:{dtype.replace('uint', 'UInt') if dtype.startswith('uint') else dtype.capitalize()}"
+
+
+def _sidecar(name: str) -> dict[str, Any]:
+    return {"fileSet": {"@id": "sidecars"}, "extract": {"jsonPath": f"$.records[*].{name}"}}
+
+
+def _record_set(name: str, description: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"@type": "cr:RecordSet", "@id": name, "name": name, "description": description, "field": fields}
+
+
+def _field(name: str, description: str, kind: str | list[str], source: dict[str, Any]) -> dict[str, Any]:
     return {
         "@type": "cr:Field",
-        "@id": f"groups/{name}",
-        "name": f"groups/{name}",
+        "@id": name,
+        "name": name,
         "description": description,
         "dataType": kind,
-        "source": {"fileSet": {"@id": "sidecars"}, "extract": {"jsonPath": f"$.records[*].{name}"}},
+        "source": source,
     }

@@ -140,7 +140,9 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         f"- {facts['format']}",
     ]
     if facts["format"] == "webdataset":
-        lines += ["configs:", "- config_name: default", "  data_files: shards/*.tar", *_features(facts["arrays"])]
+        # The Hub's viewer then takes the tars alone, and none of the artifact's JSON.
+        lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: shards/*.tar"]
+        lines += _features(facts["arrays"])
     else:
         lines.append("viewer: false")  # the Hub's, which would take croissant.json for data
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What Python functions are given, checked before they do anything; refusals begin with the argument's name."""
+"""Checks of arguments of public functions; each raises ConfigError with a message that begins with the name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from storage_schemas.errors import ConfigError, shortened
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ConfigError unless `value` is one of the texts of a Literal."""
+    """Raise ConfigError unless `value` is one of the strings of the Literal `choices`."""
     *most, last = get_args(choices)
     if value not in (*most, last):
         raise ConfigError(f"{name}: expected {', '.join(most)} or {last}, found {shortened(value)}")
@@ -29,6 +29,6 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_list(name: str, value: Any) -> None:
-    """Raise ConfigError for a single item, such as a text, whose letters would count as items."""
+    """Raise ConfigError unless `value` is a collection. A string is refused: its letters would be the items."""
     if isinstance(value, str | bytes) or not isinstance(value, Collection):
         raise ConfigError(f"{name}: expected a list, found {shortened(value)}")

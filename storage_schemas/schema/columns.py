@@ -1,7 +1,7 @@
-"""Many small documents of one kind, held by column.
+"""Many small documents of one model, stored by column.
 
-A manifest lists every shard, of which there may be hundreds of thousands: an object each would take six times the
-memory, and seconds to send to every process that reads.
+A manifest may list hundreds of thousands of shards: one object per shard would take six times the memory, and seconds
+to send to every process that reads.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Row = tuple[Any, ...]
 
 
 class Columns(Sequence[D], Generic[D]):
-    """An immutable sequence of documents, which are made when they are asked for.
+    """An immutable sequence of documents, which are built on access.
 
-    As a field's type, `Columns[Model]` is the JSON array that `tuple[Model, ...]` is, and refuses what that refuses.
+    As the type of a field, `Columns[Model]` parses, validates and serialises like `tuple[Model, ...]`.
 
     Args:
         model: class of the documents.
-        documents: sound ones.
+        documents: validated documents.
     """
 
     def __init__(self, model: type[D], documents: Iterable[D] = ()) -> None:
@@ -56,7 +56,7 @@ class Columns(Sequence[D], Generic[D]):
         return map(self._document, zip(*self._columns.values(), strict=True))
 
     def _document(self, row: Iterable[Any]) -> D:
-        # The values were validated when they came in.
+        # The values were validated when the columns were filled.
         return self._model.model_construct(**dict(zip(self._columns, row, strict=True)))
 
     def __eq__(self, other: object) -> bool:
@@ -64,7 +64,7 @@ class Columns(Sequence[D], Generic[D]):
             return NotImplemented
         return (self._model, self._columns) == (other._model, other._columns)
 
-    __hash__ = None  # type: ignore[assignment]  # it is compared by value
+    __hash__ = None  # type: ignore[assignment]  # compared by value
 
     def __repr__(self) -> str:
         return f"<{len(self)} of {self._model.__name__}>"
@@ -81,7 +81,7 @@ class Columns(Sequence[D], Generic[D]):
         def kept(value: Any, validate: core_schema.ValidatorFunctionWrapHandler) -> Any:
             return value if isinstance(value, Columns) else validate(value)
 
-        # A document is let go before the next one is validated: all of them would keep the collector busy.
+        # Each document is freed before the next one is validated: keeping all would slow down garbage collection.
         rows = core_schema.no_info_after_validator_function(_row, handler.generate_schema(model))
         fresh = core_schema.no_info_after_validator_function(gathered, core_schema.tuple_variable_schema(rows))
         return core_schema.json_or_python_schema(

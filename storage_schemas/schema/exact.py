@@ -1,6 +1,6 @@
-"""Exact integers where an artifact holds something else: moments of 8-bit pixels back from float32, and their size.
+"""Exact integer moments of 8-bit pixels, recovered from any encoding, and the largest spread of a group.
 
-What can be computed from integers without an error (unions, smaller groups, other encodings) is.
+Unions, smaller groups and other encodings are computed from these integers, without rounding errors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from storage_schemas.schema.record import Array, Record, encode_exact
 def pixel_spread(provenance: Mapping[str, Any]) -> int:
     """Largest possible difference of two members of a group, in grey levels: 2ε·255 for an attack, else 255.
 
+    Examples:
+        >>> pixel_spread({"attack": {"epsilon": "2/255"}})
+        4
+
     Raises:
-        SchemaError: an ε that is no length in pixel space.
+        SchemaError: `attack.epsilon` is not a length in pixel space.
     """
     attack = provenance.get("attack")
     epsilon = attack.get("epsilon") if isinstance(attack, Mapping) else None
@@ -38,15 +42,16 @@ def pixel_spread(provenance: Mapping[str, Any]) -> int:
 def exact_moments(record: Record, where: str) -> ExactMoments:
     """Count, Σx and Σx² of a record, as integers.
 
-    For `float32` they are recovered from kept members, else from the stored values, provided that those are
-    what float32 makes of the moments of 8-bit members, and of no other ones.
+    For `float32` they are recovered from the stored members, else from the stored values, provided that exactly one
+    set of integers rounds to those values in float32.
 
     Args:
+        record: in any encoding.
         where: the artifact, for messages.
 
     Raises:
-        UserError: stored values that are off the 8-bit grid, or too coarse to tell which integers they were.
-        DatamergeError: integers that no group of N members has.
+        UserError: the stored values are off the 8-bit grid, or too coarse to determine the integers.
+        DatamergeError: no group of N members has the stored integers.
     """
     at = f"{where}: record {record.key}"
     if record.encoding == "uint8_moments":
@@ -64,10 +69,10 @@ def exact_moments(record: Record, where: str) -> ExactMoments:
 
 
 def exact_arrays(moments: ExactMoments, layout: Layout, key: str) -> dict[str, Array]:
-    """`encode_exact` of a group that was made elsewhere.
+    """`encode_exact` for a group from an artifact whose provenance determined the dtypes of `layout`.
 
     Raises:
-        DatamergeError: its members differ by more than the layout, made from the provenance, allows.
+        DatamergeError: the members differ by more than the provenance allows.
     """
     try:
         return encode_exact(moments, layout)
@@ -83,7 +88,7 @@ def _float32(moments: ExactMoments) -> dict[str, Array]:
 
 
 def _from_float32(record: Record, at: str) -> ExactMoments:
-    """The only integers whose moments round to the stored ones."""
+    """The unique integers whose moments round to the stored ones."""
     total = _solve(record, "mean", LEVELS * record.count, (-1, 0, 1), None, at)
     # x² and x have the same parity, hence so have their sums.
     squares = _solve(record, "mean_square", LEVELS**2 * record.count, (-2, -1, 0, 1, 2), total, at)

@@ -1,7 +1,8 @@
-"""Directions of a group's covariance: what the mean and the variance leave out.
+"""Low-rank factors of a group's covariance, which the mean and the variance do not contain.
 
-The members of an adversarial group sit at the ends of a few steep directions, so their deviations are strongly
-correlated between pixels, and the diagonal variance keeps nothing of that. k images F_1 … F_k per group do:
+The deviations of adversarial members lie mostly along a few directions, so they are strongly correlated between
+pixels. The variance, the diagonal of the covariance, contains none of this correlation. k images F_1 … F_k per group
+approximate the full covariance:
 
     Σ_j F_j F_jᵀ ≈ C = 1/N Σ_i (x_i − x̄)(x_i − x̄)ᵀ
 
@@ -9,11 +10,11 @@ correlated between pixels, and the diagonal variance keeps nothing of that. k im
     sketch       1/√(kN) Σ_i ξ_ji (x_i − x̄),  ξ_ji ∈ {−1, +1}        C in expectation over the signs ξ
     principal    √λ_j v_j, the k largest eigenpairs of C             best of rank k (Eckart and Young 1936)
 
-With k ≥ N − 1 the principal directions are C, and a sketch is not: of a pair, it is nothing whenever both signs
-agree. So a sketch of so many factors is the principal directions.
+With k ≥ N − 1 the principal directions reproduce C exactly, but a sketch does not: for a pair it is zero whenever
+both signs agree. Therefore a sketch with k ≥ N − 1 stores the principal directions instead.
 
-Stored as integers q_j = round(255·√k·F_j), so that F_j = q_j / (255·√k) whatever the kind: the unit is a grey level
-for k = 1, and rounding does not weigh more when the covariance is spread over more factors.
+Stored as integers q_j = round(255·√k·F_j), so that F_j = q_j / (255·√k) for both kinds. For k = 1 the unit is one
+grey level; √k keeps the relative rounding error the same when the covariance is spread over more factors.
 
 Shapes: N members, k factors, C H W pixels.
 """
@@ -40,9 +41,9 @@ def factors(members: Members, count: int, kind: FactorKind, generator: np.random
 
     Args:
         members: 8-bit images [N, C, H, W].
-        count: k; those beyond N − 1 are zeros.
-        kind: see the module's table; `sketch` with k ≥ N − 1 gives what `principal` does.
-        generator: source of the signs of a sketch.
+        count: k; factors beyond N − 1 are zeros.
+        kind: see the module's table; `sketch` with k ≥ N − 1 equals `principal`.
+        generator: for the signs of a sketch.
     """
     total = members.astype(np.int64)
     centred = len(members) * total - total.sum(axis=0)  # N(x_i − x̄), exact
@@ -52,17 +53,17 @@ def factors(members: Members, count: int, kind: FactorKind, generator: np.random
 
 
 def sign_generator(seed: int, key: str) -> np.random.Generator:
-    """Source of the signs of group `key`."""
+    """Random generator for the signs of group `key`; depends on the seed and the key alone."""
     return np.random.default_rng(group_seed(seed, key))
 
 
 def stored_factors(
     members: Members, layout: Layout, kind: FactorKind, seed: int, key: str
 ) -> npt.NDArray[np.generic]:
-    """The factors of group `key` as its record holds them: k and dtype of the layout, signs from seed and key.
+    """Factors of group `key` as its record stores them: k and dtype from the layout, signs from seed and key.
 
     Raises:
-        ValueError: a layout without factors.
+        ValueError: the layout has no factors.
     """
     spec = layout.array("factors")
     if spec is None:
@@ -71,15 +72,18 @@ def stored_factors(
 
 
 def factor_spec(count: int, members: int, pixel_range: int, shape: tuple[int, ...]) -> ArraySpec:
-    """The array of k = `count` factors of groups of N members that differ by at most `pixel_range` grey levels."""
+    """Spec of the array of k = `count` factors, for N members that differ by at most `pixel_range` grey levels."""
     return ArraySpec.of("factors", factor_dtype(members, pixel_range), (count, *shape))
 
 
 def factor_dtype(members: int, pixel_range: int) -> np.dtype[np.signedinteger]:
     """Smallest dtype for stored factors of N members that differ by at most `pixel_range` grey levels.
 
-    |q| ≤ √N·range/2 for both kinds: N values of one pixel deviate from their mean by range/2 on average at most, and
-    an entry of √k·F_j is at most √k standard deviations, with k ≤ N that are not zero.
+    |q| ≤ √N·range/2 for both kinds: the standard deviation of a pixel is at most range/2, and an entry of √k·F_j is
+    at most √k standard deviations, where at most N factors are not zero.
+
+    Raises:
+        OverflowError: the factors need more than 32 bits.
     """
     bound = math.ceil(math.sqrt(members) * pixel_range / 2)
     for dtype in (np.int8, np.int16, np.int32):
@@ -94,26 +98,26 @@ def decode_factors(stored: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
 
 
 def factor_unit(count: int) -> float:
-    """What stored integers of k = `count` factors are divided by."""
+    """Divisor of the stored integers of k = `count` factors: 255·√k."""
     return LEVELS * math.sqrt(count)
 
 
 def sketch_signs(count: int, members: int, generator: np.random.Generator) -> IntArray:
-    """ξ of a sketch, int64 [k, N]."""
+    """Random signs ξ of a sketch, int64 [k, N]."""
     return 2 * generator.integers(0, 2, (count, members), np.int64) - 1
 
 
 def principal_weights(gram: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
-    """What the members' deviations are weighted with in the principal directions, float64 [at most k, N].
+    """Weights of the members' deviations in the principal directions, float64 [min(k, N − 1), N].
 
     Args:
-        gram: products of N(x_i − x̄), [N, N].
+        gram: inner products of the images N(x_i − x̄), [N, N].
         count: k.
     """
     members = len(gram)
     vectors = np.linalg.eigh(gram / members**3).eigenvectors  # ascending
     rows = [vectors[:, -1 - j] for j in range(min(count, members - 1))]
-    # √λ_j v_j = Σ_i w_i (x_i − x̄)/√N for a unit vector w; which end is positive is a convention.
+    # √λ_j v_j = Σ_i w_i (x_i − x̄)/√N for a unit vector w; its sign is a convention.
     return np.array([w * (1.0 if w[np.argmax(np.abs(w))] > 0 else -1.0) for w in rows]).reshape(len(rows), members)
 
 
@@ -127,7 +131,7 @@ def _sketch(centred: IntArray, count: int, generator: np.random.Generator) -> In
 
 
 def _principal(centred: IntArray, count: int) -> IntArray:
-    """From the N×N Gram matrix: its eigenvectors are the directions' coordinates in the members."""
+    """Principal directions through the N×N Gram matrix, whose eigenvectors are their coordinates in the members."""
     members, shape = len(centred), centred.shape[1:]
     flat = centred.reshape(members, -1)
     gram = np.array([[int(np.dot(a, b)) for b in flat] for a in flat], np.float64)

@@ -14,10 +14,17 @@ from storage_schemas.schema.record import Array
 
 
 def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
-    """Read a class head in safetensors form.
+    """Parse a class head in safetensors form.
 
     Tensors: `weight` [classes, K], optionally `bias` [classes], optionally `scale` [1] (embeddings are then
     normalised to length 1 and logits multiplied by it). Class names: JSON list in the metadata entry `names`.
+
+    Args:
+        data: contents of the file.
+        where: path or URL of the file, for messages.
+
+    Returns:
+        The tensors by name, and the class names (empty if the file has none).
 
     Raises:
         SchemaError: not safetensors, no two-dimensional `weight`, other shapes, or numbers that are not finite.
@@ -33,7 +40,7 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise SchemaError(f"{where}: expected weight [classes, K] and optional bias and scale, found {shapes}")
     _check_head(tensors, where)
-    header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # sound, or safetensors had refused it
+    header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])  # valid: safetensors has parsed it
     try:
         names = read_json(header.get("__metadata__", {}).get("names", "[]"))
     except ValueError as error:
@@ -46,7 +53,7 @@ def parse_head(data: bytes, where: str) -> tuple[dict[str, Array], list[str]]:
 
 
 def _check_head(tensors: Mapping[str, Array], where: str) -> None:
-    """Raise SchemaError for a bias or a scale that no logits come of, or that turns them round."""
+    """Raise SchemaError for tensors of a wrong shape, numbers that are not finite, or a scale of 0 or less."""
     weight = tensors["weight"]
     for name, size in (("bias", len(weight)), ("scale", 1)):
         if name in tensors and (tensors[name].ndim > 1 or tensors[name].size != size):

@@ -1,6 +1,6 @@
 """The JSON Schemas of the artifact's documents, shipped in `storage_schemas/schema/` for readers in any language.
 
-`python -m storage_schemas.schema.json_schema` writes them anew from the models that parse the documents.
+`python -m storage_schemas.schema.json_schema` regenerates them from the models that parse the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DOCUMENTS: dict[str, type[Sealed]] = {"manifest": Manifest, "commit": Commit}
 
 
 def schemas() -> dict[str, str]:
-    """File name → text of every schema of this version."""
+    """The text of every schema of this version, by file name."""
     texts = {}
     for name, model in DOCUMENTS.items():
         schema = {

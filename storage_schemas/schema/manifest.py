@@ -1,8 +1,8 @@
 """The JSON documents of an artifact: `manifest.json` and one commit sidecar per shard.
 
-Parsing is strict: an unknown key, a wrong type or an unknown version is an error, and all problems of a
-document are reported at once with their paths. Every document is sealed: it holds the sha256 of its own bytes,
-so that a flipped bit in a count or in the provenance is noticed too. FORMAT.md describes every field.
+Parsing is strict: an unknown key, a wrong type or an unknown version is an error, and all problems of a document are
+reported at once with their paths. Every document is sealed: it holds the sha256 of its own bytes, so that a flipped
+bit in a count or in the provenance is detected too. FORMAT.md describes every field.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 CARD, CROISSANT, PREVIEW = "README.md", "croissant.json", "preview.png"
 KEYS = "keys.bin"  # see storage_schemas.key_index
-COMBINED: Final = "combined"  # in the provenance: the artifacts this one was combined of
-SHOWN_PROBLEMS: Final = 20  # a message is read by a person
-PROBLEM_LETTERS: Final = 200  # of each
+COMBINED: Final = "combined"  # entry of the provenance that lists the artifacts which were combined
+SHOWN_PROBLEMS: Final = 20  # in one message
+PROBLEM_LETTERS: Final = 200  # shown of each problem
 MOST_PER_SHARD: Final = 2**24
-MAX_AXES: Final = 8  # of an array; NumPy itself ends at 64, and Zarr adds one
-UNSEALED = "0" * 64  # what a seal is computed with, in the place of its own digits
+MAX_AXES: Final = 8  # of an array; NumPy allows 64, and Zarr adds one
+UNSEALED = "0" * 64  # placeholder of the seal while the seal is computed
 
 Format = Literal["zarr", "webdataset"]
 EncodingName = Literal["float32", "uint8_moments"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}"
 RelativePath = Annotated[str, Field(pattern=rf"^{_NAME}(/{_NAME})*$")]
-# Numbers that every language holds exactly, and NumPy in 64 bits.
+# Largest integer that every JSON parser represents exactly.
 LARGEST: Final = 2**53 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Key = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
 
-# Arrays without which a record has no moments; all others are optional.
+# The required arrays of each encoding; all others are optional.
 MOMENT_ARRAYS: Final[Mapping[str, tuple[str, str]]] = {
     "float32": ("mean", "mean_square"),
     "uint8_moments": ("sum", "scatter"),
@@ -90,12 +90,12 @@ class ArraySpec(Document):
 
     @classmethod
     def of(cls, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> ArraySpec:
-        """A spec from a numpy dtype; raises ValidationError for names and dtypes outside the format."""
+        """Make a spec from a NumPy dtype; raises ValidationError for names and dtypes outside the format."""
         return cls.model_validate({"name": name, "dtype": dtype.name, "shape": shape})
 
     @cached_property
     def little_endian(self) -> np.dtype[Any]:
-        """The dtype as it is stored."""
+        """The dtype in stored byte order."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     @cached_property
@@ -139,7 +139,7 @@ class Layout(Document):
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """Shape of an image, [C, H, W]."""
+        """Shape [C, H, W] of an image."""
         return next(array.shape for array in self.arrays if array.name in MOMENT_ARRAYS[self.encoding])
 
     @property
@@ -231,7 +231,7 @@ class ShardEntry(Document):
 
     @classmethod
     def of(cls, commit: Commit, commit_sha256: str) -> ShardEntry:
-        """What the manifest says of a sidecar whose file has this hash."""
+        """The entry for a sidecar whose file has this sha256."""
         keys = sorted(record.key for record in commit.records)
         return cls(
             shard=commit.shard,
@@ -252,7 +252,7 @@ class Origin(Document):
 
 
 class Origins(Document):
-    """What a provenance must look like where it says of what artifacts this one was combined."""
+    """The part of a provenance that lists the artifacts which were combined into this one."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -291,7 +291,7 @@ class Manifest(Sealed):
 
     @property
     def outline(self) -> tuple[str, ...]:
-        """What a line about the artifact says: how much is committed, and in what form."""
+        """Phrases for a one-line summary: how much is committed, and in what form."""
         layout = self.layout
         size = f"{self.groups} groups", f"{len(self.shards)} of {layout.shards} shards"
         return *size, f"pixels {list(layout.pixels)}", f"{layout.encoding} in {layout.format}"
@@ -313,7 +313,7 @@ class Manifest(Sealed):
 
 
 def commit_path(shard: int) -> str:
-    """Where the sidecar of a shard is."""
+    """Path of a shard's sidecar in the artifact."""
     return f"commits/{shard:05d}.json"
 
 
@@ -329,10 +329,15 @@ D = TypeVar("D", bound=Sealed)
 def parse(model: type[D], data: bytes, where: str) -> D:
     """Parse a sealed JSON document.
 
+    Args:
+        model: class of the document.
+        data: contents of the file.
+        where: path or URL of the file, for messages.
+
     Raises:
-        UnknownVersion: names the release needed.
-        SchemaError: lists every problem with its path.
-        CorruptShard: the document follows the format, and its bytes are not the ones that were sealed.
+        UnknownVersion: a newer release wrote the document; the message names it.
+        SchemaError: the document does not follow the format; the message lists every problem with its path.
+        CorruptShard: the document follows the format but does not match its seal.
     """
     try:
         document = model.model_validate_json(data)
@@ -344,7 +349,7 @@ def parse(model: type[D], data: bytes, where: str) -> D:
     for problem in problems:
         if problem["loc"] == ("schema_version",) and isinstance(problem["input"], int):
             found = json.loads(data)
-            # Every version is sealed alike: a version that a flipped bit made is no newer version.
+            # All versions are sealed alike, so a flipped bit in the version is detected as damage.
             _check_seal(data, str(found.get("self_sha256", _seal(data))), where)
             raise UnknownVersion(_unknown_version(problem["input"], found.get("writer"), where))
     details = "; ".join(
@@ -373,7 +378,7 @@ def _check_seal(data: bytes, seal: str, where: str) -> None:
 def _unknown_version(found: int, writer: Any, where: str) -> str:
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
-        f"{where}: schema_version {found} is not one that this release reads (it reads {SCHEMA_VERSION}); "
+        f"{where}: expected schema_version {SCHEMA_VERSION}, which this release reads, found {found}; "
         f"install {release}"
     )
 

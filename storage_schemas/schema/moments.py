@@ -1,13 +1,13 @@
 """First and second moments of a group, exact on the 8-bit grid.
 
 A group x_1 … x_N is reduced to its mean 1/N Σ x_i and mean square 1/N Σ x_i∘x_i (PAPER §1, divisor N).
-With ε = 2/255 the variance is about 1e-5 of the mean square, so `mean_square - mean**2` in low precision
-is noise. Pixels are multiples of 1/255, hence their sums are exact integers: we keep
+With ε = 2/255 the variance is about 1e-5 of the mean square, so `mean_square - mean**2` in low precision is noise.
+Pixels are multiples of 1/255, hence their sums are exact integers. Stored are
 
     sum      Σx                    in units of 1/255
     scatter  N·Σx² − (Σx)²  ≥ 0    in units of 1/255²;   variance = scatter / (255·N)²
 
-and nothing is rounded. `ExactMoments` also adds up: two halves of a group combine without error.
+and nothing is rounded. `ExactMoments` are additive: two halves of a group combine without error.
 
 Shapes: N members, pixels [C, H, W].
 """
@@ -24,7 +24,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 LEVELS = 255
-# N²·255² has to fit in int64 for the scatter to be exact.
+# N²·255² must fit in int64 for the scatter to be exact.
 MAX_COUNT = 11_900_000
 
 
@@ -36,6 +36,12 @@ class ExactMoments:
         count: number of samples N.
         sum: Σx, int64 [C, H, W].
         sum_of_squares: Σx², int64 [C, H, W].
+
+    Examples:
+        >>> pair = np.array([[[[100]]], [[[104]]]], np.uint8)  # N = 2 images of one pixel
+        >>> moments = ExactMoments.of(pair)
+        >>> moments.sum.item(), moments.scatter.item()  # the variance is 16 / (2·255)²
+        (204, 16)
     """
 
     count: int
@@ -44,7 +50,7 @@ class ExactMoments:
 
     @classmethod
     def of(cls, samples: Iterable[npt.NDArray[np.uint8]]) -> ExactMoments:
-        """Accumulate uint8 samples [C, H, W] one by one, in memory independent of their number.
+        """Accumulate uint8 samples [C, H, W] one by one, in constant memory.
 
         Raises:
             ValueError: no sample, a dtype other than uint8, or samples of different shapes.
@@ -95,10 +101,10 @@ class ExactMoments:
 
 
 def two_pass_moments(members: npt.NDArray[np.floating]) -> tuple[FloatArray, FloatArray]:
-    """Mean and mean square of float members [N, C, H, W] in float64, for members that are off the grid.
+    """Mean and mean square, float64 [C, H, W], of float members [N, C, H, W] that are off the 8-bit grid.
 
-    The mean square is rebuilt as variance + mean², with the variance from centred values, so that it never
-    falls below mean².
+    The mean square is computed as variance + mean², with the variance from centred values, so that it is never below
+    mean².
     """
     wide = np.asarray(members, np.float64)
     mean = wide.mean(axis=0)
@@ -107,7 +113,7 @@ def two_pass_moments(members: npt.NDArray[np.floating]) -> tuple[FloatArray, Flo
 
 
 def sum_dtype(max_count: int) -> np.dtype[np.unsignedinteger]:
-    """Smallest unsigned dtype that holds Σx of `max_count` 8-bit samples."""
+    """Smallest unsigned dtype that holds Σx of `max_count` 8-bit samples; OverflowError beyond 64 bits."""
     return _smallest_unsigned(max_count * LEVELS)
 
 
@@ -115,6 +121,9 @@ def scatter_dtype(max_count: int, pixel_range: int) -> np.dtype[np.unsignedinteg
     """Smallest unsigned dtype for the scatter of samples that differ by at most `pixel_range` grey levels.
 
     By Popoviciu's inequality the variance is at most range²/4, so the scatter is at most N²·range²/4.
+
+    Raises:
+        OverflowError: it needs more than 64 bits.
     """
     return _smallest_unsigned(max_count * max_count * pixel_range * pixel_range // 4)
 

@@ -1,4 +1,4 @@
-"""A sidecar in little memory: readers that go from shard to shard keep thousands of them."""
+"""Sidecars packed into arrays: readers in random order keep thousands of them in memory."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 from storage_schemas.schema.manifest import Commit, FileEntry, RecordEntry
 
-NO_LABEL = np.iinfo(np.int64).min  # below the least that a label may be
+NO_LABEL = np.iinfo(np.int64).min  # below every valid label
 
 
 class PackedRecords(Sequence[RecordEntry]):
-    """What a commit says of its records: about 100 bytes each, and with `facts` the JSON of `samples` and `info`."""
+    """The record entries of a commit, at about 100 bytes each; `facts` adds the JSON of `samples` and `info`."""
 
     def __init__(self, records: Sequence[RecordEntry], *, facts: bool = False) -> None:
         self._names = sorted({name for record in records for name in (*record.checksums, *(record.offsets or ()))})
@@ -54,12 +54,12 @@ class PackedRecords(Sequence[RecordEntry]):
 
 
 class PackedCommit:
-    """A `Commit` as readers of records know it.
+    """The part of a `Commit` that readers of records need.
 
     Attributes:
-        shard: its number.
-        files: of the shard.
-        records: without `facts` they lack what no reader of arrays asks for, `samples` and `info`.
+        shard: number of the shard.
+        files: the shard's files.
+        records: entries; without `facts` their `samples` and `info` are empty, which readers of arrays do not need.
     """
 
     def __init__(self, commit: Commit, *, facts: bool = False) -> None:
@@ -72,5 +72,5 @@ Sidecar = Commit | PackedCommit
 
 
 def file_bytes(sidecar: Sidecar, path: str) -> int:
-    """Bytes of a shard's file, as its sidecar says; 0 for one that it does not list."""
+    """Bytes of a shard's file according to its sidecar; 0 if the sidecar does not list it."""
     return next((file.bytes for file in sidecar.files if file.path == path), 0)

@@ -1,4 +1,4 @@
-"""Lengths in pixel space, such as 2/255: parsed once, exact, and written down as they were given."""
+"""Lengths in pixel space, such as 2/255: parsed once, exact, and printed as they were written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pydantic_core import core_schema
 from storage_schemas.errors import shortened
 from storage_schemas.schema.moments import LEVELS
 
-# How far, in grey levels, the decimals of n/255 may be from it.
+# A decimal within this distance of n/255, in grey levels, is parsed as n/255.
 _ROUNDING = Fraction(1, 10**6)
 _DIGITS = 20
-# A decimal this near to n/255, in grey levels, was n/255 before somebody rounded it.
+# A decimal within this distance of n/255, in grey levels, is probably a rounded n/255: the user is warned.
 _NEAR = Fraction(1, 8)
-# So few digits that no number is too large to work out. ASCII: \d also means the digits of other scripts.
+# The number of digits is bounded, so that no number is too large to compute with. ASCII, because \d also matches the
+# digits of other scripts.
 _NUMBER = rf"(?:\d{{1,{_DIGITS}}}(?:\.\d{{0,40}})?|\.\d{{1,40}})(?:[eE][+-]?\d{{1,2}})?"
 _LENGTH = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?", re.ASCII)
 
@@ -26,10 +27,10 @@ _LENGTH = re.compile(rf"({_NUMBER})(?:/({_NUMBER}))?", re.ASCII)
 class PixelLength(Fraction):
     """An exact length in units of the pixel range [0, 1]: a `fractions.Fraction` that remembers its spelling.
 
-    Takes `2/255`, `1.5/255`, `0.5`, `1e-3`, with or without spaces around the slash, and numbers. `float()` gives its
-    value; `str()` a fraction as it was written, without spaces, and a decimal as a fraction (`0.5` → `1/2`), so that
-    equal spellings give equal artifacts. Decimals of n/255, such as Python's `2 / 255`, are n/255: as they stand they
-    may lie below it, and an attack on 8-bit pixels would lose a whole level.
+    Accepts `2/255`, `1.5/255`, `0.5`, `1e-3`, with or without spaces around the slash, and numbers. `float()` gives
+    the value. `str()` gives a fraction as it was written, without spaces, and a decimal as a fraction (`0.5` →
+    `1/2`), so that equal spellings give equal artifacts. Decimals of n/255, such as Python's `2 / 255`, are parsed as
+    n/255: the decimal itself may lie below it, and an attack on 8-bit pixels would lose a whole level.
 
     Examples:
         >>> PixelLength("2 / 255"), float(PixelLength("1.0")), str(PixelLength("0.5"))
@@ -38,7 +39,7 @@ class PixelLength(Fraction):
         PixelLength('8/255')
 
     Raises:
-        ValueError: not such a number; negative; above 1; of more than 20 digits.
+        ValueError: not such a number, negative, above 1, or of more than 20 digits.
     """
 
     __slots__ = ("_text",)
@@ -67,7 +68,7 @@ class PixelLength(Fraction):
 
     @classmethod
     def _decimal(cls, text: str, length: Fraction, computed: bool) -> tuple[str, Fraction]:
-        """Spelling and value of a decimal. The last digits of one that was `computed` say nothing."""
+        """Spelling and value of a decimal. The last digits of a `computed` one are rounding noise and are dropped."""
         level = round(length * LEVELS)
         if level and 0 < abs(length * LEVELS - level) < _ROUNDING:
             return f"{level}/{LEVELS}", Fraction(level, LEVELS)
@@ -83,9 +84,9 @@ class PixelLength(Fraction):
     def __format__(self, spec: str) -> str:
         return format(float(self), spec) if spec else str(self)
 
-    # What Fraction compares with floats and decimals through.
-    from_float = Fraction.from_float  # type: ignore[assignment]  # it is a classmethod
-    from_decimal = Fraction.from_decimal  # type: ignore[assignment]  # it is a classmethod
+    # Fraction uses these to compare with floats and decimals; they must return plain fractions.
+    from_float = Fraction.from_float  # type: ignore[assignment]  # a classmethod
+    from_decimal = Fraction.from_decimal  # type: ignore[assignment]  # a classmethod
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._text,)
@@ -105,7 +106,7 @@ class PixelLength(Fraction):
 
 
 class Radius(PixelLength):
-    """A `PixelLength` that may exceed 1, as radii of ℓ2 balls do; `str()` keeps decimals too: it names columns."""
+    """A `PixelLength` that may exceed 1, as radii of ℓ2 balls do. `str()` keeps decimals, for names of columns."""
 
     __slots__ = ()
     largest = None
@@ -113,14 +114,14 @@ class Radius(PixelLength):
 
 
 def rounded_level(given: object, *, radius: bool) -> str | None:
-    """What is wrong with a decimal on the 8-bit grid that is nearly n/255: 0.0078 is a radius of one level, not two.
+    """A warning for a decimal that is nearly n/255: on the 8-bit grid 0.0078 is a radius of one level, not two.
 
     Args:
-        given: a length as the user wrote it; one that is written as a fraction is meant as it stands.
-        radius: whether it is one, which is cut off to whole levels.
+        given: a length as the user wrote it; fractions are not questioned.
+        radius: whether it is a radius, which is rounded down to whole levels.
 
     Returns:
-        A sentence with the remedy, or None for all other lengths and for what is none.
+        A sentence with the remedy; None for all other lengths and for values that are no length.
     """
     if isinstance(given, bool | Fraction) or not isinstance(given, int | float | str) or "/" in str(given):
         return None
@@ -131,14 +132,14 @@ def rounded_level(given: object, *, radius: bool) -> str | None:
     level = round(levels)
     if not level or not 0 < abs(levels - level) < _NEAR:
         return None
-    reach = f" pixels of 8 bits move by at most {math.floor(levels)}/{LEVELS} then;" if radius else ""
+    reach = f" 8-bit pixels then move by at most {math.floor(levels)}/{LEVELS};" if radius else ""
     meant = f"write {level}/{LEVELS}, or {levels / LEVELS} if that is meant"
     return f"{given} is {float(levels):.4g}/{LEVELS};{reach} {meant}"
 
 
 def lost_levels(length: Fraction) -> str | None:
-    """What becomes of a radius on the 8-bit grid that is no whole number of levels; None if it is one."""
+    """A warning for a radius that is not a whole number of levels on the 8-bit grid; None if it is."""
     levels = length * LEVELS
     if levels.denominator == 1:
         return None
-    return f"{length} is {float(levels):.4g}/{LEVELS}; pixels of 8 bits move by at most {math.floor(levels)}/{LEVELS}"
+    return f"{length} is {float(levels):.4g}/{LEVELS}; 8-bit pixels move by at most {math.floor(levels)}/{LEVELS}"

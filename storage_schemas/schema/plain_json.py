@@ -1,4 +1,4 @@
-"""JSON that others wrote: whatever is wrong with it is a ValueError."""
+"""A JSON parser for foreign files, with ValueError as its only error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def read_json(data: bytes | str) -> Any:
-    """The value of a JSON text; raises ValueError, also where the standard parser runs out of stack."""
+    """Parse a JSON text; raises ValueError, also where the standard parser exceeds the recursion limit."""
     try:
         return json.loads(data)
     except RecursionError:

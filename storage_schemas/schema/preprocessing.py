@@ -1,7 +1,7 @@
-"""How a photo becomes the pixels that an encoder takes: recorded with every encoder, artifact and run.
+"""How a photo becomes the input pixels of an encoder: recorded with every encoder, artifact and run.
 
-Three steps: bring the photo to a scale, cut (or pad) the centre to the input's size, normalise each channel. Moments
-are of pixels after the second step; the third is the encoder's first layer.
+Three steps: resize the photo to a scale, crop (or pad) its centre to the input size, normalise each channel. Moments
+are those of the pixels after the second step; the third is the encoder's first layer.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ Alpha = Literal["drop", "white"]
 Channels = Annotated[int, Field(ge=1, le=65_536)]
 Side = Annotated[int, Field(ge=1)]
 
-# What releases before 0.2.0 wrote into manifests; they knew one way of resizing.
+# Releases before 0.2.0 wrote this into manifests; they had one way of resizing.
 _EARLIER = {"bicubic, shorter side": "shortest"}
 _SIDES = {"shortest": "shorter side to ", "longest": "longer side to ", "squash": "squashed to "}
-# Means travel through float32 and decimals.
+# Means and standard deviations may have been rounded to float32 or to decimals.
 TOLERANCE = 1e-6
 
 
 class Preprocessing(BaseModel):
-    """From a photo to normalised pixels.
+    """The steps from a photo to normalised pixels.
 
     Attributes:
         shape: (C, H, W) of the pixels; C is 1 (grey) or 3 (RGB).
         resize: `shortest` fits the shorter side to `scale` and keeps the proportions, `longest` the longer side,
             `squash` resizes both; `none`: images must have the shape already.
-        scale: (H, W) that images are resized to, before the centre of the shape is cropped or padded; H and W of the
-            shape unless given.
+        scale: (H, W) of the resized image, before its centre is cropped or padded to `shape`; by default H and W of
+            `shape`.
         interpolation: Pillow's filter of that name, antialiased.
-        rounding: of the other side's length: `down` as torchvision's Resize, `nearest` as timm's ResizeKeepRatio.
-        offset: of the crop: `nearest` pixel, halves to the even one, as torchvision's CenterCrop; `down` as
-            transformers.
-        fill: grey level of the padding, per channel; 0 unless given.
-        alpha: `drop` takes the colours of transparent pixels as they are, as open_clip and timm; `white` puts the
-            image on white, as transformers.
-        mean, std: of the normalisation, per channel of pixels in [0, 1]; None where no encoder says.
+        rounding: of the length of the other side: `down` as torchvision's Resize, `nearest` as timm's
+            ResizeKeepRatio.
+        offset: rounding of the crop's offset: `nearest` pixel, halves to the even one, as torchvision's CenterCrop;
+            `down` as transformers.
+        fill: grey level (0 to 255) of the padding, per channel; by default 0.
+        alpha: `drop` keeps the colours of transparent pixels, as open_clip and timm; `white` composites the image
+            onto white, as transformers.
+        mean, std: of the normalisation, per channel, for pixels in [0, 1]; None if no encoder defines them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +65,7 @@ class Preprocessing(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """Scale and fill follow from the shape; what earlier releases wrote is read."""
+        """Derive scale and fill from the shape, and translate records of earlier releases."""
         if not isinstance(values, Mapping):
             return values
         filled = dict(values)
@@ -93,19 +94,23 @@ class Preprocessing(BaseModel):
         return self.shape[1:]
 
     def of_exact_size(self) -> Preprocessing:
-        """The same pixels of images that have the shape already, which are not resized."""
+        """The same preprocessing for images that have the shape already and are not resized."""
         return Preprocessing(shape=self.shape, resize="none", alpha=self.alpha, mean=self.mean, std=self.std)
 
     def record(self) -> dict[str, Any]:
-        """As JSON: what a manifest, a run and a checkpoint say of it."""
+        """The JSON object that a manifest, a run or a checkpoint stores."""
         return self.model_dump(mode="json", exclude_none=True)
 
     @classmethod
     def read(cls, record: Any, where: str) -> Self:
-        """From what a manifest, a run or a checkpoint says.
+        """Parse the JSON object of a manifest, a run or a checkpoint.
+
+        Args:
+            record: see `record`.
+            where: the document, for messages.
 
         Raises:
-            ConfigError: no such record; names where it stands.
+            ConfigError: it is no preprocessing; the message names the document and the first problem.
         """
         try:
             return cls.model_validate(record)
@@ -118,10 +123,10 @@ class Preprocessing(BaseModel):
 
     @classmethod
     def of_artifact(cls, provenance: Mapping[str, Any], where: str) -> Self | None:
-        """What the provenance of an artifact says; None where it does not, or only in part after a combination.
+        """The preprocessing in an artifact's provenance; None if it is missing, or partial in a combined artifact.
 
         Raises:
-            ConfigError: something that this release cannot read.
+            ConfigError: this release cannot read it.
         """
         record = provenance.get("preprocessing")
         if not isinstance(record, Mapping) or not {"shape", "resize"} <= record.keys():
@@ -130,22 +135,23 @@ class Preprocessing(BaseModel):
 
     @property
     def geometry(self) -> Preprocessing:
-        """The same without the normalisation: what the 8-bit pixels depend on."""
+        """The same without the normalisation: the steps that determine the 8-bit pixels."""
         return self.model_copy(update={"mean": None, "std": None})
 
     @property
     def is_complete(self) -> bool:
-        """Whether it says how pixels are normalised, too."""
+        """Whether the normalisation is defined."""
         return self.mean is not None and self.std is not None
 
     def differences(self, other: Preprocessing, *, normalised: bool = True) -> list[str]:
-        """In what this is another one than expected, a phrase each: `resize shortest, not squash`.
+        """How this preprocessing differs from the expected one, one phrase per field: `resize shortest, not squash`.
 
-        What one of them does not say (the normalisation without an encoder, the resizing of images that are taken as
-        they are) differs from nothing, and neither does what changes no pixel (the rounding of what is squashed).
+        A field that one of them leaves undefined (the normalisation without an encoder, the resizing of images that
+        are used as they are) is not compared, nor is one that affects no pixel (the rounding where `resize` is
+        `squash`).
 
         Args:
-            other: what was expected.
+            other: the expected preprocessing.
             normalised: also compare means and standard deviations.
         """
         names = ["shape", *self._decisive(other), *(("mean", "std") if normalised else ())]
@@ -156,7 +162,7 @@ class Preprocessing(BaseModel):
         ]
 
     def _decisive(self, other: Preprocessing) -> list[str]:
-        """Fields of the geometry on which the pixels of both depend; where those of one alone do, others differ."""
+        """Fields of the geometry that affect the pixels of both; a field that affects one alone is not compared."""
         both = (self, other)
         if any(one.resize == "none" for one in both):
             return ["alpha"]
@@ -175,11 +181,11 @@ class Preprocessing(BaseModel):
         ]
 
     def words(self, *names: str) -> dict[str, str]:
-        """Fields as a person writes them, by name."""
+        """Readable values of these fields, by name."""
         return {name: _text(name, getattr(self, name)) for name in names}
 
     def __str__(self) -> str:
-        """In one line: `3x224x224: shorter side to 256, bicubic, centre cropped, mean (0.485, 0.456, 0.406), …`."""
+        """One line: `3x224x224: shorter side to 256, bicubic, centre cropped, mean (0.485, 0.456, 0.406), …`."""
         if self.resize == "none":
             facts = ["images of this size as they are"]
         else:
@@ -204,7 +210,7 @@ def _same(mine: Any, theirs: Any) -> bool:
 
 
 def _text(name: str, value: Any) -> str:
-    """The value of a field, as a person writes it."""
+    """The readable value of a field."""
     if isinstance(value, str):
         return value
     if name in ("shape", "scale"):

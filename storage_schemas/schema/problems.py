@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in the words of our messages: expected …, found …."""
+"""Pydantic's validation errors in the form of our messages: expected …, found …."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXPECTED = re.compile(r"^[A-Z][a-z]+ should (be|have) (a valid )?")
 
 
 def in_words(problem: Mapping[str, Any]) -> str:
-    """What is expected of a value and what was found; `problem` is an entry of `ValidationError.errors()`."""
+    """The expected and the found value of one entry of `ValidationError.errors()`."""
     if problem["type"] == "missing":
         return "expected a value, found none"
     if problem["type"] == "extra_forbidden":
@@ -25,7 +25,7 @@ def in_words(problem: Mapping[str, Any]) -> str:
 
 
 def listed(problems: Sequence[Mapping[str, Any]], most: int) -> str:
-    """The first problems with their places."""
+    """The first `most` problems with their paths in the document, as one line."""
     places = [".".join(map(str, problem["loc"])) or "the file" for problem in problems[:most]]
     shown = [f"{place}: {in_words(problem)}" for place, problem in zip(places, problems, strict=False)]
     more = f"; and {len(problems) - most} more" if len(problems) > most else ""

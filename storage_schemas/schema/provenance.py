@@ -1,4 +1,4 @@
-"""Provenances: what identifies a plan, and JSON trees leaf by leaf, as `attack.epsilon`."""
+"""Provenances: the identity of a plan, and JSON trees as dotted paths such as `attack.epsilon`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from storage_schemas.errors import UserError, shortened
 from storage_schemas.schema.manifest import Layout
 
 Leaves = dict[str, JsonValue]
-# Names of leaves that say where things were; hashes say what they were.
+# Names of leaves that hold locations. They are no part of a plan's identity: hashes identify data and weights.
 LOCATIONS = ("url", "spec")
 
 
 def own_version() -> str:
-    """The version of the installed distribution; `0+unknown` for a copy of the code that is not installed."""
+    """Version of the installed distribution; `0+unknown` if the code is not installed."""
     try:
         return version("datamerge")
     except PackageNotFoundError:
@@ -27,9 +27,9 @@ def own_version() -> str:
 
 
 def plan_sha256(layout: Layout, provenance: Mapping[str, Any]) -> str:
-    """Identity of a plan: what has to be equal for two runs to write the same shards.
+    """Identity of a plan: two runs with the same hash write the same shards.
 
-    Entries named `url` and `spec` are left out: they say where data and weights were, hashes say what they were.
+    Entries named `url` and `spec` are left out: data and weights are identified by hashes, not by their locations.
     """
     document = {"layout": layout.model_dump(mode="json"), "provenance": without_locations(provenance)}
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
@@ -43,12 +43,17 @@ def without_locations(tree: Any) -> Any:
 
 
 def are_clean(provenance: Mapping[str, Any]) -> bool:
-    """Whether groups are clean images, one each: their `attack` is null, while groups of samples have none at all."""
+    """Whether each group is one clean image: then `attack` is null, while groups of samples have no such entry."""
     return provenance.get("attack", "") is None
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
-    """A JSON tree as dotted path → value; lists are values."""
+    """The values of a JSON tree by dotted path; lists are values.
+
+    Examples:
+        >>> leaves({"attack": {"epsilon": "2/255", "steps": 10}})
+        {'attack.epsilon': '2/255', 'attack.steps': 10}
+    """
     found: Leaves = {}
     for key, value in tree.items():
         at = f"{path}.{key}" if path else key
@@ -60,10 +65,10 @@ def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
 
 
 def tree(flat: Mapping[str, JsonValue]) -> dict[str, Any]:
-    """The JSON tree of dotted paths, as `leaves` takes it apart.
+    """The JSON tree with these values by dotted path; the inverse of `leaves`.
 
     Raises:
-        UserError: a path that is a value and has others below it.
+        UserError: a path has a value as well as other paths below it.
     """
     root: dict[str, Any] = {}
     for path, value in flat.items():
@@ -78,12 +83,12 @@ def tree(flat: Mapping[str, JsonValue]) -> dict[str, Any]:
 
 
 def differences(a: Leaves, b: Leaves, missing: Any = None) -> dict[str, list[Any]]:
-    """Paths, sorted, at which two trees differ: the values there, `missing` where a tree has none."""
+    """The sorted paths at which two trees differ → [value in a, value in b], `missing` where a tree has no value."""
     pairs = {path: [a.get(path, missing), b.get(path, missing)] for path in sorted(a.keys() | b.keys())}
     return {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a message says of settings that are not those of before, one text a leaf."""
+    """Phrases for a message about changed settings, one for each path."""
     different = differences(leaves(there), leaves(now))
     return [f"{path}: {shortened(old)} there, {shortened(new)} now" for path, (old, new) in different.items()]

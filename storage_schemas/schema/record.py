@@ -1,4 +1,4 @@
-"""The logical record of a group, and how moments become stored arrays and come back.
+"""The logical record of a group, and the conversion between moments and stored arrays.
 
 Both encodings give the same three quantities in [0, 1] pixel space, float32 [C, H, W]:
 
@@ -6,8 +6,8 @@ Both encodings give the same three quantities in [0, 1] pixel space, float32 [C,
     float32         mean, mean_square   as stored         as stored            max(mean_square − mean², 0)
     uint8_moments   sum S, scatter Q    S / 255N          (Q + S²) / (255N)²   Q / (255N)²
 
-The clip of `float32` (rounding can leave mean_square a last digit below mean²) is counted when a shard is
-written and reported in its commit.
+Rounding can leave mean_square of `float32` slightly below mean², so the variance is clipped at 0. The number of
+clipped values is counted when a shard is written and stored in its commit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Float32Array = npt.NDArray[np.float32]
 
 
 class Quotient(NamedTuple):
-    """Stored integers, and the number that each is divided by to give a value in [0, 1] pixel space."""
+    """Stored integers and their divisor; integers / divisor are values in [0, 1] pixel space."""
 
     integers: Array
     divisor: float
 
     def floats(self) -> Float32Array:
-        """The values, float32."""
+        """The quotients, float32."""
         return (self.integers.astype(np.float64) / self.divisor).astype(np.float32)
 
 
@@ -50,8 +50,8 @@ class Record:
         count: number of members N.
         encoding: which moments `arrays` holds.
         arrays: stored arrays by name, see the module's table; optionally target float32 [K], members uint8
-            [N, C, H, W], clean uint8 [C, H, W], factors integers [k, C, H, W]. As read they are views and read-only;
-            the properties are copies.
+            [N, C, H, W], clean uint8 [C, H, W], factors integers [k, C, H, W]. After reading they are read-only
+            views; the properties are copies.
         label: class index, if known.
         samples: names of the raw samples in the source.
         info: measured facts about the group, such as the attack's loss.
@@ -66,10 +66,10 @@ class Record:
     info: Mapping[str, float] = field(default_factory=dict)
 
     def quotient(self, name: str) -> Quotient | None:
-        """`mean`, `variance`, `factors`, `members` or `clean` as integers, where they are stored so.
+        """`mean`, `variance`, `factors`, `members` or `clean` as stored integers.
 
         Returns:
-            None where it is not stored, or in float32.
+            The integers and their divisor; None if the quantity is not stored, or stored in float32.
         """
         if name in ("mean", "variance"):
             if self.encoding == "float32":
@@ -106,7 +106,7 @@ class Record:
 
     @property
     def target(self) -> Float32Array | None:
-        """Embedding to train towards, float32 [K]."""
+        """Target embedding of training, float32 [K], if the artifact keeps it."""
         target = self.arrays.get("target")
         return None if target is None else target.astype(np.float32)
 
@@ -134,7 +134,7 @@ class Record:
         return one_line(self, self.key, f"{self.count} members", *label, *arrays)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: facts, and the mean beside the variance as heat."""
+        """HTML for a notebook: facts, and the mean beside the variance as a heat map."""
         arrays = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in self.arrays.items())
         facts = {"members": self.count, "label": self.label, "samples": shortened(self.samples), **self.info}
         has_moments = self.arrays.keys() >= set(MOMENT_ARRAYS[self.encoding])
@@ -152,7 +152,14 @@ def _raw_variance(record: Record) -> npt.NDArray[np.float64]:
 
 
 def moment_specs(encoding: EncodingName, shape: tuple[int, ...], count: int, spread: int) -> list[ArraySpec]:
-    """The two arrays of an encoding, for groups of up to `count` members that differ by up to `spread` levels."""
+    """Specs of the two arrays of an encoding.
+
+    Args:
+        encoding: of the artifact.
+        shape: [C, H, W] of the pixels.
+        count: most members of a group.
+        spread: largest difference of two members of a group, in grey levels.
+    """
     dtypes = (
         (np.dtype(np.float32),) * 2 if encoding == "float32" else (sum_dtype(count), scatter_dtype(count, spread))
     )
@@ -163,7 +170,7 @@ def encode_exact(moments: ExactMoments, layout: Layout) -> dict[str, Array]:
     """Stored arrays of exact moments, in the layout's encoding and dtypes.
 
     Raises:
-        OverflowError: the values need wider dtypes than the layout has (a group larger than was planned).
+        OverflowError: the values need wider dtypes than the layout has (the group is larger than planned).
     """
     if layout.encoding == "float32":
         return {

@@ -1,4 +1,4 @@
-"""`run.json`: what a finished training run says of itself. The trainer writes it; merges and evaluations read it."""
+"""`run.json`: the summary of a finished training run. The trainer writes it; merges and evaluations read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storage_schemas.schema.problems import listed
 
 SUMMARY, WEIGHTS = "run.json", "encoder.safetensors"
 BASELINE = "w/o AT"
-"""The arm of an encoder that was not trained here."""
+"""Name of the arm of the original encoder, without adversarial training."""
 SHOWN_PROBLEMS = 5
 
 
@@ -23,10 +23,10 @@ class TrainedArtifact(BaseModel):
     """One of the artifacts of a run.
 
     Attributes:
-        url: where its groups came from.
-        plan_sha256: identity of what was there.
+        url: path or URL of the artifact.
+        plan_sha256: identity of its plan.
         weight: how often each of its groups occurred in an epoch.
-        groups: that it has.
+        groups: number of its groups.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -38,29 +38,30 @@ class TrainedArtifact(BaseModel):
 
 
 class RunSummary(BaseModel):
-    """What `run.json` says of a finished run.
+    """The contents of `run.json` of a finished run.
 
     Attributes:
-        encoder: spec of the trained encoder, with the tag that its weights started from and their absolute path.
+        encoder: spec of the trained encoder: the pretrained tag that it started from, and the absolute path of its
+            weights.
         encoder_sha256: hash of the trained weights.
-        original: spec of the encoder the run started from.
+        original: spec of the encoder that the run started from.
         original_sha256: hash of its weights.
-        arm: in the words of the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
-        artifact: where the groups came from; of several artifacts all, with commas between them.
+        arm: name of the arm as in the paper: AT-5-Avg, AT-1-Ind, …; AT-5-Mean without the correction.
+        artifact: path or URL of the artifact; of several, all of them with commas in between.
         plan_sha256: identity of that artifact; of several, or of one with a weight, a hash of all of them.
-        artifacts: the artifacts, with their weights; runs of releases before 0.2.0 do not say.
+        artifacts: the artifacts with their weights; empty in runs of releases before 0.2.0.
         steps: optimiser steps.
-        groups: groups consumed, repetitions counted.
-        seconds: wall time of all sittings, without loading the encoder.
-        bytes: uncompressed bytes of the arrays that were read: those of the arm, of every group consumed.
-        config: all settings, defaults resolved.
-        overfitted: updates after which its attack of few steps had first lost its meaning; None if it never had, or
-            if nobody looked.
-        widened: whether its noise was widened then.
-        preprocessing: how the encoder's pixels are made; runs of releases before 0.2.0 do not say.
+        groups: groups consumed, with repetitions.
+        seconds: wall time of all sessions of the run, without loading the encoder.
+        bytes: uncompressed bytes of the arrays that the arm read, over all groups consumed.
+        config: all settings, with resolved defaults.
+        overfitted: updates after which catastrophic overfitting of the few-step attack was first detected; None if it
+            never was, or was not checked.
+        widened: whether the noise was then widened.
+        preprocessing: the encoder's preprocessing; None in runs of releases before 0.2.0.
     """
 
-    # Newer releases may say more; what is here has the same meaning for ever.
+    # Newer releases may add entries; the meaning of these never changes.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     encoder: str
@@ -88,22 +89,22 @@ class RunSummary(BaseModel):
 
 
 def read_summary(folder: Path, setting: str = "encoder") -> RunSummary:
-    """The summary of the finished run in a folder.
+    """Read the summary of the finished run in a folder.
 
     Args:
-        folder: that somebody named.
-        setting: where; refusals are about it.
+        folder: of the run.
+        setting: name of the setting that named the folder, for messages.
 
     Raises:
-        ConfigError: no run, one that is not finished, or a damaged `run.json`; every problem is listed.
+        ConfigError: the folder holds no finished run, or `run.json` is damaged; the message lists the problems.
     """
     file = folder / SUMMARY
     try:
         return RunSummary.model_validate(read_json(file.read_bytes()))
     except FileNotFoundError:
         raise ConfigError(
-            f"{setting}: expected the folder of a finished run, found no {SUMMARY} in {folder}: it is none, or its "
-            "training is not finished; run `datamerge train` to its end first"
+            f"{setting}: expected the folder of a finished run, found no {SUMMARY} in {folder}; name the folder of a "
+            "run, or let `datamerge train` finish first"
         ) from None
     except ValidationError as error:
         found = f"problems: {listed(error.errors(include_url=False), SHOWN_PROBLEMS)}"

@@ -1,4 +1,4 @@
-"""Randomness as a function of the artifact's seed and a text alone, never of workers or of what was drawn before."""
+"""Random seeds that depend on the artifact's seed and a string alone, never on workers or on earlier draws."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import hashlib
 
 import numpy as np
 
-# What is drawn for an artifact as a whole. The spaces keep them apart from the keys of groups.
+# Purposes of draws for the artifact as a whole. Their spaces distinguish them from keys of groups.
 ORDER, LIMIT = "order of groups", "limit of samples"
 
 
 def group_seed(seed: int, key: str) -> np.random.SeedSequence:
-    """Source of all that is random about group `key`; members spawn from it."""
+    """Seed of everything random in group `key`; members spawn from it."""
     return _seed(seed, key)
 
 
 def purpose_seed(seed: int, purpose: str) -> np.random.SeedSequence:
-    """Source of what is drawn for a purpose, `ORDER` or `LIMIT`."""
+    """Seed of the draws for a purpose, `ORDER` or `LIMIT`."""
     return _seed(seed, purpose)
 
 

@@ -117,7 +117,7 @@ CASES: list[Case] = [
     (TrainConfig, ["train"], {**TRAIN, "arm": "ind"}, {"samples": 1, "estimator": "sampled"}),
     (TrainConfig, ["train"], {**TRAIN, "loss": "cross_entropy"}, {"loss_scale": 0.5, "clean_weight": 0.5}),
     (TrainConfig, ["train"], {**TRAIN, "loss": "cosine", "arm": "ind"}, {"loss_scale": 0.5}),
-    (EvaluateConfig, ["evaluate"], IMAGES, {"sample_seed": 42, "class_names": "imagenet"}),
+    (EvaluateConfig, ["evaluate"], IMAGES, {"sample_seed": 42, "class_names": "imagenet", "pictures": 2}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], ZERO_SHOT, {"sample_seed": 1, "templates": "simple"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], {**IMAGES, "head": "outputs"}, {"templates": "openai"}),
     (ZeroShotConfig, ["evaluate", "zero-shot"], {**IMAGES, "head": "timm:resnet18"}, {"templates": "openai"}),

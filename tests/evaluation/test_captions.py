@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from datamerge.evaluation.store import ArmFolder
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError, SourceError
 from storage_schemas.schema.pixel_length import PixelLength
+from tests.support.html_pages import Page
 from tests.support.refusals import refused
 
 EPSILON = "24/255"
@@ -345,9 +347,11 @@ def test_both_parts_make_one_table(
     assert cells[2:6] == ["COCO clean", "COCO adv.", "VQAv2 clean", "VQAv2 adv."]
     assert [row.split("|")[1].strip() for row in rows[:2]] == ["w/o AT", "AT-10-Avg"]
     assert re.fullmatch(r"\d+\.\d ± \d+\.\d \[\d+\.\d, \d+\.\d\]", rows[0].split("|")[3].strip())
-    page = (output / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 * 2 * 2 * 2, "three pictures of two images, two parts, two arms"
-    assert "http" not in page.split("<details>")[0], "nothing is loaded from elsewhere"
+    page = Page((output / "report.html").read_text())
+    shown = Counter(name.partition(" ×")[0] for name, _ in page.pictures)
+    assert shown["image"] == 2 * 2 * 2, "of two images, two parts, two arms"
+    assert shown["perturbation"] == shown["adversarial image"] <= shown["image"]
+    assert len(page.drawings) == 2
     stored = json.loads((output / "results.json").read_text())["arms"]
     assert [(entry["part"], entry["arm"]) for entry in stored] == [
         ("captions", "w/o AT"),

@@ -23,7 +23,7 @@ from datamerge.evaluation.llava.study import ArmStudy
 from datamerge.evaluation.llava.vision_towers import read_tower_run
 from datamerge.evaluation.llava.vqa import evaluate_vqa
 from datamerge.evaluation.parts import PARTS
-from datamerge.evaluation.tables import write_reports
+from datamerge.evaluation.reports import write_reports
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError
 from tests.support.llava import make_llava

@@ -18,10 +18,10 @@ from PIL import Image
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation.config import EmbeddingConfig, ZeroShotConfig
 from datamerge.evaluation.embedding import evaluate_embedding
+from datamerge.evaluation.reports import write_reports
 from datamerge.evaluation.results import ArmResult
 from datamerge.evaluation.store import ArmFolder
 from datamerge.evaluation.study import open_sample
-from datamerge.evaluation.tables import write_reports
 from datamerge.evaluation.zero_shot import evaluate_zero_shot, read_templates
 from datamerge.runtime import load_settings
 from storage_schemas import ConfigError, DatamergeError

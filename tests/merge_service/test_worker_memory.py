@@ -15,7 +15,7 @@ import merge_service.ray_pool
 from datamerge.encoders import load_encoder
 from merge_service import MergeConfig, merge
 from merge_service.cli import merge as command
-from merge_service.worker_memory import GIVEN_BACK, HOLES, LIBRARIES, USABLE, WorkerMemory, worker_memory
+from merge_service.worker_memory import FRAGMENTATION, LIBRARIES, RETURNED_BYTES, USABLE, WorkerMemory, worker_memory
 from storage_schemas import Layout, moment_specs
 
 MB, GB = 2**20, 10**9
@@ -42,9 +42,9 @@ def test_by_hand() -> None:
     assert found.fixed == LIBRARIES + 4 * weights + 2 * 256 * (record + values)
     assert (found.images, found.least) == (60, 10)  # whole groups of 10 in a batch of 64
     pixels = 11 * 4 * values + 2 * 2 * values
-    assert found.of_images(2) == round(HOLES * 2 * 4 * 416) + 2 * (4 * 4 * 400 + pixels)
-    many = GIVEN_BACK // (4 * 400) + 1
-    assert found.of_images(many) == round(many * 4 * (400 + HOLES * 16)) + many * (4 * 4 * 400 + pixels)
+    assert found.of_images(2) == round(FRAGMENTATION * 2 * 4 * 416) + 2 * (4 * 4 * 400 + pixels)
+    many = RETURNED_BYTES // (4 * 400) + 1
+    assert found.of_images(many) == round(many * 4 * (400 + FRAGMENTATION * 16)) + many * (4 * 4 * 400 + pixels)
 
 
 def test_by_settings() -> None:

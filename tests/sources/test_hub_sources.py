@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,10 @@ import pytest
 from huggingface_hub import HfFileSystem, constants
 
 from datamerge.sources import open_source
-from storage_schemas import ConfigError, SourceError
+from storage_schemas import ConfigError, SourceError, open_artifact
 from tests.sources.test_listing import photo, put, table
+from tests.support.artifacts import assert_same
+from tests.support.paths import GOLDEN
 from tests.support.refusals import refused
 
 REPO = "datasets/ORG/NAME"
@@ -129,6 +132,17 @@ def test_a_revision_and_a_split(hub: type[_Hub], at: str, label: int, rest: str)
     assert set(hub.asked) == {REVISIONS[label]}
     if not rest:
         assert source.left_out == {".md": 1, "hidden": 1}
+
+
+@pytest.mark.parametrize(("at", "artifact"), [("", "zarr-float32-bare"), ("@v1.0", "webdataset-float32-full")])
+def test_an_artifact_at_a_revision(hub: type[_Hub], at: str, artifact: str) -> None:
+    shutil.copytree(GOLDEN / "v1/zarr-float32-bare", hub.folder / "main/adv")
+    shutil.copytree(GOLDEN / "v1/webdataset-float32-full", hub.folder / "v1.0/adv")
+    found, expected = open_artifact(f"hf://{REPO}{at}/adv"), open_artifact(GOLDEN / "v1" / artifact)
+    assert found.manifest == expected.manifest
+    assert found.location.url == f"hf://{REPO}{at}/adv"
+    for index, record in enumerate(expected):
+        assert_same(found[index], record)
 
 
 def test_splits_are_refused_with_the_list(hub: type[_Hub]) -> None:

@@ -161,6 +161,20 @@ def test_croissant(
     }
 
 
+def test_croissant_states_shape_and_type_of_every_array(
+    published: Callable[..., tuple[Path, list[Record]]], format_name: str, encoding_name: str
+) -> None:
+    """As the specification's version 1.1 has it, and as its own tool understands it."""
+    folder, records = published(format_name, encoding_name)
+    dataset = _validate(folder / "croissant.json")
+    assert dataset.metadata.ctx.is_v1_1()
+    (arrays,) = (one for one in dataset.metadata.record_sets if one.id == "arrays")
+    found = {field.id: (field.is_array, field.array_shape_tuple, field.data_type) for field in arrays.fields}
+    assert found == {
+        f"arrays/{name}": (True, array.shape, array.dtype.type) for name, array in records[0].arrays.items()
+    }
+
+
 def test_croissant_of_many_shards_stays_small(
     published: Callable[..., tuple[Path, list[Record]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,4 +213,8 @@ def test_card_front_matter_and_licence(
     assert front["license"] == (license or "other")
     assert front["size_categories"] == ["n<1K"]
     assert json.loads((tmp_path / "croissant.json").read_bytes())["license"] == (license or "other")
+    files = [{"split": "train", "path": "shards/*.tar"}]
+    configs = {"webdataset": [{"config_name": "default", "data_files": files}], "zarr": None}
+    assert front.get("configs") == configs[format_name]
+    assert front.get("viewer", True) == (format_name == "webdataset")
     assert "xarray.open_zarr" in card if format_name == "zarr" else "datasets.load_dataset" in card

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +121,24 @@ class Page:
 
 
 @contextlib.contextmanager
-def browser(profile: Path, flags: Sequence[str] = ()) -> Iterator[Page]:
+def browser(profile: Path) -> Iterator[Page]:
     """A browser with an empty profile in a folder of the test."""
     assert CHROMIUM
     into, to_browser = os.pipe()
     from_browser, out = os.pipe()
-    # The protocol is read from 3 and written to 4.
-    command = ["sh", "-c", f'exec "$@" 3<&{into} 4>&{out}', "sh", CHROMIUM, *_FLAGS.split(), _OFFLINE, *flags]
+    # Out of the way of 3 and 4, from and to which the browser reads and writes the protocol.
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (into, out)]
     process = subprocess.Popen(
-        [*command, f"--user-data-dir={profile}", "about:blank"],
-        pass_fds=(into, out),
+        [CHROMIUM, *_FLAGS.split(), _OFFLINE, f"--user-data-dir={profile}", "about:blank"],
+        pass_fds=(3, 4),
+        preexec_fn=lambda: [os.dup2(end, number) for number, end in enumerate(ends, 3)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    os.close(into)
-    os.close(out)
+    for end in (into, out, *ends):
+        os.close(end)
     try:
         yield Page(to_browser, from_browser)
     finally:

@@ -54,9 +54,9 @@ def _weights(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("fare2", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("2/255"), "refine_steps": 1}),
-        ("fare4", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("4/255"), "refine_steps": 1}),
-        ("tecoa", {"arm": "clean", "loss": "cross_entropy", "epsilon": None, "refine_steps": 1}),
+        ("fare2", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("2/255"), "refine_steps": 2}),
+        ("fare4", {"arm": "clean", "loss": "squared_error", "epsilon": PixelLength("4/255"), "refine_steps": 2}),
+        ("tecoa", {"arm": "clean", "loss": "cross_entropy", "epsilon": None, "refine_steps": 2}),
         ("refined", {"arm": "random-member", "loss": "squared_error", "refine_steps": 1}),
         ("stored", {"arm": "random-member", "loss": "squared_error", "refine_steps": 0}),
     ],

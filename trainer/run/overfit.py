@@ -3,13 +3,16 @@
 An encoder that is trained on one-step attacks may learn to make that step ineffective (Wong et al. 2020): within a
 few hundred updates the training loss falls while the loss under stronger attacks rises. A check compares the loss
 under the run's own attack with the loss under PGD (ten steps of ε/4 from uniform noise of radius ε), on a few
-training groups, with the encoder in eval mode and the same random draws every time.
+training groups, with the encoder in eval mode and the same random draws every time. Held-out groups are not
+used: they may change when a run is continued, and whether the noise is widened must not depend on that.
 
 A check finds overfitting if all of these hold:
 
     PGD loss > 2 · own loss           the run's own attack is much weaker than PGD
     PGD loss > 1.5 · lowest so far    robustness has decreased; the first condition alone can hold before training
     PGD loss > 1/20 of the first      ratios of losses near 0 mean nothing
+
+An attack that is ineffective from the beginning, while the loss under PGD only falls, is not found.
 
 Wider noise without projection, as in N-FGSM (de Jorge et al. 2022, arXiv:2202.01181), prevents overfitting.
 """

@@ -1,4 +1,4 @@
-"""The passes of FARE's attack on LLaVA's answers (PAPER §4), and one pass of it.
+"""The passes of FARE's attack on LLaVA's answers, and one pass of it.
 
     clean        no attack
     answer 1…5   APGD from the image, maximising the cross entropy of one reference answer, in half precision
@@ -32,7 +32,7 @@ class Pass:
     """One pass over an image.
 
     Attributes:
-        name: what the JSON calls it.
+        name: its name in the JSON file.
         stage: whether the model is in half precision or float32.
         reference: index of the attacked reference, `best` for that of the lowest score so far; None: no reference.
         target: answer whose likelihood is raised instead.
@@ -52,7 +52,7 @@ CLEAN = Pass("clean", "half")
 
 
 def plan_passes(references: int, targets: Sequence[str], attack: bool) -> list[Pass]:
-    """The passes of an image with so many references, in order."""
+    """The passes of an image with this number of references, in order."""
     if not attack:
         return [CLEAN]
     untargeted = [
@@ -112,7 +112,7 @@ def attack_answers(
     initial: Tensor | None = None,
     precision: Precision = "float32",
 ) -> list[Attempt]:
-    """APGD on each image's answer; images whose gradients overflow are reported and hold nobody up.
+    """APGD on each image's answer; images whose gradients overflow are reported, and the others go on.
 
     Args:
         llava: the model.

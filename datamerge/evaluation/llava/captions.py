@@ -1,4 +1,4 @@
-"""`datamerge evaluate captions`: CIDEr of LLaVA's captions of COCO images, clean and under attack (PAPER §4)."""
+"""`datamerge evaluate captions`: CIDEr of LLaVA's captions of COCO images, clean and under attack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamerge.evaluation.tables import Results
 PART = "captions"
 QUESTION = "Provide a short caption for this image."
 NEW_TOKENS = 20
-# CIDEr × 100 below which FARE leaves an image alone.
+# CIDEr × 100 below which FARE does not attack an image any further.
 THRESHOLD = 10.0
 
 
@@ -41,5 +41,5 @@ def evaluate_captions(config: CaptionsConfig) -> Results:
 
 
 def clean_caption(text: str) -> str:
-    """The caption out of a generated text, as in FARE's evaluation."""
+    """The caption in a generated text, extracted as in FARE's evaluation."""
     return text.split("Output", 1)[0].replace('"', "")

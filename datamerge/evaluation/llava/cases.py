@@ -1,4 +1,4 @@
-"""What is asked about an image, and what every finished pass found: the contents of its JSON file."""
+"""The question about an image, and the result of every finished pass: the contents of its JSON file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Item:
     Attributes:
         key: name of its JSON file.
         image: its file.
-        question: put to the model.
-        references: right answers, those to attack first.
-        answers: what else the score depends on.
+        question: the question to the model.
+        references: right answers; the passes attack them in this order.
+        answers: further answers that the score depends on.
     """
 
     key: str
@@ -31,16 +31,16 @@ class Item:
 
 
 class PassRecord(BaseModel):
-    """What one pass found.
+    """Result of one pass.
 
     Attributes:
-        name: of the pass.
-        arithmetic: float16, bfloat16 or float32; tf32 where the search, and nothing else, was in it.
+        name: name of the pass.
+        arithmetic: float16, bfloat16 or float32; tf32 if the search alone used it.
         reference: index of the attacked reference, None for other passes.
         target: answer whose likelihood was raised, None for other passes.
         start_loss, loss: of the attacked answer, None without an attack.
-        answer, score: what the model said then, None where the attack failed.
-        failure: why it failed.
+        answer, score: the model's answer after the attack and its score, None if the attack failed.
+        failure: why the attack failed.
         seconds: wall time.
     """
 
@@ -59,7 +59,7 @@ class PassRecord(BaseModel):
 
 
 class EightBit(BaseModel):
-    """What the model says to the strongest image on the 8-bit grid."""
+    """The model's answer to the strongest image on the 8-bit grid, and its score."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,12 +71,12 @@ class CaseRecord(BaseModel):
     """The JSON file of an item.
 
     Attributes:
-        image, question, references: what was asked.
-        passes: finished ones.
-        best_reference: index of the reference that the strongest image so far was found with.
-        dropped: whether its score is so low that it is left alone.
+        image, question, references: file name of the image, the question and its right answers.
+        passes: the finished passes.
+        best_reference: index of the reference whose attack found the strongest image so far.
+        dropped: whether the score is so low that the image is not attacked any further.
         tower_sha256: hash of the vision tower's weights; empty before the first pass.
-        eight_bit: of the stored image, None where none is stored.
+        eight_bit: answer to the stored image, None if none is stored.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -93,7 +93,7 @@ class CaseRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """An item, the passes it is to go through, and what was found so far."""
+    """An item, its planned passes, and their results so far."""
 
     item: Item
     plan: Sequence[Pass]
@@ -113,7 +113,7 @@ class Case:
 
     @property
     def clean_score(self) -> float:
-        """Score of the answer to the image as it is."""
+        """Score of the answer to the clean image."""
         score = self.record.passes[0].score
         if score is None:
             raise ValueError(f"{self.item.key}: the clean pass has no score")

@@ -1,7 +1,7 @@
 """CIDEr of captions, × 100: pycocoevalcap's scorer on the tokens of Stanford's PTB tokeniser.
 
-Inverse document frequencies come from the references of the evaluated images only, so a score means something only
-beside other scores on the same images. An image's score does not depend on the other images' captions.
+Inverse document frequencies come from the references of the evaluated images only, so that a score compares only
+with scores on the same images. An image's score does not depend on the other images' captions.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ class CaptionScorer:
     def scores(self, captions: Mapping[str, str]) -> dict[str, float]:
         """CIDEr × 100 of captions of some of the images, by their keys."""
         tokens = dict(zip(captions, self._tokenise(list(captions.values())), strict=True))
-        # The scorer takes document frequencies from the references it is given, so it is given all of them.
+        # The scorer takes document frequencies from its references, so that it needs those of all images.
         hypotheses = {key: [tokens.get(key, "")] for key in self._references}
         _, scores = Cider().compute_score(self._references, hypotheses)
         found = dict(zip(self._references, scores.tolist(), strict=True))
         return {key: 100 * float(found[key]) for key in captions}
 
     def _tokenise(self, captions: Sequence[str]) -> list[str]:
-        # One line each, whatever the models write: a form feed or U+2028 ends a line for the tokeniser too.
+        # One line per caption: the tokeniser takes a form feed or U+2028 for the end of a line too.
         lines = [" ".join(caption.split()) for caption in captions]
-        # Starting Java takes longer than anything it does here, and models repeat themselves.
+        # Starting Java takes most of the time, and models repeat captions.
         new = list(dict.fromkeys(line for line in lines if line not in self._tokens))
         if new:
             found = _ptb(new) if self.tokeniser == PTB else [_plain(line) for line in new]
@@ -71,11 +71,11 @@ class CaptionScorer:
 
 
 def _ptb(lines: Sequence[str]) -> list[str]:
-    """What pycocoevalcap's PTBTokenizer does, without writing into its package's folder."""
+    """Tokens of pycocoevalcap's PTBTokenizer, without writing into the folder of its package."""
     folder = Path(str(ptbtokenizer.__file__)).parent
     jar = folder / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)  # each ends: the last one may be empty
+        file.writelines(f"{line}\n" for line in lines)  # the last line may be empty and needs its end
         file.flush()
         command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
         command += ["-preserveLines", "-lowerCase", file.name]

@@ -1,4 +1,4 @@
-"""Official files of COCO captions, Karpathy's split of them, and VQAv2; and the images they name.
+"""Official files of COCO captions, of Karpathy's split and of VQAv2, and the images that they name.
 
 COCO captions   {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}
 Karpathy        {"images": [{"split", "filepath", "filename", "cocoid", "sentences": [{"raw"}]}]}
@@ -52,10 +52,10 @@ class Asked:
 
 
 def read_captions(file: str, folder: str, split: str, count: int, seed: int) -> list[Captioned]:
-    """`count` images of a caption file drawn from the file's order; all in that order where there are no more.
+    """`count` images drawn from a caption file; all of them, in the order of the file, if there are no more.
 
     Raises:
-        SourceError: not such a file, or an image that is missing.
+        SourceError: the file has another format, or an image is missing.
     """
     content = _read(file, "captions")
     images = _entries(content, "images", file)
@@ -87,10 +87,10 @@ def _karpathy(image: Mapping[str, Any], file: str) -> tuple[str, list[str], list
 
 
 def read_questions(file: str, annotations: str, folder: str, count: int, seed: int) -> list[Asked]:
-    """`count` questions of VQAv2 drawn from the file's order; all in that order where there are no more.
+    """`count` questions drawn from VQAv2's file; all of them, in the order of the file, if there are no more.
 
     Raises:
-        SourceError: not such files, a question without answers, or an image that is missing.
+        SourceError: a file has another format, a question has no answers, or an image is missing.
     """
     content, answered = _read(file, "questions"), _read(annotations, "annotations")
     questions = _entries(content, "questions", file)
@@ -125,7 +125,7 @@ def _vqa_names(question: Mapping[str, Any], subtype: str, file: str) -> list[str
 
 
 def _find(wanted: Sequence[tuple[Sequence[str], str]], folder: str, file: str) -> list[Path]:
-    """The first of each image's names that is a file below the folder."""
+    """For each image, the first of its names that is a file in the folder."""
     root = user_path(folder)
     if not root.is_dir():
         raise SourceError(f"images: expected the folder of the images of {file}, found nothing at {folder!r}")
@@ -159,7 +159,7 @@ def _entries(content: Mapping[str, Any], name: str, file: str) -> list[Mapping[s
 
 
 def _id(entry: Mapping[str, Any], name: str, file: str) -> int | float | str:
-    """What identifies an entry, in look-ups and in the names of the files with its results."""
+    """The identifier of an entry, which look-ups and the names of its result files use."""
     value = _field(entry, name, file)
     if not isinstance(value, int | float | str) or (isinstance(value, str) and Path(value).name != value):
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Settings of the evaluations through LLaVA; the defaults are FARE's (PAPER §4)."""
+"""Settings of the evaluations through LLaVA; the defaults are those of FARE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storage_schemas.schema.pixel_length import PixelLength
 
 
 class LlavaSettings(Settings):
-    """What captions and VQA share."""
+    """Settings that captions and VQA share."""
 
     effects: ClassVar[tuple[Effect, ...]] = (
         Effect(
@@ -58,11 +58,11 @@ class LlavaSettings(Settings):
     batch_size: int = Field(1, ge=1, description="Images at once; results do not depend on it.")
     half: Annotated[
         Literal["float16", "bfloat16", "float32"] | None, Option(unset="float16 on a GPU, float32 elsewhere")
-    ] = Field(None, description="Arithmetic of all passes but the last.")
+    ] = Field(None, description="Arithmetic of all passes before the float32 ones.")
     precision: SearchPrecision = Field(
         "float32",
-        description="Of the attacks' search where the model is in float32: tf32 lets a GPU round the factors of "
-        "products to 10 bits. Answers are generated in float32.",
+        description="Arithmetic of the attacks' search where the model is in float32: tf32 lets a GPU round the "
+        "factors of products to 10 bits. Answers are generated in float32.",
     )
     save_images: bool = Field(False, description="Keep every adversarial image, as an 8-bit PNG.")
     pictures: int = Field(8, ge=0, description="Images shown in the report.")
@@ -77,7 +77,7 @@ class LlavaSettings(Settings):
         return self
 
     def attack_settings(self) -> APGD:
-        """FARE's APGD: from the image itself, the first step ε long, floats."""
+        """FARE's APGD: starts at the image itself, with a first step of length ε, off the 8-bit grid."""
         return APGD(
             self.epsilon,
             self.steps,

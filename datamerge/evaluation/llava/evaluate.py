@@ -1,4 +1,4 @@
-"""From a task to the results of all arms: memory is checked first, images are asked, scores are put together."""
+"""The results of all arms in a task of LLaVA: checks the memory, runs the passes, and computes the scores."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ ANY_PIXELS = Preprocessing(shape=(3, 1, 1))
 
 
 def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Sequence[str]) -> Results:
-    """Ask every arm; one result per run, in the order given.
+    """Evaluate every arm on a task; one result per run, in the order given.
 
     Args:
         config: the settings.
-        task: what to ask.
-        title: of the data set, in the table's columns.
-        warnings: what the reader must know of all scores.
+        task: the questions and their scorer.
+        title: name of the data set in the table's columns.
+        warnings: reasons to distrust all scores.
 
     Raises:
         ConfigError: models or settings that do not go together, or too little memory.
@@ -56,7 +56,7 @@ def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Seque
         "scorer": task.scorer,
     }
     for path in {item.image for item in task.items}:
-        # All of them are decoded before hours of attacks, which must not end at a broken one.
+        # Every image is decoded first, so that a broken one does not end hours of attacks.
         read_image(path, ANY_PIXELS, config.fit)
     for study in studies:
         study.claim(shared)
@@ -70,7 +70,7 @@ def evaluate_task(config: LlavaSettings, task: Task, title: str, warnings: Seque
 
 
 def _content_sha256(items: Sequence[Item]) -> str:
-    """What was asked of which images: others under the same keys are another study."""
+    """SHA-256 of the questions, answers and images, since other contents under the same keys are another study."""
     images = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in {item.image for item in items}}
     facts = [
         [item.key, item.question, list(item.references), list(item.answers), images[item.image]] for item in items
@@ -79,10 +79,10 @@ def _content_sha256(items: Sequence[Item]) -> str:
 
 
 def check_memory(config: LlavaSettings, device: torch.device) -> None:
-    """Refuse what cannot fit before gigabytes of weights are read.
+    """Check that the model fits the memory, before gigabytes of weights are read.
 
     Raises:
-        ConfigError: says how much memory is needed and how much there is.
+        ConfigError: it does not; names the memory that is needed and the memory that there is.
     """
     count = count_parameters(config.llava)
     per_parameter = FLOAT32 if config.attack or (config.half or "") == "float32" or device.type == "cpu" else HALF
@@ -147,7 +147,7 @@ def _result(
 
 
 def _count(cases: Sequence[Case]) -> dict[str, int]:
-    """How many images each pass brought to their lowest score."""
+    """Number of images whose lowest score each pass found."""
     names = [case.lowest[0].name for case in cases]
     return {name: names.count(name) for name in dict.fromkeys(names)}
 

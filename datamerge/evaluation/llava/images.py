@@ -1,4 +1,4 @@
-"""Images for LLaVA: square, at the tower's size, on the 8-bit grid; and adversarial ones rounded back onto it.
+"""Images for LLaVA: square, at the tower's size, on the 8-bit grid; and adversarial images rounded onto that grid.
 
 Shapes: S pixels a side.
 """
@@ -23,7 +23,7 @@ from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.preprocessing import Preprocessing
 
 Fit = Literal["pad", "crop"]
-# Of the square around an image: enough for every camera's photos, and not for a strip of 1 × 60,000.
+# Largest square around an image: enough for photos of every camera, too small for a strip of 1 × 60,000.
 MAX_SQUARE_PIXELS = 2 * MAX_RESIZED_PIXELS
 
 
@@ -32,12 +32,12 @@ def read_image(path: Path, preprocessing: Preprocessing, fit: Fit) -> npt.NDArra
 
     Args:
         path: the file.
-        preprocessing: of the vision tower.
-        fit: `crop`: as the preprocessing says. `pad`: as LLaVA-1.5 does whatever its tower, to a square with the mean
-            colour, which is resized with the preprocessing's interpolation.
+        preprocessing: preprocessing of the vision tower.
+        fit: `crop`: as the preprocessing says. `pad`: as LLaVA-1.5 does with any tower: pad to a square with the mean
+            colour, then resize with the preprocessing's interpolation.
 
     Raises:
-        SourceError: not an image, or absurdly large or narrow.
+        SourceError: the file is no image, or the image is too large or too narrow.
     """
     try:
         data = path.read_bytes()
@@ -51,7 +51,7 @@ def read_image(path: Path, preprocessing: Preprocessing, fit: Fit) -> npt.NDArra
     except (BadImage, OSError) as error:
         raise SourceError(f"{path}: expected an image: {error}") from None
     square = np.empty((3, side, side), np.uint8)
-    # The reference truncates, too.
+    # The reference implementation truncates, too.
     square[:] = np.array([int(value * LEVELS) for value in preprocessing.mean or (0.0,)], np.uint8)[:, None, None]
     top, left = (side - height) // 2, (side - width) // 2
     square[:, top : top + height, left : left + width] = image
@@ -61,7 +61,7 @@ def read_image(path: Path, preprocessing: Preprocessing, fit: Fit) -> npt.NDArra
 
 
 def decisive(preprocessing: Preprocessing, fit: Fit) -> Preprocessing:
-    """A preprocessing without what `read_image` does otherwise: to pad an image is a geometry of its own."""
+    """The preprocessing without the steps that `read_image` replaces when it pads."""
     if fit == "crop":
         return preprocessing
     return Preprocessing(**preprocessing.model_dump(include={"shape", "interpolation", "mean", "std"}))

@@ -1,6 +1,6 @@
-"""LLaVA on [0, 1] pixels: the loss of an answer, differentiable down to the pixels, and greedy answers.
+"""LLaVA on pixels in [0, 1]: the loss of an answer, differentiable with respect to the pixels, and greedy answers.
 
-The conversation is LLaVA-1.5's (`vicuna_v1`), as in FARE's evaluation (PAPER §4):
+The conversation is LLaVA-1.5's (`vicuna_v1`), as in FARE's evaluation:
 
     <s>SYSTEM USER: <image>…<image>⏎QUESTION ASSISTANT: ANSWER</s>
 
@@ -80,7 +80,7 @@ class Llava:
         dtype = DTYPES[arithmetic]
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-            # As stored: the tower's hash must be the same whatever the arithmetic of a pass.
+            # In the stored precision: the tower's hash must not depend on the arithmetic of a pass.
             model: Any = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
         except (OSError, ValueError, RuntimeError) as error:
             raise unreadable(path, error) from None
@@ -95,7 +95,8 @@ class Llava:
         check_width(tower, model, run)
         model.model.vision_tower = tower.module
         self.model = model.eval().requires_grad_(False).to(device)
-        # There, so that only stored bytes travel. Buffers, such as the rotary embedding's frequencies, stay float32.
+        # Converted on the device, so that only stored bytes are copied. Buffers, such as frequencies of the rotary
+        # embedding, stay float32.
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
         self.preprocessing, self.tower_sha256 = tower.preprocessing, tower.sha256
@@ -117,7 +118,7 @@ class Llava:
         for question, answer in zip(questions, answers, strict=True):
             before, behind = _around_image(question)
             found = self.tokenizer(f"{behind} {answer}", add_special_tokens=False, return_offsets_mapping=True)
-            # A token belongs to the answer if it ends behind the prompt; it may hold the space before the answer.
+            # A token belongs to the answer if it ends after the prompt; it may contain the space before the answer.
             spoken = [end > len(behind) for _, end in found.offset_mapping]
             prompt = self._before(before)
             rows.append([*prompt, *found.input_ids, self.tokenizer.eos_token_id])
@@ -132,19 +133,19 @@ class Llava:
 
     def losses(self, pixels: Tensor, tokens: Tokens) -> Tensor:
         """Mean cross entropy of each answer's tokens, float32 [B], of pixels [B, 3, S, S] in [0, 1]."""
-        # Put together here: transformers would look at the ids, and wait for the device, in every pass.
+        # Concatenated here: transformers would read the ids, and wait for the device, in every pass.
         words = self.model.get_input_embeddings()(tokens.ids)
         features = self._features(pixels).to(words.dtype)
         behind = words[:, tokens.image + features.shape[1] :]
-        # No mask, at which it would look as well: no token sees those on its right, where the padding is. Without a
-        # mask it looks for several texts in a row, but not where it keeps a cache.
+        # Without a mask, which transformers would read as well: no token attends to the padding on its right. Without
+        # a mask it checks whether a row holds several texts, unless it keeps a cache.
         logits = self.model(
             inputs_embeds=torch.cat([words[:, : tokens.image], features, behind], dim=1),
-            logits_to_keep=tokens.ids.shape[1] - tokens.first + 1,  # those before the first answer are not needed
+            logits_to_keep=tokens.ids.shape[1] - tokens.first + 1,  # logits before the first answer are not needed
             use_cache=True,
         ).logits
         targets = tokens.labels[:, tokens.first :]
-        # A row a token: of more dimensions a GPU's kernels add in any order, and are refused where one is asked for.
+        # One row per token: with more dimensions the GPU kernel is not deterministic, and torch may refuse it.
         losses = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
         )
@@ -184,7 +185,7 @@ class Llava:
         return [*start, *ids, *[self._image_token] * self._image_tokens]
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """What the language model sees of pixels [B, 3, S, S], [B, image tokens, width]."""
+        """Features of pixels [B, 3, S, S] for the language model, [B, image tokens, width]."""
         config = self.model.config
         found = self.model.model.get_image_features(
             pixel_values=self._normalise(pixels),
@@ -208,10 +209,10 @@ def check_width(tower: Tower, model: Any, run: Run) -> None:
 
 
 def count_parameters(path: str) -> int:
-    """Parameters of a LLaVA model, without loading it.
+    """Number of parameters of a LLaVA model, without loading it.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: there is no such model.
     """
     _prepare()
     try:
@@ -226,7 +227,7 @@ def count_parameters(path: str) -> int:
 
 
 def unreadable(path: str, error: Exception) -> ConfigError:
-    """What to say of a model that cannot be loaded."""
+    """The error for a model that cannot be loaded."""
     return ConfigError(
         "llava: expected a LLaVA model of Hugging Face (config.json, weights, tokeniser), found "
         f"{path!r}: {first_line(error)}; download it on a connected machine and give its folder"
@@ -234,7 +235,7 @@ def unreadable(path: str, error: Exception) -> ConfigError:
 
 
 def _prepare() -> None:
-    """Models of transformers are imported on first use, and with them torchvision; loading them draws bars."""
+    """Make torchvision importable, which transformers imports with a model, and turn its progress bars off."""
     make_torchvision_importable()
     transformers.utils.logging.disable_progress_bar()
 

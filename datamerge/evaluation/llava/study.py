@@ -1,7 +1,7 @@
-"""Asks LLaVA about images with every vision encoder in turn, clean and under attack; one JSON file per image.
+"""Runs LLaVA on images with each vision encoder in turn, clean and under attack; one JSON file per image.
 
-All images go through the passes in half precision before the model is loaded in float32 for the rest. A file holds
-what every finished pass found, so that an interrupted evaluation goes on with the next pass of each image.
+All images go through the passes in half precision before the model is loaded in float32 for the others. A file holds
+the result of every finished pass, so that an interrupted evaluation continues with the next pass of each image.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ STAGES: tuple[Stage, ...] = ("half", "float32")
 
 @dataclass(frozen=True)
 class Task:
-    """What captions and VQA differ in.
+    """The differences between captions and VQA.
 
     Attributes:
         part: captions or vqa.
-        items: what to ask.
-        new_tokens: at most, of an answer.
+        items: the images and their questions.
+        new_tokens: largest number of tokens of an answer.
         targets: answers of the targeted passes.
-        is_broken: whether an image with this score is left alone.
-        clean_up: the answer out of the generated text.
-        score: of answers, by key.
-        scorer: what else the score depends on.
+        is_broken: whether an image with this score is not attacked any further.
+        clean_up: extracts the answer from the generated text.
+        score: from answers to their scores, both by key.
+        scorer: name of the scorer's variant, which the scores depend on.
     """
 
     part: str
@@ -65,12 +65,12 @@ class ArmStudy:
 
     Args:
         config: the settings.
-        task: what to ask.
+        task: the questions and their scorer.
         run: the vision encoder as the user named it.
         device: where the model runs.
 
     Raises:
-        ConfigError: no such encoder.
+        ConfigError: there is no such encoder.
     """
 
     def __init__(self, config: LlavaSettings, task: Task, run: str, device: torch.device) -> None:
@@ -82,7 +82,7 @@ class ArmStudy:
         self._llava: tuple[Arithmetic, Llava] | None = None
 
     def claim(self, shared: Mapping[str, Any]) -> None:
-        """Make the arm's folder the one of these settings, which all arms share.
+        """Claim the arm's folder for these settings, which all arms share.
 
         Raises:
             ConfigError: an encoder that cannot be read, or a folder with results of other settings.
@@ -175,7 +175,7 @@ class ArmStudy:
             self._finish(llava, case, found, attempt, pixels)
 
     def _answers(self, llava: Llava, cases: Sequence[Case], attempts: Sequence[Attempt]) -> dict[str, str]:
-        """What the model says to the images of the attempts that did not fail, by key."""
+        """The model's answers to the images of the attempts that did not fail, by key."""
         seen = [
             (case.item, attempt.pixels)
             for case, attempt in zip(cases, attempts, strict=True)
@@ -232,7 +232,7 @@ class ArmStudy:
             self.folder.image(f"{case.item.key}.npy").unlink(missing_ok=True)
 
     def _keep_image(self, llava: Llava, case: Case, clean: Tensor) -> None:
-        """Store the strongest image on the 8-bit grid, and what the model says to it."""
+        """Store the strongest image on the 8-bit grid, and the model's answer to it."""
         shown = [item.key for item in self._task.items[: self._config.pictures]]
         if not self._config.attack or not (self._config.save_images or case.item.key in shown):
             return
@@ -261,17 +261,17 @@ class ArmStudy:
         return self.half if stage == "half" else "float32"
 
     def _precision(self, step: Pass) -> Precision:
-        """Of a pass' search; float32 means that of the weights."""
+        """Precision of the search of a pass; float32 stands for the arithmetic of the weights."""
         return self._config.precision if self._arithmetic(step.stage) == "float32" else "float32"
 
     def _search(self, step: Pass) -> str:
-        """What the search of a pass computes in."""
+        """Arithmetic of the search of a pass."""
         return "tf32" if self._precision(step) == "tf32" else self._arithmetic(step.stage)
 
     def _load(self, stage: Stage) -> Llava:
         arithmetic = self._arithmetic(stage)
         if self._llava is None or self._llava[0] != arithmetic:
-            # The old model goes first: two would not fit.
+            # The old model is released first: two would not fit.
             self._llava = None
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()

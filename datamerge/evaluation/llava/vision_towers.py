@@ -1,10 +1,10 @@
 """Vision towers for LLaVA: its own, a CLIP vision model of Hugging Face, or an open_clip encoder.
 
-    own            the tower LLaVA came with
+    own            LLaVA's own tower
     hf:…           an encoder spec of a CLIP vision model, or the folder of a run that trained one
     open_clip:…    likewise of a vision transformer with a class token
 
-An open_clip tower gives LLaVA what FARE's evaluation gives it (PAPER §4): the tokens of all patches after the layer
+An open_clip tower gives LLaVA what FARE's evaluation gives it: the tokens of all patches after the layer
 that LLaVA selects, for LLaVA-1.5 the last but one; the layers behind it do not run.
 
 Shapes: B images, T tokens (class token first), D width.
@@ -37,7 +37,7 @@ HUGGING_FACE = "hf:"
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower and what its pixels must look like.
+    """A vision tower and the preprocessing of its pixels.
 
     Attributes:
         module: takes normalised pixels [B, 3, S, S], returns `hidden_states` [B, T, D].
@@ -87,14 +87,14 @@ class OpenClipTower(nn.Module):
 
 
 def read_tower_run(text: str) -> Run:
-    """A run from what the user typed.
+    """The run that the user named.
 
     Raises:
-        ConfigError: neither a run's folder, nor an open_clip: or hf: spec or own.
+        ConfigError: the text is neither the folder of a run, nor an open_clip: or hf: spec, nor `own`.
     """
     if text == OWN or text.startswith(HUGGING_FACE):
         spec = str(Path(text))
-        # Whose work another checkpoint is, only its name can tell.
+        # The name is all that is known of the origin of a checkpoint.
         arm = BASELINE if text == OWN else f"{HUGGING_FACE}{Path(text.removeprefix(HUGGING_FACE)).name}"
         return Run(name=spec, encoder=spec, original=spec, arm=arm)
     run = read_run(text)
@@ -107,9 +107,9 @@ def read_tower_run(text: str) -> Run:
 
 
 def identify_tower(run: Run, fit: Fit) -> dict[str, Any]:
-    """What the results of a run from `read_tower_run` depend on: its weights' hash, and how its pixels are made.
+    """The facts that determine the results of a run of `read_tower_run`: hash of its weights, and its preprocessing.
 
-    LLaVA's own tower is known by LLaVA itself, which all arms of a folder share.
+    LLaVA's own tower needs no hash: all arms of a folder share the LLaVA model.
 
     Raises:
         ConfigError: no such model.
@@ -190,7 +190,7 @@ def _patch(model: Any, name: str) -> int:
     """Side of the patches that a network cuts its pixels into.
 
     Raises:
-        ConfigError: no vision transformer whose tokens can be had.
+        ConfigError: the network is no vision transformer with accessible tokens.
     """
     if isinstance(model, HuggingFaceTower):
         return int(model.config.patch_size)
@@ -213,5 +213,5 @@ def _patches(preprocessing: Preprocessing, patch: int) -> int:
 
 
 def _sha256(model: nn.Module) -> str:
-    """Hash of what LLaVA runs of a network: the projection behind a tower of transformers is none of it."""
+    """Hash of the weights that LLaVA uses; the projection behind a tower of transformers is not among them."""
     return weights_sha256(model.vision_model if isinstance(model, HuggingFaceTower) else model)

@@ -1,4 +1,4 @@
-"""`datamerge evaluate vqa`: LLaVA's accuracy on VQAv2, clean and under attack (PAPER §4)."""
+"""`datamerge evaluate vqa`: LLaVA's accuracy on VQAv2, clean and under attack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = ("maybe", "Word")
 
 
 def evaluate_vqa(config: VqaConfig) -> Results:
-    """Put the chosen questions to every run's encoder; one result per run, in the order given.
+    """Ask the chosen questions with every run's encoder; one result per run, in the order given.
 
     Raises:
         ConfigError: models or settings that do not go together, or too little memory.
@@ -57,10 +57,10 @@ def evaluate_vqa(config: VqaConfig) -> Results:
 
 
 def most_frequent(answers: Sequence[str]) -> list[str]:
-    """The up to five different answers given most often; among equals those given first."""
+    """The five most frequent answers, or fewer; of equally frequent ones those given first."""
     return [answer for answer, _ in Counter(answers).most_common(MOST_REFERENCES)]
 
 
 def clean_answer(text: str) -> str:
-    """The answer out of a generated text, as in FARE's evaluation."""
+    """The answer in a generated text, extracted as in FARE's evaluation."""
     return re.split("Question|Answer|Short", text, maxsplit=1)[0].split(", ", 1)[0]

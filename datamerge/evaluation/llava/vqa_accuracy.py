@@ -22,7 +22,7 @@ _PUNCTUATION = [*';/[]"{}()=+\\_-><@`,?!']
 # A full stop that no digit follows. The odd look-ahead is the official one; it never excludes anything.
 _FULL_STOP = re.compile(r"(?!<=\d)(\.)(?!\d)")
 _THOUSANDS = re.compile(r"(\d)(\,)(\d)")
-# The official call passes re.UNICODE, 32, where the count belongs.
+# The official call passes re.UNICODE, which is 32, as the count.
 _MOST_FULL_STOPS = 32
 
 _CONTRACTED = """
@@ -43,7 +43,7 @@ def _contractions() -> dict[str, str]:
     for word in _CONTRACTED.split():
         places = [index for index, letter in enumerate(word) if letter == "'"]
         table |= {word[:place] + word[place + 1 :]: word for place in places}
-    # The one entry that goes the other way.
+    # The one entry of the official table that removes an apostrophe.
     return table | {"somebody'd": "somebodyd"}
 
 
@@ -51,7 +51,7 @@ _CONTRACTIONS = _contractions()
 
 
 def normalise(answer: str) -> str:
-    """A predicted answer as it is compared: lower case, without punctuation and articles, digits for number words."""
+    """The answer for a comparison: lower case, without punctuation and articles, digits for number words."""
     return _words(_strip_punctuation(_one_line(answer)))
 
 
@@ -73,7 +73,7 @@ def _one_line(answer: str) -> str:
 def _strip_punctuation(answer: str) -> str:
     text = answer
     for mark in _PUNCTUATION:
-        # Next to a space, or anywhere if the answer holds a number like 1,000, it vanishes; else it separates words.
+        # A mark is deleted next to a space, and everywhere if the answer has a number like 1,000; else it is a space.
         vanishes = f"{mark} " in answer or f" {mark}" in answer or _THOUSANDS.search(answer) is not None
         text = text.replace(mark, "" if vanishes else " ")
     return _FULL_STOP.sub("", text, count=_MOST_FULL_STOPS)
