@@ -1,11 +1,10 @@
-"""What the CPU does while it holds the lock of the encoder: time in which a fast GPU has nothing to do.
+"""CPU time of the host while it holds the encoder's lock, when a fast GPU would be idle.
 
     host = thread time under the lock − that of `Attacker.attack`
 
-`attack` is kernels of the device, which on a CPU take the thread's time and on a GPU that of a launch: the encoder's
-passes, and what the attack does with pixels. The encoder is as small as can be, `mlp` of one layer on 3 × 224 × 224
-pixels. Thread time does not see other processes. `beside` is the thread time of the worker's other thread in the same
-runs.
+`attack` consists of device kernels, for the encoder's passes and for operations on pixels: on a CPU they take thread
+time, on a GPU only their launches do. The encoder is minimal, an `mlp` of one layer on 3 × 224 × 224 pixels. Thread
+time does not include other processes. `beside` is the thread time of the worker's other thread in the same runs.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SIZE = 224
 
 
 class Clock:
-    """Thread time of what it wraps, in seconds; of one thread at a time."""
+    """Measures the thread time of wrapped calls, in seconds; for one thread at a time."""
 
     def __init__(self) -> None:
         self.seconds = self._started = 0.0
@@ -61,7 +60,7 @@ class Clock:
 @click.option("--steps", default=1, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def main(groups: int, members: int, factors: int, factor_kind: str, steps: int, repeats: int) -> None:
-    """Print milliseconds a group: medians of repeats, and the smallest and largest."""
+    """Print milliseconds per group: medians of repeats, with minimum and maximum."""
     settings = {
         "members": members,
         "steps": steps,
@@ -75,7 +74,7 @@ def main(groups: int, members: int, factors: int, factor_kind: str, steps: int, 
 
 
 def measure(groups: int, settings: dict[str, Any], repeats: int, size: int = SIZE) -> dict[str, list[float]]:
-    """Seconds a group of the host's work under the lock, of the device's there, and of the thread beside."""
+    """Seconds per group of the host's and the device's work under the lock, and of the other thread."""
     found: dict[str, list[float]] = {"host": [], "device": [], "beside": []}
     with tempfile.TemporaryDirectory(prefix="datamerge-benchmark-") as folder:
         photos = make_photos(Path(folder) / "photos.npz", groups, size)

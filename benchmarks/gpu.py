@@ -1,13 +1,13 @@
-"""What a GPU does with the hot loops, in at most five minutes; `make gpu` runs it after the tests of tests/gpu.
+"""Speed of the hot loops on a GPU, measured within five minutes; `make gpu` runs it after the tests of tests/gpu.
 
     python -m benchmarks.gpu                all parts; the report goes to benchmarks/results/gpu_DEVICE_DATE.md
-    python -m benchmarks.gpu attack feed    some of them
-    python -m benchmarks.gpu --rehearse     the same on this CPU with tiny networks: figures that mean nothing
+    python -m benchmarks.gpu attack feed    some of the parts
+    python -m benchmarks.gpu --rehearse     the same on this CPU with tiny networks; the figures mean nothing
 
-Every part of `benchmarks.gpu_parts` runs in a process of its own, with a limit, and its rows are printed as they
-come: a part that fails, hangs or takes its GPU's context with it leaves a row that says so, and the next one starts.
-Shares are of the rates that the first part measures on this GPU. Figures are medians of five (attacks and networks in
-float32: of two); one warms up before.
+Every part of `benchmarks.gpu_parts` runs in a separate process with a time limit, and prints its rows as it measures.
+If a part fails, hangs or loses its GPU context, a row says so and the next part starts. Shares are relative to the
+rates that the first part measures on this GPU. Figures are medians of five repeats after a warm-up (attacks and
+networks in float32: two).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ COLUMNS = ("part", "what", "ms", "share of measured peak", "a second", "GB")
 @click.command()
 @click.argument("names", nargs=-1, metavar="[PART]…", type=click.Choice(list(PARTS)))
 @click.option("--rehearse", is_flag=True, help="Tiny sizes on the CPU.")
-@click.option("--seconds", default=280.0, show_default=True, help="After which no further part is started.")
+@click.option("--seconds", default=280.0, show_default=True, help="No part starts after this time.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the report.")
-@click.option("--only", hidden=True, type=click.Choice(list(PARTS)), help="In this process; prints JSON.")
+@click.option("--only", hidden=True, type=click.Choice(list(PARTS)), help="Run one part in this process; print JSON.")
 @click.option("--rates", hidden=True, default="{}")
 def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, only: str | None, rates: str) -> None:
     """Time attacks, merges and training on a GPU."""
@@ -59,14 +59,14 @@ def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, onl
         left = seconds - (time.monotonic() - started)
         limit = left if rehearse else min(PARTS[name].limit, left)  # of a GPU's machine, which has no other work
         rows += _run(name, rehearse, rows, limit) if left > 0 else [_failed(name, "no time left")]
-        # Anew after each part: the machine may be taken away before the last one ends.
+        # Rewrite the report after each part: the machine may be taken away before the last one ends.
         found = Findings(tables=[Table("Measured", COLUMNS, [row.cells() for row in rows])])
         path.write_text(render("gpu", found, where, command, time.monotonic() - started, load), "utf-8")
     click.echo(f"{path}: {len(rows)} rows, {sum(row.failed for row in rows)} of them failures")
 
 
 def _run(name: str, rehearse: bool, before: Sequence[Row], limit: float) -> list[Row]:
-    """One part in a process of its own; its rows, and one more where it ended early."""
+    """Run one part in a separate process; returns its rows, and a failure row if it ended early."""
     rates = {row.what: row.rate for row in before if row.part == RATES and row.rate is not None}
     command = [sys.executable, "-m", "benchmarks.gpu", "--only", name, "--rates", json.dumps(rates)]
     rows: list[Row] = []
@@ -78,7 +78,7 @@ def _run(name: str, rehearse: bool, before: Sequence[Row], limit: float) -> list
         text=True,
         start_new_session=True,
     ) as process:
-        # With the processes that it started, which would stay on the GPU.
+        # Also kill the processes that it started, which would stay on the GPU.
         timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         listener = threading.Thread(target=lambda: said.extend(process.stderr or ()))  # or a full pipe would stop it

@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.gpu`: steps of the attack, and what could make them faster."""
+"""Parts of `benchmarks.gpu`: attack steps, and possible ways to speed them up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 3
 
 
 def attack_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Steps of PGD, without the random starts and the losses of its result."""
+    """PGD steps, without random starts and final losses."""
     size = sizes(rehearse)
     for name, spec in (("base", size.base), ("large", size.large)):
         encoder = load_encoder(spec, str(size.device)).requires_grad_(False)
@@ -33,7 +33,7 @@ def attack_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def launch_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """The same steps started by fewer calls: how many kernels one has, as a CUDA graph, and compiled."""
+    """The same steps with fewer launches: number of kernels, as a CUDA graph, and compiled."""
     size = sizes(rehearse)
     encoder, count = load_encoder(size.base, str(size.device)).requires_grad_(False), size.images[0]
     what = f"base, bfloat16, {count} images"
@@ -56,7 +56,7 @@ def _row(what: str, ms: float, count: int) -> Row:
 
 
 def _graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The kernels of a step as one; on a CPU the step itself. All of its tensors stay where they are."""
+    """A step captured as a CUDA graph, on fixed tensors; on a CPU the step itself."""
     if device.type != "cuda":
         return step
     aside = torch.cuda.Stream()
@@ -73,7 +73,7 @@ def _graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]
 def _step(
     model: nn.Module, encoder: Encoder, count: int, precision: Precision, size: Sizes, steps: int = 1
 ) -> Callable[[], None]:
-    """Some steps on random images, further with every call."""
+    """Attack steps on random images; every call continues the last."""
     clean = (torch.rand(count, *encoder.input_shape) * 255).round().to(size.device) / 255
     target = torch.zeros(count, encoder.embedding_dim, device=size.device)
     ball = Ball.around(clean, Fraction(2, 255), grid=True)
@@ -96,7 +96,7 @@ def attack_row(
     rates: Rates,
     model: nn.Module | None = None,
 ) -> Row:
-    """Steps on so many images, with an encoder or with `model`, made of it."""
+    """Attack steps on `count` images, with an encoder, or with `model` made from it."""
     repeats = 2 if precision == "float32" else size.repeats
     run = _step(encoder if model is None else model, encoder, count, precision, size, STEPS)
     ms, memory = timed(run, size.device, repeats)

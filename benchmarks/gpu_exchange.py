@@ -1,4 +1,4 @@
-"""Part of `benchmarks.gpu`: what the exchange of gradients costs a process, with nobody on the other side."""
+"""Part of `benchmarks.gpu`: cost of the exchange of gradients for a single process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainer.run.exchange import Exchange
 
 
 def exchange_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Gradients put into buckets, summed by NCCL over this process alone, and put back: after and during a pass.
+    """Gradients are put into buckets, summed by NCCL over this process alone, and put back: after and during a pass.
 
-    The way between GPUs is not in it: copies, launches, the sign of life and the wait are.
+    The time includes copies, launches, the meeting over gloo and the wait, but no transfer between GPUs.
     """
     size = sizes(rehearse)
     with _alone(size.device) as own, arithmetic(size.device, tf32=True):
@@ -57,7 +57,7 @@ def _exchange(name: str, spec: str, images: int, own: Processes, size: Sizes) ->
 
 @contextmanager
 def _alone(device: torch.device) -> Iterator[Processes]:
-    """A process that is joined with itself, and takes itself for one of two."""
+    """A process group of this process alone, which acts as one of two processes."""
     backends = BACKENDS if device.type == "cuda" else "gloo"
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backends, store=store, rank=0, world_size=1)

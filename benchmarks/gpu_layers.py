@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.gpu`: what shares are of, single layers, and the order of a convolution's memory."""
+"""Parts of `benchmarks.gpu`: peak rates, single layers, and memory formats of convolutions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamerge.attacks.arithmetic import arithmetic
 
 
 def rate_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """What the shares are of: matrix products on random numbers (zeros are faster), and copies."""
+    """Peak rates for the shares: matrix products of random numbers (zeros are faster), and copies."""
     size = sizes(rehearse)
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -31,7 +31,7 @@ def rate_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def layer_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """The gradient of pixels through a patch embedding, two ways; a ResNet in both orders of memory."""
+    """Input gradient through two forms of a patch embedding, and through a ResNet in both memory formats."""
     from benchmarks.gpu_attack import attack_row
     from datamerge.encoders import load_encoder
 
@@ -50,7 +50,7 @@ def layer_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def _patches(size: Sizes, count: int, side: int, patch: int, width: int) -> Iterator[Row]:
-    """The gradient of pixels through one embedding."""
+    """Input gradient through one patch embedding."""
     pixels = torch.rand(count, 3, side, side, device=size.device, requires_grad=True)
     weight = torch.randn(width, 3, patch, patch, device=size.device)
 

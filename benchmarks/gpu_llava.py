@@ -1,4 +1,4 @@
-"""Part of `benchmarks.gpu`: gradients of pixels through a network of LLaVA-1.5-7B's shape, with random weights."""
+"""Part of `benchmarks.gpu`: input gradients through a network of LLaVA-1.5-7B's shape, with random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datamerge.evaluation.llava.vision_towers import read_tower_run
 from tests.support.llava import make_llava
 
 QUESTION, ANSWER = "Provide a short caption for this image.", "a cat on the roof of a house in the rain"
-# Images at once, the network's arithmetic, and that of its products.
+# (images at a time, dtype of the network, precision of matrix products)
 KINDS: tuple[tuple[int, Arithmetic, Precision], ...] = (
     (1, "float16", "bfloat16"),  # as fast as each other
     (8, "float16", "bfloat16"),
@@ -30,7 +30,7 @@ KINDS: tuple[tuple[int, Arithmetic, Precision], ...] = (
 
 
 def llava_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Forward and backward of an answer's loss."""
+    """Forward and backward pass of the loss of an answer."""
     size = sizes(rehearse)
     with tempfile.TemporaryDirectory() as name, ExitStack() as patches:
         folder = make_llava(Path(name, "llava"), [SYSTEM, QUESTION, ANSWER])
@@ -68,7 +68,7 @@ def llava_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def _large(folder: str) -> Any:
-    """A network of LLaVA-1.5-7B's shape on the GPU, for the tokeniser of a small one; its tower on the CPU."""
+    """A network of LLaVA-1.5-7B's shape on the GPU, with a small tokeniser, and its vision tower on the CPU."""
     small = transformers.AutoConfig.from_pretrained(folder)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(

@@ -1,4 +1,4 @@
-"""Part of `benchmarks.gpu`: whole shards by workers, and where the time of a batch goes."""
+"""Part of `benchmarks.gpu`: whole shards merged by workers, and the time of each stage of a batch."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from merge_service.worker import ShardWorker, WorkerSetup
 from storage_schemas import ArtifactWriter, Location
 
 PROCESSES = 4
-# Shards of each process; another one warms up.
+# Shards of each process, after one for warm-up.
 SHARDS = 2
 MEMBERS = 10
 PATIENCE = 20  # seconds that a process waits for the others
 
 
 class Stage(NamedTuple):
-    """A function of the attacker's, and what it does."""
+    """A method of the attacker, and its description."""
 
     owner: Any
     name: str
@@ -57,7 +57,7 @@ STAGES = (
 
 
 def merge_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Two threads decode, attack, add up and write; the same in several processes on one GPU; one batch in pieces."""
+    """Whole shards in two threads; the same in several processes on one GPU; the stages of one batch."""
     size = sizes(rehearse)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -75,7 +75,7 @@ def merge_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
             seconds = time.perf_counter() - started
             what = f"base, {precision}, 1 process: a group; attacking {attacked[0] / seconds:.0%} of the time"
             yield _row(what, seconds, SHARDS * size.groups)
-            # Looking at it takes time, so the share is one of another run.
+            # Profiling takes time, so the share comes from a separate run.
             share = busy(work, size.device)
             yield Row("merge", f"base, {precision}, 1 process: kernels run {share:.0%} of the time", 1000 * seconds)
         yield from _split(folder, size)
@@ -95,7 +95,7 @@ def _photos(folder: Path, count: int, side: int) -> None:
 
 
 def _prepared(folder: Path, name: str, precision: str, size: Sizes) -> tuple[Prepared, WorkerSetup]:
-    """A merge into a folder of its own, that has begun."""
+    """A merge into its own folder that has begun."""
     config = MergeConfig.model_validate(
         {
             "source": str(folder / "photos"),
@@ -117,7 +117,7 @@ def _prepared(folder: Path, name: str, precision: str, size: Sizes) -> tuple[Pre
 
 
 def _worker(folder: Path, precision: str, size: Sizes) -> tuple[ShardWorker, Prepared]:
-    """One that is warm."""
+    """A worker after its warm-up."""
     prepared, setup = _prepared(folder, precision, precision, size)
     worker = ShardWorker(setup)
     worker.prepare()
@@ -126,7 +126,7 @@ def _worker(folder: Path, precision: str, size: Sizes) -> tuple[ShardWorker, Pre
 
 
 def _run(worker: ShardWorker, prepared: Prepared, shards: Sequence[int]) -> float:
-    """Do shards in two threads, as a worker on Ray does; seconds of the attack."""
+    """Merge shards in two threads, as a worker on Ray does; returns seconds of the attack."""
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda shard: worker.run(prepared.plan.task(shard)), shards))
     return sum(one.attack_seconds for one in found)
@@ -134,14 +134,14 @@ def _run(worker: ShardWorker, prepared: Prepared, shards: Sequence[int]) -> floa
 
 @dataclass(frozen=True)
 class _Share:
-    """What one of several processes does.
+    """Work of one of several processes.
 
     Attributes:
-        setup: pickled, as it is sent to workers.
-        tasks: pickled; the first one warms up.
-        folder: where they wait for each other, and leave what they found.
-        number: of this one.
-        count: of them.
+        setup: pickled setup of the worker.
+        tasks: pickled shards; the first one is for warm-up.
+        folder: folder in which the processes wait for each other and leave their results.
+        number: number of this process.
+        count: number of processes.
     """
 
     setup: bytes
@@ -167,7 +167,7 @@ class _Share:
 
 
 def _processes(folder: Path, size: Sizes, rehearse: bool) -> Row:
-    """Groups a second of several processes on one GPU, as `num_gpus=0.25` starts them; a rehearsal has one thread."""
+    """Groups per second of several processes on one GPU, as with `num_gpus=0.25`; one thread in a rehearsal."""
     precision, count = size.precisions[0], 1 if rehearse else PROCESSES
     prepared, setup = _prepared(folder, "processes", precision, size)
     start: Callable[..., Any] = (
@@ -193,7 +193,7 @@ def _processes(folder: Path, size: Sizes, rehearse: bool) -> Row:
 
 
 def _split(folder: Path, size: Sizes) -> Iterator[Row]:
-    """A batch through the attacker's three hands, one after the other: what waits for what is another matter."""
+    """One batch through the attacker's three stages, one after the other and so without their overlap."""
     prepared, setup = _prepared(folder, "split", size.precisions[0], size)
     encoder = load_encoder(size.base, str(size.device)).requires_grad_(False)
     attacker = Attacker(prepared.config, prepared.plan.layout, encoder, encoder, None)
@@ -219,7 +219,7 @@ def _split(folder: Path, size: Sizes) -> Iterator[Row]:
 
 @contextmanager
 def _watched(spent: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Add up the seconds of every stage inside; the device is waited for before and after each."""
+    """Add up the seconds of every stage in the block, waiting for the device before and after each stage."""
     with ExitStack() as patches:
         for stage in STAGES:
             patches.enter_context(patch.object(stage.owner, stage.name, _timing(stage, spent, device)))

@@ -1,6 +1,6 @@
-"""The parts of `benchmarks.gpu`: each yields rows as it measures, on a GPU or, in a rehearsal, tiny on the CPU.
+"""The parts of `benchmarks.gpu`, which yield rows as they measure, on a GPU or, in a rehearsal, on the CPU.
 
-What tells most comes first. The limits add up to what `benchmarks.gpu` takes at most, so every part has its own.
+The most informative parts come first. The limits of all parts add up to the longest time of `benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from benchmarks.gpu_rows import RATES, Rates, Row
 
 @dataclass(frozen=True)
 class Part:
-    """A part.
+    """A part of the benchmark.
 
     Attributes:
-        rows: name of the function that yields them, given whether this is a rehearsal, and the rates.
+        rows: "module:function" of the function (rehearse, rates) → rows.
         limit: seconds that it may take.
     """
 
@@ -25,7 +25,7 @@ class Part:
     limit: float
 
     def work(self, rehearse: bool, rates: Rates) -> Iterator[Row]:
-        """Its rows; imports what only this part needs."""
+        """Rows of a part; imports only the modules that it needs."""
         module, _, name = self.rows.partition(":")
         function: Callable[[bool, Rates], Iterator[Row]] = getattr(import_module(f"benchmarks.{module}"), name)
         return function(rehearse, rates)

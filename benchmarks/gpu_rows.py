@@ -1,4 +1,4 @@
-"""What all parts of `benchmarks.gpu` share: rows, sizes, and how time, operations and kernels are counted."""
+"""Shared by all parts of `benchmarks.gpu`: rows, sizes, and the counting of time, operations and kernels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from datamerge.attacks import Precision
 RATES = "rates"
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "tf32", "float32")
 Rates = Mapping[str, float]
-"""By precision, TFLOP/s of a large matrix product on this GPU."""
+"""TFLOP/s of a large matrix product on this GPU, by precision."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,13 @@ class Row:
     """One measurement.
 
     Attributes:
-        part, what: its name.
+        part, what: names of the part and of the measurement.
         ms: milliseconds.
-        share: of the rate of a matrix product in the same precision, counting all products and convolutions.
-        rate, unit: so much a second.
+        share: FLOP/s of all matrix products and convolutions, over the rate of a large matrix product in the same
+            precision.
+        rate, unit: number of units per second.
         gigabytes: largest allocation on the GPU.
-        failed: it could not be measured; `what` says why.
+        failed: whether the measurement failed; `what` then says why.
     """
 
     part: str
@@ -45,7 +46,7 @@ class Row:
     failed: bool = False
 
     def cells(self) -> list[str]:
-        """Of its row in the table."""
+        """Cells of the row in the table."""
         rate = "" if self.rate is None else f"{self.rate:.4g} {self.unit}"
         numbers = ("" if self.ms is None else f"{self.ms:.4g}", "" if self.share is None else f"{self.share:.0%}")
         return [self.part, self.what, *numbers, rate, "" if self.gigabytes is None else f"{self.gigabytes:.2f}"]
@@ -55,7 +56,7 @@ class Row:
 
     @classmethod
     def from_json(cls, line: str) -> Row:
-        """Raises ValueError for a line that is none."""
+        """Parse a row from JSON; ValueError for any other line."""
         values = json.loads(line)
         if not isinstance(values, dict) or "part" not in values:
             raise ValueError(f"no row: {line!r}")
@@ -64,15 +65,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of all parts.
+    """Sizes of all parts.
 
     Attributes:
-        base, large, convolutional: encoders.
-        side: of the matrices.
-        images: attacked at once.
-        batch: groups a step, with the base and the large encoder.
-        groups: that are read, and merged in a shard.
-        precisions: that attacks and training are timed in.
+        base, large, convolutional: specs of encoders.
+        side: side of the matrices.
+        images: numbers of images attacked at a time.
+        batch: groups per training step, with the base and the large encoder.
+        groups: groups to read, and to merge per shard.
+        precisions: precisions in which attacks and training are timed.
     """
 
     device: torch.device
@@ -88,7 +89,7 @@ class Sizes:
 
 
 def sizes(rehearse: bool) -> Sizes:
-    """Those of a GPU, or of a rehearsal."""
+    """The sizes for a GPU, or for a rehearsal."""
     if rehearse:
         tiny = "mlp:3x32x32-16-8"
         return Sizes(torch.device("cpu"), tiny, tiny, "timm:test_resnet", 64, (2,), (2, 2), 2, 1, PRECISIONS[:1])
@@ -99,14 +100,14 @@ def sizes(rehearse: bool) -> Sizes:
 
 
 class Timed(NamedTuple):
-    """Median milliseconds, and the most gigabytes that were allocated meanwhile, None on a CPU."""
+    """Median time in milliseconds, and peak allocation in gigabytes (None on a CPU)."""
 
     ms: float
     gigabytes: float | None
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> Timed:
-    """Time some work; done once before, to warm up."""
+    """Time some work, after one call for warm-up."""
     cuda = device.type == "cuda"
     work()
     if cuda:
@@ -124,10 +125,10 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> Tim
 
 
 class _Counted(TorchDispatchMode):
-    """Adds up the operations of products and convolutions, backward ones too.
+    """Counts the FLOPs of matrix products and convolutions, in forward and backward passes.
 
-    torch's own `FlopCounterMode` follows modules through the backward pass, and fails where `autograd.grad` is asked
-    for a leaf.
+    torch's own `FlopCounterMode` tracks modules through the backward pass, and fails when `autograd.grad` returns the
+    gradient of a leaf.
     """
 
     def __init__(self) -> None:
@@ -143,20 +144,20 @@ class _Counted(TorchDispatchMode):
 
 
 def teraflops(work: Callable[[], object]) -> float:
-    """Of all products and convolutions in some work, which is done once."""
+    """TFLOPs of all matrix products and convolutions in some work, which runs once."""
     with _Counted() as counted:
         work()
     return float(counted.operations / 1e12)
 
 
 def share(ms: float, operations: float, rates: Rates, precision: str) -> float | None:
-    """Of the measured rate, for so many teraflops."""
+    """Share of the measured rate at which this many TFLOPs were done."""
     peak = rates.get(precision)
     return None if not peak else operations / (ms / 1000) / peak
 
 
 def launches(work: Callable[[], object], device: torch.device) -> int:
-    """Kernels that some work starts on a GPU; on a CPU, the operations of torch in it."""
+    """Number of kernels that some work launches on a GPU; on a CPU, number of torch operations."""
     cuda = device.type == "cuda"
     names = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch") if cuda else ("aten::",)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
@@ -167,9 +168,9 @@ def launches(work: Callable[[], object], device: torch.device) -> int:
 
 
 def busy(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of kernels and copies over those of some work, of all threads; what runs side by side counts twice.
+    """Time of all kernels and copies over the time of some work; concurrent kernels count separately.
 
-    On a CPU, of the operations of torch in this thread.
+    On a CPU, the time of torch operations in this thread over the time of the work.
     """
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:

@@ -1,4 +1,4 @@
-"""Parts of `benchmarks.gpu`: steps of training, the optimiser, and reading for it."""
+"""Parts of `benchmarks.gpu`: training steps, the optimiser, and reading batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEMBERS = 4
 
 
 def train_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Steps of all arms on batches in memory, and AdamW alone."""
+    """Training steps of all arms on batches in memory, and AdamW alone."""
     size = sizes(rehearse)
     arms = {"base": list(ARMS)[:: 5 if rehearse else 1], "large": ["gauss_newton", "factors"][: 1 if rehearse else 2]}
     with tempfile.TemporaryDirectory() as name:
@@ -43,7 +43,7 @@ def train_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 
 
 def compiled_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """Steps with a compiled encoder, where an arm takes one, and how long its first step is."""
+    """Training steps with a compiled encoder, for arms that allow it, and the time of the first step."""
     size = sizes(rehearse)
     with tempfile.TemporaryDirectory() as name, torch.compiler.set_stance("force_eager" if rehearse else "default"):
         artifact = make_artifact(Path(name, "base"), size.base, "zarr", size.batch[0], MEMBERS, factors=1)
@@ -66,7 +66,7 @@ def _job(artifact: str, batch: int, size: Sizes, settings: Mapping[str, Any]) ->
 
 
 def _train(what: str, job: Job, precision: str, size: Sizes, rates: Rates) -> Row:
-    """Steps on the first batch of a run, in a precision."""
+    """Training steps on the first batch of a run, in one precision."""
     (stored,) = job.feed(WHOLE, 0, 1)
     config = job.config.model_copy(update={"precision": precision})
     plain = Forward(job.encoder, job.model.head, config.precision)
@@ -77,7 +77,7 @@ def _train(what: str, job: Job, precision: str, size: Sizes, rates: Rates) -> Ro
         return lambda: training.step(0, iter([stored]), lambda: 0)
 
     with arithmetic(size.device, tf32=precision != "float32"):
-        # Operations of compiled graphs are not seen: they are those of the same step without.
+        # Operations in compiled graphs cannot be counted; take those of the same step without compilation.
         operations = teraflops(stepping(plain))
         ms, memory = timed(stepping(job.model if config.compile else plain), size.device, size.repeats)
     part = share(ms, operations, rates, precision)
@@ -85,7 +85,7 @@ def _train(what: str, job: Job, precision: str, size: Sizes, rates: Rates) -> Ro
 
 
 def _optimizers(size: Sizes) -> Iterator[Row]:
-    """Steps of AdamW, new and as they are after a resume: with a state that came from a file to the CPU."""
+    """Steps of AdamW, fresh and after a resume, when the state was loaded from a file onto the CPU."""
     parameters = [nn.Parameter(p.detach()) for p in load_encoder(size.large, str(size.device)).parameters()]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -103,7 +103,7 @@ def _optimizers(size: Sizes) -> Iterator[Row]:
 
 
 def feed_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
-    """What reading hands over while nobody trains, copied to the device."""
+    """Reading batches and copying them to the device, without training."""
     size = sizes(rehearse)
     groups = 2 * size.groups
     with tempfile.TemporaryDirectory() as name:
@@ -118,7 +118,7 @@ def feed_rows(rehearse: bool, rates: Rates) -> Iterator[Row]:
 def _feed(what: str, artifact: str, settings: Mapping[str, Any], workers: int, size: Sizes) -> Row:
     job = _job(artifact, size.groups // 2, size, {**settings, "data_workers": workers})
     feed = iter(job.feed(WHOLE, 0, 8 if size.device.type == "cpu" else 48))
-    # As many batches as are read ahead come at once, whatever the pace.
+    # Skip the batches that were read ahead: they arrive at once.
     for _ in range(2 * workers + 2):
         next(feed)
     started = time.perf_counter()
@@ -130,7 +130,7 @@ def _feed(what: str, artifact: str, settings: Mapping[str, Any], workers: int, s
 
 
 def _copies(artifact: str, size: Sizes) -> Iterator[Row]:
-    """A batch on its way to the device and turned into floats there, from pinned memory and from other."""
+    """Copying a batch to the device and converting it to floats there, from pinned and from pageable memory."""
     job = _job(artifact, size.groups, size, ARMS["gauss_newton"])
     (pinned,) = job.feed(WHOLE, 0, 1)
     pageable = tree_map_only(Tensor, Tensor.clone, pinned.content())

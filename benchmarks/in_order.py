@@ -1,9 +1,9 @@
-"""Whole artifacts from far away: reading in storage order, converting, comparing, combining and verifying.
+"""Whole remote artifacts: reading in storage order, converting, comparing, combining and verifying.
 
     python -m benchmarks.in_order --groups 512
 
-The server of `benchmarks.remote_server` waits 20 ms a request and sends 100 MB/s a connection. Seconds are of the
-whole work in this process, the opening included; what is written goes to the disk of this machine.
+The server of `benchmarks.remote_server` waits 20 ms per request and sends 100 MB/s per connection. Seconds are those
+of the whole work in this process, including opening the artifact; output goes to the local disk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = ("format", "what", "s", "CPU s", "s to the first record", "requests", 
 @click.option("--groups", default=512, show_default=True)
 @click.option("--per-shard", default=64, show_default=True)
 def main(groups: int, per_shard: int) -> None:
-    """Print what each kind of work takes."""
+    """Print the cost of each kind of work."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         served = Path(scratch, "served")
@@ -61,7 +61,7 @@ def main(groups: int, per_shard: int) -> None:
 
 
 def _read(artifact: Artifact) -> float:
-    """Read all records; seconds until the first has come."""
+    """Read all records; returns the seconds until the first one."""
     started, first = time.perf_counter(), 0.0
     for _ in artifact:
         first = first or time.perf_counter() - started
@@ -91,7 +91,7 @@ def _diff(url: str, copy: Path) -> None:
 
 
 def _asked(log: Iterable[Request]) -> list[str]:
-    """Requests, the most that were answered at a time, and MB."""
+    """Number of requests, most concurrent requests, and MB sent."""
     log = list(log)
     changes = sorted([(one.began, 1) for one in log] + [(one.ended, -1) for one in log])
     at_a_time = most = 0

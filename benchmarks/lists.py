@@ -1,12 +1,13 @@
-"""What the list of a source's samples and the plan of its merge take: CPU time and memory a sample.
+"""Cost of listing a source's samples and planning its merge: CPU time and memory per sample.
 
-    rows      Parquet files of a million rows, of one byte an image and 1,000 classes in order
-    tars      WebDataset tars as its writer makes them, 10,000 samples each of 20 kB and a label. The floor is taken
-              in the same process: 512 bytes read for each member, and the size in them
-    folder    files called as ImageNet's are, of which only those exist whose content goes into the fingerprint. Their
-              names are made up as they are collected, in place of the walk over the disk
+    rows      Parquet files of a million rows, with images of one byte and 1,000 classes in order
+    tars      WebDataset tars, as webdataset writes them, with 10,000 samples of 20 kB and a label. The floor, in the
+              same process, is reading the 512-byte header of each member and the size in it
+    folder    files named like ImageNet's, of which only those exist whose content goes into the fingerprint; the
+              other names are generated instead of walking the disk
 
-Each measurement is a process of its own: what one frees, the next would find. CPU time, because others may run.
+Each measurement runs in a separate process, since a process reuses memory that it has freed. Times are CPU times,
+because other processes may be running.
 """
 
 from __future__ import annotations
@@ -51,20 +52,20 @@ ROWS, ROWS_A_GROUP = 1_000_000, 1_000
 PER_TAR, JPEG = 10_000, 20_000
 PER_CLASS, CLASSES = 1_300, 1_000
 MOST_MICROSECONDS, MOST_BYTES = 2.0, 80
-WARM = 20_000  # too many bytes in all for a folder whose files would all be hashed
+WARM = 20_000  # makes the folder so large that not all of its files are hashed
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one source and its plan took.
+    """Cost of one source and its plan.
 
     Attributes:
-        samples: M.
-        opened, listed, planned: CPU seconds: until there is a source, for the listing that the artifact keeps, and
-            for groups and plan.
-        held: bytes that are still held with the plan.
-        peak: bytes at most.
-        floor: CPU seconds for a header of each member, of tars.
+        samples: M, number of samples.
+        opened, listed, planned: CPU seconds for opening the source, for the listing that the artifact keeps, and for
+            groups and plan.
+        held: bytes in memory at the end, with the plan.
+        peak: peak bytes in memory.
+        floor: CPU seconds for reading a header of each member; of tars only.
     """
 
     samples: int
@@ -77,14 +78,14 @@ class Taken:
 
 
 def measure(kind: str, samples: int, grouping: str) -> Taken:
-    """In a process of its own."""
+    """Measure in a separate process."""
     command = [sys.executable, "-m", "benchmarks.lists", "--one", kind, str(samples), grouping]
     ran = subprocess.run(command, check=True, capture_output=True, text=True)
     return Taken(**json.loads(ran.stdout.splitlines()[-1]))
 
 
 def take(kind: str, samples: int, grouping: str) -> Taken:
-    """In this process."""
+    """Measure in this process."""
     settings = {"encoder": "mlp:3x4x4-8-4", "steps": 1, "members": 2} if grouping == "adversarial" else {}
     config = MergeConfig.model_validate({"source": kind, "artifact": "none", "grouping": grouping} | settings)
     folder = Path(tempfile.mkdtemp(prefix="datamerge-lists-", dir=MEMORY if MEMORY.is_dir() else None))
@@ -125,7 +126,7 @@ def _rows(folder: Path, samples: int) -> Callable[[], Source]:
 
 
 def _tars(folder: Path, samples: int) -> Callable[[], Source]:
-    """One tar, under as many names as are needed: the memory of this machine is no place for a million images."""
+    """One tar under many names, since a million images would not fit into memory."""
     import webdataset
 
     folder.mkdir()
@@ -147,7 +148,7 @@ def _tars(folder: Path, samples: int) -> Callable[[], Source]:
 
 
 def _floor(source: Source) -> float:
-    """CPU seconds for the headers of all members, which come in twos, and are of 512 bytes."""
+    """CPU seconds for reading the 512-byte headers of all members, two per sample."""
     begun = time.process_time()
     for name in source.listing:
         with (Path(source.url) / name).open("rb", buffering=0) as stream:
@@ -172,21 +173,21 @@ def _folder(folder: Path, samples: int) -> Callable[[], Source]:
 
 
 def _names(samples: int) -> Iterator[str]:
-    """Paths as ImageNet's, sorted."""
+    """Sorted paths like ImageNet's."""
     for start in range(0, samples, PER_CLASS):
         folder = f"n{start // PER_CLASS:08d}"
         yield from sorted(f"train/{folder}/{folder}_{place}.JPEG" for place in range(min(PER_CLASS, samples - start)))
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes of this process that are in memory, and that were at most."""
+    """Current and peak resident bytes of this process."""
     status = Path("/proc/self/status").read_text()
     held, peak = (int(re.findall(rf"{name}:\s+(\d+) kB", status)[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return held, peak
 
 
 def findings(samples: int, repeats: int) -> Findings:
-    """Bars and a table of both kinds and groupings, and of five times as many samples once."""
+    """Bars and a table for all kinds and groupings, and once for five times as many samples."""
     found, rows = Findings(notes=[NOTE]), []
     for kind in KINDS:
         for grouping, count, times in (
@@ -223,10 +224,10 @@ def findings(samples: int, repeats: int) -> Findings:
 
 @click.command()
 @click.option("--one", type=(click.Choice(KINDS), int, str), help="Kind, samples and grouping to measure here.")
-@click.option("--samples", default=SAMPLES, show_default=True, help="Also five times as many.")
+@click.option("--samples", default=SAMPLES, show_default=True, help="Samples; one row has five times as many.")
 @click.option("--repeats", default=3, show_default=True)
 def main(one: tuple[str, int, str] | None, samples: int, repeats: int) -> None:
-    """Print what a sample takes."""
+    """Print the cost per sample."""
     if one is not None:
         click.echo(json.dumps(asdict(take(*one))))
         return

@@ -1,6 +1,6 @@
-"""An artifact of very many shards: opening it, sending it to a data worker, and starting to train on it.
+"""An artifact with very many shards: opening it, sending it to a data worker, and starting to train on it.
 
-The manifest lists them all; of the shards themselves only those are made that the first step reads.
+The manifest lists all shards, but only those that the first step reads are made.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from trainer import TrainConfig
 from trainer.run.job import make_job
 
 SHAPE, WIDTH, MEMBERS, GROUPS = (3, 8, 8), 8, 4, 256
-FEW = 128  # shards of an artifact beside which the start is measured
+FEW = 128  # shards of the artifact that the start-up time is compared with
 ENCODER = f"mlp:3x8x8-8-{WIDTH}"
-# In a process of its own: what is imported is the same for one shard and for all.
+# Runs in a separate process, so that imports do not depend on earlier measurements.
 OPEN = """
 import json, pickle, sys, time
 from storage_schemas import open_artifact
@@ -48,7 +48,7 @@ print(json.dumps([*parts, len(data), int(status.partition('VmHWM:')[2].split()[0
 
 @dataclass(frozen=True)
 class Opened:
-    """Seconds to open an artifact, to pack it for a data worker and to unpack it there; MB sent; peak MB."""
+    """Seconds to open an artifact, to pickle it for a data worker and to unpickle it there; MB sent; peak MB."""
 
     open: float
     pack: float
@@ -59,7 +59,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Started:
-    """`datamerge train` for one step, imports included: seconds, of which on a processor, and peak MB."""
+    """`datamerge train` for one step, including imports: wall seconds, CPU seconds and peak MB."""
 
     seconds: float
     cpu: float
@@ -68,7 +68,7 @@ class Started:
 
 @click.command()
 @click.option("--shards", default=200_000, show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Starts on many shards and on few, in turn.")
+@click.option("--rounds", default=3, show_default=True, help="Starts on many and on few shards, in turn.")
 def main(shards: int, rounds: int) -> None:
     """Print seconds and MB."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,7 +93,7 @@ def main(shards: int, rounds: int) -> None:
 
 
 def write(folder: Path, shards: int) -> Path:
-    """An artifact of so many shards of 256 groups, without those that the first step of a run does not read."""
+    """An artifact of `count` shards of 256 groups, without the shards that the first step does not read."""
     arrays = (
         {"name": "sum", "dtype": "uint16", "shape": SHAPE},
         {"name": "scatter", "dtype": "uint16", "shape": SHAPE},

@@ -1,11 +1,11 @@
-"""Memory of encoders at full size, each measured in a process of its own.
+"""Memory of full-size encoders, each measured in a separate process.
 
     training   steps of the trainer with and without `grad_checkpointing`
-                 kept   MB that autograd keeps of an image until the backward pass, parameters aside
-                 peak   greatest resident MB while the steps run, with weights, gradients, AdamW's moments, libraries
-    loading    `load_encoder`: seconds, greatest resident MB, and what stays, over the MB of the image tower's weights
+                 kept   MB that autograd stores for one image until the backward pass, without parameters
+                 peak   peak resident MB during the steps, with weights, gradients, AdamW's moments and libraries
+    loading    `load_encoder`: seconds, and peak and remaining resident MB over the MB of the image tower's weights
 
-Linux alone counts a greatest size anew from a given moment, as this needs.
+Needs Linux, which can reset the peak of a process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def training(encoders: str, batches: str, steps: int, threads: int) -> None:
 @main.command()
 @click.option("--encoders", default=MODELS, show_default=True, help="Comma-separated specs.")
 def loading(encoders: str) -> None:
-    """What an encoder takes to be loaded."""
+    """Cost of loading an encoder."""
     _heading("loading", encoders=encoders)
     rows = []
     for spec in encoders.split(","):
@@ -86,7 +86,7 @@ def _heading(command: str, **options: Any) -> None:
 
 
 def _alone(task: str, *arguments: object) -> dict[str, float]:
-    """What one of `TASKS` finds, in a process of its own."""
+    """Result of one of `TASKS`, run in a separate process."""
     command = [sys.executable, "-m", "benchmarks.memory", "alone", task, *map(str, arguments)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -96,7 +96,7 @@ def _alone(task: str, *arguments: object) -> dict[str, float]:
 @click.argument("task")
 @click.argument("arguments", nargs=-1)
 def alone(task: str, arguments: tuple[str, ...]) -> None:
-    """Do one of `TASKS` and print what it finds as JSON."""
+    """Run one of `TASKS` and print its result as JSON."""
     click.echo(json.dumps(TASKS[task](*arguments)))
 
 
@@ -139,7 +139,7 @@ def _load(spec: str) -> dict[str, float]:
     seconds = time.perf_counter() - started
     weights = sum(tensor.nbytes for tensor in encoder.state_dict().values()) / MB
     left = _resident("VmRSS")
-    # The kernel may count the two a few pages apart.
+    # The kernel may update peak and current size at slightly different times.
     peak = max(_resident("VmHWM"), left)
     return {"seconds": seconds, "peak": peak - before, "left": left - before, "weights": weights}
 
@@ -148,12 +148,12 @@ TASKS: dict[str, Callable[..., dict[str, float]]] = {"steps": _steps, "load": _l
 
 
 def _count_anew() -> None:
-    """Let the greatest size of this process be counted from here."""
+    """Reset the peak resident size of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident(field: str) -> float:
-    """A figure of this process, in MB."""
+    """A field of /proc/self/status, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 

@@ -1,11 +1,11 @@
-"""The merge around the attack: job over attack time, one worker against two, Ray's cost of a shard, memory.
+"""Overhead of merging beyond the attack: job over attack time, scaling to two workers, Ray's cost per shard, memory.
 
-job        seconds of a whole job on one worker (Ray up, worker start subtracted) over the seconds of its attacks
-scaling    1 worker against 2 on the same shards, and against what two bare processes gain on this machine
-overhead   seconds a shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards, and the same shards
-           in a loop without Ray
+job        seconds of a whole job on one worker (Ray running, without worker start) over the seconds of its attacks
+scaling    1 worker against 2 on the same shards, compared with the gain of two bare processes on this machine
+overhead   seconds per shard with a no-op attack (zero steps on tiny images), for 10, 100, … shards, and the same
+           shards in a loop without Ray
 
-Artifacts are written to memory where there is /dev/shm: a shard is synced four times, which would measure the disk.
+Artifacts go to /dev/shm if it exists, since every shard is synced four times and a disk would dominate the time.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def main(
 
 @dataclass(frozen=True)
 class Overhead:
-    """Of a job with nothing to attack.
+    """Cost of a job without an attack.
 
     Attributes:
-        shard, in_loop, manifest: seconds of a shard on Ray, of one without it, of the manifest in all.
-        peak: MB of a worker.
+        shard, in_loop, manifest: seconds per shard on Ray, per shard without Ray, and for the whole manifest.
+        peak: peak MB of a worker.
     """
 
     shard: float
@@ -95,7 +95,7 @@ class Overhead:
 def measure_round(
     photos: Path, folder: Path, settings: dict[str, object], workers: int
 ) -> tuple[float, float, float]:
-    """Seconds on one worker, of the attacks in this process without anything else, and on so many workers."""
+    """Seconds on one worker, of the attacks alone in this process, and on several workers."""
     one, _ = run_on_ray(make_prepared(photos, folder, settings), 1)
     alone = _attack_alone(make_prepared(photos, folder, settings))
     many = one if workers == 1 else run_on_ray(make_prepared(photos, folder, settings), workers)[0]
@@ -117,8 +117,8 @@ def make_writer(prepared: Prepared) -> ArtifactWriter:
 def run_on_ray(prepared: Prepared, workers: int) -> tuple[float, float]:
     """Seconds from when every worker is ready until the last shard is committed, and a worker's peak memory in MB.
 
-    Each worker's first shard is not counted: it ends when the worker has started, whose cost does not grow with the
-    job. The rest is scaled to all shards.
+    Each worker's first shard is not counted, since it includes the worker's start, whose cost does not grow with the
+    job. The time of the rest is scaled to all shards.
     """
     config = prepared.config.model_copy(update={"max_workers": workers})
     prepared = Prepared(**{**vars(prepared), "config": config})
@@ -136,21 +136,21 @@ def run_on_ray(prepared: Prepared, workers: int) -> tuple[float, float]:
 
 
 def _workers_peak() -> float:
-    """Peak resident memory of the largest Ray worker on this machine, in MB; 0 where /proc does not say."""
+    """Peak resident memory of the largest Ray worker on this machine, in MB; 0 without /proc."""
     peaks = [0.0]
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             facts = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
-        # A process that has ended and not been waited for has no memory.
+        # A zombie process has no memory field.
         if facts["Name"].strip().startswith("ray::_RayWorker") and "VmHWM" in facts:
             peaks.append(int(facts["VmHWM"].split()[0]) / 1024)
     return max(peaks)
 
 
 def _attack_alone(prepared: Prepared) -> float:
-    """Seconds that the attacks of all shards take, one after the other, in this process."""
+    """Seconds of the attacks of all shards, one after the other, in this process."""
     worker = ShardWorker(worker_setup(prepared, make_writer(prepared), prepared.config.device))
     worker.prepare()
     worker.run(ShardTask(0, prepared.plan.task(0).groups[:1]))
@@ -158,7 +158,7 @@ def _attack_alone(prepared: Prepared) -> float:
 
 
 def bare_scaling(encoder: str) -> float:
-    """How much more two processes do than one, of nothing but forward and backward passes."""
+    """Speed-up of two processes over one, with forward and backward passes only."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as pool:
         pool.starmap(_passes, [(encoder, 1)] * 2)  # both have imported everything
@@ -181,7 +181,7 @@ def _passes(encoder: str, count: int) -> float:
 
 
 def measure_overhead(folder: Path, count: int) -> Overhead:
-    """What a shard costs when there is nothing to attack."""
+    """Cost per shard without an attack."""
     photos = make_photos(folder / f"tiny-{count}.npz", count, OVERHEAD_SHAPE[1])
     settings = {"encoder": "mlp:3x2x2-2", "groups_per_shard": 1, "members": 1, "steps": 0, "format": "webdataset"}
     prepared = make_prepared(photos, folder, settings | {"device": "cpu"})

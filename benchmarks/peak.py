@@ -1,4 +1,4 @@
-"""The memory of a command and all processes that it starts."""
+"""Peak memory of a command and all processes that it starts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ INTERVAL = 0.2
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that has ended.
+    """Result of a command.
 
     Attributes:
-        returncode: its exit code.
-        stdout: what it printed.
-        stderr: likewise.
-        seconds: of wall time.
-        tree: greatest sum of the memory of all its processes at one time, in MB; what they share counts once.
-        process: greatest memory of any single one of them, what it shares included, in MB.
+        returncode: exit code.
+        stdout: standard output.
+        stderr: standard error.
+        seconds: wall time.
+        tree: peak memory of all its processes together, in MB; shared memory counts once.
+        process: peak memory of any single process, shared memory included, in MB.
     """
 
     returncode: int
@@ -37,11 +37,11 @@ class Ran:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> Ran:
-    """Run a command to its end and watch its memory. Linux alone says what is needed for that, in /proc.
+    """Run a command to its end and measure its memory from /proc; Linux only.
 
     Args:
-        command: and its arguments.
-        environment: variables besides those of this process.
+        command: the command and its arguments.
+        environment: environment variables in addition to those of this process.
     """
     started = time.perf_counter()
     with subprocess.Popen(
@@ -57,7 +57,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> Ran:
 
 
 class _Watch(threading.Thread):
-    """Looks at a tree of processes until it is told that the first of them has ended; figures in kB."""
+    """Samples the memory of a process tree, in kB, until it is stopped."""
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
@@ -87,12 +87,12 @@ def _parent(entry: Path) -> int:
     try:
         # The second field is a name in brackets, which may hold brackets and spaces.
         return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0
 
 
 def _field(pid: int, file: str, name: str) -> int:
-    """A figure in kB; 0 of a process that has ended."""
+    """A field in kB; 0 for a process that has ended."""
     try:
         lines = (PROC / str(pid) / file).read_text().splitlines()
     except OSError:

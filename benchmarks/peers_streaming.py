@@ -1,6 +1,7 @@
-"""The same arrays in the formats of LitData and MosaicML streaming, written and read with their default settings.
+"""Write and read the same arrays with LitData and MosaicML streaming, in their default settings.
 
-Run by `benchmarks/streaming.py` with the interpreter of an environment that has the library, and nothing of ours:
+`benchmarks/streaming.py` runs this file with the interpreter of an environment that has the library, without
+datamerge:
 
     python -m venv litdata && litdata/bin/pip install litdata==0.2.76
     python -m venv mosaicml && mosaicml/bin/pip install mosaicml-streaming==0.13 torchvision
@@ -21,7 +22,7 @@ BATCH, EPOCHS = 32, 2
 
 
 def write(library: str, source: str, folder: str, count: int) -> None:
-    """Write so many samples; the arrays of `source` are used again and again under other keys."""
+    """Write `count` samples, repeating the arrays of `source` under other keys."""
     import numpy as np
 
     with np.load(source) as stored:
@@ -34,7 +35,7 @@ def write(library: str, source: str, folder: str, count: int) -> None:
     if library == "LitData":
         from litdata.streaming.writer import BinaryWriter
 
-        writer = BinaryWriter(folder, chunk_bytes="64MB")  # what `optimize` takes by default
+        writer = BinaryWriter(folder, chunk_bytes="64MB")  # the default of `optimize`
         for number, sample in enumerate(samples):
             writer[number] = sample
         writer.done()
@@ -56,7 +57,7 @@ def loader(library: str, url: str, cache: str, workers: int) -> Any:
         from litdata.streaming import downloader
         from litdata.streaming.resolver import Dir
 
-        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the server is no https one
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # the server has no https
         options = {
             "endpoint_url": os.environ["AWS_ENDPOINT_URL"],
             "aws_access_key_id": os.environ["AWS_ACCESS_KEY_ID"],
@@ -71,7 +72,7 @@ def loader(library: str, url: str, cache: str, workers: int) -> Any:
 
 
 def read(library: str, url: str, cache: str, workers: int) -> None:
-    """Print a line when it begins, a line a batch, then CPU seconds and memory, as `streaming_reader.py` does."""
+    """Print a line at the start, a line per batch, then CPU seconds and memory, like `streaming_reader.py`."""
     import torch
 
     torch.set_num_threads(1)

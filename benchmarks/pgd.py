@@ -1,10 +1,10 @@
-"""PGD against its floor, and against torchattacks and Foolbox on the same model, batch, steps and random starts.
+"""PGD compared with its floor, and with torchattacks and Foolbox on the same model, batch, steps and random starts.
 
 The floor is steps × (forward + input-only backward) of the same batch, in the same process. The peers maximise the
-same loss: cross entropy of a linear head on the embedding, with labels that the clean images get.
+same loss: cross entropy of a linear head on the embedding, with the predicted labels of the clean images.
 
-`load_encoder` lays convolutions out channels last; "as built" is the same network without that, which is what others
-attack. Ours ends with one more forward pass, the loss of its result: 1/(2·steps) of the floor.
+`load_encoder` converts convolutions to channels-last; "as built" is the same network without that, as the peers
+attack it. Our attack ends with one more forward pass, for the loss of its result: 1/(2·steps) of the floor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ EPSILON, STEP_SIZE = Fraction(2, 255), Fraction(1, 255)
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--precision", default="float32", show_default=True, help="Of our attack: float32, tf32 or bfloat16.")
+@click.option(
+    "--precision", default="float32", show_default=True, help="Precision of our attack: float32, tf32 or bfloat16."
+)
 @click.option("--compile/--no-compile", "compiled", default=False, show_default=True)
 def main(
     encoder: str,
@@ -44,7 +46,7 @@ def main(
     precision: Precision,
     compiled: bool,
 ) -> None:
-    """Print medians, ratios of interleaved rounds, and the loss that every attack reaches."""
+    """Print medians, ratios of interleaved rounds, and the loss that each attack reaches."""
     torch.set_num_threads(threads)
     rounds, reached = measure(encoder, batch, steps, repeats, device, precision, compiled)
     for name, loss in reached.items():
@@ -65,7 +67,7 @@ def measure(
     precision: Precision = "float32",
     compiled: bool = False,
 ) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Seconds of every contender in every round, and the loss that it reaches."""
+    """Seconds of each implementation in every round, and the loss that it reaches."""
     network = load_encoder(encoder, device).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(10, network.embedding_dim, generator=generator).to(device)
@@ -96,7 +98,7 @@ def measure(
 
 
 def _passes(model: nn.Module, clean: Tensor, labels: Tensor, steps: int) -> Tensor:
-    """The floor: nothing but forward and backward passes."""
+    """The floor: only forward and backward passes."""
     pixels = clean
     for _ in range(steps):
         pixels = clean.clone().requires_grad_()

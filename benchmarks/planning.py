@@ -1,8 +1,8 @@
-"""What large merges take, planned as `datamerge merge --dry-run` plans them, and how far off such plans are.
+"""Cost of large merges as `datamerge merge --dry-run` estimates it, and the error of such estimates.
 
-Jobs of several sizes are planned from a piece of each (merge_service/estimate.py) and then merged by one worker. A
-larger encoder takes its counted FLOPs over the FLOP/s that the last of these jobs reached, and as many bytes a value
-of its images as that job stored.
+Jobs of several sizes are planned from a sample of each (merge_service/estimate.py) and then merged by one worker. For
+a larger encoder the time is its counted FLOPs over the FLOP/s that the last of these jobs reached, and the bytes per
+pixel value are those of that job.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from merge_service.estimate import Estimate, count_passes, estimate, group_flops
 LARGE = "open_clip:ViT-L-14"
 # Training images of ImageNet-1k; pairs of LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114).
 GROUPS = {"ImageNet": 1_281_167, "LAION-400M": 413_000_000}
-# FLOP/s of an H100 SXM in float32 without TF32, from its data sheet, and the share of it that is reached, a guess.
+# FLOP/s of an H100 SXM in float32 without TF32, from its data sheet, and the assumed share of it that is reached.
 H100 = 0.35 * 67e12
 # USD for an hour of a device; assumed.
 PRICES = {"cpu": 0.04, "cuda": 2.5}
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job, what was planned for it, and the seconds and bytes that it took."""
+    """A job, its plan, and the measured seconds and bytes."""
 
     job: Job
     planned: Estimate
@@ -57,7 +57,7 @@ class Outcome:
 
     @property
     def planned_seconds(self) -> float:
-        """Without the start of the worker, which `seconds` leaves out too."""
+        """Planned seconds without the start of the worker, which `seconds` excludes too."""
         return self.planned.seconds - self.planned.start_seconds
 
     def errors(self) -> tuple[float, float]:
@@ -67,12 +67,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a large job takes.
+    """Estimated cost of a large job.
 
     Attributes:
-        devices: fewest that end before the deadline if they share the work evenly.
-        hours: wall time on them.
-        cost: of all devices, in the price's currency.
+        devices: smallest number of devices that meet the deadline if they share the work evenly.
+        hours: wall time on these devices.
+        cost: cost of all devices, in the currency of the price.
     """
 
     device_hours: float
@@ -83,18 +83,18 @@ class Plan:
 
     @classmethod
     def of(cls, device_hours: float, volume: float, deadline_hours: float, price: float) -> Plan:
-        """Of so much work; the price is that of a device for an hour."""
+        """Estimate a job from its total device time; the price is that of one device hour."""
         devices = max(1, math.ceil(device_hours / deadline_hours))
         return cls(device_hours, devices, device_hours / devices, volume, device_hours * price)
 
 
 def jobs(scale: int) -> list[Job]:
-    """Three that differ in groups alone, then others; the last has the paper's members and steps."""
+    """Three jobs that differ only in groups, then others; the last has the paper's members and steps."""
     return [*(Job(count * scale, 2, 3) for count in (32, 64, 128)), Job(32 * scale, 8, 3), Job(16 * scale, 10, 10)]
 
 
 def measure(encoder: str, job: Job, photos: Path, folder: Path, device: str, batch_size: int) -> Outcome:
-    """Plan a merge of that size, or of all photos where they are fewer, then run it on one worker."""
+    """Plan a merge of this size (or of all photos if there are fewer), then run it on one worker."""
     settings: dict[str, object] = {"encoder": encoder, "members": job.members, "steps": job.steps}
     settings |= {"groups_per_shard": job.groups // job.shards, "limit_first": job.groups, "max_workers": 1}
     prepared = make_prepared(photos, folder, settings | {"device": device, "batch_size": batch_size})
@@ -107,7 +107,7 @@ def measure(encoder: str, job: Job, photos: Path, folder: Path, device: str, bat
 
 
 def measure_all(encoder: str, photos: Path | None, device: str, scale: int, batch_size: int) -> list[Outcome]:
-    """One outcome a job; without photos they are smooth noise."""
+    """Outcome of each job; without photos the images are smooth noise."""
     folder = Path(tempfile.mkdtemp(prefix="datamerge-planning-", dir=MEMORY if MEMORY.is_dir() else None))
     try:
         wanted = jobs(scale)
@@ -118,12 +118,12 @@ def measure_all(encoder: str, photos: Path | None, device: str, scale: int, batc
 
 
 def make_plans(encoder: str, reached: Outcome, deadline_hours: float, price: float) -> list[tuple[str, str, Plan]]:
-    """The paper's attack on both data sets, by what a job with its members and steps reached here and on H100s.
+    """Estimates of the paper's attack on both data sets, on devices like this one and on H100s.
 
     Args:
-        encoder: that of the job.
-        reached: the job.
-        price: of a device like the one here for an hour.
+        encoder: encoder of the measured job.
+        reached: a measured job with the paper's members and steps.
+        price: price of an hour of a device like this one.
     """
     job = reached.job
     large = load_encoder(LARGE).eval().requires_grad_(False).to("meta")
@@ -143,7 +143,7 @@ def make_plans(encoder: str, reached: Outcome, deadline_hours: float, price: flo
 
 
 def findings(outcomes: Sequence[Outcome], plans: Sequence[tuple[str, str, Plan]]) -> Findings:
-    """Errors, growth and plans."""
+    """Report of estimation errors, growth with size, and estimates for large jobs."""
     rows = []
     for outcome in outcomes:
         job, (seconds, volume) = outcome.job, outcome.errors()
@@ -206,7 +206,7 @@ def run(
     deadline_hours: float = 24.0,
     price: float | None = None,
 ) -> Findings:
-    """Measure and plan."""
+    """Measure the jobs and estimate the large ones."""
     outcomes = measure_all(encoder, photos, device, scale, batch_size)
     return findings(
         outcomes, make_plans(encoder, outcomes[-1], deadline_hours, PRICES[device] if price is None else price)
@@ -214,16 +214,16 @@ def run(
 
 
 @click.command()
-@click.option("--encoder", default="timm:test_resnet", show_default=True, help="That is measured.")
+@click.option("--encoder", default="timm:test_resnet", show_default=True, help="Encoder to measure.")
 @click.option("--photos", type=click.Path(exists=True, path_type=Path), help="Folder; smooth noise by default.")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--scale", default=1, show_default=True, help="Multiplies the groups that are measured; 8 on a GPU.")
+@click.option("--scale", default=1, show_default=True, help="Factor of the measured groups; 8 on a GPU.")
 @click.option("--deadline-hours", default=24.0, show_default=True)
-@click.option("--price", type=float, help="Of a device like this one for an hour; assumed if not given.")
+@click.option("--price", type=float, help="Price of an hour of this device; assumed if not given.")
 def main(
     encoder: str, photos: Path | None, device: str, scale: int, deadline_hours: float, price: float | None
 ) -> None:
-    """Print what ImageNet and LAION-400M take on devices like this one and on H100s, and how far off plans are."""
+    """Print the cost of ImageNet and LAION-400M on devices like this one and on H100s, and the errors of plans."""
     found = run(encoder, photos, device, scale=scale, deadline_hours=deadline_hours, price=price)
     click.echo("\n".join([*found.notes, "", *(table.markdown() for table in found.tables)]))
 

@@ -1,10 +1,10 @@
-"""Reading an artifact, against the floor and the peers, on the same files in one process.
+"""Reading an artifact, compared with the floor and with peers, on the same files in one process.
 
-Ratios are of CPU seconds: readers run in data loader workers, one a core, and tensorstore uses more than one thread.
+Ratios are of CPU seconds: readers run in data loader workers, one per core, and tensorstore uses several threads.
 
-tar     against the bare copy of the same bytes out of a memory map, against stock webdataset on the same files, and
-        against LitData on the same records in chunks of its own
-zarr    against tensorstore and zarr-python on the same store, record by record
+tar     compared with copying the same bytes out of a memory map, with stock webdataset on the same files, and with
+        LitData on the same records in its own chunks
+zarr    compared with tensorstore and zarr-python on the same store, record by record
 index   opening a manifest of many shards; looking up a key in it
 memory  private bytes after iterating over one shard, and over all
 """
@@ -45,7 +45,7 @@ from storage_schemas.schema.record import encode_exact
 SHAPE, MEMBERS = (3, 224, 224), 10
 
 Seconds = dict[str, list[tuple[float, float]]]
-"""(CPU, wall) seconds of every round, by way of reading."""
+"""(CPU, wall) seconds of every round, by reader."""
 
 
 @click.command()
@@ -93,7 +93,7 @@ def _images(photos: str | None, count: int) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def write(folder: Path, format: str, photos: str | None, records: int, shards: int) -> Artifact:
-    """Groups of independent perturbations of up to two levels: the least compressible there are."""
+    """Groups with independent perturbations of up to two levels, which compress worst."""
     arrays = (
         {"name": "sum", "dtype": "uint16", "shape": SHAPE},
         {"name": "scatter", "dtype": "uint16", "shape": SHAPE},
@@ -118,7 +118,7 @@ def write(folder: Path, format: str, photos: str | None, records: int, shards: i
 
 
 def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
-    """Reading all records: a bare copy, stock webdataset, LitData (where installed), ours with every verification."""
+    """Time to read all records: bare copy, webdataset, LitData (if installed), and ours with all verification."""
     folder, per_record = artifact.location.root, artifact.manifest.layout.bytes_per_record
     paths = [f"{folder}/shards/{shard:05d}.tar" for shard in range(artifact.manifest.layout.shards)]
     buffer = np.empty(per_record, np.uint8)
@@ -144,7 +144,7 @@ def tar_seconds(artifact: Artifact, repeats: int) -> Seconds:
 
 
 def _with_litdata(artifact: Artifact) -> Callable[[], None]:
-    """The same arrays in chunks of as many records, read in order by its dataset. Nothing is verified."""
+    """LitData's dataset on the same arrays, in chunks of as many records, read in order without verification."""
     from litdata import StreamingDataset
     from litdata.streaming.writer import BinaryWriter
 
@@ -164,7 +164,7 @@ def _with_litdata(artifact: Artifact) -> Callable[[], None]:
 
 
 def zarr_seconds(artifact: Artifact, repeats: int) -> Seconds:
-    """Reading all records: tensorstore (left out where it is not installed), zarr-python, and ours."""
+    """Time to read all records: tensorstore (if installed), zarr-python, and ours."""
     layout, folder = artifact.manifest.layout, Path(artifact.location.root)
 
     def with_tensorstore() -> None:
@@ -202,14 +202,14 @@ def _iterate(artifact: Artifact) -> None:
 def _interleaved(ways: dict[str, Callable[[], None]], repeats: int) -> Seconds:
     times: Seconds = {name: [] for name in ways}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the collector
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves closing to the garbage collector
         for round in range(repeats + 1):
             for name, work in ways.items():
                 cpu, wall = time.process_time(), time.perf_counter()
                 work()
-                if round:  # the first one fills the page cache
+                if round:  # the first round fills the page cache
                     times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-                gc.collect()  # not timed: it takes as long as this process holds objects
+                gc.collect()  # not timed: its time depends on the number of objects in this process
     return times
 
 
@@ -223,15 +223,15 @@ def _report(title: str, times: Seconds, records: int, per_record: int) -> None:
 
 
 def speed_over(times: Seconds, peer: str) -> list[float]:
-    """The peer's CPU time over ours, of every round."""
+    """The peer's CPU time over ours, for every round."""
     ours = times["datamerge, verify=record"]
     return [theirs[0] / mine[0] for theirs, mine in zip(times[peer], ours, strict=True)]
 
 
 def open_seconds(folder: Path, manifest: Manifest, shards: int) -> tuple[float, float]:
-    """Opening a manifest of so many shards of 256 groups, and finding the shard of a key.
+    """Seconds to open a manifest of `shards` shards of 256 groups, and to find the shard of a key.
 
-    Only the sidecars that a look-up needs would have to exist.
+    Only the sidecars that the look-up needs exist.
     """
     entries = (
         ShardEntry(
@@ -271,7 +271,7 @@ def _memory(artifacts: dict[str, Artifact]) -> None:
 
 
 def _private_bytes() -> int:
-    """Memory that is this process's own; pages of mapped files belong to the page cache."""
+    """Private memory of this process in bytes; pages of mapped files belong to the page cache."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 

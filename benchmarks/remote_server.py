@@ -1,16 +1,16 @@
-"""A server of files as far away as one likes, in a process of its own: http with ranges, and the reading half of S3.
+"""A file server with adjustable latency and rate, in a separate process: HTTP with ranges, and S3 for reading.
 
     python -m benchmarks.remote_server FOLDER --latency 0.02 --rate 100e6
 
 Every request waits `latency` seconds before its answer begins; the kernel paces each connection to `rate` bytes a
-second (SO_MAX_PACING_RATE, Linux) and sends files by itself (sendfile), so that the server costs little of the
-processors that it shares with its client: about 0.1 ms a request. `total` bounds all connections together: each gets
-its part while several answer. The first line of its output is its URL.
+second (SO_MAX_PACING_RATE, Linux) and sends files itself (sendfile), so that the server takes little of the CPU that
+it shares with its client: about 0.1 ms per request. `total` limits all connections together, which share it equally.
+The first line of its output is its URL.
 
-As S3 (path style, signatures are not looked at) a folder below FOLDER is a bucket: GetObject with ranges, HeadObject,
-ListObjectsV2. The same URLs are plain http.
+As S3 (path style, signatures are ignored) each folder below FOLDER is a bucket, with GetObject (ranges too),
+HeadObject and ListObjectsV2. The same URLs work as plain HTTP.
 
-`/-/log` answers what was asked since it was asked last, `/-/settings?rate=5e7&fail=0.05` changes settings.
+`/-/log` returns the requests since its last call, `/-/settings?rate=5e7&fail=0.05` changes settings.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ REASONS = {200: "OK", 206: "Partial Content", 404: "Not Found", 416: "Range Not 
 
 @dataclass
 class Settings:
-    """How far away the server is, and how well it is.
+    """Simulated distance and faults of the server.
 
     Attributes:
         latency: seconds from a request to the first byte of its answer.
-        rate: bytes a second of a connection; 0 for no limit.
-        total: bytes a second of all connections; 0 for no limit.
-        fail: share of requests that are answered with 503.
-        stall: seconds for which the answer stops half-way, of the next `stalls` answers.
-        stalls: how many.
+        rate: bytes per second of a connection; 0 for no limit.
+        total: bytes per second of all connections; 0 for no limit.
+        fail: fraction of requests that are answered with 503.
+        stall: seconds for which each of the next `stalls` answers pauses half-way.
+        stalls: number of answers that will pause.
     """
 
     latency: float = 0.0
@@ -66,12 +66,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Request:
-    """One that was answered.
+    """An answered request.
 
     Attributes:
-        path: with its query, as it was asked.
-        start, end: bytes of the file that were sent, or meant to be; 0 and 0 of an answer without any.
-        status: of HTTP.
+        path: path and query of the request.
+        start, end: range of the file that was to be sent; 0 and 0 for an answer without a body.
+        status: HTTP status.
         began, ended: seconds since the server started.
     """
 
@@ -172,12 +172,12 @@ class Server:
             self._pace()
 
     def _pace(self) -> None:
-        """Give every connection that sends its rate."""
+        """Set the rate of every sending connection."""
         rates: list[float] = [self.settings.rate or UNPACED]
         if self.settings.total and self._sending:
             rates.append(self.settings.total / len(self._sending))
         for connection in self._sending:
-            with suppress(OSError):  # it was closed
+            with suppress(OSError):  # the connection was closed
                 connection.setsockopt(socket.SOL_SOCKET, PACING, struct.pack("Q", int(min(rates))))
 
     def _control(self, path: str, query: dict[str, str]) -> bytes:
@@ -217,7 +217,7 @@ def _head(status: int, length: int, lines: dict[str, str]) -> bytes:
 
 
 def _bounds(span: str, size: int) -> tuple[int, int]:
-    """Start and end of a range of one part; of bytes=-n the last n."""
+    """Start and end of a single range; bytes=-n is the last n bytes."""
     found = re.fullmatch(r"bytes=(\d*)-(\d*)", span)
     if found is None or not any(found.groups()):
         return 0, size
@@ -234,7 +234,7 @@ def _problem(code: str) -> bytes:
 
 
 def _listing(bucket: Path, query: dict[str, str]) -> bytes:
-    """ListObjectsV2 of a bucket; a continuation token is the last key that was listed."""
+    """Answer to ListObjectsV2 for a bucket; the continuation token is the last key that was listed."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     after = query.get("continuation-token") or query.get("start-after", "")
     most = min(LISTED, int(query.get("max-keys", LISTED)))
@@ -274,12 +274,12 @@ class Remote:
     url: str
 
     def log(self) -> tuple[list[Request], float]:
-        """What was asked since the last call, and the CPU seconds of the server since it started."""
+        """Requests since the last call, and CPU seconds of the server since it started."""
         found = self._asked("log")
         return [Request(*row) for row in found["requests"]], found["cpu"]
 
     def set(self, **settings: float) -> None:
-        """Change settings while it runs."""
+        """Change settings of the running server."""
         self._asked("settings?" + "&".join(f"{name}={value}" for name, value in settings.items()))
 
     def _asked(self, path: str) -> Any:
@@ -289,7 +289,7 @@ class Remote:
 
 @contextmanager
 def running(folder: Path, **settings: float) -> Iterator[Remote]:
-    """A server of a folder in a process of its own."""
+    """Start a server of a folder in a separate process."""
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "benchmarks.remote_server", str(folder), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -302,11 +302,11 @@ def running(folder: Path, **settings: float) -> Iterator[Remote]:
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--port", default=0, help="A free one by default.")
+@click.option("--port", default=0, help="Port; a free one by default.")
 @click.option("--latency", default=0.0, show_default=True, help="Seconds before an answer.")
-@click.option("--rate", default=0.0, show_default=True, help="Bytes a second of a connection; 0: no limit.")
-@click.option("--total", default=0.0, show_default=True, help="Bytes a second of all connections; 0: no limit.")
-@click.option("--fail", default=0.0, show_default=True, help="Share of requests that are answered with 503.")
+@click.option("--rate", default=0.0, show_default=True, help="Bytes per second of a connection; 0: no limit.")
+@click.option("--total", default=0.0, show_default=True, help="Bytes per second of all connections; 0: no limit.")
+@click.option("--fail", default=0.0, show_default=True, help="Fraction of requests that are answered with 503.")
 def main(folder: Path, port: int, **settings: Any) -> None:
     """Serve the files below FOLDER."""
     asyncio.run(_serve(folder, port, Settings(**settings)))

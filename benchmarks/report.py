@@ -1,7 +1,7 @@
-"""What a benchmark found, as Markdown and as a picture.
+"""Reports of benchmarks, as Markdown and as a picture.
 
-A ratio is measured in every round, its two sides one after the other; a bar compares the median of these ratios.
-Behind a median stand the least and the greatest of its rounds.
+A ratio is measured in every round, its two sides one after the other; a bar compares the median of these ratios with
+a limit. Minimum and maximum over the rounds follow each median.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Bar:
     """A limit and what was measured for it.
 
     Attributes:
-        rounds: one value a round; none where it could not be measured.
-        limit: the median has to be at most this, or at least, if `at_least`.
+        rounds: one value per round; empty if it could not be measured.
+        limit: upper limit of the median, or lower limit if `at_least`.
     """
 
     what: str
@@ -54,14 +54,14 @@ class Bar:
         return "met" if met else "not met"
 
     def cells(self) -> list[str]:
-        """Of its row: what, median, range, limit, verdict."""
+        """Cells of its row: what, median, range, limit, verdict."""
         sign = "≥" if self.at_least else "≤"
         return [self.what, *spread(self.rounds), f"{sign} {self.limit:g}", self.verdict]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text below a heading."""
+    """A table with a heading."""
 
     title: str
     columns: Sequence[str]
@@ -75,7 +75,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Curve:
-    """Cost against size: (x, y) by the name of a line; both axes are logarithmic."""
+    """Cost against size: points (x, y) by name of the line; both axes are logarithmic."""
 
     x: str
     y: str
@@ -84,7 +84,7 @@ class Curve:
 
 @dataclass
 class Findings:
-    """Of one theme."""
+    """Results of one theme."""
 
     bars: list[Bar] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -94,10 +94,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Where and when.
+    """Machine, versions and date of a measurement.
 
     Attributes:
-        slug: the hardware, as part of a file's name.
+        slug: the hardware, for file names.
         missing: peers that are not installed.
     """
 
@@ -110,7 +110,7 @@ class Circumstances:
 
     @classmethod
     def here(cls, device: str) -> Circumstances:
-        """Of this machine, commit and day."""
+        """The conditions of this machine, commit and day."""
         cores = len(os.sched_getaffinity(0))
         cpu = f"{platform.machine()} {cores}-core"
         hardware = torch.cuda.get_device_name() if device == "cuda" else cpu
@@ -127,7 +127,7 @@ class Circumstances:
 
 
 def spread(rounds: Sequence[float]) -> list[str]:
-    """Median, and least to greatest, for two cells of a table."""
+    """Median, and minimum to maximum, for two cells of a table."""
     if not rounds:
         return ["–", "–"]
     middle, least, greatest = (_number(pick(rounds)) for pick in (statistics.median, min, max))
@@ -138,8 +138,8 @@ def render(theme: str, found: Findings, where: Circumstances, command: str, seco
     """The report of a theme.
 
     Args:
-        seconds: that the theme took.
-        load: average number of processes that wanted a core when it began; other work beside it shows here.
+        seconds: duration of the theme.
+        load: load average when it began, which reveals other work on the machine.
     """
     lines = [
         f"# {theme.capitalize()}",
@@ -159,7 +159,7 @@ def render(theme: str, found: Findings, where: Circumstances, command: str, seco
 
 
 def plot(curves: Sequence[Curve], path: Path) -> bool:
-    """Write the curves side by side; False where there are none, or no matplotlib."""
+    """Plot the curves side by side; False without curves or without matplotlib."""
     if not curves or importlib.util.find_spec("matplotlib") is None:
         return False
     import matplotlib as mpl
@@ -175,7 +175,7 @@ def plot(curves: Sequence[Curve], path: Path) -> bool:
         axis.set(xscale="log", yscale="log", xlabel=curve.x, ylabel=curve.y)
         places, heights = (sorted({p[side] for points in curve.lines.values() for p in points}) for side in (0, 1))
         axis.set_xticks(places, labels=[f"{x:g}" for x in places])
-        # Powers of ten alone would leave an axis of less than a decade without a number.
+        # With powers of ten alone, an axis of less than a decade would have no labels.
         marks = np.geomspace(heights[0], heights[-1], 4) if heights[0] < heights[-1] else heights[:1]
         axis.set_yticks(marks, labels=[f"{y:.3g}" for y in marks])
         axis.minorticks_off()

@@ -1,4 +1,4 @@
-"""Attacks against torchattacks' and Foolbox' on the same images; LLaVA's attack step against its bare gradient."""
+"""Our attacks compared with torchattacks and Foolbox on the same images; LLaVA's attack with its bare gradients."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def strength(
 ) -> None:
     """Robust accuracy under our attacks, torchattacks' APGD (CE, then targeted DLR on survivors) and Foolbox' PGD.
 
-    All attack the same images. `broken by one alone` counts those on which two attacks differ, ours first; the error
-    is that of the difference of the two accuracies, from these pairs.
+    All attack the same images. `broken by one alone` counts the images that only one of two attacks breaks, ours
+    first; the error is the standard error of the difference of the two accuracies, from these pairs.
     """
     torch.set_num_threads(threads)
     network = load_encoder(encoder)
@@ -73,14 +73,14 @@ def strength(
 
 
 def _third_parties(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, settings: APGD) -> dict[str, Tensor]:
-    """Which images survive torchattacks' APGD, its pair, and Foolbox' PGD; bool [B] each."""
+    """Masks of the images that survive torchattacks' APGD-CE, its pair, and Foolbox's PGD; bool [B] each."""
     import foolbox
     import torchattacks
     from foolbox.models.pytorch import PyTorchModel
 
     epsilon, steps = float(settings.epsilon), settings.steps
     name = "L2" if settings.norm == "l2" else "Linf"
-    # Ten classes: the label and the nine likeliest others, as AutoAttack does.
+    # Ten classes: the label and the nine most likely others, as in AutoAttack.
     attacks: dict[str, Any] = {
         "torchattacks ce": torchattacks.APGD(model, name, epsilon, steps),
         "torchattacks pair": torchattacks.APGDT(model, name, epsilon, steps, n_classes=10),
@@ -95,7 +95,7 @@ def _third_parties(model: nn.Module, x: Tensor, y: Tensor, clean: Tensor, settin
                 robust[left] = model(adversarial).argmax(dim=1) == y[left]
         found[kind] = robust.clone()
     pgd = (foolbox.attacks.L2PGD if settings.norm == "l2" else foolbox.attacks.LinfPGD)(steps=steps)
-    torch.manual_seed(0)  # Foolbox has no other way to fix its start
+    torch.manual_seed(0)  # the only way to seed Foolbox's random start
     _, _, fooled = pgd(PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=epsilon)
     return found | {"foolbox pgd": clean & ~fooled}
 
@@ -116,13 +116,13 @@ def _row(epsilon: str, found: dict[str, Tensor]) -> str:
 
 
 @main.command()
-@click.option("--llava", default="", help="A LLaVA model; a small one with random weights if not given.")
+@click.option("--llava", default="", help="LLaVA model; by default a small one with random weights.")
 @click.option("--steps", default=10, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 def step(llava: str, steps: int, repeats: int, threads: int, device: str) -> None:
-    """APGD on LLaVA's answer over the same number of bare forward and input-only backward passes."""
+    """Time of APGD on LLaVA's answer over the same number of bare forward and input-only backward passes."""
     from datamerge.evaluation.llava.attack import AnswerLoss, identity
     from datamerge.evaluation.llava.model import Llava
     from datamerge.evaluation.llava.vision_towers import OWN, read_tower_run
@@ -141,7 +141,7 @@ def step(llava: str, steps: int, repeats: int, threads: int, device: str) -> Non
         apgd(loss, clean, torch.zeros(1, device=clean.device), identity, settings, [])
 
     def bare() -> None:
-        # APGD takes one gradient more than steps, and the loss of its result.
+        # APGD takes one gradient more than it has steps, and the loss of its result.
         for _ in range(steps + 1):
             pixels = clean.clone().requires_grad_()
             torch.autograd.grad(loss(pixels).sum(), pixels)
@@ -156,7 +156,7 @@ def step(llava: str, steps: int, repeats: int, threads: int, device: str) -> Non
 
 
 def _small_llava(folder: str) -> str:
-    """A LLaVA of some million parameters with random weights and a byte-level tokeniser."""
+    """A LLaVA of a few million parameters, with random weights and a byte-level tokeniser."""
     make_torchvision_importable()
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -185,7 +185,7 @@ def _small_llava(folder: str) -> str:
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """On a GPU wall time; on a CPU that of this process, which what else the machine does hardly disturbs."""
+    """Wall time on a GPU; CPU time of this process on a CPU, which other load hardly affects."""
     gpu = torch.cuda.is_available()
     clock = time.perf_counter if gpu else time.process_time
     started = clock()

@@ -1,8 +1,8 @@
-"""All bars in one command, each against its named peers in the same run; reports and plots go to benchmarks/results.
+"""All benchmarks in one command, with peers measured in the same run; reports and plots go to benchmarks/results.
 
     make bench                              all themes on two CPU cores
     make bench BENCH_FLAGS=--gpu            the same with attacks and training steps on a GPU
-    python -m benchmarks.run --theme merge  one of them
+    python -m benchmarks.run --theme merge  one theme
 
 A theme's report is written when the theme ends. With $DATAMERGE_DATA the photos below it in nips17/images are used,
 smooth noise otherwise; then the bar of bytes is left out, which only holds for photos.
@@ -30,18 +30,18 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of all themes.
+    """Sizes of all themes.
 
     Attributes:
-        encoder, small_encoder: attacked in `attack`, `storage` and the arms; merged and trained with elsewhere.
-        batch: images an attack or a training step takes at once.
+        encoder, small_encoder: `encoder` is used in `attack`, `storage` and the arms, `small_encoder` elsewhere.
+        batch: images per attack or training step.
         repeats: interleaved rounds.
-        records: read from each format.
-        most_shards: of the largest job with nothing to attack.
-        many_shards: of the largest manifest.
+        records: records read from each format.
+        most_shards: shards of the largest job without an attack.
+        many_shards: shards of the largest manifest.
         streamed: groups read from a server, in 16 shards.
-        listed: samples of the lists that are measured; five times as many once.
-        scale: multiplies the groups of the jobs that are planned.
+        listed: samples of the measured lists; one list has five times as many.
+        scale: factor of the groups of the planned jobs.
     """
 
     device: str = "cpu"
@@ -92,7 +92,7 @@ TINY = Sizes(
 
 
 def attack(sizes: Sizes, photos: Path | None) -> Findings:
-    """PGD over its floor, and against torchattacks and Foolbox."""
+    """PGD compared with its floor, torchattacks and Foolbox."""
     rounds, reached = pgd.measure(sizes.encoder, sizes.batch, sizes.steps, sizes.repeats, sizes.device)
     found = Findings()
     for floor in ("floor, as built", "floor"):
@@ -117,7 +117,7 @@ def attack(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def bytes_stored(sizes: Sizes, photos: Path | None) -> Findings:
-    """Bytes a value of a real merge of photos."""
+    """Bytes per value of a real merge of photos."""
     found, rows = Findings(), []
     settings = {"encoder": sizes.encoder, "epsilon": "2/255", "device": sizes.device}
     counts = {"steps": sizes.steps, "limit_first": sizes.photos, "members": sizes.members}
@@ -134,7 +134,7 @@ def bytes_stored(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def read(sizes: Sizes, photos: Path | None) -> Findings:
-    """Tar and Zarr shards against a memory map, webdataset, tensorstore and zarr-python."""
+    """Tar and Zarr shards compared with a memory map, webdataset, tensorstore and zarr-python."""
     found = Findings(notes=["Ratios and seconds are of CPU time: readers run in workers, one a core.", NOT_COMPARED])
     peers = {
         "webdataset": {"copy of a memory map": 0.5, "stock webdataset": 3.0},
@@ -164,7 +164,7 @@ def read(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def _many_shards(found: Findings, scratch: Path, shards: int) -> None:
-    """A manifest of very many, opened in a process of its own, and the trainer started on it."""
+    """Opening a manifest of very many shards in a separate process, and starting the trainer on it."""
     folder = many_shards.write(scratch / "very-many", shards)
     opened = many_shards.opened(folder)
     started = many_shards.started(folder, scratch / "run")
@@ -179,7 +179,7 @@ def _many_shards(found: Findings, scratch: Path, shards: int) -> None:
 
 
 def merge(sizes: Sizes, photos: Path | None) -> Findings:
-    """A job over its attacks, workers, cost of a shard, memory of a worker."""
+    """Time of a job over its attacks, scaling over workers, cost per shard, and memory of a worker."""
     found = Findings()
     root = merge_scaling.MEMORY if merge_scaling.MEMORY.is_dir() else None
     folder = Path(tempfile.mkdtemp(prefix="datamerge-benchmark-", dir=root))
@@ -193,7 +193,7 @@ def merge(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def _jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
-    """Whole jobs, on one worker, and on two where each can have a core."""
+    """Whole jobs on one worker, and on two if each can have a core."""
     workers = 2 if sizes.device == "cpu" else 1
     settings: dict[str, object] = {"encoder": sizes.small_encoder, "groups_per_shard": sizes.groups_per_shard}
     settings |= {"members": 4, "steps": 5, "device": sizes.device}
@@ -214,7 +214,7 @@ def _jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
 
 
 def _empty_jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
-    """Jobs of ever more shards."""
+    """Jobs with increasing numbers of shards."""
     counts = [10**power for power in range(1, 6) if 10**power <= sizes.most_shards]
     overheads = {count: merge_scaling.measure_overhead(folder, count) for count in counts}
     peaks = [overhead.peak for overhead in overheads.values()]
@@ -231,7 +231,7 @@ def _empty_jobs(found: Findings, sizes: Sizes, folder: Path) -> None:
 
 
 def _larger_shards(found: Findings, folder: Path) -> None:
-    """By how many shards' bytes a worker's peak grows when shards are four times as large; nothing is attacked."""
+    """Growth of a worker's peak memory when shards are four times larger, in shard sizes (no attack)."""
     images = merge_scaling.make_photos(folder / "large.npz", 192, 224)
     measured = []
     for groups in (16, 64):
@@ -248,7 +248,7 @@ def _larger_shards(found: Findings, folder: Path) -> None:
 
 
 def train(sizes: Sizes, photos: Path | None) -> Findings:
-    """The step fed by the stream, by tensors in memory, by a bare PyTorch loop; the arms over one another."""
+    """Training steps fed by the stream, by tensors in memory, and in a bare PyTorch loop; the arms compared."""
     found = Findings()
     settings = {"batch_size": sizes.batch, "device": sizes.device, "precision": "float32"}
     loop = {**settings, "data_workers": 0, "log_every": 10}
@@ -273,13 +273,13 @@ def train(sizes: Sizes, photos: Path | None) -> Findings:
 
 
 def plan(sizes: Sizes, photos: Path | None) -> Findings:
-    """Plans of merges against the merges, and plans of large ones."""
+    """Planned and measured cost of merges, and plans of large ones."""
     batch = max(sizes.batch, 16)
     return planning.run(sizes.small_encoder, photos, sizes.device, scale=sizes.scale, batch_size=batch)
 
 
 def stream(sizes: Sizes, photos: Path | None) -> Findings:
-    """Training data from a slow server, in both formats, against local files, the link and other libraries."""
+    """Training data from a slow server, in both formats, compared with local files, the link and other libraries."""
     shape = sizes.streamed, sizes.streamed // 16, min(sizes.repeats, 3)
     return streaming.run(("webdataset", "zarr"), *shape, str(photos) if photos else None)
 
@@ -303,13 +303,13 @@ THEMES: Mapping[str, Callable[[Sizes, Path | None], Findings]] = {
 
 @click.command()
 @click.option("--theme", "themes", multiple=True, type=click.Choice(list(THEMES)), help="All by default; repeatable.")
-@click.option("--gpu", is_flag=True, help="Attack and train on a GPU, in sizes for one.")
-@click.option("--quick", is_flag=True, help="Sizes that only show that everything runs.")
+@click.option("--gpu", is_flag=True, help="Attack and train on a GPU, with larger sizes.")
+@click.option("--quick", is_flag=True, help="Tiny sizes, which only test that everything runs.")
 @click.option(
     "--results", default=RESULTS, type=click.Path(file_okay=False, path_type=Path), help="Folder of the reports."
 )
 def main(themes: Sequence[str], gpu: bool, quick: bool, results: Path) -> None:
-    """Measure every bar and write THEME_HARDWARE_DATE.md, with a picture where there is growth to show."""
+    """Measure every bar and write THEME_HARDWARE_DATE.md, with a plot for themes that measure growth."""
     if gpu and quick:
         raise click.UsageError("--gpu and --quick: expected one of them")
     if gpu and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
-"""Bytes a value of a real merge: photos, PGD against an encoder, in every format and encoding.
+"""Bytes per value of a real merge: photos, PGD against an encoder, in every format and encoding.
 
-A value is a pixel of a group with both its moments, 8 bytes as plain float32: G groups of C×H×W pixels have G·C·H·W.
+A value is one pixel value of a group with both moments, 8 bytes as plain float32; G groups of C×H×W pixels have
+G·C·H·W.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(photos: str, encoder: str, members: int, epsilon: str, steps: int, limi
 
 
 def bytes_a_value(photos: str, **settings: Any) -> float:
-    """Of a merge of `photos`; `settings` are those of `datamerge merge`."""
+    """Bytes per value of a merge of `photos` with these settings of `datamerge merge`."""
     with tempfile.TemporaryDirectory() as folder:
         merge(MergeConfig.model_validate({"source": photos, "artifact": f"{folder}/artifact", **settings}))
         # `inspect` counts the two moments of a pixel as two values.

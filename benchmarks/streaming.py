@@ -1,13 +1,13 @@
-"""Training data from far away: the stream of the arm `factors`, 224² records, batches of 32, from a slow server.
+"""Streaming training data from a slow server: arm `factors`, 224 × 224 pixels, batches of 32.
 
     python -m benchmarks.streaming --format webdataset
 
-The server (`benchmarks.remote_server`) and every reader (`benchmarks.streaming_reader`) are processes of their own.
-Speeds are in groups a second of a consumer that takes a batch as soon as there is one, unless it pauses, from the
-opening of the artifact on. A link's speed is that of plain downloads of the same files over 16 connections, in groups
-of the bytes that the arm needs. All sides of a ratio are of one round.
+The server (`benchmarks.remote_server`) and every reader (`benchmarks.streaming_reader`) run in separate processes.
+Speeds are groups per second, from the opening of the artifact on, for a consumer that takes each batch as soon as it
+is there, except where a pause is given. The speed of the link is that of plain downloads of the same files over 16
+connections, converted to groups by the bytes that the arm needs. Both sides of a ratio come from the same round.
 
-With `LITDATA_PYTHON` and `MOSAICML_PYTHON` in the environment, the interpreters of environments with these libraries,
+If `LITDATA_PYTHON` and `MOSAICML_PYTHON` name the interpreters of environments with these libraries,
 `benchmarks/peers_streaming.py` reads the same arrays in their formats from the same server.
 """
 
@@ -39,26 +39,26 @@ from storage_schemas.schema.record import Array, encode_exact
 
 MEMBERS, WIDTH = 10, 512
 DISTINCT = 64  # groups; the others have the same arrays under other keys
-NEEDED = ("sum", "factors", "target")  # of the arm
+NEEDED = ("sum", "factors", "target")  # arrays that the arm reads
 CONNECTIONS, PART = 16, 8 * 2**20
-STEP = 0.06  # seconds that a consumer takes for a batch
-NEAR, FAR, RATE = 0.02, 0.1, 100e6  # seconds a request; bytes a second of a connection
+STEP = 0.06  # seconds that a consumer spends on a batch
+NEAR, FAR, RATE = 0.02, 0.1, 100e6  # seconds per request (twice); bytes per second of a connection
 ENCODER = f"mlp:3x224x224-2-{WIDTH}"
-CRASHES = 6  # of another library's readers, before it is given up
+CRASHES = 6  # number of crashes after which another library is given up
 PEERS = {"LitData": "LITDATA_PYTHON", "MosaicML streaming": "MOSAICML_PYTHON"}
 
 
 @dataclass
 class Way:
-    """What the rounds of one way to read found.
+    """Measurements of one way to read, one value per round.
 
     Attributes:
-        speeds: groups a second.
+        speeds: groups per second.
         firsts: seconds to the first batch.
-        cpu: seconds a thousand groups, of the reader's processes.
-        peak: MB of its main process.
-        requests, sent: what the server was asked for and what it sent, in bytes.
-        again: bytes that it sent more than once.
+        cpu: CPU seconds per thousand groups, over all processes of the reader.
+        peak: peak MB of the reader's main process.
+        requests, sent: number of requests, and bytes that the server sent.
+        again: bytes that the server sent more than once.
     """
 
     speeds: list[float] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Way:
     again: list[float] = field(default_factory=list)
 
     def add(self, found: Seen, steps: int, log: Iterable[Request] = ()) -> None:
-        """One round: a run of one epoch of so many steps, and what the server was asked in it."""
+        """Add a round: a run of one epoch of `steps` steps, and the requests of the server in it."""
         log = list(log)
         self.speeds.append(found.speed(steps))
         self.firsts.append(found.first)
@@ -81,7 +81,7 @@ class Way:
         self.again.append(twice(log))
 
     def cells(self) -> list[str]:
-        """Of its row in a table; see `COLUMNS`."""
+        """Cells of its row in a table; see `COLUMNS`."""
         columns = (self.firsts, self.cpu, self.peak, self.requests, [sent / 1e6 for sent in self.sent])
         return [*spread(self.speeds), *(spread(values)[0] for values in columns)]
 
@@ -90,12 +90,12 @@ COLUMNS = ("way", "groups/s", "range (rounds)", "first batch, s", "CPU s / 1000 
 
 
 class Rounds:
-    """All ways to read one artifact, in turn.
+    """Rounds of all ways to read one artifact, in turn.
 
     Attributes:
-        ways: by name.
-        ratios: by name, one value a round.
-        crashes: of other libraries' readers, which were started again.
+        ways: measurements by name.
+        ratios: ratios by name, one value per round.
+        crashes: number of crashes of other libraries' readers, which were restarted.
     """
 
     def __init__(self, folder: Path, format: str, groups: int, per_shard: int, photos: str | None) -> None:
@@ -108,7 +108,7 @@ class Rounds:
         self.crashes: Counter[str] = Counter()
 
     def round(self, remote: Remote) -> None:
-        """Everything once."""
+        """Run every way once."""
         steps, http_url, s3_url = self.steps, f"{remote.url}/bucket/{self.format}", f"s3://bucket/{self.format}"
         local = ours(str(self.artifact), None, {"steps": 2 * steps})
         self.ways["local"].add(local, steps)
@@ -137,7 +137,7 @@ class Rounds:
         self.ratios["again"].append(self._killed(remote, http_url) / 1e6)
 
     def _remote(self, remote: Remote, name: str, url: str, **options: object) -> Seen:
-        """A run with a new cache, unless it says which."""
+        """Run a reader, with a new cache if none is given."""
         with tempfile.TemporaryDirectory(dir=self._scratch) as cache:
             found = ours(url, remote, {"steps": self.steps, "cache": cache, **options})
         log, _ = remote.log()
@@ -154,7 +154,7 @@ class Rounds:
         return twice(data)
 
     def peers(self, remote: Remote) -> None:
-        """The same arrays in the formats of other libraries, over S3."""
+        """Read the same arrays in the formats of other libraries, over S3."""
         for name, variable in PEERS.items():
             python = os.environ.get(variable)
             if not python:
@@ -172,7 +172,7 @@ class Rounds:
     def _peer(
         self, remote: Remote, name: str, script: list[str], folder: Path, workers: int
     ) -> tuple[Seen, int, list[Request]]:
-        """A run of another library, again if it crashes, which MosaicML streaming does now and then."""
+        """Run another library's reader, and restart it if it crashes, as MosaicML streaming occasionally does."""
         while True:
             with tempfile.TemporaryDirectory(dir=self._scratch) as cache:
                 remote.log()
@@ -186,7 +186,7 @@ class Rounds:
                         raise
 
     def findings(self) -> Findings:
-        """Bars of the medians, a table of the ways."""
+        """Bars of the medians, and a table of the ways to read."""
         shard = self.artifact_bytes() / self.layout.shards / 1e6
         bars = [
             Bar("http, cold / min(local, link)", self.ratios["http, cold"], 0.8, at_least=True),
@@ -223,7 +223,7 @@ class Rounds:
 
 
 def run(formats: Iterable[str], groups: int, per_shard: int, rounds: int, photos: str | None) -> Findings:
-    """Every way, in every format; the other libraries beside the tar files, which they resemble."""
+    """Measure every way in every format; other libraries are compared with tar files, the most similar format."""
     found = Findings()
     for format in formats:
         with tempfile.TemporaryDirectory(prefix="datamerge-streaming-") as scratch:
@@ -252,14 +252,14 @@ def _over(mine: list[float], theirs: list[float]) -> list[float]:
 
 
 def _save(path: Path, artifact: Path) -> None:
-    """The arm's arrays of the distinct groups, for other libraries to write."""
+    """Save the arm's arrays of the distinct groups, for other libraries to write."""
     records = list(islice(open_artifact(artifact).only(NEEDED), DISTINCT))
     arrays: dict[str, Any] = {name: np.stack([record.arrays[name] for record in records]) for name in NEEDED}
     np.savez(path, **arrays)
 
 
 def write(folder: Path, format: str, groups: int, per_shard: int, photos: str | None) -> Layout:
-    """An artifact of photos with ten close members each, as a merge with `factors=1` makes it."""
+    """Write an artifact of photos with ten similar members each, as a merge with `factors=1` makes it."""
     arrays = (
         ArraySpec(name="sum", dtype="uint16", shape=SHAPE),
         ArraySpec(name="scatter", dtype="uint16", shape=SHAPE),
@@ -299,7 +299,7 @@ def _arrays(layout: Layout, photos: str | None, count: int) -> Iterator[dict[str
 
 
 def needed(folder: Path, layout: Layout) -> int:
-    """Bytes of the arrays that the arm reads: in Zarr those of their files, compressed."""
+    """Bytes of the arrays that the arm reads; compressed in Zarr."""
     if layout.format == "zarr":
         files = (path for name in NEEDED for path in (folder / "groups.zarr" / name).rglob("*"))
         return sum(path.stat().st_size for path in files if path.is_file())
@@ -322,7 +322,7 @@ def twice(log: Iterable[Request]) -> int:
 
 
 def link(remote: Remote, folder: Path, below: str) -> float:
-    """Bytes a second of plain downloads of an artifact's files over 16 connections."""
+    """Bytes per second of plain downloads of an artifact's files over 16 connections."""
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     parts = [
         (f"/{below}/{path.relative_to(folder)}", start, min(start + PART, size))

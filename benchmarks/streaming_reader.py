@@ -1,4 +1,4 @@
-"""One reader of a stream, in a process of its own: a line when it begins, a line a batch, then a summary.
+"""One reader of a stream, in a separate process; prints a line at the start, a line per batch, then a summary.
 
 python -m benchmarks.streaming_reader URL --steps 64 --cache DIR
 """
@@ -35,13 +35,13 @@ S3 = {
 
 @dataclass
 class Seen:
-    """What a reader says of itself.
+    """Output of a reader.
 
     Attributes:
-        started: when it began to open the artifact, by the machine's clock.
-        batches: when each batch was there, and for how long it was waited for.
-        cpu: seconds of all its processes, until the last batch, start and imports aside.
-        peak: MB of its main process.
+        started: time at which it began to open the artifact, by the machine's clock.
+        batches: (arrival time, seconds of waiting) of each batch.
+        cpu: CPU seconds of all its processes until the last batch, without start-up and imports.
+        peak: peak MB of its main process.
     """
 
     started: float = 0.0
@@ -55,12 +55,12 @@ class Seen:
         return self.batches[0][0] - self.started
 
     def speed(self, steps: int, epoch: int = 0) -> float:
-        """Groups a second of an epoch of so many steps; the first begins with opening the artifact."""
+        """Groups per second of an epoch of `steps` steps; the first epoch includes opening the artifact."""
         ends = [self.started, *(when for when, _ in self.batches)]
         return steps * BATCH / (ends[(epoch + 1) * steps] - ends[epoch * steps])
 
     def waiting(self) -> float:
-        """Share of the time after the first window that was spent waiting."""
+        """Fraction of the time after the first window that was spent waiting."""
         waits = [wait for _, wait in self.batches[FIRST_WINDOW:]]
         return sum(waits) / (self.batches[-1][0] - self.batches[FIRST_WINDOW - 1][0])
 
@@ -69,7 +69,7 @@ class Seen:
 @click.argument("url")
 @click.option("--steps", default=64, show_default=True)
 @click.option("--start", default=0, show_default=True, help="First step.")
-@click.option("--pause", default=0.0, show_default=True, help="Seconds that the consumer takes for a batch.")
+@click.option("--pause", default=0.0, show_default=True, help="Seconds that the consumer spends on a batch.")
 @click.option("--workers", default=0, show_default=True)
 @click.option("--cache", default="none", show_default=True)
 def main(url: str, steps: int, start: int, pause: float, workers: int, cache: str) -> None:
@@ -91,7 +91,7 @@ def main(url: str, steps: int, start: int, pause: float, workers: int, cache: st
 
 
 def report(began: float, batches: Iterable[object], pause: float) -> None:
-    """Print when each batch came and how long it was waited for."""
+    """Print the arrival time of each batch and the seconds spent waiting for it."""
     click.echo(json.dumps(began))
     asked = began
     for _ in batches:
@@ -111,9 +111,9 @@ def _peak() -> float:
 
 
 def seen(command: list[str], environment: Mapping[str, str], kill_after: int | None = None) -> Seen:
-    """Run a reader; it is killed after so many batches, if asked for."""
+    """Run a reader, and optionally kill it after a number of batches."""
     found = Seen()
-    # What it says on the screen is no part of the figures, and must not fill a pipe that nobody reads.
+    # stderr goes to a file: a pipe that is not read would fill up.
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -138,7 +138,7 @@ def seen(command: list[str], environment: Mapping[str, str], kill_after: int | N
 
 
 def ours(url: str, remote: Remote | None, options: Mapping[str, object], kill_after: int | None = None) -> Seen:
-    """A reader of an artifact, see `main`; `remote` is where S3 is."""
+    """Run a reader of an artifact, see `main`; `remote` is the endpoint of S3."""
     arguments = [f"--{name}={value}" for name, value in options.items()]
     endpoint = {} if remote is None else {"AWS_ENDPOINT_URL": remote.url}
     command = [sys.executable, "-m", "benchmarks.streaming_reader", url, *arguments]

@@ -1,8 +1,8 @@
-"""Estimators of the merged loss side by side: bias, noise, cost and memory, as a Markdown table.
+"""Compare estimators of the merged loss: bias, noise, cost and memory, as a Markdown table.
 
-The group is a cloud with known moments: every pixel of a random image moves by −2 … 2 levels of 255, each equally
-likely and independent of the others, so the variance is exactly 2/255² and the covariance diagonal. The target is
-the embedding of the mean image, hence L(x̄) = 0 and the group's mean loss is all correction.
+The moments of the group are known: every pixel of a random image moves by −2 … 2 levels of 255, uniformly and
+independently, so the variance is exactly 2/255² and the covariance is diagonal. The target is the embedding of the
+mean image, so L(x̄) = 0 and the group's mean loss equals the correction.
 
     bias     (mean estimate − mean loss of the members) / mean loss of the members, ± one standard error
     noise    standard deviation of one estimate / mean loss of the members
@@ -43,7 +43,7 @@ MODELS = "mlp:1x28x28-256-64,timm:resnet18,open_clip:ViT-B-32"
 
 
 class Cloud:
-    """The group, its moments, and its loss by an estimator."""
+    """A group, its moments, and estimates of its loss."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -58,7 +58,7 @@ class Cloud:
         self.generator = generator
 
     def members(self, count: int) -> Tensor:
-        """[count, C, H, W], multiples of a level."""
+        """Draw members, [count, C, H, W], on the 8-bit grid."""
         offsets = torch.randint(
             -RADIUS, RADIUS + 1, (count, *self.encoder.input_shape), generator=self.generator, dtype=torch.int16
         )
@@ -69,7 +69,7 @@ class Cloud:
         return estimate(self.encoder, self.mean, self.variance, self.target, SquaredError(), Draws([seed])).loss
 
     def individual(self, count: int) -> Tensor:
-        """Mean loss of some members, [1]."""
+        """Mean loss of the given members, [1]."""
         return individual_loss(self.encoder, self.members(count), [count], self.target, SquaredError()).loss
 
 
@@ -77,7 +77,7 @@ class Cloud:
 @click.option("--encoders", default=MODELS, show_default=True, help="Comma-separated specs.")
 @click.option("--draws", default=32, show_default=True)
 @click.option(
-    "--truth", default=512, show_default=True, type=click.IntRange(32), help="Members that the mean loss is taken of."
+    "--truth", default=512, show_default=True, type=click.IntRange(32), help="Members for the true mean loss."
 )
 @click.option("--repeats", default=5, show_default=True, help="Rounds of timing.")
 @click.option("--threads", default=1, show_default=True)
@@ -129,7 +129,7 @@ def _members_loss(cloud: Cloud) -> Tensor:
 
 
 def _moments(cloud: Cloud, estimate: Callable[[int], Tensor], draws: int) -> tuple[Tensor, str]:
-    """Estimates, and the relative noise of their gradients."""
+    """Values of the estimates, and the relative noise of their gradients."""
     parameters = list(cloud.encoder.parameters())
     values, total, squares = [], [torch.zeros_like(p) for p in parameters], 0.0
     for seed in range(draws):
@@ -142,7 +142,7 @@ def _moments(cloud: Cloud, estimate: Callable[[int], Tensor], draws: int) -> tup
     if draws == 1 or mean_square == 0:
         return torch.tensor(values), "–"
     variance = (squares / draws - mean_square) * draws / (draws - 1)
-    # The mean of few draws contains noise itself; where it is mostly noise there is only a bound.
+    # The mean of few draws is noisy itself; if it is mostly noise, only a bound is known.
     signal = mean_square - variance / draws
     if signal < variance / draws:
         return torch.tensor(values), f"> {draws**0.5:.0f}"
@@ -180,7 +180,7 @@ def _saved_bytes(make: Callable[[], Tensor]) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Kept alive, so that no address is used twice.
+        # Keep the storages alive, so that no address is reused.
         storages[storage.data_ptr()] = (storage.nbytes(), storage)
         return tensor
 

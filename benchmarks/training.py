@@ -1,17 +1,18 @@
-"""The training step against its floors, on an artifact of random 8-bit groups with targets and members.
+"""Training steps compared with their floors, on an artifact of random 8-bit groups with targets and members.
 
     loop   one run of the trainer per format, in blocks of steps: fed by the artifact, then by the same batches in
-           memory. Before each of the latter a ten-line PyTorch loop does the same step on a network of its own.
+           memory. Before each of the latter a ten-line PyTorch loop does the same step on its own network.
              stream     step fed by the artifact / step on tensors in memory                          (bar 1.03)
              wait       share of the time of the steps fed by the artifact spent waiting for it       (bar 2 %)
              bare       step of the trainer / step of the ten-line loop                               (bar 1.03)
-    arms   steps of the arms in turn, on batches in memory: the step of each over another's
+    arms   steps of the arms in turn, on batches in memory: ratios of their times
                        (bars: gauss_newton / ind 0.30, sampled and factors / ind 0.15, gauss_newton / plain 2.5)
-    start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s, model aside)
+    start  seconds from `datamerge train` to the end of its first step, by number of shards (bar: 5 s without the
+           model)
 
-A ratio is the median over pairs of neighbouring steps; behind it stands the standard error of that median. `loop`
-also gives the ratio of CPU times of the whole process, reading threads included: what is lost where they have no core
-of their own.
+A ratio is the median over pairs of neighbouring steps, followed by the standard error of that median. `loop` also
+gives the ratio of CPU times of the whole process, including reading threads: the loss where these have no core of
+their own.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def _options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `loop` and `arms` share."""
+    """Options of both `loop` and `arms`."""
     for option in (
         click.option("--encoder", default="timm:resnet18", show_default=True),
         click.option("--batch", default=2, show_default=True),
@@ -104,12 +105,12 @@ def _heading(**options: Any) -> None:
     default=4,
     show_default=True,
     type=click.IntRange(3),
-    help="Steps of a block; the first is not counted.",
+    help="Steps per block; the first is not counted.",
 )
 @click.option("--data-workers", default=0, show_default=True)
 @click.option("--log-every", default=10, show_default=True)
 def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: int, **options: Any) -> None:
-    """Streaming and the loop itself against the same steps without them."""
+    """Steps with streaming and with the trainer's loop, compared with the same steps without them."""
     _heading(encoder=encoder, rounds=rounds, data_workers=data_workers, log_every=log_every, **options)
     click.echo("| ratio | wall time | CPU time | bar |\n|---|---|---|---|")
     settings = {name: options[name] for name in ("device", "precision")}
@@ -127,7 +128,7 @@ def loop(encoder: str, members: int, data_workers: int, log_every: int, rounds: 
 
 
 def run_blocks(kind: str, encoder: str, members: int, rounds: int, block: int, **settings: Any) -> _Blocks:
-    """A run of the trainer on an artifact of the format `kind`; `settings` are the trainer's. It holds the times."""
+    """Run the trainer with these settings on an artifact of the format `kind`; the result holds the times."""
     with tempfile.TemporaryDirectory() as name:
         artifact = make_artifact(Path(name, "artifact"), encoder, kind, 4 * settings["batch_size"], members)
         job = make_job(
@@ -140,7 +141,7 @@ def run_blocks(kind: str, encoder: str, members: int, rounds: int, block: int, *
 
 def _median(ratios: list[float]) -> str:
     first, middle, last = statistics.quantiles(ratios, n=4)
-    # Of a normal law: its quartiles are 1.349 sigma apart, and a median is 1.253 times as uncertain as a mean.
+    # For a normal distribution the quartiles are 1.349 sigma apart, and a median has 1.253 times a mean's error.
     error = 1.253 * (last - first) / 1.349 / len(ratios) ** 0.5
     return f"{middle:.3f} ± {error:.3f}"
 
@@ -148,7 +149,7 @@ def _median(ratios: list[float]) -> str:
 @main.command()
 @_options
 def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
-    """Steps of the arms over one another."""
+    """Ratios between steps of the arms."""
     _heading(encoder=encoder, members=members, rounds=rounds, **options)
     settings = {name: options[name] for name in ("device", "precision")}
     seconds = arm_seconds(encoder, members, rounds, batch_size=options["batch"], **settings)
@@ -161,7 +162,7 @@ def arms(encoder: str, members: int, rounds: int, **options: Any) -> None:
 
 
 def arm_seconds(encoder: str, members: int, rounds: int, **settings: Any) -> dict[str, list[float]]:
-    """Seconds of a step of every arm, `rounds` times in turn; `settings` are the trainer's."""
+    """Seconds of a step of every arm, `rounds` times in turn, with these settings of the trainer."""
     with tempfile.TemporaryDirectory() as name:
         groups = 4 * settings["batch_size"]
         artifact = make_artifact(Path(name, "artifact"), encoder, "zarr", groups, members, factors=1)
@@ -173,19 +174,19 @@ def arm_seconds(encoder: str, members: int, rounds: int, **settings: Any) -> dic
 
 
 def _steps(job: Job) -> Callable[[int], None]:
-    """Does a given step of a run, on batches in memory."""
+    """Runs a given step of a run, on batches in memory."""
     training, batches = Optimisation(job, Processes()), list(job.feed(WHOLE, 0, job.steps))
 
     def work(step: int) -> None:
         training.step(step, iter(batches[step:]), lambda: 0)
         if job.device.type == "cuda":
-            torch.cuda.synchronize()  # or AdamW's time would be the next arm's
+            torch.cuda.synchronize()  # otherwise AdamW's time would count for the next arm
 
     return work
 
 
 def _interleaved(work: Mapping[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind of work, `rounds` times in turn; one more round warms up."""
+    """Seconds of each kind of work, `rounds` times in turn, after a round for warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for round_number in range(rounds + 1):
         for name, run in work.items():
@@ -199,10 +200,10 @@ def _interleaved(work: Mapping[str, Callable[[int], None]], rounds: int) -> dict
 @main.command()
 @click.option("--shards", default=10_000, show_default=True)
 @click.option("--format", "kind", default="webdataset", show_default=True)
-@click.option("--folder", required=True, help="For the artifacts; those of an earlier call are used again.")
+@click.option("--folder", required=True, help="Folder of the artifacts; existing ones are reused.")
 @click.option("--rounds", default=7, show_default=True)
 def start(shards: int, kind: str, folder: str, rounds: int) -> None:
-    """Seconds of the whole command for a run of one step of a tiny network."""
+    """Seconds of the whole command for one step of a tiny network."""
     _heading(shards=shards, kind=kind, rounds=rounds)
     paths = {count: Path(folder, f"{kind}-{count}") for count in (1, shards)}
     for count, path in paths.items():
@@ -216,9 +217,11 @@ def start(shards: int, kind: str, folder: str, rounds: int) -> None:
 
 
 @main.command()
-@click.option("--rounds", default=8, show_default=True, help="Batches of 32 groups of each kind and arm; the median.")
+@click.option(
+    "--rounds", default=8, show_default=True, help="Batches of 32 groups per kind and arm; prints the median."
+)
 def feed(rounds: int) -> None:
-    """CPU time of reading a group and putting it into a batch, one thread, 224 x 224 pixels, 10 members, 1 factor."""
+    """CPU time to read a group and put it into a batch: one thread, 224 x 224 pixels, 10 members, 1 factor."""
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("webdataset", "zarr"):
             url = make_artifact(Path(folder, kind), "mlp:3x224x224-16-16", kind, 128, 10, 32, factors=1)
@@ -249,7 +252,7 @@ def _command(artifact: Path, run: Path, number: int) -> None:
 def make_artifact(
     path: Path, spec: str, kind: Any, groups: int, members: int, per_shard: int = 8, factors: int = 0
 ) -> str:
-    """Random photos' worth of bytes: smooth images with PGD-like members around them."""
+    """Write an artifact that compresses like photos: smooth images with PGD-like members around them."""
     model = load_encoder(spec)
     shape = model.input_shape
     layout = Layout(
@@ -288,7 +291,7 @@ def _record(number: int, layout: Layout, rng: np.random.Generator, members: int)
 
 
 Times = tuple[float, float]
-"""Seconds of wall time and of CPU time of all threads."""
+"""(wall time, CPU time of all threads) in seconds."""
 
 
 def _now() -> Times:
@@ -301,10 +304,10 @@ def _since(start: Times) -> Times:
 
 
 class _Blocks:
-    """A feed in blocks of steps: from the artifact, then from memory; times what the loop does between two batches.
+    """A feed in blocks of steps, from the artifact and then from memory, that times the loop between two batches.
 
     Attributes:
-        times: of the counted steps: `stream`, `wait` (part of it), `memory`, `bare`; as many of each.
+        times: times of the counted steps: `stream`, `wait` (part of it), `memory` and `bare`, equally many of each.
     """
 
     def __init__(self, job: Job, bare: _Bare, block: int) -> None:
@@ -334,13 +337,13 @@ class _Blocks:
                     self.times["bare"].append(alone)
 
     def ratios(self, over: str, under: str) -> list[Times]:
-        """Of neighbouring steps, or of those at the same place in neighbouring blocks."""
+        """Ratios between neighbouring steps, or between steps at the same place in neighbouring blocks."""
         pairs = zip(self.times[over], self.times[under], strict=False)
         return [(wall / wall_under, cpu / cpu_under) for (wall, cpu), (wall_under, cpu_under) in pairs]
 
 
 class _Bare:
-    """What one would write by hand around `gauss_newton`; a call does a step."""
+    """A minimal training loop around `gauss_newton`, as one would write it by hand; each call does one step."""
 
     def __init__(self, spec: str, device: str, precision: str) -> None:
         self._device, self._bf16 = torch.device(device), precision == "bfloat16"
