@@ -1,9 +1,9 @@
-"""Runs the arms of a settings file: artifacts, training runs and evaluations, seed by seed, then table and plot.
+"""Run the arms of a settings file: artifacts, training runs and evaluations, seed by seed, then table and plot.
 
     python -m experiments.arms experiments/cifar10/epsilon-2.toml --data "$DATAMERGE_DATA" --work cifar10
 
-Everything goes through the functions that the commands call. Finished parts are kept in --work and not done again;
-several processes may share it if each has its own --seeds, once the artifacts are there (--seeds "" makes only them).
+All steps call the same functions as the commands. Finished parts are kept in --work and skipped later. Once the
+artifacts exist (--seeds "" makes only them), several processes may share --work if each has its own --seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from storage_schemas.schema.run import BASELINE, SUMMARY
 from trainer import TrainConfig, train
 from trainer.arms import ARMS
 
-PUBLISHER = 1000  # seed of the run whose rounds are published
+PUBLISHER = 1000  # seed of the run that makes the `published` artifacts
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Prepared:
     """Data and encoder of an experiment.
 
     Attributes:
-        train: source of the images that are attacked and trained on.
-        test: seed → source of the images that are measured on.
+        train: source of the training images, which are attacked.
+        test: seed → source of the test images.
         encoder: spec of the encoder before fine-tuning.
-        head: class head on its embeddings.
+        head: file of the class head on its embeddings.
     """
 
     train: str
@@ -58,10 +58,10 @@ class Prepared:
 @click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run, of those that are not finished.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run; finished ones are skipped.")
 @click.option("--only", multiple=True, help="Run these arms only.")
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
-    """Run what is missing of the arms in SETTINGS, then write results beside it."""
+    """Run the unfinished parts of the arms in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)
     experiment = ArmsExperiment(tomllib.loads(settings.read_text()), data, work, settings.stem)
     experiment.artifacts()
@@ -81,7 +81,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
 
 
 class ArmsExperiment:
-    """One settings file at work in one folder."""
+    """The experiment of a settings file, in a work folder."""
 
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, name: str) -> None:
         self.settings = settings
@@ -92,7 +92,7 @@ class ArmsExperiment:
     def artifacts(self) -> None:
         """Attack once, then merge the members in every way that an arm needs.
 
-        `published` artifacts hold the accumulated rounds of a run whose seed is none of the arms'.
+        `published` artifacts hold the accumulated rounds of a run with the seed `PUBLISHER`, which no arm uses.
         """
         merge(self._merge_config(self.artifact("members"), **self.settings["merge"]))
         for name, wanted in self.settings.get("published", {}).items():
@@ -110,10 +110,10 @@ class ArmsExperiment:
         return str(self._work / "artifacts" / name)
 
     def measured(self, name: str, seed: int) -> dict[str, Any]:
-        """The evaluation of an arm, trained with this seed if it is not.
+        """The evaluation of an arm and seed; trains and evaluates if that is not done yet.
 
         Raises:
-            click.ClickException: the folder has one of other settings.
+            click.ClickException: the stored evaluation has other settings.
         """
         done = self._evaluation(name, seed)
         if not done.exists():
@@ -134,14 +134,14 @@ class ArmsExperiment:
         return self._read(done, name)
 
     def trained(self, name: str, seed: int) -> str | None:
-        """What an evaluation calls an arm's encoder: folder of the finished run, or spec; None if there is none."""
+        """The trained encoder as `evaluate` takes it: folder of the finished run, or spec; None if unfinished."""
         if name == BASELINE:
             return self.prepared.encoder
         run = self._run(name, seed)
         return str(run) if (run / SUMMARY).exists() else None
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """What is known of an arm over the seeds that are finished; None if there is none."""
+        """Results of an arm over its finished seeds; None without one."""
         prefix = f"{_folder(name)}-"
         files = {
             int(file.stem.removeprefix(prefix)): file
@@ -174,7 +174,7 @@ class ArmsExperiment:
         }
 
     def _settings_of(self, name: str) -> dict[str, Any]:
-        """What the figures of an arm depend on, besides its seed."""
+        """Settings that determine the results of an arm, apart from the seed."""
         used = {key: self.settings[key] for key in ("merge", "train", "evaluate")}
         return used | {"arm": self.settings["arms"].get(name, {})}
 
@@ -182,8 +182,8 @@ class ArmsExperiment:
         facts = json.loads(done.read_bytes())
         if facts["settings"] != self._settings_of(name):
             raise click.ClickException(
-                f"{done}: expected the settings {json.dumps(self._settings_of(name))}, found those of another run: "
-                f"{json.dumps(facts['settings'])}; choose another --work, or remove it and the run of its name"
+                f"{done}: expected the settings {json.dumps(self._settings_of(name))}, found "
+                f"{json.dumps(facts['settings'])}; choose another --work, or remove this file and the run of its name"
             )
         found: dict[str, Any] = facts["found"]
         return found
@@ -202,10 +202,15 @@ class ArmsExperiment:
         return str(run)
 
     def _rounds(self, run: Path, seed: int, rounds: int, arm: str, again: bool = False) -> Path:
-        """Attack the encoder as it has become, add the new members to the earlier ones, train; again and again.
+        """In every round attack the current encoder, add the new members to the earlier ones, and train on all.
 
         Args:
-            again: train from the beginning each time, a whole run; else go on for a share of one.
+            run: folder of the run; rounds get folders beside it.
+            seed: seed of the run.
+            rounds: number of rounds.
+            arm: arm of the training runs.
+            again: whether every round is a whole run from the original encoder; otherwise it continues the previous
+                round for an equal share of a run.
         """
         encoder, parts = self.prepared.encoder, []
         shares = 1 if again else rounds
@@ -240,7 +245,7 @@ class ArmsExperiment:
         return self._work / "runs" / f"{_folder(name)}-{seed}"
 
     def _stored_bytes(self, arm: dict[str, Any]) -> int | None:
-        """Compressed bytes of the arrays that an arm reads: its share of the members where it takes some of them."""
+        """Compressed bytes of the arrays that an arm reads; of the members, the share that it uses."""
         if "rounds" in arm:
             first = next(iter(sorted(self._work.glob("runs/*-artifacts/0"))), None)
             return None if first is None else arm["rounds"] * array_bytes(str(first), {"members"})
@@ -253,7 +258,7 @@ class ArmsExperiment:
         return stored if taken is None else stored * taken // int(self.settings["merge"]["members"])
 
     def _forward_passes(self, arm: dict[str, Any]) -> float | None:
-        """Cost of a run, with that of attacks made for it alone, in forward passes for each group and step."""
+        """Cost of a run in forward passes per group and step, including attacks made for this run alone."""
         if not arm:
             return None
         step = ARMS[arm["arm"]].forward_passes(
@@ -266,12 +271,12 @@ class ArmsExperiment:
             return step
         images = int(arm["rounds"]) * int(self.settings["merge"]["limit_first"])
         seen = int(self.settings["train"]["steps"]) * int(self.settings["train"]["batch_size"])
-        # A step of an attack is 2 (PAPER §4); with the target's forward pass and the last loss.
+        # An attack step costs 2 passes (PAPER §4); the target and the final loss cost one forward pass each.
         return step + (2.0 * int(self.settings["merge"]["steps"]) + 2) * images / seen
 
 
 def _figures(found: ArmResult) -> dict[str, Any]:
-    """What the table needs of an evaluation, and of which encoder it is; accuracies as fractions."""
+    """Figures of an evaluation for the table, with the encoder's hash; accuracies are fractions."""
     clean, robust = found.score("accuracy clean"), found.score("accuracy robust")
     return {
         "run": found.run,

@@ -1,4 +1,4 @@
-"""How much of an artifact an arm reads."""
+"""Size of the arrays that an arm reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from storage_schemas import open_artifact
 
 
 def array_bytes(artifact: str, arrays: Collection[str]) -> int:
-    """Compressed bytes of some arrays of a Zarr artifact."""
+    """Compressed size in bytes of the given arrays of a Zarr artifact."""
     opened = open_artifact(artifact)
     files = (file for position in range(len(opened.shard_sizes)) for file in opened.commit(position).files)
     return sum(file.bytes for file in files if file.path.split("/")[1] in arrays)

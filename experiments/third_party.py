@@ -1,8 +1,8 @@
-"""Robust accuracy of an experiment's encoders under somebody else's attacks: torchattacks' APGD and PGD.
+"""Robust accuracy of an experiment's encoders under third-party attacks: APGD and PGD of torchattacks.
 
     python -m experiments.third_party experiments/cifar10/epsilon-2.toml --data "$DATAMERGE_DATA" --work cifar10
 
-Reads what `experiments.arms` left in --work. Writes third-party-NAME.json beside the settings.
+Reads the runs of `experiments.arms` in --work. Writes third-party-NAME.json beside the settings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from storage_schemas.schema.run import BASELINE
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", multiple=True, help="These arms only.")
+@click.option("--only", multiple=True, help="Attack these arms only.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--epsilon", metavar="FRACTION", help="Radius of the attacks. [that of SETTINGS]")
@@ -69,19 +69,20 @@ def main(
 
 
 def _facts(target: Path, attack: dict[str, Any]) -> dict[str, Any]:
-    """What was found before; seed → accuracies, by arm."""
+    """Results of earlier calls: arm → seed → accuracies."""
     if not target.exists():
         return {}
     before = json.loads(target.read_text())
     if before["attack"] != attack:
         raise click.ClickException(
-            f"{target}: expected figures of {attack}, found {before['attack']}; move it away, or attack as it says"
+            f"{target}: expected results for {attack}, found {before['attack']}; move the file, or use its settings"
         )
     arms: dict[str, Any] = before["arms"]
     return arms
 
 
 def images_of(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """All images of a source, float32 [n, C, H, W] in [0, 1], and their labels, int64 [n]."""
     listed = open_source(source)
     pixels = np.stack([decode(listed.reader.read(sample), Preprocessing(shape=shape)) for sample in listed.samples])
     return torch.from_numpy(pixels).float() / 255, torch.tensor([sample.label for sample in listed.samples])
@@ -90,7 +91,16 @@ def images_of(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]
 def accuracies(
     model: nn.Module, pixels: Tensor, labels: Tensor, epsilon: float, steps: int, batch_size: int
 ) -> dict[str, float]:
-    """Fraction classified correctly, clean and under each attack alone."""
+    """Fraction of correct classifications, clean and under each single attack.
+
+    Args:
+        model: pixels → logits.
+        pixels: [n, C, H, W] in [0, 1].
+        labels: [n].
+        epsilon: radius of the attacks in [0, 1].
+        steps: steps of each attack.
+        batch_size: images attacked at a time.
+    """
     attacks = {
         "PGD": torchattacks.PGD(model, epsilon, epsilon / 4, steps),
         "APGD-CE": torchattacks.APGD(model, eps=epsilon, steps=steps, loss="ce"),
@@ -100,7 +110,7 @@ def accuracies(
         with torch.no_grad():
             correct["clean"] += int((model(batch).argmax(dim=1) == label).sum())
         for name, attack in attacks.items():
-            torch.manual_seed(0)  # torchattacks draws its starts from the global generator
+            torch.manual_seed(0)  # torchattacks draws starting points from the global generator
             found = attack(batch, label)
             with torch.no_grad():
                 correct[name] += int((model(found).argmax(dim=1) == label).sum())

@@ -355,7 +355,7 @@ def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str
     reasons = [one_line(one) for one in sorted(aside, key=lambda one: one.shard)[:5]]
     more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
     return (
-        f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards failed, the others are finished: "
+        f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
         f"{'; '.join(reasons)}{more}. Remove the cause and run the same command again"
     )
 

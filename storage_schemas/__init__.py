@@ -1,7 +1,7 @@
-"""The artifact contract: what a merged group is, how it is stored, and how anyone reads it back.
+"""The artifact format: records of merged groups, and their storage, writing and reading.
 
-Imports neither torch nor Ray, and no image library. FORMAT.md beside this file is the specification. What works on
-whole artifacts has rooms of its own: `storage_schemas.operations`, `storage_schemas.card`, `storage_schemas.verify`.
+Imports neither torch nor Ray, and no image library. FORMAT.md beside this file is the specification. Functions on
+whole artifacts are in `storage_schemas.operations`, `storage_schemas.card` and `storage_schemas.verify`.
 """
 
 from storage_schemas.access.cache import Cache

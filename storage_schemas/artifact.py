@@ -1,4 +1,4 @@
-"""Reading an artifact: by index, by key, in storage order; from a folder or any fsspec URL."""
+"""Read an artifact by index, by key or in storage order, from a folder or any fsspec URL."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from storage_schemas.sidecars import Sidecars, read_committed
 from storage_schemas.stores import store_of
 from storage_schemas.stores.arrays import Rows, read_arrays
 
-LARGEST_SHEET = 8 * 2**20  # bytes of a contact sheet that a notebook is given
+LARGEST_SHEET = 8 * 2**20  # bytes of the largest contact sheet that a notebook shows
 
 Verify = Literal["off", "record", "shard"]
 
@@ -54,18 +54,18 @@ def open_artifact(
     """Open an artifact for reading.
 
     Args:
-        url: a folder or fsspec URL, or a `Location` where the driver needs options.
-        partial: accept an artifact whose merge has not finished; its committed shards are served.
-        verify: what is compared with the committed checksums when a record is read: its arrays (`record`), all
-            files of its shard once, when the first of its records is read (`shard`), or nothing (`off`).
-            Sidecars are always checked.
-        cache: where to keep copies of the files of a remote artifact; without it single records are requested.
+        url: a folder or fsspec URL, or a `Location` if the driver needs options.
+        partial: accept an artifact whose merge has not finished; only its committed shards are read.
+        verify: what is compared with the committed checksums when a record is read: its arrays (`record`), all files
+            of its shard, once, at the first read of one of its records (`shard`), or nothing (`off`). Sidecars are
+            always checked.
+        cache: stores copies of the files of a remote artifact; without it byte ranges of single records are fetched.
 
     Raises:
         ConfigError: another value of `verify`.
-        NotAnArtifact: no manifest there, or an unfinished merge without `partial`.
-        SchemaError: a manifest that does not follow the format.
-        CorruptShard: a manifest that is not as it was written.
+        NotAnArtifact: there is no manifest, or the merge is unfinished and `partial` is False.
+        SchemaError: the manifest does not follow the format.
+        CorruptShard: the manifest does not match its own sha256.
     """
     check_choice("verify", verify, Verify)
     location = url if isinstance(url, Location) else Location(url)
@@ -75,10 +75,10 @@ def open_artifact(
 
 
 class Artifact:
-    """A sequence of `Record`s. Index i counts committed groups in storage order; a key works as an index too.
+    """A sequence of `Record`s, indexed by position among the committed groups in storage order, or by key.
 
-    The arrays of a record are read-only: those of a local tar file are views of it.
-    Instances can be pickled and sent to workers; open files are not shared.
+    The arrays of a record are read-only: those of a local tar file are views of it. Instances can be pickled and sent
+    to workers; open files are not shared. `shard_sizes` holds the number of groups of each committed shard.
     """
 
     def __init__(self, location: Location, *, partial: bool, verify: Verify) -> None:
@@ -110,14 +110,14 @@ class Artifact:
         Raises:
             IndexError, KeyError: no such record.
             TypeError: neither an index nor a key, such as a slice.
-            CorruptShard: its bytes are not the committed ones.
+            CorruptShard: its bytes differ from the committed ones.
         """
         if isinstance(index, str):
             return self.read(*self._find(index))
         return self.part(self._checked(index))
 
     def _checked(self, index: object) -> int:
-        """An index from the start; raises TypeError or IndexError for what is none."""
+        """The index counted from the start; raises TypeError or IndexError for an invalid one."""
         if not isinstance(index, SupportsIndex):
             raise TypeError(f"{self.location.url}: expected an index or a key, found {shortened(index)}")
         number = operator.index(index)
@@ -126,14 +126,14 @@ class Artifact:
         return number % len(self)
 
     def part(self, index: int, rows: Rows | None = None) -> Record:
-        """Record `index`, at least 0; of some arrays the rows alone that `rows` names, see `read_arrays`."""
+        """Record `index`, which is at least 0; `rows` selects rows of some arrays, see `read_arrays`."""
         return self.read(*self._place(index), rows=rows)
 
     def __iter__(self) -> Iterator[Record]:
         return in_order(self, range(len(self)))
 
     def records(self, indices: Iterable[int]) -> Iterator[Record]:
-        """The records with these indices, in this order; those of a remote artifact are fetched ahead.
+        """The records with these indices, in this order; records of a remote artifact are prefetched.
 
         Raises:
             IndexError, TypeError, CorruptShard: as `artifact[index]`.
@@ -170,7 +170,7 @@ class Artifact:
         )
 
     def _forget_copies(self, position: int) -> bool:
-        """Drop the shard's copies from the local cache, once: only the cache may be to blame."""
+        """Drop the shard's cached copies, once, in case only the cache is damaged; True if there were any."""
         if position in self._fetched_again:
             return False
         self._fetched_again.add(position)
@@ -180,10 +180,12 @@ class Artifact:
         return dropped
 
     def only(self, names: Collection[str], *, facts: bool = True) -> Artifact:
-        """The same artifact, reading these arrays alone; a record then lacks what the others would give.
+        """A view of the artifact that reads these arrays alone; its records lack the others.
 
-        Without `facts` it lacks `samples` and `info` too, and the sidecars of thousands of shards stay in memory:
-        for those who read in random order.
+        Args:
+            names: of the arrays.
+            facts: whether records have `samples` and `info`. Without them the sidecars of thousands of shards fit in
+                memory, which speeds up reading in random order.
         """
         selected = copy.copy(self)
         selected._specs = tuple(spec for spec in self.manifest.layout.arrays if spec.name in names)
@@ -191,9 +193,9 @@ class Artifact:
         return selected
 
     def keeping_sidecars(self) -> Artifact:
-        """The same artifact, which reads each sidecar once: for those who read all records in another order.
+        """A view of the artifact that reads each sidecar once, for reading all records in another order.
 
-        What it keeps takes about 260 bytes a record with one sample.
+        It keeps about 260 bytes per record with one sample.
         """
         keeping = copy.copy(self)
         keeping._keeps_all = True
@@ -201,23 +203,23 @@ class Artifact:
         return keeping
 
     def expect(self, indices: Sequence[int], *, together: bool = False) -> int:
-        """Have what reading these records asks for fetched ahead, in this order, many requests at a time.
+        """Announce that these records will be read in this order, and prefetch them with many requests at a time.
 
-        Waits for sidecars and shard indices, which say where records are, and not for the records. A local artifact
-        needs none of this.
+        Waits for sidecars and shard indices, which locate the records, but not for the records. Does nothing for a
+        local artifact.
 
         Args:
-            indices: of the records.
-            together: they are wanted at about the same time, so neighbours are requested with one request.
+            indices: of the records, each at least 0.
+            together: the records will be read at about the same time, so neighbours share a request.
 
         Returns:
-            Bytes that were asked for.
+            Bytes of the announced ranges.
         """
         if self.location.is_local:
             return 0
         wanted = [self._place(index) for index in indices]
         sidecars = self._sidecars.several({position for position, _ in wanted}, self._facts)
-        # The reader is asked when it is due: others may have begun to read what it knows now.
+        # The reader evaluates these lazily, when their turn comes: other threads may have read some indices by then.
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
         ranges = [one for position, at in wanted for one in reader.ranges(sidecars[position], at, self._specs)]
@@ -225,9 +227,9 @@ class Artifact:
         return sum(one.end - one.start for one in ranges)
 
     def fill(self, indices: Sequence[int]) -> None:
-        """Have these records fetched into the cache behind all that is expected, shard by shard, in large requests.
+        """Fetch these records into the cache at low priority, after all expected ones, with large requests.
 
-        Waits as `expect` does. Without a cache nothing happens.
+        Waits as `expect` does. Does nothing without a cache.
         """
         if not isinstance(self.location, CachedLocation) or self.location.is_local:
             return
@@ -242,7 +244,7 @@ class Artifact:
         fetcher.fill(list(chain.from_iterable(rest)), sizes)
 
     def expect_nothing(self) -> None:
-        """Fetch nothing more of what was expected and not read; who waits for it elsewhere gets a DatamergeError."""
+        """Cancel all announced reads; threads that wait for one get a DatamergeError."""
         if not self.location.is_local:
             fetcher = fetcher_of(self.location)
             fetcher.forget_expected()
@@ -250,13 +252,13 @@ class Artifact:
 
     @property
     def cache_bytes(self) -> int:
-        """What the cache of a remote artifact may hold; 0 without one."""
+        """Byte limit of the cache of a remote artifact; 0 without a cache."""
         location = self.location
         return location.cache.max_bytes if isinstance(location, CachedLocation) and not location.is_local else 0
 
     @property
     def bytes_read(self) -> int:
-        """About how many bytes of files hold the arrays that are read; all of a tar file's."""
+        """Estimated bytes of the files that hold the selected arrays; tar files count as a whole."""
         if not self.shard_sizes:
             return 0
         sidecar, store = self._sidecar(0), store_of(self.manifest.layout)
@@ -276,16 +278,16 @@ class Artifact:
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of the arrays that are read of a record, before compression."""
+        """Uncompressed bytes of the selected arrays of one record."""
         return sum(spec.nbytes for spec in self._specs)
 
     @property
     def sidecars_kept(self) -> int:
-        """Of how many shards a reader can go to and fro without reading a sidecar again."""
+        """Number of shards whose sidecars stay in memory, so that a reader can alternate between them."""
         return self._sidecars.kept(self._facts)
 
     def shard_of(self, index: int) -> int:
-        """Position in the manifest's list of the shard that has record `index`, at least 0."""
+        """Position in the manifest's list of the shard with record `index`, which is at least 0."""
         return self._place(index)[0]
 
     def indices(self, position: int) -> range:
@@ -297,15 +299,15 @@ class Artifact:
         return self._sidecars.commit(position)
 
     def commits(self) -> Iterator[Commit]:
-        """Sidecars of all shards, in the order of the manifest's list; of a remote artifact several at a time."""
+        """Sidecars of all shards, in the order of the manifest; a remote artifact's are requested 16 at a time."""
         return self._sidecars.commits()
 
     def index_of(self, key: str) -> int:
-        """Index of the record with this key; reads a sidecar, and a small range of the index of keys if there is one.
+        """Index of the record with this key; reads a few sidecars, and a small range of `keys.bin` if there is one.
 
         Raises:
             KeyError: no such key.
-            CorruptShard: the index of keys is not as it was committed.
+            CorruptShard: `keys.bin` or a sidecar is damaged.
         """
         position, offset = self._find(key)
         return int(self._starts[position]) + offset
@@ -323,7 +325,7 @@ class Artifact:
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
 
     def _find_in(self, index: FileEntry, key: str) -> tuple[int, int]:
-        """By the index of keys; its bytes are compared with their hash before a key is said not to be there."""
+        """Look a key up in `keys.bin`, whose hash is checked before the key is reported as missing."""
         numbers = self.manifest.shards.column("shard")
         for row in rows_of(self.location, index, key):
             shard, offset = divmod(row, self.manifest.layout.groups_per_shard)
@@ -349,8 +351,8 @@ class Artifact:
         """The class head's tensors (see `parse_head`) and class names, if the artifact has one.
 
         Raises:
-            SchemaError: the file is not a head.
-            CorruptShard: its bytes are not the committed ones.
+            SchemaError: the file is not a class head.
+            CorruptShard: its bytes differ from the committed ones.
         """
         entry = self._listed(HEAD)
         if entry is None:
@@ -358,7 +360,7 @@ class Artifact:
         return parse_head(read_committed(self.location, HEAD, entry.sha256), f"{self.location.url}/{HEAD}")
 
     def _listed(self, path: str) -> FileEntry | None:
-        """What the manifest says of a file that belongs to no shard."""
+        """The manifest's entry of a file that belongs to no shard."""
         return next((file for file in self.manifest.files if file.path == path), None)
 
     def _reset(self) -> None:
@@ -377,7 +379,7 @@ class Artifact:
         return one_line(self, self.location.url, *self.manifest.outline)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: facts, and the contact sheet where the artifact has a sound one."""
+        """HTML for a notebook: facts, and the contact sheet if the artifact has an intact one."""
         layout = self.manifest.layout
         facts: dict[str, object] = {
             "groups": f"{len(self)}, in {len(self.shard_sizes)} of {layout.shards} shards",
@@ -387,7 +389,7 @@ class Artifact:
         }
         sheet, entry = b"", self._listed(PREVIEW)
         if entry is not None and entry.bytes <= LARGEST_SHEET:
-            with suppress(DatamergeError, OSError):  # the facts are worth showing all the same
+            with suppress(DatamergeError, OSError):  # show the facts anyway
                 sheet = read_committed(self.location, PREVIEW, entry.sha256)
         return table(self.location.url, facts, sheet)
 

@@ -1,6 +1,6 @@
-"""How artifacts and records show themselves: one line in a console, a table with a picture in a notebook.
+"""The repr of artifacts and records: one line in a console, a table with a picture in a notebook.
 
-Pictures are encoded here, so that reading an artifact needs no image library.
+PNG files are encoded here, so that reading an artifact needs no image library.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _HEAT = np.array([[0, 0, 0], [150, 0, 0], [255, 120, 0], [255, 230, 80], [255, 2
 
 
 def one_line(thing: object, name: str, *facts: object) -> str:
-    """`<Artifact s3://bucket/a: 7 groups, …>`, without the codes that a terminal obeys."""
+    """`<Artifact s3://bucket/a: 7 groups, …>`, with control characters escaped."""
     return printable(f"<{type(thing).__name__} {name}".rstrip() + f": {', '.join(map(str, facts))}>")
 
 
 def table(title: str, facts: Mapping[str, object], picture: bytes = b"") -> str:
-    """HTML with a row a fact; all texts are escaped. `picture`: a PNG file to show below, if any."""
+    """An HTML table with one row per fact and an optional PNG file below it; all texts are escaped."""
     rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(fact)}</td></tr>" for name, fact in facts.items())
     style = "min-height: 8em; max-width: 100%; image-rendering: pixelated"
     source = f"data:image/png;base64,{b64encode(picture).decode()}"
@@ -38,21 +38,21 @@ def table(title: str, facts: Mapping[str, object], picture: bytes = b"") -> str:
 
 
 def mean_and_variance(mean: npt.NDArray[np.floating], variance: npt.NDArray[np.floating]) -> bytes:
-    """A PNG file of two images [C, H, W] in [0, 1], the second as heat; large ones are thinned out."""
+    """A PNG file of two images [C, H, W] in [0, 1], the second as a heat map; large ones are subsampled."""
     step = -(-max(mean.shape[1:]) // LARGEST_SIDE)
     pixels = (255 * np.clip(mean[:, ::step, ::step], 0, 1)).round().astype(np.uint8)
     return _png(np.hstack([rgb(pixels), heat(variance[:, ::step, ::step].mean(axis=0))]))
 
 
 def rgb(pixels: Pixels) -> Pixels:
-    """uint8 [C, H, W] → [H, W, 3]."""
+    """RGB pixels, uint8 [H, W, 3], of an image [C, H, W]; only its first channel if C is neither 1 nor 3."""
     if pixels.shape[0] not in (1, 3):
         pixels = pixels[:1]
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
 
 
 def heat(values: npt.NDArray[np.floating]) -> Pixels:
-    """Values [H, W] on a heat scale from 0 to their maximum, [H, W, 3]."""
+    """A heat map, uint8 [H, W, 3], of values [H, W], scaled from 0 to their maximum."""
     scaled = values / max(float(values.max()), 1e-12) * (len(_HEAT) - 1)
     channels = [np.interp(scaled, np.arange(len(_HEAT)), _HEAT[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -63,7 +63,7 @@ def _text(foreign: object) -> str:
 
 
 def _png(pixels: Pixels) -> bytes:
-    """uint8 [H, W, 3] as a PNG file: its header, the rows, each after a zero for "no filter", and its end."""
+    """A PNG file of uint8 [H, W, 3]; each row begins with a zero for "no filter"."""
     height, width, _ = pixels.shape
     rows = np.pad(pixels.reshape(height, 3 * width), ((0, 0), (1, 0)))
     header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Every error a user can meet.
+"""All errors that the package raises on purpose.
 
     DatamergeError            exit code 1: the work failed
     ├── UserError             exit code 2: the request was wrong, nothing was touched
@@ -9,9 +9,8 @@
     │   └── UnknownVersion        … because a newer release wrote it
     └── CorruptShard          bytes that differ from what was committed
 
-Messages are one line: what was expected, what was found, where, what to do next. Errors about settings and raw data
-are here as well, though artifacts know neither: so there is one tree, one list of exit codes, and every package can
-raise them.
+A message is one line: where, what was expected, what was found, what to do next. Errors about settings and raw data
+are here too, although artifacts have neither, so that all packages share one tree and one list of exit codes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-SHOWN_LETTERS = 80  # of a value, in a message that a person reads
+SHOWN_LETTERS = 80  # of a value in a message
 
 
 class DatamergeError(Exception):
@@ -28,8 +27,8 @@ class DatamergeError(Exception):
     Messages name settings as Python does, in backquotes: `` `keep_clean=True` ``. The command line shows flags.
 
     Attributes:
-        field: the setting that is wrong; None where it is no single one.
-        exit_code: of a process that ends with this error.
+        field: name of the wrong setting; None if the error is not about a single one.
+        exit_code: exit status of a process that ends with this error.
     """
 
     exit_code = 1
@@ -43,15 +42,15 @@ class DatamergeError(Exception):
 
 
 class UserError(DatamergeError):
-    """The request cannot be carried out as it was made."""
+    """The request is invalid; nothing was changed."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A setting is unknown, malformed, or does not go with another one.
+    """A setting is unknown, malformed, or incompatible with another one.
 
-    A message about one setting begins with it, `epsilon: expected …`, and so gives `field`.
+    A message about one setting begins with its name, `epsilon: expected …`, from which `field` is set.
     """
 
     def __init__(self, message: str, *, about: str | None = None) -> None:
@@ -60,7 +59,7 @@ class ConfigError(UserError):
 
 
 class SourceError(UserError):
-    """Raw data is missing, empty or not of a kind we read."""
+    """Raw data is missing, empty or in an unsupported format."""
 
 
 class NotAnArtifact(UserError):
@@ -80,7 +79,7 @@ class CorruptShard(DatamergeError):
 
 
 def _restored(kind: type[DatamergeError], args: tuple[Any, ...], state: dict[str, Any]) -> DatamergeError:
-    """An error out of a pickle, as Ray sends them; subclasses may take other arguments than the message."""
+    """Rebuild a pickled error, as Ray sends it, without calling `__init__`, whose arguments subclasses may change."""
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
@@ -88,14 +87,14 @@ def _restored(kind: type[DatamergeError], args: tuple[Any, ...], state: dict[str
 
 
 def shortened(value: object) -> str:
-    """What a message shows of a value: its `repr`, as far as that has a readable length, or any."""
+    """`repr(value)` for an error message, cut to 80 characters; its type if it has no usable repr."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or deeply nested lists
         return f"one too long to show ({type(value).__name__})"
     return text if len(text) <= SHOWN_LETTERS else f"{text[: SHOWN_LETTERS - 1]}…"
 
 
 def printable(foreign: str) -> str:
-    """What others wrote, on one line and without the codes that a terminal obeys."""
+    """A foreign text on one line, with control characters escaped."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], foreign)

@@ -1,4 +1,4 @@
-"""Records in an order that is known beforehand; those of a remote artifact are fetched before they are read."""
+"""Reading records in an order known in advance; records of a remote artifact are prefetched."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from storage_schemas.schema.record import Record
 if TYPE_CHECKING:
     from storage_schemas.artifact import Artifact
 
-WINDOW = 64 * 2**20  # bytes of records that are expected at a time
-BLOCKS = AHEAD + 2  # of a window: the one that is read, those that are expected, one that is being
-MOST = 4096  # records of a block
-SMALLEST = 16  # the first block is so much smaller than the largest
+WINDOW = 64 * 2**20  # bytes of records that are announced at a time
+BLOCKS = AHEAD + 2  # per window: one is read, AHEAD are announced, one is being announced
+MOST = 4096  # records in a block
+SMALLEST = 16  # ratio of the sizes of the largest and the first block
 
 
 def in_order(artifact: Artifact, indices: Iterable[int], window: int = WINDOW) -> Generator[Record, None, None]:
     """The records with these indices, at least 0, in this order.
 
-    Of a remote artifact they are expected block by block, in a thread that waits for sidecars and shard indices
-    while the blocks before are fetched and read. The first ones are small, so that they come soon.
+    Records of a remote artifact are announced (`Artifact.expect`) block by block, in a thread that waits for sidecars
+    and shard indices while earlier blocks are fetched and read. The first blocks are small, so that they arrive soon.
 
     Args:
-        artifact: that has them.
-        indices: taken some blocks ahead.
-        window: bytes of records that are expected at a time.
+        artifact: that holds the records.
+        indices: each at least 0; consumed some blocks ahead.
+        window: bytes of records that are announced at a time.
 
     Raises:
-        CorruptShard, DatamergeError: one cannot be read.
+        CorruptShard, DatamergeError: a record cannot be read.
     """
     if artifact.location.is_local:
         yield from map(artifact.part, indices)
         return
 
     def expected(block: list[int]) -> list[int]:
-        with suppress(DatamergeError, OSError):  # who reads it is told
+        with suppress(DatamergeError, OSError):  # the read of the record raises it again
             artifact.expect(block, together=True)
         return block
 
@@ -54,7 +54,7 @@ def in_order(artifact: Artifact, indices: Iterable[int], window: int = WINDOW) -
 
 
 def _blocks(artifact: Artifact, indices: Iterable[int], most: int) -> Iterator[list[int]]:
-    """Indices in blocks of at most so many, of no more shards than have their sidecars kept until they are read."""
+    """Split indices into blocks of at most `most`, with few enough shards that their sidecars stay in memory."""
     rest, count = iter(indices), -(-most // SMALLEST)
     shards = max(1, artifact.sidecars_kept // (2 * BLOCKS))
     while block := list(islice(rest, count)):

@@ -1,10 +1,10 @@
-"""`keys.bin`: in which place each key is, for artifacts whose shards hold keys from everywhere.
+"""`keys.bin`: an index of keys, for artifacts whose groups are shuffled, so that most shards may hold a key.
 
     {hash: uint32, row: uint64} of every record, little endian, ascending: `hash` is the first four bytes of the
-    sha256 of the key, as a big-endian number, and `row` is shard · groups_per_shard + place in the shard
+    sha256 of the key, as a big-endian number, and `row` is shard · groups_per_shard + position in the shard
 
-Hashes are spread evenly, so a key's entry is near hash / 2³² of the file: one small range is read, whatever the size
-of the artifact. Entries of one hash are candidates; the sidecar tells which of them has the key.
+Hashes are uniformly distributed, so a key's entry is near the fraction hash / 2³² of the file: one small range is
+read, whatever the size of the artifact. Entries with the same hash are candidates; their sidecars decide.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from storage_schemas.schema.manifest import KEYS, Commit, FileEntry, Manifest
 
 ENTRY = np.dtype([("hash", "<u4"), ("row", "<u8")])
 HASHES = 2**32
-# Sidecars that a lookup by ranges of keys reads on average, beyond which an index is worth its file.
+# The index is written if a lookup by the manifest's key ranges would read more sidecars than this on average.
 MOST_SIDECARS = 4
 
 
 class KeyIndex:
-    """Takes in sidecars, and gives the file; 12 bytes a record in memory."""
+    """Builds `keys.bin` from sidecars; takes 4 bytes per record in memory until `files` is called."""
 
     def __init__(self) -> None:
         self._found: list[tuple[int, npt.NDArray[np.uint32]]] = []
 
     def add(self, commit: Commit) -> None:
-        """Take in a shard."""
+        """Add the keys of a shard."""
         hashes = np.fromiter((key_hash(record.key) for record in commit.records), np.uint32, len(commit.records))
         self._found.append((commit.shard, hashes))
 
     def files(self, manifest: Manifest) -> dict[str, bytes]:
-        """The file, where the ranges of keys in the manifest do not do."""
+        """The index by path; empty if the key ranges in the manifest suffice."""
         if sidecars_of_a_lookup(manifest) <= MOST_SIDECARS:
             return {}
         entries = np.empty(sum(len(hashes) for _, hashes in self._found), ENTRY)
@@ -54,7 +54,7 @@ class KeyIndex:
 
 
 def sidecars_of_a_lookup(manifest: Manifest) -> float:
-    """In how many shards' ranges of keys a key is, on average over the least key of every shard."""
+    """Number of shards whose key range contains a key, averaged over the first key of every shard."""
     ranges = [span for span in manifest.shards.column("key_range") if span is not None]
     least, greatest = sorted(low for low, _ in ranges), sorted(high for _, high in ranges)
     holding = sum(bisect_right(least, key) - bisect_left(greatest, key) for key in least)
@@ -62,34 +62,34 @@ def sidecars_of_a_lookup(manifest: Manifest) -> float:
 
 
 def key_hash(key: str) -> int:
-    """What the index knows a key by."""
+    """Hash of a key in the index: the first four bytes of its sha256, big endian."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
 
 
 def rows_of(location: Location, entry: FileEntry, key: str) -> Iterator[int]:
-    """Where a key may be, by the index; of a sound one some row has it, unless no row has.
+    """Rows that may hold a key. If the index is intact and the artifact has the key, one of them does.
 
     Args:
         location: of the artifact.
-        entry: what the manifest says of the index.
-        key: to look for.
+        entry: the manifest's entry of the index.
+        key: to look up.
 
     Raises:
-        CorruptShard: the file is missing, or of another length.
+        CorruptShard: the file is missing or has another length.
     """
-    count, wanted = entry.bytes // ENTRY.itemsize, key_hash(key)
-    # Four standard deviations of where the entry is.
+    count, target = entry.bytes // ENTRY.itemsize, key_hash(key)
+    # Four standard deviations of the entry's position, at most √count / 2 each.
     reach = 2 * math.isqrt(count) + 64
-    start = max(0, wanted * count // HASHES - reach)
+    start = max(0, target * count // HASHES - reach)
     stop = min(count, start + 2 * reach)
     while True:
         part = _read(location, start, stop)
-        before, after = start > 0 and part["hash"][0] >= wanted, stop < count and part["hash"][-1] <= wanted
+        before, after = start > 0 and part["hash"][0] >= target, stop < count and part["hash"][-1] <= target
         if not before and not after:
             break
         reach *= 2
         start, stop = max(0, start - reach * before), min(count, stop + reach * after)
-    yield from part["row"][part["hash"] == wanted].tolist()
+    yield from part["row"][part["hash"] == target].tolist()
 
 
 def _read(location: Location, start: int, stop: int) -> npt.NDArray[np.void]:

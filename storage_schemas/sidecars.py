@@ -1,4 +1,4 @@
-"""What a manifest names by its hash: the sidecars of its shards, and files that belong to no shard."""
+"""Files that the manifest identifies by their hash: the sidecars of its shards, and files that belong to no shard."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from storage_schemas.schema.manifest import Commit, Manifest, commit_path, parse
 from storage_schemas.schema.packed import PackedCommit, Sidecar
 
 CACHED_COMMITS = 64
-# Records whose sidecars are kept by those that leave facts out, at about 110 bytes.
+# Records whose packed entries are kept where facts are left out, at about 110 bytes each.
 PACKED_RECORDS = 2**20
-REQUESTS = 16  # sidecars that are requested at a time
+REQUESTS = 16  # sidecars requested at a time
 
 
 class Sidecars:
-    """The sidecars of an artifact, by position in the manifest's list: read, checked, and the last ones kept."""
+    """Reads, checks and caches the sidecars of an artifact, by position in the manifest's list."""
 
     def __init__(self, location: Location, manifest: Manifest, *, all: bool = False) -> None:
-        """Make one that has read nothing.
+        """Create one with an empty cache.
 
         Args:
             location: of the artifact.
-            manifest: its own.
-            all: keep what readers need of all of them.
+            manifest: of the artifact.
+            all: keep all sidecars, in packed form.
         """
         self._location, self._manifest, self._keeps_all = location, manifest, all
         packed = PACKED_RECORDS // manifest.layout.groups_per_shard
@@ -37,30 +37,30 @@ class Sidecars:
         self._packed = Once[int, PackedCommit](self._most)
 
     def commit(self, position: int) -> Commit:
-        """The whole sidecar of a shard; raises as `read_committed` and `parse` do."""
+        """The complete sidecar of a shard; raises the errors of `read_committed` and `parse`."""
         return self._commits.get(position, lambda: self._read(position))
 
     def commits(self) -> Iterator[Commit]:
-        """Those of all shards, in order; of a remote artifact several are requested at a time."""
+        """The sidecars of all shards, in order; a remote artifact's are requested several at a time."""
         positions = range(len(self._manifest.shards))
         if self._location.is_local:
-            yield from map(self._passed, positions)
+            yield from map(self._read_and_keep, positions)
             return
-        with in_threads(REQUESTS, self._passed, positions) as found:
+        with in_threads(REQUESTS, self._read_and_keep, positions) as found:
             yield from found
 
     def kept(self, facts: bool) -> int:
-        """How many are kept for readers, with `samples` and `info` of records or without."""
+        """Number of sidecars that `of` keeps, with (`facts`) or without `samples` and `info` of records."""
         return self._most if self._keeps_all or not facts else CACHED_COMMITS
 
     def of(self, position: int, facts: bool) -> Sidecar:
-        """What a reader needs of the sidecar of a shard, with `samples` and `info` of records or without."""
+        """The sidecar of a shard for reading records, with (`facts`) or without their `samples` and `info`."""
         if facts and not self._keeps_all:
             return self.commit(position)
         return self._packed.get(position, lambda: self._pack(self._read(position)))
 
     def several(self, positions: Collection[int], facts: bool) -> dict[int, Sidecar]:
-        """The same of some shards; those that are missing are requested together."""
+        """`of` for several shards; missing sidecars are requested together."""
         known = self._commits if facts and not self._keeps_all else self._packed
         missing = [position for position in positions if position not in known]
         found: dict[int, Sidecar] = {}
@@ -69,8 +69,8 @@ class Sidecars:
                 found = dict(zip(missing, requested, strict=True))
         return {position: found.get(position) or self.of(position, facts) for position in positions}
 
-    def _passed(self, position: int) -> Commit:
-        """A whole sidecar, of which readers find what they need if all are kept."""
+    def _read_and_keep(self, position: int) -> Commit:
+        """The complete sidecar of a shard, whose packed form is kept if all are kept."""
         commit = self._read(position)
         if self._keeps_all:
             self._packed.get(position, lambda: self._pack(commit))
@@ -83,18 +83,18 @@ class Sidecars:
         entry = self._manifest.shards[position]
         path = commit_path(entry.shard)
         where = f"{self._location.url}/{path}"
-        # Counts and labels live here: a damaged sidecar would give wrong means from intact arrays.
+        # Checked, because sidecars hold counts and labels: a damaged one would give wrong means from intact arrays.
         commit = parse(Commit, read_committed(self._location, path, entry.commit_sha256), where)
         if len(commit.records) != entry.groups or commit.plan_sha256 != self._manifest.plan_sha256:
-            raise CorruptShard(f"{where}: the sidecar does not belong to this manifest")
+            raise CorruptShard(f"{where}: the sidecar does not belong to the manifest; see `datamerge verify`")
         return commit
 
 
 def read_committed(location: Location, path: str, sha256: str) -> bytes:
-    """A file that the manifest names.
+    """Contents of a file that the manifest lists with this sha256.
 
     Raises:
-        CorruptShard: it is missing, or has another hash.
+        CorruptShard: the file is missing or has another hash.
     """
     where = f"{location.url}/{path}"
     try:

@@ -1,11 +1,11 @@
-"""`datamerge verify`: every file of an artifact against what was committed.
+"""`datamerge verify`: compare every file of an artifact with what was committed.
 
-The chain of hashes starts in `manifest.json`, which holds its own sha256. It names the sha256 of every sidecar and
-of every file outside shards; each sidecar names those of its shard's files. A damaged shard file is then read
-record by record, to say which groups are lost.
+The chain of hashes starts in `manifest.json`, which holds its own sha256. It lists the sha256 of every sidecar and of
+every file outside shards; each sidecar lists those of its shard's files. A damaged shard file is then read record by
+record, to report which groups are lost.
 
-`fix` removes the sidecars of bad shards and makes the manifest say so: the shards are then not committed, and the
-same merge command writes them, and only them, again.
+`fix` removes the sidecars of damaged shards and their entries in the manifest. These shards then count as not
+committed, and the same merge command writes them, and only them, again.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from storage_schemas.stores import Store, store_of
 from storage_schemas.stores.arrays import read_arrays
 
 THREADS = 4
-REQUESTS = 16  # at a time, of a remote artifact; each is for a block of a file, see `damage`
+REQUESTS = 16  # at a time, to a remote artifact; each is for one block of a file, see `damage`
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as it was committed.
+    """One difference from what was committed.
 
     Attributes:
         file: path in the artifact.
-        cause: expected and found.
-        shard: number of the shard that is lost by it; None if none is.
-        record: key of the record that cannot be read; None where the file as a whole is meant.
-        stray: whether the file is none of the artifact's, which `fix` leaves alone.
+        cause: what was expected and found.
+        shard: number of the shard that is damaged; None if none is.
+        record: key of the record that cannot be read; None if the problem is the file as a whole.
+        stray: whether the file does not belong to the artifact; `fix` does not touch it.
     """
 
     file: str
@@ -68,13 +68,13 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        url: the artifact.
-        complete: the manifest says that every planned shard is committed.
-        shards, groups, bytes: that were checked.
-        problems: in the order of the manifest: itself, files outside shards, shards, files nobody names.
+        url: of the artifact.
+        complete: whether the manifest states that every planned shard is committed.
+        shards, groups, bytes: how many were checked.
+        problems: first of the manifest, then of files outside shards, of shards, and of unlisted files.
         removed: files that `fix` removed.
     """
 
@@ -100,15 +100,15 @@ class _ShardFindings:
 
 
 def verify(location: Location, on_shard: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Check every file of an artifact, with a block of a file in memory for each of the threads.
+    """Check every file of an artifact; each thread holds one block of a file in memory.
 
     Args:
-        location: the artifact.
-        on_shard: called with the number of shards checked and their total.
+        location: of the artifact.
+        on_shard: called with the number of shards checked so far and their total.
 
     Raises:
-        NotAnArtifact: neither a manifest nor sidecars there.
-        UnknownVersion: the artifact follows a newer format.
+        NotAnArtifact: there is neither a manifest nor a sidecar.
+        UnknownVersion: the artifact has a newer format version.
     """
     report = Report(location.url)
     found_paths = _paths(location)
@@ -135,21 +135,25 @@ def verify(location: Location, on_shard: Callable[[int, int], None] = lambda don
             on_shard(done, len(shards))
     if manifest is not None:
         bad_shards = {problem.shard for problem in report.problems}
-        report.problems += _strangers(manifest, found_paths - named, bad_shards)
+        report.problems += _unlisted_files(manifest, found_paths - named, bad_shards)
     return report
 
 
 def fix(location: Location, report: Report) -> None:
-    """Take back the commits of the shards that `report` found bad, and the listing of other damaged files.
+    """Remove the sidecars of damaged shards, and drop them and other damaged files from the manifest.
 
-    Afterwards the manifest says `complete: false`, and the merge command that made the artifact repairs it. A
-    damaged manifest is removed; the merge rebuilds it from the sidecars.
+    Afterwards the manifest says `complete: false`, and the merge command that made the artifact repairs it. A damaged
+    manifest is removed; the merge rebuilds it from the sidecars.
+
+    Args:
+        location: of the artifact.
+        report: result of `verify`; removed files are added to it.
 
     Raises:
-        UserError: a location that cannot be written to.
+        UserError: the location cannot be written to.
     """
     if location.is_read_only:
-        raise UserError(f"{location.url}: http(s) locations can only be read; mend the artifact where it is written")
+        raise UserError(f"{location.url}: http(s) locations are read-only; repair the artifact where it is stored")
     bad_files = {problem.file for problem in report.problems}
     bad_shards = {problem.shard for problem in report.problems if problem.shard is not None}
     for shard in sorted(bad_shards):
@@ -173,14 +177,14 @@ def _remove(location: Location, path: str, report: Report) -> None:
 
 
 def _paths(location: Location) -> set[str]:
-    """All files below the location but hidden ones; none where the protocol cannot list, as plain HTTP."""
+    """All files below the location except hidden ones; empty over http(s), which cannot list files."""
     if location.is_read_only:
         return set()
     return {path for path in location.files() if not any(part.startswith(".") for part in path.split("/"))}
 
 
 def _manifest(location: Location, sidecars: Sequence[int], report: Report) -> Manifest | None:
-    """The manifest, if it can be relied on."""
+    """The manifest; None, with a problem in the report, if it is missing or damaged."""
     try:
         manifest = parse(Manifest, location.read(MANIFEST), MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -200,9 +204,9 @@ def _manifest(location: Location, sidecars: Sequence[int], report: Report) -> Ma
 
 
 def _other_plan(location: Location, manifest: Manifest) -> str | None:
-    """Why the manifest is not this artifact's; one sidecar of its plan is enough to trust it."""
+    """Why the manifest does not belong to this artifact; None if at least one sidecar has its plan."""
     if plan_sha256(manifest.layout, manifest.provenance) != manifest.plan_sha256:
-        return "plan_sha256 is not that of its layout and provenance"
+        return "plan_sha256 does not match its layout and provenance"
     other: str | None = None
     for entry in manifest.shards:
         try:
@@ -212,11 +216,11 @@ def _other_plan(location: Location, manifest: Manifest) -> str | None:
         if plan == manifest.plan_sha256:
             return None
         other = other or plan
-    return other and f"it is of plan {manifest.plan_sha256[:12]}…, the sidecars are of plan {other[:12]}…"
+    return other and f"it has plan {manifest.plan_sha256[:12]}…, the sidecars have plan {other[:12]}…"
 
 
 class _ShardCheck:
-    """Checks one shard; called from several threads."""
+    """Checks one shard per call. Thread-safe."""
 
     def __init__(self, location: Location, manifest: Manifest | None) -> None:
         self._location, self._manifest = location, manifest
@@ -239,7 +243,7 @@ class _ShardCheck:
         return _ShardFindings(len(commit.records), commit.bytes, files, tuple(problems))
 
     def _sidecar(self, path: str, shard: int, entry: ShardEntry | None) -> Commit:
-        """The sidecar of a shard; raises SchemaError or CorruptShard unless it is the one the manifest means."""
+        """The sidecar of a shard; raises SchemaError or CorruptShard unless it is the one that the manifest lists."""
         try:
             data = self._location.read(path)
         except FileNotFoundError:
@@ -250,7 +254,7 @@ class _ShardCheck:
         if self._manifest is None:
             return commit
         if commit.plan_sha256 != self._manifest.plan_sha256:
-            raise CorruptShard(f"{path}: it is of another artifact, of plan {commit.plan_sha256[:12]}…")
+            raise CorruptShard(f"{path}: it belongs to another artifact, with plan {commit.plan_sha256[:12]}…")
         if entry is None and (self._manifest.complete or shard >= self._manifest.layout.shards):
             raise CorruptShard(f"{path}: the manifest lists no such shard")
         if entry is not None and ShardEntry.of(commit, hashlib.sha256(data).hexdigest()) != entry:
@@ -258,7 +262,7 @@ class _ShardCheck:
         return commit
 
     def _lost_records(self, commit: Commit, path: str) -> Iterator[Problem]:
-        """The records that a reader refuses: none if the damage is in headers, padding or JSON members."""
+        """The records that cannot be read: none if the damage is in headers, padding or JSON members."""
         if self._manifest is None:
             return
         store = store_of(self._manifest.layout)
@@ -268,27 +272,27 @@ class _ShardCheck:
             try:
                 read_arrays(reader, commit, index, specs, check=True)
             except CorruptShard as error:
-                # The reader's message starts with the place, which the problem names already.
+                # The reader's message begins with the file and the record, which the problem names already.
                 yield Problem(path, str(error).partition(": ")[2], commit.shard, record.key)
 
 
 def _shard_of(store: Store, path: str) -> int | None:
-    """The planned shard that has a file of this path."""
+    """The planned shard that has a file with this path; None if there is none."""
     numbers = {int(digits) for digits in re.findall(r"(?<!\d)\d{1,16}(?!\d)", path)}
     fitting = (n for n in numbers if n < store.layout.shards and path in store.shard_files(n))
     return next(fitting, None)
 
 
-def _strangers(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
-    """Files that nobody names. Those that a merge will write are none: of an unfinished artifact, of a bad shard."""
+def _unlisted_files(manifest: Manifest, paths: set[str], bad_shards: set[int | None]) -> Iterator[Problem]:
+    """Problems of unlisted files, except those that a merge will write (unfinished artifacts, damaged shards)."""
     store = store_of(manifest.layout)
-    expected = {CARD, CROISSANT, KEYS, PREVIEW}  # every merge writes them, over whatever is there
+    expected = {CARD, CROISSANT, KEYS, PREVIEW}  # every merge overwrites them
     if not manifest.complete:
         expected |= {HEAD, *store.metadata_files()}
     for path in sorted(paths - expected):
-        # Asked of the files that are there: planned shards may be many more.
+        # Derived from the paths that exist: there may be many more planned shards.
         shard = _shard_of(store, path)
         if shard is not None and (shard in bad_shards or not manifest.complete):
             continue
-        cause = "neither the manifest nor a sidecar names this file; move it out of the artifact"
+        cause = "neither the manifest nor a sidecar lists this file; move it out of the artifact"
         yield Problem(path, cause, stray=True)

@@ -1,12 +1,12 @@
-"""Commit protocol: files of a shard first, each whole and atomic, its sidecar last, the manifest from sidecars.
+"""Commit protocol: first the files of a shard, each written atomically, then its sidecar, last the manifest.
 
-A shard exists when `commits/NNNNN.json` does. Whatever dies between two steps leaves at most files that no
-sidecar names; the next run writes the same bytes over them. For the same reason two writers of one plan may work
-on an artifact at once: each file is replaced whole, by a file with the same bytes.
+A shard exists once `commits/NNNNN.json` does. A process that is killed between two steps leaves at most files that no
+sidecar lists; the next run overwrites them with the same bytes. For the same reason two writers of one plan may work
+on an artifact at once: each file is replaced atomically by a file with the same bytes.
 
-Where the bytes are not the same, as on GPUs that add in any order, the last of two writers to commit a shard writes
-all of its files again before its sidecar, so that none of the other's are left among them. Two that commit within
-the time of one small write may still leave a mixture, which `verify` finds and the next merge makes anew.
+Equal plans may give different bytes, as on GPUs that add in any order. Then the second of two writers to commit a
+shard writes all of its files again before its sidecar, so that no file of the first is left among them. Two commits
+within the time of one small write may still leave a mixture, which `verify` detects and the next merge repairs.
 """
 
 from __future__ import annotations
@@ -45,40 +45,48 @@ from storage_schemas.schema.provenance import changes, own_version, plan_sha256,
 from storage_schemas.schema.record import Record, checksums
 from storage_schemas.stores import store_of
 
-# Small files: what a read takes is the way to the store and back.
+# Reading a small file from remote storage takes one round trip, so several are read at a time.
 SIDECARS_AT_ONCE = 8
 
 
 class ArtifactWriter:
-    """Writes one artifact. Cheap to pickle: every worker holds a copy and commits its own shards."""
+    """Writes one artifact. Cheap to pickle: every worker holds a copy and commits its own shards.
+
+    Args:
+        location: where to write the artifact.
+        layout: format, encoding, arrays and number of groups.
+        provenance: JSON object with the settings and inputs of the merge; secrets in URLs are masked.
+    """
 
     def __init__(self, location: Location, layout: Layout, provenance: Mapping[str, Any]) -> None:
         self.location = location
         self.layout = layout
-        # What is published is open to all: no passwords and signatures of the URLs that things came from.
+        # Artifacts may be published: mask passwords and signatures in the URLs of sources and weights.
         self.provenance: dict[str, Any] = redact_tree(provenance)
         self.plan = plan_sha256(layout, self.provenance)
 
     def begin(self, files: Mapping[str, bytes]) -> None:
         """Claim the location: write `files` and a manifest that says `complete: false`.
 
-        On an artifact of the same plan this writes only those of `files` that its manifest does not list (any
-        more, see `verify`). Where the manifest is missing and sidecars of the same plan are there, it is rebuilt.
+        If the location holds an artifact of the same plan, only those of `files` are written that its manifest does
+        not list, for example after `verify.fix`. If only the manifest is missing, it is rebuilt from the sidecars.
+
+        Args:
+            files: contents by path of files that belong to no shard.
 
         Raises:
-            NotAnArtifact: the location holds another artifact (the message shows the differences) or a
-                folder with other things in it.
+            NotAnArtifact: the location holds another artifact (the message shows the differences) or other files.
         """
         contents = {**files, **store_of(self.layout).metadata_files()}
-        if not self._ours():
-            # An earlier begin() that died before its manifest leaves these very files, byte for byte.
+        if not self._has_same_plan():
+            # An earlier begin() that was killed before it wrote the manifest leaves exactly these files.
             own = {path.partition("/")[0] for path in contents}
-            strangers = [name for name in self.location.names() if not name.startswith(".") and name not in own]
-            strangers += [path for path, data in contents.items() if not self._absent_or_equal(path, data)]
-            # Asked again, for a second writer may have begun in the meantime.
-            if strangers and not self._ours():
+            foreign = [name for name in self.location.names() if not name.startswith(".") and name not in own]
+            foreign += [path for path, data in contents.items() if not self._absent_or_equal(path, data)]
+            # Check again: a second writer may have started in the meantime.
+            if foreign and not self._has_same_plan():
                 raise NotAnArtifact(
-                    f"{self.location.url}: expected a new folder or an artifact, found {strangers[0]!r} and no "
+                    f"{self.location.url}: expected a new folder or an artifact, found {foreign[0]!r} and no "
                     f"{MANIFEST}; choose another output"
                 )
         old = self._old_manifest()
@@ -87,19 +95,24 @@ class ArtifactWriter:
             self.finish({path: data for path, data in contents.items() if path not in listed})
 
     def committed(self) -> set[int]:
-        """Shards that need no work."""
+        """Numbers of the shards that are committed."""
         numbers = (shard_of_sidecar(f"commits/{name}") for name in self.location.names("commits"))
         return {number for number in numbers if number is not None}
 
     def commit(self, shard: int, records: Iterable[Record], rejects: Sequence[Reject]) -> Commit:
-        """Write the shard's files, then its sidecar; a shard that is committed by now is left as it is.
+        """Write the shard's files, then its sidecar. A shard that is already committed is not written.
 
         Args:
-            records: in order. One that comes from an iterator is not needed any more once the next is asked for.
+            shard: number of the shard.
+            records: in order. Each is copied before the next one is taken from the iterator.
+            rejects: samples that could not be used.
+
+        Returns:
+            The sidecar of the shard.
 
         Raises:
-            ValueError: a record whose arrays do not follow the layout or are not finite, a key used twice, or
-                more records than a shard holds. Nothing is written then.
+            ValueError: the arrays of a record do not follow the layout or are not finite, a key occurs twice, or
+                there are more records than a shard holds. Nothing is written then.
         """
         committed = self._committed(shard)
         if committed is not None:
@@ -111,11 +124,11 @@ class ArtifactWriter:
             if record.key in entries or len(entries) == self.layout.groups_per_shard:
                 limit = f"{self.layout.groups_per_shard} distinct keys at most"
                 raise ValueError(f"shard {shard}: expected {limit}, found {record.key} after {len(entries)}")
-            # The name of a sample may be a URL, or a command with one.
+            # The name of a sample may be a URL, or a command that contains one.
             record = replace(record, samples=tuple(map(redact, record.samples)))
             entries[record.key] = _record_entry(record, self.layout, encoder.add(record))
             spread.add(record)
-        # Kept until the sidecar is there: compressed, they take less than the rows that were let go for them.
+        # Kept until the sidecar is written: compressed, they take less memory than the rows that were freed.
         contents = []
         for path, data in encoder.files():
             self.location.write(path, data)
@@ -145,15 +158,15 @@ class ArtifactWriter:
         extra: Mapping[str, bytes] | None = None,
         on_sidecar: Callable[[FileEntry, Commit], None] = lambda sidecar, commit: None,
     ) -> Manifest:
-        """Rebuild the manifest from the sidecars that exist; `complete` when every planned shard has one.
+        """Rebuild the manifest from the existing sidecars; it is `complete` when every planned shard has one.
 
         Args:
-            extra: more files of the artifact.
-            on_sidecar: called with every sidecar, as a file and as a document, in the order of the shards. Each is
-                read once.
+            extra: contents by path of more files to write.
+            on_sidecar: called with the file entry and the document of every sidecar, in the order of the shards. Each
+                sidecar is read once.
 
         Raises:
-            SchemaError, CorruptShard: a sidecar is damaged, or not one of this plan's.
+            SchemaError, CorruptShard: a sidecar is damaged or has another plan.
         """
         shards = Columns(ShardEntry, self._entries(on_sidecar))
         old = self._old_manifest()
@@ -163,9 +176,9 @@ class ArtifactWriter:
         return manifest
 
     def add_files(self, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
-        """Write more files of the artifact, such as its card, then `manifest` with them in its list.
+        """Write more files of the artifact, such as its card, then `manifest` with their entries.
 
-        What is there already is not written: a finished artifact may lie where nothing can be.
+        Files that are already there are not written again: a finished artifact may be on read-only storage.
         """
         for path, data in files.items():
             self._put(path, data)
@@ -173,7 +186,7 @@ class ArtifactWriter:
         listed |= {path: _entry(path, data) for path, data in files.items()}
         manifest = self._manifest(manifest.shards, tuple(listed[path] for path in sorted(listed)))
         old = self._old_manifest()
-        # An equal one by another release stays as well: who wrote the artifact is who changed it last.
+        # An equal manifest by another release is kept: `writer` names the release that last changed the artifact.
         if old is not None and old == manifest.model_copy(
             update={"writer": old.writer, "self_sha256": old.self_sha256}
         ):
@@ -185,8 +198,12 @@ class ArtifactWriter:
         if not self.location.exists(path) or self.location.read(path) != data:
             self.location.write(path, data)
 
-    def _ours(self) -> bool:
-        """Whether the location holds an artifact of this plan, with its manifest or without."""
+    def _has_same_plan(self) -> bool:
+        """Whether the location holds an artifact of this plan, with or without a manifest.
+
+        Raises:
+            NotAnArtifact: it holds a manifest of another plan.
+        """
         old = self._old_manifest()
         if old is not None:
             self._check_same_plan(old)
@@ -201,7 +218,7 @@ class ArtifactWriter:
         return parse(Manifest, data, f"{self.location.url}/{MANIFEST}")
 
     def _committed(self, shard: int) -> Commit | None:
-        """The sidecar of a shard, if there is one, it is sound and belongs to this plan."""
+        """The sidecar of a shard; None if it is missing, damaged or of another plan."""
         try:
             commit = parse(Commit, self.location.read(commit_path(shard)), commit_path(shard))
         except (FileNotFoundError, NotADirectoryError, SchemaError, CorruptShard):
@@ -210,7 +227,7 @@ class ArtifactWriter:
 
     def _entries(self, on_sidecar: Callable[[FileEntry, Commit], None]) -> Iterator[ShardEntry]:
         shards = sorted(self.committed())
-        # Threads that parsed as well would wait for each other: two and a half times the CPU time.
+        # Only reads are threaded: parsing in the threads as well takes 2.5 times the CPU time (contention).
         with in_threads(SIDECARS_AT_ONCE, self.location.read, map(commit_path, shards)) as contents:
             for shard, data in zip(shards, contents, strict=True):
                 sidecar, commit = self._sidecar(shard, data)
@@ -282,7 +299,7 @@ def _record_entry(record: Record, layout: Layout, offsets: dict[str, int] | None
 
 
 class _Spread:
-    """Ranges of the moments of a shard, a record at a time: as float32 they are larger than what is stored."""
+    """Ranges of the moments of a shard, updated record by record: all decoded moments would take more memory."""
 
     def __init__(self) -> None:
         self._least_mean, self._largest_mean, self._largest_variance = inf, -inf, -inf
@@ -298,7 +315,7 @@ class _Spread:
         self._clipped += record.clipped_variances()
 
     def ranges(self) -> Ranges | None:
-        """Of all records; None if there were none."""
+        """The ranges over all records; None if there were none."""
         if not self._variance_means:
             return None
         return Ranges(

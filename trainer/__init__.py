@@ -1,6 +1,6 @@
-"""Fine-tuning on merged groups: streams an artifact, never opens an image.
+"""Fine-tuning on merged groups, streamed from an artifact; source images are never opened.
 
-`train(TrainConfig(...))` does what `datamerge train` does; README.md beside this file says what lives where.
+`train(TrainConfig(...))` is the command `datamerge train`. README.md beside this file lists the modules.
 """
 
 from storage_schemas.schema.run import RunSummary

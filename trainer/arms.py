@@ -1,4 +1,4 @@
-"""The arms: what each reads of a group, trains on and costs. An entry of `ARMS` is all that there is to an arm.
+"""The arms of training: what each reads of a group, its loss and its cost. `ARMS` defines them completely.
 
 Shapes: B groups, M images of all groups of a batch, C H W pixels.
 """
@@ -50,22 +50,22 @@ class ArmLoss(Protocol[B_in]):
 
 
 class ArmImages(Protocol[B_in]):
-    """The images that a step trains on."""
+    """The single images that a step trains on, one or more per group."""
 
     def __call__(self, batch: B_in, draws: Draws, config: TrainConfig, /) -> ImageBatch: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """An estimator in an arm.
+    """Properties of an estimator in an arm.
 
     Attributes:
-        plain_steps: cost, by counting passes, in steps on one image a group; a function of `samples`.
-        twice: it differentiates twice, which saves nothing of `grad_checkpointing`.
-        curvature: it takes the curvature of the loss, which a `Likelihood` has.
-        one_image: with one sample it is the loss at one image a group, which can be refined.
-        held_out: the estimator that measures held-out groups: of the same mean, and of less noise if there is one.
-        out_of_memory: advice.
+        plain_steps: cost by counting passes, in training steps on one image per group; a function of `samples`.
+        twice: whether it differentiates twice, so that `grad_checkpointing` saves no memory.
+        curvature: whether it needs the curvature of the loss, and so a `Likelihood`.
+        one_image: whether with one sample it is the loss at one image per group, which can be refined.
+        held_out: name of the estimator for held-out groups, with the same expectation and at most the same noise.
+        out_of_memory: advice for messages when a step needs too much memory.
     """
 
     plain_steps: Callable[[int], int]
@@ -78,21 +78,21 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm(Generic[B]):
-    """What there is to know of an arm.
+    """Definition of an arm.
 
     Attributes:
-        title: in the words of the paper, AT-N-Avg.
-        about: for the help.
-        arrays: stored arrays that it reads, in either encoding, beside the target.
-        batch: records → batch.
-        loss: the loss that is trained on, and measured on held-out groups.
-        estimators: that it has, the default first; it alone takes `samples`. Empty where nothing is estimated.
-        images: the single images that a step trains on, which can be refined; None if there are none.
-        choose: which of so many first members of a group are read, by its 64 random bits; None where none are.
-        every_member: a step takes all stored members of a group, each at a plain step's cost.
-        deviates: it takes `deviation`.
-        starts_clean: its images are the clean ones, which no stored attack has moved.
-        out_of_memory: advice.
+        title: last part of the paper's name for it: Avg in AT-N-Avg.
+        about: description for the help text.
+        arrays: names of the stored arrays that it reads besides the target, in both encodings.
+        batch: converts records to a batch.
+        loss: computes the loss for training and for held-out groups.
+        estimators: estimators that it offers by name, the default first; empty if it estimates nothing.
+        images: gives the single images that a step trains on and can refine; None if it trains on moments.
+        choose: (64 random bits, number of usable members) → the members to read; None if it reads no members.
+        every_member: whether a step takes all stored members of a group, at one plain step each.
+        deviates: whether it takes the setting `deviation`.
+        starts_clean: whether it trains on clean images, without stored attacks.
+        out_of_memory: advice for messages when a step needs too much memory.
     """
 
     title: str
@@ -110,26 +110,26 @@ class Arm(Generic[B]):
 
     @property
     def takes_members(self) -> bool:
-        """Whether it reads stored members, and so takes the setting `members`."""
+        """Whether the arm reads stored members, and so takes the setting `members`."""
         return "members" in self.arrays
 
     def name(self, members: int | None, refine_steps: int = 0) -> str:
-        """The arm as the paper writes it, for groups of so many members (None if they differ)."""
+        """The paper's name for the arm, such as AT-10-Avg; `members` is the group size, None if it varies."""
         name = f"AT-{members}-{self.title}" if members and not self.starts_clean else f"AT-{self.title}"
         return f"{name}, {refine_steps} step{'s' * (refine_steps > 1)}" if refine_steps else name
 
     def refines(self, estimator: str, samples: int) -> bool:
-        """Whether a step trains on images of which each can take steps of an attack first."""
+        """Whether a step trains on single images, which PGD steps can refine first."""
         if self.images is None:
             return False
         return not self.estimators or (self.estimators[estimator].one_image and samples == 1)
 
     def memory_advice(self, estimator: str) -> list[str]:
-        """What lowers the memory of a step, as parts of a sentence."""
-        found = [self.out_of_memory]
+        """Settings that lower the memory of a step, as parts of a sentence."""
+        parts = [self.out_of_memory]
         if self.estimators:
-            found.append(self.estimators[estimator].out_of_memory)
-        return [advice for advice in found if advice]
+            parts.append(self.estimators[estimator].out_of_memory)
+        return [advice for advice in parts if advice]
 
     def forward_passes(
         self,
@@ -140,15 +140,16 @@ class Arm(Generic[B]):
         refine_steps: int = 0,
         clean_term: bool = False,
     ) -> float:
-        """Cost of a step for each group, by counting passes: a backward pass is two forward passes, and one to the
-        pixels alone is one.
+        """Cost of a step per group, in forward passes.
+
+        A backward pass counts as two forward passes, a backward pass to the pixels alone as one.
 
         Args:
-            estimator: the arm's default if not given.
-            samples: drawn by it.
-            members: of each group.
-            refine_steps: steps of PGD before.
-            clean_term: whether the clean image is trained on too (`clean_weight`).
+            estimator: name of the estimator; None for the arm's default.
+            samples: draws of the estimator per group.
+            members: members per group.
+            refine_steps: PGD steps before the update.
+            clean_term: whether the loss has a clean term (`clean_weight`).
         """
         images = members if self.every_member else 1
         plain_steps = images
@@ -230,7 +231,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
     ),
     "clean": Arm(
         title="Clean",
-        about="the clean images, from which `refine_steps` attack the encoder as it is: with 10 it is FARE",
+        about="the clean images, attacked by `refine_steps` against the current encoder (FARE with 10 steps)",
         arrays=frozenset(),
         batch=cleans,
         loss=_at_clean,
@@ -239,7 +240,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
     ),
     "factors": Arm(
         title="Factors",
-        about="merged groups with a random point along the stored factors of their covariance",
+        about="merged groups, at random points along the stored factors of their covariance",
         arrays=frozenset({"sum", "mean", "factors"}),
         batch=factors,
         loss=_along_factors,
@@ -258,7 +259,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
     ),
     "ind": Arm(
         title="Ind",
-        about="their stored members one by one",
+        about="all stored members of each group",
         arrays=frozenset({"members"}),
         batch=members,
         choose=lambda word, count: slice(0, count),
@@ -277,7 +278,7 @@ ARMS: dict[ArmName, Arm[Any]] = {
     ),
     "random-member": Arm(
         title="Random",
-        about="one stored member a step, drawn anew",
+        about="one stored member of each group, drawn at random in every step",
         arrays=frozenset({"members"}),
         batch=members,
         choose=lambda word, count: slice(word % count, word % count + 1),

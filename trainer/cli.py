@@ -1,4 +1,4 @@
-"""`datamerge train`: flags to settings, outcomes to exit codes."""
+"""The command `datamerge train`: turns flags into settings and outcomes into exit codes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Fine-tune an encoder on the groups of ARTIFACT, or of several; everything it writes goes to the folder RUN.
+    """Fine-tune an encoder on the groups of one or more ARTIFACTs; all output goes to the folder RUN.
 
     \b
     datamerge train my-artifact my-run --preset paper
@@ -36,15 +36,15 @@ def train(
     datamerge train photos s3://bucket/drawings=0.5 my-run --preset paper
     torchrun --nproc-per-node 8 -m datamerge train my-artifact my-run --preset stored
 
-    The same command again continues an interrupted run, and does nothing for a finished one. RUN/run.json and
+    Repeat the command to continue an interrupted run; it leaves a finished run as it is. RUN/run.json and
     RUN/encoder.safetensors appear at the end; `datamerge evaluate RUN` reads them. Follow a run with
     `tensorboard --logdir RUN`.
     """
     values = read_preset(preset) if preset else {}
-    if flags.get("artifact") is None:  # a single place is the artifact's; a file says where RUN is
+    if flags.get("artifact") is None:  # one argument is ARTIFACT; RUN is then in the file
         flags |= {"artifact": flags.get("run"), "run": None}
     if flags.get("epochs") is not None:
-        # The flag asks for another length in another unit; only one of the two can hold.
+        # A flag for the length replaces the preset's length, even in the other unit.
         values.pop("steps", None)
     elif flags.get("steps") is not None:
         values.pop("epochs", None)
@@ -53,8 +53,7 @@ def train(
     except Stopped as stopped:
         if is_first():
             click.echo(str(stopped), err=True)
-        # A scheduler that sends SIGTERM wants an orderly end; a person who presses Ctrl-C wants the shell
-        # to know.
+        # To a scheduler that sends SIGTERM an orderly end is a success; after Ctrl-C the shell expects 130.
         raise SystemExit(130 if stopped.signal == signal.SIGINT else 0) from None
     if is_first():
         click.echo(summary.model_dump_json() if as_json else summary.encoder)

@@ -22,11 +22,11 @@ from trainer.losses import LossName
 from trainer.weights import Weighted, weighted
 
 OnOverfit = Literal["warn", "stop", "widen"]
-FEW = 3  # steps of an attack that an encoder can learn to mislead
+FEW = 3  # an encoder can learn to defeat attacks of up to this many steps (catastrophic overfitting)
 
 
 def _arms(able: Callable[[Arm[Any]], bool]) -> str:
-    """The arms of a kind, for a message."""
+    """Names of the arms for which `able` holds, for a message."""
     *names, last = (name for name, arm in ARMS.items() if able(arm))
     return f"arm {', '.join(names)} or {last}" if names else f"arm {last}"
 
@@ -56,7 +56,7 @@ class TrainConfig(Settings):
         Effect(
             ("deviation",),
             lambda own: ARMS[own.arm].deviates,
-            f"only {_arms(lambda arm: arm.deviates)} has one, found arm {{settings.arm}}; drop `{{name}}`",
+            f"only {_arms(lambda arm: arm.deviates)} has a deviation, found arm {{settings.arm}}; drop `{{name}}`",
         ),
         Effect(
             ("loss_scale",),
@@ -66,7 +66,7 @@ class TrainConfig(Settings):
         Effect(
             ("clean_weight",),
             lambda own: own.loss != "cross_entropy",
-            "the clean term is a distance of embeddings, which cross_entropy trains without; use "
+            "the clean term is a distance between embeddings, which cross_entropy does not use; set "
             '`loss="squared_error"` or `loss="cosine"`, or drop `{name}`',
         ),
         Effect(
@@ -77,18 +77,18 @@ class TrainConfig(Settings):
         Effect(
             ("on_overfit", "overfit_every"),
             lambda own: 1 <= own.refine_steps <= FEW,
-            f"expected refine_steps of 1 to {FEW}, which alone are watched, found {{settings.refine_steps}}; drop "
+            f"only runs with refine_steps of 1 to {FEW} are watched, found {{settings.refine_steps}}; drop "
             "`{name}`",
         ),
         Effect(
             ("on_overfit",),
             lambda own: own.overfit_every != 0,
-            "nobody looks, since `overfit_every` is 0; drop one of the two",
+            "`overfit_every` is 0, so overfitting is never checked; drop one of the two",
         ),
         Effect(
             ("epsilon",),
             lambda own: own.refine_steps > 0 or not ARMS[own.arm].starts_clean,
-            "the arm {settings.arm} takes images that nobody attacks; set `refine_steps`, or drop `{name}`",
+            "arm {settings.arm} without `refine_steps` attacks nothing; set `refine_steps`, or drop `{name}`",
         ),
         Effect(
             ("eval_every",),
@@ -98,13 +98,13 @@ class TrainConfig(Settings):
         Effect(
             ("cache_bytes",),
             lambda own: own.cache != "none",
-            '`cache="none"` keeps nothing; drop `{name}`, or name a folder as `cache`',
+            '`cache="none"` keeps nothing; drop `{name}`, or set `cache` to a folder',
         ),
     )
 
     artifact: Annotated[str | list[str], Option(argument=True, metavar="ARTIFACT…")] = Field(
-        description="Folder or fsspec URL of the artifact to train on, or several; URL=0.7 takes 0.7 of its groups "
-        "in each epoch, URL=2 each group twice."
+        description="Folder or fsspec URL of the artifact to train on, or several; URL=0.7 takes 70 % of its groups "
+        "in each epoch, URL=2 takes each group twice."
     )
     run: Annotated[str, Option(argument=True)] = Field(
         description="Local folder of the run: logs, checkpoints and the trained encoder.", min_length=1
@@ -115,64 +115,67 @@ class TrainConfig(Settings):
     members: Annotated[int | None, Option(unset="all")] = Field(
         default=None,
         ge=1,
-        description="For the arms ind and random-member: the first so many stored members of each group.",
+        description="For the arms ind and random-member: number of stored members to use from each group, the first "
+        "ones.",
     )
     loss: Literal["auto", LossName] = Field(
         default="auto",
-        description="auto: squared_error if the artifact stores target embeddings, else cross_entropy; cosine is the "
-        "angle to those embeddings alone.",
+        description="auto: squared_error if the artifact stores target embeddings, else cross_entropy; cosine "
+        "compares only the directions of embeddings, not their lengths.",
     )
     loss_scale: float = Field(
         default=1.0,
-        description="Factor of the squared error: 1.0 as in the paper's eq. 11, 0.5 as in its Appendix A.",
+        description="Factor of the squared error: 1.0 (the paper's eq. 11) or 0.5 (its Appendix A).",
     )
     clean_weight: float = Field(
         default=0.0,
         ge=0,
-        description="Adds so many times the squared distance between the embedding of the clean image and its stored "
-        "one: more clean accuracy, for three passes more. Needs an artifact merged with "
-        '`attack="none"` or `keep_clean=True`.',
+        description="Weight of a clean term in the loss: the squared distance between the clean image's embedding "
+        "and the stored target. Raises clean accuracy and costs three more passes per group. Needs an artifact "
+        'merged with `attack="none"` or `keep_clean=True`.',
     )
     estimator: EstimatorName = Field(
         default="gauss_newton",
-        description="For the arm avg: gauss_newton is the paper's, sampled and antithetic draw deviations instead of "
-        "labels; for the arm factors sampled is the default.",
+        description="Estimator of a group's mean loss, for the arms avg and factors: gauss_newton is the paper's; "
+        "sampled and antithetic draw images around the mean. The default of the arm factors is sampled.",
     )
     samples: int = Field(
-        default=1, ge=1, description="Pseudo-labels (or deviations) drawn per group and step by the estimator."
+        default=1,
+        ge=1,
+        description="Pseudo-labels (gauss_newton of the arm avg) or deviations drawn per group and step.",
     )
     deviation: float = Field(
         default=1.0,
         gt=0,
         le=10,
-        description="For the arm factors: multiplies the deviation from the mean; above 1 for more robustness at the "
-        "price of clean accuracy.",
+        description="For the arm factors: factor of the deviation from the mean; values above 1 trade clean accuracy "
+        "for robustness.",
     )
     refine_steps: Annotated[int, Option(alias="--refine")] = Field(
         default=0,
         ge=0,
         le=100,
-        description="Steps of PGD against the encoder as it is, from the stored image, before that is trained on. "
-        'Needs an artifact merged with `attack="none"` or `keep_clean=True`.',
+        description="PGD steps against the current encoder, from each stored image, before the encoder is trained on "
+        'it. Needs an artifact merged with `attack="none"` or `keep_clean=True`.',
     )
     refine_step_size: Annotated[PixelLength | None, Option(unset="2 epsilon / refine_steps")] = Field(
-        default=None, description="Length of such a step."
+        default=None, description="Length of one of the `refine_steps`."
     )
     start_noise: Annotated[PixelLength | None, Option(unset="epsilon for the arm clean, 0 for others")] = Field(
         default=None,
-        description="Radius of uniform noise that is added before such steps; above epsilon nothing is projected "
-        "onto the ball, as in N-FGSM.",
+        description="Radius of the uniform noise added before the `refine_steps`; above epsilon the steps are not "
+        "projected onto the ball, as in N-FGSM.",
     )
     on_overfit: OnOverfit = Field(
         default="warn",
-        description="Where `refine_steps` of 1 to 3 lose their meaning (catastrophic overfitting): warn; stop with "
-        "an error; or widen their noise to twice epsilon and go on, as N-FGSM.",
+        description="What to do on catastrophic overfitting, which can happen with 1 to 3 `refine_steps`: warn; stop "
+        "with an error; or widen `start_noise` to twice epsilon, as in N-FGSM, and continue.",
     )
     overfit_every: Annotated[int | None, Option(unset="100, or more for small batches")] = Field(
         default=None,
         ge=0,
-        description="Steps between two looks for that, which compare the loss of 32 groups under PGD with that under "
-        "the run's own attack; 0: none.",
+        description="Optimiser steps between two checks for overfitting, which compare the loss of 32 groups under "
+        "PGD with the loss under the run's own attack; 0 never checks.",
     )
     encoder: Annotated[str | None, Option(metavar="SPEC|RUN", unset="the artifact's")] = Field(
         default=None,
@@ -184,8 +187,8 @@ class TrainConfig(Settings):
     head: Annotated[str | None, Option(metavar="FILE|SPEC|RUN", unset="the artifact's, or none")] = Field(
         default=None,
         description="Frozen class head for cross_entropy: a .safetensors file, a timm:, open_clip: or hf: spec, or "
-        "the folder of a finished training run for that of what it started from; without one the encoder's outputs "
-        "are logits.",
+        "the folder of a finished training run, for the head of the encoder it started from. Without a head the "
+        "encoder's outputs are the logits.",
     )
     steps: int | None = Field(
         default=None, ge=1, description="Length of the run in optimiser steps; or set `epochs`."
@@ -198,14 +201,14 @@ class TrainConfig(Settings):
     )
     shuffle_window: Annotated[int | Literal["all"], Option(metavar="GROUPS|all")] = Field(
         default=SHUFFLE_WINDOW,
-        description="Groups that are shuffled together, about; a run reads the shards of so many at a time. 1 takes "
-        "shard after shard, in random order.",
+        description="Approximate number of groups that are shuffled together, and whose shards are read together. 1 "
+        "takes shard after shard, in random order.",
     )
     accumulate: int = Field(
         default=1,
         ge=1,
-        description="Micro-batches that each process cuts its share of a batch into; saves memory, changes no result "
-        "beyond rounding.",
+        description="Micro-batches that each process cuts its share of a batch into; more need less memory and "
+        "change results by rounding only.",
     )
     learning_rate: Annotated[float, Option(alias="--lr")] = Field(
         default=1e-5,
@@ -213,78 +216,80 @@ class TrainConfig(Settings):
         le=10,
         description="Peak learning rate of AdamW, reached after the warm-up.",
     )
-    weight_decay: float = Field(default=1e-4, ge=0, le=10, description="AdamW's decoupled decay.")
+    weight_decay: float = Field(default=1e-4, ge=0, le=10, description="Decoupled weight decay of AdamW.")
     warmup_steps: Annotated[int, Option(alias="--warmup")] = Field(
         default=0, ge=0, description="Steps of linear warm-up before the cosine decay to 0."
     )
     gradient_clip: Annotated[float | None, Option(alias="--clip", unset="none")] = Field(
-        default=None, gt=0, description="Largest allowed norm of the gradient."
+        default=None, gt=0, description="Gradients with a larger norm are scaled down to this norm."
     )
     ema: Annotated[float | None, Option(unset="none")] = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Decay of an exponential moving average of the weights, such as 0.999; the average is then what "
-        "is evaluated and published.",
+        description="Decay of an exponential moving average of the weights, such as 0.999; the average is then "
+        "evaluated and published.",
     )
     freeze: Annotated[list[str], Option(metavar="PATTERN[,…]")] = Field(
         default_factory=list,
-        description="Patterns (* and ?) of parameter names that keep their values, such as transformer.resblocks.0.*",
+        description="Patterns (with * and ?) of the names of parameters to freeze, such as transformer.resblocks.0.*",
     )
     precision: Precision = Field(
         default="float32",
-        description="tf32 lets a GPU round the factors of products to 10 bits; bfloat16 runs the encoder, except for "
-        "its first layer, under autocast; weights, moments, losses and corrections stay float32.",
+        description="tf32 rounds the factors of matrix products to 10 bits on a GPU; bfloat16 runs all but the first "
+        "layer of the encoder under autocast. Weights, moments, losses and corrections stay float32.",
     )
     compile: bool = Field(
-        default=False, description="torch.compile the encoder, and the gradients that an estimator takes."
+        default=False, description="Compile the encoder and the estimator's input gradients with torch.compile."
     )
     grad_checkpointing: bool = Field(
         default=False,
-        description="Compute activations again in the backward pass instead of keeping them: less memory, slower "
-        "steps, the same result; for estimators without a double backward.",
+        description="Recompute activations in the backward pass instead of storing them: less memory, slower steps, "
+        "the same result. Only for estimators without a double backward.",
     )
     eval_artifact: Annotated[str | None, Option(metavar="ARTIFACT")] = Field(
         default=None,
-        description="Held-out artifact: the loss that is trained on, refined images and all, is measured on it, "
-        "logged, and picks the checkpoint that is kept as best.",
+        description="Held-out artifact. The training loss, including refinement, is measured on it and logged; the "
+        "state with the lowest value is kept as best.pt.",
     )
     eval_every: int = Field(default=500, ge=1, description="Steps between two evaluations on `eval_artifact`.")
     epsilon: Annotated[PixelLength | None, Option(unset="that of the stored attacks")] = Field(
         default=None,
-        description="Radius of the `refine_steps` from a clean image; where stored attacks are trained on, those of "
+        description="Radius of `refine_steps` that start from a clean image. Artifacts whose stored attacks have "
         "another radius are refused.",
     )
     seed: Seed = 0
     device: Device = "auto"
     checkpoint_every: int = Field(default=500, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(
-        default=2, ge=1, description="Newest checkpoints that are kept; older ones are removed."
+        default=2, ge=1, description="Number of checkpoints to keep; older ones are removed."
     )
     data_workers: int = Field(
-        default=0, ge=0, description="Processes that read ahead; 0 reads ahead in a thread of the training process."
+        default=0,
+        ge=0,
+        description="Processes that read batches ahead; 0 reads ahead in a thread of the training process.",
     )
     cache: Annotated[str | None, Option(metavar="DIR|none", unset="a folder of your cache directory")] = Field(
         default=None,
         min_length=1,
-        description="Local folder for copies of what is read of a remote artifact, which several runs may share; "
-        "none: keep nothing.",
+        description="Local folder that caches what is read from remote artifacts; several runs may share it. none "
+        "caches nothing.",
     )
     cache_bytes: Annotated[ByteSize | None, Option(unset="100GB, or 80 % of what the disk has")] = Field(
         default=None,
         ge=1,
-        description="What the cache may hold: bytes, or a size such as 200GB or 1.5TiB.",
+        description="Maximum size of the cache: bytes, or a size such as 200GB or 1.5TiB.",
     )
     threads: Threads = None
     ray_workers: Annotated[int | None, Option(unset="no Ray, or 1 if there is a `ray_address`")] = Field(
-        default=None, ge=1, description="Train on this many Ray workers; all are started again when one dies."
+        default=None, ge=1, description="Train on this many Ray workers; all of them restart when one dies."
     )
     ray_address: Annotated[str | None, Option(metavar="ADDRESS", unset="Ray starts on this machine")] = Field(
-        default=None, description="Ray cluster of the `ray_workers`: auto or HOST:PORT."
+        default=None, description="Address of the Ray cluster with the `ray_workers`: auto or HOST:PORT."
     )
     log_every: int = Field(default=10, ge=1, description="Steps between two lines of the log.")
     wandb_project: Annotated[str | None, Option(metavar="NAME", unset="none")] = Field(
-        default=None, min_length=1, description="Weights & Biases project that gets the same numbers as the log."
+        default=None, min_length=1, description="Weights & Biases project that receives the numbers of the log."
     )
 
     @field_validator("artifact", mode="before")
@@ -327,12 +332,12 @@ class TrainConfig(Settings):
         if (self.steps is None) == (self.epochs is None):
             found = "none" if self.steps is None else f"steps = {self.steps} and epochs = {self.epochs}"
             raise ValueError(
-                f"steps: expected a length in either steps or epochs, found {found}; set `steps` or `epochs`"
+                f"steps: expected the run's length in either steps or epochs, found {found}; set `steps` or `epochs`"
             )
         self._check_arm(ARMS[self.arm])
         if self.image_size is not None and self.encoder is None:
             raise ValueError(
-                "image_size: the artifact's encoder has the size of its pixels; set `encoder` too, or drop "
+                "image_size: the artifact fixes the input size of its own encoder; set `encoder` too, or drop "
                 "`image_size`"
             )
         if self.refine_step_size is not None and not self.refine_step_size:
@@ -341,8 +346,8 @@ class TrainConfig(Settings):
             raise ValueError("epsilon: expected more than 0, found 0; drop `epsilon`")
         if ARMS[self.arm].starts_clean and self.start_noise == 0 and self.loss != "cross_entropy":
             raise ValueError(
-                "start_noise: the distance to the clean embedding has no slope at the clean image, where the steps "
-                "would start and, before the encoder has moved, stay; drop `start_noise`"
+                "start_noise: expected more than 0, found 0: the distance to the clean embedding has gradient 0 at "
+                "the clean image, so steps that start there do not move at first; drop `start_noise`"
             )
         return self
 
@@ -352,39 +357,39 @@ class TrainConfig(Settings):
         return [weighted(text) for text in ([self.artifact] if isinstance(self.artifact, str) else self.artifact)]
 
     def _check_arm(self, arm: Arm[Any]) -> None:
-        """Refuse what the arm cannot be combined with."""
+        """Refuse settings that the arm cannot be combined with."""
         if arm.estimators and self.estimator not in arm.estimators:
             raise ValueError(
-                f"estimator: the arm {self.arm} has {', '.join(arm.estimators)}, found {self.estimator}; "
+                f"estimator: arm {self.arm} expects {', '.join(arm.estimators)}, found {self.estimator}; "
                 "drop `estimator`"
             )
         if self.loss == "cosine" and arm.estimators and arm.estimators[self.estimator].curvature:
             raise ValueError(
-                f"loss: estimator {self.estimator} takes the curvature of a likelihood, and cosine is none; use "
-                '`estimator="sampled"` or another `arm`, or another `loss`'
+                f"loss: estimator {self.estimator} needs the negative log-likelihood of a density, found cosine, "
+                'which is none; use `estimator="sampled"`, another `arm` or another `loss`'
             )
         if self.refine_steps and not arm.refines(self.estimator, self.samples):
             estimate = f" with estimator {self.estimator} and samples {self.samples}" if arm.estimators else ""
             able = _arms(lambda other: other.images is not None)
             raise ValueError(
-                f"refine_steps: refines one image a group or its members, found arm {self.arm}{estimate}; use {able} "
-                "with the default `estimator` and `samples`, or drop `refine_steps`"
+                f"refine_steps: expected an arm that trains on single images, found arm {self.arm}{estimate}; use "
+                f"{able} with the default `estimator` and `samples`, or drop `refine_steps`"
             )
         if arm.estimators and arm.estimators[self.estimator].twice:
             self._check_single_backward()
 
     def _check_single_backward(self) -> None:
-        """Refuse what needs an estimator that differentiates once."""
+        """Refuse settings that need an estimator without a double backward."""
         once = 'use `estimator="sampled"` or `estimator="antithetic"`, or drop'
         if self.grad_checkpointing:
             raise ValueError(
-                f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the activations "
-                f"that are computed again; {once} `grad_checkpointing`"
+                f"grad_checkpointing: estimator {self.estimator} differentiates twice, which keeps the recomputed "
+                f"activations, so no memory is saved; {once} `grad_checkpointing`"
             )
 
 
 def preset_names() -> list[str]:
-    """Names that `read_preset` knows."""
+    """Names of the shipped presets, sorted."""
     files = resources.files("trainer").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
 
@@ -393,7 +398,7 @@ def read_preset(name: str) -> dict[str, Any]:
     """Settings of a shipped preset.
 
     Raises:
-        ConfigError: no preset of this name.
+        ConfigError: no preset has this name.
     """
     if name not in preset_names():
         raise ConfigError(f"preset: expected one of {', '.join(preset_names())}, found {name!r}")

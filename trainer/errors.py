@@ -1,4 +1,4 @@
-"""How a run ends early."""
+"""Errors that end a training run early."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from storage_schemas import DatamergeError
 
 
 class Stopped(DatamergeError):
-    """A signal ended the run early; its state is saved.
+    """A signal ended the run early; the run's state is saved.
 
     Attributes:
         signal: the signal's number.
@@ -18,8 +18,8 @@ class Stopped(DatamergeError):
 
 
 class NotFiniteRun(DatamergeError):
-    """A loss or gradient was not finite; the run would come to it again."""
+    """A loss or gradient was not finite; running again would reproduce it."""
 
 
 class OverfittedRun(DatamergeError):
-    """The attack that a run trains on has lost its meaning; its state is saved, and it would not get better."""
+    """Catastrophic overfitting: the run's own attack no longer raises the loss. The run's state is saved."""

@@ -1,23 +1,23 @@
-"""Losses of a batch, and the random labels from which their curvature is estimated.
+"""Training losses, and the pseudo-labels from which their curvature is estimated.
 
 A `Likelihood` is the negative logarithm of a density p(y | t) ∝ exp(−L(t, y)) over labels y given the outputs t,
-with a Hessian in t that the label does not enter: it equals the Fisher matrix E_{ŷ~p}[∇_t L(t, ŷ) ∇_t L(t, ŷ)ᵀ], so
+with a Hessian in t that does not depend on the label. It equals the Fisher matrix
+E_{ŷ~p}[∇_t L(t, ŷ) ∇_t L(t, ŷ)ᵀ], so
 
     diag[GGN_x] = diag[Jᵀ (∇²_t L) J] = E_{ŷ~p}[ (∇_x L(t, ŷ))∘² ]      with J = ∂t/∂x      (PAPER eq. 9, 16)
 
-One formula serves them all, provided that the label is drawn from the density of *the same* loss:
+The formula holds for every likelihood, provided that the label is drawn from the density of *the same* loss:
 
     loss                 p(y | t)             ∇²_t L             label drawn
     c·‖t − y‖²           N(t, I/2c)           2c·I               t + ε/√(2c), ε ~ N(0, I)
     cross entropy        softmax(t)           diag(p) − p pᵀ     class ŷ ~ softmax(t)
 
-That settles the scale trap of the paper: eq. 11 trains on ‖·‖² (c = 1) while Appendix A derives its
-correction for ½‖·‖² (c = ½). With ε drawn at unit variance and c = 1 the squared gradient would be
-4·diag(JᵀJ) and not the 2·diag(JᵀJ) that belongs to it; here the variance of the label follows from c and
-nothing is left to get wrong.
+The paper uses two scales: eq. 11 trains on ‖·‖² (c = 1), while Appendix A derives its correction for ½‖·‖² (c = ½).
+With c = 1 and ε of unit variance the squared gradient would be 4·diag(JᵀJ) instead of the correct 2·diag(JᵀJ). Here
+the variance of the label follows from c.
 
-`Cosine` is none: its Hessian depends on the label, and, since the loss is constant along t, has a negative eigenvalue
-wherever the gradient is not 0.
+`Cosine` is not a likelihood: its Hessian depends on the label and, since the loss is constant along t, has a negative
+eigenvalue wherever the gradient is not 0.
 
 Shapes: B groups, K outputs (embedding dimensions or classes).
 """
@@ -37,23 +37,38 @@ LossName = Literal["squared_error", "cosine", "cross_entropy"]
 
 
 class Loss(Protocol):
-    """What is trained on, and what steps of an attack increase."""
+    """A loss of each row of a batch, which training minimises and attacks maximise."""
 
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Loss of each row: outputs [B, K] → [B]."""
+        """Loss of each row, [B].
+
+        Args:
+            outputs: t, [B, K].
+            target: y, embeddings [B, K] or class indices int64 [B].
+        """
 
 
 class Likelihood(Loss, Protocol):
-    """What the estimators with a Gauss-Newton term need to know of a loss besides."""
+    """A loss that is a negative log-likelihood, as estimators with a Gauss-Newton term need."""
 
     def noise(self, like: Tensor, draws: Draws) -> Tensor:
-        """The random numbers of a label, of the shape of outputs."""
+        """Random numbers from which `pseudo_label` makes labels, with the shape of outputs, [B, K].
+
+        Args:
+            like: a tensor with the shape, dtype and device of the outputs.
+            draws: random numbers, one stream per group.
+        """
 
     def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """A label from exp(−loss)/Z for each row, made with such numbers; no gradient flows through the draw."""
+        """Draw a label ŷ ~ exp(−L(t, ·))/Z for each row; no gradient flows through the draw.
+
+        Args:
+            outputs: t, [B, K].
+            noise: the result of `noise`.
+        """
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
-        """uᵀ (∇²_t L) u of each row, [B], for tangents u [B, K]; the label does not enter it."""
+        """uᵀ (∇²_t L) u of each row, [B], for outputs t [B, K] and tangents u [B, K]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +101,11 @@ class SquaredError:
 
 @dataclass(frozen=True, slots=True)
 class Cosine:
-    """1 − cos(t, y), the angle alone: the length of t is free.
+    """1 − cos(t, y), which does not depend on the length of t.
 
     Sim-CLIP (Hossain and Imteaj 2024, arXiv:2407.14971) trains on −cos(f(x'), stopgrad f(x)), symmetrised, with
     the tuned encoder on both sides in the paper and the frozen one on the clean side in its published script. Here y
-    is the stored embedding f₀(x) of the frozen encoder, a constant: the other half has no gradient.
+    is the stored embedding f₀(x) of the frozen encoder, a constant, so the symmetric half would have no gradient.
 
     Examples:
         >>> import torch
@@ -99,7 +114,7 @@ class Cosine:
     """
 
     def value(self, outputs: Tensor, target: Tensor) -> Tensor:
-        # The same number as 1 − cos, without its cancellation where the two are nearly parallel, as at the start.
+        # Equal to 1 − cos, but without cancellation for nearly parallel vectors, as at the start of training.
         between = functional.normalize(outputs, dim=1) - functional.normalize(target, dim=1)
         return 0.5 * between.square().sum(dim=1)
 
@@ -115,7 +130,7 @@ class CrossEntropy:
         return draws.exponential(like)
 
     def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        # The class whose exponential clock of rate p_k rings first.
+        # argmin of Exp(1)/p_k is distributed as softmax(t): the exponential race, or Gumbel-max trick.
         return (outputs.detach() - noise.log()).argmax(dim=1)
 
     def quadratic_form(self, outputs: Tensor, tangents: Tensor) -> Tensor:
@@ -125,11 +140,11 @@ class CrossEntropy:
 
 
 def loss_of(name: LossName, scale: float = 1.0) -> Loss:
-    """The loss of a name.
+    """Construct a loss by name.
 
     Args:
-        name: which.
-        scale: of the squared error; the others have none.
+        name: name of the loss.
+        scale: factor of the squared error; the other losses ignore it.
     """
     if name == "squared_error":
         return SquaredError(scale)

@@ -1,4 +1,4 @@
-"""Artifacts with weights as one text each: `photos`, `photos=0.7`, `s3://bucket/photos=2`."""
+"""Parse artifacts with weights, such as `photos`, `photos=0.7` and `s3://bucket/photos=2`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ class Weighted(NamedTuple):
 
 
 def weighted(text: str) -> Weighted:
-    """What a text means: an artifact, or an artifact, `=`, and its weight.
+    """Parse ARTIFACT or ARTIFACT=WEIGHT; a missing weight is 1.
 
-    A folder of this machine that is called so is meant, whatever follows its `=`; so is everything whose last `=`
-    no number follows, and a factory, whose arguments have `=`. The place `s3://bucket/year=2024` is written
+    The whole text is the artifact if a local path of that name exists, if it is a `python:` factory (whose arguments
+    contain `=`), or if no number follows its last `=`. To name the remote folder `s3://bucket/year=2024`, write
     `s3://bucket/year=2024=1`.
 
     Raises:
-        ValueError: a weight that is not there, not above 0, or too large.
+        ValueError: the weight after `=` is empty, not above 0, or above `LARGEST_WEIGHT`.
+
+    Examples:
+        >>> weighted("s3://bucket/photos=0.5")
+        Weighted(url='s3://bucket/photos', weight=0.5)
     """
     url, _, end = text.rpartition("=")
     if text.startswith(FACTORY):
@@ -35,7 +39,7 @@ def weighted(text: str) -> Weighted:
     if url and not end.strip() and not _is_here(text):
         raise ValueError(
             f"expected a weight after {shortened(text)}, found none; write one, as in {shortened(f'{text}0.5')}, "
-            f"leave out the =, or write {shortened(f'{text}=1')} for what is called so"
+            f"leave out the =, or write {shortened(f'{text}=1')} if the name itself ends in ="
         )
     try:
         weight = float(end) if url else math.nan
@@ -46,18 +50,18 @@ def weighted(text: str) -> Weighted:
     if not 0 < weight <= LARGEST_WEIGHT:
         raise ValueError(
             f"expected a weight above 0 and of at most {LARGEST_WEIGHT} for {url}, found {end}; choose another, or "
-            f"write {shortened(f'{text}=1')} for what is called so"
+            f"write {shortened(f'{text}=1')} if that is part of the name"
         )
     return Weighted(url, weight)
 
 
 def spelt(url: str, weight: float) -> str:
-    """A text that means an artifact with a weight; the artifact alone where the weight is 1."""
+    """The inverse of `weighted`: URL=WEIGHT, or the URL alone for weight 1."""
     return url if weight == 1 and _is_plain(url) else f"{url}={weight:.15g}"
 
 
 def _is_plain(url: str) -> bool:
-    """Whether an artifact's name alone means it, with weight 1."""
+    """Whether `weighted` reads the name alone as this artifact with weight 1."""
     try:
         return weighted(url) == (url, 1)
     except ValueError:
@@ -68,5 +72,5 @@ def _is_here(text: str) -> bool:
     path = local_part(text)
     try:
         return path is not None and user_path(path).exists()
-    except (OSError, ValueError):  # no path at all; opening it says why
+    except (OSError, ValueError):  # not a valid path; opening it reports the reason
         return False

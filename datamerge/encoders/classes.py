@@ -106,7 +106,7 @@ def _by_position(labels: Collection[int], classes: Classes, head: Classes, setti
         warn(
             f"{classes.where} has {len(classes.names)} classes and {head.where} has {head.count}: labels are used "
             "as positions in the head, which is wrong if the source has only some of its classes; "
-            + ("give the source class names" if head.named else "give the head a file of class names")
+            + ("give the source class names" if head.named else "give a file of the head's class names")
             + " to match by name"
         )
     elif classes.named or head.named:

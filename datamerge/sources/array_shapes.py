@@ -121,7 +121,7 @@ def choose_arrays(
         if len(training) == 1:
             wanted = training[0]
             shown = ", ".join(f"{word} ({len(items)} images)" for word, items in counts.items())
-            say(f"{where}: the split {wanted!r} is used, of {shown}")
+            say(f"{where}: its split {wanted!r} is used of {shown}")
     _, split = choose(counts, wanted, where, "image")
     if split is not None and split not in splits:
         raise ConfigError(f"split: expected one of {where}, found {split!r}; use one split at a time")

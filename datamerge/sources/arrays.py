@@ -148,7 +148,7 @@ def open_arrays(location: Location, file: str, columns: Columns, split: str | No
     if class_names and names == class_names:
         say(f"{where}: the names of {len(names)} classes are taken from {names_array!r}: {shown(names)}")
     elif class_names and names:  # `read_labels` warns if labels are numbers beyond the names
-        warn(f"{where}: labels are not all among the {len(class_names)} names in {names_array!r}, which are ignored")
+        warn(f"{where}: labels are not all among the {len(class_names)} names in {names_array!r}, which are left out")
     groups = _values(arrays, columns.group, len(images), where)
     (stem,) = make_keys([file.partition(".")[0]])
     of_split, stem = (file, stem) if split is None else (f"{file} {column}", f"{stem}-{split}")
@@ -258,7 +258,7 @@ def _class_names(arrays: Mapping[str, Array], taken: tuple[str | None, ...], whe
     if arrays[given].ndim != 1 or len(set(names)) < len(names):
         warn(
             f"{where}: {given} {list(arrays[given].shape)} with {len(set(names))} different texts is no list of "
-            "distinct class names; it is ignored"
+            "distinct class names; it is left out"
         )
         return "", []
     return given, names

@@ -94,7 +94,7 @@ def open_image_folder(
     broken = files.where(pc.match_substring(files.names, "\\").to_numpy(zero_copy_only=False)).names
     if len(broken):
         warn(
-            f"{location.url}: {len(broken)} of {len(files)} names contain a backslash, such as {broken[0]}, which "
+            f"{location.url}: {len(broken)} of {len(files)} names hold a backslash, such as {broken[0]}, which "
             "separates folders on Windows only; unpack the archive again with a program that makes folders"
         )
     values: Values | None = None
@@ -155,9 +155,7 @@ def _one_hot_labels(table: LabelTable, names: Sequence[str], others: Sequence[st
     """Labels from one-hot columns, or the reason why there are none."""
     hot = _find_one_hot(table, names, others)
     if hot is not None and not hot.odd:
-        say(
-            f"{table.where}: the columns {shown(hot.names)} hold one 1 a row and are read as {len(hot.names)} classes"
-        )
+        say(f"{table.where}: the columns {shown(hot.names)} hold one 1 a row, taken as {len(hot.names)} classes")
         if missing := sum(label is None for name, label in zip(names, hot.labels, strict=True) if name in table.rows):
             say(f"{table.where}: {missing} of {len(names)} samples have no label: their cells are empty")
         warn_of_twins(hot.names, table.where)
@@ -191,9 +189,7 @@ def _warn_of_one_of_several(table: LabelTable, names: Sequence[str], others: Seq
     hot = _find_one_hot(table, names, others)
     if hot is None or column not in hot.names:
         return
-    instead = (
-        f"{len(hot.odd)} images do not have exactly one 1 in them" if hot.odd else "drop `label_column` to read all"
-    )
+    instead = f"{len(hot.odd)} images do not have one 1 in them" if hot.odd else "drop `label_column` to read all"
     warn(
         f"{table.where}: {column!r} is one of {len(hot.names)} columns of 0 and 1, {shown(hot.names)}; the labels "
         f"are its 0 and 1 alone; {instead}"
@@ -227,7 +223,7 @@ def _folder_labels(location: Location, files: Files, skipped: int | None) -> tup
         if distinct:
             say(
                 f"{location.url}: {beside} of {len(files)} images are beside {len(distinct)} sub-folders, so "
-                "these are not used as classes"
+                "these are not taken as classes"
             )
         return np.full(len(files), NO_LABEL, np.int32), []
     if beside:

@@ -135,7 +135,7 @@ def read_distinct(
         indices = {key: value for key, value in numbers.items() if value >= 0}
         if names and max(indices.values(), default=0) >= len(names):
             warn(
-                f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names, which are ignored"
+                f"{where}: labels go up to {max(indices.values())}, found {len(names)} class names; they are left out"
             )
             names = []
     _say_missing(times, indices, where, first, row)
@@ -303,7 +303,7 @@ def _alphabetical(texts: Mapping[Any, str], where: str) -> tuple[dict[Any, int],
         form.setdefault(unicodedata.normalize("NFC", text), text)
     ordered = sorted(form.values())
     if joined := sorted(set(texts.values()) - set(ordered)):
-        say(f"{where}: {len(joined)} class names are written in two Unicode forms and joined: {shown(joined)}")
+        say(f"{where}: {len(joined)} class names are written in two forms of Unicode, joined: {shown(joined)}")
     index = {name: position for position, name in enumerate(ordered)}
     return {key: index[form[unicodedata.normalize("NFC", text)]] for key, text in texts.items()}, ordered
 

@@ -304,7 +304,7 @@ def _say_tables(listing: Listing) -> None:
     tables = sorted(name for name in listing.others if name.lower().endswith(TABLES) and name.count("/") < DEEPEST)
     if tables:
         say(
-            f"{listing.location.url}: no labels are taken from {shown(tables)}; rename a table of labels to {TABLE}, "
+            f"{listing.location.url}: labels are not taken from {shown(tables)}; call one that holds them {TABLE}, "
             "with the header file,label"
         )
 

@@ -79,7 +79,7 @@ def choose_names(
                 f"split: expected one of {shown} of {where}, found none; set `split` to {first}, "
                 f"{'+'.join(named[:2])} or {ALL}"
             )
-        say(f"{where}: the only split is {shown}")
+        say(f"{where}: its only split is {shown}")
         return everything, named[0]
     chosen: list[str] = []
     for part in setting.split("+"):
@@ -183,7 +183,7 @@ def warn_of_split_column(name: str, counts: Mapping[str, int], where: str) -> No
     if len({meaning(value) for value in counts} - {None}) > 1:
         found = ", ".join(f"{value} ({count})" for value, count in sorted(counts.items()))
         warn(
-            f"{where}: the column {name!r} holds splits, {found}, which are all used; to use one, write each to a "
+            f"{where}: the column {name!r} tells splits, {found}, which are all used; to use one, write each to a "
             "folder or file of its name"
         )
 

@@ -169,7 +169,7 @@ class TableLabels:
             say(f"{where}: no labels are read: {why}")
             return None, why
         self._one_hot = list(hot.names)
-        say(f"{where}: the columns {shown(hot.names)} hold one 1 a row and are read as {len(hot.names)} classes")
+        say(f"{where}: the columns {shown(hot.names)} hold one 1 a row, taken as {len(hot.names)} classes")
         return self._one_hot[0], ""
 
     def _warn_of_one_of_several(self, column: str, schema: pa.Schema, read: Read, where: str) -> None:
@@ -250,8 +250,8 @@ def _none_called_label(names: Sequence[str]) -> str:
 
 def _not_one_hot(hot: OneHotColumns) -> str:
     return (
-        f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 in {len(hot.odd)} of {len(hot.labels)} rows, "
-        f"first row {hot.odd[0]}, so they give no single label"
+        f"the columns {shown(hot.names)} hold 0 and 1, but not one 1 each in {len(hot.odd)} of {len(hot.labels)} "
+        f"rows, first row {hot.odd[0]}, so they give no single label"
     )
 
 

@@ -47,7 +47,7 @@ def image_column(schema: pa.Schema, named: str | None, where: str) -> str:
         raise SourceError(f"{where}: expected the image column {named!r}, found {found}{images}")
     kind = schema.field(named).type
     if not is_encoded(kind) and not _is_unusual(kind):
-        several = "; each row needs one image" if _is_list(kind) else ""
+        several = "; one image a row is needed" if _is_list(kind) else ""
         raise SourceError(
             f"{where}: expected encoded images in the image column {named!r}, found "
             f"{_shortened(kind)}{several}{images}"

@@ -149,11 +149,11 @@ def _class_names_beside(location: Location, tar: str, labels: npt.NDArray[np.int
             text = place.read(name).decode("utf-8-sig")
             names = [as_text(line) for line in parse_class_names(text, f"{place.url}/{name}", "classes")]
         except (UnicodeDecodeError, ConfigError) as error:
-            warn(f"{error}; the names are ignored")
+            warn(f"{error}; the names are left out")
             return []
         if largest < len(names):
             return names
-        warn(f"{place.url}/{name}: expected names of labels up to {largest}, found {len(names)}; they are ignored")
+        warn(f"{place.url}/{name}: expected names of labels up to {largest}, found {len(names)}; they are left out")
     return []
 
 

@@ -1,7 +1,7 @@
-"""A small residual network for CIFAR-10, trained here from scratch.
+"""A small residual network for CIFAR-10, trained from scratch.
 
-It is trained with BatchNorm, which is then folded into the convolutions: what is attacked and fine-tuned is a plain
-network without running statistics, whose output for an image does not depend on the batch around it.
+It is trained with BatchNorm, which is then folded into the convolutions. So attacks and fine-tuning see a network
+without running statistics, whose output for an image does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 class Convolution(nn.Module):
-    """3x3 or 1x1 convolution, with BatchNorm while it is pre-trained."""
+    """3x3 or 1x1 convolution, followed by BatchNorm during pre-training."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, norm: bool) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def cifar_encoder() -> CifarEncoder:
 
 
 def folded(trained: CifarEncoder) -> dict[str, Tensor]:
-    """Weights of the network without BatchNorm that computes the same in eval mode."""
+    """Weights of the equivalent network without BatchNorm (equivalent in eval mode)."""
     state: dict[str, Tensor] = {}
     for name, module in trained.named_modules():
         if isinstance(module, Convolution) and isinstance(module.norm, nn.BatchNorm2d):

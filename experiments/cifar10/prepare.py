@@ -1,4 +1,4 @@
-"""CIFAR-10 for the arms: an encoder trained on all training images, and a test set of its own for each seed."""
+"""CIFAR-10 for the arms: an encoder trained on all training images, and a different test set for each seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEST_IMAGES = 500
 
 
 def prepare(data: Path, work: Path) -> Prepared:
-    """Train the encoder if it is not there."""
+    """Train the encoder unless that is done."""
     weights, head = work / "encoder.safetensors", work / "head.safetensors"
     train = data / "cifar10" / "train.parquet"
     if not head.exists():
@@ -25,7 +25,7 @@ def prepare(data: Path, work: Path) -> Prepared:
 
 
 def _test(data: Path, work: Path, seed: int) -> str:
-    """The test images of a seed: no two seeds below 20 share any."""
+    """Write the test images of a seed; seeds below 20 have disjoint images."""
     target = work / f"test-{seed}.npz"
     if not target.exists():
         listed = open_source(str(data / "cifar10" / "test.parquet"))

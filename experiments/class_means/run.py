@@ -2,8 +2,8 @@
 
     python -m experiments.class_means.run --data "$DATAMERGE_DATA" --work class-means
 
-Everything goes through the public functions that the commands call: `merge`, `train`, `evaluate`. Finished parts are
-kept in --work and not done again. Writes results.json, plot.png and figure2.png beside this file.
+All steps call the public functions `merge`, `train` and `evaluate`. Finished parts are kept in --work and skipped
+later. Writes results.json, plot.png and figure2.png beside this file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ARMS: dict[str, tuple[str, ArmName]] = {
 @click.option("--seeds", default=20, show_default=True)
 @click.option("--datasets", default="mnist,cifar10", show_default=True)
 def main(data: str, work: str, seeds: int, datasets: str) -> None:
-    """Run what is missing, then write the results."""
+    """Run the unfinished parts, then write the results."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name in datasets.split(","):
@@ -70,7 +70,7 @@ def main(data: str, work: str, seeds: int, datasets: str) -> None:
 
 
 def _accuracy(root: Path, source: Path, name: str, arm: str, seed: int) -> float:
-    """Test accuracy in % of one arm and seed; the seed fixes initial weights, random images and pseudo-labels."""
+    """Test accuracy in % of one arm and seed, which determines initial weights, random images and pseudo-labels."""
     kind, train_arm = ARMS[arm]
 
     def settings() -> dict[str, Any]:
@@ -83,10 +83,12 @@ def _accuracy(root: Path, source: Path, name: str, arm: str, seed: int) -> float
 
 
 def trained_accuracy(run: Path, settings: Callable[[], dict[str, Any]], test: Path) -> float:
-    """Test accuracy in % of a network whose outputs are classes; trained and measured once.
+    """Test accuracy in % of a network whose outputs are logits; trains and evaluates only if that is not done yet.
 
     Args:
-        settings: those of the training; called only if it is to be done.
+        run: folder of the run.
+        settings: returns the settings of the training; called only if the run is unfinished.
+        test: source of the test images.
     """
     measured = run / "accuracy.json"
     if measured.exists():
@@ -101,7 +103,7 @@ def trained_accuracy(run: Path, settings: Callable[[], dict[str, Any]], test: Pa
 
 
 def initial_weights(root: Path, spec: str, seed: int) -> str:
-    """Spec of the network `spec` with the weights of this seed (torch's default initialisation)."""
+    """Spec of the network `spec` with torch's default initialisation for this seed."""
     path = root / "initial" / f"{seed:02d}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The paper's future work: k cluster means a class, against k real images a class, random ones or medoids.
+"""The paper's future work: k cluster means per class, compared with k real images per class, random or medoids.
 
     python -m experiments.clusters.run --data "$DATAMERGE_DATA" --work clusters
 
-Everything goes through the public functions that the commands call. Finished parts are kept in --work and not done
-again. Writes results.json and plot.png beside this file.
+All steps call the public functions of the commands. Finished parts are kept in --work and skipped later. Writes
+results.json and plot.png beside this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = tomllib.loads((HERE / "settings.toml").read_text())
-# Name in the results → (what the groups are, arm of `datamerge train`).
+# Name in the results → (kind of groups, arm of `datamerge train`).
 ARMS: dict[str, tuple[str, ArmName]] = {
     "cluster means, corrected": ("means", "avg"),
     "cluster means": ("means", "mean-only"),
@@ -70,7 +70,7 @@ class Images:
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--datasets", default="mnist,cifar10", show_default=True)
 def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
-    """Run what is missing, then write the results."""
+    """Run the unfinished parts, then write the results."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for name in datasets.split(","):
@@ -92,14 +92,14 @@ def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
 
 
 class Study:
-    """One data set."""
+    """The runs on one data set."""
 
     def __init__(self, data: Path, work: Path, encoder: str) -> None:
         self._data, self._work, self._encoder = data, work, encoder
         self._images: Images | None = None
 
     def row(self, arm: str, k: int, seeds: int) -> dict[str, Any]:
-        """Accuracy over the seeds, and stored bytes, of one arm with k groups a class."""
+        """Accuracies over the seeds, and stored bytes, of one arm with k groups per class."""
         values = [self._accuracy(arm, k, seed) for seed in range(seeds)]
         return {
             "mean": round(statistics.fmean(values), 2),
@@ -119,7 +119,7 @@ class Study:
 
     def _artifact(self, arm: str, k: int, seed: int) -> str:
         kind = ARMS[arm][0]
-        # Clusters are the same for every seed: k-means is seeded by the artifact's.
+        # Clusters are the same for every seed: k-means uses the seed of the artifact.
         target = self._work / f"{kind}-{k}" if kind != "random" else self._work / f"random-{k}-{seed}"
         if kind == "means":
             merge(
@@ -148,7 +148,7 @@ class Study:
         return self._images
 
     def _medoids(self, k: int) -> list[int]:
-        """The real image nearest to each cluster's mean, of its class."""
+        """Indices of the real images nearest to each cluster's mean, within its class."""
         chosen = []
         for record in open_artifact(self._artifact("cluster means", k, 0)):
             of_class = np.flatnonzero(self.images.labels == record.label)
@@ -171,7 +171,7 @@ class Study:
 
 
 def _plot(results: dict[str, Any]) -> None:
-    """Accuracy against k, and against bytes."""
+    """Plot accuracy against k and against stored bytes."""
     figure, axes = plt.subplots(
         len(results), 2, figsize=(10, 3.6 * len(results)), layout="constrained", squeeze=False
     )

@@ -1,4 +1,4 @@
-"""The demo's digits and encoder for the arms: 4,000 digits to train on, 1,000 to measure on, whatever the seed."""
+"""The demo's digits and encoder for the arms: 4,000 training and 1,000 test digits, the same for every seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.arms import Prepared
 
 
 def prepare(_: Path, work: Path) -> Prepared:
-    """Train the encoder if it is not there. The digits come with a package, not from the data folder."""
+    """Write the digits, which a package contains, and train the encoder, unless that is done."""
     weights, head = work / "encoder.safetensors", work / "head.safetensors"
     if not head.exists():
         images, _ = digits.write_digits(work / "digits")

@@ -1,4 +1,4 @@
-"""Digits and photos for the front: images to choose rates by that nothing else is measured on."""
+"""Digits and photos for the front, with separate images for choosing learning rates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAIN_PHOTOS, TUNING_PHOTOS, TEST_PHOTOS = 700, 100, 150
 
 
 def digits(data: Path, work: Path) -> Prepared:
-    """The demo's encoder and training digits; tests are MNIST's own, 500 others for each seed."""
+    """The demo's encoder and training digits, with 500 different MNIST test images for each seed."""
     demo = demo_digits(data, work)
 
     def test(seed: int) -> str:
@@ -38,7 +38,7 @@ def digits(data: Path, work: Path) -> Prepared:
 
 
 def photos(data: Path, work: Path) -> Prepared:
-    """700 photos to train on, 100 to choose rates by, 150 others to measure on, whatever the seed."""
+    """700 training photos, 100 for choosing rates, and 150 test photos, the same for every seed."""
     small = three_hundred_photos(data, work)
     folder = data / "nips17"
 

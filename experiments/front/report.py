@@ -1,4 +1,4 @@
-"""Figure and tables of the front, from its results files.
+"""Write the figure and tables of the front from its results files.
 
 python -m experiments.front.report experiments/front/results-*.json
 """
@@ -37,13 +37,13 @@ def main(results: Sequence[Path]) -> None:
 
 
 def points(facts: dict[str, Any]) -> dict[tuple[int, str], dict[str, Any]]:
-    """(passes, arm) → its row, the cheapest budget first."""
+    """Rows by (passes, arm), the cheapest budget first."""
     named = {(row["passes"], name.split(", " + str(row["passes"]))[0]): row for name, row in facts["rows"].items()}
     return dict(sorted(named.items(), key=lambda item: item[0][0]))
 
 
 def table(facts: dict[str, Any]) -> str:
-    """A row for each point that is finished."""
+    """Markdown table with a row for each finished point."""
     rows = points(facts)
     before = facts["baseline"]
     lines = [
@@ -62,7 +62,7 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def figure(found: dict[str, dict[str, Any]], target: Path) -> None:
-    """Robust and clean accuracy against passes, a column for each results file."""
+    """Plot robust and clean accuracy against passes, with a column for each results file."""
     plot, axes = plt.subplots(2, len(found), figsize=(3.6 * len(found), 6), layout="constrained", squeeze=False)
     names = list(dict.fromkeys(arm for facts in found.values() for _, arm in points(facts)))
     for column, (name, facts) in enumerate(found.items()):
@@ -99,7 +99,7 @@ def _seeds(row: dict[str, Any]) -> str:
 
 
 def _difference(row: dict[str, Any], reference: dict[str, Any] | None) -> str:
-    """Mean and standard error over seeds of the difference in robust accuracy; seeds share images."""
+    """Mean difference in robust accuracy ± its standard error over seeds, paired, since arms share images."""
     if reference is None or row is reference or row["seeds"] != reference["seeds"]:
         return ""
     pairs = zip(row["accuracy_robust"], reference["accuracy_robust"], strict=True)

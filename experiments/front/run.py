@@ -2,11 +2,11 @@
 
     python -m experiments.front.run experiments/front/cifar10-2.toml --data "$DATAMERGE_DATA" --work front
 
-A budget is a number of passes: what one place of a batch may cost in a whole run, in forward passes of one image, a
-backward pass counted as two. An arm with cheaper updates makes more of them. For every arm and budget each of the
-same rates is tried once, with a seed and images that are used for nothing else; the one with the largest sum of clean
-and robust accuracy is run with the other seeds. Everything goes through the functions that the commands call.
-Finished parts are kept in --work and not done again, so that processes may share it if each has its own --only.
+A budget is the cost of a whole run per item of a batch, in forward passes of one image; a backward pass counts as
+two. An arm with cheaper updates makes more of them. For every arm and budget each of the same learning rates is tried
+once, with a seed and images that are used for nothing else; the rate with the largest sum of clean and robust
+accuracy is run with the other seeds. All steps call the functions of the commands. Finished parts are kept in --work
+and skipped later, so several processes may share --work if each has its own --only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from storage_schemas.schema.run import BASELINE
 from trainer.arms import ARMS
 
 TUNING_SEED = 19
-WARMUP = 0.075  # of the steps, as in experiments/cifar10
+WARMUP = 0.075  # fraction of the steps, as in experiments/cifar10
 
 
 class Point(NamedTuple):
-    """One run: an arm, the passes that it may take, the peak of its rate."""
+    """One run: an arm, its budget in passes, and its peak learning rate."""
 
     arm: str
     passes: int
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In the work folder."""
+        """Name in the work folder."""
         return f"{self.arm}, {self.passes} passes, rate {self.rate:g}"
 
 
@@ -54,14 +54,14 @@ class Front:
         self.tuning = ArmsExperiment({**tuning, "arms": arms}, data, work, f"{name}-tuning")
 
     def points(self) -> Iterator[Point]:
-        """All that are tried."""
+        """All points to try."""
         for arm, wanted in self.settings["arms"].items():
             for passes in wanted.get("passes", self.settings["passes"]):
                 for rate in self.settings.get("rates_at", {}).get(str(passes), self.settings["rates"]):
                     yield Point(arm, passes, rate)
 
     def passes_a_step(self, arm: str) -> float:
-        """Passes of one update, for each group."""
+        """Cost of one update in forward passes per group."""
         wanted = self._settings_of(arm)
         return ARMS[wanted["arm"]].forward_passes(
             wanted.get("estimator"),
@@ -72,7 +72,7 @@ class Front:
         )
 
     def best(self, arm: str, passes: int) -> Point:
-        """The point of an arm and budget whose rate did best on the tuning images."""
+        """The point of an arm and budget with the best rate on the tuning images."""
         tried = [point for point in self.points() if (point.arm, point.passes) == (arm, passes)]
         if len(tried) == 1:
             return tried[0]
@@ -80,11 +80,11 @@ class Front:
         return tried[scores.index(max(scores))]
 
     def measured(self, point: Point, seed: int) -> dict[str, Any]:
-        """The evaluation of a point."""
+        """The evaluation of a point and seed; see `ArmsExperiment.measured`."""
         return self.measuring.measured(point.name, seed)
 
     def row(self, point: Point) -> dict[str, Any] | None:
-        """What is known of a point."""
+        """Results of a point over its finished seeds; None without one."""
         found = self.measuring.row(point.name)
         if found is None:
             return None
@@ -118,11 +118,11 @@ class Front:
 @click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run, of those that are not finished.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run; finished ones are skipped.")
 @click.option("--only", multiple=True, help="Run these arms only.")
 @click.option("--passes", multiple=True, type=int, help="Run these budgets only.")
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...], passes: tuple[int, ...]) -> None:
-    """Run what is missing of the front in SETTINGS, then write results beside it."""
+    """Run the unfinished parts of the front in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)
     front = Front(tomllib.loads(settings.read_text()), data, work, settings.stem)
     front.measuring.artifacts()
@@ -152,7 +152,7 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
 
 
 def write(front: Front, settings: Path) -> None:
-    """Put all that is finished into the results file."""
+    """Write the results file with all finished points."""
     rows = {point.name: row for point in front.points() if (row := front.row(point))}
     facts = {
         "command": f"python -m experiments.front.run {'/'.join(settings.parts[-3:])}",

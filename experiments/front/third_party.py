@@ -1,9 +1,9 @@
-"""The front's encoders under somebody else's attacks: torchattacks' APGD and PGD, and AutoAttack by its authors.
+"""The front's encoders under third-party attacks: APGD and PGD of torchattacks, and the authors' AutoAttack.
 
     python -m experiments.front.third_party experiments/front/cifar10-2.toml --data "$DATAMERGE_DATA" --work front
 
-Needs the PyPI packages torchattacks and pyautoattack, the authors' code. Reads what `experiments.front.run` left in
---work. Writes third-party-NAME.json beside the settings.
+Needs the PyPI packages torchattacks and pyautoattack (the authors' code). Reads the runs of `experiments.front.run`
+in --work. Writes third-party-NAME.json beside the settings.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from storage_schemas.schema.run import BASELINE
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", multiple=True, help="These arms only.")
-@click.option("--passes", multiple=True, type=int, help="These budgets only.")
-@click.option("--steps", default=100, show_default=True, help="Of PGD and APGD.")
-@click.option("--autoattack", "count", metavar="IMAGES", default=0, help="Run AutoAttack too, on so many images.")
+@click.option("--only", multiple=True, help="Attack these arms only.")
+@click.option("--passes", multiple=True, type=int, help="Attack these budgets only.")
+@click.option("--steps", default=100, show_default=True, help="Steps of PGD and APGD.")
+@click.option("--autoattack", "count", metavar="IMAGES", default=0, help="Also run AutoAttack on this many images.")
 @click.option("--epsilon", metavar="FRACTION", help="Radius of the attacks. [that of SETTINGS]")
 def main(
     settings: Path,
@@ -80,7 +80,7 @@ def main(
 
 
 def _auto_attack(model: nn.Module, pixels: Tensor, labels: Tensor, radius: float) -> float:
-    """Fraction that the standard AutoAttack leaves correct."""
+    """Robust accuracy under the standard AutoAttack, as a fraction."""
     attack = AutoAttack(model, norm="Linf", eps=radius, version="standard", device="cpu", seed=0)
     found = attack.run_standard_evaluation(pixels, labels, batch_size=100)
     with torch.no_grad():

@@ -1,13 +1,13 @@
-"""What the experiment will take, counted and not measured.
+"""Estimate the cost of the experiment by counting; nothing is measured.
 
     time      FLOPs / (peak × utilisation)
-    FLOPs     of a pass, which torch counts on the networks themselves, × passes: those of an attack are counted in
+    FLOPs     FLOPs per pass × passes. torch counts the former on the networks; the passes of an attack are counted in
               merge_service/estimate.py, of a training step in trainer/arms.py, of an evaluation in
               datamerge/evaluation/llava/attack.py
 
-It is an upper bound in one respect: attacks on LLaVA leave images alone whose score has fallen far enough, and here
-none do. It is a lower bound in another: what a GPU does besides matrix products is left to `utilisation`. Answers,
-one token after another, are bound by memory, which adds some percent.
+The estimate is too high in one respect: attacks on LLaVA stop early for images whose score has fallen far enough,
+which is not counted. It is too low in others: work besides matrix products is covered only by `utilisation`, and
+answers, generated token by token, are bound by memory bandwidth, which adds some percent.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Arithmetic = Literal["half", "float32"]
 
 # ILSVRC2012_img_train.tar, 147,897,477,120 bytes, over its 1,281,167 images.
 IMAGE_BYTES = 115_440
-# Compressed bytes a value of Σx and scatter together (uint8_moments), measured on photos at N = 10, ε = 2/255.
+# Compressed bytes per pixel value of Σx and scatter together (uint8_moments), measured on photos, N = 10, ε = 2/255.
 MOMENT_BYTES = 2.07
-# Tokens of a conversation besides the image: system prompt, question and answer, rounded up.
+# Text tokens of a conversation, without the image: system prompt, question and answer, rounded up.
 TEXT_TOKENS = 80
 PARTS = {"captions": (captions.NEW_TOKENS, ()), "vqa": (vqa.NEW_TOKENS, vqa.TARGETS)}
 
@@ -46,15 +46,15 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        peak: FLOP/s of dense matrix products.
-        utilisation: the share of it that is reached.
+        peak: peak FLOP/s of dense matrix products, by arithmetic.
+        utilisation: fraction of the peak that is reached.
     """
 
     peak: dict[Arithmetic, float]
     utilisation: float
 
     def hours(self, flops: float, arithmetic: Arithmetic) -> float:
-        """Time for so much work."""
+        """GPU hours for this number of FLOPs."""
         return flops / (self.peak[arithmetic] * self.utilisation) / 3600
 
 
@@ -63,11 +63,11 @@ class Stage:
     """One line of the estimate.
 
     Attributes:
-        name: what is done.
-        groups: groups that are read or made, or images that are asked about.
+        name: name of the stage.
+        groups: number of groups read or written, or of evaluated images.
         disk: bytes written.
-        hours: of one GPU; None where none is needed.
-        memory: bytes of the GPU that the stage is refused without.
+        hours: hours of one GPU; None if the stage needs none.
+        memory: bytes of GPU memory that the stage requires; None if it checks none.
     """
 
     name: str
@@ -80,13 +80,13 @@ class Stage:
 def estimate(experiment: Experiment, gpu: Gpu) -> list[Stage]:
     """All stages in the order in which they run."""
     study, config = experiment.study, experiment.merge_config()
-    # Its weights need not be here yet.
+    # Only the architecture is needed; the weights may not be on this machine yet.
     architecture = study.data.encoder.partition("@")[0].partition("/")[0]
     encoder = load_encoder(architecture).eval().requires_grad_(False).to("meta")
     passes = count_passes(encoder, encoder.input_shape)
 
     def stored(members: int, factors: int) -> float:
-        """Bytes of all groups; members and factors as if they could not be compressed."""
+        """Bytes of all groups, counting members and factors as incompressible."""
         values = math.prod(encoder.input_shape) * (MOMENT_BYTES + members + factors)
         return study.groups * (values + FLOAT32 * encoder.embedding_dim)
 
@@ -113,12 +113,15 @@ def estimate(experiment: Experiment, gpu: Gpu) -> list[Stage]:
 
 
 def evaluation(part: str, experiment: Experiment, encoder: float, gpu: Gpu) -> Stage:
-    """All arms and the baseline.
+    """Estimate the evaluation of all arms and the baseline.
 
-    A pass of an attack is steps + 1 input gradients, and the answer afterwards one more forward pass.
+    One attack takes steps + 1 input gradients, and the answer afterwards one more forward pass.
 
     Args:
-        encoder: FLOPs of an image's embedding.
+        part: "captions" or "vqa".
+        experiment: the experiment.
+        encoder: FLOPs to embed one image.
+        gpu: the GPU.
     """
     study, config = experiment.study, experiment.captions_config(BASELINE)
     new_tokens, targets = PARTS[part]
@@ -135,7 +138,7 @@ def evaluation(part: str, experiment: Experiment, encoder: float, gpu: Gpu) -> S
 
 
 def read_llava(name: str) -> Any:
-    """The model without weights; the sizes of LLaVA-1.5-7B if it is not on this machine."""
+    """The model without weights; LLaVA-1.5-7B's sizes if the model is not on this machine."""
     try:
         config = transformers.LlavaConfig.from_pretrained(name, local_files_only=True)
     except OSError:
@@ -145,11 +148,11 @@ def read_llava(name: str) -> Any:
 
 
 def language_flops(llava: Any, patches: int, new_tokens: int) -> float:
-    """FLOPs of the projector, the language model on an image with its text, and the logits of an answer."""
+    """FLOPs of the projector, of the language model on an image with its text, and of the logits of an answer."""
     config, model = llava.config, llava.model
     image = torch.empty(1, patches, config.vision_config.hidden_size, device="meta")
     tokens = torch.empty(1, patches + TEXT_TOKENS, config.text_config.hidden_size, device="meta")
-    # torch does not count attention that is one fused kernel.
+    # torch does not count the FLOPs of fused attention kernels.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.multi_modal_projector(image)
         model.language_model(inputs_embeds=tokens)

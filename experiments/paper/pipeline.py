@@ -1,13 +1,13 @@
-"""The stages of the experiment, each through the function that its command calls; finished parts are not done again.
+"""The stages of the experiment, which call the functions of the commands; finished parts are skipped.
 
     WORK/images/, images.json     the drawn images
-    WORK/artifacts/NAME           members (the one attack) and what is merged from them
+    WORK/artifacts/NAME           the attacked members, and the artifacts merged from them
     WORK/runs/ARM                 training runs
     WORK/evaluations/ARM          captions and VQA of an arm
     WORK/results.json, .md        the table
 
 Any number of processes, on machines that share WORK, may run the same command: one makes the artifacts while the
-others wait, then each takes arms that no other is at.
+others wait, then each process takes arms that no other is running.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ DRAWN = "images.json"
 
 @dataclass(frozen=True)
 class Experiment:
-    """The experiment of a settings file in one folder.
+    """The experiment of a settings file, in a work folder.
 
     Attributes:
         study: the settings.
-        data: where images, models and questions are.
-        work: absolute path of the folder that everything goes to.
+        data: locations of images, models and questions.
+        work: absolute path of the folder for all output.
     """
 
     study: Study
@@ -71,7 +71,7 @@ class Experiment:
         self.vqa_config(BASELINE)
 
     def problems(self) -> list[str]:
-        """What a stage would miss, the last of them after hours of work; one line for each."""
+        """Missing requirements of all stages, one line each, before hours of work are spent."""
         sample = (int(self.study.evaluate["sample"]), int(self.study.evaluate.get("sample_seed", 42)))
         data = self.data
         checks: list[Callable[[], object]] = [
@@ -90,12 +90,12 @@ class Experiment:
         return found
 
     def check_memory(self) -> None:
-        """Raise ConfigError if the evaluation, which comes last, cannot run on this machine."""
+        """Raise ConfigError if this machine has too little memory for the evaluation, the last stage."""
         config = self.captions_config(BASELINE)
         check_memory(config, pick_device(config.device))
 
     def run(self) -> list[str]:
-        """Do what is missing; returns the arms that other processes are at."""
+        """Run the unfinished parts; returns the arms that other processes are running."""
         self.work.mkdir(parents=True, exist_ok=True)
         with FileLock(self.work / "artifacts.lock"):
             self.artifacts()
@@ -126,7 +126,7 @@ class Experiment:
         click.echo(f"{name}: " + ", ".join(f"{column} {cell}" for column, cell in _cells(self.scores(name)).items()))
 
     def scores(self, name: str) -> dict[str, dict[str, Any]]:
-        """What is known of an arm: value, error and count of each column, and warnings."""
+        """Results of an arm: value, error, count and warnings of each column; empty if there are none."""
         file = self._evaluation(name) / RESULTS
         if not file.is_file():
             return {}
@@ -138,7 +138,7 @@ class Experiment:
         }
 
     def report(self, command: str, commit: str) -> str:
-        """Write results.json and results.md of what is finished; returns the latter."""
+        """Write results.json and results.md for the finished arms; returns the text of results.md."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
         rows = {name: self.scores(name) for name in (BASELINE, *self.study.arms)}
         facts = {"command": command, "commit": commit, "hardware": gpu, "rows": rows}
@@ -156,7 +156,7 @@ class Experiment:
         return text
 
     def merge_config(self) -> MergeConfig:
-        """Settings of the one attack."""
+        """Settings of the attack, which all arms share."""
         fixed = {
             "source": str(self.work / "images"),
             "artifact": self._artifact(MEMBERS),
@@ -196,7 +196,7 @@ class Experiment:
         return _joined("evaluate", self.study.evaluate, fixed)
 
     def draw(self) -> None:
-        """Copy the images to attack: the first of a sorted folder would all be of a few classes."""
+        """Copy randomly drawn images to attack; the first images of a sorted folder would cover only few classes."""
         wanted = {"images": self.data.images, "count": self.study.groups, "seed": self.study.draw.seed}
         folder, partial, record = self.work / "images", self.work / "images.partial", self.work / DRAWN
         if folder.is_dir() and record.is_file():
@@ -216,7 +216,7 @@ class Experiment:
         partial.rename(folder)
 
     def _source(self) -> Source:
-        """All images, of which there have to be enough."""
+        """The source of all images, of which there must be at least one for each group."""
         source = open_source(self.data.images)
         if source.kind != "image_folder" or len(source.samples) < self.study.groups:
             raise ConfigError(
@@ -237,7 +237,7 @@ class Experiment:
 
 @contextmanager
 def _unless_taken(path: Path) -> Iterator[bool]:
-    """Whether no other process holds this lock; if so it is held here."""
+    """Try to take a lock for the block; False if another process holds it."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -27,11 +27,13 @@ HERE = Path(__file__).parent
 )
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of images, captions and models.")
 @click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
-@click.option("--dry-run", is_flag=True, help="Check what is needed, print what it will take, do nothing.")
-@click.option("--peak-tflops", default=989.0, show_default=True, help="Of the GPU in half precision, dense.")
-@click.option("--peak-tflops-float32", default=67.0, show_default=True, help="Of the GPU in float32, without TF32.")
+@click.option("--dry-run", is_flag=True, help="Check requirements and print the cost, without running.")
+@click.option("--peak-tflops", default=989.0, show_default=True, help="Peak of the GPU in half precision, dense.")
+@click.option(
+    "--peak-tflops-float32", default=67.0, show_default=True, help="Peak of the GPU in float32, without TF32."
+)
 @click.option("--utilisation", default=0.35, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--gpu-price", type=click.FloatRange(0), help="Price of a GPU for an hour, to print the total cost.")
+@click.option("--gpu-price", type=click.FloatRange(0), help="Price of a GPU hour, to print the total cost.")
 def main(
     settings: Path,
     data: Path,
@@ -42,9 +44,9 @@ def main(
     utilisation: float,
     gpu_price: float | None,
 ) -> None:
-    """Run what is missing of the arms in SETTINGS, or say with --dry-run what that needs and costs.
+    """Run the unfinished parts of the arms in SETTINGS, or with --dry-run print requirements and cost.
 
-    The default peaks are an H100 SXM's. The same command continues; several at once share the arms.
+    The default peaks are those of an H100 SXM. The same command continues; concurrent processes share the arms.
     """
     gpu = Gpu({"half": peak_tflops * 1e12, "float32": peak_tflops_float32 * 1e12}, utilisation)
     try:
@@ -55,7 +57,7 @@ def main(
             _print_estimate(experiment, estimate(experiment, gpu), gpu_price)
         _refuse_what_is_missing(experiment)
         if dry_run:
-            click.echo("everything that is needed is there")
+            click.echo("all requirements are met")
             return
         experiment.check_memory()
         taken = experiment.run()
@@ -68,11 +70,11 @@ def main(
         click.echo(f"error: {error.filename or work}: {error.strerror or error}", err=True)
         raise SystemExit(1) from None
     if taken:
-        click.echo(f"other processes are at {', '.join(taken)}; the last one to end writes the whole table", err=True)
+        click.echo(f"other processes run {', '.join(taken)}; the last one to end writes the whole table", err=True)
 
 
 def _refuse_what_is_missing(experiment: Experiment) -> None:
-    """Say it all, and exit with 2."""
+    """Print all missing requirements; exit with code 2 if there are any."""
     if shutil.which("java") is None:
         click.echo(
             "warning: found no Java, without which CIDEr is not comparable to published numbers; install a runtime",
@@ -87,7 +89,7 @@ def _refuse_what_is_missing(experiment: Experiment) -> None:
 
 
 def _print_estimate(experiment: Experiment, stages: Sequence[Stage], price: float | None) -> None:
-    """One line a stage, and the totals."""
+    """Print one line per stage, and the totals."""
     study, work = experiment.study, experiment.work
     train = study.train
     click.echo(

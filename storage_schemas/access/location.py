@@ -76,7 +76,7 @@ class Location:
             # Other processes write here too: a cached listing could hold sizes of files that were replaced since.
             options.setdefault("use_listings_cache", False)
         try:
-            self._fs, self.root = self._found(options)
+            self._fs, self.root = self._file_system(options)
         except ImportError as error:
             raise UserError(f"{self.url}: {missing_driver(self._base, error)}") from None
         except ValueError as error:
@@ -87,7 +87,7 @@ class Location:
             self._fs.retries = 1
         self._process = os.getpid()
 
-    def _found(self, options: dict[str, Any]) -> tuple[Any, str]:
+    def _file_system(self, options: dict[str, Any]) -> tuple[Any, str]:
         """The file system, and the folder as it spells it."""
         if "://" not in self._base:  # `url_to_fs` would split a path that contains "::"
             return fsspec.filesystem("file", **options), self._base
@@ -341,8 +341,8 @@ class Location:
         try:
             return retry(lambda: operation(path), delays=delays)
         except Exception as error:
-            said = isinstance(error, DatamergeError) and not isinstance(error, Refused)
-            if said or getattr(error, "errno", None) in _LOCAL:
+            is_ours = isinstance(error, DatamergeError) and not isinstance(error, Refused)
+            if is_ours or getattr(error, "errno", None) in _LOCAL:
                 raise
             failure = error
         # The driver's own error is not chained: it may show a secret.

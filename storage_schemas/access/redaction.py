@@ -15,7 +15,12 @@ _BARE_QUERY = re.compile(r"(?<=[?&])[^=&),]+(?=[&),]|$)")
 
 
 def redact(text: str) -> str:
-    """A URL, or a text that contains URLs, with user names, passwords and query values masked."""
+    """A URL, or a text that contains URLs, with user names, passwords and query values masked.
+
+    Examples:
+        >>> redact("https://user:password@host/artifact?sig=abc")
+        'https://***@host/artifact?sig=***'
+    """
     return _URL.sub(lambda url: _redact_url(url[0]), text)
 
 

@@ -41,7 +41,7 @@ class Room:
         self._path, self.max_bytes, self._let_go = path, max_bytes, let_go
         self._lock = threading.Lock()
         self._grant: tuple[Path, int] | None = None
-        self._granted = self._flying = self._said = 0  # bytes: unused, being written, and stated in the grant file
+        self._granted = self._flying = self._stated = 0  # bytes: unused, being written, and stated in the grant file
         self._refused = {True: 0.0, False: 0.0}  # by whether any copy might be evicted, when to ask again
 
     @contextmanager
@@ -66,7 +66,7 @@ class Room:
             if may:
                 with self._lock:
                     self._flying -= size
-                    if self._granted + self._flying <= self._said // 2:  # written bytes no longer need the grant
+                    if self._granted + self._flying <= self._stated // 2:  # written bytes no longer need the grant
                         with locked(self._path / "lock-space"):
                             self._write_grant()
 
@@ -82,9 +82,9 @@ class Room:
     def _ask(self, size: int, unused_since: int | None) -> bool:
         self._path.mkdir(parents=True, exist_ok=True)
         with locked(self._path / "lock-space"):
-            for wanted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
-                if self._make_room(wanted + self._flying, unused_since):
-                    self._granted = wanted
+            for granted in (max(size, min(LARGEST_GRANT, self.max_bytes // GRANTS)), size):
+                if self._make_room(granted + self._flying, unused_since):
+                    self._granted = granted
                     break
             else:
                 self._granted = 0
@@ -97,8 +97,8 @@ class Room:
             path = self._path / f"grant-{secrets.token_hex(6)}"
             self._grant = path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             fcntl.flock(self._grant[1], fcntl.LOCK_EX)
-        self._said = self._granted + self._flying
-        os.pwrite(self._grant[1], b"%020d" % self._said, 0)
+        self._stated = self._granted + self._flying
+        os.pwrite(self._grant[1], b"%020d" % self._stated, 0)
 
     def _make_room(self, size: int, unused_since: int | None) -> bool:
         """Evict copies until `size` more bytes fit; True if they do."""

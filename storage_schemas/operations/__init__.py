@@ -1,1 +1,1 @@
-"""Artifacts made from artifacts: convert, remerge, combine, diff, export."""
+"""Operations on whole artifacts: convert, remerge, combine, diff, export."""

@@ -1,12 +1,11 @@
-"""Several artifacts as one: every key once, a group with the members it has in all of them.
+"""Combine several artifacts into one: every key once, with the group's members from all of them.
 
-    same keys          the union of the groups' members: counts and sums add up, the scatter is recomputed from
-                       integers (exact for `uint8_moments`; `float32` in float64, rounded once)
-    different keys     the groups one after the other
-    some in common     both, each by its key
+    a key in several artifacts    the union of the groups' members: counts and sums add up, the scatter is recomputed
+                                  from integers (exact for `uint8_moments`; `float32` in float64, rounded once)
+    a key in one artifact         its group, copied
 
-Keys come in order of first appearance. All that can be refused is, before anything is written. Keys and
-sidecars' facts are held in memory, arrays of one shard.
+Keys are in order of first appearance. All checks are made before anything is written. Keys and record entries are
+held in memory, arrays one shard at a time.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from storage_schemas.schema.provenance import LOCATIONS, Leaves, leaves, tree
 from storage_schemas.schema.record import Record, moment_specs
 from storage_schemas.writer import ArtifactWriter
 
-# Two computations of one embedding may differ by rounding (another batch size), relative to its length.
+# Largest relative distance of two computations of one embedding, which may differ by rounding (another batch size).
 TARGET_TOLERANCE = 1e-3
 
 
 Part = tuple[int, int]
-"""Where a part of a group is: number of the input, index of the record there."""
+"""A part of a group: number of the input, index of the record in it."""
 
 
 @dataclass(slots=True)
 class Group:
-    """The parts of a group, and what they must agree on."""
+    """The parts of a group, and the facts on which they must agree."""
 
     parts: list[Part]
     count: int
@@ -63,12 +62,15 @@ class Group:
 
 @dataclass
 class Union:
-    """All groups of the inputs by key, in order; then the keys for which there are rejects only.
+    """All groups of the inputs.
 
     Attributes:
+        groups: by key, in order of first appearance.
+        slots: keys of the groups, followed by keys with rejects alone.
+        rejects: rejected samples by key, without duplicates.
         repeated: whether any key occurs in several inputs.
-        targets: whether all parts of such groups have targets.
-        unequal: parts whose target differs from the one of their group's first part, in any bit.
+        targets: whether all parts of groups with such a key have targets.
+        unequal: parts whose target differs in any bit from that of their group's first part, with their keys.
     """
 
     groups: dict[str, Group] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Union:
 
 @dataclass(frozen=True)
 class Combination:
-    """A union that may be written: what goes into it, its layout and its provenance."""
+    """A checked union, ready to be written: its inputs, groups, layout and provenance."""
 
     inputs: Sequence[Artifact]
     union: Union
@@ -91,13 +93,17 @@ class Combination:
     def write(self, target: Location, advance: Advance = lambda _: None) -> Manifest:
         """Write the new artifact; an unfinished one is continued.
 
+        Args:
+            target: where to write it.
+            advance: called with the number of groups written since the last call.
+
         Raises:
             NotAnArtifact: the target holds something else.
         """
         writer = ArtifactWriter(target, self.layout, self.provenance)
-        return write_shards(writer, head_file(self.inputs[0]), self._made, advance)
+        return write_shards(writer, head_file(self.inputs[0]), self._shards, advance)
 
-    def _made(self, shards: Sequence[int]) -> Made:
+    def _shards(self, shards: Sequence[int]) -> Made:
         parts = [self._records(number, shards) for number in range(len(self.inputs))]
         for shard in shards:
             records = [
@@ -107,7 +113,7 @@ class Combination:
             yield records, [reject for key in self._keys(shard) for reject in self.union.rejects.get(key, ())]
 
     def _records(self, number: int, shards: Sequence[int]) -> Iterator[Record]:
-        """What some shards need of an input, in that order."""
+        """The records of one input that these shards need, in order."""
         groups = (group for shard in shards for group in self._groups(shard))
         indices = (index for group in groups for origin, index in group.parts if origin == number)
         return in_order(self.inputs[number], indices, WINDOW // len(self.inputs))
@@ -121,15 +127,18 @@ class Combination:
 
 
 def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] = ()) -> Combination:
-    """Find out what the union of `inputs` is, reading their sidecars. Format and shard size are the first input's.
+    """Check that `inputs` can be combined, and plan their union. Reads all sidecars, and targets that differ.
+
+    Format and shard size are those of the first input.
 
     Args:
         inputs: two or more complete artifacts with the same encoding.
         allow_different: names of the provenance, such as ``attack.epsilon``, in which the inputs may differ. An
-            array that not all inputs have (``arrays.members``) is left out then.
+            array that not all inputs have (``arrays.members``) is then left out.
 
     Raises:
-        UserError: inputs that do not go together, with every difference.
+        ConfigError: fewer than two inputs, or a name that is in no provenance.
+        UserError: the inputs cannot be combined; the message lists every difference.
     """
     check_list("allow_different", allow_different)
     if len(inputs) < 2:
@@ -155,7 +164,7 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     distance = _check_distance(inputs, union) if union.unequal else None
     free = [COMBINED, *FREE, *(SOURCE if not attacked or not union.repeated else ())]
     if union.repeated and union.targets and distance is None:
-        free.append("encoder")  # equal targets come from one encoder; the attacked one may be another
+        free.append("encoder")  # equal targets prove that one encoder made them; the attacked encoders may differ
     check_compatible(urls, flat, free, allow_different)
     if distance is not None:
         raise UserError(distance)
@@ -163,21 +172,24 @@ def plan_combination(inputs: Sequence[Artifact], allow_different: Sequence[str] 
     provenance = combined_provenance(parts, sizes.pop() if len(sizes) == 1 else None)
     spread = max(pixel_spread(tree(part["leaves"])) for part in parts)
     if any(is_under(name, ("source", "preprocessing")) for name in allow_different):
-        spread = LEVELS  # members of one key may stem from different images then
+        spread = LEVELS  # members of one key may then be attacks on different images
     return Combination(inputs, union, _layout(inputs, union, spread), provenance)
 
 
 def _identities(flat: Leaves) -> tuple[str, ...]:
-    """What a source is known by; two with one of these in common have the same samples under the same names."""
+    """Identities of a source; two sources that share one have the same samples under the same names."""
     return tuple(str(flat[name]) for name in ("source.fingerprint", "source.url") if flat.get(name))
 
 
 def _collect(inputs: Sequence[Artifact], sources: Sequence[tuple[str, ...]]) -> Union:
-    """Read all sidecars; raises UserError for groups of one key that do not go together.
+    """Read all sidecars and collect the groups by key.
 
     Args:
         inputs: the artifacts.
-        sources: of each, the identities of its source, if its members are samples, which may count only once.
+        sources: for each input the identities of its source, if members are samples, which may count only once.
+
+    Raises:
+        UserError: two groups of one key cannot be combined, or there are no groups.
     """
     union = Union()
     for number, artifact in enumerate(inputs):
@@ -207,7 +219,7 @@ def _add(
             raise UserError(f"{where} have different labels, {group.label} and {entry.label}")
         clean = group.checksums.get("clean"), entry.checksums.get("clean")
         if None not in clean and clean[0] != clean[1]:
-            raise UserError(f"{where} were made from different clean images; the union of their members has no sense")
+            raise UserError(f"{where} were made from different clean images; their members cannot be combined")
         shared = group.samples & samples
         if shared:
             raise UserError(f"{where} both hold the sample {min(shared)[1]}; it would count twice")
@@ -221,13 +233,13 @@ def _add(
 
 
 def _check_distance(inputs: Sequence[Artifact], union: Union) -> str | None:
-    """What is wrong with targets that are not equal in every bit; None if they are as far as rounding goes."""
+    """A message about the first group whose targets differ by more than rounding; None if there is none."""
     readers = [artifact.only(["target"]) for artifact in inputs]
     for key, (number, index) in union.unequal:
         first, first_index = union.groups[key].parts[0]
         expected, target = readers[first][first_index].target, readers[number][index].target
         if expected is None or target is None:
-            continue  # one of the inputs has no targets at all: a difference of the arrays
+            continue  # one of the inputs has no targets at all, which is reported as a difference of the arrays
         distance = float(np.linalg.norm(target - expected))
         if distance > TARGET_TOLERANCE * float(np.linalg.norm(expected)):
             return (
@@ -238,7 +250,7 @@ def _check_distance(inputs: Sequence[Artifact], union: Union) -> str | None:
 
 
 def _check_no_repetition(urls: Sequence[str], parts: Sequence[dict[str, Any]]) -> None:
-    """The same merge twice would give the same members twice."""
+    """Raise UserError if one merge occurs twice: it would contribute the same members twice."""
     ignored = ("numerics", "versions", "grouping.members")
     seen: list[Leaves] = []
     for part in parts:
@@ -258,7 +270,7 @@ def _check_no_repetition(urls: Sequence[str], parts: Sequence[dict[str, Any]]) -
 
 
 def _stored(artifact: Artifact) -> Leaves:
-    """Facts that are no provenance and have to agree all the same, as leaves."""
+    """Facts outside the provenance that must agree as well, as leaves."""
     optional = {f"arrays.{s.name}": s.dtype for s in artifact.manifest.layout.arrays if s.name not in MOMENTS}
     heads = [file.sha256 for file in artifact.manifest.files if file.path == HEAD]
     return {**optional, **({"head.sha256": heads[0]} if heads else {})}
@@ -286,7 +298,7 @@ def _layout(inputs: Sequence[Artifact], union: Union, spread: int) -> Layout:
     largest = max((group.count for group in union.groups.values()), default=1)
     arrays = moment_specs(old.encoding, old.pixels, largest, spread)
     stored = [spec for artifact in inputs for spec in artifact.manifest.layout.arrays if spec.name == "scatter"]
-    if any(spec.nbytes > arrays[1].nbytes for spec in stored):  # the provenance promises too little
+    if any(spec.nbytes > arrays[1].nbytes for spec in stored):  # the provenance understates the spread
         arrays = moment_specs(old.encoding, old.pixels, largest, LEVELS)
     for spec in old.arrays:
         if spec.name in MOMENTS or not all(artifact.manifest.layout.array(spec.name) for artifact in inputs):

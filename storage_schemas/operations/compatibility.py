@@ -1,8 +1,8 @@
-"""Whether artifacts may be combined, judged by their provenance, and the provenance of what comes out.
+"""Whether artifacts may be combined according to their provenances, and the provenance of the result.
 
-Provenances are compared leaf by leaf (`attack.epsilon`). What all inputs share stays where it was; what differs
-goes, input by input, under `combined`. An input that was combined itself is taken apart again, so that the order
-in which artifacts are combined leaves no trace.
+Provenances are compared leaf by leaf (`attack.epsilon`). Values that all inputs share keep their place; the others
+are listed, input by input, under `combined`. An input that was combined itself is split into its parts again, so that
+the result does not depend on the order in which artifacts are combined.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from storage_schemas.schema.manifest import COMBINED
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.provenance import LOCATIONS, Leaves, differences, leaves, tree
 
-# Differences that say nothing about what the groups mean: where things were, and how they were computed.
-# A later round attacks the tuned encoder; what its groups share with the first round is that of their targets.
+# Entries that may differ because they do not change the meaning of a group. `attacked_encoder` is one of them: a
+# later round attacks the tuned encoder, while its targets still come from the encoder of the first round.
 FREE = ("seed", "order", "numerics", "versions", "attacked_encoder", "grouping.members", "source.kind")
-# Of an input, not of the whole, even where all inputs agree.
+# Entries that belong to an input, not to the union, even where all inputs agree.
 OWN = ("grouping.members",)
-# Sources may differ where no group has members from several, or where members are samples, not attacks on one.
+# Entries that may differ if no group has members from several inputs, or if members are samples instead of attacks.
 SOURCE = ("source.fingerprint", "source.samples", "source.drawn_from", "source.exif")
 
 _PIXELS = "preprocessing"
@@ -34,7 +34,7 @@ def is_under(path: str, names: Collection[str]) -> bool:
 
 
 def origins(provenance: Mapping[str, Any], plan_sha256: str, groups: int) -> list[dict[str, Any]]:
-    """The merges an artifact consists of: `plan_sha256`, `groups` and full provenance as `leaves`."""
+    """The merges that an artifact consists of: `plan_sha256`, `groups` and full provenance as `leaves` of each."""
     shared = leaves({key: value for key, value in provenance.items() if key != COMBINED})
     parts = provenance.get(COMBINED)
     if not isinstance(parts, list):
@@ -52,7 +52,7 @@ def origins(provenance: Mapping[str, Any], plan_sha256: str, groups: int) -> lis
 
 
 def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None) -> dict[str, Any]:
-    """Provenance of the union of `origins`; `members`: the common size of its groups, if they have one."""
+    """Provenance of the union of `origins`; `members` is the size of its groups, None if they differ."""
     flat = [part["leaves"] for part in parts]
     shared = {
         path: value
@@ -73,10 +73,10 @@ def combined_provenance(parts: Sequence[Mapping[str, Any]], members: int | None)
 
 
 def settle_preprocessing(flat: Sequence[Leaves]) -> list[Leaves]:
-    """The same provenances, those that name the same pixels in other words or in less detail in the fullest ones.
+    """The same provenances, with equivalent preprocessings replaced by the most detailed one.
 
-    Releases before 0.2.0 said less of them, and nothing of the normalisation. What this release cannot read stays as
-    it is, and is compared entry by entry.
+    Releases before 0.2.0 recorded less detail and no normalisation. A preprocessing that this release cannot read is
+    kept, and is compared entry by entry.
     """
     named = [tree({path: value for path, value in one.items() if is_under(path, [_PIXELS])}) for one in flat]
     if all(one == named[0] for one in named):
@@ -94,14 +94,14 @@ def settle_preprocessing(flat: Sequence[Leaves]) -> list[Leaves]:
 
 
 def settle_exif(flat: Sequence[Leaves]) -> list[Leaves]:
-    """The same provenances, with what was done about EXIF's orientation; where some say it, the others ignored it."""
+    """The same provenances; if some record how EXIF orientation was treated, the others get `ignore`."""
     if not any(_EXIF in one for one in flat):
         return list(flat)
     return [one if _EXIF in one or _differs_within(one) else {**one, _EXIF: "ignore"} for one in flat]
 
 
 def _differs_within(flat: Leaves) -> bool:
-    """Whether an input was combined of some that do not agree about it."""
+    """Whether an input was combined from artifacts that treat EXIF orientation differently."""
     parts: Any = flat.get(COMBINED)
     return isinstance(parts, list) and any(_EXIF in leaves(part["provenance"]) for part in parts)
 
@@ -113,7 +113,7 @@ def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:
         if not any(is_under(path, [name]) for path in paths):
             known = sorted({path.partition(".")[0] for path in paths})
             raise ConfigError(
-                f"allow_different: expected a name of the provenance such as attack.epsilon or one of "
+                f"allow_different: expected a name in the provenance, such as attack.epsilon or one of "
                 f"{', '.join(known)}, found {name}"
             )
 
@@ -121,10 +121,10 @@ def check_names(flat: Sequence[Leaves], allowed: Collection[str]) -> None:
 def check_compatible(
     urls: Sequence[str], flat: Sequence[Leaves], free: Collection[str], allowed: Collection[str]
 ) -> None:
-    """Refuse inputs that differ in anything but `free` and `allowed` paths.
+    """Check that the inputs differ in `free` and `allowed` paths alone.
 
     Raises:
-        UserError: names every difference, and how to allow it.
+        UserError: names every other difference, and how to allow it.
     """
     problems: dict[str, str] = {}
     for url, other in zip(urls[1:], flat[1:], strict=True):
@@ -135,6 +135,6 @@ def check_compatible(
     if problems:
         named = ", ".join(f'"{path}"' for path in sorted(problems))
         raise UserError(
-            f"the artifacts do not go together: {'; '.join(problems[path] for path in sorted(problems))}; "
-            f"to combine them all the same: `allow_different=[{named}]`"
+            f"the artifacts cannot be combined: {'; '.join(problems[path] for path in sorted(problems))}; "
+            f"to combine them nevertheless, set `allow_different=[{named}]`"
         )

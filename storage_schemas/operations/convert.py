@@ -1,7 +1,7 @@
-"""The same groups in another format or encoding.
+"""Convert an artifact to another format or encoding.
 
-What is written equals, byte for byte, what the merge would have written with that format and encoding: the
-provenance stays as it is, and so do order, shards and rejects. One shard is in memory at a time.
+The result equals, byte for byte, what the merge would have written with that format and encoding: provenance, order,
+shards and rejects are unchanged. One shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from storage_schemas.writer import ArtifactWriter
 def convert(
     source: Artifact, target: Location, format: Format, encoding: EncodingName, advance: Advance = lambda _: None
 ) -> Manifest:
-    """Write `source` to `target` in another form; an unfinished conversion is continued.
+    """Write `source` to `target` in another format or encoding; an unfinished conversion is continued.
 
-    `uint8_moments` to `float32` rounds once, to float32. The other way is exact or refused, before anything is
-    written.
+    `uint8_moments` to `float32` rounds once, to float32. `float32` to `uint8_moments` is exact, or refused before
+    anything is written.
+
+    Args:
+        source: the artifact to convert.
+        target: where to write the new one.
+        format: `zarr` or `webdataset`.
+        encoding: `float32` or `uint8_moments`.
+        advance: called with the number of groups written since the last call.
 
     Raises:
         ConfigError: an unknown format or encoding.
-        UserError: values of a float32 artifact that are not moments of 8-bit pixels (see `exact_moments`), or a
-            target that holds something else.
+        UserError: a float32 artifact has values that are not moments of 8-bit pixels (see `exact_moments`), or the
+            target holds something else.
     """
     check_choice("format", format, Format)
     check_choice("encoding", encoding, EncodingName)
@@ -58,7 +65,7 @@ def _layout(source: Artifact, format: Format, encoding: EncodingName) -> Layout:
 
 
 def _exact_extent(source: Artifact) -> tuple[int, int]:
-    """Largest group and its spread of grey levels; looks at every record, so that none is refused later."""
+    """Largest group, and largest spread in grey levels; reads every record, so that none is refused later."""
     provenance = source.manifest.provenance
     grouping = provenance.get("grouping")
     planned = grouping.get("members") if isinstance(grouping, dict) and "attack" in provenance else None

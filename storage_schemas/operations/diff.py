@@ -26,14 +26,13 @@ _THEIR_ARRAYS = {*MOMENTS, "target", "members", "clean"}
 
 @dataclass(frozen=True)
 class GroupDifference:
-    """A group that both artifacts have and that is not the same in both.
+    """A group that both artifacts have and that differs between them.
 
     Attributes:
         key: of the group.
-        facts: what else differs (`count`, `label`, `samples`), as [in A, in B].
-        distance: largest absolute difference of each quantity that both have: mean, variance and target in their
-            units, members and clean in grey levels, others as they are stored; None where shapes differ or only one
-            has it.
+        facts: other differences (`count`, `label`, `samples`), as [in A, in B].
+        distance: largest absolute difference of each quantity: mean, variance and target in their units, members and
+            clean in grey levels, other arrays in stored units; None where shapes differ or only one artifact has it.
     """
 
     key: str
@@ -43,10 +42,10 @@ class GroupDifference:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two artifacts differ. `settings` (format, encoding, provenance) do not make them unequal: groups do.
+    """How two artifacts differ. Different `settings` (format, encoding, provenance) do not make them unequal.
 
     Attributes:
-        compared: groups that both have.
+        compared: number of groups that both have.
         only_in_a, only_in_b: keys.
         different: groups that both have and that differ by more than the tolerance.
         furthest: largest distance over all groups, by quantity.
@@ -64,6 +63,7 @@ class Difference:
 
     @property
     def equal(self) -> bool:
+        """Whether all groups and the class heads are equal, up to the tolerance."""
         return not (self.only_in_a or self.only_in_b or self.different or self.head)
 
     def __repr__(self) -> str:
@@ -83,8 +83,8 @@ def diff(a: Artifact, b: Artifact, tolerance: float = 0.0, advance: Advance = la
 
     Args:
         a, b: any format, encoding and order of groups.
-        tolerance: largest absolute difference that counts as none.
-        advance: told about progress in groups of A.
+        tolerance: largest absolute difference that is ignored.
+        advance: called with the number of groups of A compared since the last call.
 
     Raises:
         ConfigError: a tolerance below 0.
@@ -118,7 +118,7 @@ def _keys(artifact: Artifact) -> Iterator[str]:
 
 
 def _compare(a: Record, b: Record, tolerance: float) -> GroupDifference:
-    """All quantities at which two records are not bit-equal."""
+    """All quantities in which two records are not bit-equal."""
     facts = {
         name: [values[0], values[1]]
         for name in ("count", "label", "samples")

@@ -1,4 +1,4 @@
-"""Single groups as files that everything opens: all arrays as `.npz`, or pictures as `.png`."""
+"""Export single groups to common file formats: all arrays as `.npz`, or pictures as `.png`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ Kind = Literal["npz", "png"]
 def export(artifact: Artifact, keys: Sequence[str], target: Location, kind: Kind) -> list[str]:
     """Write groups to a folder and return the names of the files.
 
+    Args:
+        artifact: that holds the groups.
+        keys: of the groups.
+        target: the folder.
+        kind: `npz` or `png`.
+
     Raises:
-        ConfigError: a key that the artifact does not have, another kind, or a file that exists with other contents;
-            nothing was written then.
+        ConfigError: the artifact does not have a key, the kind is unknown, or a file exists with other contents;
+            nothing is written then.
     """
     check_list("keys", keys)
     check_choice("kind", kind, Kind)
@@ -62,8 +68,8 @@ def npz_file(record: Record) -> dict[str, bytes]:
 
 
 def png_files(record: Record) -> dict[str, bytes]:
-    """`KEY.mean.png` (rounded to 8 bits), `KEY.variance.png` (heat, its maximum white), `KEY.clean.png` and
-    `KEY.member-00.png` … as they are."""
+    """`KEY.mean.png` (rounded to 8 bits), `KEY.variance.png` (heat map, maximum white), and unchanged `KEY.clean.png`
+    and `KEY.member-00.png` …, where the artifact keeps them."""
     pictures = {
         "mean": rgb((record.mean * 255).round().astype(np.uint8)),
         "variance": heat(record.variance.mean(axis=0)),

@@ -1,9 +1,9 @@
-"""Merge the stored members again: fewer of them, or with other factors, without attacking anything.
+"""Merge the stored members again, fewer of them or with other factors, without a new attack.
 
-The members are what was dear. From an artifact that kept them, every smaller group size and every kind of factors is
-a matter of minutes, and each result is what a merge with these settings would have written: the attack draws each
-member from the seed, the key and the member's number, whatever their count. Only what a record says of its attack's
-loss is a mean over all members, so it is left out of smaller groups.
+Attacking the members was the expensive part. An artifact that keeps them can be merged again in minutes with any
+smaller group size and any factors. The result equals what a merge with these settings would have written, because the
+attack draws each member from the seed, the key and the member's number, independent of their count. The exception is
+the attack's loss in a record's `info`: it is a mean over all members, so it is left out of smaller groups.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from storage_schemas.writer import ArtifactWriter
 
 @dataclass(frozen=True)
 class Remerge:
-    """What the new groups hold.
+    """Settings of the new groups.
 
     Attributes:
-        members: the first so many members of each group; all if None.
-        factors: number k of factors; none if None.
+        members: number of members, taken from the first of each group; None for all.
+        factors: number k of factors; None for no factors.
         factor_kind: see `storage_schemas.schema.factors`.
-        keep_members: whether they are stored again.
+        keep_members: whether the members are stored again.
 
     Raises:
-        ConfigError: a number below 1, an unknown kind, or `keep_members` that is neither True nor False.
+        ConfigError: a number below 1, an unknown kind, or `keep_members` is neither True nor False.
     """
 
     members: int | None = None
@@ -55,34 +55,42 @@ class Remerge:
             raise ConfigError(f"keep_members: expected True or False, found {shortened(self.keep_members)}")
 
 
-def remerge(source: Artifact, target: Location, wanted: Remerge, advance: Advance = lambda _: None) -> Manifest:
-    """Write `source`'s groups, merged again from their members, to `target`; an unfinished one is continued.
+def remerge(source: Artifact, target: Location, settings: Remerge, advance: Advance = lambda _: None) -> Manifest:
+    """Merge the groups of `source` again from their members, and write them to `target`.
+
+    An unfinished target is continued.
+
+    Args:
+        source: an artifact that keeps its members.
+        target: where to write the new artifact.
+        settings: settings of the new groups.
+        advance: called with the number of groups written since the last call.
 
     Raises:
-        ConfigError: groups that are no attacks, no members in the source, fewer than asked for, or more factors than
-            they span.
+        ConfigError: the source keeps no members, has fewer than requested, or its groups are not adversarial; or
+            there would be more factors than directions that the members span.
     """
-    layout = _layout(source, wanted)
+    layout = _layout(source, settings)
     provenance = dict(source.manifest.provenance)
     grouping = provenance.get("grouping")
     stored = source.manifest.layout.array("members")
     if isinstance(grouping, dict):
         grouping = {name: value for name, value in grouping.items() if name != "factors"}
-        kind = {"factors": wanted.factor_kind} if wanted.factors else {}
-        if wanted.members is not None and stored is not None and wanted.members < stored.shape[0]:
-            grouping |= {"members": wanted.members}
+        kind = {"factors": settings.factor_kind} if settings.factors else {}
+        if settings.members is not None and stored is not None and settings.members < stored.shape[0]:
+            grouping |= {"members": settings.members}
         provenance["grouping"] = {**grouping, **kind}
     seed = provenance.get("seed")
 
     def change(record: Record) -> Record:
-        return _merged(record, layout, wanted, seed if isinstance(seed, int) else 0)
+        return _merged(record, layout, settings, seed if isinstance(seed, int) else 0)
 
     writer = ArtifactWriter(target, layout, provenance)
     return write_shards(writer, head_file(source), partial(changed, source, change), advance)
 
 
-def _layout(source: Artifact, wanted: Remerge) -> Layout:
-    """The new arrays, in the order in which a merge has them."""
+def _layout(source: Artifact, settings: Remerge) -> Layout:
+    """The new layout, with arrays in the same order as after a merge."""
     old, url = source.manifest.layout, source.location.url
     stored = old.array("members")
     if stored is None and are_clean(source.manifest.provenance):
@@ -95,38 +103,38 @@ def _layout(source: Artifact, wanted: Remerge) -> Layout:
     largest, shape = stored.shape[0], stored.shape[1:]
     grouping = source.manifest.provenance.get("grouping")
     kind = grouping.get("kind") if isinstance(grouping, dict) else None
-    if kind not in (None, "adversarial") and (wanted.members is not None or wanted.factors is not None):
+    if kind not in (None, "adversarial") and (settings.members is not None or settings.factors is not None):
         raise ConfigError(
             f"{url}: expected groups of attacks, found {kind} groups, whose samples and targets would change; "
             "merge again with other `members`, or leave `members` and `factors` out"
         )
-    count = wanted.members or largest
+    count = settings.members or largest
     if count > largest:
         raise ConfigError(f"members: expected at most the {largest} that {url} stores, found {count}")
-    if wanted.factors is not None and wanted.factors >= count:
+    if settings.factors is not None and settings.factors >= count:
         raise ConfigError(
-            f"factors: {count} members span {count - 1} directions, found {wanted.factors}; store fewer, or keep the "
-            "members themselves"
+            f"factors: {count} members span {count - 1} directions, found {settings.factors}; store fewer, or keep "
+            "the members themselves"
         )
     spread = pixel_spread(source.manifest.provenance)
     arrays = moment_specs(old.encoding, shape, count, spread)
     arrays += [spec for spec in old.arrays if spec.name == "target"]
-    if wanted.factors is not None:
-        arrays.append(factor_spec(wanted.factors, count, spread, shape))
-    if wanted.keep_members:
+    if settings.factors is not None:
+        arrays.append(factor_spec(settings.factors, count, spread, shape))
+    if settings.keep_members:
         arrays.append(ArraySpec(name="members", dtype=stored.dtype, shape=(count, *shape)))
     known = {*MOMENTS, "target", "factors", "members"}
     arrays += [spec for spec in old.arrays if spec.name not in known]
     return old.model_copy(update={"arrays": tuple(arrays)})
 
 
-def _merged(record: Record, layout: Layout, wanted: Remerge, seed: int) -> Record:
+def _merged(record: Record, layout: Layout, settings: Remerge, seed: int) -> Record:
     if record.members is None:
         raise ValueError("the layout has members")
-    members = record.members[: wanted.members]
+    members = record.members[: settings.members]
     arrays = {**record.arrays, **exact_arrays(ExactMoments.of(members), layout, record.key)}
-    if wanted.factors is not None:
-        arrays["factors"] = stored_factors(members, layout, wanted.factor_kind, seed, record.key)
+    if settings.factors is not None:
+        arrays["factors"] = stored_factors(members, layout, settings.factor_kind, seed, record.key)
     spec = layout.array("members")
     if spec is not None:
         padding = np.zeros((spec.shape[0] - len(members), *spec.shape[1:]), np.uint8)

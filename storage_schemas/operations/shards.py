@@ -1,4 +1,4 @@
-"""Writing an artifact made from artifacts, shard by shard."""
+"""Write an artifact derived from other artifacts, shard by shard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from storage_schemas.schema.record import Record
 from storage_schemas.writer import ArtifactWriter
 
 Advance = Callable[[int], None]
-"""Called with the number of groups that have been dealt with since the last call."""
+"""Called with the number of groups processed since the last call."""
 Made = Generator[tuple[Sequence[Record], Sequence[Reject]], None, None]
-"""What shards hold, one after the other."""
+"""Records and rejects of one shard after the other."""
 
 
 def write_shards(
@@ -29,12 +29,12 @@ def write_shards(
 
     Args:
         writer: of the new artifact; an unfinished one of the same plan is continued.
-        files: what belongs to no shard, such as the class head.
-        make: gives what the shards of these numbers hold, one after the other; it may read ahead.
+        files: contents by path of files that belong to no shard, such as the class head.
+        make: takes numbers of shards and yields the records and rejects of one after the other; it may read ahead.
         advance: called after every shard.
 
     Raises:
-        DatamergeError: a record that the format does not allow.
+        DatamergeError: the format does not allow a record.
     """
     writer.begin(files)
     committed = writer.committed()
@@ -43,7 +43,7 @@ def write_shards(
             if shard not in committed:
                 try:
                     writer.commit(shard, *next(made))
-                except ValueError as error:  # a key that is there twice, a mean that is no number
+                except ValueError as error:  # for example a duplicate key, or a mean that is not finite
                     problem = str(error).removeprefix(f"shard {shard}: ")
                     raise DatamergeError(f"{writer.location.url}, shard {shard}: {problem}") from error
             first = shard * writer.layout.groups_per_shard
@@ -52,7 +52,7 @@ def write_shards(
 
 
 def changed(source: Artifact, change: Callable[[Record], Record], shards: Sequence[int]) -> Made:
-    """Shards of an artifact with every record changed, and the same rejects."""
+    """Yield shards of `source` with `change` applied to every record, and the same rejects."""
     records = source.records(index for shard in shards for index in source.indices(shard))
     for shard in shards:
         own = islice(records, len(source.indices(shard)))
@@ -60,7 +60,7 @@ def changed(source: Artifact, change: Callable[[Record], Record], shards: Sequen
 
 
 def head_file(artifact: Artifact) -> dict[str, bytes]:
-    """The class head as a file that belongs to no shard, if the artifact has one."""
-    if artifact.head() is None:  # reads it, and checks its hash
+    """The file of the class head, by path; empty if the artifact has none."""
+    if artifact.head() is None:  # also checks its hash
         return {}
     return {HEAD: artifact.location.read(HEAD)}

@@ -1,4 +1,4 @@
-"""One group from the parts of it that several artifacts hold.
+"""Union of the parts of one group in several artifacts.
 
 Shapes: N members, pixels [C, H, W].
 """
@@ -22,11 +22,11 @@ KEPT = ("target", "clean")
 def unite(parts: Sequence[Record], layout: Layout) -> Record:
     """The union of the parts' members as one record in `layout`.
 
-    Key, label, target and clean image are the first part's; sample names that parts share are kept once; measured
-    facts are means over members.
+    Key, label, target and clean image are those of the first part. Sample names that several parts have are kept
+    once. Values in `info` are averaged over all members.
     """
     count = sum(part.count for part in parts)
-    # Of several parts only these have a union; factors of a covariance, for example, have none.
+    # Other arrays of several parts, such as factors of the covariance, cannot be combined.
     kept = KEPT if len(parts) > 1 else parts[0].arrays.keys()
     arrays: dict[str, Array] = {name: parts[0].arrays[name] for name in kept if layout.array(name)}
     if layout.encoding == "uint8_moments":
@@ -56,7 +56,7 @@ def unite(parts: Sequence[Record], layout: Layout) -> Record:
 
 
 def _pooled(parts: Sequence[Record], count: int) -> dict[str, Array]:
-    """Mean and mean square of float32 parts, in float64 about the common mean (Chan, Golub and LeVeque 1979)."""
+    """Mean and mean square of float32 parts, computed in float64 about the common mean (Chan et al., 1979)."""
     if len(parts) == 1:
         return {name: parts[0].arrays[name] for name in ("mean", "mean_square")}
     weights = [part.count / count for part in parts]

@@ -21,6 +21,10 @@ from storage_schemas.schema.record import Array, Record, encode_exact
 def pixel_spread(provenance: Mapping[str, Any]) -> int:
     """Largest possible difference of two members of a group, in grey levels: 2ε·255 for an attack, else 255.
 
+    Examples:
+        >>> pixel_spread({"attack": {"epsilon": "2/255"}})
+        4
+
     Raises:
         SchemaError: `attack.epsilon` is not a length in pixel space.
     """

@@ -48,7 +48,12 @@ def are_clean(provenance: Mapping[str, Any]) -> bool:
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Leaves:
-    """The values of a JSON tree by dotted path; lists are values."""
+    """The values of a JSON tree by dotted path; lists are values.
+
+    Examples:
+        >>> leaves({"attack": {"epsilon": "2/255", "steps": 10}})
+        {'attack.epsilon': '2/255', 'attack.steps': 10}
+    """
     found: Leaves = {}
     for key, value in tree.items():
         at = f"{path}.{key}" if path else key

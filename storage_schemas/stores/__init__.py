@@ -1,4 +1,4 @@
-"""The physical forms of an artifact, by the name that its manifest has for them."""
+"""The physical formats of artifacts, by their names in the manifest."""
 
 from __future__ import annotations
 

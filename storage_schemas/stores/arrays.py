@@ -1,4 +1,4 @@
-"""The arrays of a record, as its shard holds them."""
+"""Reading and checking the arrays of a record in its shard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from storage_schemas.schema.packed import Sidecar
 from storage_schemas.schema.record import Array, crc32c
 from storage_schemas.stores.base import Reader
 
-# By the number of a record's members, the rows of some of its arrays.
+# Number of members of a record → the rows to read of some of its arrays, by name.
 Rows = Callable[[int], Mapping[str, slice]]
 
 
@@ -22,18 +22,25 @@ def read_arrays(
     check: bool,
     rows: Rows | None = None,
 ) -> dict[str, Array]:
-    """Arrays of record `index` of a shard, compared with their checksums if `check`.
+    """Arrays of record `index` of a shard, by name.
 
-    Of arrays that `rows` names those rows alone. A tar file's are read and checked as a whole; of Zarr's, the blocks
-    that hold the rows are decompressed, and what is checked is the crc32c of the compressed chunk.
+    Args:
+        reader: of the artifact.
+        commit: sidecar of the shard.
+        index: position of the record in the shard.
+        specs: the arrays to read.
+        check: compare each array with its checksum.
+        rows: rows to read of some arrays; all of the others. In a tar file the array is still read and checked as a
+            whole. In Zarr only the blocks with these rows are decompressed, and the crc32c of the compressed chunk is
+            checked instead.
 
     Raises:
-        CorruptShard: names the record and the first array that is not as it was committed.
+        CorruptShard: names the record and the first array that differs from what was committed.
     """
     arrays: dict[str, Array] = {}
     record = commit.records[index]
-    wanted = {} if rows is None else rows(record.count)
-    for spec, data in zip(specs, reader.read(commit, index, specs, wanted), strict=True):
+    selected = {} if rows is None else rows(record.count)
+    for spec, data in zip(specs, reader.read(commit, index, specs, selected), strict=True):
         is_whole = len(data) == spec.nbytes
         if check and is_whole and (found := crc32c(data)) != record.checksums.get(spec.name):
             raise CorruptShard(
@@ -41,5 +48,5 @@ def read_arrays(
                 f"expected {record.checksums.get(spec.name)}"
             )
         array = data.view(spec.little_endian).astype(spec.dtype, copy=False).reshape(-1, *spec.shape[1:])
-        arrays[spec.name] = array[wanted[spec.name]] if is_whole and spec.name in wanted else array
+        arrays[spec.name] = array[selected[spec.name]] if is_whole and spec.name in selected else array
     return arrays

@@ -1,4 +1,4 @@
-"""What a physical form of an artifact offers to those who write, read and check artifacts."""
+"""Interface of a physical format: writing, reading and locating the arrays of shards."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class ShardEncoder(ABC):
 
     @abstractmethod
     def add(self, record: Record) -> dict[str, int] | None:
-        """Take in a copy of the next record.
+        """Copy the next record into the shard.
 
         Returns:
-            The positions of its arrays in the shard's file, by name; None for a store that finds them itself.
+            The positions of its arrays in the shard's file, by name; None for a format with its own index.
         """
 
     @abstractmethod
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Each file's path in the artifact and its contents; nothing can be added afterwards."""
+        """Yield each file's path in the artifact and its contents; nothing can be added afterwards."""
 
 
 class Reader(ABC):
-    """Reads the bytes of single records, and says beforehand where they are. Threads may share one."""
+    """Reads the bytes of single records, and locates them for prefetching. Thread-safe."""
 
     @abstractmethod
     def read(
@@ -42,19 +42,19 @@ class Reader(ABC):
     ) -> Iterator[Bytes]:
         """The bytes of some arrays of record `index` of a shard, in the order of `specs`.
 
-        Of an array that `rows` names a store may give those rows alone, if it has compared them with a checksum.
+        For an array in `rows` a reader may return only these rows, if it has checked them itself; else all of it.
 
         Raises:
-            CorruptShard: a file is missing or cut short, or what it holds cannot be such a record.
+            CorruptShard: a file is missing or cut short, or its contents cannot be such a record.
         """
 
     def index_ranges(self, commit: Sidecar, specs: Sequence[ArraySpec]) -> list[Range]:
-        """What has to be read of a shard, and was not yet, before `ranges` can tell where its records are."""
+        """Ranges of a shard, not read yet, that `ranges` needs to locate its records."""
         return []
 
     @abstractmethod
     def ranges(self, commit: Sidecar, index: int, specs: Sequence[ArraySpec]) -> list[Range]:
-        """What `read` asks for: a range an array.
+        """The ranges that `read` requests, one per array.
 
         Raises:
             CorruptShard: as `read`.
@@ -62,7 +62,7 @@ class Reader(ABC):
 
     @abstractmethod
     def joined_ranges(self, commit: Sidecar, indices: Sequence[int], specs: Sequence[ArraySpec]) -> list[Range]:
-        """What reading these arrays of some records of a shard asks for, in few ranges.
+        """The ranges of these arrays in some records of a shard, joined into few ranges.
 
         Raises:
             CorruptShard: as `read`.
@@ -70,11 +70,11 @@ class Reader(ABC):
 
 
 class Store(ABC):
-    """One physical form, for one layout. A new one is a class like this and a line in `STORES`.
+    """One physical format, for one layout. A new format is a subclass and an entry in `STORES`.
 
     Attributes:
-        pattern: matches the paths of the shards' files in the artifact.
-        media_type: of these files.
+        pattern: glob pattern of the shards' files in the artifact.
+        media_type: MIME type of these files.
     """
 
     pattern: ClassVar[str]
@@ -93,7 +93,7 @@ class Store(ABC):
 
     @abstractmethod
     def encoder(self, shard: int) -> ShardEncoder:
-        """An encoder of one shard that has taken in nothing yet."""
+        """An empty encoder of one shard."""
 
     @abstractmethod
     def reader(self, location: Location) -> Reader:
@@ -101,7 +101,7 @@ class Store(ABC):
 
 
 def joined(ranges: Iterable[Range], gap: int = 0) -> list[Range]:
-    """The same bytes in fewer ranges, by path and position; up to `gap` bytes between two of them come with them."""
+    """Join ranges of a file that overlap or lie at most `gap` bytes apart; sorted by path and position."""
     merged: list[Range] = []
     for one in sorted(ranges):
         last = merged[-1] if merged else None

@@ -1,12 +1,13 @@
-"""Some bytes of what a Blosc buffer holds, without decompressing the rest.
+"""Partial decompression of a Blosc buffer.
 
-Blosc (version 1) compresses blocks on their own, https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst:
+Blosc (version 1) compresses each block independently
+(https://github.com/Blosc/c-blosc/blob/main/README_CHUNK_FORMAT.rst):
 
     bytes     0 .. 16    versions, flags, type size; then as uint32: bytes, bytes of a block, bytes of this buffer
-    int32     [blocks]   where each block starts
+    int32     [blocks]   position of each block
     blocks               compressed, not necessarily in this order; the last may be shorter than the others
 
-Blocks in a row, behind a header of their own, are such a buffer too, which any decoder takes.
+Consecutive blocks behind a new header form a valid buffer, which any decoder accepts.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _BLOSC = Blosc()
 
 
 def decoded_part(buffer: Bytes, start: int, stop: int) -> Bytes:
-    """Bytes [start, stop) of what a buffer holds.
+    """Bytes [start, stop) of the decompressed contents of a buffer.
 
     Args:
-        buffer: its header is known to state its length.
-        start, stop: within what it holds.
+        buffer: the caller has checked that its header states its length.
+        start, stop: range in the decompressed contents.
 
     Raises:
-        ValueError, RuntimeError: no such buffer.
+        ValueError, RuntimeError: the buffer is malformed.
     """
     total, size, _ = (int(value) for value in _words(buffer[SIZES]))
     if buffer[FLAGS] & STORED:
@@ -41,7 +42,8 @@ def decoded_part(buffer: Bytes, start: int, stop: int) -> Bytes:
         raise ValueError(f"expected blocks of at least 1 byte, found {size}")
     first, last, blocks = start // size, -(-stop // size), -(-total // size)
     if last == blocks and buffer[TYPE_SIZE] > 1:
-        # A last block that is shorter is of another kind than the others, and would not be if it were the only one.
+        # Blosc encodes a shorter last block in another way than the others, but not if it is the only block of a
+        # buffer: include the block before it.
         first = max(0, min(first, last - 2))
     if (first, last) == (0, blocks):
         return _cut(np.frombuffer(_BLOSC.decode(buffer), np.uint8), start, stop)
@@ -52,7 +54,7 @@ def decoded_part(buffer: Bytes, start: int, stop: int) -> Bytes:
 
 
 def _blocks(buffer: Bytes, first: int, last: int, blocks: int) -> Bytes:
-    """A buffer of the blocks [first, last), whose sizes are still those of the whole."""
+    """A buffer of the blocks [first, last); its header still has the sizes of the whole buffer."""
     starts = _words(_cut(buffer, HEADER, HEADER + 4 * blocks)).astype(np.int64)
     # A block ends where another begins, or with the buffer.
     ends = np.append(np.sort(starts), len(buffer))

@@ -1,8 +1,8 @@
 """Shards as tar files, `shards/00000.tar`, in the WebDataset convention.
 
-Record KEY is the run of members KEY.json, KEY.sum.npy, KEY.scatter.npy, … . Tar headers carry no times or
-owners, so equal records give equal bytes. The commit keeps the position of each array's raw data, which is
-how we read: a memory map, no tar parsing.
+Record KEY consists of the consecutive members KEY.json, KEY.sum.npy, KEY.scatter.npy, … . Tar headers carry no times
+or owners, so equal records give equal bytes. The commit stores the position of each array's raw data, so arrays are
+read from a memory map without parsing the tar file.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from storage_schemas.schema.packed import Sidecar, file_bytes
 from storage_schemas.schema.record import Record
 from storage_schemas.stores.base import ALL, Reader, ShardEncoder, Store, joined
 
-# Bytes between two arrays that nobody reads and that are not worth a request: tar headers, a record's JSON.
+# Bytes between two arrays (tar headers, a record's JSON) that cost less to fetch than another request.
 HEADERS = 8 * 1024
 
 
 class WebDatasetStore(Store):
-    """A tar file a shard, with all of its arrays."""
+    """One tar file per shard, with all of its arrays."""
 
     pattern, media_type = "shards/*.tar", "application/x-tar"
 
     def metadata_files(self) -> dict[str, bytes]:
-        """None: each tar file stands alone."""
+        """Empty: each tar file is self-contained."""
         return {}
 
     def shard_files(self, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
@@ -48,7 +48,7 @@ class WebDatasetStore(Store):
 
 
 class WebDatasetEncoder(ShardEncoder):
-    """The tar file of one shard, record by record."""
+    """Builds the tar file of one shard record by record."""
 
     def __init__(self, layout: Layout, shard: int) -> None:
         self._arrays, self._path = layout.arrays, _shard_file(shard)
@@ -97,7 +97,7 @@ class WebDatasetReader(Reader):
     def read(
         self, commit: Sidecar, index: int, specs: Sequence[ArraySpec], rows: Mapping[str, slice] = ALL
     ) -> Iterator[Bytes]:
-        """The bytes of arrays of record `index` of a shard: views of the file's map where it is local.
+        """The bytes of arrays of record `index` of a shard; views of the file's memory map where it is local.
 
         Raises:
             CorruptShard: the tar file is missing or shorter than committed.

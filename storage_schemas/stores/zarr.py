@@ -1,11 +1,11 @@
 """Shards inside one Zarr v3 store, `groups.zarr/`.
 
-Row shard·groups_per_shard + i of every array is record i of a shard. The sharding codec makes one file per
-array and shard (outer chunk) in which each group is its own inner chunk, compressed with blosc-zstd and
-protected by crc32c. Rows that no group was written to (rejected ones) hold the fill value and count 0.
+Row shard·groups_per_shard + i of every array is record i of a shard. The sharding codec makes one file per array and
+shard (outer chunk), in which each group is an inner chunk of its own, compressed with blosc-zstd and protected by
+crc32c. Rows without a group (rejected groups) hold the fill value and count 0.
 
-A shard is assembled in memory and its files are written whole: one writer per file, no partial writes.
-zarr reads a missing file as fill values without an error, hence the sizes, hashes and checksums of the commit.
+A shard is assembled in memory and its files are written whole: one writer per file, no partial writes. Zarr reads a
+missing file as fill values without an error, which is why the commit stores sizes, hashes and checksums.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from storage_schemas.stores.blosc_blocks import decoded_part
 FOLDER = "groups.zarr"
 UNLABELLED = -1
 CRC_BYTES = 4
-# Shard indices that are kept, 16 bytes a record of each: 64 MB.
+# Records whose entries in shard indices are cached, at 16 bytes per record and array: 64 MiB.
 CACHED_RECORDS = 2**22
-# Axes of a stored array, for readers that go by names, such as xarray.
+# Names of the axes of stored arrays, for readers such as xarray.
 PIXELS = ("channel", "height", "width")
 AXES = {
     "target": ("group", "embedding"),
     "members": ("group", "member", *PIXELS),
     "factors": ("group", "factor", *PIXELS),
 }
-# What blosc may add to incompressible data, generously; also far below the index's mark for "not written".
+# Generous bound of the bytes that blosc adds to incompressible data; far below the index's mark for "not written".
 MAX_CHUNK_OVERHEAD = 4096
-_BLOSC = Blosc()  # how it decodes depends on the data alone
+_BLOSC = Blosc()  # decoding depends on the data alone, not on these defaults
 
 
 class ZarrStore(Store):
-    """One Zarr store for all shards, each of which has a file an array."""
+    """One Zarr store for all shards; each shard has one file per array."""
 
     pattern, media_type = f"{FOLDER}/*", "application/vnd+zarr"
 
@@ -63,7 +63,7 @@ class ZarrStore(Store):
         return _contents(files)
 
     def shard_files(self, shard: int) -> dict[str, tuple[ArraySpec, ...]]:
-        """One file an array. The files of `count` and `label` hold none: the sidecar has these too."""
+        """One file per array. `count` and `label` have files too, but no spec: readers take both from the sidecar."""
         arrays = {_shard_file(spec.name, shard, len(spec.shape)): (spec,) for spec in self.layout.arrays}
         return {**arrays, **{_shard_file(name, shard, 0): () for name in ("count", "label")}}
 
@@ -75,25 +75,25 @@ class ZarrStore(Store):
 
 
 class ZarrEncoder(ShardEncoder):
-    """The files of one shard: records are gathered array by array, each of which is compressed as a whole."""
+    """Collects the records of one shard by array, and compresses one array after the other."""
 
     def __init__(self, layout: Layout, shard: int) -> None:
         self._layout, self._first, self._filled = layout, shard * layout.groups_per_shard, 0
-        # Rows that are not filled take no memory.
+        # `empty` reserves address space only: rows that are never filled take no memory.
         self._rows = {
             spec.name: np.empty((layout.groups_per_shard, *spec.shape), spec.dtype) for spec in layout.arrays
         }
         self._rows |= {name: np.empty(layout.groups_per_shard, np.int64) for name in ("count", "label")}
 
     def add(self, record: Record) -> None:
-        """Take in a copy of the next record. Zarr keeps offsets in its own shard index."""
+        """Copy the next record into the rows. Returns None: Zarr has its own shard index."""
         facts = {"count": record.count, "label": UNLABELLED if record.label is None else record.label}
         for name, rows in self._rows.items():
             rows[self._filled] = facts[name] if name in facts else record.arrays[name]
         self._filled += 1
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Each file's path in the artifact and its contents; the rows it was made of are let go."""
+        """Yield each file's path in the artifact and its contents; frees the rows of each array once encoded."""
         files: dict[str, Buffer] = {}
         arrays = _create_arrays(files, self._layout)
         metadata = set(files)
@@ -105,10 +105,10 @@ class ZarrEncoder(ShardEncoder):
 
 
 class ZarrReader(Reader):
-    """Reads single inner chunks: the shard's index, then one range a record.
+    """Reads single inner chunks: the shard's index once, then one range per array.
 
-    zarr-python takes 25 ms for a small record (four arrays, one event loop each); going by the sharding codec's
-    index, which the Zarr v3 specification fixes, takes what reading and decompression take.
+    zarr-python takes 25 ms for a small record (four arrays, one event loop each). We read the index of the sharding
+    codec directly, whose format the Zarr v3 specification fixes; this adds nothing to reading and decompression.
     """
 
     def __init__(self, location: Location, layout: Layout) -> None:
@@ -140,7 +140,7 @@ class ZarrReader(Reader):
     def joined_ranges(self, commit: Sidecar, indices: Sequence[int], specs: Sequence[ArraySpec]) -> list[Range]:
         if len(indices) < len(commit.records):
             return joined(one for index in indices for one in self._ranges(commit, index, specs))
-        # All: where each of them is need not be known.
+        # All records: read whole files, without their indices.
         return [Range(path, 0, file_bytes(commit, path)) for path in self._paths(commit, specs)]
 
     @staticmethod
@@ -155,7 +155,7 @@ class ZarrReader(Reader):
             yield Range(path, start, start + size)
 
     def _index(self, path: str, file_size: int) -> npt.NDArray[np.uint64]:
-        """(offset, size) of every inner chunk: the last 16 bytes a chunk of the file, and their crc32c."""
+        """(offset, size) of every inner chunk, uint64 [chunks, 2]: the end of the file, followed by its crc32c."""
 
         def read() -> npt.NDArray[np.uint64]:
             place = self._index_range(path, file_size)
@@ -168,15 +168,15 @@ class ZarrReader(Reader):
         return self._indices.get(path, read)
 
     def _index_range(self, path: str, file_size: int) -> Range:
-        """Where a shard's index is; begins below 0 for a file that is too short to have one."""
+        """The range of a shard's index; `start` is negative if the file is too short to have one."""
         return Range(path, file_size - 16 * self._layout.groups_per_shard - CRC_BYTES, file_size)
 
 
 def _decoded(data: Bytes, spec: ArraySpec, where: str, rows: slice | None = None) -> Bytes:
-    """The array that a stored inner chunk holds, or some rows of it."""
+    """The bytes of the array in a stored inner chunk, or of some of its rows."""
     payload = _checked(data, where)
-    # Blosc's header says in bytes 4 to 8 how much comes out; asked first, a bomb is refused before it goes off.
-    # And in bytes 12 to 16 how long it is itself, which the decoder believes and would read beyond the end.
+    # Bytes 4 to 8 of Blosc's header state the decompressed size: checking it first refuses decompression bombs.
+    # Bytes 12 to 16 state the compressed size, which the decoder trusts: it could read beyond the end of the buffer.
     declared, own = (int.from_bytes(payload[at : at + 4].tobytes(), "little") for at in (4, 12))
     if (declared, own) != (spec.nbytes, len(payload)):
         raise CorruptShard(
@@ -193,12 +193,12 @@ def _decoded(data: Bytes, spec: ArraySpec, where: str, rows: slice | None = None
 
 
 def _checked(data: Bytes, where: str) -> Bytes:
-    """The bytes before a trailing crc32c, which they must have."""
+    """The bytes before a trailing crc32c; raises CorruptShard if they do not match it."""
     if len(data) < CRC_BYTES:
         raise CorruptShard(f"{where}: expected a checksum, found {len(data)} bytes")
     payload = np.ascontiguousarray(data[:-CRC_BYTES])
     if google_crc32c.value(payload) != int(data[-CRC_BYTES:].copy().view("<u4")[0]):
-        raise CorruptShard(f"{where}: the bytes do not have their crc32c")
+        raise CorruptShard(f"{where}: the bytes do not match their crc32c")
     return payload
 
 
@@ -207,7 +207,7 @@ def _shard_file(array: str, shard: int, axes: int) -> str:
 
 
 def _create_arrays(files: dict[str, Buffer], layout: Layout) -> dict[str, Any]:
-    """Zarr's arrays by name, writing to `files`, which then holds their `zarr.json`."""
+    """Create Zarr arrays, by name, that store to `files`; it then holds their `zarr.json`."""
     group = zarr.create_group(
         MemoryStore(files),
         zarr_format=3,
@@ -246,7 +246,7 @@ def _create_arrays(files: dict[str, Buffer], layout: Layout) -> dict[str, Any]:
 
 
 def _axes(spec: ArraySpec) -> tuple[str, ...]:
-    """Names of an array's axes; made up for an array that is none of the format's."""
+    """Names of an array's axes, generated for an array that the format does not define."""
     known = AXES.get(spec.name, ("group", *PIXELS))
     if len(known) == 1 + len(spec.shape):
         return known

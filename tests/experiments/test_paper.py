@@ -208,7 +208,7 @@ def tiny(tmp_path: Path) -> Path:
 def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     work = tiny.parent / "work"
     arguments = (tiny, "--data", tiny.parent, "--work", work)
-    assert "everything that is needed is there" in invoke(*arguments, "--dry-run").output
+    assert "all requirements are met" in invoke(*arguments, "--dry-run").output
     assert not work.exists()
     result = invoke(*arguments)
     gc.collect()

@@ -58,7 +58,7 @@ def test_a_collapse_is_warned_of_once(artifact: str, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert said.count("catastrophic overfitting") == 1
     assert f"WARNING: step {FOUND}: the loss under PGD rose from {looks[10][0]:.4g} " in said
-    assert f"to {looks[FOUND][0]:.4g}, of which the run's own attack finds {looks[FOUND][1]:.4g} (" in said
+    assert f"to {looks[FOUND][0]:.4g}, while under the run's own attack it is {looks[FOUND][1]:.4g} (" in said
 
 
 def test_wider_noise_mends_it(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

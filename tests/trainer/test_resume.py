@@ -123,7 +123,7 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
     _fed(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
     before = _best(config)
     _fed(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
-    assert "the best state is sought anew" in capsys.readouterr().err
+    assert "the search for the best state starts again" in capsys.readouterr().err
     found, losses = _best(config), _evaluated(config)
     assert before["step"] <= 4 < found["step"]
     assert found["best"] == min(loss for step, loss in losses.items() if step > 4)

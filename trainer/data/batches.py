@@ -31,8 +31,8 @@ class Batch:
         keys: record keys.
         target: embeddings float32 [B, K] or labels int64 [B], whichever the loss takes.
         clean: clean images of the groups, float32 [B, C, H, W]; None if the run does not need them.
-        divisors: by name of each attribute that still holds integers, its divisors: one per row, in the dtype in which
-            to divide.
+        divisors: by name of each attribute that still holds integers, its divisors: one per row, in the dtype in
+            which to divide.
     """
 
     keys: list[str]

@@ -1,9 +1,10 @@
 """Which groups form the batch of a global step: a pure function of (shard sizes, batch size, seed, step).
 
-In every epoch, shards are dealt to k windows of about `shuffle_window` groups, and the groups of a window are permuted
-together. Of every k consecutive shards of an artifact each window gets one, at random. So a source that is sorted by
-class, and each of several artifacts, are spread evenly over all windows, which a permutation of shards would not
-guarantee. Every batch is a random sample of its window, and a reader needs the shards of only one window at a time.
+In every epoch, shards are dealt to k windows of about `shuffle_window` groups, and the groups of a window are
+permuted together. Of every k consecutive shards of an artifact each window gets one, at random. So a source that is
+sorted by class, and each of several artifacts, are spread evenly over all windows, which a permutation of shards
+would not guarantee. Every batch is a random sample of its window, and a reader needs the shards of only one window at
+a time.
 
 Let a window hold n groups, p be a position in it, and π the window's permutation of [0, n), which
 `trainer.data.permutation` computes by index. The group at p is the π(p)-th of the window's shards laid end to end.
@@ -11,8 +12,8 @@ Two binary searches, for the window and for the shard, and one permutation find 
 the number of shards, not with the number of groups.
 
 Artifacts have weights: in an artifact of weight w every group occurs ⌊w⌋ times per epoch, and a fraction w − ⌊w⌋ of
-the groups once more. The number of these groups is the same in every epoch, their choice differs, and they are the same
-proportion of every shard (systematic sampling over permuted shards, Madow 1949), so a sorted artifact keeps its
+the groups once more. The number of these groups is the same in every epoch, their choice differs, and they are the
+same proportion of every shard (systematic sampling over permuted shards, Madow 1949), so a sorted artifact keeps its
 classes.
 
 The order does not depend on the storage format, the number of loader workers or the location of the artifact, and a
@@ -21,12 +22,13 @@ run continues at any step without stored reader state.
 A step's batch is cut into one share per process and micro-batch, of sizes that differ by at most one. The
 batch is the same in every partition; only its cut differs.
 
-Remainders: nothing is dropped and nothing is repeated. The last batch of an epoch is short, and the loss of every step
-is the mean over the groups in it. A share may be empty; its process contributes a zero gradient to the step's single
-exchange.
+Remainders: nothing is dropped and nothing is repeated. The last batch of an epoch is short, and the loss of every
+step is the mean over the groups in it. A share may be empty; its process contributes a zero gradient to the step's
+single exchange.
 
-Random streams of the trainer are SeedSequence([seed, purpose, index]) with the purposes `ORDER`, `ESTIMATOR`, `LAYERS`
-and `MEMBER`. (A sequence without purpose, [seed, epoch], would equal [seed, epoch, 0], since NumPy pads with zeros.)
+Random streams of the trainer are SeedSequence([seed, purpose, index]) with the purposes `ORDER`, `ESTIMATOR`,
+`LAYERS` and `MEMBER`. (A sequence without purpose, [seed, epoch], would equal [seed, epoch, 0], since NumPy pads with
+zeros.)
 """
 
 from __future__ import annotations
@@ -136,7 +138,7 @@ Pass = tuple[IntArray, IntArray, BoolArray]
 
 
 def _passes(sizes: IntArray, weights: Sequence[Weight], shares: int) -> list[Pass]:
-    """Passes of an epoch over the artifacts: ⌊weight⌋ whole ones and a partial one, without shards that give nothing."""
+    """Passes of an epoch over each artifact: ⌊weight⌋ whole ones and a partial one, without shards not taken from."""
     parts: list[Pass] = []
     first = 0
     for count, weight in weights:

@@ -1,8 +1,8 @@
-"""Estimates of the mean loss of a group from its mean x̄ and variance v, one file each; README.md compares them.
+"""Estimators of a group's mean loss from its mean x̄ and variance v, one per file; README.md compares them.
 
     L̂(θ) = L(θ, x̄, y) + ½ vᵀ diag[GGN_x]                                                       (PAPER eq. 6, 10, 17)
 
-Nothing here may mix the rows of a batch: gradients are taken of the sum over rows, which gives each row its own
+A model must not mix the rows of a batch: estimators differentiate the sum over rows, which gives each row its own
 gradient only if row b of the outputs depends on row b of the inputs alone.
 """
 
@@ -15,7 +15,7 @@ from trainer.estimators.individual import individual_loss
 from trainer.estimators.mean_only import mean_only
 from trainer.estimators.sampled import antithetic, sampled
 
-# From mean and variance; each takes `samples`.
+# Estimators of the arm avg, from mean and variance; each takes `samples`.
 AROUND_MEAN: dict[str, Callable[..., GroupLoss]] = {
     "gauss_newton": gauss_newton,
     "sampled": sampled,

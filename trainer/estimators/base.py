@@ -1,4 +1,4 @@
-"""What all estimators share: their signature, their result, and what they demand of a model and of moments.
+"""The signature and the result of estimators, and the checks of their model and moments.
 
 Shapes: B groups, C H W pixels, K outputs.
 """
@@ -23,11 +23,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class GroupLoss(NamedTuple):
-    """What an estimator returns.
+    """Result of an estimator.
 
     Attributes:
         loss: L̂ of each group, correction included, [B], differentiable in the model's parameters.
-        correction: its part beyond L(x̄), [B]; None where the estimator never evaluates L(x̄).
+        correction: L̂ − L(x̄), [B]; None if the estimator does not evaluate L(x̄).
     """
 
     loss: Tensor
@@ -35,34 +35,34 @@ class GroupLoss(NamedTuple):
 
 
 class Estimator(Protocol):
-    """An estimate of the mean loss of merged groups from their mean and variance."""
+    """Estimates the mean loss of merged groups from their mean and variance."""
 
     def __call__(
         self, model: Model, mean: Tensor, variance: Tensor, target: Tensor, loss: Likelihood, draws: Draws
     ) -> GroupLoss:
-        """Estimate.
+        """Estimate the mean loss of each group.
 
         Args:
-            model: pixels → outputs.
+            model: pixels in [0, 1] [B, C, H, W] → outputs [B, K].
             mean: x̄, float32 or float64 [B, C, H, W].
-            variance: v with divisor N, likewise.
-            target: what `loss` takes: embeddings [B, K] or class indices [B].
-            loss: the loss at one image; where no curvature of it is taken, any `Loss`.
+            variance: v with divisor N, dtype and shape of the mean.
+            target: embeddings [B, K] or class indices int64 [B], whichever `loss` takes.
+            loss: the loss at one image; estimators that do not use its curvature accept any `Loss`.
             draws: random numbers, one stream per group.
 
         Raises:
-            ConfigError: a model that mixes the rows of a batch, or moments in half precision.
+            ConfigError: the model mixes the rows of a batch, or the moments are in half precision.
         """
 
 
 def evaluate(model: Model, pixels: Tensor) -> Tensor:
-    """Outputs in at least float32: under autocast only the model's inside is bfloat16, no loss or correction is."""
+    """Outputs of a model, [B, K], in at least float32: losses and corrections are never computed in bfloat16."""
     outputs = model(pixels)
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def check(model: Model, mean: Tensor, variance: Tensor) -> None:
-    """Refuse what would give a wrong number without an error.
+    """Refuse inputs for which an estimator would silently return a wrong number.
 
     Raises:
         ConfigError: see `Estimator`.
@@ -70,24 +70,26 @@ def check(model: Model, mean: Tensor, variance: Tensor) -> None:
     for name, moment in (("mean", mean), ("variance", variance)):
         if moment.dtype not in (torch.float32, torch.float64):
             raise ConfigError(
-                f"{name}: expected float32 or float64, found {str(moment.dtype).removeprefix('torch.')}, in "
-                "which the difference of nearly equal numbers is noise; keep moments in float32 (autocast casts "
-                "inside the model)"
+                f"{name}: expected float32 or float64, found {str(moment.dtype).removeprefix('torch.')}, which is "
+                "too coarse for small variances; keep moments in float32 (autocast casts inside the model)"
             )
     if isinstance(model, nn.Module):
         check_batch_norm(model)
 
 
 def check_batch_norm(model: nn.Module) -> None:
-    """Raises ConfigError for BatchNorm in training mode.
+    """Refuse BatchNorm in training mode.
 
-    There every group's outputs depend on the other groups of the batch: the gradient of the summed loss with
-    respect to a group's pixels is then not that of its own loss, and the curvature estimated from it is that of
-    no group at all.
+    In training mode a group's outputs depend on the other groups of the batch, so the gradient of the summed loss
+    with respect to the group's pixels is not the gradient of the group's loss, and the estimated curvature is
+    meaningless.
+
+    Raises:
+        ConfigError: a BatchNorm layer is in training mode.
     """
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS) and module.training:
             raise ConfigError(
                 f"{name or type(module).__name__}: expected BatchNorm in eval mode, found it in training mode, "
-                "where it mixes the groups of a batch and each group's input gradient is wrong; call .eval() on it"
+                "which mixes the groups of a batch and makes each group's input gradient wrong; call .eval() on it"
             )

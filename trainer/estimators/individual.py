@@ -1,4 +1,4 @@
-"""The baseline that merging replaces: the ordinary loss over the members themselves."""
+"""The ordinary mean loss over the stored members: the baseline that merging replaces."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from trainer.losses import Loss
 def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target: Tensor, loss: Loss) -> GroupLoss:
     """1/N Σ_i L(θ, x_i, y) of each group                                                                (PAPER eq. 1)
 
-    No randomness. Cost: N plain steps in one batch. Groups may have different N.
+    Deterministic. Cost: N plain steps in one batch. Groups may differ in N.
 
     Args:
-        model: pixels → outputs.
-        members: [M, C, H, W] in [0, 1], the members of one group after those of the other.
-        counts: members of each group; their sum is M.
-        target: one per group, embeddings [B, K] or class indices [B].
+        model: pixels in [0, 1] [M, C, H, W] → outputs [M, K].
+        members: [M, C, H, W] in [0, 1], the members of the first group, then those of the second, and so on.
+        counts: number of members of each group; their sum is M.
+        target: one per group, embeddings [B, K] or class indices int64 [B].
         loss: the loss at one image.
+
+    Examples:
+        >>> from trainer.losses import SquaredError
+        >>> members, target = torch.tensor([0.4, 0.6]).reshape(2, 1, 1, 1).expand(2, 1, 1, 2), torch.zeros(1, 2)
+        >>> individual_loss(lambda x: x.flatten(1), members, [2], target, SquaredError()).loss
+        tensor([0.5200])
     """
     values = loss.value(evaluate(model, members), repeated(target, counts))
     if len(set(counts)) == 1:

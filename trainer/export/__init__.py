@@ -1,1 +1,1 @@
-"""Trained encoders for other programs."""
+"""Export of trained encoders to open_clip, transformers and timm."""

@@ -1,11 +1,11 @@
-"""`datamerge export-encoder`: a trained encoder in the files that other libraries load, with its preprocessing.
+"""The command `datamerge export-encoder`: writes a trained encoder and its preprocessing for another library.
 
-    open_clip   visual.pt, which RobustVLM loads, and what `local-dir:` and `hf-hub:` of open_clip load
-    hf          what `from_pretrained` of transformers loads
-    timm        what `local-dir:` and `hf-hub:` of timm load
+    open_clip   visual.pt for RobustVLM, and a folder for `local-dir:` and `hf-hub:` of open_clip
+    hf          a folder for `from_pretrained` of transformers
+    timm        a folder for `local-dir:` and `hf-hub:` of timm
 
-README.md is a model card that says which artifact and arm the weights come from. The files are loaded by the library
-and compared, pixels and embeddings, before the folder appears.
+README.md is a model card with the artifact and the arm that the weights come from. Before the folder appears, the
+library loads the files, and its pixels and embeddings are compared with the encoder's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.export.timm_folder import write_timm
 from trainer.run.checkpoint import BEST, read_state
 
 Target = Literal["open_clip", "hf", "timm"]
-# Target → (encoder, an empty folder) → what was written into the folder.
+# By target: a function that writes an encoder into an empty folder.
 WRITERS: Mapping[Target, Callable[[Encoder, Path], Folder]] = {
     "open_clip": lambda encoder, files: write_open_clip(encoder, started_from(encoder.spec), files),
     "hf": write_hugging_face,
@@ -47,7 +47,7 @@ class ExportConfig(Settings):
     """Settings of `datamerge export-encoder`."""
 
     run: Annotated[str, Option(argument=True)] = Field(description="Folder of a finished training run.", min_length=1)
-    to: Target = Field(description="Library that is to load the encoder.")
+    to: Target = Field(description="Library that will load the encoder.")
     output: Annotated[str, Option(alias="-o", metavar="OUT")] = Field(
         description="New folder for the files.", min_length=1
     )
@@ -70,20 +70,20 @@ def export_encoder(**flags: Any) -> None:
 
 
 def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
-    """Export the encoder of a run; see the module's docstring.
+    """Export the encoder of a run for another library.
 
     Args:
         run: folder of a finished run.
-        to: which library's files.
-        output: a folder that does not exist yet; it appears whole or not at all.
-        best: take the checkpoint with the lowest held-out loss.
+        to: the library.
+        output: a new folder, written atomically.
+        best: export the state with the lowest held-out loss instead of the last one.
 
     Returns:
-        The folder.
+        Path of the folder.
 
     Raises:
-        ConfigError: an unfinished run, an encoder that the target has no form for, or an existing folder.
-        DatamergeError: the library would not make the same pixels or embeddings of a photo; or the disk is full.
+        ConfigError: the run is unfinished, the library cannot express the encoder, or the folder exists.
+        DatamergeError: the library computes other pixels or embeddings, or the disk is full.
     """
     out = local_path(output, "output")
     if out.exists():
@@ -102,7 +102,7 @@ def export(run: str, to: Target, output: str, *, best: bool = False) -> Path:
 
 
 def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
-    """The trained encoder, with the normalisation it was trained with."""
+    """Load the trained encoder with its preprocessing."""
     with refusals_about("run"):
         encoder = load_encoder(spec_of_run(summary, folder))
     if not best:
@@ -111,7 +111,7 @@ def _encoder(folder: Path, summary: RunSummary, best: bool) -> Encoder:
         return encoder
     path = folder / "checkpoints" / BEST
     if not path.exists():
-        raise ConfigError(f"best: expected {path}, found none; a run keeps it when it is given `eval_artifact`")
+        raise ConfigError(f"best: expected {path}, found none; train with `eval_artifact`, or drop `best`")
     state = read_state(path)
     average = state["average"]
     weights = state["model"] if average is None else _without_prefix(average, "module.")

@@ -1,4 +1,4 @@
-"""open_clip's vision transformer in the names and settings of Hugging Face's CLIPVisionModelWithProjection."""
+"""Convert open_clip's vision transformer to Hugging Face's CLIPVisionModelWithProjection."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from storage_schemas import ConfigError
 
 
 def clip_config(encoder: Encoder) -> dict[str, Any]:
-    """Arguments of CLIPVisionConfig.
+    """Arguments of CLIPVisionConfig for the encoder's network.
 
     Raises:
-        ConfigError: a network that CLIPVisionModelWithProjection cannot express; says what about it.
+        ConfigError: CLIPVisionModelWithProjection cannot express the network; the message names the difference.
     """
     visual: Any = encoder.model
     if type(visual).__name__ != "VisionTransformer" or not hasattr(visual, "transformer"):
@@ -37,9 +37,9 @@ def clip_config(encoder: Encoder) -> dict[str, Any]:
         "fixed positions": not isinstance(visual.positional_embedding, nn.Parameter)
         or not visual.positional_embedding.requires_grad,
     }
-    found = [what for what, present in problems.items() if present]
-    if found:
-        raise _refusal(encoder, f"it has {found[0]}")
+    present = [problem for problem, is_present in problems.items() if is_present]
+    if present:
+        raise _refusal(encoder, f"it has {present[0]}")
     hidden = visual.conv1.out_channels
     return {
         "hidden_size": hidden,
@@ -56,7 +56,7 @@ def clip_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def clip_state_dict(visual: nn.Module) -> dict[str, Tensor]:
-    """Weights of open_clip's `model.visual` under transformers' names."""
+    """Weights of open_clip's `model.visual` under the parameter names of transformers."""
     return to_hf(visual.state_dict())
 
 

@@ -1,6 +1,6 @@
-"""A folder for Hugging Face transformers: config.json, model.safetensors and preprocessor_config.json.
+"""Write a folder for Hugging Face transformers: config.json, model.safetensors and preprocessor_config.json.
 
-An image tower of open_clip becomes a CLIPVisionModelWithProjection; a vision model of transformers stays what it is.
+An image tower of open_clip becomes a CLIPVisionModelWithProjection; a vision model of transformers keeps its class.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from trainer.export.same_function import TORCHVISION, Photo, check_same
 
 PREPROCESSOR = "preprocessor_config.json"
 VIT = "ViTModel"
-# Class of a model → where its output has the embedding.
+# By class of the model: attribute of its output that holds the embedding.
 EMBEDDINGS = {"CLIPVisionModelWithProjection": "image_embeds", VIT: "last_hidden_state[:, 0]"}
 POOLED = "pooler_output"
-# What transformers does otherwise than open_clip, by field of the preprocessing.
+# By field of the preprocessing: how transformers differs from open_clip.
 OTHERWISE = {
-    "offset": "may cut out a square one pixel aside where the middle of a photo lies between two pixels",
+    "offset": "may shift the crop by one pixel if the centre of a photo lies between two pixels",
     "alpha": "puts transparent images on white",
 }
 
 
 def write_hugging_face(encoder: Encoder, files: Path) -> Folder:
-    """Write the folder.
+    """Write an encoder for transformers.
 
     Args:
-        encoder: what to export.
+        encoder: the encoder to export.
         files: an empty folder.
 
     Raises:
-        ConfigError: a network or a preprocessing that transformers has no words for, or no transformers.
-        DatamergeError: the files do not compute the same.
+        ConfigError: transformers cannot express the network or its preprocessing, or is not installed.
+        DatamergeError: the exported files compute other pixels or embeddings.
     """
     kind = check_kind(encoder, "hf", "open_clip", "hf")
     config = clip_config(encoder) if kind == "open_clip" else None
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("to: hf needs the package 'transformers': pip install 'datamerge[export]'")
-    # transformers imports torchvision wherever that is installed.
+    # transformers imports torchvision if it is installed.
     make_torchvision_importable()
     from transformers.utils import logging
 
@@ -74,13 +74,14 @@ def _clip(encoder: Encoder, config: dict[str, Any]) -> Any:
     left = [name for name in [*missing, *unexpected] if not name.endswith("position_ids")]
     if left:
         raise DatamergeError(
-            f"this version of transformers ({version('transformers')}) names parameters otherwise: {left[0]}"
+            f"transformers: expected CLIP's known parameter names, found {left[0]} in version "
+            f"{version('transformers')}; install another version"
         )
     return model
 
 
 def _own_model(tower: Any) -> Any:
-    """The model of transformers inside a HuggingFaceTower."""
+    """The transformers model inside a HuggingFaceTower."""
     from transformers import CLIPVisionModelWithProjection
 
     if tower.visual_projection is None:
@@ -91,10 +92,10 @@ def _own_model(tower: Any) -> Any:
 
 
 def in_transformers(encoder: Encoder) -> Preprocessing:
-    """The encoder's preprocessing with two decisions that transformers takes otherwise than open_clip.
+    """The encoder's preprocessing as transformers does it.
 
-    It cuts the centre a pixel further to the top or left where the middle lies between two pixels, and puts
-    transparent images on white.
+    For open_clip encoders it differs in two points: if the centre of a photo lies between two pixels, the crop is one
+    pixel further up or left; and transparent images are put on white.
     """
     decisions = {"offset": "down", "alpha": "white"}
     hugging_face = check_kind(encoder, "hf", "open_clip", "hf") == "hf"
@@ -102,10 +103,10 @@ def in_transformers(encoder: Encoder) -> Preprocessing:
 
 
 def processor_config(encoder: Encoder) -> dict[str, Any]:
-    """`preprocessor_config.json` of a CLIPImageProcessor.
+    """Contents of `preprocessor_config.json` for a CLIPImageProcessor.
 
     Raises:
-        ConfigError: a preprocessing that it cannot do.
+        ConfigError: CLIPImageProcessor cannot express the preprocessing.
     """
     own = in_transformers(encoder)
     shortest, cropped = own.resize == "shortest", own.scale != own.size or own.resize == "shortest"
@@ -118,10 +119,10 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
         ),
         f"offset {own.offset}": cropped and own.offset != "down",
     }
-    found = [what for what, present in problems.items() if present]
-    if found:
+    present = [problem for problem, is_present in problems.items() if is_present]
+    if present:
         raise ConfigError(
-            f"to: hf has no words for the preprocessing of {encoder.spec!r} ({found[0]}); use the run's {WEIGHTS}, "
+            f"to: hf cannot express the preprocessing of {encoder.spec!r} ({present[0]}); use the run's {WEIGHTS}, "
             "which datamerge reads"
         )
     sides = ("height", "width")
@@ -142,7 +143,7 @@ def processor_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def _note(encoder: Encoder) -> str:
-    """What transformers does otherwise; said aloud, too."""
+    """Sentence on how the preprocessing of transformers differs, which is also printed; empty if it does not."""
     differences = [one.partition(" ")[0] for one in encoder.preprocessing.differences(in_transformers(encoder))]
     if not differences:
         return ""

@@ -1,4 +1,4 @@
-"""Which kind of encoder goes where, and what its new folder is said to hold."""
+"""Kinds of encoders that an export supports, and the description of an exported folder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from storage_schemas.schema.run import WEIGHTS
 
 @dataclass(frozen=True)
 class Folder:
-    """What was written for a library.
+    """Description of an exported folder, for its model card.
 
     Attributes:
-        usage: lines of Python that load it and embed photo.jpg.
-        preprocessing: what the library makes of a photo.
-        note: sentences on what is there, or is done otherwise.
+        usage: lines of Python that load the encoder and embed photo.jpg.
+        preprocessing: how the library preprocesses a photo.
+        note: sentences on the contents of the folder, or on differences in preprocessing.
     """
 
     usage: str
@@ -27,10 +27,10 @@ class Folder:
 
 
 def check_kind(encoder: Encoder, target: str, *kinds: str) -> str:
-    """The encoder's kind, one of those that a target has a form for.
+    """The encoder's kind, which must be one of `kinds`.
 
     Raises:
-        ConfigError: another kind; says where that one can go.
+        ConfigError: the target does not support this kind; the message names one that does.
     """
     kind = split_spec(encoder.spec).kind
     if kind not in kinds:

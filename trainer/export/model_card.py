@@ -1,4 +1,4 @@
-"""The README.md of an exported encoder: a model card of Hugging Face's hub."""
+"""The README.md of an exported encoder: a model card for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LIBRARIES = {"open_clip": "open_clip", "hf": "transformers", "timm": "timm"}
 
 
 def model_card(summary: RunSummary, encoder: Encoder, target: str, folder: Folder, best: bool) -> str:
-    """Where the weights come from, how to load them and what their pixels are.
+    """Text of the model card: origin of the weights, how to load them, preprocessing and settings.
 
     Args:
-        summary: of the run.
-        encoder: what was exported.
-        target: for which library.
-        folder: what was written.
-        best: whether it is the state with the lowest held-out loss.
+        summary: summary of the run.
+        encoder: the exported encoder.
+        target: the library, a key of `LIBRARIES`.
+        folder: description of the exported folder.
+        best: whether the encoder is the state with the lowest held-out loss.
     """
     exported = f"; this export, with the lowest held-out loss: `{weights_sha256(encoder.model)}`"
     chosen = exported if best else ""

@@ -1,11 +1,11 @@
-"""A folder for open_clip: the tuned image tower, its configuration and preprocessing, and the CLIP around it.
+"""Write a folder for open_clip: the fine-tuned image tower, its configuration and, if available, the whole CLIP.
 
-    visual.pt                      state_dict of `model.visual`: what RobustVLM loads
+    visual.pt                      state_dict of `model.visual`, which RobustVLM loads
     open_clip_config.json          architecture and preprocessing; `local-dir:` and `hf-hub:` of open_clip read it
-    open_clip_model.safetensors    the whole CLIP with the tuned image tower, where its text tower can be had
-    tokenizer.json, …              where the text tower has a tokeniser of Hugging Face
+    open_clip_model.safetensors    the whole CLIP with the fine-tuned image tower, if its text tower is available
+    tokenizer.json, …              if the text tower has a Hugging Face tokeniser
 
-Without the third, open_clip builds the image tower alone, if it is told where the first is.
+Without open_clip_model.safetensors, open_clip can build the image tower alone, given the path of visual.pt.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ TOWER, CONFIG, WHOLE = "visual.pt", "open_clip_config.json", "open_clip_model.sa
 
 
 def write_open_clip(encoder: Encoder, origin: str, files: Path) -> Folder:
-    """Write the folder.
+    """Write an encoder for open_clip.
 
     Args:
-        encoder: what to export.
-        origin: spec of what it started from, whose text tower belongs to it.
+        encoder: the encoder to export.
+        origin: spec of the encoder that training started from, which gives the text tower.
         files: an empty folder.
 
     Raises:
-        ConfigError: no encoder of open_clip, or one whose preprocessing or size open_clip has no words for.
-        DatamergeError: the files do not compute the same.
+        ConfigError: the encoder is not one of open_clip, or open_clip cannot express its preprocessing or size.
+        DatamergeError: the exported files compute other pixels or embeddings.
     """
     check_kind(encoder, "open_clip", "open_clip")
     spec = parse_spec(encoder.spec)
@@ -67,14 +67,14 @@ def write_open_clip(encoder: Encoder, origin: str, files: Path) -> Folder:
 
 
 def preprocess_config(encoder: Encoder) -> dict[str, Any]:
-    """`preprocess_cfg` of open_clip.
+    """The encoder's preprocessing as `preprocess_cfg` of open_clip.
 
     Raises:
-        ConfigError: a preprocessing that open_clip cannot do.
+        ConfigError: open_clip cannot express the preprocessing.
     """
     own = encoder.preprocessing
     height, width = own.size
-    # As open_clip's image_transform_v2 chooses its transforms.
+    # open_clip's image_transform_v2 rounds to the nearest pixel in these cases.
     rounding = "nearest" if own.resize == "longest" or (own.resize == "shortest" and height != width) else "down"
     able = Preprocessing(
         shape=own.shape, resize=own.resize, interpolation=own.interpolation, rounding=rounding, fill=own.fill[:1]
@@ -84,7 +84,7 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
         problems.append(f"{own.resize}, {own.interpolation}, {own.shape[0]} channels")
     if problems:
         raise ConfigError(
-            f"to: open_clip has no words for the preprocessing of {encoder.spec!r} ({problems[0]}); use the run's "
+            f"to: open_clip cannot express the preprocessing of {encoder.spec!r} ({problems[0]}); use the run's "
             f"{WEIGHTS}, which datamerge reads"
         )
     return {
@@ -98,36 +98,36 @@ def preprocess_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def _configuration(encoder: Encoder, spec: EncoderSpec, size: int | list[int]) -> dict[str, Any]:
-    """`model_cfg` of open_clip."""
+    """The encoder's architecture as `model_cfg` of open_clip."""
     import open_clip
 
     of_revision = spec.model.startswith(HUB) and spec.revision
     config: dict[str, Any] = open_clip.get_model_config(of_hub(spec) if of_revision else spec.model)
     vision, native = config["vision_cfg"], config["vision_cfg"].get("image_size", DEFAULT_SIZE)
-    # open_clip gives timm no size: it makes position embeddings of timm's own.
+    # open_clip does not pass the size to timm, so the position embeddings would have timm's default size.
     if "timm_model_name" in vision and native != size and hasattr(encoder.model.trunk, "set_input_size"):
         raise ConfigError(
-            f"to: open_clip has no words for {vision['timm_model_name']} with an input of {size} pixels, its own is "
-            f"{native}; use the run's {WEIGHTS}, which datamerge reads"
+            f"to: open_clip builds {vision['timm_model_name']} only for an input of {native} pixels, found {size}; "
+            f"use the run's {WEIGHTS}, which datamerge reads"
         )
     vision["image_size"] = size
     return config
 
 
 def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
-    """The CLIP around the tower, if its text tower can be had; returns whether it can."""
+    """Write the whole CLIP if its text tower is available; returns whether it was written."""
     if origin.checkpoint and not Path(origin.checkpoint).is_file():
         origin = replace(origin, checkpoint=None)
     try:
         if not (origin.has_weights or origin.checkpoint):
-            raise ConfigError(f"neither a tag nor a whole checkpoint is known of what it started from, {origin}")
+            raise ConfigError(f"{origin}, the starting encoder, has neither a tag nor a whole checkpoint")
         origin = known_open_clip(origin)
         texts = open_clip_texts(origin, captions=True)
     except ConfigError as error:
         reason = str(error).removeprefix("encoder: ").partition(";")[0]
         warn(
-            f"{WHOLE} is not written, the text tower cannot be had ({reason}); {TOWER} and {CONFIG} are the image "
-            "tower alone"
+            f"{WHOLE} is not written, since the text tower is not available ({reason}); {TOWER} and {CONFIG} hold "
+            "the image tower alone"
         )
         return False
     tower = {f"visual.{name}": tensor for name, tensor in encoder.model.state_dict().items()}
@@ -137,7 +137,7 @@ def _write_whole(encoder: Encoder, origin: EncoderSpec, files: Path) -> bool:
 
 
 def _write_tokenizer(origin: EncoderSpec, files: Path) -> None:
-    """The tokeniser's files; CLIP's own is part of open_clip."""
+    """Write the files of a Hugging Face tokeniser; CLIP's own tokeniser is part of open_clip."""
     import open_clip
 
     name = open_clip.get_model_config(origin.model)["text_cfg"].get("hf_tokenizer_name")
@@ -145,15 +145,15 @@ def _write_tokenizer(origin: EncoderSpec, files: Path) -> None:
         tokenizer = open_clip.get_tokenizer(origin.model)
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(str(files))
-    except Exception as error:  # of the hub, of formats of tokenisers and of packages that read them
+    except Exception as error:  # the hub, file formats and tokeniser packages raise many classes
         warn(
-            f"the tokeniser {name} is not written, it cannot be had ({type(error).__name__}); images need none, for "
-            f"texts put its files beside {WHOLE}"
+            f"the tokeniser {name} is not written, since it is not available ({type(error).__name__}); images need "
+            f"none, for texts put its files beside {WHOLE}"
         )
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without memory in common, which safetensors refuses."""
+    """Copy tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -191,7 +191,7 @@ def _check(encoder: Encoder, files: Path, whole: bool) -> None:
 
 @contextmanager
 def _no_log() -> Iterator[None]:
-    """open_clip logs that an image tower alone lacks a text tower, which is said here."""
+    """Silence open_clip's log about a missing text tower, about which `write_open_clip` warns itself."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Exported files are loaded as their user will and must turn a photo into the same pixels and the same embedding."""
+"""Check that exported files, loaded as a user would, turn a photo into the same pixels and the same embedding."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from storage_schemas.schema.moments import LEVELS
 from storage_schemas.schema.preprocessing import Preprocessing
 
 Photo = Image.Image
-# Of embeddings: largest difference over largest value.
+# Largest allowed difference between embeddings, relative to the largest value.
 TOLERANCE = 1e-5
-# Grey levels. Libraries that resize with Pillow make our pixels; torchvision's own resampling rounds otherwise.
+# Largest allowed difference between pixels, in grey levels: we resize with Pillow, torchvision rounds differently.
 PILLOW, TORCHVISION = 0.01, 2.01
 
 
 def make_photo(preprocessing: Preprocessing) -> Photo:
-    """A photo on which every step of a preprocessing shows: noise on a gradient, wider than high, of odd sides."""
+    """A photo that reveals differences in any preprocessing step: noise on a gradient, wider than high, odd sides."""
     scale, size = preprocessing.scale, preprocessing.size
     height = 2 * math.ceil(0.6 * scale[0]) + 1
-    # Libraries differ in which pixel is the middle of a margin like that.
+    # For such a margin libraries differ in where they place the crop.
     width = next(
         width for width in range(height + height // 3, 8 * height) if (width * scale[0] // height - size[1]) % 4 == 3
     )
@@ -43,17 +43,17 @@ def check_same(
     network: Callable[[Tensor], Tensor],
     grey_levels: float,
 ) -> None:
-    """Refuse files that do not compute an encoder's function.
+    """Refuse exported files that do not compute the same function as the encoder.
 
     Args:
-        encoder: what was exported.
-        preprocessing: what the library is to make of a photo.
-        transform: what it made of the files, from a photo to normalised pixels [1, C, H, W].
-        network: likewise, from those to embeddings [1, K].
-        grey_levels: by which pixels may differ.
+        encoder: the exported encoder.
+        preprocessing: the expected preprocessing of the library.
+        transform: the library's preprocessing as loaded: a photo → normalised pixels [1, C, H, W].
+        network: the library's network as loaded: normalised pixels → embeddings [1, K].
+        grey_levels: largest allowed difference between pixels.
 
     Raises:
-        DatamergeError: other pixels or embeddings; says by how much.
+        DatamergeError: pixels or embeddings differ; the message says by how much.
     """
     photo = make_photo(preprocessing)
     pixels = torch.from_numpy(decode(photo, preprocessing))[None].float() / LEVELS
@@ -73,17 +73,18 @@ def check_same(
 
 
 def check_weights(network: nn.Module, tensors: Mapping[str, Tensor], file: str) -> None:
-    """Refuse a file whose tensors are not those of a network, by name and bit by bit.
+    """Refuse a file whose tensors differ from those of a network, in name or in any bit.
 
     Raises:
-        DatamergeError: others.
+        DatamergeError: the tensors differ.
     """
     own = network.state_dict()
     if own.keys() != tensors.keys() or not all(torch.equal(own[name], tensors[name]) for name in own):
-        raise DatamergeError(f"{file}: expected the encoder's weights, read others; nothing was written")
+        raise DatamergeError(f"{file}: expected the encoder's weights, found others; nothing was written")
 
 
-def _refusal(encoder: Encoder, what: str) -> DatamergeError:
+def _refusal(encoder: Encoder, difference: str) -> DatamergeError:
     return DatamergeError(
-        f"encoder {encoder.spec!r}: the exported files, loaded again, make of a photo {what}; nothing was written"
+        f"encoder {encoder.spec!r}: the exported files, loaded again, turn a photo into {difference}; nothing was "
+        "written"
     )

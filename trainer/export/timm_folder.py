@@ -1,4 +1,4 @@
-"""A folder for timm: config.json and model.safetensors, which `local-dir:` and `hf-hub:` of timm read."""
+"""Write a folder for timm: config.json and model.safetensors, which `local-dir:` and `hf-hub:` of timm read."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ CROPS = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
 def write_timm(encoder: Encoder, files: Path) -> Folder:
-    """Write the folder.
+    """Write an encoder for timm.
 
     Args:
-        encoder: what to export.
+        encoder: the encoder to export.
         files: an empty folder.
 
     Raises:
-        ConfigError: no encoder of timm, or one whose preprocessing timm has no words for.
-        DatamergeError: the files do not compute the same.
+        ConfigError: the encoder is not one of timm, or timm cannot express its preprocessing.
+        DatamergeError: the exported files compute other pixels or embeddings.
     """
     check_kind(encoder, "timm", "timm")
     config = {"pretrained_cfg": data_config(encoder)}
     from timm.models import save_for_hf
 
-    # safetensors takes no other order of memory.
+    # safetensors supports no other memory format.
     model: Any = encoder.model
     model.to(memory_format=torch.contiguous_format)
     save_for_hf(model, str(files), model_config=config, safe_serialization=True)
@@ -42,19 +42,19 @@ def write_timm(encoder: Encoder, files: Path) -> Folder:
 
 
 def data_config(encoder: Encoder) -> dict[str, Any]:
-    """Preprocessing as timm's `pretrained_cfg` says it, for training and test alike.
+    """The encoder's preprocessing as timm's `pretrained_cfg`, the same for training and test.
 
     Raises:
-        ConfigError: a preprocessing that timm cannot do.
+        ConfigError: timm cannot express the preprocessing.
     """
     own = encoder.preprocessing
     scale, size = own.scale[0], own.size[0]
-    # timm rounds size / crop_pct down, and floats may come out below the integer.
+    # timm rounds size / crop_pct down, and the float quotient may lie just below the integer.
     crops = (size / side for side in (scale, scale + 0.5))
     crop = next((crop for crop in crops if math.floor(size / crop) == scale), None)
     if own.resize not in CROPS or crop is None:
         raise ConfigError(
-            f"to: timm has no words for the preprocessing of {encoder.spec!r} ({own}); use the run's {WEIGHTS}, "
+            f"to: timm cannot express the preprocessing of {encoder.spec!r} ({own}); use the run's {WEIGHTS}, "
             "which datamerge reads"
         )
     return {

@@ -1,4 +1,4 @@
-"""Whether several artifacts can be trained on together; what differs is shown with both of them."""
+"""Check whether several artifacts can be trained on together."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from trainer.run.clean_images import attacked_within
 from trainer.run.requirements import Checked, check, label_names, pixel_moments, recorded_encoder
 
 Difference = tuple[str, object, object]
-"""What the artifacts should have in common, and what it is in either."""
+"""Name of a property that two artifacts should share, and its value in each."""
 
 
 def of_artifact(config: TrainConfig, number: int) -> TrainConfig:
-    """The settings of a run on one of its artifacts alone; messages about these name that one."""
+    """The settings of the same run on only one of its artifacts, which messages then name."""
     return config.model_copy(update={"artifact": config.artifacts[number].url})
 
 
 def check_all(config: TrainConfig, artifacts: Sequence[Artifact]) -> Checked:
-    """Check the settings against the artifacts, and these against each other.
+    """Check the settings against the artifacts, and the artifacts against each other.
 
     Returns:
-        What the first artifact and the settings come to, which holds for the others too.
+        The result of `check` for the first artifact, which holds for the others too.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: settings and artifacts, or two artifacts, are incompatible.
     """
     found = [check(of_artifact(config, number), artifact.manifest) for number, artifact in enumerate(artifacts)]
     first, urls = artifacts[0], [artifact.location.url for artifact in artifacts]
@@ -39,7 +39,7 @@ def check_all(config: TrainConfig, artifacts: Sequence[Artifact]) -> Checked:
         _check_other(artifacts[:number], artifact)
         if found[number].members != found[0].members:
             raise ConfigError(
-                f"members: expected as many of all artifacts, found {found[0].members} stored in {urls[0]} and "
+                f"members: expected the same number in all artifacts, found {found[0].members} in {urls[0]} and "
                 f"{found[number].members} in {urls[number]}; set `members={min(one.members for one in found)}`"
             )
         different = [*_differences(first.manifest, artifact.manifest)]
@@ -64,7 +64,7 @@ def check_all(config: TrainConfig, artifacts: Sequence[Artifact]) -> Checked:
 
 
 def _check_other(before: Sequence[Artifact], artifact: Artifact) -> None:
-    """Refuse the groups of an artifact that is there already."""
+    """Refuse an artifact whose groups are already listed."""
     for other in before:
         if other.manifest.plan_sha256 == artifact.manifest.plan_sha256:
             raise ConfigError(
@@ -74,7 +74,7 @@ def _check_other(before: Sequence[Artifact], artifact: Artifact) -> None:
 
 
 def _differences(one: Manifest, other: Manifest) -> Iterator[Difference]:
-    """In what artifacts differ that nobody can train on together, whatever the loss."""
+    """Differences that forbid training on both artifacts, whatever the loss."""
     shapes = [moments.shape if (moments := pixel_moments(manifest)) else None for manifest in (one, other)]
     if shapes[0] != shapes[1]:
         yield "pixels", shapes[0], shapes[1]
@@ -84,7 +84,7 @@ def _differences(one: Manifest, other: Manifest) -> Iterator[Difference]:
         named = [f"{encoder.get('spec')} (sha256 {str(encoder['sha256'])[:12]})" for encoder in encoders]
         yield "encoder", named[0], named[1]
     pixels = [Preprocessing.of_artifact(manifest.provenance, "provenance") for manifest in (one, other)]
-    # Releases before 0.2.0 recorded one way of resizing, whichever the encoder needed; that gets a warning.
+    # Releases before 0.2.0 recorded the same preprocessing for every encoder; `check_groups` only warns about that.
     if pixels[0] is not None and pixels[1] is not None and all(one.is_complete for one in pixels if one):
         for phrase in pixels[0].differences(pixels[1]):
             mine, _, theirs = phrase.partition(", not ")
@@ -96,8 +96,8 @@ def _different_attacks(one: Manifest, other: Manifest) -> Iterator[Difference]:
     radii = [attacked_within(manifest) for manifest in (one, other)]
     lengths = [None if radius is None else PixelLength(radius) for radius in radii]
     if lengths[0] != lengths[1]:
-        said = ["no attack" if length is None else str(length) for length in lengths]
-        yield "epsilon", said[0], said[1]
+        values = ["no attack" if length is None else str(length) for length in lengths]
+        yield "epsilon", values[0], values[1]
 
 
 def _different_targets(one: Manifest, other: Manifest) -> Iterator[Difference]:
@@ -112,7 +112,7 @@ def _different_classes(config: TrainConfig, one: Artifact, other: Artifact) -> I
     if not names[0] or not names[1]:
         if names[0] or names[1]:
             nameless = (other if names[0] else one).location.url
-            warn(f"artifact: {nameless} has no class names; its labels are taken as those of the other artifacts")
+            warn(f"artifact: {nameless} has no class names; its labels are taken for the classes of the others")
     elif names[0] != names[1]:
         if len(names[0]) != len(names[1]):
             yield "classes", len(names[0]), len(names[1])

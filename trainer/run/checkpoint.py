@@ -1,11 +1,11 @@
-"""The folder of a run: whose it is, its checkpoints, and what is published at the end.
+"""The folder of a run: identity, checkpoints, and final results.
 
-run.json              summary of a finished run; its presence says that the run is finished
+run.json              summary of a finished run; only finished runs have it
 encoder.safetensors   trained weights
 identity.json         settings that determine the weights; written first, compared on every later call
 log.jsonl             one line per logged step
 tensorboard/          the same numbers for TensorBoard
-checkpoints/          step-000350.pt: the state after 350 updates; best.pt: that with the lowest held-out loss
+checkpoints/          step-000350.pt: the state after 350 updates; best.pt: the state with the lowest held-out loss
 not-finite-step-….pt  the batch at which a loss or gradient was not finite
 """
 
@@ -31,7 +31,7 @@ from trainer.config import TrainConfig
 
 IDENTITY, LOG = "identity.json", "log.jsonl"
 BEST = "best.pt"
-# Entries of the identity that are no settings.
+# Entries of the identity that are not settings, with their names in messages.
 _CHANGED_THINGS = {
     "plan_sha256": "artifact",
     "encoder_sha256": "encoder",
@@ -57,10 +57,10 @@ class RunFolder:
             )
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder the one of this run, or check that it is.
+        """Write the run's identity into the folder, or check that the folder has the same one.
 
         Raises:
-            ConfigError: it holds a run with other settings; the message names them.
+            ConfigError: the folder holds a run with other settings; the message names them.
         """
         if not (self.path / IDENTITY).exists():
             self._write_json(IDENTITY, identity)
@@ -69,8 +69,8 @@ class RunFolder:
         if "order" not in found and "order" in identity:
             if self.summary() is None:
                 raise ConfigError(
-                    f"run: {self.path} was started by datamerge 0.1, which takes groups in another order than this "
-                    "release; finish it with that one, or choose another `run`"
+                    f"run: {self.path} was started by datamerge 0.1, which takes groups in another order; finish it "
+                    "with that release, or choose another `run`"
                 )
             found |= {name: identity[name] for name in ("order", "shuffle_window") if name in identity}
         different = changes(found, identity)
@@ -85,7 +85,7 @@ class RunFolder:
         )
 
     def summary(self) -> RunSummary | None:
-        """The summary of a finished run; None while it is not finished."""
+        """The summary of a finished run; None if the run is unfinished."""
         if not (self.path / SUMMARY).exists() or not (self.path / WEIGHTS).exists():
             return None
         return read_summary(self.path, "run")
@@ -99,10 +99,10 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.pt"), key=step_of)
 
     def save(self, state: Mapping[str, Any], keep: int) -> Path:
-        """Write a checkpoint whole or not at all, then remove all but the newest `keep`.
+        """Write a checkpoint atomically, then remove all but the newest `keep`.
 
         Raises:
-            DatamergeError: the disk is full; earlier ones are kept.
+            DatamergeError: it cannot be written, for instance because the disk is full; earlier ones are kept.
         """
         path = self._write_state(f"step-{state['step']:06d}.pt", state)
         for old in self.checkpoints()[:-keep]:
@@ -110,7 +110,7 @@ class RunFolder:
         return path
 
     def save_best(self, state: Mapping[str, Any]) -> Path:
-        """Write the state with the lowest held-out loss so far, whole or not at all, in place of the one before."""
+        """Replace the state with the lowest held-out loss so far, atomically; raises as `save`."""
         return self._write_state(BEST, state)
 
     def _write_state(self, file_name: str, state: Mapping[str, Any]) -> Path:
@@ -122,23 +122,23 @@ class RunFolder:
             earlier = self.checkpoints()
             kept = f"{earlier[-1].name} is kept" if earlier else "there is no earlier checkpoint"
             raise DatamergeError(
-                f"{path}: cannot write: {error.strerror or first_line(error)}; {kept}. Make room there, and run the "
+                f"{path}: cannot write: {error.strerror or first_line(error)}; {kept}. Free space there, and run the "
                 "same command again to continue"
             ) from error
         return path
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Read a checkpoint onto the CPU. Only tensors and plain values are unpickled.
+        """Read a checkpoint of this run; see `read_state`.
 
         Raises:
-            ConfigError: it was made by a run with other settings.
-            DatamergeError: it is damaged.
+            ConfigError: the checkpoint belongs to a run with other settings.
+            DatamergeError: the checkpoint is damaged.
         """
         state = read_state(path)
         if changes(state["identity"], identity):
             raise ConfigError(
-                f"run: expected checkpoints of these settings, found one of others at {path}; remove it, or choose "
-                "another `run`"
+                f"run: expected checkpoints of these settings, found one with other settings at {path}; remove it, "
+                "or choose another `run`"
             )
         return state
 
@@ -156,32 +156,32 @@ class RunFolder:
 
 
 def _in_present_words(identity: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity that an earlier release may have written, spelt as this one does, which would write `present`."""
+    """Translate an identity that an earlier release wrote; `present` is the one that this release would write."""
     spelt = dict(identity)
     for name in ("preprocessing", "encoder_code_sha256"):
         if name not in spelt and name in present:
-            spelt[name] = present[name]  # it said nothing of it
+            spelt[name] = present[name]  # earlier releases did not record it
     if spelt.get("precision") == "bf16":
         spelt["precision"] = "bfloat16"
     for name in ("epsilon", "refine_step_size"):
         if isinstance(spelt.get(name), str):
-            with suppress(ValueError):  # what is no length is another setting than any of ours
+            with suppress(ValueError):  # an invalid length differs from every valid setting
                 spelt[name] = str(PixelLength(spelt[name]))
     arm = next((arm for name, arm in ARMS.items() if name == spelt.get("arm")), None)
     if arm is not None and not arm.estimators:
-        # Any was taken, and did nothing.
+        # Earlier releases accepted any estimator here, without effect.
         spelt["estimator"] = TrainConfig.model_fields["estimator"].default
     return spelt
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU. Only tensors and plain values are unpickled.
+    """Read a checkpoint onto the CPU. Only tensors and plain values are unpickled.
 
-    Whoever loads a state moves what belongs on a GPU there; AdamW leaves its step counters where they are, and on a
-    GPU would wait for it at every parameter of every step.
+    `load_state_dict` moves the tensors to their device. AdamW's step counters must stay on the CPU: on a GPU AdamW
+    would wait for the device at every parameter of every step.
 
     Raises:
-        DatamergeError: it is damaged.
+        DatamergeError: the checkpoint is damaged.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -192,7 +192,7 @@ def read_state(path: Path) -> dict[str, Any]:
         reason = f"it has no {', '.join(sorted(missing))}" if missing else ""
     if reason:
         raise DatamergeError(
-            f"{path}: not a readable checkpoint ({reason}); remove it to continue from the one before"
+            f"{path}: not a readable checkpoint ({reason}); remove it to continue from the previous one"
         ) from None
     return state
 

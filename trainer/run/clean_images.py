@@ -1,4 +1,4 @@
-"""What a run takes of clean images: which quantity they are, and the ball of its attacks around them."""
+"""The clean images of an artifact, and the attack around them that a run makes from its settings."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from trainer.run.refine import Refinement
 
 
 def group_size(manifest: Manifest) -> int | None:
-    """Members of every group; None where they differ."""
+    """Number of members of every group; None if it varies."""
     grouping = manifest.provenance.get("grouping")
     size = grouping.get("members") if isinstance(grouping, dict) else None
     return size if isinstance(size, int) else None
 
 
 def attacked_within(manifest: Manifest) -> Any:
-    """The radius of the attack that made the members, as it is written; None if there was none."""
+    """Radius of the attack that made the members, as the manifest spells it; None if there was no attack."""
     attack = manifest.provenance.get("attack")
     return attack.get("epsilon") if isinstance(attack, dict) else None
 
 
 def clean_name(manifest: Manifest) -> CleanName | None:
-    """The quantity of a record that is its clean image: a group of one image that nobody attacked is that image.
+    """The quantity of a record that holds its clean image: `clean`, or `mean` for groups of one unattacked image.
 
-    Of a union of artifacts only what all of them say is known: one without a radius may hold attacks of two.
+    The manifest of a union of artifacts holds only what all of them share. So a missing radius alone does not prove
+    that the images are unattacked; the artifacts may have had different radii.
     """
     if manifest.layout.array("clean") is not None:
         return "clean"
@@ -39,10 +40,10 @@ def clean_name(manifest: Manifest) -> CleanName | None:
 
 
 def clean_images(config: TrainConfig, manifest: Manifest) -> CleanName | None:
-    """The quantity that is the clean image, if the run takes it.
+    """The quantity that holds the clean image; None if the run does not need clean images.
 
     Raises:
-        ConfigError: the artifact has none.
+        ConfigError: the run needs clean images and the artifact has none.
     """
     starts_clean = ARMS[config.arm].starts_clean
     if not (starts_clean or config.refine_steps or config.clean_weight):
@@ -59,31 +60,31 @@ def clean_images(config: TrainConfig, manifest: Manifest) -> CleanName | None:
 
 
 def refinement(config: TrainConfig, manifest: Manifest) -> Refinement | None:
-    """The steps of an attack before training, if there are any.
+    """Settings of the PGD steps before each update; None without `refine_steps`.
 
     Raises:
-        ConfigError: neither the settings nor the artifact give a radius, or they give two.
+        ConfigError: settings and artifact give no radius, or two different ones.
     """
     epsilon = _epsilon(config, manifest)
     if not config.refine_steps:
         return None
     if epsilon is None:
         raise ConfigError(
-            f"epsilon: expected the radius of `refine_steps`, since nobody attacked the images of {config.artifact}; "
-            'set it, such as `epsilon="2/255"`'
+            f"epsilon: expected a radius for `refine_steps`, found none in the settings or in {config.artifact}, "
+            'whose images are clean; set it, such as `epsilon="2/255"`'
         )
     starts_clean = ARMS[config.arm].starts_clean or attacked_within(manifest) is None
     noise = config.start_noise if config.start_noise is not None else epsilon if starts_clean else 0
-    # Twice the radius in all was best in experiments/cifar10: it reaches the other side of the ball.
+    # A total length of twice the radius reaches the other side of the ball, and was best in experiments/cifar10.
     size = 2 * epsilon / config.refine_steps if config.refine_step_size is None else config.refine_step_size
     return Refinement(config.refine_steps, float(size), float(epsilon), float(noise))
 
 
 def _epsilon(config: TrainConfig, manifest: Manifest) -> PixelLength | None:
-    """Radius of the attacks that are trained on, stored or made from the clean images; None if there are none.
+    """Radius of the attacks that the run trains on, stored or made from clean images; None if there are none.
 
     Raises:
-        ConfigError: the stored attacks had another radius than the settings say.
+        ConfigError: the stored attacks have another radius than the settings.
     """
     found = attacked_within(manifest)
     stored = None if found is None else PixelLength(found)

@@ -1,11 +1,11 @@
-"""The processes of a run: one alone, several under torchrun, or the workers of Ray Train.
+"""The processes of a run: a single one, several under torchrun, or the workers of Ray Train.
 
 Gradients are exchanged once a step (`trainer.run.exchange`). There is no DistributedDataParallel wrapper: its hooks
 fire during every backward pass, and the curvature estimators differentiate twice. The same exchange carries the
 numbers all processes must agree on (loss, stop request, non-finite values), so they leave the loop at the same step.
 
-Only the sums of GPUs' tensors go through NCCL, everything else through gloo. gloo raises at once when a peer is gone.
-NCCL waits for it, so nobody waits for a sum before a sign of life of all over gloo, and then for `EXCHANGE_SECONDS`.
+Sums of GPU tensors go through NCCL, everything else through gloo. gloo raises at once when a peer is gone; NCCL would
+wait for it. So processes first meet over gloo, and then wait for a sum for at most `EXCHANGE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from storage_schemas import ConfigError, DatamergeError
 
 T = TypeVar("T")
 
-SLURM_TASK = "SLURM_PROCID"  # in every task of a step
+SLURM_TASK = "SLURM_PROCID"  # environment variable that Slurm sets in every task of a step
 BACKENDS = "cpu:gloo,cuda:nccl"
-# A GPU is never more than some thousand kernels behind its process, and all processes are there when this begins.
+# All processes have met when this wait begins, and a GPU lags behind its process by a few thousand kernels at most.
 EXCHANGE_SECONDS = 20.0
 LOOK_SECONDS = 0.0002
-# As long as NCCL may take to give up what other processes will never take part in.
+# Time for NCCL to abort sums that other processes will never join.
 ABORT_SECONDS = 5.0
-# Sums begin before all processes are there, and may wait for so long; gloo raises then.
+# Timeout of gloo and NCCL operations, since sums may begin before all processes have arrived.
 LATE = timedelta(minutes=30)
-# What NCCL reads when it starts, at the first sum, where the user has not set it: a switch between GPUs would add in
-# any order, for which torch too turns this off where it is told to use deterministic algorithms.
+# Environment variables that NCCL reads at the first sum, unless the user has set them. NVLink SHARP adds in any
+# order; torch disables it too when told to use deterministic algorithms.
 NCCL = {"NCCL_NVLS_ENABLE": "0"}
-# What torch reads when the processes are joined: its watchdog would end a process, with an abort and its own words,
-# before `Processes.wait` meets the error that NCCL has noticed and says it in a line.
+# Environment variables that torch reads when it joins the processes. Its watchdog would abort a process before
+# `Processes.wait` could report NCCL's error in one line.
 NO_WATCHDOG = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 class Work(Protocol):
-    """What torch.distributed hands out for a sum that was begun; not importable where torch is built without it."""
+    """Handle of an asynchronous sum; torch's own type cannot be imported if torch is built without distributed."""
 
     def is_completed(self) -> bool: ...
 
@@ -58,11 +58,11 @@ class Processes:
     """This process among those of the run.
 
     Attributes:
-        rank: counted from 0; process 0 writes everything that is written.
-        world: how many there are.
-        local_rank: counted on this machine; which GPU is ours.
-        patience: seconds that a sum may take once all processes have come to it; None where the transport itself
-            notices a dead peer.
+        rank: number of this process, from 0; process 0 writes all files.
+        world: number of processes.
+        local_rank: number of this process on its machine, from 0; it takes the GPU of that number.
+        patience: seconds to wait for a sum once all processes have joined it; None if the transport itself notices
+            a dead peer.
     """
 
     rank: int = 0
@@ -76,13 +76,13 @@ class Processes:
         return self.rank == 0
 
     def take_gpu(self) -> torch.device:
-        """The GPU of this process among those that it sees, made the current one.
+        """Select a GPU for this process and make it the current device.
 
         Raises:
-            ConfigError: more processes than GPUs, where there are several.
+            ConfigError: this machine has fewer GPUs than processes.
         """
         count = torch.cuda.device_count()
-        index = 0 if count == 1 else self.local_rank  # Slurm and MPI can show each process its own, and all call it 0
+        index = 0 if count == 1 else self.local_rank  # Slurm and MPI may show each process a single GPU
         if index >= count:
             raise ConfigError(
                 f"device: expected a GPU for each process, found {count} on this machine; start at most as many "
@@ -92,7 +92,7 @@ class Processes:
         return torch.device("cuda", index)
 
     def start_sum(self, flat: Tensor) -> Work:
-        """Begin to sum a tensor in place over all processes, which all begin the same sums in the same order.
+        """Begin to sum a tensor in place over all processes, which must begin the same sums in the same order.
 
         Raises:
             DatamergeError: another process has died.
@@ -108,16 +108,16 @@ class Processes:
         return tensor
 
     def meet(self) -> None:
-        """Wait for the slowest process where the transport of sums would not notice a dead one; raises as `wait`."""
+        """Wait for all processes if the transport of sums does not notice a dead one; raises as `wait`."""
         if self.patience is not None:
             with _peers():
                 dist.all_reduce(torch.zeros(1))
 
     def wait(self, sums: Sequence[Work]) -> None:
-        """Wait for sums that all processes have begun, or are about to.
+        """Wait for sums that all processes have begun, or are about to begin.
 
         Raises:
-            DatamergeError: another process has died, or does not come.
+            DatamergeError: another process has died, or takes longer than `patience`.
         """
         with _peers():
             if self.patience is not None:
@@ -129,11 +129,11 @@ class Processes:
             for work in sums:
                 if self.patience is None:
                     work.wait()
-                else:  # with a limit any torch raises what NCCL has met; without one it may leave that to the GPU
+                else:  # with a timeout every torch version raises NCCL's errors; without one some do not
                     work.wait(timedelta(seconds=self.patience))
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank; raises as `wait`."""
+        """Values of all processes, by rank; raises as `wait`."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -142,10 +142,10 @@ class Processes:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something that may fail in one process alone; if it does in any, it fails in all.
+        """Call a function in every process; if it fails in one of them, it fails in all.
 
         Raises:
-            DatamergeError: of the type and with the message of the first process that failed.
+            DatamergeError: this process' own error, or else that of the first process that failed.
         """
         result: T | None = None
         error: DatamergeError | None = None
@@ -161,27 +161,24 @@ class Processes:
         return result  # type: ignore[return-value]  # None only where work() returned it
 
     def first_alone(self, work: Callable[[], T]) -> T | None:
-        """Do something in process 0 while the others wait; raises as `together`. None in the others."""
+        """Call a function in process 0 while the others wait and get None; raises as `together`."""
         return self.together(lambda: work() if self.first else None)
 
 
 def is_first() -> bool:
-    """Whether this process is the first of those that torchrun started, or was started by itself.
-
-    Known outside `processes` too, where they are no longer joined.
-    """
+    """Whether this is the first process that torchrun started, or the only one; valid outside `processes` too."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
-    """The processes this one was started with; joins them unless they are joined already (as Ray Train does).
+    """Join the processes of this run, unless they are joined already (as under Ray Train).
 
     Args:
-        device: setting of that name; decides between gloo and nccl.
+        device: the setting of that name; decides between gloo and NCCL.
 
     Raises:
-        ConfigError: torchrun's variables are incomplete.
+        ConfigError: torchrun's environment variables are incomplete, or several processes cannot use the device.
     """
     if dist.is_available() and dist.is_initialized():
         _set(NCCL)
@@ -208,8 +205,10 @@ def processes(device: str) -> Iterator[Processes]:
             dist.destroy_process_group()
         return
     if device not in ("auto", "cuda"):
-        raise ConfigError(f"device: expected auto or cuda for several, found {device}")
-    gpu = own.take_gpu()  # NCCL exchanges through the current one, which is the same for all until it is set
+        raise ConfigError(
+            f"device: expected auto, cpu or cuda for several processes, found {device}; set one of these"
+        )
+    gpu = own.take_gpu()  # NCCL uses the current device, which is GPU 0 in every process until it is set
     _set(NCCL | NO_WATCHDOG)
     with _peers():
         dist.init_process_group(BACKENDS, timeout=LATE)
@@ -218,7 +217,7 @@ def processes(device: str) -> Iterator[Processes]:
         _check_gpus_apart(own)
         yield own
     except BaseException:
-        # Leaving NCCL in order takes all processes, and after an error some may be waiting elsewhere, or gone.
+        # An orderly shutdown of NCCL needs all processes; after an error some may wait elsewhere or be gone.
         _abort(gpu)
         raise
     dist.destroy_process_group()
@@ -230,10 +229,10 @@ def _set(variables: dict[str, str]) -> None:
 
 
 def _abort(gpu: torch.device) -> None:
-    """Give up all sums on a GPU. What that raises or waits for, too long for a run that has failed, is left alone."""
+    """Abort all sums on a GPU, ignoring errors, and wait for that at most `ABORT_SECONDS`."""
 
     def abort() -> None:
-        torch.cuda.set_device(gpu)  # a thread's own is the first one, where it would take memory
+        torch.cuda.set_device(gpu)  # a new thread's current device is GPU 0, where it would allocate memory
         with suppress(Exception):
             dist.distributed_c10d._abort_process_group()
 
@@ -243,29 +242,33 @@ def _abort(gpu: torch.device) -> None:
 
 
 def _check_gpus_apart(own: Processes) -> None:
-    """Raises ConfigError, in all processes, where two take one GPU, which NCCL would refuse in its own words."""
+    """Refuse, in all processes, to let two processes share a GPU; NCCL's own error does not explain it.
+
+    Raises:
+        ConfigError: two processes have the same GPU.
+    """
     taken = own.gather(str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
     if len(set(taken)) < own.world:
         first, second = next((taken.index(one), i) for i, one in enumerate(taken) if taken.index(one) < i)
         raise ConfigError(
-            f"device: expected a GPU for each process, found processes {first} and {second} on the same one; show "
-            "each its own in CUDA_VISIBLE_DEVICES, or start at most as many processes as GPUs"
+            f"device: expected a GPU for each process, found processes {first} and {second} on the same one; set "
+            "CUDA_VISIBLE_DEVICES to another GPU for each, or start at most as many processes as GPUs"
         )
 
 
 def _say_alone() -> None:
-    """Warn, once in a Slurm step, that its tasks know nothing of each other; some want to train alone."""
+    """Warn once that the tasks of a Slurm step train independently; this may be intended."""
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks.isdigit() and int(tasks) > 1 and "WORLD_SIZE" not in os.environ and os.environ.get(SLURM_TASK) == "0":
         warn(
-            f"each of the {tasks} Slurm tasks trains alone: for one run of all start torchrun in one task a node, or "
-            "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+            f"each of the {tasks} Slurm tasks trains alone: to train one run together, start torchrun in one task "
+            "per node, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
 
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """What the transport raises when a peer is gone, in one line."""
+    """Turn the transport's error about a lost peer into a one-line DatamergeError."""
     try:
         yield
     except RuntimeError as error:

@@ -1,10 +1,10 @@
-"""Gradients summed over the processes, in buckets that are sent while the backward pass still runs.
+"""Sum gradients over processes, in buckets that are sent while the backward pass still runs.
 
-Parameters are cut into buckets from the last one to the first, which is about the order in which a backward pass
-comes to them. In the last backward pass of a step each bucket is sent as soon as it and all before it are complete;
-what is left then is sent with the numbers that all processes must agree on. So every process sends the same buckets
-in the same order, whatever it computes and whenever: one without groups sends them all at the end. How sums are
-rounded depends on the cut, which depends on the parameters alone.
+Parameters are split into buckets from the last one to the first, about the order in which a backward pass reaches
+them. In the last backward pass of a step each bucket is sent as soon as it and all before it are complete; the
+remaining ones follow at the end, with the numbers that all processes must agree on. So every process sends the same
+buckets in the same order, whatever it computes; a process without groups sends all of them at the end. The rounding
+of the sums depends on the buckets, and so on the parameters alone.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from torch import Tensor, nn
 from storage_schemas import DatamergeError
 from trainer.run.distributed import Processes, Work
 
-BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's: large enough for a network's rate, small against an encoder
+BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel: large enough for bandwidth, small beside an encoder
 
 
 class Exchange:
-    """The sums of a step over all processes.
+    """Sums the gradients of a step over all processes.
 
     Attributes:
         own: this process among those of the run.
-        parameters: whose gradients are summed.
-        buckets: the same, in the order in which they are sent.
+        parameters: parameters whose gradients are summed.
+        buckets: the parameters in buckets, in the order in which they are sent.
     """
 
     def __init__(self, own: Processes, parameters: Sequence[nn.Parameter]) -> None:
         self.own, self.parameters = own, parameters
         self.buckets = _cut(parameters)
         self._sent: list[tuple[Tensor, Work]] = []
-        # For each bucket, parameters whose gradient is still to come; empty while nothing is sent.
+        # Parameters of each bucket whose gradient is not complete yet; empty outside `sending`.
         self._missing: list[set[Tensor]] = []
         if own.world == 1:
             return
-        # Called where `.grad` has been added to, so never by `torch.autograd.grad`, of which estimators make use.
+        # These hooks run when `.grad` is accumulated, so never in the estimators' calls of `torch.autograd.grad`.
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
 
     @contextmanager
     def sending(self, last: bool) -> Iterator[None]:
-        """Send buckets as they are completed by the backward pass inside.
+        """Send buckets as the backward pass inside completes them.
 
-        If that breaks off and is repeated outside, what was sent is as good as what the repetition finds.
+        If that pass fails and is repeated outside, the buckets that were sent remain valid.
 
         Args:
-            last: whether the gradients of the step are complete after it; otherwise nothing is sent.
+            last: whether this pass completes the gradients of the step; otherwise nothing is sent.
 
         Raises:
-            DatamergeError: a gradient was added to after it was sent.
+            DatamergeError: a gradient changed after it was sent.
         """
         if last and self.own.world > 1:
             self._missing = [set(bucket) for bucket in self.buckets]
@@ -65,13 +65,14 @@ class Exchange:
             self._missing = []
 
     def finish(self, numbers: Tensor) -> Tensor:
-        """Send what was not sent, and replace all gradients by their sums.
+        """Send the remaining buckets, and replace all gradients by their sums.
 
         Args:
-            numbers: a vector of further numbers to be summed, on the same device.
+            numbers: a vector of further numbers to sum, on the same device.
 
         Returns:
-            The sums of `numbers` and, of several processes, for each parameter in how many it had a gradient.
+            The sums of `numbers`; with several processes, followed by the number of processes in which each parameter
+            had a gradient.
 
         Raises:
             DatamergeError: another process has died.
@@ -97,16 +98,16 @@ class Exchange:
         return rest
 
     def _arrived(self, number: int, parameter: Tensor) -> None:
-        """A gradient of bucket `number` is complete, unless it comes from a backward pass before the last."""
+        """Handle a gradient of bucket `number`; it is complete in the last backward pass of a step."""
         if not self._missing:
             return
         if number < len(self._sent):
             raise DatamergeError(
-                "expected a backward pass to come to each parameter once, found one that it came to again; train in "
-                "one process, or use an encoder that checkpoints with `use_reentrant=False`"
+                "expected a backward pass that reaches each parameter once, found a parameter that it reaches twice; "
+                "train in one process, or use an encoder that checkpoints with `use_reentrant=False`"
             )
         self._missing[number].discard(parameter)
-        # The last bucket waits for the numbers.
+        # The last bucket is sent by `finish`, together with its numbers.
         while len(self._sent) < len(self.buckets) - 1 and not self._missing[len(self._sent)]:
             self._send(self.buckets[len(self._sent)], [])
 
@@ -120,7 +121,7 @@ def _gradients(bucket: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _cut(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in buckets of at most `BUCKET_BYTES`, or of one; the last ones first, each in the order given."""
+    """Split parameters into buckets of at most `BUCKET_BYTES`, or one parameter; the last parameters come first."""
     buckets: list[list[nn.Parameter]] = [[]]
     room = BUCKET_BYTES
     for parameter in reversed(parameters):

@@ -1,4 +1,4 @@
-"""What the loop puts around an encoder: the frozen head, bfloat16, compilation, frozen layers; and what it refuses.
+"""The forward pass in training: encoder, frozen head, bfloat16, compilation and frozen layers.
 
 Shapes: B groups, C H W pixels, K outputs.
 """
@@ -29,10 +29,10 @@ class Forward(nn.Module):
     """Pixels [B, C, H, W] → float32 outputs [B, K].
 
     Args:
-        encoder: trained.
-        head: frozen classifier behind it, if any; runs in float32.
-        precision: bfloat16 runs the encoder under autocast, all but its first layer (see `pixels_in_float32`).
-        compiled: run the encoder through torch.compile.
+        encoder: the encoder to train.
+        head: frozen class head after the encoder, run in float32; None if there is none.
+        precision: bfloat16 runs all but the first layer of the encoder under autocast (see `pixels_in_float32`).
+        compiled: whether to compile the encoder with torch.compile.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class Forward(nn.Module):
         self._bfloat16 = precision == "bfloat16"
         if self._bfloat16:
             pixels_in_float32(encoder)
-        # A function and not a module of ours: state_dict() keeps the encoder's own names.
+        # A function, not a submodule, so that state_dict() keeps the encoder's own names.
         self._run = compile_forward(encoder) if compiled else encoder
         self.compiled_diagonal = torch.compile(self._diagonal, options=COMPILED) if compiled else None
 
     @property
     def width(self) -> int:
-        """K."""
+        """K, the number of outputs."""
         return self.encoder.embedding_dim if self.head is None else len(self.head.weight)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -65,35 +65,35 @@ class Forward(nn.Module):
             return embeddings.float() if self.head is None else cast(Tensor, self.head(embeddings.float()))
 
     def _diagonal(self, pixels: Tensor, loss: Likelihood, noise: list[Tensor]) -> tuple[Tensor, Tensor]:
-        # Around the backward pass too: of an autocast region, that of torch.func meets both types otherwise.
+        # Autocast covers the backward pass too; otherwise torch.func would mix dtypes there.
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
             return outputs_and_diagonal(lambda points: self._through(self.encoder, points), pixels, loss, noise)
 
 
 class _InFloat32(nn.Module):
-    """Mixed into the class of a layer, which autocast then leaves in float32."""
+    """Mixin for the class of a layer, which then runs in float32 under autocast."""
 
     def forward(self, values: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
-            return cast(Tensor, super().forward(values.float()))  # of the layer's class
+            return cast(Tensor, super().forward(values.float()))  # forward() of the layer's own class
 
 
 def pixels_in_float32(encoder: Encoder) -> None:
-    """Keep autocast from the encoder's first convolution or linear layer; once is as good as twice.
+    """Run the encoder's first convolution or linear layer in float32 under autocast; idempotent.
 
-    bfloat16 has 8 bits: normalised pixels between 1 and 2 come in steps of half a grey level, while means of ten
-    members differ by tenths, and deviations along factors by one. What the first layer sums up is rounded no more
-    than any other activation. It is 1 to 3 % of the work of a vision transformer.
+    In bfloat16, with 8 significant bits, normalised pixels between 1 and 2 would be rounded to half a grey level,
+    while means of ten members differ by tenths of one and deviations along factors by one. The first layer's outputs
+    are rounded like all other activations. The layer is 1 to 3 % of the work of a vision transformer.
     """
     layer = first_layer(encoder)
     if layer is not None and not isinstance(layer, _InFloat32):
         kind = type(layer)
-        # A class and no hook or wrapper: names of weights stay, and copies (of an average) compute with their own.
+        # A new class, not a hook or wrapper: weights keep their names, and deep copies (the average) work.
         layer.__class__ = type(kind.__name__, (_InFloat32, kind), {})
 
 
 def first_layer(encoder: Encoder) -> nn.Module | None:
-    """The convolution or linear layer that an encoder applies first; None if it applies none."""
+    """The first convolution or linear layer that an encoder runs; None if it runs none."""
     met: list[nn.Module] = []
     layers = [module for module in encoder.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     handles = [layer.register_forward_pre_hook(lambda module, _: met.append(module)) for layer in layers]
@@ -107,12 +107,12 @@ def first_layer(encoder: Encoder) -> nn.Module | None:
 
 
 def compile_forward(encoder: Encoder) -> Callable[[Tensor], Tensor]:
-    """The encoder's forward pass through torch.compile.
+    """Compile the encoder's forward pass with torch.compile.
 
-    Dropout draws what it draws without compilation, so that a run may change between the two.
+    Dropout draws the same numbers as without compilation, so a run may be continued with the other setting.
 
     Raises:
-        ConfigError: no compiler here.
+        ConfigError: this machine has no compiler.
     """
     prepare_compilation("compile", encoder.mean.device.type)
     return cast(Callable[[Tensor], Tensor], torch.compile(encoder.forward, options=COMPILED))
@@ -120,10 +120,10 @@ def compile_forward(encoder: Encoder) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout and the like draw from this seed inside; torch's global generators are as before afterwards."""
+    """Seed torch's global generators, from which dropout draws, and restore them at the end of the block."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        # torch.manual_seed() would seed those of other GPUs as well, which nobody restores.
+        # torch.manual_seed() would also seed the generators of other GPUs, which are not restored.
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
@@ -134,11 +134,11 @@ def seeded_layers(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def train_mode(encoder: nn.Module) -> None:
-    """train() for all layers but BatchNorm.
+    """Set all layers but BatchNorm to training mode.
 
-    In train mode BatchNorm would let every group's outputs, and so its input gradient, depend on the other
-    groups of the batch (with one group it has no statistics at all), and its running statistics would become
-    those of merged images, which are smoother than any image the encoder will see.
+    In training mode BatchNorm would make every group's outputs, and so its input gradient, depend on the other
+    groups of the batch, and would fail for a single group. Its running statistics would become those of merged
+    images, which are smoother than the images that the encoder will be used on.
     """
     encoder.train()
     for module in encoder.modules():
@@ -147,7 +147,7 @@ def train_mode(encoder: nn.Module) -> None:
 
 
 def freeze(encoder: nn.Module, patterns: Sequence[str]) -> None:
-    """Let the parameters whose names match keep their values. Names count from the network inside: conv1.weight.
+    """Freeze the parameters whose names match a pattern; names are those of `encoder.model`, such as conv1.weight.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to train.
@@ -157,7 +157,10 @@ def freeze(encoder: nn.Module, patterns: Sequence[str]) -> None:
         matching = [name for name in parameters if fnmatchcase(name, pattern)]
         if not matching:
             close = difflib.get_close_matches(pattern, parameters, n=1, cutoff=0) or list(parameters)[:1]
-            raise ConfigError(f"freeze: {pattern!r} matches no parameter of the encoder; one of them is {close[0]!r}")
+            raise ConfigError(
+                f"freeze: expected a pattern that matches parameters of the encoder, such as {close[0]!r}, found "
+                f"{pattern!r}; change or drop it"
+            )
         for name in matching:
             parameters[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -169,8 +172,8 @@ def freeze(encoder: nn.Module, patterns: Sequence[str]) -> None:
 def check_rows_apart(encoder: Encoder, device: torch.device) -> None:
     """Refuse an encoder whose output for one image depends on the other images of its batch.
 
-    `train_mode` keeps BatchNorm from it; this sees any other way, by running one image in two companies. Dropout
-    is seeded, so that it is the same in both.
+    `train_mode` prevents this for BatchNorm; this check finds every other cause by running one image in two different
+    batches, with the same dropout.
 
     Raises:
         ConfigError: the encoder mixes the images of a batch.
@@ -179,11 +182,11 @@ def check_rows_apart(encoder: Encoder, device: torch.device) -> None:
     first, second, third = images.reshape(3, *encoder.input_shape).flip(1)
     outputs = []
     with torch.no_grad():
-        for company in (second, third):
+        for other in (second, third):
             with seeded_layers(0, device):
-                outputs.append(encoder(torch.stack([first, company]))[0])
+                outputs.append(encoder(torch.stack([first, other]))[0])
     difference = float((outputs[0] - outputs[1]).abs().max())
-    # Kernels may sum in another order, but not for equal shapes; a little room costs nothing.
+    # Kernels add in the same order for equal shapes; the tolerance is a safety margin.
     if difference > 1e-4 * (1e-6 + float(outputs[0].abs().max())):
         raise ConfigError(
             f"encoder: expected each image's embedding to depend on that image alone, found one of {encoder.spec!r} "

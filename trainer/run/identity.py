@@ -1,4 +1,4 @@
-"""Which settings make a run what it is; with others its folder is refused."""
+"""The identity of a run: the settings that determine its result, and that may not change when it continues."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from trainer.config import TrainConfig
 from trainer.data.order import ORDER_VERSION
 
-# Settings that say where and how fast, not what comes out; they may differ when a run is continued.
+# Settings that do not change the result; they may differ when a run is continued.
 _FREE = {
     "artifact",
     "run",
@@ -34,9 +34,9 @@ _FREE = {
 
 
 def free_of_place(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result, and how they are turned into an order."""
+    """The settings that determine the result, and the version of the order."""
     settings = {name: value for name, value in config.model_dump(mode="json").items() if name not in _FREE}
     if config.on_overfit == "widen":  # warnings and errors change no update
         settings |= {"on_overfit": "widen", "overfit_every": config.overfit_every}
-    # None is as good as nothing, and runs that were started before there was such a term say nothing of it.
+    # `changes` treats None as missing, and runs of releases without this setting do not record it.
     return {**settings, "clean_weight": config.clean_weight or None, "order": ORDER_VERSION}

@@ -1,6 +1,6 @@
-"""From settings to everything a run needs; artifact, encoder and settings that do not fit are refused by name.
+"""Prepare a run: open artifacts, load the encoder, and check that they and the settings are compatible.
 
-Nothing is written here and nothing is trained; a request that cannot work fails before it costs time.
+Nothing is written or trained here, so an impossible request fails before it costs time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from trainer.run.requirements import (
 from trainer.weights import spelt
 
 ARTIFACT_HEAD = "artifact"
-# So many held-out groups one thread reads while data workers would start, as they do anew for each evaluation.
+# Data workers start for each evaluation; a single thread reads this many held-out groups in the same time.
 WITHOUT_WORKERS = 10_000
 
 
@@ -67,13 +67,13 @@ Feed = Callable[[Partition, int, int], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the groups come from, for the summary.
+    """Origin of the groups, for the summary.
 
     Attributes:
-        artifacts: with their weights.
-        sha256: identity of what is there.
-        arm: in the words of the paper.
-        bytes_per_group: uncompressed, of the arrays that are read; the mean over an epoch.
+        artifacts: the artifacts with their weights.
+        sha256: hash that identifies the groups and weights.
+        arm: the paper's name for the arm.
+        bytes_per_group: mean uncompressed size of the arrays that are read of a group.
     """
 
     artifacts: tuple[TrainedArtifact, ...]
@@ -89,12 +89,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Groups that are not trained on.
+    """Held-out groups.
 
     Attributes:
-        order: of them.
+        order: their order.
         feed: reads them.
-        measure: what a loss on them is; losses of equal measures compare.
+        measure: identifies groups and loss; held-out losses are comparable if their measures are equal.
     """
 
     order: Order
@@ -108,16 +108,16 @@ class Job:
 
     Attributes:
         config: the settings with every default resolved; `steps` is set and `epochs` is not.
-        encoder: on its device, in training mode, with the weights the run starts from.
+        encoder: on its device, in training mode, with the starting weights.
         model: pixels → outputs: the encoder, followed by the frozen head if there is one.
         loss: loss of one image.
-        order: which groups form which step.
-        feed: reads them.
-        held_out: other groups to measure on, if any.
-        origin: where the groups come from.
-        device: where the encoder is.
+        order: groups of each step.
+        feed: reads the groups.
+        held_out: held-out groups; None without `eval_artifact`.
+        origin: origin of the groups.
+        device: device of the encoder.
         identity: settings and hashes that determine the result.
-        refinement: steps of an attack on stored images before they are trained on, if there are any.
+        refinement: PGD steps on stored images before each update; None without `refine_steps`.
     """
 
     config: TrainConfig
@@ -139,15 +139,15 @@ class Job:
 
 
 def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
-    """Open the artifact, load the encoder and check that they go together.
+    """Open the artifact, load the encoder, and check that they and the settings are compatible.
 
     Args:
         config: settings.
-        own: this process among those of the run; one alone if not given.
+        own: this process among those of the run; None for a single process.
 
     Raises:
-        ConfigError: they do not, or not with these settings.
-        NotAnArtifact: nothing to train on at `config.artifact`.
+        ConfigError: artifact, encoder and settings are incompatible.
+        NotAnArtifact: there is no artifact at `config.artifact`.
     """
     own = own or Processes()
     device = _choose_device(config.device, own)
@@ -176,7 +176,7 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
         check_groups(one, encoder, collate)
     held_out = _held_out(config, blend, found, encoder, collate, device, classes)
     if encoder.random_weights:
-        warn(f"encoder {encoder.spec} starts from random weights; nobody has trained it")
+        warn(f"encoder {encoder.spec} starts from random weights")
     resolved = _resolved(config, blend, found.loss, encoder, head, steps)
     resolved = resolved.model_copy(update={"device": str(device)})
     origin = _origin(resolved, blend, collate, found.title)
@@ -203,24 +203,28 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
 
 
 def ready(encoder: Encoder, head: Head | None, config: TrainConfig, device: torch.device) -> Forward:
-    """The encoder as it is trained: layers frozen, in training mode, checked for mixing rows."""
+    """Freeze layers, set training mode, check that rows are independent, and return the model to train.
+
+    Raises:
+        ConfigError: see `freeze`, `check_rows_apart`, `recompute_activations` and `compile_forward`.
+    """
     freeze(encoder, config.freeze)
     train_mode(encoder)
     check_rows_apart(encoder, device)
     if config.grad_checkpointing:
         kept = recompute_activations(encoder, device)
         say(
-            f"grad_checkpointing: {kept.after / 2**20:.1f} MB of an image are kept until the backward pass, "
+            f"grad_checkpointing: activations of one image take {kept.after / 2**20:.1f} MB, "
             f"{kept.before / 2**20:.1f} MB without it"
         )
     return Forward(encoder, None if head is None else head.to(device), config.precision, config.compile)
 
 
 def length(config: TrainConfig, order: Order, own: Processes) -> int:
-    """Steps of the run.
+    """Number of steps of the run.
 
     Raises:
-        ConfigError: a warm-up as long as the run, or batches that cannot be cut as asked.
+        ConfigError: the warm-up is as long as the run, or a batch has fewer groups than micro-batches.
     """
     steps = config.steps or (config.epochs or 0) * order.steps_per_epoch
     if config.warmup_steps >= steps:
@@ -269,7 +273,7 @@ def _held_out(
     device: torch.device,
     classes: Classes | None,
 ) -> HeldOut | None:
-    """The held-out artifact, checked as the one that is trained on."""
+    """Open the held-out artifact, with the checks of the training artifact."""
     if config.eval_artifact is None:
         return None
     other = config.model_copy(update={"artifact": config.eval_artifact})
@@ -287,7 +291,7 @@ def _held_out(
     feed = _feed(blend, order, collate, workers, device)
     measure = artifact.manifest.plan_sha256
     if ARMS[config.arm].estimators or config.refine_steps:
-        # Releases before 0.2.0 measured these arms by another loss than the trained one, and wrote the hash alone.
+        # Releases before 0.2.0 measured another loss than the training loss for these, and recorded only the hash.
         measure += ", trained loss"
     return HeldOut(order, feed, measure)
 
@@ -310,7 +314,7 @@ def _origin(config: TrainConfig, blend: Blend, collate: Collate, title: str) -> 
 
 
 def _identity(artifacts: Sequence[TrainedArtifact]) -> str:
-    """What is trained on: an artifact's own hash, or a hash of the artifacts and their weights, in this order."""
+    """The hash of a single artifact of weight 1, or a hash over all artifacts and weights, in their order."""
     if len(artifacts) == 1 and artifacts[0].weight == 1:
         return artifacts[0].plan_sha256
     parts = [[one.plan_sha256, one.weight] for one in artifacts]
@@ -320,7 +324,7 @@ def _identity(artifacts: Sequence[TrainedArtifact]) -> str:
 def _resolved(
     config: TrainConfig, blend: Blend, loss: LossName, encoder: Encoder, head: Head | None, steps: int
 ) -> TrainConfig:
-    """The settings with what the defaults turned out to mean."""
+    """The settings with their defaults resolved."""
     locations = [artifact.location for artifact in blend.artifacts]
     places = [location.root if location.is_local else location.url for location in locations]
     texts = [spelt(place, one.weight) for place, one in zip(places, config.artifacts, strict=True)]
@@ -329,7 +333,7 @@ def _resolved(
             "artifact": texts[0] if len(texts) == 1 else texts,
             "loss": loss,
             "encoder": encoder.spec,
-            "image_size": None,  # stands in the spec
+            "image_size": None,  # part of the resolved spec
             "head": None if head is None else config.head or ARTIFACT_HEAD,
             "steps": steps,
             "epochs": None,
@@ -338,10 +342,10 @@ def _resolved(
 
 
 def _choose_device(name: str, own: Processes) -> torch.device:
-    """The torch device of a setting; of several processes on one machine each takes a GPU of its own.
+    """The torch device of the setting; each of several processes takes its own GPU.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: this machine has no such device.
     """
     if own.world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         return own.take_gpu()
@@ -349,7 +353,7 @@ def _choose_device(name: str, own: Processes) -> torch.device:
 
 
 def _classes(config: TrainConfig, artifact: Artifact, encoder: Encoder, head: Head | None) -> Classes:
-    """The classes that are trained: rows of the head, or outputs of the encoder."""
+    """The classes in training: rows of the head, or outputs of an encoder without one."""
     if head is None:
         return Classes(label_names(artifact), encoder.embedding_dim, f"the outputs of {encoder.spec}")
     head.check_width(encoder.embedding_dim)
@@ -359,7 +363,7 @@ def _classes(config: TrainConfig, artifact: Artifact, encoder: Encoder, head: He
 
 
 def _head(config: TrainConfig, artifact: Artifact, device: torch.device) -> Head | None:
-    """The frozen classifier behind the encoder, or None where the encoder's outputs are what is trained."""
+    """The frozen class head; None if the encoder's outputs are the logits."""
     stored = artifact.head()
     if config.head is not None and config.head != ARTIFACT_HEAD:
         return load_head(config.head, label_names(artifact), device=str(device))

@@ -1,4 +1,4 @@
-"""Numbers of a run: `log.jsonl`, TensorBoard, W&B, and how much of the time went into waiting for data."""
+"""Logs of a run: `log.jsonl`, TensorBoard and W&B, including the share of time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class RunLog:
 
     Args:
         folder: the run's folder.
-        start: step the run continues after. Later lines of an earlier sitting are dropped from `log.jsonl`, and
+        start: step after which the run continues. Later lines of an earlier session are dropped from `log.jsonl` and
             hidden in TensorBoard, so that every step occurs once.
-        settings: of the run; its `wandb_project`, if set, gets the same numbers.
+        settings: settings of the run; with `wandb_project`, W&B receives the same numbers.
     """
 
     def __init__(self, folder: Path, start: int, settings: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class RunLog:
         self._waited, self._groups = 0.0, 0
 
     def count(self, groups: int, waited: float) -> None:
-        """Report a step's groups and the seconds it waited for them."""
+        """Count a step's groups and the seconds it waited for them."""
         self._groups += groups
         self._waited += waited
 
@@ -70,7 +70,7 @@ class RunLog:
             self._wandb.write(step, values)
 
     def pause(self, seconds: float) -> None:
-        """Leave time that was no training out of the rates."""
+        """Exclude seconds that were not training from the rates."""
         self._since += seconds
 
     def __enter__(self) -> RunLog:
@@ -81,23 +81,23 @@ class RunLog:
     ) -> None:
         with ExitStack() as closing:
             closing.callback(setattr, threading, "excepthook", self._hook)
-            if error is not None:  # what the closing says of the same disk would hide it
+            if error is not None:  # an error of closing, perhaps from the same full disk, would hide it
                 closing.enter_context(suppress(Exception))
             closing.enter_context(writing(self._path))
             closing.callback(self._board.close)
             closing.callback(self._stream.close)
         if self._wandb is not None:
-            # An orderly stop is no failure; the run goes on later.
+            # An orderly stop is not a failure; the run may continue later.
             self._wandb.close(error is not None and not isinstance(error, Stopped))
 
     def _without_boards(self, failure: threading.ExceptHookArgs) -> None:
-        """Print what threads raise, except TensorBoard's: `write` raises that again."""
+        """Print exceptions of threads, except TensorBoard's, which `write` raises again."""
         if not type(failure.thread).__module__.startswith("tensorboard."):
             self._hook(failure)
 
 
 def _step(line: bytes) -> float:
-    """Step of a log line; infinity for one that a crash cut short."""
+    """Step of a log line; infinity for an incomplete line, as after a crash."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):

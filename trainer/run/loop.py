@@ -1,8 +1,8 @@
-"""The training loop: order → stream → step, with checkpoints, logs, and a stop that loses nothing.
+"""The training loop: order → stream → step, with checkpoints, logs and stops that lose no work.
 
-State after step s is a pure function of the settings and s: the batch comes from `trainer.data.order`, the random
-draws from streams keyed by the step. A run that was stopped and continued ends with the same bits as one that
-was not (on the same hardware and number of threads and processes).
+The state after step s is a pure function of the settings and s: the batch comes from `trainer.data.order`, random
+draws from streams keyed by the step. An interrupted and continued run ends with the same bits as an uninterrupted one
+on the same hardware with the same number of threads and processes.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ from trainer.run.wandb_log import check_installed
 
 
 def train(config: TrainConfig) -> RunSummary:
-    """Run, continue or recognise as finished the training that the settings describe, here or on Ray workers.
+    """Train an encoder with the given settings, here or on Ray workers; continue an interrupted run.
 
-    Every process that torchrun started calls this; they do it together.
+    A finished run is left as it is. Under torchrun every process calls this function.
+
+    Returns:
+        Summary of the finished run, as in RUN/run.json.
 
     Raises:
-        ConfigError: settings, artifact and encoder do not go together, or the folder holds another run.
-        NotFiniteRun: a loss or gradient that is not finite; names the step and the records.
-        OverfittedRun: an attack of few steps lost its meaning, and `on_overfit` is "stop".
+        ConfigError: settings, artifact and encoder are incompatible, or the folder holds another run.
+        NotFiniteRun: a loss or gradient is not finite; the message names the step and the records.
+        OverfittedRun: catastrophic overfitting, with `on_overfit="stop"`.
         DatamergeError: out of memory, or another process of the run died.
-        CorruptShard: stored bytes that differ from what was committed.
+        CorruptShard: stored bytes differ from their checksum.
         Stopped: SIGINT or SIGTERM arrived; call again to continue.
     """
     if config.ray_workers is None and config.ray_address is None:
@@ -60,7 +63,7 @@ def train(config: TrainConfig) -> RunSummary:
 
 
 def train_here(config: TrainConfig) -> RunSummary:
-    """As `train`, in this process and those that it was started with."""
+    """`train` without Ray: in this process and the others that torchrun or Ray Train started."""
     with torch_threads(config.threads), processes(config.device) as own:
         folder = own.together(lambda: RunFolder(config.run))
         settings = config.model_copy(update={"run": str(folder.path)})
@@ -68,7 +71,7 @@ def train_here(config: TrainConfig) -> RunSummary:
 
 
 def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
-    """Run, continue or recognise as finished a prepared job. Raises as `train`."""
+    """Run or continue a prepared job, unless it is finished; returns and raises as `train`."""
     own.first_alone(lambda: check_installed(job.config.wandb_project))
     own.first_alone(lambda: folder.claim(job.identity))
     own.together(lambda: folder.claim(job.identity))
@@ -76,7 +79,7 @@ def run_job(job: Job, folder: RunFolder, own: Processes) -> RunSummary:
     if finished is not None:
         say(f"{folder.path} is finished ({finished.steps} steps); nothing to do. Its encoder: {finished.encoder}")
         return finished
-    # What autocast leaves in float32, the first layer and attention that is differentiated twice, need not be slow.
+    # Speeds up what autocast leaves in float32: the first layer, and attention that is differentiated twice.
     with arithmetic(job.device, tf32=job.config.precision != "float32"):
         return _Run(job, folder, own).finish()
 
@@ -92,7 +95,7 @@ class _Run:
 
     @property
     def published(self) -> Encoder:
-        """The encoder that is evaluated and published: the average if there is one."""
+        """The encoder to evaluate and publish: the moving average if there is one."""
         average = self.training.average
         return self.job.encoder if average is None else average.module  # type: ignore[return-value]  # a Module to torch
 
@@ -104,7 +107,7 @@ class _Run:
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignals())
             stack.enter_context(worker_deaths())
-            # Closed, so that its workers end where this one does, however that is.
+            # The context closes the stream, so that data workers end with this block even after an error.
             batches = stack.enter_context(ended(job.feed(self.training.partition, self.step, job.steps)))
             log = self.own.first_alone(
                 lambda: stack.enter_context(RunLog(self.folder.path, self.step, config.model_dump(mode="json")))
@@ -144,8 +147,8 @@ class _Run:
         except UserError as error:
             if self.own.world == 1:
                 raise
-            # A record that this process alone has read. The others wait for its gradients until it fails; what all
-            # processes find together (`Processes.together`) may end a run quietly, this must not.
+            # Only this process has read the bad record; the others wait for its gradients. A UserError would mean
+            # that all processes have agreed to end (`Processes.together`), so another class is raised.
             raise DatamergeError(str(error)) from None
         self.step += 1
         return outcome
@@ -160,15 +163,15 @@ class _Run:
                     {"step": self.step + 1, "batches": [batch.floats().content() for batch in error.batches]}, stream
                 )
             where = f"the batch is in {dump}"
-        except OSError as failure:  # what was found matters more
-            where = f"the batch could not be kept ({failure.strerror})"
+        except OSError as failure:  # the non-finite value is the more important error
+            where = f"the batch could not be saved ({failure.strerror})"
         return (
             f"step {self.step + 1}: {error}; no update was made, {state}, {where}; "
             "try a lower `learning_rate`, a `gradient_clip` or more `warmup_steps` in a new `run`"
         )
 
     def _look(self, log: RunLog | None) -> dict[str, float]:
-        """Whether the run's own attack still finds something, where that is due; it may be another from now on."""
+        """Check for overfitting if a check is due, and apply any change of the attack; returns numbers to log."""
         if self.watch is None:
             return {}
         started = time.monotonic()
@@ -180,7 +183,7 @@ class _Run:
         return values
 
     def _attack_as_watched(self, watch: Watch) -> None:
-        """Train, and measure held-out groups, by the attack that the watch says; those losses are others then."""
+        """Take over the watch's attack for training and held-out groups, whose losses then start a new series."""
         if watch.refinement == self.job.refinement:
             return
         held_out = self.job.held_out
@@ -190,7 +193,11 @@ class _Run:
         self.job = self.training.job = replace(self.job, refinement=watch.refinement, held_out=held_out)
 
     def _end_if_overfitted(self) -> None:
-        """End a run whose attack has lost its meaning, with its state saved, if that is what the settings ask for."""
+        """With `on_overfit="stop"`, save the state of an overfitted run and end it.
+
+        Raises:
+            OverfittedRun: the newest check found overfitting.
+        """
         watch, config = self.watch, self.job.config
         if watch is None or config.on_overfit != "stop" or not watch.findings.overfitted:
             return
@@ -198,14 +205,14 @@ class _Run:
         raise OverfittedRun(ending(watch.findings, self.step, self.folder.checkpoints()))
 
     def _evaluate(self, log: RunLog | None) -> dict[str, float]:
-        """The loss on the held-out artifact where it is due; the best state so far is kept."""
+        """Measure the held-out loss if an evaluation is due, and save the best state; returns numbers to log."""
         job = self.job
         if job.held_out is None or (self.step % job.config.eval_every and self.step != job.steps):
             return {}
         started = time.monotonic()
         with self.training.order():
             loss = held_out_loss(job, job.held_out, self.published, self.training.partition, self.own)
-        # Where the attack finds nothing its loss is low, and says nothing.
+        # After overfitting the attack is ineffective, so its low loss does not make the state the best.
         if loss < self.best and not (self.watch and self.watch.findings.overfitted):
             self.best = loss
             self.own.first_alone(lambda: self.folder.save_best(self._state()))
@@ -259,17 +266,17 @@ class _Run:
             self.watch.findings = Findings(**state["findings"])
             self._attack_as_watched(self.watch)
         if self.best_of in (None, state.get("best_of")):
-            # Without held-out groups now, for a sitting that has those of before again.
+            # Kept without held-out groups too, for a later session that has the same ones again.
             self.best, self.best_of = state["best"], state.get("best_of")
         elif state["best"] < math.inf:
             say(
-                "the held-out loss is measured otherwise than before (eval_artifact is another, or datamerge is "
-                "newer): the best state is sought anew"
+                "the held-out loss is not comparable with earlier values (`eval_artifact` or the datamerge version "
+                "changed): the search for the best state starts again"
             )
         if state["torch"] != str(torch.__version__):
             warn(
-                f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the run continues "
-                "where it was, its results may differ in the last digits"
+                f"{path} was written with torch {state['torch']}, this is torch {torch.__version__}: the run "
+                "continues, but its results may differ in the last digits"
             )
         say(f"continuing after step {self.step} of {self.job.steps} from {path}")
 

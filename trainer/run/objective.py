@@ -1,4 +1,4 @@
-"""The loss of a batch in the arm of a run, from stored images or from refined ones, and the clean term."""
+"""The training loss of a batch: the arm's loss, at stored or refined images, plus the clean term."""
 
 from __future__ import annotations
 
@@ -20,26 +20,30 @@ from trainer.run.refine import Refinement, refine
 def group_losses(
     model: Model, batch: Batch, draws: Draws, loss: Loss, config: TrainConfig, refinement: Refinement | None
 ) -> GroupLoss:
-    """Losses of a batch, [B] each.
+    """Training losses of a batch, one per group, [B].
 
     Args:
         model: pixels → outputs.
-        batch: of the kind that the arm takes; with clean images if it is to be refined, or for the clean term.
+        batch: a batch of the arm's kind; with clean images if there is a refinement or a clean term.
         draws: random numbers, one stream per group.
         loss: the loss at one image.
-        config: arm, estimator, samples, deviation and weight of the clean term.
-        refinement: how the images that are trained on are brought up to date first, if they are.
+        config: gives arm, estimator, samples, deviation and weight of the clean term.
+        refinement: PGD steps on the images before the loss is taken; None for none.
+
+    Raises:
+        ValueError: the batch lacks images that the settings need.
+        ConfigError: see `Estimator`.
     """
-    found = _arm_losses(model, batch, draws, loss, config, refinement)
-    return found._replace(loss=found.loss + clean_term(model, batch, config)) if config.clean_weight else found
+    losses = _arm_losses(model, batch, draws, loss, config, refinement)
+    return losses._replace(loss=losses.loss + clean_term(model, batch, config)) if config.clean_weight else losses
 
 
 def clean_term(model: Model, batch: Batch, config: TrainConfig) -> Tensor:
-    """λ·‖f(x) − f₀(x)‖² of each group, [B], with its clean image x and f₀(x) its stored embedding.
+    """λ·‖f(x) − f₀(x)‖² of each group, [B], with its clean image x and the stored target embedding f₀(x).
 
     LORE (Khodabandeh et al. 2025, arXiv:2505.18884) bounds how far the embedding of a clean image may move, with a
-    multiplier that a network learns for each image; this is the term with one fixed multiplier λ. It is a squared
-    distance whatever the loss: unlike `Cosine` it holds the length of the embedding, too.
+    multiplier that a network learns for each image; here the multiplier λ is fixed (`clean_weight`). The term is a
+    squared distance for every loss, so unlike `Cosine` it constrains the length of the embedding too.
     """
     if batch.clean is None:
         raise ValueError(f"expected clean images in the batch of {batch.keys[0]}, found none")
@@ -62,7 +66,7 @@ def _arm_losses(
 
 
 def _noise(chosen: ImageBatch, draws: Draws) -> Tensor:
-    """Uniform on [−1, 1], [M, C, H, W]; each group draws from its own stream."""
+    """Uniform noise on [−1, 1], [M, C, H, W]; each group draws from its own stream."""
     images, most = chosen.images, max(chosen.counts)
     drawn = draws.uniform(images.new_empty(len(chosen.counts), most, *images.shape[1:])).flatten(0, 1)
     if min(chosen.counts) == most:
@@ -72,11 +76,11 @@ def _noise(chosen: ImageBatch, draws: Draws) -> Tensor:
 
 
 def held_out_settings(config: TrainConfig) -> TrainConfig:
-    """The settings that `group_losses` measures held-out groups with.
+    """Settings with which `group_losses` measures held-out groups.
 
-    They give the loss that is trained on: the same arm, deviation and refinement, and an estimator of the same mean.
-    A mirrored pair takes the place of a single random deviation, whose first-order noise would hide the difference
-    between two states of the encoder.
+    They give the training loss: the same arm, deviation and refinement, and an estimator with the same expectation.
+    `antithetic` replaces `sampled`, whose first-order noise would hide the difference between two states of the
+    encoder.
     """
     arm = ARMS[config.arm]
     if not arm.estimators or config.refine_steps:

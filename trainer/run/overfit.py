@@ -1,20 +1,20 @@
-"""Whether an attack of few steps still finds something: a look for catastrophic overfitting while a run is trained.
+"""Detect catastrophic overfitting to attacks of few steps during training.
 
-An encoder that is trained on one-step attacks may learn to make that step lead nowhere (Wong et al. 2020): the loss
-that is trained on falls, that under any better attack rises, within a few hundred updates. So on a few groups that
-the run trains on, the loss under the run's own attack is compared with that under PGD, ten steps of ε/4 from uniform
-noise of radius ε, by an encoder in eval mode, with the same draws every time. Held-out groups are not asked: they may
-change between two sittings, and whether noise is widened must not depend on that.
+An encoder that is trained on one-step attacks may learn to make that step ineffective (Wong et al. 2020): within a
+few hundred updates the training loss falls while the loss under stronger attacks rises. A check compares the loss
+under the run's own attack with the loss under PGD (ten steps of ε/4 from uniform noise of radius ε), on a few
+training groups, with the encoder in eval mode and the same random draws every time. Held-out groups are not
+used: they may change when a run is continued, and whether the noise is widened must not depend on that.
 
-It is found where all of this holds:
+A check finds overfitting if all of these hold:
 
-    PGD loss > 2 · own loss               the run's own attack misses most of what there is
-    PGD loss > 1.5 · the lowest so far    it gets worse: before training the first holds too, and then it gets better
-    PGD loss > 1/20 of the first          losses near 0 have ratios of any size
+    PGD loss > 2 · own loss           the run's own attack is much weaker than PGD
+    PGD loss > 1.5 · lowest so far    robustness has decreased; the first condition alone can hold before training
+    PGD loss > 1/20 of the first      ratios of losses near 0 mean nothing
 
-An attack that misses most from the beginning, while the loss under PGD only falls, is not found.
+An attack that is ineffective from the beginning, while the loss under PGD only falls, is not found.
 
-Wider noise that nothing projects, as in N-FGSM (de Jorge et al. 2022, arXiv 2202.01181), prevents it.
+Wider noise without projection, as in N-FGSM (de Jorge et al. 2022, arXiv:2202.01181), prevents overfitting.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ GROUPS = 32
 PGD_STEPS = 10
 MISSED, WORSE, LARGE = 2.0, 1.5, 0.05
 REMEDY = 'try `on_overfit="widen"`, more `refine_steps` or a lower `learning_rate` in a new `run`'
-SHARE = 0.05  # of a run's passes that a look may cost where `overfit_every` does not say how often
+SHARE = 0.05  # largest share of a run's passes that checks may cost by default
 
 
 @dataclass
 class Findings:
-    """What was found so far; part of the run's state.
+    """Results of the checks so far; part of the run's state.
 
     Attributes:
-        pgd: loss under PGD at the newest look.
-        own: loss under the run's own attack there.
-        first: loss under PGD at the first look.
-        lowest: the lowest loss under PGD.
-        healthy: updates after which the newest look found no overfitting; 0 before there was one.
-        overfitted: whether the newest look found it.
-        found: updates after which a look found it for the first time; None if none did.
-        widened: whether the run's own attack starts from wider noise since.
+        pgd: loss under PGD at the newest check.
+        own: loss under the run's own attack at the newest check.
+        first: loss under PGD at the first check.
+        lowest: lowest loss under PGD of all checks.
+        healthy: step of the newest check without overfitting; 0 if there is none.
+        overfitted: whether the newest check found overfitting.
+        found: step of the first check that found overfitting; None if there is none.
+        widened: whether the run's own attack now starts from wider noise.
     """
 
     pgd: float = math.nan
@@ -72,7 +72,7 @@ class Findings:
     widened: bool = False
 
     def add(self, step: int, pgd: float, own: float) -> None:
-        """Judge the two losses of a look after `step` updates."""
+        """Add the two losses of a check after `step` updates."""
         if math.isnan(self.first):
             self.first = pgd
         self.pgd, self.own, self.lowest = pgd, own, min(self.lowest, pgd)
@@ -84,26 +84,26 @@ class Findings:
 
     def __str__(self) -> str:
         return (
-            f"the loss under PGD rose from {self.lowest:.4g} to {self.pgd:.4g}, of which the run's own attack finds "
-            f"{self.own:.4g} (catastrophic overfitting)"
+            f"the loss under PGD rose from {self.lowest:.4g} to {self.pgd:.4g}, while under the run's own attack it "
+            f"is {self.own:.4g} (catastrophic overfitting)"
         )
 
 
 class Watch:
-    """Looks at a run every so often.
+    """Checks a run for overfitting at regular intervals.
 
     Args:
-        job: the run, of an attack of few steps.
+        job: the run; it must have a refinement.
         own: this process among those of the run.
-        partition: which part of each batch is this process'.
+        partition: this process' part of each batch.
 
     Attributes:
-        findings: so far.
+        findings: results of the checks so far.
     """
 
     def __init__(self, job: Job, own: Processes, partition: Partition) -> None:
         if job.refinement is None:
-            raise ValueError("expected a run that attacks, found one that trains on what is stored")
+            raise ValueError("refine_steps: expected a run with a refinement, found none")
         self._job, self._own, self._partition, self._refinement = job, own, partition, job.refinement
         self._every = every(job.config)
         self._groups: list[tuple[Batch, list[int]]] | None = None
@@ -111,11 +111,11 @@ class Watch:
 
     @property
     def refinement(self) -> Refinement:
-        """The attack to train on from now on."""
+        """The attack to train with from now on."""
         return _widened(self._refinement) if self.findings.widened else self._refinement
 
     def look(self, step: int) -> dict[str, float]:
-        """Look where it is due after `step` updates, and say so if there is something to see; numbers to log."""
+        """Check if a check is due after `step` updates, and report overfitting; returns numbers to log."""
         if step % self._every and step != self._job.steps:
             return {}
         before = self.findings.found
@@ -129,7 +129,10 @@ class Watch:
         if act == "widen" and is_first and step < self._job.steps:
             self.findings.widened = True
             noise = self.refinement.noise * 255
-            say(f"step {step}: {self.findings}; from here on its noise is {noise:.3g}/255 wide and nothing projects")
+            say(
+                f"step {step}: {self.findings}; from now on the attack starts from noise of radius {noise:.3g}/255 "
+                "and is not projected onto the ball"
+            )
         elif act != "stop" and is_first:
             warn(f"step {step}: {self.findings}; {REMEDY}")
 
@@ -152,7 +155,7 @@ class Watch:
         return pgd_loss / groups, own_loss / groups
 
     def _read(self) -> Iterator[tuple[Batch, list[int]]]:
-        """This process' part of the first groups of the run, and a seed for each."""
+        """This process' part of the run's first `GROUPS` groups, with a seed for each."""
         order, seed = self._job.order, self._job.config.seed
         steps = 0
         while steps < order.steps_per_epoch and order.groups_until(steps) < GROUPS:
@@ -168,12 +171,12 @@ class Watch:
 
 
 def is_watched(config: TrainConfig) -> bool:
-    """Whether a run's attack can lose its meaning, and the settings want to know."""
+    """Whether a run's attack can overfit, and the settings ask for checks."""
     return 0 < config.refine_steps <= FEW and config.overfit_every != 0
 
 
 def every(config: TrainConfig) -> int:
-    """Updates between two looks."""
+    """Updates between two checks."""
     if config.overfit_every is not None:
         return config.overfit_every
     look = GROUPS * (2 * PGD_STEPS + 1 + 2 * config.refine_steps + 1)
@@ -182,7 +185,7 @@ def every(config: TrainConfig) -> int:
 
 
 def ending(findings: Findings, step: int, checkpoints: Sequence[Path]) -> str:
-    """What to say of a run that ends after `step` updates, since its newest look found overfitting."""
+    """Message for a run that ends after `step` updates because of overfitting."""
     before = [path for path in checkpoints if step_of(path) <= findings.healthy]
     last = f"the last one from before it is {before[-1]}" if before else "none is left from before it"
     return f"step {step}: {findings}; stopped, saved {checkpoints[-1]}, {last}; {REMEDY}"

@@ -1,8 +1,8 @@
-"""The trainer's one file that knows Ray: training on the workers of a cluster, restarted when one dies.
+"""Train on the workers of a Ray cluster; the only file of the trainer that uses Ray.
 
 Ray Train joins its workers in a process group; each then runs `train_here` as a process of torchrun would.
-When one dies all are started again, and the run continues from its newest checkpoint, so RUN and the artifact
-must be where every worker can read them.
+When a worker dies all of them restart and the run continues from its newest checkpoint, so every worker must be able
+to read RUN and the artifact.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ MAX_FAILURES = 3
 def train_on_ray(config: TrainConfig) -> RunSummary:
     """Train on `config.ray_workers` workers of the cluster at `config.ray_address`, or of Ray started here.
 
-    Each worker takes a GPU unless the device is cpu or the cluster has too few.
+    Each worker takes a GPU, unless the device is cpu or the cluster has too few GPUs.
 
     Raises:
-        ConfigError, DatamergeError: as `trainer.train`; also when workers died more than `MAX_FAILURES` times.
+        DatamergeError: as `train`; also if workers died more than `MAX_FAILURES` times.
     """
     places = ["artifact", "run", "eval_artifact"]
     if config.cache != NONE:
         places.append("cache")
     for name in ("encoder", "head"):
         named = getattr(config, name)
-        if named is not None and user_path(named).exists():  # a run's folder, a file
+        if named is not None and user_path(named).exists():  # the folder of a run, or a file
             places.append(name)
     config = config.model_copy(update={name: _absolute(getattr(config, name)) for name in places})
-    # What Ray keeps of its own bookkeeping is of no use afterwards: our checkpoints are in RUN.
+    # Ray's own records go to a temporary folder: the checkpoints are in RUN.
     workers = config.ray_workers or 1
     with connected(config.ray_address, workers + 1), tempfile.TemporaryDirectory(prefix="datamerge-ray-") as storage:
         return _fit(config, workers, storage)
@@ -73,33 +73,33 @@ def _fit(config: TrainConfig, workers: int, storage: str) -> RunSummary:
             "the same command continues from the newest checkpoint"
         ) from error
     if outcome.exists():
-        refusal: DatamergeError = pickle.loads(outcome.read_bytes())  # noqa: S301 - what our own workers wrote, see `work`
+        refusal: DatamergeError = pickle.loads(outcome.read_bytes())  # noqa: S301 - written by our own workers in `work`
         outcome.unlink()
         raise refusal
     summary = RunFolder(config.run).summary()
     if summary is None:
         raise DatamergeError(
-            f"{config.run}: the Ray workers ended and left no summary here; put `run` on a file system that this "
-            "machine and all workers share"
+            f"run: expected a summary in {config.run} after the Ray workers ended, found none; put `run` on a file "
+            "system that this machine and all workers share"
         )
     return summary
 
 
 def work(config: TrainConfig, outcome: Path) -> None:
-    """What each worker does. Errors that would come again are written down, not raised: Ray would try them again."""
+    """Train in one Ray worker. Errors that a retry would repeat go to the file `outcome`; Ray retries all others."""
     from ray.train import get_context
 
     try:
         train_here(config)
     except (UserError, NotFiniteRun) as error:
-        # All workers come here together, see `Processes.together`.
+        # All workers raise these errors together, see `Processes.together`.
         if get_context().get_world_rank() == 0:
             outcome.parent.mkdir(parents=True, exist_ok=True)
             outcome.write_bytes(pickle.dumps(error))
 
 
 def _absolute(url: str | list[str] | None) -> str | list[str] | None:
-    """Workers have a working directory of their own."""
+    """Make local paths absolute, since workers have other working directories."""
     if isinstance(url, list):
         return [str(_absolute(one)) for one in url]
     return url if url is None or "://" in url else str(user_path(url).absolute())

@@ -1,12 +1,12 @@
-"""Activations that the backward pass computes again instead of keeping them (Chen et al. 2016, arXiv:1604.06174).
+"""Gradient checkpointing: recompute activations in the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
-Without it, autograd keeps whatever the gradients of every layer need. With it, the inputs of layers are kept, and
-each layer runs once more when its gradient is due: a forward pass more for every backward pass. It does the same
-arithmetic again, with the same random numbers, so gradients are the same to the last bit.
+Without it, autograd stores all activations that the gradients need. With it, autograd stores only the inputs of the
+layers, and each layer runs again before its gradient is computed: one more forward pass per backward pass. Arithmetic
+and random numbers are the same, so gradients are the same to the last bit.
 
-The networks do it themselves: open_clip's and timm's have `set_grad_checkpointing`, those of transformers
-`activation_checkpointing_enable`. Some of these methods do nothing, or only log that they cannot; so what counts here
-is how much autograd keeps.
+The networks implement it themselves: `set_grad_checkpointing` in open_clip and timm,
+`activation_checkpointing_enable` in transformers. Some of these methods do nothing, or only log that they cannot; so
+the memory that autograd uses is measured here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from storage_schemas import ConfigError
 
 
 class Kept(NamedTuple):
-    """Bytes that autograd keeps of one image until its gradients are taken, parameters and buffers aside.
+    """Bytes that autograd stores for the backward pass of one image, without parameters and buffers.
 
     Attributes:
-        before: by the network as it was.
-        after: by the network that computes its layers again.
+        before: bytes without checkpointing.
+        after: bytes with checkpointing.
     """
 
     before: int
@@ -36,17 +36,17 @@ class Kept(NamedTuple):
 
 
 def recompute_activations(encoder: Encoder, device: torch.device) -> Kept:
-    """Let the layers of an encoder compute their activations again in the backward pass.
+    """Enable gradient checkpointing in an encoder.
 
     Args:
-        encoder: in the mode that it is trained in; transformers' networks keep everything in eval mode.
-        device: where it is.
+        encoder: the encoder, in training mode; networks of transformers do not checkpoint in eval mode.
+        device: device of the encoder.
 
     Raises:
-        ConfigError: a network that cannot, or that keeps as much as before.
+        ConfigError: the network does not support it, or saves no memory with it.
     """
     before = _kept(encoder, device)
-    # open_clip logs that a tower of timm's cannot, and goes on without; here that is an error.
+    # open_clip only logs that a timm tower does not support it; here that is an error.
     logging.disable(logging.WARNING)
     try:
         asked = _ask(encoder.model)
@@ -56,16 +56,16 @@ def recompute_activations(encoder: Encoder, device: torch.device) -> Kept:
     finally:
         logging.disable(logging.NOTSET)
     if after >= before:
-        found = f"with it autograd keeps {after / 2**20:.1f} MB of an image, without it {before / 2**20:.1f} MB"
+        found = f"activations of one image take {after / 2**20:.1f} MB with it, {before / 2**20:.1f} MB without it"
         raise _unable(encoder, found if asked else "it has no method for that")
     return Kept(before, after)
 
 
 def _ask(module: nn.Module) -> bool:
-    """Switch recomputation on in a network, or in those inside it that can; whether there was one to ask."""
+    """Call the checkpointing method of a network, or of its submodules; whether there was such a method."""
     for name, arguments in (
         ("set_grad_checkpointing", [True]),
-        # The other form of checkpoints knows no gradient of pixels, and loses those behind frozen layers.
+        # Reentrant checkpoints have no gradients of pixels, and lose gradients behind frozen layers.
         ("activation_checkpointing_enable", [{"use_reentrant": False}]),
         ("gradient_checkpointing_enable", [{"use_reentrant": False}]),
     ):
@@ -78,7 +78,7 @@ def _ask(module: nn.Module) -> bool:
 
 
 def _kept(encoder: Encoder, device: torch.device) -> int:
-    """Bytes that autograd keeps of one image until the gradient of its pixels, which is taken here."""
+    """Bytes that autograd stores for one image until the gradient of its pixels is computed."""
     pixels = torch.full((1, *encoder.input_shape), 0.5, device=device, requires_grad=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         outputs, kept = saved_for_backward(encoder, lambda: encoder(pixels))
@@ -88,6 +88,6 @@ def _kept(encoder: Encoder, device: torch.device) -> int:
 
 def _unable(encoder: Encoder, found: str) -> ConfigError:
     return ConfigError(
-        f"grad_checkpointing: expected an encoder that computes its layers again, found {encoder.spec!r}: {found}; "
+        f"grad_checkpointing: expected an encoder that supports it, found {encoder.spec!r}: {found}; "
         "drop `grad_checkpointing`"
     )

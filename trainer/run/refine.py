@@ -1,12 +1,12 @@
-"""Steps of PGD against the encoder as it is, from a stored image: a stored attack, or the clean image.
+"""PGD steps against the current encoder, from a stored adversarial image or from the clean image.
 
     x ← x_stored + r·U(−1, 1);   x ← Π[x + α·sign ∇_x L(f_θ(x), y)],   Π onto ‖x − x_clean‖∞ ≤ ε and [0, 1]
 
 From the clean image with r = ε this is the attack of online adversarial training (Madry et al. 2018): with ten steps
-and the squared error FARE (Schlarmann et al. 2024), with cross entropy TeCoA (Mao et al. 2023), with one step of
-2ε that of Wong et al. 2020. With r > ε nothing is projected onto the ball of ε, as in N-FGSM (de Jorge et al. 2022),
-which keeps one-step attacks from losing their meaning. Stored members were made for the encoder that training started
-from; a step or two bring them up to date.
+it is FARE (squared error, Schlarmann et al. 2024) or TeCoA (cross entropy, Mao et al. 2023), with one step of 2ε the
+method of Wong et al. 2020. With r > ε the steps are not projected onto the ball of radius ε, as in N-FGSM (de Jorge
+et al. 2022), which prevents catastrophic overfitting to one-step attacks. Stored members were made against the
+starting encoder; one or two steps adapt them to the current one.
 
 Shapes: B images, C H W pixels, K outputs.
 """
@@ -32,7 +32,7 @@ class Refinement(NamedTuple):
         steps: gradient steps.
         step_size: α, in the pixel range [0, 1].
         epsilon: radius of the ball around the clean image, likewise.
-        noise: r, radius of the noise that is added first, likewise; above epsilon the ball no longer holds.
+        noise: r, radius of the noise that is added first, likewise; above epsilon points are not projected.
     """
 
     steps: int
@@ -42,25 +42,24 @@ class Refinement(NamedTuple):
 
     @property
     def radius(self) -> float:
-        """How far a point may end from the clean image; 1, all of the pixel range, where nothing is projected."""
+        """Largest distance of a refined point from the clean image; 1, the pixel range, without projection."""
         return self.epsilon if self.noise <= self.epsilon else 1.0
 
 
 def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Loss, how: Refinement) -> Tensor:
-    """The points after `how.steps` steps of PGD, float32 [B, C, H, W]; parameters get no gradient.
+    """Points after `how.steps` PGD steps, float32 [B, C, H, W], not rounded to 8 bits; parameters get no gradient.
 
-    An attack from a given start, off the 8-bit grid, of which no final loss is taken. Dropout and stochastic depth
-    rest meanwhile, as in FARE's own loop. Cost: `how.steps` forward and input-only backward passes, 2/3 of a plain
-    step each.
+    Dropout and stochastic depth are off during the steps, as in FARE's published loop. Cost: `how.steps` forward and
+    input-only backward passes, 2/3 of a plain step each.
 
     Args:
         model: pixels → outputs.
-        points: where to start, noise included, float32 [B, C, H, W]; projected first, since a mean plus a factor may
-            lie outside.
+        points: starting points, noise included, float32 [B, C, H, W]; they are projected first, since a mean plus a
+            factor may lie outside the ball.
         clean: centres of the balls, float32 [B, C, H, W] in [0, 1].
-        target: what `loss` takes, one per point.
-        loss: to be increased.
-        how: settings.
+        target: embeddings [B, K] or class indices int64 [B], whichever `loss` takes.
+        loss: the loss to increase.
+        how: settings of the steps.
     """
 
     def at(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +71,7 @@ def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Lo
     lower, upper = (clean - how.radius).clamp_(min=0), (clean + how.radius).clamp_(max=1)
     ball = Ball(lower, upper, clean, scale=1.0, grid=False)
     refined = torch.clamp(points, lower, upper)
-    # A compiled backward pass is one piece, and computes what is not asked for: gradients of all that could have one.
+    # A compiled backward pass would also compute the gradients of all parameters that require them.
     with attacked(model) if isinstance(model, nn.Module) else nullcontext():
         ascend(ball, at, refined, how.step_size, how.steps)
     return refined
@@ -80,7 +79,7 @@ def refine(model: Model, points: Tensor, clean: Tensor, target: Tensor, loss: Lo
 
 @contextmanager
 def attacked(model: nn.Module) -> Iterator[None]:
-    """A network in eval mode and without gradients of its parameters; it becomes what it was."""
+    """Put a network into eval mode without parameter gradients, and restore it at the end of the block."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

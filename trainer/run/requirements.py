@@ -1,4 +1,4 @@
-"""Whether an artifact, an encoder and the settings go together; what does not is refused by name."""
+"""Check that artifact, encoder and settings are compatible; messages name the setting to change."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from trainer.losses import LossName
 from trainer.run.clean_images import clean_images, clean_name, group_size, refinement
 from trainer.run.refine import Refinement
 
-# Shards whose labels are checked before anything starts; those of the others are checked as they are read.
+# Number of shards whose labels are checked before training starts; later labels are checked when they are read.
 EAGER_SHARDS = 64
-SIDECARS_AT_ONCE = 16  # small files: what a read takes is the way to the store and back
+SIDECARS_AT_ONCE = 16  # concurrent reads of small files, which are bound by latency
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What an artifact and the settings come to.
+    """Settings resolved against an artifact.
 
     Attributes:
-        loss: that "auto" means, or that was asked for.
-        members: stored members to read of each group; 0 for arms that read none.
+        loss: the loss, with "auto" resolved.
+        members: number of stored members to use of each group; 0 for arms that read none.
         encoder: spec of the encoder to start from, or the folder of a run.
-        refinement: steps of an attack on stored images before they are trained on, if there are any.
-        clean: the quantity that is the clean image, where it is taken.
-        title: the arm in the words of the paper.
+        refinement: PGD steps on stored images before each update; None without `refine_steps`.
+        clean: quantity that holds the clean image; None if the run does not need clean images.
+        title: the paper's name for the arm.
     """
 
     loss: LossName
@@ -50,15 +50,15 @@ class Checked:
 
     @property
     def labels(self) -> bool:
-        """Whether targets are labels, not embeddings."""
+        """Whether targets are labels rather than embeddings."""
         return self.loss == "cross_entropy"
 
 
 def check(config: TrainConfig, manifest: Manifest) -> Checked:
-    """Check the settings against what the manifest says, before anything large is read.
+    """Check the settings against the manifest, before anything large is read.
 
     Raises:
-        ConfigError: they do not go together.
+        ConfigError: settings and artifact are incompatible.
     """
     loss = _loss(config, manifest)
     members, arm = _stored_members(config, manifest), ARMS[config.arm]
@@ -73,28 +73,28 @@ def check(config: TrainConfig, manifest: Manifest) -> Checked:
 
 
 def check_held_out(config: TrainConfig, found: Checked, manifest: Manifest) -> int:
-    """Check a held-out artifact, `config.artifact`, against what the run trains with.
+    """Check that a held-out artifact, `config.artifact`, has all that the training loss needs.
 
     Returns:
-        Stored members to read of each group.
+        Number of stored members to use of each group.
 
     Raises:
-        ConfigError: it lacks what the loss that is trained on takes.
+        ConfigError: the artifact lacks something.
     """
     _loss(config.model_copy(update={"loss": found.loss}), manifest)
     if found.clean is not None and clean_name(manifest) is None:
         raise ConfigError(
-            f"eval_artifact: the loss that is trained on takes the clean images; found none in {config.artifact}; "
+            f"eval_artifact: expected clean images, which the training loss needs, found none in {config.artifact}; "
             'merge it again with `attack="none"` or `keep_clean=True`, or drop `eval_artifact`'
         )
     return _stored_members(config, manifest)
 
 
 def check_apart(config: TrainConfig, manifest: Manifest, held_out: Manifest) -> None:
-    """Refuse a held-out artifact that is the one that is trained on; warn of one that is made of the same images.
+    """Refuse to hold out the training artifact itself; warn if the held-out one is made of the same images.
 
     Raises:
-        ConfigError: they are one.
+        ConfigError: both are the same artifact.
     """
     if held_out.plan_sha256 == manifest.plan_sha256:
         raise ConfigError(
@@ -104,8 +104,8 @@ def check_apart(config: TrainConfig, manifest: Manifest, held_out: Manifest) -> 
     trained, other = (_source_fingerprint(one) for one in (manifest, held_out))
     if trained is not None and trained == other:
         warn(
-            f"eval_artifact: {config.eval_artifact} is made of the images that are trained on; its loss says nothing "
-            "of others"
+            f"eval_artifact: {config.eval_artifact} is made of the training images; its loss does not measure "
+            "generalisation to others"
         )
 
 
@@ -115,10 +115,10 @@ def _source_fingerprint(manifest: Manifest) -> object:
 
 
 def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None:
-    """Check that an artifact's groups go through an encoder.
+    """Check that an encoder can be trained on an artifact's groups.
 
     Raises:
-        ConfigError: pixels, targets or labels do not fit it.
+        ConfigError: pixels, targets or labels do not match the encoder.
     """
     _check_pixels(encoder, artifact.location.url, artifact.manifest)
     if not collate.labels:
@@ -129,7 +129,7 @@ def check_groups(artifact: Artifact, encoder: Encoder, collate: Collate) -> None
 
 
 def _first_records(artifact: Artifact) -> Iterator[RecordEntry]:
-    """Records of the first `EAGER_SHARDS` shards; their sidecars are asked for at once."""
+    """Records of the first `EAGER_SHARDS` shards, whose sidecars are read concurrently."""
     positions = range(min(len(artifact.shard_sizes), EAGER_SHARDS))
     with in_threads(SIDECARS_AT_ONCE, artifact.commit, positions) as commits:
         for commit in commits:
@@ -137,7 +137,7 @@ def _first_records(artifact: Artifact) -> Iterator[RecordEntry]:
 
 
 def label_names(artifact: Artifact) -> list[str]:
-    """What an artifact calls its labels: as the rows of its head, or as the classes of its source; may be empty."""
+    """Class names of an artifact's labels, from its head or else from its source; may be empty."""
     head = artifact.head()
     if head is not None and head[1]:
         return head[1]
@@ -147,17 +147,17 @@ def label_names(artifact: Artifact) -> list[str]:
 
 
 def matched_rows(artifact: Artifact, classes: Classes, setting: str) -> Mapping[int, int] | None:
-    """By label of an artifact, the class that it is of those that are trained; None if all are the same number.
+    """Class in training of each label of an artifact; None if they are the same number.
 
-    Labels are matched by name where both sides have names, by position otherwise.
+    Labels are matched by name if both sides have names, otherwise by position.
 
     Args:
-        artifact: whose labels they are; those of the first `EAGER_SHARDS` shards must have a class.
-        classes: that are trained.
-        setting: that brings the two together.
+        artifact: the artifact; all labels of its first `EAGER_SHARDS` shards must have a class.
+        classes: the classes in training.
+        setting: the setting to name in messages.
 
     Raises:
-        ConfigError: a class that is not trained.
+        ConfigError: a label has no class in training.
     """
     labels = {entry.label for entry in _first_records(artifact) if entry.label is not None}
     names = label_names(artifact)
@@ -167,12 +167,12 @@ def matched_rows(artifact: Artifact, classes: Classes, setting: str) -> Mapping[
 
 
 def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) -> None:
-    """Only weights whose hash an artifact states are taken from where it says they are.
+    """Refuse weights from a place that the artifact names unless their hash is the one it records.
 
-    A path may be that of any file here, and what a hub has under a name changes.
+    A path in an untrusted artifact may name any local file, and the contents of a hub change.
 
     Raises:
-        ConfigError: other weights, and nobody asked for them.
+        ConfigError: the weights have another hash, and the setting `encoder` does not name them.
     """
     spec = encoder.spec
     parsed = parse_spec(spec)
@@ -182,39 +182,39 @@ def check_recorded(config: TrainConfig, manifest: Manifest, encoder: Encoder) ->
 
 
 def check_attacked(config: TrainConfig, found: Checked, manifest: Manifest, encoder: Encoder) -> None:
-    """Refuse to train an encoder towards its own outputs on images that nobody attacked.
+    """Refuse to train an encoder towards its own embeddings of clean images, where every loss is 0.
 
     Raises:
-        ConfigError: every loss of the run would be 0.
+        ConfigError: the images are clean, the targets are the encoder's own, and nothing refines the images.
     """
     unattacked = ARMS[config.arm].starts_clean or are_clean(manifest.provenance)
     if found.labels or found.refinement or not unattacked:
         return
     if encoder.sha256 == recorded_encoder(manifest).get("sha256"):
         raise ConfigError(
-            f"refine_steps: expected 1 or more, found 0: the images of {config.artifact} are clean, and the encoder "
-            'gives their targets already; set `arm="clean"`, `refine_steps=1` and `epsilon`'
+            f"refine_steps: expected 1 or more, found 0: the images of {config.artifact} are clean, and their "
+            'targets are the outputs of the same encoder; set `arm="clean"`, `refine_steps=1` and `epsilon`'
         )
 
 
 def recorded_encoder(manifest: Manifest) -> dict[str, Any]:
-    """What the artifact says of the encoder its targets come from."""
+    """The artifact's record of the encoder that made its targets; empty if there is none."""
     encoder = manifest.provenance.get("encoder")
     return encoder if isinstance(encoder, dict) else {}
 
 
 def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
-    """The encoder to start from: the one asked for, or the one that the artifact's targets come from.
+    """The encoder to start from: the setting `encoder`, or else the encoder that made the artifact's targets.
 
     Raises:
-        ConfigError: the artifact names none, or one that would run code of its choice.
+        ConfigError: the artifact names no encoder, or one whose loading could run code.
     """
     if config.encoder is not None:
         return config.encoder
     spec = recorded_encoder(manifest).get("spec")
     if not isinstance(spec, str):
-        raise ConfigError(f"encoder: expected the name of one in {config.artifact}, found none; set `encoder`")
-    # An artifact may come from anybody. A factory is code, and unpickling ran some in torch before 2.6.
+        raise ConfigError(f"encoder: expected {config.artifact} to name an encoder, found none; set `encoder`")
+    # Artifacts are untrusted. A factory is code, and unpickling could run code in torch before 2.6.
     if spec.startswith("python:"):
         raise _unverified(config, "an encoder that needs no code of its own", spec)
     checkpoint = parse_spec(spec).checkpoint
@@ -224,14 +224,14 @@ def _starting_encoder(config: TrainConfig, manifest: Manifest) -> str:
 
 
 def _unverified(config: TrainConfig, expected: str, found: str) -> ConfigError:
-    # The spec is not part of the advice: nobody should paste what a stranger's artifact says into a shell.
+    # The advice does not repeat the spec: nobody should paste text from an untrusted artifact into a shell.
     return ConfigError(
-        f"encoder: expected {expected} in {config.artifact}, found {found}; if that is yours, set `encoder` to it"
+        f"encoder: expected {expected} in {config.artifact}, found {found}; if you trust that, set `encoder` to it"
     )
 
 
 def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
-    """The loss that "auto" means, or the one that was asked for if the artifact has what it takes."""
+    """The loss, with "auto" resolved, if the artifact has the targets or labels that it needs."""
     has_targets = manifest.layout.array("target") is not None
     automatic: LossName = "squared_error" if has_targets else "cross_entropy"
     name = automatic if config.loss == "auto" else config.loss
@@ -256,7 +256,7 @@ def _loss(config: TrainConfig, manifest: Manifest) -> LossName:
 
 
 def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
-    """Stored members to read of each group, once the artifact is seen to have all that the arm reads."""
+    """Check that the artifact has the arrays of the arm; returns the number of stored members to use per group."""
     arm = ARMS[config.arm]
     if "factors" in arm.arrays and manifest.layout.array("factors") is None:
         raise ConfigError(
@@ -274,13 +274,13 @@ def _stored_members(config: TrainConfig, manifest: Manifest) -> int:
     if config.members is not None and config.members > stored.shape[0]:
         raise ConfigError(
             f"members: expected at most the {stored.shape[0]} stored in {config.artifact}, found {config.members}; "
-            "take fewer `members`"
+            "use fewer `members`"
         )
     return config.members or stored.shape[0]
 
 
 def pixel_moments(manifest: Manifest) -> ArraySpec | None:
-    """The array of either encoding that has the pixels' shape, if any is listed."""
+    """The array with the shape of the pixels, in either encoding; None if the manifest lists none."""
     return manifest.layout.array("sum") or manifest.layout.array("mean")
 
 
@@ -297,12 +297,12 @@ def _check_pixels(encoder: Encoder, where: str, manifest: Manifest) -> None:
     different = [] if recorded is None else encoder.preprocessing.differences(recorded)
     if recorded is None or not different:
         return
-    # Releases before 0.2.0 recorded one way of resizing, whichever the encoder needed, and no normalisation.
+    # Releases before 0.2.0 recorded the same resizing for every encoder, and no normalisation.
     if not recorded.is_complete:
-        warn(f"{encoder.spec!r} takes other pixels than those of {where}: {'; '.join(different)}")
+        warn(f"{encoder.spec!r} preprocesses images differently from {where}: {'; '.join(different)}")
         return
     raise ConfigError(
-        f"encoder: expected one for the pixels of {where}, found other ones of {encoder.spec!r}: "
+        f"encoder: expected the preprocessing of {where}, found a different one of {encoder.spec!r}: "
         f"{'; '.join(different)}; choose another `encoder`, or merge again for this one"
     )
 
@@ -317,9 +317,9 @@ def _check_targets(encoder: Encoder, where: str, manifest: Manifest) -> None:
     found = recorded_encoder(manifest)
     recorded = found.get("sha256")
     if recorded == encoder.sha256 and found.get("code_sha256", encoder.code) != encoder.code:
-        warn(f"the targets of {where} come from other code than that of {encoder.spec} now; its weights are the same")
+        warn(f"the targets of {where} come from another version of the code of {encoder.spec}, with the same weights")
     if recorded is not None and recorded != encoder.sha256:
         warn(
             f"the targets of {where} come from another encoder ({recorded_encoder(manifest).get('spec')}, sha256 "
-            f"{str(recorded)[:12]}) than the one that is trained ({encoder.spec}, sha256 {encoder.sha256[:12]})"
+            f"{str(recorded)[:12]}) than the one in training ({encoder.spec}, sha256 {encoder.sha256[:12]})"
         )

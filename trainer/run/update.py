@@ -36,12 +36,12 @@ from trainer.run.objective import group_losses
 
 
 class NotFinite(DatamergeError):
-    """A loss or gradient that is not finite; no update was made.
+    """A loss or gradient is not finite; no update was made.
 
     Attributes:
         what: "loss" or "gradient norm".
-        value: what it is.
-        keys: records it was met at, over all processes.
+        value: the value that is not finite.
+        keys: keys of the affected records, over all processes.
         batches: this process' micro-batches of the step.
     """
 
@@ -51,12 +51,12 @@ class NotFinite(DatamergeError):
 
 
 class Outcome(NamedTuple):
-    """What a step says of itself; equal in all processes.
+    """Result of a step; `values` and `stop` are equal in all processes.
 
     Attributes:
         values: numbers to log.
-        waited: seconds this process waited for data.
-        stop: number of the signal that some process received; 0 for none.
+        waited: seconds that this process waited for data.
+        stop: number of a signal that some process received; 0 for none.
     """
 
     values: dict[str, float]
@@ -66,15 +66,15 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Optimisation:
-    """The part of a run that changes: optimiser, average of the weights.
+    """Optimiser of a run, with the moving average of the weights.
 
     Attributes:
-        job: what is trained.
+        job: the run.
         own: this process among those of the run.
-        parameters: those that are not frozen.
+        parameters: parameters that are not frozen.
         optimizer: AdamW.
-        average: exponential moving average of the encoder, if the settings ask for one.
-        exchange: of gradients with the other processes.
+        average: exponential moving average of the encoder; None without the setting `ema`.
+        exchange: sums gradients over processes.
     """
 
     job: Job
@@ -87,7 +87,7 @@ class Optimisation:
             self.parameters,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            # A GPU reads and writes each number once: a third of the bytes. On CPUs the numbers stay what they were.
+            # Fused AdamW moves a third of the bytes on a GPU. On CPUs the default keeps earlier releases' results.
             fused=True if self.job.device.type == "cuda" else None,
         )
         self.average: AveragedModel | None = None
@@ -98,12 +98,12 @@ class Optimisation:
         self._ordered = True
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the optimiser of a checkpoint, in this device's way: where it was written is no setting."""
+        """Load the optimiser state of a checkpoint; this device, not the checkpoint, decides if AdamW is fused."""
         groups = [{**group, "fused": self.optimizer.defaults["fused"]} for group in state["param_groups"]]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     def order(self) -> AbstractContextManager[None]:
-        """Kernels that add in one order, on a GPU and as long as there are some for all that this run does."""
+        """Select deterministic kernels on a GPU, unless this run has needed an operation that has none."""
         return fixed_order(self.job.device) if self._ordered else nullcontext()
 
     def step(
@@ -116,13 +116,13 @@ class Optimisation:
         """Do step `step`, counted from 0.
 
         Args:
-            step: which.
-            batches: the feed, standing before this step's micro-batches.
-            stopping: number of a signal received here, or 0; asked once, at the exchange.
-            waiting: may break off in here, where nothing of the step is done and no other process waits for this one.
+            step: number of the step.
+            batches: the feed, whose next items are this step's micro-batches.
+            stopping: returns the number of a signal received here, or 0; called once, at the exchange.
+            waiting: context in which a signal may interrupt the wait for the first micro-batch of a single process.
 
         Raises:
-            NotFinite: in all processes, if in one.
+            NotFinite: a loss or gradient is not finite in some process; raised in all of them.
             DatamergeError: out of memory, or another process died.
         """
         job = self.job
@@ -152,7 +152,7 @@ class Optimisation:
             results.append(losses)
         stop = stopping()
         totals = self.exchange.finish(self._numbers(results, stop))
-        # The norm is measured even where nothing is clipped: clipping at infinity multiplies by 1.
+        # Without clipping the norm is still measured: clipping at infinity multiplies by 1.
         limit = job.config.gradient_clip if job.config.gradient_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The only wait for the device in a step.
@@ -162,9 +162,9 @@ class Optimisation:
         if bad or not math.isfinite(norm_value):
             self._not_finite(bool(bad), norm_value, seen, results)
         for parameter, count in zip(self.parameters, used, strict=self.own.world > 1):
-            if not count:  # in all processes: AdamW leaves it alone, as it does in a single process
+            if not count:  # no process has a gradient: AdamW then skips the parameter, as in a single process
                 parameter.grad = None
-        # Signals of several processes must not add up to another one.
+        # `stops` is a sum over processes; gather the numbers themselves.
         stop = max(self.own.gather(stop)) if stops else 0
         self.optimizer.step()
         if self.average is not None:
@@ -175,21 +175,21 @@ class Optimisation:
         return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, stop)
 
     def _give_up_order(self, error: RuntimeError) -> None:
-        """Go on with any kernels where an operation has none that adds in one order; raises other errors again."""
+        """Fall back to non-deterministic kernels if an operation has no deterministic one; re-raise other errors."""
         if not self._ordered or "deterministic" not in str(error):
             raise error
         warn(
-            f"{self.job.encoder.spec} computes what a GPU adds up in any order ({first_line(error)[:80]}…): two runs "
-            "of the same settings differ in the last digits"
+            f"{self.job.encoder.spec} needs an operation without a deterministic kernel ({first_line(error)[:80]}…): "
+            "two runs of the same settings differ in the last digits"
         )
         self._ordered = False
-        self.optimizer.zero_grad(set_to_none=True)  # of the pass that broke off, and of those before it in this step
+        self.optimizer.zero_grad(set_to_none=True)  # the failed pass and the earlier ones of this step are repeated
 
     def _backward(self, step: int, share: Share, batch: Batch, size: int) -> GroupLoss:
-        """Losses of one micro-batch, detached, after its gradients were added."""
+        """Add the gradients of one micro-batch; returns its detached losses."""
         job, last = self.job, share.first + len(batch.keys)
-        # Dropout and stochastic depth draw from torch's global generators and take no other. They get a state
-        # that depends on step and position alone, for the length of the micro-batch alone.
+        # Dropout and stochastic depth use torch's global generators. Seed these by step and position, for this
+        # micro-batch only.
         with seeded_layers(stream_seeds(job.config.seed, LAYERS, step, share.first + 1)[-1], job.device):
             seeds = stream_seeds(job.config.seed, ESTIMATOR, step, last)[share.first :]
             batch = batch.to(job.device).floats()
@@ -199,7 +199,7 @@ class Optimisation:
         return GroupLoss(losses.loss.detach(), None if correction is None else correction.detach())
 
     def _numbers(self, results: list[GroupLoss], stop: int) -> Tensor:
-        """Of this process: sums of [loss, correction, corrected groups, non-finite], and stop; on the device."""
+        """Numbers of this process, on the device: [Σ loss, Σ correction, corrected groups, non-finite, stop]."""
         numbers = torch.zeros(5, device=self.job.device)
         for losses in results:
             numbers[0] += losses.loss.sum()
@@ -224,7 +224,7 @@ class Optimisation:
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of a step counted from 0: linear warm-up to the peak, then a cosine that ends at 0."""
+    """Learning rate of a step, counted from 0: linear warm-up to the peak, then cosine decay to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / (steps - config.warmup_steps)
@@ -232,7 +232,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 def _out_of_memory(config: TrainConfig, groups: int) -> str:
-    """What to change, in the order in which it helps."""
+    """Message with the settings to change, the most helpful first."""
     advice = [f"`accumulate={2 * config.accumulate}` (same result)"] if groups > 1 else []
     arm = ARMS[config.arm]
     if not (config.grad_checkpointing or (arm.estimators and arm.estimators[config.estimator].twice)):

@@ -1,4 +1,4 @@
-"""The loss on groups that are not trained on."""
+"""The held-out loss."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from trainer.run.refine import attacked
 
 
 def held_out_loss(job: Job, held_out: HeldOut, encoder: Encoder, partition: Partition, own: Processes) -> float:
-    """Mean over all groups of the loss that is trained on, with the encoder in eval mode.
+    """Mean training loss over all held-out groups, with the encoder in eval mode and `held_out_settings`.
 
-    See `held_out_settings`. The draws are the same every time, and only pixels get gradients, where refinement or the
-    estimator asks for them.
+    The random draws are the same every time. Only pixels get gradients, for refinement or the estimator.
 
     Args:
         job: the run.
-        held_out: the groups.
-        encoder: the one to measure, on the job's device; its training mode is restored.
-        partition: which part of the groups is this process'.
+        held_out: the held-out groups.
+        encoder: the encoder to measure, on the job's device; its training mode is restored.
+        partition: this process' part of the groups.
         own: this process among those of the run.
     """
     order, model = held_out.order, Forward(encoder, job.model.head, job.config.precision)

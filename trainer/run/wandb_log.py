@@ -1,6 +1,6 @@
-"""Weights & Biases for those who use it: the numbers of `log.jsonl`, in one W&B run for each RUN.
+"""Optional logging to Weights & Biases: the numbers of `log.jsonl`, in one W&B run for each RUN.
 
-Needs the extra `wandb` and the setting `wandb_project`. W&B's own environment variables hold: WANDB_MODE=offline
+Needs the extra `wandb` and the setting `wandb_project`. W&B's environment variables apply: WANDB_MODE=offline
 keeps everything in RUN/wandb until `wandb sync`.
 """
 
@@ -20,15 +20,15 @@ RUN_ID = "wandb-id.txt"
 
 
 def check_installed(project: str | None) -> None:
-    """Before anything is written.
+    """Check that W&B is installed if a project is set, before anything is written.
 
     Raises:
-        ConfigError: a project is named and the package is missing.
+        ConfigError: a project is set and the package is missing.
     """
     if project is None:
         return
     found = importlib.util.find_spec("wandb")
-    # W&B leaves a folder of its name wherever it ran, which Python takes for a package without code.
+    # W&B creates folders named wandb, which Python would find as namespace packages.
     if found is None or found.origin is None:
         raise ConfigError(
             "wandb_project: needs the package 'wandb': pip install 'datamerge[wandb]', or drop `wandb_project`"
@@ -36,15 +36,15 @@ def check_installed(project: str | None) -> None:
 
 
 class WandbLog:
-    """One sitting of a run; continues the W&B run of the sittings before.
+    """W&B log of one session of a run; continues the W&B run of earlier sessions.
 
     Args:
-        folder: the run's folder; its name is shown.
-        project: of W&B.
-        settings: shown as the run's configuration.
+        folder: the run's folder; its name becomes the name of the W&B run.
+        project: name of the W&B project.
+        settings: configuration of the W&B run.
 
     Raises:
-        DatamergeError: W&B cannot be reached or does not know the user.
+        DatamergeError: W&B cannot be reached, or the user is not logged in.
     """
 
     def __init__(self, folder: Path, project: str, settings: dict[str, Any]) -> None:
@@ -68,15 +68,15 @@ class WandbLog:
                 f"wandb_project: expected W&B to start for {project!r}, found {first_line(error)}; run "
                 "`wandb login`, or set WANDB_MODE=offline"
             ) from None
-        # The axis is our own step: W&B's refuses the steps that are repeated after a crash.
+        # Use our own step as the axis: W&B's own step refuses those that are repeated after a crash.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log the values of one step; where that fails, say so once and do without."""
+        """Log the values of one step; after an error, warn once and log no more."""
         self._try(lambda run: run.log({"step": step, **values}))
 
     def close(self, failed: bool) -> None:
-        """End the sitting."""
+        """End the session."""
         self._try(lambda run: run.finish(exit_code=int(failed)))
 
     def _try(self, work: Callable[[Any], None]) -> None:
@@ -84,7 +84,7 @@ class WandbLog:
             return
         try:
             work(self._run)
-        # Its process may be killed, its server refuse, its disk be full; hours of training are worth more.
+        # A killed W&B process, an unreachable server or a full disk must not end hours of training.
         except Exception as error:
             self._run = None
             warn(f"W&B failed ({error}); the run goes on without it, {LOG} has all numbers")
