@@ -1,9 +1,10 @@
-"""What the site takes from the code: commands and settings, written into the pages that ask for them.
+"""What the site takes from the rest of the repository: commands, settings, and plots of experiments.
 
     <!-- generated: commands -->                        every command, its help, its options
     <!-- generated: settings MODULE:CLASS -->           the fields of a settings class
 
-mkdocs calls `on_page_markdown` for every page (see `hooks` in mkdocs.yml).
+Links to plots lead out of docs/, so that they work where the Markdown is read as it is; the site gets copies.
+mkdocs calls `on_files` once and `on_page_markdown` for every page (see `hooks` in mkdocs.yml).
 """
 
 from __future__ import annotations
@@ -12,18 +13,34 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import click
 
 _MARK = re.compile(r"^<!-- generated: (\w+) ?(\S*) -->$", re.MULTILINE)
+_PLOT = re.compile(r"\]\(\.\./((?:\.\./)*experiments/[^)\s]+\.png)\)")
+ROOT = Path(__file__).resolve().parents[1]
 # Columns of a code block at a window of 1,280 px.
 WIDTH = 86
 
 
+def on_files(files: Any, *, config: Any) -> Any:
+    """The files of the site, with the plots that pages show."""
+    from mkdocs.structure.files import File
+
+    shown = {
+        plot.replace("../", "") for page in files.documentation_pages() for plot in _PLOT.findall(page.content_string)
+    }
+    for plot in sorted(shown):
+        files.append(File.generated(config, plot, abs_src_path=str(ROOT / plot)))
+    return files
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with its marks replaced."""
+    """The page with its marks replaced, and links to plots as those inside the site."""
+    markdown = _PLOT.sub(r"](\1)", markdown)
     return _MARK.sub(lambda mark: commands() if mark[1] == "commands" else settings(mark[2]), markdown)
 
 

@@ -24,7 +24,8 @@ _STYLE = {
 
 def sources() -> dict[str, Path]:
     """Source of each picture, by the picture's name."""
-    scripts = {path.stem: path for path in HERE.glob("*.py") if path.name != Path(__file__).name}
+    tools = {Path(__file__).name, "session.py"}
+    scripts = {path.stem: path for path in HERE.glob("*.py") if path.name not in tools}
     return dict(sorted((scripts | {path.stem: path for path in HERE.glob("*.dot")}).items()))
 
 

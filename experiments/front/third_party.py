@@ -82,7 +82,7 @@ def main(
 def _auto_attack(model: nn.Module, pixels: Tensor, labels: Tensor, radius: float) -> float:
     """Robust accuracy under the standard AutoAttack, as a fraction."""
     attack = AutoAttack(model, norm="Linf", eps=radius, version="standard", device="cpu", seed=0)
-    found = attack.run_standard_evaluation(pixels, labels, batch_size=100)
+    found, _ = attack.run_standard_evaluation(pixels, labels, batch_size=100)
     with torch.no_grad():
         return float((model(found).argmax(dim=1) == labels).float().mean())
 
