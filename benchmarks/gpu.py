@@ -57,7 +57,7 @@ def main(names: Sequence[str], rehearse: bool, seconds: float, output: Path, onl
     rows: list[Row] = []
     for name in names or PARTS:
         left = seconds - (time.monotonic() - started)
-        limit = left if rehearse else min(PARTS[name].limit, left)  # of a GPU's machine, which has no other work
+        limit = left if rehearse else min(PARTS[name].limit, left)  # limits hold for an otherwise idle GPU machine
         rows += _run(name, rehearse, rows, limit) if left > 0 else [_failed(name, "no time left")]
         # Rewrite the report after each part: the machine may be taken away before the last one ends.
         found = Findings(tables=[Table("Measured", COLUMNS, [row.cells() for row in rows])])

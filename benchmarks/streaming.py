@@ -218,7 +218,7 @@ class Rounds:
         )
 
     def artifact_bytes(self) -> int:
-        """Of all its files."""
+        """Bytes of all files of the artifact."""
         return sum(path.stat().st_size for path in self.artifact.rglob("*") if path.is_file())
 
 

@@ -1,4 +1,4 @@
-"""How far the gradient of one random view lies from that of all images, and how far that of a merged group does."""
+"""Noise of the gradient with one random view per step, compared with the noise and bias with a merged group."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MERGED = ("mean", "mean + sampled", "mean + gauss_newton")
 
 
 class _Spread:
-    """Sums over images of the gradients of an estimator: g of every image and draw.
+    """Sums over images of an estimator's gradients g, one for every image and draw.
 
     Attributes:
-        total: Σ over images of the mean over draws of g.
-        square: the same of |g|².
-        within: the same of |g − its mean over draws|².
-        images: so far.
+        total: Σ over images of the mean of g over draws.
+        square: Σ over images of the mean of |g|² over draws.
+        within: Σ over images of the mean of |g − its mean over draws|² over draws.
+        images: number of images so far.
     """
 
     def __init__(self) -> None:
@@ -47,18 +47,18 @@ class _Spread:
 
     @property
     def variance(self) -> float:
-        """E|g − E g|², of one image and draw."""
+        """E|g − E g|² over images and draws."""
         return self.square / self.images - float(self.mean.square().sum())
 
 
 def compared(study: Study, encoder: Encoder, images: int, draws: int) -> dict[str, Any]:
-    """The noise of the gradient with one image a step, for the first so many images.
+    """The noise of the gradient with one image per step, measured on the first images.
 
     Returns:
-        within: share of a random view's variance that comes from the view, not the image.
-        For each estimator of a merged group: `variance`, a multiple of a random view's; `at_equal_passes`, the same
+        within: share of a random view's variance that comes from the view, not from the image.
+        For each estimator of a merged group: `variance`, relative to a random view's; `at_equal_passes`, the same
         times its passes over those of a random view; `bias`, the distance of its mean from the gradient of all views,
-        as a multiple of the length of that.
+        relative to the length of that gradient.
     """
     spreads = {name: _Spread() for name in ("view", *MERGED)}
     parameters = list(encoder.parameters())
@@ -85,7 +85,7 @@ def compared(study: Study, encoder: Encoder, images: int, draws: int) -> dict[st
 def _gradients(
     study: Study, encoder: Encoder, parameters: Sequence[Tensor], number: int, draws: int
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Gradients of an image's views, and of every estimator of its group."""
+    """Gradients of an image's views, and of every estimator of the merged group."""
     loss, groups = CrossEntropy(), study.groups
     mean, variance = groups.mean[number, None], groups.variance[number, None]
     target = groups.label[number, None]

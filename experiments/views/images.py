@@ -1,4 +1,4 @@
-"""Views of images: augmentations and near-duplicates, as a Parquet file that says of which image each is a view."""
+"""Views of images (augmentations and near-duplicates), written as a Parquet file with the image of each view."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 Pixels = NDArray[np.uint8]  # one image, [H, W] or [H, W, 3]
 SHIFT, ROTATION = 2, 15.0  # pixels, degrees
-NOISE, QUALITY = 8, (30, 95)  # grey levels, of JPEG
+NOISE, QUALITY = 8, (30, 95)  # grey levels, range of JPEG quality
 
 
 class Images(NamedTuple):
@@ -34,7 +34,7 @@ class Images(NamedTuple):
 
 
 def read(source: Path, first: int, count: int) -> Images:
-    """So many images of a source, from a place of its listing on."""
+    """Decode `count` images of a source, from a position of its listing on."""
     listed = open_source(str(source))
     samples = listed.samples[first : first + count]
     shape = native_shape(listed.reader.read(samples[0]))
@@ -43,7 +43,7 @@ def read(source: Path, first: int, count: int) -> Images:
 
 
 def augmented(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Turned by up to `ROTATION` and shifted by up to `SHIFT`; black digits' borders go on, photos are reflected."""
+    """Rotate by up to `ROTATION` and shift by up to `SHIFT`; digits are padded with black, photos by reflection."""
     margin = 2 * SHIFT + 4  # what a turn brings in lies outside the crop
     sides = [(margin, margin)] * 2 + [(0, 0)] * (image.ndim - 2)
     padded = np.pad(image, sides, mode="edge" if image.ndim == 2 else "reflect")
@@ -54,7 +54,7 @@ def augmented(image: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def near_duplicate(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """With uniform noise of up to `NOISE` grey levels, after JPEG of random quality."""
+    """Compress as JPEG of random quality, then add uniform noise of up to `NOISE` grey levels."""
     noisy = np.clip(image + rng.integers(-NOISE, NOISE + 1, image.shape), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
@@ -81,7 +81,7 @@ def views(images: Images, kind: str, count: int, seed: int) -> NDArray[np.uint8]
 
 
 def write_views(found: NDArray[np.uint8], labels: NDArray[np.int64], target: Path) -> None:
-    """Write views [n, count, C, H, W] of images as rows of `image` (PNG), `label` and `group`, the image."""
+    """Write views [n, count, C, H, W] as rows of `image` (PNG), `label` and `group` (number of the source image)."""
     rows = []
     for number, (of_image, label) in enumerate(zip(found, labels, strict=True)):
         for view in of_image:

@@ -1,12 +1,11 @@
-"""Whether merging saves training passes: several views of an image, or clusters of a class, against plain training.
+"""Does merging save training passes? Merged views of an image, or clusters of a class, against plain training.
 
     python -m experiments.views.run --data "$DATAMERGE_DATA" --work views
 
-A budget is a number of passes: what one place of a batch may cost in a whole run, in forward passes of one image, a
-backward pass counted as two. Every arm tries the same rates at every budget with a seed and images that are used for
-nothing else; the best runs with the other seeds. Finished parts are kept in --work and not done again, so that
-processes may share it if each has its own --only. Writes all that is finished to results.json and plot.png, beside
-this file.
+A budget is the cost of a whole run per item of a batch, in forward passes of one image; a backward pass counts as
+two. Every arm tries the same learning rates at every budget, with a seed and images that are used for nothing else;
+the best rate runs with the other seeds. Finished parts are kept in --work and skipped later, so several processes may
+share --work if each has its own --only. Writes all finished results to results.json and plot.png beside this file.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 SETTINGS: dict[str, Any] = tomllib.loads((HERE / "settings.toml").read_text())
-PARTS: dict[str, int] = SETTINGS["parts"]  # and the largest budget of each
+PARTS: dict[str, int] = SETTINGS["parts"]  # largest budget of each part
 
 
 @click.command()
@@ -41,16 +40,16 @@ PARTS: dict[str, int] = SETTINGS["parts"]  # and the largest budget of each
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="Run these parts only.")
 def main(data: Path, work: Path, seeds: int, only: tuple[str, ...]) -> None:
-    """Run what is missing, then write the results."""
+    """Run the unfinished parts, then write the results."""
     torch.set_num_threads(1)
     studies = {part: Study(SETTINGS, data, work, *part.split("/")) for part in PARTS}
     for part in only or PARTS:
         for budget, arm in _points(part, studies[part]):
             row = _row(studies[part], arm, budget, seeds)
-            told = ", ".join(
+            cells = ", ".join(
                 f"{name} {row[name]['mean']} ± {row[name]['sd']}" for name in ("clean", "views") if name in row
             )
-            click.echo(f"{part}, {arm}, {budget['passes']} passes, rate {row['rate']:g}: {told}")
+            click.echo(f"{part}, {arm}, {budget['passes']} passes, rate {row['rate']:g}: {cells}")
         if studies[part].kind != "clusters":
             _noise(studies[part], work / part / "gradients.json")
     results: dict[str, Any] = {part: _finished(part, study, work, seeds) for part, study in studies.items()}
@@ -85,7 +84,7 @@ def _row(study: Study, arm: str, budget: dict[str, Any], seeds: int) -> dict[str
 
 
 def _finished(part: str, study: Study, work: Path, seeds: int) -> dict[str, Any]:
-    """What is known of a part: its rows of which every run is finished, and the noise of its gradients."""
+    """Results of a part: the rows with all runs finished, and the noise of its gradients."""
     arms: dict[str, dict[str, Any]] = {}
     for budget, arm in _points(part, study):
         passes, rates = budget["passes"], budget["rates"]
@@ -99,7 +98,7 @@ def _finished(part: str, study: Study, work: Path, seeds: int) -> dict[str, Any]
 
 
 def _noise(study: Study, kept: Path) -> None:
-    """Compare gradients at the start, and where a random view a step has led after the smaller budgets."""
+    """Compare gradients at the initial weights, and at those after training on random views at some budgets."""
     if kept.exists():
         return
     facts = {}
@@ -113,7 +112,7 @@ def _noise(study: Study, kept: Path) -> None:
 
 
 def _plot(results: dict[str, Any]) -> None:
-    """Test accuracy against passes."""
+    """Plot test accuracy against passes."""
     figure, axes = plt.subplots(3, 2, figsize=(10, 10), layout="constrained")
     for axis, (part, found) in zip(axes.flat, results.items(), strict=True):
         for arm, rows in found["arms"].items():

@@ -1,8 +1,8 @@
-"""One data set under one kind of view: its images and artifacts, and the runs of every arm on them.
+"""One data set with one kind of view: its images and artifacts, and the runs of all arms on them.
 
-The arms, their estimators and the schedule are those of `datamerge train`. The loop is its own: a run of a hundred
-steps on an MLP would spend most of its time on opening artifacts, logs and checkpoints, and a step of one random view
-needs the views of each image, of which column groups keep none.
+Arms, estimators and schedule are those of `datamerge train`. The loop is separate: in a run of a hundred steps on an
+MLP, opening artifacts, logs and checkpoints would take most of the time; and training on random views needs the views
+of each image, which artifacts grouped by column do not store.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CLEAN, RANDOM, ALL = "clean image", "one random view", "all views"
 
 
 class Arm(NamedTuple):
-    """What an arm trains on: the arm of `datamerge train` and its estimator, the groups if they are clusters."""
+    """Definition of an arm: the arm of `datamerge train`, its estimator, and the number of clusters, if any."""
 
     arm: ArmName
     estimator: EstimatorName | None = None
@@ -75,8 +75,8 @@ class Study:
 
     Args:
         data: folder of the data set.
-        work: what is finished is kept there.
-        kind: of the views, or "clusters", whose groups are clusters of clean images.
+        work: folder of finished parts.
+        kind: kind of the views, or "clusters", whose groups are clusters of clean images.
     """
 
     def __init__(self, settings: dict[str, Any], data: Path, work: Path, dataset: str, kind: str) -> None:
@@ -96,12 +96,12 @@ class Study:
 
     @cached_property
     def views(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Of the training images, [n, views, C, H, W]."""
+        """Views of the training images, [n, views, C, H, W]."""
         return self._views("train", self.train, self._settings["views"])
 
     @cached_property
     def groups(self) -> Merged:
-        """The views of each image, merged."""
+        """Groups of the merged views of each image."""
         target, source = self._work / "groups", self._work / "views.parquet"
         if not source.exists():
             write_views(self.views, self.train.labels, source)
@@ -121,7 +121,7 @@ class Study:
         return found
 
     def clusters(self, k: int) -> Merged:
-        """The clusters of each class, k of them, merged."""
+        """Groups of the k merged clusters of each class."""
         if k in self._of_clusters:
             return self._of_clusters[k]
         target = self._work / f"clusters-{k}"
@@ -138,28 +138,28 @@ class Study:
         return self._of_clusters[k]
 
     def passes_a_step(self, arm: str) -> float:
-        """Passes of one update for each place of the batch."""
+        """Cost of one update in forward passes per item of the batch."""
         wanted = self.arms[arm]
         return TRAINED[wanted.arm].forward_passes(wanted.estimator, members=self._settings["views"])
 
     def measured(self, arm: str, passes: int, rate: float, seed: int) -> dict[str, float]:
-        """Accuracies in % of a run, on the tuning images if it has their seed; trained once."""
+        """Accuracies in % of a run, on the tuning images if the seed is theirs; trains it unless that is done."""
         run = self._run(arm, passes, rate, seed)
         if not (run / "accuracy.json").exists():
             run.mkdir(parents=True, exist_ok=True)
             encoder = self._trained(self.arms[arm], int(passes / self.passes_a_step(arm)), rate, seed)
-            if arm == RANDOM:  # where gradients are compared
+            if arm == RANDOM:  # gradients are compared at these weights
                 save_encoder(encoder, run / "encoder.safetensors")
             (run / "accuracy.json").write_text(json.dumps(self._accuracy(encoder, tuning=seed == TUNING_SEED)))
         found: dict[str, float] = json.loads((run / "accuracy.json").read_text())
         return found
 
     def best_rate(self, arm: str, passes: int, rates: list[float]) -> float:
-        """The one with the largest sum of accuracies on the tuning images."""
+        """The rate with the largest sum of accuracies on the tuning images."""
         return max(rates, key=lambda rate: sum(self.measured(arm, passes, rate, TUNING_SEED).values()))
 
     def encoder(self, passes: int, rate: float, seed: int) -> Encoder:
-        """As `RANDOM` trained it; as initialised for no passes."""
+        """The network after training with `RANDOM`; with 0 passes, as initialised."""
         spec = self._settings["encoder"][self._dataset]
         if not passes:
             return load_encoder(initial_weights(self._shared, spec, seed))
@@ -168,7 +168,7 @@ class Study:
         return load_encoder(f"{spec}@{weights}")
 
     def finished(self, arm: str, passes: int, rate: float, seed: int) -> bool:
-        """Whether `measured` has nothing to do."""
+        """Whether the result of `measured` is stored already."""
         return (self._run(arm, passes, rate, seed) / "accuracy.json").exists()
 
     def _run(self, arm: str, passes: int, rate: float, seed: int) -> Path:
@@ -233,7 +233,7 @@ class Study:
             return Images(stored["pixels"], stored["labels"])
 
     def _views(self, name: str, images: Images, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Views of a set of images, made once; each set has a seed of its own."""
+        """Views of a set of images, computed once; every set has its own seed."""
         path = self._work / f"views-{name}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +243,7 @@ class Study:
 
 
 class _Feed:
-    """The batches of a run: images (or clusters) in random order, epoch after epoch, none short."""
+    """Batches of a run: images (or clusters) in random order, epoch after epoch, all of full size."""
 
     def __init__(self, study: Study, arm: Arm, rng: np.random.Generator) -> None:
         self._study, self._arm, self._rng = study, arm, rng

@@ -38,7 +38,7 @@ ABORT_SECONDS = 5.0
 # Timeout of gloo and NCCL operations, since sums may begin before all processes have arrived.
 LATE = timedelta(minutes=30)
 # Environment variables that NCCL reads at the first sum, unless the user has set them. NVLink SHARP adds in any
-# order; torch disables it too when told to use deterministic algorithms.
+# order; torch disables it too when it is set to use deterministic algorithms.
 NCCL = {"NCCL_NVLS_ENABLE": "0"}
 # Environment variables that torch reads when it joins the processes. Its watchdog would abort a process before
 # `Processes.wait` could report NCCL's error in one line.
