@@ -217,12 +217,12 @@ class Artifact:
         """
         if self.location.is_local:
             return 0
-        wanted = [self._place(index) for index in indices]
-        sidecars = self._sidecars.several({position for position, _ in wanted}, self._facts)
+        places = [self._place(index) for index in indices]
+        sidecars = self._sidecars.several({position for position, _ in places}, self._facts)
         # The reader evaluates these lazily, when their turn comes: other threads may have read some indices by then.
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
-        ranges = [one for position, at in wanted for one in reader.ranges(sidecars[position], at, self._specs)]
+        ranges = [one for position, at in places for one in reader.ranges(sidecars[position], at, self._specs)]
         fetcher.expect(sorted(ranges) if together else ranges, sizes)
         return sum(one.end - one.start for one in ranges)
 
@@ -233,14 +233,14 @@ class Artifact:
         """
         if not isinstance(self.location, CachedLocation) or self.location.is_local:
             return
-        wanted: dict[int, list[int]] = {}
+        offsets: dict[int, list[int]] = {}
         for position, at in map(self._place, indices):
-            wanted.setdefault(position, []).append(at)
-        sidecars = self._sidecars.several(wanted, self._facts)
-        partial = [one for position, one in sidecars.items() if len(wanted[position]) < len(one.records)]
+            offsets.setdefault(position, []).append(at)
+        sidecars = self._sidecars.several(offsets, self._facts)
+        partial = [one for position, one in sidecars.items() if len(offsets[position]) < len(one.records)]
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in partial), sizes)
-        rest = (reader.joined_ranges(one, wanted[position], self._specs) for position, one in sidecars.items())
+        rest = (reader.joined_ranges(one, offsets[position], self._specs) for position, one in sidecars.items())
         fetcher.fill(list(chain.from_iterable(rest)), sizes)
 
     def expect_nothing(self) -> None:

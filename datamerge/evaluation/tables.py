@@ -6,6 +6,7 @@ other parts precede them, and the cost follows.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -77,8 +78,8 @@ class Results(list[ArmResult]):
 
     def _repr_html_(self) -> str:
         rows = table_rows(self)
-        notes = pages.Table([], [[note] for note in table_notes(rows)])
-        return pages.table_html(html_table(rows)) + (pages.table_html(notes) if notes.rows else "")
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in table_notes(rows))
+        return pages.table_html(html_table(rows)) + notes
 
 
 def print_rows(rows: Sequence[Row]) -> None:

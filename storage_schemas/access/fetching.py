@@ -78,7 +78,7 @@ class Fetcher(RequestThreads):
         self._began = time.time_ns()
         self._is_announced = False  # whether `expect` or `fill` was called
 
-    # What readers call.
+    # Methods for readers.
 
     def expect(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
         """Queue ranges that will be read, in order of first use.

@@ -105,7 +105,7 @@ class ArraySpec(Document):
 
 
 class Layout(Document):
-    """All that a shard writer needs to know: physical format, encoding, arrays and the shard grid."""
+    """Physical format, encoding, arrays and shard grid of an artifact."""
 
     format: Format
     encoding: EncodingName
@@ -165,7 +165,7 @@ class FileEntry(Document):
 
 
 class RecordEntry(Document):
-    """What a commit says of one record.
+    """The entry of one record in a commit.
 
     `checksums` are the crc32c of each array's little-endian bytes, the same in every format.
     `offsets` (webdataset only) are the positions of the raw array data inside the tar file.
@@ -216,10 +216,10 @@ class Commit(Sealed):
 
 
 class ShardEntry(Document):
-    """What the manifest says of one committed shard.
+    """The entry of one committed shard in the manifest.
 
     `key_range` is the first and the last of its keys in alphabetical order: a key is looked up in the shards whose
-    range holds it.
+    range contains it.
     """
 
     shard: Annotated[int, Field(ge=0)]
@@ -244,7 +244,7 @@ class ShardEntry(Document):
 
 
 class Origin(Document):
-    """One artifact of those that were combined."""
+    """One of the artifacts that were combined."""
 
     plan_sha256: Sha256
     groups: Count
@@ -260,7 +260,7 @@ class Origins(Document):
 
 
 class Manifest(Sealed):
-    """`manifest.json`: the layout, where the groups come from, and the shards that are committed."""
+    """`manifest.json`: the layout, the provenance of the groups, and the committed shards."""
 
     schema_version: Literal[1]
     writer: str
@@ -378,7 +378,7 @@ def _check_seal(data: bytes, seal: str, where: str) -> None:
 def _unknown_version(found: int, writer: Any, where: str) -> str:
     release = f"{writer}, which wrote it, or a newer one" if isinstance(writer, str) else "a newer datamerge"
     return (
-        f"{where}: expected schema_version {SCHEMA_VERSION}, which this release reads, found {found}; "
+        f"{where}: schema_version {found} is not supported by this release (it reads {SCHEMA_VERSION}); "
         f"install {release}"
     )
 

@@ -20,6 +20,7 @@ from datamerge.sources import Sample, Source
 from datamerge.sources.columns import Samples
 from storage_schemas import ConfigError, DatamergeError
 from storage_schemas.schema.preprocessing import Preprocessing
+from tests.support.html_pages import Page
 from tests.support.refusals import refused
 
 MakeEncoder = Callable[[list[list[float]]], str]
@@ -195,7 +196,8 @@ def test_values_that_are_not_finite_name_the_samples(overflowing: str, photos: P
 def test_results_are_shown_as_a_table(two_class: str, photos: Path, make_run: MakeRun) -> None:
     results = measure(two_class, make_run(two_class, two_class), data=photos, head="outputs")
     assert re.search(r"avg +my-run .* 100\.0 ± 0\.0 +50\.0 ± 25\.0 .* 3\.0 MB", repr(results))
-    assert "<td>50.0 ± 25.0</td>" in results._repr_html_()
+    ((header, _, row),) = Page(results._repr_html_()).tables
+    assert row[header.index("accuracy robust")] == "50.0 ± 25.0"
     assert repr(results[0]).startswith("ArmResult(part='pgd', arm='w/o AT', scores={'loss clean': 0.0")
     assert "\n" not in repr(results[0])
     with pytest.raises(KeyError, match="loss adv"):

@@ -43,7 +43,7 @@ class Estimator(Protocol):
         """Estimate the mean loss of each group.
 
         Args:
-            model: pixels in [0, 1] [B, C, H, W] → outputs [B, K].
+            model: pixels [B, C, H, W] in [0, 1] → outputs [B, K].
             mean: x̄, float32 or float64 [B, C, H, W].
             variance: v with divisor N, dtype and shape of the mean.
             target: embeddings [B, K] or class indices int64 [B], whichever `loss` takes.

@@ -18,7 +18,7 @@ def individual_loss(model: Model, members: Tensor, counts: Sequence[int], target
     Deterministic. Cost: N plain steps in one batch. Groups may differ in N.
 
     Args:
-        model: pixels in [0, 1] [M, C, H, W] → outputs [M, K].
+        model: pixels [M, C, H, W] in [0, 1] → outputs [M, K].
         members: [M, C, H, W] in [0, 1], the members of the first group, then those of the second, and so on.
         counts: number of members of each group; their sum is M.
         target: one per group, embeddings [B, K] or class indices int64 [B].
