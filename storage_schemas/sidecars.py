@@ -101,7 +101,7 @@ def read_committed(location: Location, path: str, sha256: str) -> bytes:
         data = location.read(path)
         if hashlib.sha256(data).hexdigest() != sha256 and location.forget([path]):
             data = location.read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CorruptShard(f"{where}: the manifest lists this file, it is missing") from None
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:

@@ -211,7 +211,7 @@ def _other_plan(location: Location, manifest: Manifest) -> str | None:
     for entry in manifest.shards:
         try:
             plan = parse(Commit, location.read(commit_path(entry.shard)), "").plan_sha256
-        except (FileNotFoundError, SchemaError, CorruptShard):
+        except (FileNotFoundError, IsADirectoryError, SchemaError, CorruptShard):
             continue
         if plan == manifest.plan_sha256:
             return None
@@ -246,7 +246,7 @@ class _ShardCheck:
         """The sidecar of a shard; raises SchemaError or CorruptShard unless it is the one that the manifest lists."""
         try:
             data = self._location.read(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise CorruptShard(f"{path}: the manifest lists this shard, its sidecar is missing") from None
         commit = parse(Commit, data, path)
         if commit.shard != shard:

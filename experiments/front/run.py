@@ -71,6 +71,11 @@ class Front:
             clean_term=bool(wanted.get("clean_weight")),
         )
 
+    def is_tuned(self, arm: str, passes: int) -> bool:
+        """Whether every rate of an arm and budget was tried."""
+        tried = [point for point in self.points() if (point.arm, point.passes) == (arm, passes)]
+        return all(self.tuning.row(point.name) for point in tried)
+
     def best(self, arm: str, passes: int) -> Point:
         """The point of an arm and budget with the best rate on the tuning images."""
         tried = [point for point in self.points() if (point.arm, point.passes) == (arm, passes)]
@@ -153,7 +158,9 @@ def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ..
 
 def write(front: Front, settings: Path) -> None:
     """Write the results file with all finished points."""
-    rows = {point.name: row for point in front.points() if (row := front.row(point))}
+    pairs = dict.fromkeys(point[:2] for point in front.points())
+    best = [front.best(*pair) for pair in pairs if front.is_tuned(*pair)]
+    rows = {point.name: row for point in best if (row := front.row(point))}
     facts = {
         "command": f"python -m experiments.front.run {'/'.join(settings.parts[-3:])}",
         "commit": commit(),

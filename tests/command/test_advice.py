@@ -177,7 +177,7 @@ def test_the_artifact_that_is_trained_on_holds_nothing_out(
             train(config)
     convert(tmp_path / "a", tmp_path / "z", format="zarr")
     train(TrainConfig(**settings, run=str(tmp_path / "run"), eval_artifact=str(tmp_path / "z")))  # type: ignore[arg-type]
-    assert "is made of the training images" in capsys.readouterr().err
+    assert f"eval_artifact: {tmp_path / 'z'}" in capsys.readouterr().err
 
 
 def _row(name: str, scores: int) -> ArmResult:

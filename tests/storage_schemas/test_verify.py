@@ -369,3 +369,17 @@ def test_a_manifest_without_sidecars_loses_every_shard(case: Case) -> None:
     assert {problem.shard for problem in report.problems} >= {0, 1, 2}
     assert case.merge() == [0, 1, 2]
     assert tree(case.folder) == case.files
+
+
+def test_a_folder_in_place_of_a_sidecar_is_damage(case: Case) -> None:
+    path = case.folder / "commits/00001.json"
+    path.unlink()
+    path.mkdir()
+    try:
+        report = verify(Location(case.folder))
+        assert any("commits/00001.json" in str(problem) for problem in report.problems)
+        artifact = open_artifact(case.folder)
+        with refused(CorruptShard, None, path):
+            artifact[artifact.shard_sizes[0]]
+    finally:
+        path.rmdir()
