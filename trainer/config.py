@@ -115,8 +115,7 @@ class TrainConfig(Settings):
     members: Annotated[int | None, Option(unset="all")] = Field(
         default=None,
         ge=1,
-        description="For the arms ind and random-member: number of stored members to use from each group, the first "
-        "ones.",
+        description="For the arms ind and random-member: use only the first members of each group, this many.",
     )
     loss: Literal["auto", LossName] = Field(
         default="auto",
@@ -140,9 +139,7 @@ class TrainConfig(Settings):
         "sampled and antithetic draw images around the mean. The default of the arm factors is sampled.",
     )
     samples: int = Field(
-        default=1,
-        ge=1,
-        description="Pseudo-labels (gauss_newton of the arm avg) or deviations drawn per group and step.",
+        default=1, ge=1, description="Pseudo-labels (arm avg, gauss_newton) or deviations drawn per group and step."
     )
     deviation: float = Field(
         default=1.0,
@@ -265,9 +262,7 @@ class TrainConfig(Settings):
         default=2, ge=1, description="Number of checkpoints to keep; older ones are removed."
     )
     data_workers: int = Field(
-        default=0,
-        ge=0,
-        description="Processes that read batches ahead; 0 reads ahead in a thread of the training process.",
+        default=0, ge=0, description="Processes that read ahead; 0 reads ahead in a thread of the training process."
     )
     cache: Annotated[str | None, Option(metavar="DIR|none", unset="a folder of your cache directory")] = Field(
         default=None,

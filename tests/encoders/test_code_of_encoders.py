@@ -93,6 +93,6 @@ def test_runs_and_merges_are_not_continued(folder: Path, capsys: pytest.CaptureF
         train(config)
     capsys.readouterr()
     train(config.model_copy(update={"run": str(folder / "another")}))
-    assert "other code" in capsys.readouterr().err
+    assert "another version of the code" in capsys.readouterr().err
     plan = prepare(MergeConfig(source=str(photos), artifact=str(folder / "b"), encoder=SPEC, device="cpu")).plan
     assert plan.provenance["encoder"]["code_sha256"] == load_encoder(SPEC).code

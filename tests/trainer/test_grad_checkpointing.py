@@ -276,11 +276,11 @@ def test_bytes_are_those_that_one_counts_by_hand() -> None:
 @pytest.mark.parametrize(
     ("spec", "facts"),
     [
-        ("open_clip:tiny-resnet", ["keeps"]),
-        ("open_clip:tiny-unable", ["keeps"]),
+        ("open_clip:tiny-resnet", ["activations of one image"]),
+        ("open_clip:tiny-unable", ["activations of one image"]),
         ("timm:crossvit_tiny_240", ["not supported"]),
         ("mlp:3x32x32-16-12", ["no method"]),
-        ("python:networks_to_checkpoint:Silent", ["keeps"]),
+        ("python:networks_to_checkpoint:Silent", ["activations of one image"]),
         ("python:networks_to_checkpoint:Reentrant", ["use_reentrant"]),
     ],
 )

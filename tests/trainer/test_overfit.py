@@ -64,7 +64,7 @@ def test_a_collapse_is_warned_of_once(artifact: str, tmp_path: Path, capsys: pyt
 def test_wider_noise_mends_it(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = _run(artifact, tmp_path / "run", on_overfit="widen")
     assert (summary.overfitted, summary.widened) == (FOUND, True)
-    assert "from here on its noise is 128/255 wide" in capsys.readouterr().err
+    assert "noise of radius 128/255" in capsys.readouterr().err
     pgd, own = _looks(tmp_path / "run")[60]
     assert pgd < 2 * own
     assert pgd < _looks(tmp_path / "run")[FOUND][0] - 1

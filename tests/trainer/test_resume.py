@@ -131,7 +131,7 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
     # A sitting without held-out groups keeps what is known of those before, one with them goes on.
     _fed(config, _stop, 0)
     train(config.model_copy(update={"eval_artifact": hard}))
-    assert "sought anew" not in capsys.readouterr().err
+    assert "search for the best state" not in capsys.readouterr().err
     assert _best(config)["best"] == min(loss for step, loss in _evaluated(config).items() if step > 4)
 
 

@@ -120,7 +120,7 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"loss_scale": 2.0}, "loss_scale", ["1.0", "0.5", "2.0"]),
         ({"loss": "cosine"}, "loss", ["cosine", "gauss_newton", '`estimator="sampled"`']),
         ({"loss": "cosine", "arm": "factors", "estimator": "gauss_newton"}, "loss", ["cosine", "gauss_newton"]),
-        ({"loss": "cosine", "arm": "clean", "refine_steps": 1, "start_noise": "0"}, "start_noise", ["no slope"]),
+        ({"loss": "cosine", "arm": "clean", "refine_steps": 1, "start_noise": "0"}, "start_noise", ["gradient 0"]),
         ({"clean_weight": -0.5}, "clean_weight", ["-0.5"]),
         ({"batch_size": 0}, "batch_size", ["0"]),
         ({"steps": None}, "steps", ["epochs", "none"]),
