@@ -113,16 +113,16 @@ def _noise(study: Study, kept: Path) -> None:
 
 def _plot(results: dict[str, Any]) -> None:
     """Plot test accuracy against passes."""
-    figure, axes = plt.subplots(3, 2, figsize=(10, 10), layout="constrained")
-    for axis, (part, found) in zip(axes.flat, results.items(), strict=True):
-        for arm, rows in found["arms"].items():
+    shown = {part: found["arms"] for part, found in results.items() if found["arms"]}
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.5 * len(shown), 4), layout="constrained", squeeze=False)
+    for axis, (part, arms) in zip(axes[0], shown.items(), strict=True):
+        for arm, rows in arms.items():
             chosen = [row.get("views", row["clean"]) for row in rows.values()]
             means, spread = [row["mean"] for row in chosen], [row["sd"] for row in chosen]
             axis.errorbar([int(passes) for passes in rows], means, spread, marker="o", capsize=3, label=arm)
         of = "clean images" if part.endswith("clusters") else "views"
         axis.set(title=part, xscale="log", xlabel="passes a place", ylabel=f"accuracy on test {of}, %")
-    for row in axes[[0, 2], 0]:
-        row.legend(fontsize="small")
+        axis.legend(fontsize="small")
     figure.savefig(HERE / "plot.png", dpi=110)
     plt.close(figure)
 
