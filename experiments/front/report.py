@@ -82,7 +82,7 @@ def figure(found: dict[str, dict[str, Any]], target: Path) -> None:
                 )
             axis.axhline(statistics.fmean(facts["baseline"][f"accuracy_{kind}"]), color="grey", linestyle=":")
             axis.set(xscale="log", ylabel=f"{kind} accuracy" if not column else None)
-        axes[0, column].set_title(name)
+        axes[0, column].set_title(name.replace("-", ", ε = ") + "/255")
         axes[1, column].set_xlabel("passes a place of the batch")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     plot.legend(handles, labels, loc="outside lower center", ncols=4)
