@@ -271,7 +271,6 @@ OTHERS: list[dict[str, Any]] = [
     *({"arm": arm, "refine_steps": 2} for arm in ("ind", "random-member", "mean-only", "clean")),
     *({"arm": arm, "refine_steps": 2, "start_noise": 0.01} for arm in ("ind", "random-member", "clean")),
     {"arm": "clean", "refine_steps": 1, "start_noise": 2 * EPSILON / LEVELS, "refine_step_size": EPSILON / LEVELS},
-    {"arm": "clean"},
 ]
 WITH_CLEAN_TERM: list[dict[str, Any]] = [
     {"arm": "avg", "estimator": "gauss_newton", "clean_weight": 0.7},
