@@ -102,8 +102,9 @@ class ArmsExperiment:
                 last = wanted["rounds"] - 1
                 shutil.copytree(f"{run}-artifacts/0-{last}", self.artifact(name))
         for name, wanted in self.settings["remerge"].items():
-            source = self.artifact(wanted.pop("source", "members"))
-            remerge(open_artifact(source), Location(self.artifact(name)), Remerge(**wanted))
+            source = self.artifact(wanted.get("source", "members"))
+            settings = Remerge(**{key: value for key, value in wanted.items() if key != "source"})
+            remerge(open_artifact(source), Location(self.artifact(name)), settings)
 
     def artifact(self, name: str) -> str:
         """Folder of the artifact with this name in the settings."""
