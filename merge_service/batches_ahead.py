@@ -16,6 +16,7 @@ from merge_service.adversarial_groups import Batch
 from merge_service.grouping import Group
 from merge_service.reading import Pixels
 from storage_schemas import Record, Reject
+from storage_schemas.access.threads import result_of
 
 Inputs = TypeVar("Inputs")
 Made = TypeVar("Made")
@@ -59,7 +60,7 @@ class BatchesAhead(Generic[Inputs, Made]):
     def run(self) -> None:
         """Put all groups through the encoder; nothing else may use the encoder meanwhile."""
         while self._upcoming is not None:
-            batch, inputs = self._upcoming[0], self._upcoming[1].result()
+            batch, inputs = self._upcoming[0], result_of(self._upcoming[1])
             self._upcoming = self._next()
             made = self._maker.run(batch, inputs, self._rejects)
             if made is not None:
@@ -69,7 +70,7 @@ class BatchesAhead(Generic[Inputs, Made]):
         """Wait for all records and return them in the order of the groups; no reference to them is kept."""
         records: list[Record] = []
         while self._made:
-            records += self._made.popleft().result()
+            records.extend(result_of(self._made.popleft()))
         return records
 
     def _next(self) -> tuple[Batch, Future[Inputs]] | None:

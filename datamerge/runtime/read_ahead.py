@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from storage_schemas.access.threads import result_of
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ def read_ahead(items: Iterable[T], stop: Callable[[], None] = lambda: None) -> I
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as pool:
         upcoming = pool.submit(next, iterator, end)
         try:
-            while (item := upcoming.result()) is not end:
+            while (item := result_of(upcoming)) is not end:
                 upcoming = pool.submit(next, iterator, end)
                 yield item  # type: ignore[misc]  # not `end`
         except BaseException:

@@ -289,8 +289,8 @@ class Folder:
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """Hold a lock, among all threads and processes, for fetching a file of unknown size."""
-        with locked(self.path / f"lock-{int(name[:8], 16) % 64:02d}"):
+        """Hold a file's own lock, among all threads and processes, for fetching the file with one request."""
+        with locked(self.path / f"lock-{name}", keep=False):
             yield
 
     def put(self, name: str, data: bytes) -> None:

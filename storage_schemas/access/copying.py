@@ -90,7 +90,15 @@ class Copies:
             self.folder.finish(file)
         return str(file.path)
 
-    def fetch(self, path: str, file: BlockFile, start: int, end: int, unused_since: int | None = None) -> bool | None:
+    def fetch(
+        self,
+        path: str,
+        file: BlockFile,
+        start: int,
+        end: int,
+        unused_since: int | None = None,
+        claimed: Callable[[], None] = lambda: None,
+    ) -> bool | None:
         """Fetch the first run of blocks of bytes [start, end) that are missing and that nobody is fetching.
 
         Args:
@@ -98,6 +106,7 @@ class Copies:
             file: its copy.
             start, end: range in bytes.
             unused_since: see `Room.reserved`.
+            claimed: called before the request, once other threads may fetch the next run.
 
         Returns:
             True if a run was fetched, or if the server turned out not to support ranges; None if there is no such
@@ -112,6 +121,7 @@ class Copies:
         first, last = run
         start, end = first * BLOCK, min(last * BLOCK, file.size)
         try:
+            claimed()
             with self._disk(), self.folder.room.reserved(end - start + last - first, unused_since) as may_write:
                 if may_write:
                     file.write(first, self._request(lambda: self._get(path, start, end)))

@@ -274,8 +274,8 @@ class Fetcher(RequestThreads):
         if not copies.has_ranges:
             copies.download(path, size)
             return
-        self._fill_first(item)  # the next thread fetches the part after this one
-        fetched = copies.fetch(path, file, start, end, self._began)
+        # The next thread fetches the part after this one.
+        fetched = copies.fetch(path, file, start, end, self._began, claimed=lambda: self._fill_first(item))
         if fetched:
             return
         with self._changed:

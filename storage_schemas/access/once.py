@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from storage_schemas.access.lru import Lru
+from storage_schemas.access.threads import result_of
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,4 +46,4 @@ class Once(Generic[K, V]):
                 del self._made[key]
                 if made.exception() is None:
                     self._values.put(key, made.result())
-        return made.result()
+        return result_of(made)

@@ -177,14 +177,21 @@ def _taken(entry: os.DirEntry[str]) -> tuple[int, int] | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, among all threads and processes."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def locked(path: Path, *, keep: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on a file, among all threads and processes; without `keep` it is removed afterwards."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:  # not removed between the open and the lock
+                try:
+                    yield
+                finally:
+                    if not keep:
+                        path.unlink(missing_ok=True)
+                return
+        finally:
+            os.close(descriptor)
 
 
 def _is_free(descriptor: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,6 +12,9 @@ T = TypeVar("T")
 
 # Calls per thread that may be started or done before their results are taken. Bounded: there may be 200,000 shards.
 AHEAD = 2
+# Seconds of the longest wait at a time. Python handles signals in the main thread, which a signal does not wake if it
+# arrives just before the wait.
+LONGEST_WAIT = 0.5
 
 
 @contextmanager
@@ -27,11 +30,18 @@ def in_threads(threads: int, work: Callable[..., T], *columns: Iterable[object])
         for arguments in zip(*columns, strict=False):
             waiting.append(pool.submit(work, *arguments))
             if len(waiting) > AHEAD * threads:
-                yield waiting.popleft().result()
+                yield result_of(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield result_of(waiting.popleft())
 
     try:
         yield results()
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt must not wait for thousands of calls
+
+
+def result_of(future: Future[T]) -> T:
+    """The result of a future, as `Future.result`; signals that arrive during the wait are handled soon after."""
+    while not future.done():
+        wait([future], LONGEST_WAIT)
+    return future.result()
