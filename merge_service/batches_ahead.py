@@ -70,7 +70,8 @@ class BatchesAhead(Generic[Inputs, Made]):
         """Wait for all records and return them in the order of the groups; no reference to them is kept."""
         records: list[Record] = []
         while self._made:
-            records.extend(result_of(self._made.popleft()))
+            made: list[Record] = result_of(self._made.popleft())
+            records += made
         return records
 
     def _next(self) -> tuple[Batch, Future[Inputs]] | None:
