@@ -25,7 +25,7 @@ import secrets
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import overload
@@ -84,15 +84,18 @@ class BlockFile:
         blocks = slice(start // BLOCK, -(-end // BLOCK))
         return not (self.here[blocks] | self.busy[blocks] if or_coming else self.here[blocks]).all()
 
-    def write(self, first: int, data: bytes | memoryview) -> None:
-        """Write `data` to the blocks from `first` on, and set their marks."""
-        view, at = memoryview(data).cast("B"), first * BLOCK
-        while view:
-            written = os.pwrite(self._descriptor, view, at)
-            view, at = view[written:], at + written
-        last = -(-at // BLOCK)
-        os.pwrite(self._descriptor, bytes([1]) * (last - first), self.size + first)
-        self.here[first:last] = True
+    def write(self, first: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """Write consecutive pieces to the blocks from `first` on, and set the mark of each block once it is whole."""
+        at = first * BLOCK
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            while view:
+                written = os.pwrite(self._descriptor, view, at)
+                view, at = view[written:], at + written
+            last = -(-at // BLOCK) if at == self.size else at // BLOCK
+            os.pwrite(self._descriptor, bytes([1]) * (last - first), self.size + first)
+            self.here[first:last] = True
+            first = last
 
     @property
     def is_kept(self) -> bool:

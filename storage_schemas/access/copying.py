@@ -124,7 +124,7 @@ class Copies:
             claimed()
             with self._disk(), self.folder.room.reserved(end - start + last - first, unused_since) as may_write:
                 if may_write:
-                    file.write(first, self._request(lambda: self._get(path, start, end)))
+                    file.write(first, self._pieces(path, start, end))
                 return may_write
         except UserError as error:
             if not isinstance(error.__cause__, NoRanges):
@@ -135,14 +135,21 @@ class Copies:
             with self._disk():
                 self.folder.release(file, run)
 
-    def _get(self, path: str, start: int, end: int) -> Buffer:
-        data = self._ranges.get(path, start, end, end - start)
-        if len(data) != end - start:
+    def _pieces(self, path: str, start: int, end: int) -> Iterator[Buffer]:
+        at = start
+        try:
+            for piece in self._ranges.pieces(path, start, end, end - start):
+                at += len(piece)
+                if at > end:
+                    break
+                yield piece
+        except FileNotFoundError as error:
+            raise _ServerError(error) from None
+        if at != end:
             raise CorruptShard(
-                f"{self._location.url}/{path}: expected {end - start} bytes at {start}, found {len(data)}; it is "
+                f"{self._location.url}/{path}: expected {end - start} bytes at {start}, found {at - start}; it is "
                 "cut short"
             )
-        return data
 
     def download(self, path: str, size: int) -> bool:
         """Fetch a whole file from a server without ranges; False if there is no room for it."""

@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -31,13 +31,15 @@ from storage_schemas.access.location import Location
 from storage_schemas.access.retries import backoff, is_transient
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import ClientConfig, S3Credential
 
 Buffer = bytes | memoryview
-Read = Callable[[str, int, int], memoryview]  # (path in the location, start, end) → bytes [start, end)
+Read = Callable[[str, int, int], Iterator[Buffer]]  # (path in the location, start, end) → bytes [start, end)
 # (location, path, first request) → (its bytes, a function that makes a reader for later requests, or None).
 Learn = Callable[[Location, str, Callable[[], bytes]], tuple[bytes, Callable[[], Read | None]]]
 
+PIECE = 2**20  # bytes; larger answers are handed on in pieces of at least as many
 # After this many consecutive failures where the file system succeeded, obstore pauses; each pause is twice as long.
 FAILURES = 4
 FIRST_REST, LONGEST_REST = 60.0, 3600.0
@@ -84,6 +86,11 @@ class RangeReads:
 
     def get(self, path: str, start: int, end: int, most: int | None = None) -> Buffer:
         """Bytes [start, end) of a file; same result and errors as `Location.sent`."""
+        pieces = list(self.pieces(path, start, end, most))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def pieces(self, path: str, start: int, end: int, most: int | None = None) -> Iterator[Buffer]:
+        """Same as `get`, piece by piece as they come."""
         location, learn, read = self._location, self._learn, self._read
         if (
             learn is None
@@ -93,37 +100,45 @@ class RangeReads:
             or not _PLAIN.fullmatch(location.path(path))
             or time.monotonic() < self._rest_until
         ):
-            return location.sent(path, start, end, most)
+            yield location.sent(path, start, end, most)
+            return
         if read is None:
-            if not self._learning.acquire(blocking=False):
-                return location.sent(path, start, end, most)
-            try:
-                first, make_reader = learn(location, path, lambda: location.sent(path, start, end, most))
-                with suppress(Exception):
-                    self._read = make_reader()
-                if self._read is None:
-                    self._learn = None
-                return first
-            finally:
-                self._learning.release()
-        delays = backoff()
+            yield self._first(learn, path, lambda: location.sent(path, start, end, most))
+            return
+        delays, at = backoff(), start
         try:
-            found = _attempt(read, path, start, end)
+            for piece in _attempt(read, path, start, end):
+                at += len(piece)
+                yield piece
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, "no such file", f"{location.url}/{path}") from None
         except _Failed as failure:
             may_pass = is_transient(failure)
         else:
             self._failures, self._rest = 0, FIRST_REST
-            return found
+            return
         if may_pass:
             time.sleep(next(delays))
-        data = location.sent(path, start, end, most, delays)
-        if not may_pass and len(data) == end - start:
+        data = location.sent(path, at, end, most, delays)
+        if not may_pass and len(data) == end - at:
             self._learn = None
         elif may_pass:
             self._count_failure()
-        return data
+        yield data
+
+    def _first(self, learn: Learn, path: str, request: Callable[[], bytes]) -> bytes:
+        """Make a request through the file system; one thread at a time learns from its own."""
+        if not self._learning.acquire(blocking=False):
+            return request()
+        try:
+            first, make_reader = learn(self._location, path, request)
+            with suppress(Exception):
+                self._read = make_reader()
+            if self._read is None:
+                self._learn = None
+            return first
+        finally:
+            self._learning.release()
 
     def _count_failure(self) -> None:
         self._failures += 1
@@ -132,15 +147,26 @@ class RangeReads:
             self._rest = min(LONGEST_REST, 2 * self._rest)
 
 
-def _attempt(read: Read, path: str, start: int, end: int) -> memoryview:
-    """All bytes of a range.
+def _attempt(read: Read, path: str, start: int, end: int) -> Iterator[Buffer]:
+    """All bytes of a range, piece by piece.
 
     Raises:
         FileNotFoundError: no such file.
-        _Failed: any other failure, or fewer bytes than requested.
+        _Failed: any other failure, or another number of bytes than requested.
     """
+    pieces, at = read(path, start, end), start
+    while (piece := _next(pieces)) is not None:
+        at += len(piece)
+        if at > end:
+            break
+        yield piece
+    if at != end:
+        raise _Failed
+
+
+def _next(pieces: Iterator[Buffer]) -> Buffer | None:
     try:
-        data = read(path, start, end)
+        return next(pieces, None)
     except (FileNotFoundError, _Failed, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
@@ -150,9 +176,15 @@ def _attempt(read: Read, path: str, start: int, end: int) -> memoryview:
         if "HTTP error" in text and "certificate" not in text:
             raise _Failed from ConnectionError()
         raise _Failed from None
-    if len(data) != end - start:
-        raise _Failed
-    return data
+
+
+def _pieces(answer: GetResult, size: int) -> Iterator[Buffer]:
+    """The bytes of an answer; writing them as they come costs a third of collecting megabytes first."""
+    if size <= PIECE:
+        yield memoryview(answer.bytes())
+    else:
+        for piece in answer.stream(min_chunk_size=PIECE):
+            yield memoryview(piece)
 
 
 def _learner(location: Location) -> Learn | None:
@@ -203,11 +235,11 @@ def _web_read(url: str) -> Read:
         retry_config={"max_retries": 0},
     )
 
-    def read(path: str, start: int, end: int) -> memoryview:
+    def read(path: str, start: int, end: int) -> Iterator[Buffer]:
         answer = obstore.get(store, path, options={"range": (start, end)})
         if answer.attributes.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
             raise _Failed
-        return memoryview(answer.bytes())
+        yield from _pieces(answer, end - start)
 
     return read
 
@@ -277,7 +309,11 @@ def _s3_read(fs: Any, bucket: str, folder: str, base: str, headers: Mapping[str,
         retry_config={"max_retries": 0},
         credential_provider=credentials,
     )
-    return lambda path, start, end: memoryview(obstore.get_range(store, folder + path, start=start, end=end))
+
+    def read(path: str, start: int, end: int) -> Iterator[Buffer]:
+        yield from _pieces(obstore.get(store, folder + path, options={"range": (start, end)}), end - start)
+
+    return read
 
 
 async def _client(fs: Any, bucket: str) -> Any:

@@ -199,7 +199,7 @@ def _evict(folder: Path, done: Any) -> None:
 def test_a_copy_that_is_made_is_not_evicted_before_it_is_open(tmp_path: Path) -> None:
     folder, done = Folder(tmp_path, PLENTY), FRESH.Event()
     used = folder.open("f" * 64, SIZE)
-    used.write(0, bytes(SIZE))
+    used.write(0, [bytes(SIZE)])
     process = FRESH.Process(target=_evict, args=(tmp_path, done))
     process.start()
     made: list[int] = []
