@@ -44,6 +44,7 @@ demo: $(VENV)/.demo
 # Finished parts are kept in experiments-output and not done again.
 ARMS = digits/epsilon-26 cifar10/epsilon-2 cifar10/epsilon-4 cifar10/refined cifar10/refined-epsilon-4 cifar10/deviation \
 	photos/epsilon-2 photos/epsilon-4
+FRONT = digits-26 cifar10-2 cifar10-4 relatives-2 photos-2 photos-2-longer
 experiments-small: $(VENV)/.demo
 	@test -d "$$DATAMERGE_DATA" || { echo "set DATAMERGE_DATA to the folder with mnist, cifar10 and nips17" >&2; exit 2; }
 	$(PIP) -e '.[experiments]'
@@ -53,6 +54,11 @@ experiments-small: $(VENV)/.demo
 	  $(BIN)/python -m experiments.arms experiments/$$arms.toml --data "$$DATAMERGE_DATA" \
 	    --work experiments-output/$${arms%/*} || exit; \
 	done
+	for front in $(FRONT); do \
+	  $(BIN)/python -m experiments.front.run experiments/front/$$front.toml --data "$$DATAMERGE_DATA" \
+	    --work experiments-output/front-$${front%%-*} || exit; \
+	done
+	$(BIN)/python -m experiments.views.run --data "$$DATAMERGE_DATA" --work experiments-output/views
 
 # A process for each core; more than four would wait for the tests of the Ray cluster, which share one.
 test: $(VENV)/.dev

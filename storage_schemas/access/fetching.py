@@ -161,10 +161,15 @@ class Fetcher(RequestThreads):
         size = self._size(path)
         return self.read(path, start or 0, size if end is None else min(end, size), size).tobytes()
 
-    def whole(self, path: str) -> Bytes | None:
-        """A view of the memory map of a complete copy that this process has open; None if there is none."""
+    @property
+    def is_quiet(self) -> bool:
+        """Whether all is filled and no announced range is left to read: reads of the disk need no account then."""
+        return self._fills.are_done and not self._pieces.are_due
+
+    def settled(self, path: str) -> BlockFile | None:
+        """The copy of a file, if it may be read without this fetcher: it is complete, or `is_quiet`."""
         file = None if (copies := self._copies) is None else copies.opened(path)
-        return file.view if file is not None and file.is_complete and file.is_kept else None
+        return file if file is not None and (file.is_complete or self.is_quiet) and file.is_kept else None
 
     def whole_path(self, path: str) -> str | None:
         """Path of the complete copy of a file, fetched if needed; None without a cache or without room in it."""
@@ -194,6 +199,8 @@ class Fetcher(RequestThreads):
             may_expect = self._active["expected"] < large or self._pieces.flying < FLYING
             work = self._expected_work() if may_expect else None
             return None if work is None else ("expected", work)
+        while self._fills and self._is_here(item := self._fills.first):
+            self._fills.done(item)
         if self._fills and self._active["fill"] < large:
             return "fill", functools.partial(self._fill, self._fills.take())
         if self._fills.are_elsewhere and not self._active["fill"]:

@@ -46,8 +46,8 @@ class Fills:
 
     @property
     def are_done(self) -> bool:
-        """Whether all added ranges are on the disk, as far as is known."""
-        return not self._undone
+        """Whether ranges were added, and all are on the disk as far as is known."""
+        return bool(self._of) and not self._undone
 
     def done(self, item: Range) -> None:
         """Remove a range that is on the disk."""
@@ -58,6 +58,11 @@ class Fills:
         """Record that a range is not on the disk: where all was, its copy has been evicted."""
         if self._of and not self._undone:
             self._undone.add(item)
+
+    @property
+    def first(self) -> Range:
+        """The first range; there must be one."""
+        return next(iter(self._waiting))
 
     def take(self) -> Range:
         """Remove and return the first range."""

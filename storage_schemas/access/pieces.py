@@ -46,6 +46,11 @@ class Pieces:
         """Whether a range will still be read."""
         return item in self._due
 
+    @property
+    def are_due(self) -> bool:
+        """Whether any range will still be read."""
+        return bool(self._due)
+
     def has_room(self, items: Sequence[Range]) -> bool:
         """Whether these ranges fit the limit; ranges of any size do if nothing else is held."""
         return not self.held or self.held + _bytes(items) <= self._most

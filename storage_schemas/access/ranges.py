@@ -6,9 +6,10 @@ import hashlib
 
 import numpy as np
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.blocks import BlockFile, Bytes
 from storage_schemas.access.devices import refuse_devices
 from storage_schemas.access.fetchers import fetcher_of
+from storage_schemas.access.fetching import Fetcher
 from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
@@ -39,8 +40,10 @@ class FileRanges:
     """Reads ranges of many files, keeping the last `OPEN_MAPS` memory maps open."""
 
     def __init__(self, location: Location) -> None:
-        self._location = location
-        self._maps = Lru[str, Bytes](OPEN_MAPS)
+        self._location, self._is_local = location, location.is_local
+        self._maps = Lru[str, Bytes](OPEN_MAPS)  # of local files
+        self._copies = Lru[str, BlockFile](OPEN_MAPS)  # of remote files
+        self._fetcher: Fetcher | None = None
 
     def read(self, path: str, start: int, size: int, file_bytes: int | None = None) -> Bytes:
         """`size` bytes from `start`; a view of the map for local files and for copies in the local cache.
@@ -56,13 +59,11 @@ class FileRanges:
             CorruptShard: the file is missing or too short.
         """
         try:
-            mapped = self._maps.get(path)
-            if mapped is None and self._location.is_local:
-                mapped = self._map(path)
-            if mapped is not None:
-                data = mapped[start : start + size]
+            if self._is_local:
+                mapped = self._maps.get(path)
+                data = (self._map(path) if mapped is None else mapped)[start : start + size]
             else:
-                data = self._fetched(path, start, start + size, file_bytes)
+                data = self._copied(path, start, start + size, file_bytes)
         except FileNotFoundError:
             raise CorruptShard(f"{self._location.url}/{path}: the file is missing") from None
         if len(data) != size:
@@ -71,12 +72,19 @@ class FileRanges:
             )
         return data
 
-    def _fetched(self, path: str, start: int, end: int, file_bytes: int | None) -> Bytes:
+    def _copied(self, path: str, start: int, end: int, file_bytes: int | None) -> Bytes:
+        copy = self._copies.get(path)
+        if copy is not None and (copy.is_complete or self._is_quiet()) and not copy.missing(start, end):
+            return copy.view[start:end]
         fetcher = fetcher_of(self._location)
         data = fetcher.read(path, start, end, file_bytes)
-        if (whole := fetcher.whole(path)) is not None:
-            self._maps.put(path, whole)
+        if (copy := fetcher.settled(path)) is not None:
+            self._copies.put(path, copy)
+            self._fetcher = fetcher
         return data
+
+    def _is_quiet(self) -> bool:
+        return self._fetcher is not None and self._fetcher.is_quiet
 
     def _map(self, path: str) -> Bytes:
         local = self._location.path(path)
