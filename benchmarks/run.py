@@ -57,7 +57,7 @@ class Sizes:
     photos: int = 4
     most_shards: int = 1000
     many_shards: int = 200_000
-    streamed: int = 1024
+    streamed: int = 2048
     listed: int = lists.SAMPLES
     groups_per_shard: int = 4
     scale: int = 1

@@ -6,6 +6,8 @@ The server (`benchmarks.remote_server`) and every reader (`benchmarks.streaming_
 Speeds are groups per second, from the opening of the artifact on, for a consumer that takes each batch as soon as it
 is there, except where a pause is given. The speed of the link is that of plain downloads of the same files over 16
 connections, converted to groups by the bytes that the arm needs. Both sides of a ratio come from the same round.
+Without a limit for all connections the server and its reader use all of a small machine's cores, so the ratio then
+measures processor time a byte; with `LINK` it measures how well the link is used.
 
 If `LITDATA_PYTHON` and `MOSAICML_PYTHON` name the interpreters of environments with these libraries,
 `benchmarks/peers_streaming.py` reads the same arrays in their formats from the same server.
@@ -43,6 +45,7 @@ NEEDED = ("sum", "factors", "target")  # arrays that the arm reads
 CONNECTIONS, PART = 16, 8 * 2**20
 STEP = 0.06  # seconds that a consumer spends on a batch
 NEAR, FAR, RATE = 0.02, 0.1, 100e6  # seconds per request (twice); bytes per second of a connection
+LINK = 400e6  # bytes per second of all connections: two cores serve and read this much without being the limit
 ENCODER = f"mlp:3x224x224-2-{WIDTH}"
 CRASHES = 6  # number of crashes after which another library is given up
 PEERS = {"LitData": "LITDATA_PYTHON", "MosaicML streaming": "MOSAICML_PYTHON"}
@@ -109,11 +112,12 @@ class Rounds:
 
     def round(self, remote: Remote) -> None:
         """Run every way once."""
-        steps, http_url, s3_url = self.steps, f"{remote.url}/bucket/{self.format}", f"s3://bucket/{self.format}"
+        steps, below = self.steps, f"bucket/{self.format}"
+        http_url, s3_url = f"{remote.url}/{below}", f"s3://{below}"
         local = ours(str(self.artifact), None, {"steps": 2 * steps})
         self.ways["local"].add(local, steps)
         remote.log()
-        bare = link(remote, self.artifact, f"bucket/{self.format}")
+        bare = link(remote, self.artifact, below)
         remote.log()
         floor = min(local.speed(steps), bare / self.needed * self.layout.groups)
         self.ratios["link, MB/s"].append(bare / 1e6)
@@ -130,7 +134,13 @@ class Rounds:
         self._remote(remote, "http, 4 workers, no cache", http_url, workers=4, cache="none")
         paced = self._remote(remote, f"http, {STEP * 1000:.0f} ms a batch", http_url, pause=STEP)
         self.ratios["waiting"].append(paced.waiting())
-        remote.set(latency=FAR)
+        remote.set(total=LINK)
+        slower = min(local.speed(steps), link(remote, self.artifact, below) / self.needed * self.layout.groups)
+        remote.log()
+        for name, url in (("http", http_url), ("S3", s3_url)):
+            limited = self._remote(remote, f"{name}, {LINK / 1e6:.0f} MB/s", url)
+            self.ratios[f"{name}, limited"].append(limited.speed(steps) / slower)
+        remote.set(total=0, latency=FAR)
         far = self._remote(remote, f"http, {FAR * 1000:.0f} ms a request", http_url)
         self.ratios["first batch, far"].append(far.first)
         remote.set(latency=NEAR)
@@ -188,7 +198,10 @@ class Rounds:
     def findings(self) -> Findings:
         """Bars of the medians, and a table of the ways to read."""
         shard = self.artifact_bytes() / self.layout.shards / 1e6
+        limited = f"at {LINK / 1e6:.0f} MB/s in all, cold / min(local, link)"
         bars = [
+            Bar(f"http {limited}", self.ratios["http, limited"], 0.8, at_least=True),
+            Bar(f"S3 {limited}", self.ratios["S3, limited"], 0.8, at_least=True),
             Bar("http, cold / min(local, link)", self.ratios["http, cold"], 0.8, at_least=True),
             Bar("S3, cold / min(local, link)", self.ratios["S3, cold"], 0.8, at_least=True),
             Bar("second epoch / local", self.ratios["second epoch"], 0.98, at_least=True),

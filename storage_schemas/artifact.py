@@ -14,7 +14,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 
 from storage_schemas.access.cache import Cache, CachedLocation
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.location import Location
 from storage_schemas.access.ranges import damage
 from storage_schemas.display import one_line, table
@@ -33,7 +33,7 @@ from storage_schemas.schema.manifest import (
     Manifest,
     parse,
 )
-from storage_schemas.schema.packed import Sidecar
+from storage_schemas.schema.packed import Sidecar, sizes_of
 from storage_schemas.schema.record import Array, Record
 from storage_schemas.sidecars import Sidecars, read_committed
 from storage_schemas.stores import store_of
@@ -220,7 +220,7 @@ class Artifact:
         places = [self._place(index) for index in indices]
         sidecars = self._sidecars.several({position for position, _ in places}, self._facts)
         # The reader evaluates these lazily, when their turn comes: other threads may have read some indices by then.
-        fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
+        fetcher, reader, sizes = fetcher_of(self.location), self._reader, sizes_of(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
         ranges = [one for position, at in places for one in reader.ranges(sidecars[position], at, self._specs)]
         fetcher.expect(sorted(ranges) if together else ranges, sizes)
@@ -238,10 +238,15 @@ class Artifact:
             offsets.setdefault(position, []).append(at)
         sidecars = self._sidecars.several(offsets, self._facts)
         partial = [one for position, one in sidecars.items() if len(offsets[position]) < len(one.records)]
-        fetcher, reader, sizes = fetcher_of(self.location), self._reader, _sizes(sidecars.values())
+        fetcher, reader, sizes = fetcher_of(self.location), self._reader, sizes_of(sidecars.values())
         fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in partial), sizes)
         rest = (reader.joined_ranges(one, offsets[position], self._specs) for position, one in sidecars.items())
         fetcher.fill(list(chain.from_iterable(rest)), sizes)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all that `fill` has announced is in the cache, so that it need not be announced to be read."""
+        return self.location.is_local or fetcher_of(self.location).is_filled
 
     def expect_nothing(self) -> None:
         """Cancel all announced reads; threads that wait for one get a DatamergeError."""
@@ -392,8 +397,3 @@ class Artifact:
             with suppress(DatamergeError, OSError):  # show the facts anyway
                 sheet = read_committed(self.location, PREVIEW, entry.sha256)
         return table(self.location.url, facts, sheet)
-
-
-def _sizes(sidecars: Iterable[Sidecar]) -> dict[str, int]:
-    """Bytes of the shards' files, by path."""
-    return {file.path: file.bytes for sidecar in sidecars for file in sidecar.files}

@@ -7,7 +7,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.threads import AHEAD, in_threads
 from storage_schemas.errors import DatamergeError
 from storage_schemas.schema.record import Record

@@ -54,8 +54,9 @@ class BlockFile:
             if size
             else np.empty(0, np.uint8)
         )
-        self.here = np.zeros(-(-size // BLOCK), np.bool_)
-        self.busy = np.zeros(len(self.here), np.bool_)  # being fetched by this process
+        self._here, self._busy = bytearray(-(-size // BLOCK)), bytearray(-(-size // BLOCK))
+        self.here = np.frombuffer(self._here, np.bool_)
+        self.busy = np.frombuffer(self._busy, np.bool_)  # being fetched by this process
         self._complete = False
         self.refresh(0, len(self.here))
 
@@ -70,7 +71,7 @@ class BlockFile:
     @property
     def is_complete(self) -> bool:
         """Whether all blocks are known to be present in this process."""
-        self._complete = self._complete or bool(self.here.all())
+        self._complete = self._complete or 0 not in self._here
         return self._complete
 
     def missing(self, start: int, end: int, *, or_coming: bool = False) -> bool:
@@ -81,8 +82,10 @@ class BlockFile:
         """
         if self._complete:
             return False
-        blocks = slice(start // BLOCK, -(-end // BLOCK))
-        return not (self.here[blocks] | self.busy[blocks] if or_coming else self.here[blocks]).all()
+        first, last = start // BLOCK, -(-end // BLOCK)
+        if self._here.find(0, first, last) < 0:  # ten times as fast as numpy, for each read of a record
+            return False
+        return not (or_coming and (self.here[first:last] | self.busy[first:last]).all())
 
     def write(self, first: int, pieces: Iterable[bytes | memoryview]) -> None:
         """Write consecutive pieces to the blocks from `first` on, and set the mark of each block once it is whole."""

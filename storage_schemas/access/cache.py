@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage_schemas.access.blocks import Folder, folder_of
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.local_paths import absolute
 from storage_schemas.access.location import Location
 from storage_schemas.errors import ConfigError

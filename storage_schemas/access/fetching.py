@@ -19,8 +19,6 @@ Failures of prefetching are ignored: the reader repeats the request and raises t
 from __future__ import annotations
 
 import functools
-import os
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -50,7 +48,7 @@ POLLS = 20  # checks before testing whether that process is still alive
 
 
 class Fetcher(RequestThreads):
-    """Fetches for one location, in one process; `fetcher_of` gives the one that all its readers share."""
+    """Fetches for one location, in one process; `fetchers.fetcher_of` gives the one that all its readers share."""
 
     def __init__(
         self,
@@ -108,6 +106,11 @@ class Fetcher(RequestThreads):
             if self._copies is not None:
                 self._fills.add(ranges)
                 self._start_threads()
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether all that was to be filled is on the disk; False again after a copy of it was evicted and missed."""
+        return self._fills.are_done
 
     @property
     def held(self) -> int:
@@ -229,6 +232,8 @@ class Fetcher(RequestThreads):
             file = copies.used(path, copies.open(path, size))
             if start >= end or not file.missing(start, end):
                 return file.view[start:end]
+            with self._changed:
+                self._fills.lost(item)
             if not copies.has_ranges:
                 if not self._wait_for(path, lambda: copies.download(path, size)):
                     return None
@@ -268,18 +273,20 @@ class Fetcher(RequestThreads):
         size, copies = self._sizes.get(path), self._copies
         if copies is None or size is None:
             return
-        file = copies.touched(copies.open(path, size))
-        if not file.missing(start, end):
-            return
-        if not copies.has_ranges:
-            copies.download(path, size)
-            return
-        # The next thread fetches the part after this one.
-        fetched = copies.fetch(path, file, start, end, self._began, claimed=lambda: self._fill_first(item))
-        if fetched:
-            return
+        file, fetched = copies.touched(copies.open(path, size)), None
+        if file.missing(start, end):
+            if not copies.has_ranges:
+                copies.download(path, size)
+                return
+            # The next thread fetches the part after this one.
+            fetched = copies.fetch(path, file, start, end, self._began, claimed=lambda: self._fill_first(item))
+            if fetched:
+                return
         with self._changed:
-            self._fills.drop(item, is_elsewhere=fetched is None and file.missing(start, end))
+            if file.missing(start, end):
+                self._fills.drop(item, is_elsewhere=fetched is None)
+            else:
+                self._fills.done(item)
 
     def _fill_first(self, item: Range) -> None:
         with self._changed:
@@ -377,24 +384,3 @@ class Fetcher(RequestThreads):
                     self._pieces.keep(item, data)
                 self._changed.notify_all()
         return data
-
-
-_MAKING = threading.Lock()
-
-
-def fetcher_of(location: Location) -> Fetcher:
-    """The fetcher of a remote location, in this process."""
-    with _MAKING:
-        made: tuple[int, Fetcher] | None = vars(location).get("_fetcher")
-        if made is None or made[0] != os.getpid():
-            made = os.getpid(), Fetcher(location, getattr(location, "cache", None))
-            vars(location)["_fetcher"] = made
-        return made[1]
-
-
-def _after_fork() -> None:
-    global _MAKING
-    _MAKING = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)

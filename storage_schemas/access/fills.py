@@ -20,6 +20,7 @@ class Fills:
         self._waiting: OrderedDict[Range, None] = OrderedDict()
         self._elsewhere: dict[Range, None] = {}  # being fetched by other processes
         self._of: dict[str, list[Range]] = {}  # by path, the ranges of the last `add`, sorted
+        self._undone: set[Range] = set()  # added, and not known to be on the disk
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -33,6 +34,7 @@ class Fills:
         """Queue ranges."""
         ranges = list(ranges)
         self._of |= {path: sorted(of) for path, of in groupby(ranges, attrgetter("path"))}
+        self._undone.update(ranges)
         for item in ranges:
             if item not in self._elsewhere:
                 self._waiting.setdefault(item)
@@ -42,12 +44,27 @@ class Fills:
         self._waiting[item] = None
         self._waiting.move_to_end(item, last=False)
 
+    @property
+    def are_done(self) -> bool:
+        """Whether all added ranges are on the disk, as far as is known."""
+        return not self._undone
+
+    def done(self, item: Range) -> None:
+        """Remove a range that is on the disk."""
+        self._waiting.pop(item, None)
+        self._undone.discard(item)
+
+    def lost(self, item: Range) -> None:
+        """Record that a range is not on the disk: where all was, its copy has been evicted."""
+        if self._of and not self._undone:
+            self._undone.add(item)
+
     def take(self) -> Range:
         """Remove and return the first range."""
         return self._waiting.popitem(last=False)[0]
 
     def drop(self, item: Range, *, is_elsewhere: bool) -> None:
-        """Remove a range. If other processes are fetching the rest of it, `look_again` queues it again."""
+        """Remove a range that is not fetched. If others are fetching the rest of it, `look_again` queues it again."""
         self._waiting.pop(item, None)
         if is_elsewhere:
             self._elsewhere[item] = None
@@ -62,6 +79,7 @@ class Fills:
         self._waiting.clear()
         self._elsewhere.clear()
         self._of.clear()
+        self._undone.clear()
 
     def around(self, path: str, start: int, end: int) -> tuple[int, int]:
         """Widen [start, end) to multiples of `SMALLEST` bytes within the added range that contains it, if any."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from storage_schemas.access.blocks import Bytes
 from storage_schemas.access.devices import refuse_devices
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.location import Location
 from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import numpy as np
@@ -27,6 +27,7 @@ class PackedRecords(Sequence[RecordEntry]):
         offsets = [[(record.offsets or {}).get(name, -1) for name in self._names] for record in records]
         self._offsets = np.array(offsets, np.int64) if any(record.offsets for record in records) else None
         self._facts = [json.dumps([record.samples, record.info]).encode() for record in records] if facts else None
+        self._last: tuple[int, RecordEntry] | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -38,6 +39,12 @@ class PackedRecords(Sequence[RecordEntry]):
     def __getitem__(self, index: int | slice) -> RecordEntry | Sequence[RecordEntry]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
+        last = self._last
+        if last is None or last[0] != index:  # a record's readers ask for its entry in turn
+            last = self._last = index, self._entry(index)
+        return last[1]
+
+    def _entry(self, index: int) -> RecordEntry:
         label = int(self._labels[index])
         sums = zip(self._names, self._checksums[index].tolist(), strict=True)
         offsets = None if self._offsets is None else zip(self._names, self._offsets[index].tolist(), strict=True)
@@ -74,3 +81,8 @@ Sidecar = Commit | PackedCommit
 def file_bytes(sidecar: Sidecar, path: str) -> int:
     """Bytes of a shard's file according to its sidecar; 0 if the sidecar does not list it."""
     return next((file.bytes for file in sidecar.files if file.path == path), 0)
+
+
+def sizes_of(sidecars: Iterable[Sidecar]) -> dict[str, int]:
+    """Bytes of the shards' files, by path."""
+    return {file.path: file.bytes for sidecar in sidecars for file in sidecar.files}

@@ -17,9 +17,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -109,7 +108,8 @@ class Ahead:
         self._expected = self._reached = -1  # positions
         self._step = course.start
         self._ahead: deque[tuple[int, int]] = deque()  # (position, bytes) of requested blocks that are not read yet
-        self._closed = False
+        self._closed = threading.Event()
+        self._fills_all = False  # whether all groups of the run were announced to be filled
         self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=f"datamerge-{work.__name__[1:]}", daemon=True)
             for work in (self._near, self._far)
@@ -129,7 +129,7 @@ class Ahead:
     def close(self) -> None:
         """Stop fetching and release waiting readers; may be called more than once."""
         with self._changed:
-            self._closed = True
+            self._closed.set()
             self._changed.notify_all()
         self._groups.expect_nothing()
         for thread in self._threads:
@@ -146,12 +146,12 @@ class Ahead:
 
     def _wait(self, until: Callable[[], bool]) -> bool:
         """Wait on `_changed`, which the caller holds, until the condition is true; False if closed."""
-        while not self._closed and not until():
+        while not self._closed.is_set() and not until():
             self._changed.wait(PATIENCE)
-        return not self._closed
+        return not self._closed.is_set()
 
     def _near(self) -> None:
-        mine = islice(self._course.pieces(), self._worker, None, self._workers)
+        mine: Iterator[Piece] = islice(self._course.pieces(), self._worker, None, self._workers)
         budget, count = NEAR_BYTES // self._workers, 1
         while block := list(islice(mine, count)):
             last = block[-1].position
@@ -170,6 +170,22 @@ class Ahead:
                 least = -1 if is_sound else last
                 if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]
                     return
+            if self._is_all_here():
+                self._rest()
+                mine = dropwhile(lambda piece: piece.position < self._reached, mine)
+
+    def _is_all_here(self) -> bool:
+        return self._fills_all and self._groups.is_filled
+
+    def _rest(self) -> None:
+        """Announce nothing while all is in the cache: each announcement and each wake-up would delay the reader."""
+        with self._changed:
+            announced, self._expected = self._expected, np.iinfo(np.int64).max
+            self._changed.notify_all()
+        while not self._closed.is_set() and self._is_all_here():
+            self._closed.wait(PATIENCE)
+        with self._changed:
+            self._expected = max(announced, self._reached)
 
     def _has_room(self, budget: int) -> bool:
         return len(self._ahead) < 2 or sum(size for _, size in self._ahead) < budget
@@ -189,14 +205,17 @@ class Ahead:
         start = self._course.start
         while start < self._course.stop and groups:
             stop, wanted = self._course.groups_here(start, groups)
-            places = np.unique(wanted)
+            places, is_sound = np.unique(wanted), True
             is_all = len(places) == len(self._groups) and needed <= room
             for indices in _by_shard(wanted, places, ends, part, parts):
-                if self._closed:
+                if self._closed.is_set():
                     return
-                with suppress(DatamergeError, OSError):
+                try:
                     self._groups.fill(indices)
+                except (DatamergeError, OSError):
+                    is_sound = False
             if is_all:
+                self._fills_all = is_sound and parts == 1
                 return
             middle = (start + stop) // 2
             with self._changed:

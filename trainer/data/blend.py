@@ -80,6 +80,11 @@ class Blend:
         for artifact, own in self._located(indices):
             artifact.fill(own)
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether all that `fill` has announced is in the cache."""
+        return all(artifact.is_filled for artifact in self.artifacts)
+
     def expect_nothing(self) -> None:
         """Cancel prefetches that were not read yet."""
         for artifact in self.artifacts:

@@ -361,7 +361,7 @@ def test_a_forked_process_reads_without_it(site: WebServer) -> None:
     code = f"""
 import os
 from storage_schemas import Location
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 location = Location({site.url!r})
 for _ in range(2):
     fetcher_of(location).read("x.bin", 5, 50)
@@ -379,7 +379,7 @@ def test_without_obstore(site: WebServer) -> None:
 import sys
 sys.modules["obstore"] = None
 from storage_schemas import Location
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 for _ in range(2):
     assert fetcher_of(Location({site.url!r})).read("x.bin", 5, 50).tobytes() == {DATA[5:50]!r}
 """

@@ -378,7 +378,7 @@ def test_a_process_ends_though_the_server_stalls(
 
 def test_a_forked_process_fetches_by_itself(tmp_path: Path, web: WebServer, data: bytes) -> None:
     from storage_schemas.access.cache import CachedLocation
-    from storage_schemas.access.fetching import fetcher_of
+    from storage_schemas.access.fetchers import fetcher_of
 
     location = CachedLocation.of(Location(web.url), Cache(tmp_path / "cache", PLENTY))
     fetcher_of(location).read("a", 0, 10, SIZE)

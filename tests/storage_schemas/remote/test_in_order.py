@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from storage_schemas import Cache, CorruptShard, Layout, Location, Record, open_artifact
-from storage_schemas.access.fetching import fetcher_of
+from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.in_order import BLOCKS, in_order
 from storage_schemas.sidecars import CACHED_COMMITS
 from storage_schemas.verify import verify

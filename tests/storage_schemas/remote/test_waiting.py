@@ -50,6 +50,18 @@ def test_filling_takes_no_processor_while_the_server_is_silent(
         assert len(fetcher.read(path, 0, SIZE, SIZE)) == SIZE
 
 
+def test_a_location_is_filled_until_a_copy_is_missed(fetcher: Fetcher) -> None:
+    fetcher.fill([Range("0", 0, SIZE), Range("1", 0, SIZE)], {"0": SIZE, "1": SIZE})
+    end = time.monotonic() + 20
+    while not fetcher.is_filled and time.monotonic() < end:
+        time.sleep(0.01)
+    fetcher.read("1", 5, 50, SIZE)
+    assert fetcher.is_filled
+    assert fetcher.forget("1")
+    assert fetcher.read("1", 5, 50, SIZE).tobytes() == bytes(45)
+    assert not fetcher.is_filled
+
+
 def test_files_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, web: WebServer, fetcher: Fetcher) -> None:
     """The server answers none before it was asked for all."""
     together = threading.Barrier(FILES, timeout=20)

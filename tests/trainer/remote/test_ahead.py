@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,26 @@ def test_shards_are_dealt_in_order_of_first_use() -> None:
     wanted, ends = np.array([9, 2, 8, 3, 0, 9, 5]), np.array([4, 6, 10])
     dealt = [list(trainer.data.ahead._by_shard(wanted, np.unique(wanted), ends, part, 2)) for part in (0, 1)]
     assert dealt == [[[8, 9, 5]], [[0, 2, 3]]]
+
+
+def test_what_is_in_the_cache_is_not_announced(
+    tmp_path: Path, there: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced, expect = [0], Artifact.expect
+
+    def counted(artifact: Artifact, indices: Sequence[int]) -> int:
+        announced[0] += 1
+        return expect(artifact, indices)
+
+    monkeypatch.setattr(Artifact, "expect", counted)
+    artifact, local = open_artifact(there("webdataset"), cache=Cache(tmp_path / "cache", 10**9)), tmp_path / "web/a"
+    found, expected = _stream(artifact, 0, 1600), _stream(open_artifact(local), 0, 1600)
+    with ended(found), ended(expected):
+        _same(islice(found, 40), islice(expected, 40))
+        end = time.monotonic() + 20
+        while not artifact.is_filled and time.monotonic() < end:
+            time.sleep(0.01)
+        _same(islice(found, 400), islice(expected, 400))  # some blocks were announced before
+        before = announced[0]
+        _same(islice(found, 400), islice(expected, 400))
+        assert announced[0] == before
