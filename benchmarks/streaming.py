@@ -176,14 +176,15 @@ class Rounds:
                 _save(groups, self.artifact)
                 seen([*script, "write", name, str(groups), str(folder), str(self.layout.groups)], {})
             for workers in (0, 4):
-                way = self.ways[f"{name}, {workers} workers" if workers else name]
-                way.add(*self._peer(remote, name, script, folder, workers))
+                way = f"{name}, {workers} workers" if workers else name
+                if self.crashes[way] <= CRASHES and (found := self._peer(remote, way, name, script, folder, workers)):
+                    self.ways[way].add(*found)
 
     def _peer(
-        self, remote: Remote, name: str, script: list[str], folder: Path, workers: int
-    ) -> tuple[Seen, int, list[Request]]:
-        """Run another library's reader, and restart it if it crashes, as MosaicML streaming occasionally does."""
-        while True:
+        self, remote: Remote, way: str, name: str, script: list[str], folder: Path, workers: int
+    ) -> tuple[Seen, int, list[Request]] | None:
+        """Run another library's reader, and restart it if it crashes, as MosaicML streaming does; None at the end."""
+        while self.crashes[way] <= CRASHES:
             with tempfile.TemporaryDirectory(dir=self._scratch) as cache:
                 remote.log()
                 arguments = ["read", name, f"s3://bucket/{folder.name}", cache, str(workers)]
@@ -191,9 +192,8 @@ class Rounds:
                 try:
                     return seen([*script, *arguments], {**S3, **endpoint}), self.steps, remote.log()[0]
                 except click.ClickException:
-                    self.crashes[name] += 1
-                    if self.crashes[name] > CRASHES:
-                        raise
+                    self.crashes[way] += 1
+        return None
 
     def findings(self) -> Findings:
         """Bars of the medians, and a table of the ways to read."""
@@ -212,12 +212,12 @@ class Rounds:
             Bar("MB sent twice, killed and continued", self.ratios["again"], shard),
         ]
         for name in PEERS:
-            if name in self.ways:
-                best = [
-                    max(pair)
-                    for pair in zip(self.ways[name].speeds, self.ways[f"{name}, 4 workers"].speeds, strict=True)
-                ]
-                mine = self.ways["S3"].speeds
+            mine = self.ways["S3"].speeds
+            whole = [
+                way.speeds for of, way in self.ways.items() if of.startswith(name) and len(way.speeds) == len(mine)
+            ]
+            if whole:
+                best = [max(speeds) for speeds in zip(*whole, strict=True)]
                 bars.append(Bar(f"S3, cold / {name}, with or without workers", _over(mine, best), 1.0, at_least=True))
         rows = [[name, *way.cells()] for name, way in self.ways.items()]
         plain = {"no cache / min(local, link)": "no cache", "link, MB/s": "link, MB/s"}
@@ -247,7 +247,11 @@ def run(formats: Iterable[str], groups: int, per_shard: int, rounds: int, photos
                     if format == "webdataset":
                         ways.peers(remote)
             part = ways.findings()
-            found.notes += [f"{name}: {count} readers crashed." for name, count in ways.crashes.items()]
+            found.notes += [
+                f"{name}: {count} readers crashed{', and it was given up' if count > CRASHES else ''}."
+                for name, count in ways.crashes.items()
+                if count
+            ]
             found.bars += part.bars
             found.tables += part.tables
     found.notes.append(
