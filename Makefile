@@ -19,8 +19,8 @@ help:
 	@echo "make format  reformat the code"
 	@echo "make experiments-small  rerun the laptop-sized experiments (hours; needs DATAMERGE_DATA)"
 	@echo "make bench   every performance bar against its peers (15 minutes; BENCH_FLAGS=--gpu on a GPU)"
-	@echo "make gpu     what only a GPU can say: its tests and figures (8 minutes, no network; PYTHON=… with a torch for it)"
-	@echo "make gpu-wheels  what make gpu needs on a machine without a network, as wheels in .gpu-wheels"
+	@echo "make gpu     tests and benchmarks that need a GPU (8 minutes, no network; PYTHON=… with a torch for it)"
+	@echo "make gpu-wheels  the packages of make gpu as wheels in .gpu-wheels, for a machine without a network"
 	@echo "make docs    build the documentation into site/, to be opened in a browser without a server"
 	@echo "make pictures  draw the documentation's pictures again (needs Graphviz)"
 

@@ -1,9 +1,9 @@
-"""Precompute adversarial groups once, train on their moments.
+"""Adversarial fine-tuning of image encoders from artifacts that are computed once and streamed by every run.
 
     import datamerge as dm
 
-    dm.merge(dm.MergeConfig(source="photos", artifact="adv", encoder="open_clip:ViT-B-32/openai"))
-    dm.train(dm.TrainConfig(artifact="adv", run="run", arm="factors"))
+    dm.merge(dm.MergeConfig(source="photos", artifact="clean", encoder="open_clip:ViT-B-32/openai", attack="none"))
+    dm.train(dm.TrainConfig(artifact="clean", run="run", arm="clean", refine_steps=2, epsilon="2/255", steps=16_400))
 
 Names are imported on first use, so `import datamerge` takes milliseconds and reading an artifact needs no torch.
 """

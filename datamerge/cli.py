@@ -122,11 +122,11 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, show: bool) ->
 @click.option("-v", "--verbose", is_flag=True, help="Print the traceback of an error, for a bug report.")
 @click.pass_context
 def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
-    """Replace groups of similar samples by their mean and mean square, once, and train on these.
+    """Adversarial fine-tuning of image encoders from artifacts: images, their embeddings, and attacks or groups.
 
     \b
-    datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --members 10
-    datamerge train my-artifact my-run --preset paper
+    datamerge merge photos/ my-artifact --encoder open_clip:ViT-B-32/openai --attack none
+    datamerge train my-artifact my-run --preset fare2
     datamerge evaluate my-run --data test-photos/
 
     Shell completion (bash; also zsh and fish): eval "$(_DATAMERGE_COMPLETE=bash_source datamerge)"
