@@ -54,12 +54,23 @@ class Prepared:
     head: str
 
 
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command SETTINGS, --data, --work, --seeds and --only."""
+    for add in (
+        click.option("--only", multiple=True, help="Run these arms only."),
+        click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run; finished ones are skipped."),
+        click.option(
+            "--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs."
+        ),
+        click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path)),
+        click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path)),
+    ):
+        command = add(command)
+    return command
+
+
 @click.command()
-@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run; finished ones are skipped.")
-@click.option("--only", multiple=True, help="Run these arms only.")
+@settings_options
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...]) -> None:
     """Run the unfinished parts of the arms in SETTINGS, then write results beside it."""
     torch.set_num_threads(1)

@@ -23,17 +23,13 @@ from torch import Tensor, nn
 from datamerge.encoders import load_encoder, load_head
 from datamerge.evaluation.runs import read_run
 from datamerge.sources import decode, open_source
-from experiments.arms import ArmsExperiment
+from experiments.arms import ArmsExperiment, settings_options
 from storage_schemas.schema.preprocessing import Preprocessing
 from storage_schemas.schema.run import BASELINE
 
 
 @click.command()
-@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", multiple=True, help="Attack these arms only.")
+@settings_options
 @click.option("--steps", default=20, show_default=True)
 @click.option("--batch-size", default=100, show_default=True)
 @click.option("--epsilon", metavar="FRACTION", help="Radius of the attacks. [that of SETTINGS]")
@@ -56,13 +52,11 @@ def main(
     facts = _facts(target, attack)
     for name in (BASELINE, *experiment.settings["arms"]):
         for seed in (text for text in seeds.split(",") if text):
-            trained = experiment.trained(name, int(seed))
-            if (only and name not in only) or seed in facts.get(name, {}) or trained is None:
+            if (only and name not in only) or seed in facts.get(name, {}):
                 continue
-            encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
-            model = nn.Sequential(encoder, load_head(experiment.prepared.head)).eval()
-            pixels, labels = images_of(experiment.prepared.test(int(seed)), encoder.input_shape)
-            found = accuracies(model, pixels, labels, radius, steps, batch_size)
+            if (attacked := trained_model(experiment, name, int(seed))) is None:
+                continue
+            found = accuracies(*attacked, radius, steps, batch_size)
             facts.setdefault(name, {})[seed] = found
             click.echo(f"{name}, seed {seed}: {found}")
             target.write_text(json.dumps({"attack": attack, "arms": facts}, indent=1) + "\n")
@@ -79,6 +73,16 @@ def _facts(target: Path, attack: dict[str, Any]) -> dict[str, Any]:
         )
     arms: dict[str, Any] = before["arms"]
     return arms
+
+
+def trained_model(experiment: ArmsExperiment, name: str, seed: int) -> tuple[nn.Module, Tensor, Tensor] | None:
+    """A trained encoder with the head, pixels → logits, and the seed's test images and labels; None if untrained."""
+    trained = experiment.trained(name, seed)
+    if trained is None:
+        return None
+    encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
+    model = nn.Sequential(encoder, load_head(experiment.prepared.head)).eval()
+    return model, *images_of(experiment.prepared.test(seed), encoder.input_shape)
 
 
 def images_of(source: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import click
 import torch
 
 from datamerge.runtime.checkout import commit
-from experiments.arms import ArmsExperiment
+from experiments.arms import ArmsExperiment, settings_options
 from storage_schemas.schema.run import BASELINE
 from trainer.arms import ARMS
 
@@ -120,11 +120,7 @@ class Front:
 
 
 @click.command()
-@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Artifacts and runs.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds to run; finished ones are skipped.")
-@click.option("--only", multiple=True, help="Run these arms only.")
+@settings_options
 @click.option("--passes", multiple=True, type=int, help="Run these budgets only.")
 def main(settings: Path, data: Path, work: Path, seeds: str, only: tuple[str, ...], passes: tuple[int, ...]) -> None:
     """Run the unfinished parts of the front in SETTINGS, then write results beside it."""

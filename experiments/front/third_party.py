@@ -20,19 +20,14 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from datamerge.encoders import load_encoder, load_head
-from datamerge.evaluation.runs import read_run
+from experiments.arms import settings_options
 from experiments.front.run import Front
-from experiments.third_party import accuracies, images_of
+from experiments.third_party import accuracies, trained_model
 from storage_schemas.schema.run import BASELINE
 
 
 @click.command()
-@click.argument("settings", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--work", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--seeds", default="0,1,2", show_default=True)
-@click.option("--only", multiple=True, help="Attack these arms only.")
+@settings_options
 @click.option("--passes", multiple=True, type=int, help="Attack these budgets only.")
 @click.option("--steps", default=100, show_default=True, help="Steps of PGD and APGD.")
 @click.option("--autoattack", "count", metavar="IMAGES", default=0, help="Also run AutoAttack on this many images.")
@@ -51,7 +46,6 @@ def main(
     """Attack the trained encoders of SETTINGS."""
     torch.set_num_threads(1)
     front = Front(tomllib.loads(settings.read_text()), data, work, settings.stem)
-    prepared = front.measuring.prepared
     target = settings.with_name(f"third-party-{settings.stem}.json")
     facts: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
     radius = float(Fraction(epsilon or front.settings["evaluate"]["epsilon"]))
@@ -62,12 +56,9 @@ def main(
                 names.append((f"{arm}, {budget} passes", front.best(arm, budget).name))
     for title, name in names:
         for seed in (int(text) for text in seeds.split(",") if text):
-            trained = front.measuring.trained(name, seed)
-            if trained is None:
+            if (attacked := trained_model(front.measuring, name, seed)) is None:
                 continue
-            encoder = load_encoder(read_run(trained).encoder).requires_grad_(False)
-            model = nn.Sequential(encoder, load_head(prepared.head)).eval()
-            pixels, labels = images_of(prepared.test(seed), encoder.input_shape)
+            model, pixels, labels = attacked
             key = f"torchattacks {version('torchattacks')}, {steps} steps, radius {radius:.6f}"
             found = facts.setdefault(title, {}).setdefault(str(seed), {})
             if key not in found:
