@@ -85,9 +85,7 @@ def auto_attack(
         NonFiniteGradient: names the samples whose loss or gradient is not finite.
     """
     if settings.grid:
-        raise ValueError(
-            "settings: expected grid=False, as every iterate counts and iterates leave the grid, found True"
-        )
+        raise ValueError("settings: expected grid=False, because every iterate counts, found True")
     logits = _logits(model, clean)
     right = torch.eq(logits.argmax(dim=1), labels)
     robust, pixels = right.clone(), clean.clone()

@@ -41,10 +41,8 @@ def inspect_source(
 
     Args:
         source: source, as for `open_source`.
-        split: split to inspect. If there are several and none is named, all are inspected, and `choose` says that a
-            choice is needed.
-        image_column: column or array of images.
-        label_column: column, array or tar member of labels.
+        split: split to inspect; by default all, and with several of them `choose` says that a choice is needed.
+        image_column, label_column: column or array of images, and that (or the tar member) of labels.
         images: maximum number of images to decode.
         seed: seed of the choice of images.
         thumbnails: a .png file to write, with three of the images as they are stored.
@@ -60,10 +58,9 @@ def inspect_source(
         SourceError: there is nothing, or nothing readable.
     """
     check_count("images", images)
-    if thumbnails is not None and not os.fspath(thumbnails).lower().endswith(".png"):
-        raise ConfigError(
-            f"thumbnails: expected a file that ends in .png, found {os.fspath(thumbnails)!r}; rename it"
-        )
+    name = None if thumbnails is None else os.fspath(thumbnails)
+    if name is not None and not name.lower().endswith(".png"):
+        raise ConfigError(f"thumbnails: expected a file that ends in .png, found {name!r}; rename it")
     choose = None
     try:
         found = open_source(source, split=split, image_column=image_column, label_column=label_column)
@@ -87,8 +84,8 @@ def inspect_source(
     }
     pictures: list[Image.Image] = []
     facts |= _looked_at(found, _drawn(found.samples, images, seed), pictures)
-    if thumbnails is not None:
-        _write(pictures, thumbnails)
+    if name is not None:
+        _write(pictures, name)
     return facts
 
 

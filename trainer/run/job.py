@@ -162,23 +162,21 @@ def make_job(config: TrainConfig, own: Processes | None = None) -> Job:
     check_attacked(first, found, artifact.manifest, encoder)
     head = _head(first, artifact, device) if found.labels else None
     classes = _classes(first, artifact, encoder, head) if found.labels else None
+    has_other_head = config.head not in (None, ARTIFACT_HEAD)
     collate = Collate(
         arm=config.arm,
         labels=found.labels,
         members=found.members,
         classes=classes.count if classes else None,
         clean=found.clean,
-        rows=matched_rows(artifact, classes, "head")
-        if classes and config.head not in (None, ARTIFACT_HEAD)
-        else None,
+        rows=matched_rows(artifact, classes, "head") if classes and has_other_head else None,
     )
     for one in blend.artifacts:
         check_groups(one, encoder, collate)
     held_out = _held_out(config, blend, found, encoder, collate, device, classes)
     if encoder.random_weights:
         warn(f"encoder {encoder.spec} starts from random weights")
-    resolved = _resolved(config, blend, found.loss, encoder, head, steps)
-    resolved = resolved.model_copy(update={"device": str(device)})
+    resolved = _resolved(config, blend, found.loss, encoder, head, steps).model_copy(update={"device": str(device)})
     origin = _origin(resolved, blend, collate, found.title)
     return Job(
         config=resolved,

@@ -152,8 +152,15 @@ class Optimisation:
             results.append(losses)
         stop = stopping()
         totals = self.exchange.finish(self._numbers(results, stop))
+        values, stop = self._update(totals, stop, size, seen, results)
+        return Outcome({**values, "learning_rate": rate}, waited, stop)
+
+    def _update(
+        self, totals: Tensor, stop: int, size: int, seen: list[Batch], results: list[GroupLoss]
+    ) -> tuple[dict[str, float], int]:
+        """Make the step of the optimiser with the exchanged gradients; returns numbers to log, and any signal."""
         # Without clipping the norm is still measured: clipping at infinity multiplies by 1.
-        limit = job.config.gradient_clip if job.config.gradient_clip is not None else math.inf
+        limit = self.job.config.gradient_clip if self.job.config.gradient_clip is not None else math.inf
         norm = nn.utils.clip_grad_norm_(self.parameters, limit)
         # The only wait for the device in a step.
         norm_value, loss, correction, corrected, bad, stops, *used = torch.cat(
@@ -168,11 +175,11 @@ class Optimisation:
         stop = max(self.own.gather(stop)) if stops else 0
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(job.encoder)
+            self.average.update_parameters(self.job.encoder)
         values = {"loss": loss / size}
         if corrected:
             values["correction"] = correction / size
-        return Outcome({**values, "gradient_norm": norm_value, "learning_rate": rate}, waited, stop)
+        return {**values, "gradient_norm": norm_value}, stop
 
     def _give_up_order(self, error: RuntimeError) -> None:
         """Fall back to non-deterministic kernels if an operation has no deterministic one; re-raise other errors."""
