@@ -6,7 +6,7 @@ mark per block of 4 KiB: a byte that is 1 once the block is present. To fetch bl
 1. claims a run of them by a POSIX lock on as many bytes of the file `claims`, which the system releases if the
    process is killed;
 2. reads the marks again, because the blocks may have arrived meanwhile;
-3. fetches the run with one request, writes it in place, and sets its marks.
+3. fetches the run with one request, writes the answer in place as it comes, and marks each block once it is whole.
 
 Other processes wait for the marks or for the release of the claim. When all marks are set they are cut off, and the
 copy is renamed to `NAME`: from then on it is an ordinary file that can be memory-mapped.
@@ -54,9 +54,9 @@ class BlockFile:
             if size
             else np.empty(0, np.uint8)
         )
-        self._here, self._busy = bytearray(-(-size // BLOCK)), bytearray(-(-size // BLOCK))
+        self._here = bytearray(-(-size // BLOCK))
         self.here = np.frombuffer(self._here, np.bool_)
-        self.busy = np.frombuffer(self._busy, np.bool_)  # being fetched by this process
+        self.busy = np.zeros(len(self.here), np.bool_)  # being fetched by this process
         self._complete = False
         self.refresh(0, len(self.here))
 

@@ -1,9 +1,9 @@
 """Fast range reads through obstore, where it would make the same request as the fsspec file system.
 
-obstore only serves the successful case. When it fails, the range is read through `Location.sent`, which has the
-retries, the error messages and the tolerance of unusual servers; a transient failure of obstore counts as the first
-attempt. The first range of a location always goes through the file system. On S3 that request is the template for
-obstore's: instead of translating s3fs's options, we copy the request that botocore made from the options, the
+obstore only serves the successful case. When it fails, the rest of the range is read through `Location.sent`, which
+has the retries, the error messages and the tolerance of unusual servers; a transient failure of obstore counts as the
+first attempt. The first range of a location always goes through the file system. On S3 that request is the template
+for obstore's: instead of translating s3fs's options, we copy the request that botocore made from the options, the
 environment and its configuration files. Credentials come from botocore's client for as long as the store is used.
 
 obstore is not used where its request might differ: options that change requests, proxies, signed URLs, names that
@@ -39,7 +39,7 @@ Read = Callable[[str, int, int], Iterator[Buffer]]  # (path in the location, sta
 # (location, path, first request) → (its bytes, a function that makes a reader for later requests, or None).
 Learn = Callable[[Location, str, Callable[[], bytes]], tuple[bytes, Callable[[], Read | None]]]
 
-PIECE = 2**20  # bytes; larger answers are handed on in pieces of at least as many
+PIECE = 2**20  # bytes; larger answers are handed on in pieces of at least as many, but for the last
 # After this many consecutive failures where the file system succeeded, obstore pauses; each pause is twice as long.
 FAILURES = 4
 FIRST_REST, LONGEST_REST = 60.0, 3600.0

@@ -237,6 +237,8 @@ class Fetcher(RequestThreads):
         used = self._began if self._is_announced else None
         while True:
             file = copies.used(path, copies.open(path, size))
+            if file.missing(start, end):
+                file.refresh(start // BLOCK, -(-end // BLOCK))
             if start >= end or not file.missing(start, end):
                 return file.view[start:end]
             with self._changed:
@@ -283,7 +285,9 @@ class Fetcher(RequestThreads):
         file, fetched = copies.touched(copies.open(path, size)), None
         if file.missing(start, end):
             if not copies.has_ranges:
-                copies.download(path, size)
+                if copies.download(path, size):
+                    with self._changed:
+                        self._fills.done(item)
                 return
             # The next thread fetches the part after this one.
             fetched = copies.fetch(path, file, start, end, self._began, claimed=lambda: self._fill_first(item))

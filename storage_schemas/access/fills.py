@@ -18,7 +18,7 @@ class Fills:
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Range, None] = OrderedDict()
-        self._elsewhere: dict[Range, None] = {}  # being fetched by other processes
+        self._elsewhere: dict[Range, None] = {}  # being fetched by others
         self._of: dict[str, list[Range]] = {}  # by path, the ranges of the last `add`, sorted
         self._undone: set[Range] = set()  # added, and not known to be on the disk
 
@@ -33,8 +33,8 @@ class Fills:
     def add(self, ranges: Iterable[Range]) -> None:
         """Queue ranges."""
         ranges = list(ranges)
-        self._of |= {path: sorted(of) for path, of in groupby(ranges, attrgetter("path"))}
         self._undone.update(ranges)
+        self._of |= {path: sorted(of) for path, of in groupby(ranges, attrgetter("path"))}
         for item in ranges:
             if item not in self._elsewhere:
                 self._waiting.setdefault(item)
@@ -55,9 +55,11 @@ class Fills:
         self._undone.discard(item)
 
     def lost(self, item: Range) -> None:
-        """Record that a range is not on the disk: where all was, its copy has been evicted."""
-        if self._of and not self._undone:
-            self._undone.add(item)
+        """Queue the added range that contains one which is not on the disk, unless it is still to be fetched."""
+        added = self._added(*item)
+        if added is not None and added not in self._undone:  # its copy has been evicted
+            self._undone.add(added)
+            self._waiting.setdefault(added)
 
     @property
     def first(self) -> Range:
@@ -69,7 +71,7 @@ class Fills:
         return self._waiting.popitem(last=False)[0]
 
     def drop(self, item: Range, *, is_elsewhere: bool) -> None:
-        """Remove a range that is not fetched. If others are fetching the rest of it, `look_again` queues it again."""
+        """Remove a range that is not fetched. If others are fetching it, `look_again` queues it again."""
         self._waiting.pop(item, None)
         if is_elsewhere:
             self._elsewhere[item] = None
@@ -88,10 +90,15 @@ class Fills:
 
     def around(self, path: str, start: int, end: int) -> tuple[int, int]:
         """Widen [start, end) to multiples of `SMALLEST` bytes within the added range that contains it, if any."""
-        added = self._of.get(path, [])
-        at = bisect.bisect_right(added, start, key=attrgetter("start")) - 1
-        if at < 0 or end > added[at].end:
+        added = self._added(path, start, end)
+        if added is None:
             return start, end
-        _, first, last = added[at]
+        _, first, last = added
         before, after = (start - first) // SMALLEST, -(-(end - first) // SMALLEST)
         return first + before * SMALLEST, min(first + after * SMALLEST, last)
+
+    def _added(self, path: str, start: int, end: int) -> Range | None:
+        """The added range that contains [start, end), if any."""
+        added = self._of.get(path, [])
+        at = bisect.bisect_right(added, start, key=attrgetter("start")) - 1
+        return added[at] if at >= 0 and end <= added[at].end else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -19,7 +20,8 @@ class Lru(Generic[K, V]):
     def get(self, key: K) -> V | None:
         value = self._values.get(key)
         if value is not None:
-            self._values.move_to_end(key)
+            with suppress(KeyError):  # another thread has dropped it
+                self._values.move_to_end(key)
         return value
 
     def put(self, key: K, value: V) -> None:

@@ -15,7 +15,7 @@ from storage_schemas.access.lru import Lru
 from storage_schemas.errors import CorruptShard
 from storage_schemas.schema.manifest import FileEntry
 
-# More than the 8 shards of the trainer's window times the arrays that it reads from a Zarr shard.
+# At a time; more would hold more descriptors, of which many systems allow 1,024.
 OPEN_MAPS = 32
 BLOCK = 16 * 2**20
 
@@ -74,7 +74,7 @@ class FileRanges:
 
     def _copied(self, path: str, start: int, end: int, file_bytes: int | None) -> Bytes:
         copy = self._copies.get(path)
-        if copy is not None and (copy.is_complete or self._is_quiet()) and not copy.missing(start, end):
+        if copy is not None and not copy.missing(start, end) and (self._is_quiet() or copy.is_complete):
             return copy.view[start:end]
         fetcher = fetcher_of(self._location)
         data = fetcher.read(path, start, end, file_bytes)

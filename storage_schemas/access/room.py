@@ -183,7 +183,7 @@ def locked(path: Path, *, keep: bool = True) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:  # not removed between the open and the lock
+            if _is_at(descriptor, path):  # not removed between the open and the lock
                 try:
                     yield
                 finally:
@@ -192,6 +192,14 @@ def locked(path: Path, *, keep: bool = True) -> Iterator[None]:
                 return
         finally:
             os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_free(descriptor: int) -> bool:

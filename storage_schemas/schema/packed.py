@@ -27,7 +27,6 @@ class PackedRecords(Sequence[RecordEntry]):
         offsets = [[(record.offsets or {}).get(name, -1) for name in self._names] for record in records]
         self._offsets = np.array(offsets, np.int64) if any(record.offsets for record in records) else None
         self._facts = [json.dumps([record.samples, record.info]).encode() for record in records] if facts else None
-        self._last: tuple[int, RecordEntry] | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -39,10 +38,11 @@ class PackedRecords(Sequence[RecordEntry]):
     def __getitem__(self, index: int | slice) -> RecordEntry | Sequence[RecordEntry]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        last = self._last
-        if last is None or last[0] != index:  # a record's readers ask for its entry in turn
-            last = self._last = index, self._entry(index)
-        return last[1]
+        global _LAST
+        last = _LAST
+        if last is None or last[0] is not self or last[1] != index:
+            last = _LAST = self, index, self._entry(index)
+        return last[2]
 
     def _entry(self, index: int) -> RecordEntry:
         label = int(self._labels[index])
@@ -58,6 +58,11 @@ class PackedRecords(Sequence[RecordEntry]):
             offsets=None if offsets is None else {name: value for name, value in offsets if value >= 0},
             info=info,
         )
+
+
+# The entry that was asked for last, because readers of a record ask for its entry several times. It is replaced as a
+# whole, so any thread may read it.
+_LAST: tuple[PackedRecords, int, RecordEntry] | None = None
 
 
 class PackedCommit:

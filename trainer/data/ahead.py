@@ -61,10 +61,9 @@ class Course:
     start: int
     stop: int
 
-    def pieces(self) -> Iterator[Piece]:
-        """The micro-batches, in order."""
-        position = 0
-        for step in range(self.start, self.stop):
+    def pieces(self, first: int | None = None, position: int = 0) -> Iterator[Piece]:
+        """The micro-batches in order, from step `first` on (by default all); `position` is that of the first one."""
+        for step in range(self.start if first is None else first, self.stop):
             for share in self.order.shares(step, self.partition):
                 yield Piece(position, step, share)
                 position += 1
@@ -106,7 +105,7 @@ class Ahead:
         self._worker, self._workers = worker, workers
         self._changed = threading.Condition()
         self._expected = self._reached = -1  # positions
-        self._step = course.start
+        self._step, self._began = course.start, 0  # the reader's step, and the position at which it came to it
         self._ahead: deque[tuple[int, int]] = deque()  # (position, bytes) of requested blocks that are not read yet
         self._closed = threading.Event()
         self._fills_all = False  # whether all groups of the run were announced to be filled
@@ -120,6 +119,8 @@ class Ahead:
     def reach(self, position: int, step: int) -> None:
         """Report that the reader has reached a micro-batch; returns once its records have been requested."""
         with self._changed:
+            if step != self._step:
+                self._began = position
             self._reached, self._step = position, step
             while self._ahead and self._ahead[0][0] < position:
                 self._ahead.popleft()
@@ -134,6 +135,7 @@ class Ahead:
         self._groups.expect_nothing()
         for thread in self._threads:
             thread.join(PATIENCE_AT_THE_END)
+        self._groups.expect_nothing()  # that a thread announced meanwhile
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -171,21 +173,29 @@ class Ahead:
                 if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]
                     return
             if self._is_all_here():
-                self._rest()
-                mine = dropwhile(lambda piece: piece.position < self._reached, mine)
+                mine = self._rest()
+                if self._closed.is_set():
+                    return
 
     def _is_all_here(self) -> bool:
         return self._fills_all and self._groups.is_filled
 
-    def _rest(self) -> None:
-        """Announce nothing while all is in the cache: each announcement and each wake-up would delay the reader."""
+    def _rest(self) -> Iterator[Piece]:
+        """Announce nothing while all is in the cache: each announcement and each wake-up would delay the reader.
+
+        Returns:
+            The micro-batches after the one that the reader has reached.
+        """
         with self._changed:
             announced, self._expected = self._expected, np.iinfo(np.int64).max
             self._changed.notify_all()
         while not self._closed.is_set() and self._is_all_here():
             self._closed.wait(PATIENCE)
         with self._changed:
-            self._expected = max(announced, self._reached)
+            last = self._expected = max(announced, self._reached)
+            # The only reader of the machine, so it meets every position.
+            rest = self._course.pieces(self._step, self._began)
+        return dropwhile(lambda piece: piece.position <= last, rest)
 
     def _has_room(self, budget: int) -> bool:
         return len(self._ahead) < 2 or sum(size for _, size in self._ahead) < budget

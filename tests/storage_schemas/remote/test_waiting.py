@@ -50,16 +50,31 @@ def test_filling_takes_no_processor_while_the_server_is_silent(
         assert len(fetcher.read(path, 0, SIZE, SIZE)) == SIZE
 
 
-def test_a_location_is_filled_until_a_copy_is_missed(fetcher: Fetcher) -> None:
+def test_a_copy_that_is_missed_is_filled_again(web: WebServer, fetcher: Fetcher) -> None:
     fetcher.fill([Range("0", 0, SIZE), Range("1", 0, SIZE)], {"0": SIZE, "1": SIZE})
-    end = time.monotonic() + 20
-    while not fetcher.is_filled and time.monotonic() < end:
-        time.sleep(0.01)
+    _until_filled(fetcher)
     fetcher.read("1", 5, 50, SIZE)
     assert fetcher.is_filled
+    web.requests.clear()
     assert fetcher.forget("1")
     assert fetcher.read("1", 5, 50, SIZE).tobytes() == bytes(45)
-    assert not fetcher.is_filled
+    _until_filled(fetcher)
+    asked = [span.removeprefix("bytes=").split("-") for _, path, span in web.requests if path == "/1"]
+    assert sum(int(last) + 1 - int(first) for first, last in asked) == SIZE
+
+
+def test_a_server_without_ranges_is_filled_too(web: WebServer, fetcher: Fetcher) -> None:
+    web.ranges = False
+    fetcher.fill([Range("0", 0, 10_000), Range("0", 20_000, SIZE)], {"0": SIZE})
+    _until_filled(fetcher)
+    assert fetcher.read("0", 30_000, SIZE, SIZE).tobytes() == bytes(10_000)
+
+
+def _until_filled(fetcher: Fetcher) -> None:
+    end = time.monotonic() + 20
+    while not fetcher.is_filled:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_files_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, web: WebServer, fetcher: Fetcher) -> None:
