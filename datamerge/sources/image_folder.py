@@ -284,6 +284,14 @@ def _numbered(folders: Sequence[str], where: str) -> list[str]:
     return [by_value[value] for value in range(last + 1)] if len(by_value) == last + 1 else []
 
 
+def _is_readable_class(folder: Path) -> bool:
+    """Whether a folder may be listed and is no artifact. One that may not be listed is counted in `left_out`."""
+    try:
+        return not is_artifact({path.name for path in folder.iterdir()})
+    except PermissionError:
+        return False
+
+
 def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
     """Print where the class folders are, if not at the top, and warn about class folders without images.
 
@@ -297,8 +305,7 @@ def _say_folders(location: Location, above: str, used: Sequence[str]) -> None:
         return
     with os.scandir(location.path(above) if above else location.root) as entries:
         folders = {entry.name: Path(entry.path) for entry in entries if not is_junk(entry.name) and is_folder(entry)}
-    others = folders.keys() - set(used)
-    empty = sorted(name for name in others if not is_artifact({path.name for path in folders[name].iterdir()}))
+    empty = sorted(name for name in folders.keys() - set(used) if _is_readable_class(folders[name]))
     if empty:
         warn(
             f"{location.url}: {len(empty)} of {len(folders)} class folders hold no image, {shown(empty)}; they "

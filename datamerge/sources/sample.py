@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import heapq
 import io
@@ -34,6 +33,7 @@ RawImage = bytes | Image.Image
 """An encoded image (JPEG, PNG, …) or a decoded one, as readers return it."""
 
 LISTING = "source.json.gz"
+GZIP_HEADER = bytes.fromhex("1f8b0800000000000203")  # no name, no time, written on Unix
 # Bytes that never occur in UTF-8: the separator of names, and the replacement of characters not allowed in keys.
 _END, _MARK = b"\xff", b"\xfe"
 _SUFFIX = re.compile(rb"\.[A-Za-z0-9]+(?=\n?(\xff|\Z))")
@@ -171,7 +171,7 @@ class Source:
         listing = self.listing
         if isinstance(listing, InPieces):  # sorted
             return _gzip(piece.encode() for piece in listing.json())
-        return gzip.compress(json.dumps(dict(listing), sort_keys=True).encode(), mtime=0)
+        return _gzip([json.dumps(dict(listing), sort_keys=True).encode()])
 
     def changes(self, earlier: bytes) -> list[str]:
         """Differences from an earlier `listing_bytes`, one line per file.
@@ -304,9 +304,9 @@ def fingerprint(entries: Sequence[Any]) -> str:
 
 
 def _gzip(pieces: Iterable[bytes]) -> bytes:
-    """The bytes of `gzip.compress(…, mtime=0)` for the concatenated pieces."""
+    """The concatenated pieces as a gzip file, whose header is the same in all versions of Python."""
     packed, packer = io.BytesIO(), zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    packed.write(gzip.compress(b"", mtime=0)[:10])
+    packed.write(GZIP_HEADER)
     checksum = size = 0
     for piece in pieces:
         packed.write(packer.compress(piece))

@@ -139,14 +139,15 @@ def test_links_to_folders_are_followed_and_circles_left_out(tmp_path: Path) -> N
 def test_a_class_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The superuser may read everything: the refusal of the system is all that is replaced."""
     put(tmp_path, "a/x.png", "b/x.png")
-    scan = os.scandir
+    for name in ("scandir", "listdir"):  # pathlib uses either, depending on the version of Python
+        real = getattr(os, name)
 
-    def scandir(path: str) -> object:
-        if str(path).endswith("/b"):
-            raise PermissionError(13, "Permission denied", path)
-        return scan(path)
+        def refusing(path: str, real: Callable[[str], object] = real) -> object:
+            if str(path).endswith("/b"):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+        monkeypatch.setattr(os, name, refusing)
     assert open_source(tmp_path).left_out == {"folders that may not be read": 1}
 
 
