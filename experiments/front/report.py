@@ -24,6 +24,8 @@ HEADER = (
     "|---|---|---|---|---|---|---|---|---|"
 )
 REFERENCE = "FARE, PGD-10"
+TITLES = {"cifar10": "CIFAR-10"}
+LONGER = "-longer"  # end of the names of results whose points belong in the figure's column of another file
 
 
 @click.command()
@@ -33,6 +35,8 @@ def main(results: Sequence[Path]) -> None:
     found = {path.stem.removeprefix("results-"): json.loads(path.read_text()) for path in results}
     for path, facts in zip(results, found.values(), strict=True):
         path.with_suffix(".md").write_text(table(facts))
+    for name in [name for name in found if name.endswith(LONGER)]:
+        found[name.removesuffix(LONGER)]["rows"] |= found.pop(name)["rows"]
     figure(found, results[0].with_name("front.png"))
 
 
@@ -82,8 +86,9 @@ def figure(found: dict[str, dict[str, Any]], target: Path) -> None:
                 )
             axis.axhline(statistics.fmean(facts["baseline"][f"accuracy_{kind}"]), color="grey", linestyle=":")
             axis.set(xscale="log", ylabel=f"{kind} accuracy" if not column else None)
-        axes[0, column].set_title(name.replace("-", ", ε = ") + "/255")
-        axes[1, column].set_xlabel("passes a place of the batch")
+        data, _, epsilon = name.partition("-")
+        axes[0, column].set_title(f"{TITLES.get(data, data)}, ε = {epsilon}/255")
+        axes[1, column].set_xlabel("forward passes per position of the batch")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     plot.legend(handles, labels, loc="outside lower center", ncols=4)
     plot.savefig(target, dpi=110)
