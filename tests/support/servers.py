@@ -185,6 +185,7 @@ class WebServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections that wait to be accepted; more would be tried again after seconds
 
     def __init__(self, folder: Path, ranges: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(WebHandler, directory=str(folder)))

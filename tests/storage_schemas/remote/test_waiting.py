@@ -79,7 +79,7 @@ def _until_filled(fetcher: Fetcher) -> None:
 
 def test_files_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, web: WebServer, fetcher: Fetcher) -> None:
     """The server answers none before it was asked for all."""
-    together = threading.Barrier(FILES, timeout=20)
+    together = threading.Barrier(FILES, timeout=60)
     web.fault = lambda method, path: 500 if together.wait() < 0 else None
     with ThreadPoolExecutor(FILES) as pool:
         found = list(pool.map(fetcher.read_file, [str(number) for number in range(FILES)]))
