@@ -75,8 +75,8 @@ def measure(
     clean = (torch.rand((batch, *network.input_shape), generator=generator) * 255).round().to(device) / 255
     with torch.no_grad():
         labels = model(clean).argmax(dim=1)
-    attacked: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]
-    as_built = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    attacked: nn.Module = torch.compile(model) if compiled else model  # type: ignore[assignment]  # a Module to torch
+    as_built = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # torch has no overload for the format alone
 
     def ours(precision: Precision) -> Tensor:
         settings = PGD(EPSILON, STEP_SIZE, steps)

@@ -9,7 +9,6 @@ later. Writes results.json, plot.png and figure2.png beside this file.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tomllib
 from collections.abc import Callable
@@ -24,7 +23,6 @@ from PIL import Image
 
 from datamerge.encoders import load_encoder, save_encoder
 from datamerge.evaluation import EvaluateConfig, evaluate
-from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
@@ -35,6 +33,8 @@ from trainer.arms import ArmName
 mpl.use("Agg")  # no display needed
 
 from matplotlib import pyplot as plt
+
+from experiments.facts import write_accuracies
 
 HERE = Path(__file__).parent
 MLPS = {"mnist": "mlp:1x28x28-512-512-10", "cifar10": "mlp:3x32x32-512-512-10"}
@@ -144,15 +144,7 @@ def _summary(values: list[float], paper: float | None) -> dict[str, Any]:
 
 
 def _write(work: Path, results: dict[str, Any], seeds: int) -> None:
-    facts = {
-        "command": f"python -m experiments.class_means.run --seeds {seeds}",
-        "commit": commit(),
-        "hardware": f"{platform.machine()} CPU, 1 thread",
-        "seeds": list(range(seeds)),
-        "unit": "test accuracy, %",
-        "results": results,
-    }
-    (HERE / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_accuracies(HERE, f"experiments.class_means.run --seeds {seeds}", seeds, results)
     _plot(results)
     _figure2(work, list(results))
 

@@ -9,7 +9,6 @@ results.json and plot.png beside this file.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tomllib
 from pathlib import Path
@@ -21,10 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datamerge.runtime.checkout import commit
 from datamerge.sources import decode, native_shape, open_source
 from experiments.class_means.run import initial_weights, trained_accuracy
-from experiments.facts import array_bytes
+from experiments.facts import array_bytes, write_accuracies
 from merge_service import MergeConfig, merge
 from storage_schemas import open_artifact
 from storage_schemas.schema.preprocessing import Preprocessing
@@ -79,15 +77,7 @@ def main(data: Path, work: Path, seeds: int, datasets: str) -> None:
         click.echo(
             json.dumps({arm: {k: row["mean"] for k, row in rows.items()} for arm, rows in results[name].items()})
         )
-    facts = {
-        "command": f"python -m experiments.clusters.run --seeds {seeds} --datasets {datasets}",
-        "commit": commit(),
-        "hardware": f"{platform.machine()} CPU, 1 thread",
-        "seeds": list(range(seeds)),
-        "unit": "test accuracy, %",
-        "results": results,
-    }
-    (HERE / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_accuracies(HERE, f"experiments.clusters.run --seeds {seeds} --datasets {datasets}", seeds, results)
     _plot(results)
 
 

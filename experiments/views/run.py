@@ -11,7 +11,6 @@ share --work if each has its own --only. Writes all finished results to results.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import tomllib
 from pathlib import Path
@@ -21,7 +20,7 @@ import click
 import matplotlib as mpl
 import torch
 
-from datamerge.runtime.checkout import commit
+from experiments.facts import write_accuracies
 from experiments.views.gradients import compared
 from experiments.views.study import RANDOM, TUNING_SEED, Study
 
@@ -53,15 +52,7 @@ def main(data: Path, work: Path, seeds: int, only: tuple[str, ...]) -> None:
         if studies[part].kind != "clusters":
             _noise(studies[part], work / part / "gradients.json")
     results: dict[str, Any] = {part: _finished(part, study, work, seeds) for part, study in studies.items()}
-    facts = {
-        "command": f"python -m experiments.views.run --seeds {seeds}",
-        "commit": commit(),
-        "hardware": f"{platform.machine()} CPU, 1 thread",
-        "seeds": list(range(seeds)),
-        "unit": "test accuracy, %",
-        "results": results,
-    }
-    (HERE / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_accuracies(HERE, f"experiments.views.run --seeds {seeds}", seeds, results)
     _plot(results)
 
 

@@ -83,7 +83,7 @@ class BlockFile:
         if self._complete:
             return False
         first, last = start // BLOCK, -(-end // BLOCK)
-        if self._here.find(0, first, last) < 0:  # ten times as fast as numpy, for each read of a record
+        if self._here.find(0, first, last) < 0:  # faster than numpy, and every read of a record asks
             return False
         return not (or_coming and (self.here[first:last] | self.busy[first:last]).all())
 

@@ -179,7 +179,7 @@ def _next(pieces: Iterator[Buffer]) -> Buffer | None:
 
 
 def _pieces(answer: GetResult, size: int) -> Iterator[Buffer]:
-    """The bytes of an answer; writing them as they come costs a third of collecting megabytes first."""
+    """The bytes of an answer; collecting megabytes before they are written would cost more than writing them."""
     if size <= PIECE:
         yield memoryview(answer.bytes())
     else:

@@ -170,7 +170,7 @@ class Ahead:
                 count = max(1, min(2 * count, NEAR_PIECES, budget * len(block) // (4 * max(size, 1))))
                 # After a failure, wait until the reader has passed the same block.
                 least = -1 if is_sound else last
-                if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]
+                if not self._wait(lambda least=least: self._reached >= least and self._has_room(budget)):  # type: ignore[misc]  # bound now
                     return
             if self._is_all_here():
                 mine = self._rest()
@@ -229,7 +229,7 @@ class Ahead:
                 return
             middle = (start + stop) // 2
             with self._changed:
-                if not self._wait(lambda middle=middle: self._step >= middle):  # type: ignore[misc]
+                if not self._wait(lambda middle=middle: self._step >= middle):  # type: ignore[misc]  # bound now
                     return
             start = stop
 
