@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from datamerge.sources.sample import clash_suffix, plain_keys
+from datamerge.sources.sample import END, clash_suffix, keys_in, plain_keys
 
 Indices = npt.NDArray[np.integer[Any]]
 CHUNK = 16384
@@ -84,14 +85,16 @@ class Paths(_Named):
     @classmethod
     def of(cls, texts: pa.LargeStringArray) -> Paths:
         """Find out which keys clash."""
-        return cls(texts, clashing(len(texts), _Named(texts).names))
+        names = _Named(texts).names
+        return cls(texts, clashing(len(texts), lambda start, stop: plain_keys(names(start, stop))))
 
     @property
     def nbytes(self) -> int:
         return int(self.texts.nbytes) + (0 if self.clashing is None else self.clashing.nbytes)
 
     def keys(self, start: int, stop: int) -> list[str]:
-        return _keys(self.names(start, stop), self.clashing, start)
+        names = self.names(start, stop)
+        return _distinct(plain_keys(names), self.clashing, start, names.__getitem__)
 
     def slice(self, start: int, stop: int) -> Paths:
         return Paths(self.texts[start:stop], None if self.clashing is None else self.clashing[start:stop])
@@ -186,7 +189,7 @@ class Members:
     ) -> Members:
         """Find out which keys clash."""
         found = cls(tars, [_without_marks(f"{tar}#") for tar in tars], of_tar, stems, starts, sizes, None)
-        return replace(found, clashing=clashing(len(found), found._texts))
+        return replace(found, clashing=clashing(len(found), found._plain_keys))
 
     @property
     def nbytes(self) -> int:
@@ -197,15 +200,21 @@ class Members:
         return len(self.starts)
 
     def names(self, start: int, stop: int) -> list[str]:
-        some, tars = slice(start, stop), self.tars
-        columns = (column[some].tolist() for column in (self.of_tar, self.starts, self.sizes))
-        return [
-            f"{tars[tar]}#{first}+{size} {stem.rpartition('#')[2] if '#' in stem else stem}"
-            for tar, first, size, stem in zip(*columns, self.stems[some].to_pylist(), strict=True)
-        ]
+        names: list[str] = self.texts(start, stop).to_pylist()
+        return names
+
+    def texts(self, start: int, stop: int) -> pa.LargeStringArray:
+        """The names as Arrow large strings."""
+        stems = self.stems[start:stop]
+        if _has_marks(stems):
+            stems = pc.replace_substring_regex(stems, "(?s)^.*#", "")  # a reader splits at the last mark
+        first, size = (pa.array(column[start:stop]).cast(pa.large_string()) for column in (self.starts, self.sizes))
+        return joined(self._of_tars(self.tars, start, stop), "#", first, "+", size, " ", stems)
 
     def keys(self, start: int, stop: int) -> list[str]:
-        return _keys(self._texts(start, stop), self.clashing, start)
+        return _distinct(
+            self._plain_keys(start, stop), self.clashing, start, lambda place: self._key_text(start + place)
+        )
 
     def slice(self, start: int, stop: int) -> Members:
         return self._each(lambda column: column[start:stop], self.stems[start:stop])
@@ -223,13 +232,25 @@ class Members:
             self.tars, self.beginnings, *columns, clashing=None if self.clashing is None else of(self.clashing)
         )
 
-    def _texts(self, start: int, stop: int) -> list[str]:
-        """Texts from which keys are computed; the suffix keeps a dot in a name from being read as an extension."""
-        begin, columns = self.beginnings, (self.of_tar[start:stop].tolist(), self.stems[start:stop].to_pylist())
-        return [
-            f"{begin[tar]}{_without_marks(stem) if '#' in stem else stem}.image"
-            for tar, stem in zip(*columns, strict=True)
-        ]
+    def _plain_keys(self, start: int, stop: int) -> list[str]:
+        """Keys without suffixes for those that clash."""
+        if start == stop:
+            return []
+        begins, stems = self._of_tars(self.beginnings, start, stop), self.stems[start:stop]
+        if _has_marks(stems):
+            stems = pa.array(map(_without_marks, stems.to_pylist()), pa.large_string())
+        texts = joined(begins, stems).cast(pa.large_binary())
+        return keys_in(buffers_of(joined(texts, END))[1].tobytes()[: -len(END)])
+
+    def _key_text(self, place: int) -> str:
+        """The text of which a key is that of a file; the suffix keeps a dot in a name from being an extension."""
+        stem: str = self.stems[place].as_py()
+        return f"{self.beginnings[self.of_tar[place]]}{_without_marks(stem)}.image"
+
+    def _of_tars(self, texts: Sequence[str], start: int, stop: int) -> pa.LargeStringArray:
+        """A text by tar for each file."""
+        coded = pa.array(self.of_tar[start:stop]).dictionary_encode()
+        return pa.array([texts[tar] for tar in coded.dictionary.to_pylist()], pa.large_string()).take(coded.indices)
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,14 +287,14 @@ class Listed(_Named):
         return Listed, (_compact(self.texts), _compact(self.of_keys))
 
 
-def clashing(count: int, texts: Callable[[int, int], list[str]]) -> npt.NDArray[np.bool_] | None:
-    """Which of M texts share their key with another one, bool [M]; None if none does.
+def clashing(count: int, plain: Callable[[int, int], list[str]]) -> npt.NDArray[np.bool_] | None:
+    """Which of M keys are equal to another one, bool [M]; None if none is.
 
-    Hashes of the keys, at 8 bytes each, are compared first. `texts` gives the texts in [start, stop).
+    Hashes of the keys, at 8 bytes each, are compared first. `plain` gives the keys in [start, stop).
     """
 
     def parts() -> Iterator[tuple[int, list[str]]]:
-        return ((start, plain_keys(texts(start, min(start + CHUNK, count)))) for start in range(0, count, CHUNK))
+        return ((start, plain(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK))
 
     hashes = np.empty(count, np.int64)
     for start, keys in parts():
@@ -300,17 +321,36 @@ def _hashes(keys: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.fromiter(map(hash, keys), np.int64, len(keys))
 
 
-def _keys(texts: Sequence[str], clashing: npt.NDArray[np.bool_] | None, start: int) -> list[str]:
-    """Keys of consecutive texts that begin at index `start`."""
-    keys = plain_keys(texts)
+def _distinct(
+    keys: list[str], clashing: npt.NDArray[np.bool_] | None, start: int, text_of: Callable[[int], str]
+) -> list[str]:
+    """Consecutive keys that begin at index `start`, with suffixes from their texts where they clash."""
     if clashing is not None:
         for place in np.flatnonzero(clashing[start : start + len(keys)]).tolist():
-            keys[place] += clash_suffix(texts[place])
+            keys[place] += clash_suffix(text_of(place))
     return keys
 
 
 def _without_marks(text: str) -> str:
     return text.replace(".tar#", "-").replace("#", "-")
+
+
+def _has_marks(texts: pa.LargeStringArray) -> bool:
+    return bool(pc.any(pc.match_substring(texts, "#")).as_py())
+
+
+def joined(*columns: pa.Array | str | bytes) -> pa.Array:
+    """The texts of columns and constants, one after the other; columns are of one type, the large ones of Arrow."""
+    (kind,) = {column.type for column in columns if isinstance(column, pa.Array)}
+    texts = (column if isinstance(column, pa.Array) else pa.scalar(column, kind) for column in columns)
+    return pc.binary_join_element_wise(*texts, pa.scalar("", kind))
+
+
+def buffers_of(texts: pa.LargeStringArray | pa.LargeBinaryArray) -> tuple[Indices, npt.NDArray[np.uint8]]:
+    """Offsets [M + 1] and bytes of an array that is no slice."""
+    _, ends, text = texts.buffers()
+    offsets = np.frombuffer(ends, np.int64)[: len(texts) + 1]
+    return offsets, np.frombuffer(text or b"", np.uint8)[: offsets[-1]]
 
 
 def _compact(texts: pa.LargeStringArray) -> pa.LargeStringArray:

@@ -35,9 +35,9 @@ RawImage = bytes | Image.Image
 LISTING = "source.json.gz"
 GZIP_HEADER = bytes.fromhex("1f8b0800000000000203")  # no name, no time, written on Unix
 # Bytes that never occur in UTF-8: the separator of names, and the replacement of characters not allowed in keys.
-_END, _MARK = b"\xff", b"\xfe"
+END, _MARK = b"\xff", b"\xfe"
 _SUFFIX = re.compile(rb"\.[A-Za-z0-9]+(?=\n?(\xff|\Z))")
-_KEPT = (string.ascii_letters + string.digits + "_-").encode() + _END
+_KEPT = (string.ascii_letters + string.digits + "_-").encode() + END
 _MARKED = bytes(byte if byte in _KEPT else _MARK[0] for byte in range(256))
 # Local sources up to this size are hashed completely, which takes seconds.
 WHOLE_BYTES = 2**30
@@ -332,11 +332,15 @@ def plain_keys(names: Sequence[str]) -> list[str]:
     """
     if not names:
         return []
-    text = _SUFFIX.sub(b"", _END.join([name.encode(errors="surrogatepass") for name in names]))
+    return keys_in(_SUFFIX.sub(b"", END.join([name.encode(errors="surrogatepass") for name in names])))
+
+
+def keys_in(text: bytes) -> list[str]:
+    """The keys of names without extensions, which `END` separates."""
     text = text.translate(_MARKED)
     while _MARK * 2 in text:
         text = text.replace(_MARK * 2, _MARK)
-    return [key or "_" for key in text.replace(_MARK, b"_").decode("latin-1").split(_END.decode("latin-1"))]
+    return [key or "_" for key in text.replace(_MARK, b"_").decode("latin-1").split(END.decode("latin-1"))]
 
 
 def clash_suffix(name: str) -> str:

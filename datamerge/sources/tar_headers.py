@@ -1,33 +1,51 @@
-"""Lists the files of a tar from its headers, several times as fast as `tarfile`.
+"""Lists the files of tars from their headers, many times as fast as `tarfile`. F files.
 
-Headers in one tar mostly differ in name, size and time only. So `tarfile` parses one header of each kind, and headers
-that equal it in all other fields and have a correct checksum are read without it. All others go to `tarfile`, member
-by member: pax headers with more than times, long names, links, folders, sparse files, large sizes, the end, damage.
+The place of a header depends on the size in the one before. So a loop in Python follows the headers that look plain
+and does no more than that; then hundreds of them are checked at once. At the first that is not plain, `tarfile` reads
+one member, and the loop goes on after it: pax headers with more than times, long names, links, folders, sparse files,
+large sizes, the end, damage.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import struct
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
-from zlib import adler32
 
-NAMES = "backslashreplace"  # for bytes in names that are not UTF-8
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from datamerge.sources.tar_blocks import (
+    BLOCK,
+    NAME,
+    NAMES,
+    SIZE,
+    Blocks,
+    HeaderChecks,
+    Rows,
+    are_times,
+    as_name,
+    names_of,
+    sizes_in,
+)
+
+# Exceptions of tarfile for files that are no tars, or malicious.
+BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 MAX_MEMBER = 2**36  # bytes; for larger members tarfile would seek beyond the limits of file systems
-ENCODING = tarfile.ENCODING
-BLOCK = tarfile.BLOCKSIZE
 REGULAR, EXTENDED = tarfile.REGTYPE[0], tarfile.XHDTYPE[0]
-# Name; mode and owner; size; time; checksum; type flag and the rest.
-_FIELDS = struct.Struct("100s24s12s12s8s356s")
-_BEFORE_CHECKSUM = 148
-_SPACES = 8 * ord(" ")  # the checksum is computed with spaces in its own field
-_PREFIX = slice(345 - 156, 500 - 156)  # prefix of the name, in the rest
-_TIME = re.compile(rb"(\d{1,4}) [acm]time=[\d.]+\n")
-# Bytes of a local tar to read at a time: enough for the headers around a label, but little of an image.
+# Bytes to read at a time: enough for the headers around a label, but little of an image.
 WINDOW = 4096
+# Number of windows whose headers are checked at once: most fit into a processor's cache; fewer follow headers that
+# were not plain, as all behind those are read again.
+FEWEST, MOST = 16, 512
+# Where fewer files than this are plain, tarfile reads more and more members, up to the second number, before the next
+# attempt.
+FEW, MOST_UNUSUAL = 4, 64
+_TYPE = 156
 
 
 class File(NamedTuple):
@@ -45,110 +63,242 @@ class File(NamedTuple):
     problem: str = ""
 
 
-class _Kind:
-    """The fields that headers of one kind share: all but name, size and time."""
-
-    def __init__(self, owner: bytes, time: bytes, rest: bytes) -> None:
-        self.owner, self.time, self.rest = owner, time, rest
-        self.more = sum(rest) + _SPACES - 1  # turns an Adler sum, which begins at 1, into the checksum
-        prefix = rest[_PREFIX].partition(b"\0")[0]
-        self.prefix = f"{_text(prefix)}/" if prefix else ""
-
-
+@dataclass(frozen=True, eq=False)
 class TarFiles:
-    """Iterates over the files of a tar, in order.
+    """The files of a tar as columns, in order.
 
-    Args:
-        stream: the tar, at its beginning; if it is not local, every read may be a request.
-        is_local: whether the stream has a file descriptor to read from directly.
+    Attributes:
+        names: paths inside the tar, Arrow large strings [F].
+        starts, sizes: int64 [F], byte offset and size of each content.
+        small: contents of most files that are no larger than a block, else null, Arrow large binary [F].
+        problems: why a content cannot be used, by index of the file.
+        damage: what is wrong with the tar after these files; None if they are all.
+        read: reads a content from its offset and size; raises tarfile.ReadError if the tar is truncated.
     """
 
-    def __init__(self, stream: Any, is_local: bool) -> None:
+    names: pa.LargeStringArray
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    small: pa.LargeBinaryArray
+    problems: dict[int, str]
+    damage: Exception | None
+    read: Callable[[int, int], bytes]
+
+    def contents(self, rows: Rows) -> pa.LargeBinaryArray:
+        """The contents of the files at these rows; errors are those of `read`."""
+        found = self.small.take(pa.array(rows))
+        if not found.null_count:
+            return found
+        texts = found.to_pylist()
+        for place in np.flatnonzero(found.is_null()).tolist():
+            texts[place] = self.read(int(self.starts[rows[place]]), int(self.sizes[rows[place]]))
+        return pa.array(texts, pa.large_binary())
+
+
+class TarLister:
+    """Lists tars one after the other.
+
+    Args:
+        wants: whether the content of a file of this name and size is going to be read. Of a tar that is not local, it
+            is read when its header is, as going back may be another request.
+    """
+
+    def __init__(self, wants: Callable[[str, int], bool]) -> None:
+        self._wants = wants
+        self._checks = HeaderChecks()
+        self._buffer = bytearray(MOST * WINDOW)
+        self._blocks = np.frombuffer(self._buffer, np.uint8).reshape(-1, BLOCK)
+        whole = memoryview(self._buffer)
+        self._views = [[whole[start : start + WINDOW]] for start in range(0, len(whole), WINDOW)]
+
+    def files(self, stream: Any, is_local: bool) -> TarFiles:
+        """List the files of a tar up to its end, or to damage.
+
+        Args:
+            stream: the tar; if it is not local, every read may be a request.
+            is_local: whether the stream has a file descriptor to read from directly.
+        """
+        tar = _Tar(stream, is_local, self._wants)
+        collected, damage = _Collected(), None
+        try:
+            self._collect(tar, collected)
+        except BROKEN as error:
+            damage = error
+        return collected.files(damage, tar.read)
+
+    def _collect(self, tar: _Tar, collected: _Collected) -> None:
+        """Collect the files of a tar; raises one of `BROKEN` if it is damaged."""
+        offset: int | None = 0
+        windows, waiting, unusual = MOST, 0, 0
+        while offset is not None:
+            if waiting:
+                waiting -= 1
+            else:
+                followed = self._follow(tar, offset, windows)
+                found, offset = self._check(tar, followed, collected)
+                windows = min(max(2 * found, FEWEST), MOST)
+                if followed.is_whole and found == len(followed.members):
+                    continue
+                waiting = unusual = 0 if found >= FEW else min(2 * unusual + 1, MOST_UNUSUAL)
+            if offset > tar.size:
+                raise tarfile.ReadError("unexpected end of data")
+            file, offset = tar.unusual(offset)
+            if file is not None:
+                collected.add(file)
+                if not tar.is_local:
+                    tar.keep(file.name, file.start, file.size)
+
+    def _follow(self, tar: _Tar, offset: int, windows: int) -> _Followed:
+        """Read headers that look plain from `offset` on into the buffer. They may turn out to be anything."""
+        buffer, read, keep = self._buffer, tar.read_into, None if tar.is_local else tar.keep
+        first_digit, last_digit = SIZE.start, SIZE.stop - 1
+        followed = _Followed([], [], [], [])
+        add_member, add_size = followed.members.append, followed.sizes.append
+        try:
+            for base, view in zip(range(0, windows * WINDOW, WINDOW), self._views, strict=False):
+                followed.offsets.append(offset)
+                followed.before.append(len(followed.members))
+                found = read(view, offset)
+                if found < WINDOW:
+                    buffer[base + found : base + WINDOW] = bytes(WINDOW - found)
+                at, last = base, base + WINDOW - 2 * BLOCK
+                while at <= last:  # a header and the block after it
+                    header = at
+                    if buffer[at + _TYPE] == EXTENDED:
+                        header += 2 * BLOCK
+                        if header > last:
+                            break
+                    size = int(buffer[header + first_digit : header + last_digit], 8)
+                    if buffer[header + _TYPE] != REGULAR or size < 0:
+                        return followed
+                    add_member(at)
+                    add_size(size)
+                    if keep is not None and size > BLOCK:
+                        keep(
+                            as_name(bytes(buffer[header : header + NAME.stop])), offset + header + BLOCK - base, size
+                        )
+                    at = header + 2 * BLOCK + (size - 1 & -BLOCK)
+                offset += at - base
+        except ValueError:  # not a number
+            return followed
+        return followed._replace(is_whole=True)
+
+    def _check(self, tar: _Tar, followed: _Followed, collected: _Collected) -> tuple[int, int]:
+        """Collect the files before the first header that is not plain; returns their number and the offset there."""
+        if not followed.members:
+            return 0, followed.offsets[0]
+        blocks, members = self._blocks, np.array(followed.members) // BLOCK
+        is_extended = blocks[members, _TYPE] == EXTENDED
+        headers, extended = members + 2 * is_extended, members[is_extended]
+        checked = self._checks.check(blocks, np.concatenate([headers, extended]))
+        good = checked.good[: len(headers)]
+        length = sizes_in(blocks, extended)
+        good[is_extended] &= checked.good[len(headers) :] & (length > 0) & (length <= BLOCK)
+        good[is_extended] &= are_times(blocks, extended + 1)
+        starts = followed.shifts() + (headers + 1) * BLOCK
+        good &= starts <= tar.size  # otherwise the header is truncated
+        found = len(good) if good.all() else int(good.argmin())
+        if not found:
+            return 0, followed.offsets[0]
+        headers, starts, sizes = headers[:found], starts[:found], np.array(followed.sizes[:found], np.int64)
+        collected.extend(names_of(blocks, headers, checked), starts, sizes, _small(blocks, headers + 1, sizes))
+        return found, int(starts[-1] - -sizes[-1] // BLOCK * BLOCK)
+
+
+class _Followed(NamedTuple):
+    """Members of which nothing is checked.
+
+    Attributes:
+        members: place of the first header of each in the buffer.
+        sizes: claimed size of each.
+        offsets: offset in the tar of each window.
+        before: number of members before each window.
+        is_whole: whether no other header came up.
+    """
+
+    members: list[int]
+    sizes: list[int]
+    offsets: list[int]
+    before: list[int]
+    is_whole: bool = False
+
+    def shifts(self) -> npt.NDArray[np.int64]:
+        """By member, the difference between an offset in the tar and its place in the buffer."""
+        shifts = np.array(self.offsets) - WINDOW * np.arange(len(self.offsets))
+        return np.repeat(shifts, np.diff([*self.before, len(self.members)]))
+
+
+class _Collected:
+    """Collects the files of a tar."""
+
+    def __init__(self) -> None:
+        self._columns: list[tuple[Any, ...]] = []
+        self._files: list[File] = []
+        self._problems: dict[int, str] = {}
+        self._count = 0
+
+    def extend(self, *columns: Any) -> None:
+        """Add files: names, starts, sizes, small contents."""
+        self._flush()
+        self._columns.append(columns)
+        self._count += len(columns[0])
+
+    def add(self, file: File) -> None:
+        """Add a file."""
+        if file.problem:
+            self._problems[self._count + len(self._files)] = file.problem
+        self._files.append(file)
+
+    def files(self, damage: Exception | None, read: Callable[[int, int], bytes]) -> TarFiles:
+        """All files."""
+        self._flush()
+        names, starts, sizes, small = zip(*self._columns, strict=True)
+        return TarFiles(
+            pa.concat_arrays(names),
+            np.concatenate(starts),
+            np.concatenate(sizes),
+            pa.concat_arrays(small),
+            self._problems,
+            damage,
+            read,
+        )
+
+    def _flush(self) -> None:
+        """Turn single files into columns."""
+        if self._columns and not self._files:
+            return
+        names, starts, sizes, _ = zip(*self._files, strict=True) if self._files else ((),) * 4
+        numbers = (np.array(starts, np.int64), np.array(sizes, np.int64))
+        self._columns.append((pa.array(names, pa.large_string()), *numbers, pa.nulls(len(names), pa.large_binary())))
+        self._count += len(names)
+        self._files = []
+
+
+class _Tar:
+    """Reads from a tar."""
+
+    def __init__(self, stream: Any, is_local: bool, wants: Callable[[str, int], bool]) -> None:
+        self.is_local = is_local
+        self._wants = wants
+        self.size: int = stream.seek(0, os.SEEK_END)
         self._stream = stream
         self._local = stream.fileno() if is_local else None
-        self._size = stream.seek(0, os.SEEK_END)
-        stream.seek(0)
-        self._window, self._first, self._after = b"", 0, 0
-        self._kinds: dict[int, _Kind] = {}
+        self.read_into = self._read_into if self._local is None else partial(os.preadv, self._local)
+        self._kept: dict[int, bytes] = {}
 
-    def __iter__(self) -> Iterator[File]:
-        """Yield the regular files.
-
-        Raises:
-            tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError: the tar is damaged.
-        """
-        offset: int | None = 0
-        while offset is not None:
-            yield from self._plain(offset)
-            if self._after > self._size:
-                raise tarfile.ReadError("unexpected end of data")
-            found, offset = self._unusual(self._after)
-            if found is not None:
-                yield found
-
-    def content(self, file: File) -> bytes:
-        """The content of a file.
-
-        Raises:
-            tarfile.ReadError: the tar is truncated.
-        """
-        data = self._read(file.start, file.size)
-        if len(data) < file.size:
+    def read(self, start: int, size: int) -> bytes:
+        """Read a content; raises tarfile.ReadError if the tar is truncated."""
+        data = self._kept[start] if start in self._kept else self._read(start, size)
+        if len(data) < size:
             raise tarfile.ReadError("unexpected end of data")
         return data
 
-    def _plain(self, offset: int) -> Iterator[File]:
-        """Yield files from `offset` on while their headers are of known kinds; `_after` is the offset after them."""
-        kinds, unpack = self._kinds, _FIELDS.unpack_from
-        header = offset  # of the file itself; `offset` may be that of its extended header
-        while True:
-            self._after = offset
-            at = header - self._first
-            if not 0 <= at <= len(self._window) - BLOCK:
-                self._look(header)
-                at = 0
-                if len(self._window) < BLOCK:
-                    return
-            window = self._window
-            name, owner, size_, time, checksum, rest = unpack(window, at)
-            kind = kinds.get(rest[0])
-            if kind is None or rest != kind.rest or owner != kind.owner:
-                kind = self._learn(window[at : at + BLOCK])
-                if kind is None:
-                    return
-            try:
-                if time != kind.time:
-                    _octal(time)
-                    kind.time = time
-                size = _octal(size_)
-                total = int(checksum[:6], 8)
-            except ValueError:
-                return
-            head = window[at : at + _BEFORE_CHECKSUM]
-            if size < 0 or checksum[6:] != b"\0 " or (adler32(head) & 0xFFFF) + kind.more != total:
-                return
-            if rest[0] == EXTENDED:
-                if header != offset or not 0 < size <= BLOCK or not _are_times(self._read(header + BLOCK, BLOCK)):
-                    return
-                header += 2 * BLOCK
-                continue
-            start = header + BLOCK
-            yield File(kind.prefix + name.partition(b"\0")[0].decode(ENCODING, NAMES), start, size)
-            header = offset = start + -(-size // BLOCK) * BLOCK
+    def keep(self, name: str, start: int, size: int) -> None:
+        """Read the content of a file, if `read` is going to be asked for it."""
+        if self._wants(name, size):
+            self._kept[start] = self._read(start, size)
 
-    def _learn(self, block: bytes) -> _Kind | None:
-        """Remember the kind of a header, if it is a regular or extended one that `tarfile` accepts."""
-        _, owner, _, time, _, rest = _FIELDS.unpack(block)
-        if rest[0] not in (REGULAR, EXTENDED):
-            return None
-        try:
-            tarfile.TarInfo.frombuf(block, ENCODING, NAMES)
-        except tarfile.HeaderError:
-            return None
-        self._kinds[rest[0]] = kind = _Kind(owner, time, rest)
-        return kind
-
-    def _unusual(self, offset: int) -> tuple[File | None, int | None]:
+    def unusual(self, offset: int) -> tuple[File | None, int | None]:
         """Read a member with `tarfile`: returns it if it is a file, and the offset of the next, None at the end."""
         self._stream.seek(offset)
         with tarfile.open(fileobj=self._stream, mode="r:", errors=NAMES) as tar:
@@ -168,37 +318,26 @@ class TarFiles:
         return File(info.name, info.offset_data, info.size, problem), after
 
     def _read(self, start: int, size: int) -> bytes:
-        at = start - self._first
-        if 0 <= at <= len(self._window) - size:
-            return self._window[at : at + size]
         if self._local is not None:
             return os.pread(self._local, size, start)
         self._stream.seek(start)
         data: bytes = self._stream.read(size)
         return data
 
-    def _look(self, offset: int) -> None:
-        """Move the window to a header."""
-        self._first, self._window = offset, b""
-        self._window = self._read(offset, BLOCK if self._local is None else WINDOW)
+    def _read_into(self, views: list[memoryview], offset: int) -> int:
+        room = min(max(self.size - offset, 0), len(views[0]))
+        self._stream.seek(offset)
+        # At the end of its file a buffered reader would forget what it holds.
+        found: int = self._stream.readinto(views[0][:room]) if room else 0
+        return found
 
 
-def _octal(field: bytes) -> int:
-    """A number in the usual octal form; raises ValueError for other forms."""
-    if field[11] not in b"\0 ":
-        raise ValueError(field)
-    return int(field[:11], 8)
-
-
-def _text(name: bytes) -> str:
-    return name.decode(ENCODING, NAMES)
-
-
-def _are_times(block: bytes) -> bool:
-    """Whether a pax header holds times and nothing else."""
-    place = 0
-    while found := _TIME.match(block, place):
-        if int(found[1]) != found.end() - place:
-            return False
-        place = found.end()
-    return place > 0 and not block[place:].strip(b"\0")
+def _small(blocks: Blocks, rows: Rows, sizes: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:
+    """The contents in these blocks, null for those that are larger."""
+    is_small = sizes <= BLOCK
+    lengths = np.where(is_small, sizes, 0)
+    width = lengths.max()
+    data = blocks[:, :width][rows[is_small]][np.arange(width) < lengths[is_small, None]]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    buffers = [pa.array(is_small).buffers()[1], pa.py_buffer(ends), pa.py_buffer(data)]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)

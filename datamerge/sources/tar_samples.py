@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,40 +19,81 @@ import pyarrow as pa
 from datamerge.sources.coded import Coded
 from datamerge.sources.columns import Values
 from datamerge.sources.labels import LABEL_NAMES, NONE, NoClass, label_columns
-from datamerge.sources.naming import Members
+from datamerge.sources.naming import Members, buffers_of
 from datamerge.sources.sample import Columns, as_text
 from datamerge.sources.suffixes import kind_of
-from datamerge.sources.tar_headers import File, TarFiles
+from datamerge.sources.tar_headers import TarFiles, TarLister
+from datamerge.sources.tar_paths import Paths, split
 from storage_schemas import SourceError, read_json
 
 JSON = "json"
 LABEL_EXTENSION = "cls"
 MAX_TEXT = 2**24  # bytes of a member with labels or captions
 _IMAGE, _TEXT, _OTHER = range(3)
-_NO_IMAGE = -1
+
+Column = tuple[list[Any], npt.NDArray[np.integer[Any]]]
+"""A value per sample, as values and, by sample, their indices."""
 
 
-@dataclass
-class _Tar:
-    """Samples of one tar.
+@dataclass(frozen=True)
+class _Texts:
+    """The members of one extension that are read, of C samples.
 
     Attributes:
-        places: index of each sample, by its path.
-        starts, sizes: byte offset and size of each image; `_NO_IMAGE` if there is none.
-        texts: content of the members that are read, by extension and sample.
+        contents: Arrow large binary.
+        rows: int64 [C], index of each sample's content; -1 for none.
     """
 
-    name: str
-    places: dict[str, int] = field(default_factory=dict)
-    starts: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    texts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    contents: pa.LargeBinaryArray
+    rows: npt.NDArray[np.int64]
 
-    def complete(self) -> Sequence[int]:
-        """Indices of the samples that have an image."""
-        if _NO_IMAGE not in self.sizes:
-            return range(len(self.sizes))
-        return [place for place, size in enumerate(self.sizes) if size != _NO_IMAGE]
+    def first(self) -> int | None:
+        """The first sample with such a member."""
+        found = np.flatnonzero(self.rows >= 0)
+        return int(found[0]) if len(found) else None
+
+    def of(self, sample: int) -> bytes | None:
+        """The content of a sample's member."""
+        row = int(self.rows[sample])
+        content: bytes | None = None if row < 0 else self.contents[row].as_py()
+        return content
+
+    def column(self) -> Column:
+        """The decoded texts."""
+        chosen = self.contents.take(pa.array(self.rows, mask=self.rows < 0))
+        coded = chosen.dictionary_encode(null_encoding="encode")
+        return [_decoded(text) for text in coded.dictionary.to_pylist()], coded.indices.to_numpy()
+
+
+class _Roles:
+    """What members are for.
+
+    Attributes:
+        image: the extension of images in lower case, if it is given.
+    """
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self.image = columns.image and columns.image.lower().removeprefix(".")
+        self._known: dict[str, int] = {}
+
+    def of(self, extension: str) -> int:
+        """The role of members with an extension in lower case."""
+        if extension not in self._known:
+            self._known[extension] = self._found(extension)
+        return self._known[extension]
+
+    def wants(self, path: str, size: int) -> bool:
+        """Whether the content of a file is going to be read."""
+        extension = path.rpartition("/")[2].partition(".")[2].lower()
+        return size <= MAX_TEXT and self.of(extension) == _TEXT
+
+    def _found(self, extension: str) -> int:
+        image, label = self.image, self._columns.label
+        if extension == image if image else kind_of(f"x.{extension}") == "image":
+            return _IMAGE
+        is_label = extension in LABEL_NAMES if label is None else extension == label
+        return _TEXT if is_label or extension in (self._columns.group, JSON) else _OTHER
 
 
 class TarSamples:
@@ -78,10 +118,10 @@ class TarSamples:
         self.members: dict[str, None] = {}
         self.fields: list[str] = []
         self._columns = columns
-        self._image = columns.image and columns.image.lower().removeprefix(".")
-        self._roles: dict[str, int] = {}
+        self._roles = _Roles(columns)
+        self._lister = TarLister(self._roles.wants)
         self._tars: list[str] = []
-        self._of_tar: list[npt.NDArray[np.int32]] = []
+        self._counts: list[int] = []
         self._text, self._ends = bytearray(), array("q", [0])
         self._starts, self._sizes = array("q"), array("q")
         named = columns.label if columns.label != NONE else None
@@ -95,54 +135,55 @@ class TarSamples:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def add(self, name: str, files: TarFiles) -> None:
+    def add(self, name: str, stream: Any, is_local: bool) -> None:
         """Add the samples of a tar.
+
+        Args:
+            name: path of the tar.
+            stream: the tar.
+            is_local: whether the stream has a file descriptor.
 
         Raises:
             SourceError: a sample has several images, or a label is too long.
-            ValueError: a file cannot be read; other errors are those of `TarFiles`.
+            ValueError: a file cannot be read; other errors are those of `BROKEN`.
         """
-        tar = _Tar(name)
-        places, starts, sizes, roles = tar.places, tar.starts, tar.sizes, self._roles
-        for file in files:
-            path = file.name
-            slash = path.rfind("/") + 1
-            dot = path.find(".", slash)
-            if dot <= slash or (slash > 1 and path.startswith("__MACOSX")):
-                continue
-            stem = path[1:dot] if slash == 1 else path[:dot]
-            place = places.setdefault(stem, len(sizes))
-            if place == len(sizes):
-                starts.append(_NO_IMAGE)
-                sizes.append(_NO_IMAGE)
-            extension = path[dot + 1 :].lower()
-            role = roles.get(extension)
-            if role is None:
-                role = roles[extension] = self._role(extension)
-            if role == _OTHER:
-                self.others[extension] += 1
-            elif file.problem:
-                raise ValueError(f"{path!r} {file.problem}")
-            elif role == _IMAGE:
-                if sizes[place] != _NO_IMAGE:
-                    raise self._second(name, file, extension)
-                starts[place], sizes[place] = file.start, file.size
-            elif file.size > MAX_TEXT:
-                raise SourceError(f"{name}: expected a label in {path}, found {file.size} bytes")
-            else:
-                tar.texts.setdefault(extension, {})[place] = files.content(file)
-        self._take(tar)
+        files = self._lister.files(stream, is_local)
+        paths = split(files.names)
+        coded = paths.stems.dictionary_encode()
+        stems, samples = coded.dictionary, coded.indices.to_numpy()
+        roles = np.array([self._roles.of(extension) for extension in paths.extensions], np.int64)[paths.codes]
+        self._refuse(name, files, paths, samples, roles)
+        for extension, count in zip(paths.extensions, np.bincount(paths.codes).tolist(), strict=True):
+            if self._roles.of(extension) == _OTHER:
+                self.others[extension] += count
+        images = np.flatnonzero(roles == _IMAGE)
+        image_of = np.full(len(stems), -1)
+        image_of[samples[images]] = paths.rows[images]
+        has_image = image_of >= 0
+        self.found += len(stems)
+        if not has_image.all():
+            if self.first_without is None:
+                self.first_without = f"{name}#{stems[int(has_image.argmin())].as_py()}"
+            stems, image_of = stems.filter(pa.array(has_image)), image_of[has_image]
+        self._take_texts(_texts(files, paths, samples, roles, has_image), len(stems))
+        ends, text = buffers_of(stems)
+        self._ends.frombytes((ends[1:] + self._ends[-1]).tobytes())
+        self._text += text.data
+        self._starts.frombytes(files.starts[image_of].tobytes())
+        self._sizes.frombytes(files.sizes[image_of].tobytes())
+        self._counts.append(len(stems))
+        self._tars.append(name)
 
     def naming(self) -> Members:
         """Names and keys. The result takes over the buffers, so nothing can be added afterwards."""
         stems = pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._text))
-        of_tar = np.concatenate(self._of_tar or [np.empty(0, np.int32)])
+        of_tar = np.repeat(np.arange(len(self._tars), dtype=np.int32), self._counts)
         starts, sizes = (np.frombuffer(column, np.int64) for column in (self._starts, self._sizes))
         return Members.of(self._tars, of_tar, stems, starts, sizes)
 
     def path(self, index: int) -> str:
         """The name of a sample, for messages."""
-        tar = int(np.searchsorted(np.cumsum([len(some) for some in self._of_tar]), index, side="right"))
+        tar = int(np.searchsorted(np.cumsum(self._counts), index, side="right"))
         return f"{self._tars[tar]}#{self._text[self._ends[index] : self._ends[index + 1]].decode()}"
 
     def is_incomplete(self, column: str) -> bool:
@@ -163,67 +204,71 @@ class TarSamples:
         """Values of the group column, if there is one."""
         return None if self._columns.group is None else self._groups.values()
 
-    def _role(self, extension: str) -> int:
-        image, label = self._image, self._columns.label
-        if extension == image if image else kind_of(f"x.{extension}") == "image":
-            return _IMAGE
-        is_label = extension in LABEL_NAMES if label is None else extension == label
-        return _TEXT if is_label or extension in (self._columns.group, JSON) else _OTHER
+    def _refuse(
+        self,
+        name: str,
+        files: TarFiles,
+        paths: Paths,
+        samples: npt.NDArray[np.integer[Any]],
+        roles: npt.NDArray[np.int64],
+    ) -> None:
+        """Raise what is wrong with the first file of a tar that cannot be used, or with the tar after all files."""
+        wrong: dict[int, Exception] = {}
+        images = np.flatnonzero(roles == _IMAGE)
+        if np.bincount(samples[images], minlength=1).max() > 1:
+            _, firsts = np.unique(samples[images], return_index=True)
+            second = int(np.delete(images, firsts)[0])
+            extension = paths.extensions[paths.codes[second]]
+            wrong[second] = self._second(name, files.names[paths.rows[second]].as_py(), extension)
+        large = np.flatnonzero((roles == _TEXT) & (files.sizes[paths.rows] > MAX_TEXT))
+        if len(large):
+            row = paths.rows[large[0]]
+            wrong[int(large[0])] = SourceError(
+                f"{name}: expected a label in {files.names[row].as_py()}, found {files.sizes[row]} bytes"
+            )
+        for row, problem in files.problems.items():
+            place = int(np.searchsorted(paths.rows, row))
+            if place < len(paths.rows) and paths.rows[place] == row and roles[place] != _OTHER:
+                wrong[place] = ValueError(f"{files.names[row].as_py()!r} {problem}")
+        if wrong:
+            raise wrong[min(wrong)]
+        if files.damage is not None:
+            raise files.damage
 
-    def _second(self, name: str, file: File, extension: str) -> SourceError:
-        if self._image:
-            return SourceError(f"{name}: expected one {extension} of each sample, found a second one: {file.name}")
+    def _second(self, name: str, path: str, extension: str) -> SourceError:
+        if self._roles.image:
+            return SourceError(f"{name}: expected one {extension} of each sample, found a second one: {path}")
         return SourceError(
-            f"{name}: expected one image per sample, found a second one: {file.name}; set `image_column` to "
+            f"{name}: expected one image per sample, found a second one: {path}; set `image_column` to "
             f"an extension such as {extension}, or use no dots in the names of samples"
         )
 
-    def _take(self, tar: _Tar) -> None:
-        """Store the samples of a tar."""
-        chosen, stems = tar.complete(), list(tar.places)
-        self.found += len(stems)
-        if len(chosen) < len(stems):
-            if self.first_without is None:
-                self.first_without = f"{tar.name}#{stems[tar.sizes.index(_NO_IMAGE)]}"
-            stems = [stems[place] for place in chosen]
-        self._take_texts(tar, chosen)
-        encoded = [stem.encode() for stem in stems]
-        self._text += b"".join(encoded)
-        self._ends.extend(islice(accumulate(map(len, encoded), initial=self._ends[-1]), 1, None))
-        self._starts.extend([tar.starts[place] for place in chosen])
-        self._sizes.extend([tar.sizes[place] for place in chosen])
-        self._of_tar.append(np.full(len(chosen), len(self._tars), np.int32))
-        self._tars.append(tar.name)
-
-    def _take_texts(self, tar: _Tar, chosen: Sequence[int]) -> None:
-        """Store the values of columns that may hold labels or groups."""
-        jsons = tar.texts.get(JSON, {})
-        firsts = {
-            extension: min((place for place in texts if tar.sizes[place] != _NO_IMAGE), default=None)
-            for extension, texts in tar.texts.items()
-            if extension not in self.members
-        }
+    def _take_texts(self, texts: Mapping[str, _Texts], count: int) -> None:
+        """Store the values of columns that may hold labels or groups, of the next samples."""
+        firsts = {extension: some.first() for extension, some in texts.items() if extension not in self.members}
         first = firsts.pop(JSON, None)
         if first is not None and not self._has_json:
-            self.fields = _fields(jsons[first])
+            self.fields = _fields(texts[JSON].of(first) or b"")
         known = {extension: place for extension, place in firsts.items() if place is not None}
         self.members |= dict.fromkeys(sorted(known, key=known.__getitem__))
         if self._columns.label is None:
             self._note_columns()
         self._has_json |= first is not None
         group = [] if self._columns.group is None else [self._columns.group]
-        values = _by_column(tar.texts, chosen, {*self._labels, *group})
+        columns = _by_column(texts, count, {*self._labels, *group})
         for column, coded in self._labels.items():
-            if any(value is not None for value in values[column]):
+            values, codes = columns[column]
+            if any(value is not None for value in values):
                 self._present.add(column)
             if column in self._no_class:
                 continue
             try:
-                coded.add(values[column])
+                coded.add_coded(values, codes)
             except NoClass as error:  # raised later, if this column is chosen
                 self._no_class[column] = error
         for column in group:
-            self._groups.add([None if value is None else as_text(value) for value in values[column]])
+            values, codes = columns[column]
+            self._groups.add_coded([None if value is None else as_text(value) for value in values], codes)
 
     def _note_columns(self) -> None:
         """Add columns that may hold labels, according to the members and fields so far."""
@@ -242,23 +287,47 @@ class TarSamples:
                 self._late.add(column)
 
 
-def _by_column(
-    texts: Mapping[str, Mapping[int, bytes]], chosen: Sequence[int], columns: Collection[str]
-) -> dict[str, Any]:
+def _texts(
+    files: TarFiles,
+    paths: Paths,
+    samples: npt.NDArray[np.integer[Any]],
+    roles: npt.NDArray[np.int64],
+    has_image: npt.NDArray[np.bool_],
+) -> dict[str, _Texts]:
+    """By extension, the members to read, of the samples that have an image."""
+    found = {}
+    for code, extension in enumerate(paths.extensions):
+        places = np.flatnonzero((paths.codes == code) & (roles == _TEXT))
+        if len(places):
+            rows = np.full(len(has_image), -1)
+            rows[samples[places]] = np.arange(len(places))  # the last member of a name counts
+            found[extension] = _Texts(files.contents(paths.rows[places]), rows[has_image])
+    return found
+
+
+def _by_column(texts: Mapping[str, _Texts], count: int, columns: Collection[str]) -> dict[str, Column]:
     """By column, its value for each sample: from the member of this name, else from the JSON field; else None."""
-    jsons = texts.get(JSON, {})
-    members = {column: texts.get(column, {}) for column in columns}
-    fields: dict[int, dict[str, Any]] = {}
-    if jsons:
-        asked = [place for place in chosen if any(place not in some for some in members.values())]
-        fields = {place: _values(jsons[place], columns) for place in asked if place in jsons}
-    return {
-        column: [
-            _decoded(some[place]) if place in some else fields[place].get(column) if place in fields else None
-            for place in chosen
-        ]
-        for column, some in members.items()
-    }
+    jsons = texts.get(JSON)
+    found: dict[str, Column] = {}
+    mixed = []
+    for column in columns:
+        member = texts.get(column)
+        if member is not None and (jsons is None or (member.rows >= 0).all()):
+            found[column] = member.column()
+        elif jsons is None:
+            found[column] = [None][:count], np.zeros(count, np.int32)
+        else:
+            mixed.append(column)
+    if jsons is None or not mixed:
+        return found
+    rows: dict[str, list[Any]] = {column: [] for column in mixed}
+    for sample in range(count):
+        text = jsons.of(sample)
+        fields = {} if text is None else _values(text, mixed)
+        for column in mixed:
+            content = texts[column].of(sample) if column in texts else None
+            rows[column].append(fields.get(column) if content is None else _decoded(content))
+    return found | {column: (values, np.arange(count)) for column, values in rows.items()}
 
 
 def _fields(text: bytes) -> list[str]:
@@ -268,9 +337,9 @@ def _fields(text: bytes) -> list[str]:
         return []
 
 
-def _decoded(text: bytes) -> str | None:
+def _decoded(text: bytes | None) -> str | None:
     try:
-        return text.decode("utf-8-sig").strip()
+        return None if text is None else text.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         return None
 

@@ -6,27 +6,29 @@ listed once by their headers; readers then fetch single images by byte range.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json.encoder import encode_basestring_ascii
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from datamerge.runtime.class_names import parse_class_names
 from datamerge.runtime.messages import first_line, say, warn
 from datamerge.sources.columns import NO_LABEL, Samples
 from datamerge.sources.images import BadImage
 from datamerge.sources.labels import NONE, NoClass, choose_column, shown, warn_of_twins
+from datamerge.sources.naming import Members, buffers_of, joined
 from datamerge.sources.sample import Columns, JsonTexts, Sample, Source, as_text, fingerprint, make_listing
 from datamerge.sources.suffixes import EXTENSIONS, MAGIC_BYTES, PACKED, PACKED_MAGIC, kind_of
-from datamerge.sources.tar_headers import TarFiles
+from datamerge.sources.tar_headers import BROKEN
 from datamerge.sources.tar_samples import LABEL_EXTENSION, TarSamples
 from storage_schemas import ConfigError, Location, SourceError
 
-# Exceptions of tarfile for files that are no tars, or malicious.
-_BROKEN = (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
+# Characters that stand for themselves in JSON.
+_PLAIN = bytes(byte for byte in range(ord(" "), ord("~") + 1) if byte not in b'"\\')
 CLASS_NAMES = "classnames.txt"  # one name a line, in the order of labels, as CLIP_benchmark writes it beside tars
 
 
@@ -100,16 +102,19 @@ def _collected(
     found = TarSamples(columns, column)
     for name, _ in files:
         with _refused(location, name), location.open(name) as stream:
-            found.add(name, TarFiles(stream, location.is_local))
+            found.add(name, stream, location.is_local)
     return found
 
 
 def _json(samples: Samples) -> list[str]:
-    """The JSON of the name, label and group of each sample."""
-    names = map(encode_basestring_ascii, samples.names)
-    labels = ("null" if label == NO_LABEL else label for label in samples.labels.tolist())
-    groups = ("null" if group is None else encode_basestring_ascii(group) for group in samples.group_values)
-    return [f"[{name}, {label}, {group}]" for name, label, group in zip(names, labels, groups, strict=True)]
+    """The JSON of the name, label and group of each sample, all as one text."""
+    names = cast(Members, samples.naming).texts(0, len(samples))
+    if buffers_of(names)[1].tobytes().translate(None, _PLAIN):
+        names = pa.array([encode_basestring_ascii(name)[1:-1] for name in names.to_pylist()], pa.large_string())
+    labels = pa.array(samples.labels, mask=samples.labels == NO_LABEL).cast(pa.large_string()).fill_null("null")
+    groups = ["null" if group is None else encode_basestring_ascii(group) for group in samples.group_values]
+    texts = joined('["', names, '", ', labels, ", ", pa.array(groups, pa.large_string()), "], ")
+    return [buffers_of(texts)[1].tobytes()[:-2].decode()]
 
 
 def _say_other_images(others: Mapping[str, int], url: str) -> list[str]:
@@ -126,7 +131,7 @@ def _refused(location: Location, name: str) -> Iterator[None]:
     """Turn exceptions of tarfile into a SourceError."""
     try:
         yield
-    except _BROKEN as error:
+    except BROKEN as error:
         head = location.read(name, 0, MAGIC_BYTES)
         packed = next((PACKED[suffix] for magic, suffix in PACKED_MAGIC.items() if head.startswith(magic)), None)
         raise SourceError(

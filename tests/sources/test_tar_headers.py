@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamerge.sources import open_source
-from datamerge.sources.tar_headers import MAX_MEMBER, NAMES, TarFiles
+from datamerge.sources.tar_blocks import NAMES
+from datamerge.sources.tar_headers import MAX_MEMBER, WINDOW, TarFiles, TarLister
 
-BUFFER = 2048
+BUFFER = 16 * WINDOW
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 TYPES = (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE)
 PATHS = st.sampled_from(["a.png", "b/a.png", "p/" * 60 + "a.cls", "x" * 120, "é.png", "ÿ", "./c.json"])
@@ -73,6 +75,7 @@ def _tar(format_: int, members: list[Any], damage: list[tuple[float, int]], cut:
     return bytes(data[: len(data) - cut])
 
 
+LISTER = TarLister(lambda name, _: name.endswith("cls"))
 Listed = list[tuple[str, int, int]]
 
 
@@ -97,6 +100,12 @@ def _outcome(files: Iterator[tuple[str, int, int]]) -> tuple[Listed, str]:
     return listed, ""
 
 
+def _listed(files: TarFiles) -> tuple[Listed, str]:
+    """The same of columns."""
+    columns = (files.names.to_pylist(), files.starts.tolist(), files.sizes.tolist())
+    return list(zip(*columns, strict=True)), repr(files.damage) if files.damage else ""
+
+
 @settings(deadline=None, max_examples=100)
 @given(
     st.sampled_from(FORMATS),
@@ -117,8 +126,8 @@ def test_what_tarfile_lists(
     path = tmp_path_factory.getbasetemp() / "x.tar"
     path.write_bytes(data)
     with path.open("rb") as stream:
-        assert _outcome(file[:3] for file in TarFiles(stream, is_local=True)) == expected
-    assert _outcome(file[:3] for file in TarFiles(io.BytesIO(data), is_local=False)) == expected
+        assert _listed(LISTER.files(stream, is_local=True)) == expected
+    assert _listed(LISTER.files(io.BytesIO(data), is_local=False)) == expected
 
 
 @pytest.mark.parametrize("format_", FORMATS)
@@ -134,8 +143,10 @@ def test_texts_and_images_are_read_with_as_many_requests(format_: int) -> None:
     known, seen = _Counted(written.getvalue()), _Counted(written.getvalue())
     with tarfile.open(fileobj=io.BufferedReader(known, BUFFER), mode="r:") as tar:
         expected = [tar.extractfile(info).read() for info in tar if info.name.endswith("cls")]  # type: ignore[union-attr]
-    files = TarFiles(io.BufferedReader(seen, BUFFER), is_local=False)
-    assert [files.content(file) for file in files if file.name.endswith("cls")] == expected
+    lister = TarLister(lambda name, _: name.endswith("cls"))
+    files = lister.files(io.BufferedReader(seen, BUFFER), is_local=False)
+    rows = [row for row, name in enumerate(files.names.to_pylist()) if name.endswith("cls")]
+    assert files.contents(np.array(rows)).to_pylist() == expected
     assert seen.reads <= known.reads + 1
 
 
