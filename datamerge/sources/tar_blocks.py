@@ -21,10 +21,11 @@ ENCODING = tarfile.ENCODING
 NAMES = "backslashreplace"  # for bytes in names that are not UTF-8
 NAME, SIZE, TIME, CHECKSUM = slice(0, 100), slice(124, 136), slice(136, 148), slice(148, 156)
 _SUMMED = slice(0, CHECKSUM.start)  # the fields that differ, and the owner
-_REST = slice(CHECKSUM.stop, BLOCK)
+_OWNER, _REST = slice(NAME.stop, SIZE.start), slice(CHECKSUM.stop, BLOCK)
+_OWNER_BYTES = _OWNER.stop - _OWNER.start
 _PREFIX = slice(345, 500)  # of the name
 _SPACES = 8 * ord(" ")  # the checksum is computed with spaces in its own field
-_RECORDS = 32  # bytes that a record with one time fits into
+_RECORD = 32  # bytes that a record with one time fits into
 _TIME = re.compile(rb"(\d{1,4}) [acm]time=[\d.]+\n")
 _DIGITS_AS_ZERO = np.array([ord("0") if chr(byte) in "0123456789" else byte for byte in range(256)], np.uint8)
 
@@ -34,17 +35,15 @@ Rows = npt.NDArray[np.int64]
 """Indices of blocks [N]."""
 
 
-class Checked(NamedTuple):
-    """Which of N headers are plain, and the prefix of the name in each.
+class Kinds(NamedTuple):
+    """Headers of one kind differ in name, size, time and checksum only.
 
     Attributes:
-        good: bool [N].
-        kinds: int32 [N], index of the kind of each.
+        codes: int32 [N], index of the kind of each header.
         prefixes: by kind, what precedes the name.
     """
 
-    good: npt.NDArray[np.bool_]
-    kinds: npt.NDArray[np.int32]
+    codes: npt.NDArray[np.int32]
     prefixes: list[str]
 
 
@@ -54,64 +53,59 @@ class HeaderChecks:
     def __init__(self) -> None:
         self._known: dict[bytes, str] = {}
 
-    def check(self, blocks: Blocks, rows: Rows) -> Checked:
-        """Check the headers at these rows.
+    def check(self, headers: Blocks) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], Kinds]:
+        """Check headers.
 
-        A header that is not good may still be valid.
+        Returns: which are plain, bool [N], as others may still be valid; their sizes, int64 [N]; their kinds.
         """
-        headers = blocks[rows]
         sums = headers[:, _SUMMED].sum(axis=1, dtype=np.uint32)
-        good = _are_octal(headers[:, SIZE][:, :-1]) & _are_octal(headers[:, TIME][:, :-1])
-        for field in (SIZE, TIME):
-            good &= (headers[:, field.stop - 1] == 0) | (headers[:, field.stop - 1] == ord(" "))
-        claimed, end = headers[:, CHECKSUM][:, :6], headers[:, CHECKSUM][:, 6:]
-        good &= _are_octal(claimed) & (end[:, 0] == 0) & (end[:, 1] == ord(" "))
-        expected = _octal(claimed) - _SPACES
-        headers[:, NAME] = 0
-        headers[:, SIZE.start : CHECKSUM.stop] = 0
-        coded = _coded(headers)
-        kinds: npt.NDArray[np.int32] = coded.indices.to_numpy()
-        distinct = coded.dictionary.to_pylist()
-        rest = np.array([sum(kind[_REST]) for kind in distinct], np.int64)
-        good &= sums + rest[kinds] == expected
+        sizes, claimed, end = headers[:, SIZE], headers[:, CHECKSUM][:, :6], headers[:, CHECKSUM][:, 6:]
+        good = (end[:, 0] == 0) & (end[:, 1] == ord(" ")) & _are_octal(claimed)
+        for field in (sizes, headers[:, TIME]):
+            good &= _are_octal(field[:, :-1]) & ((field[:, -1] == 0) | (field[:, -1] == ord(" ")))
+        coded = coded_rows(np.concatenate([headers[:, _OWNER], headers[:, _REST]], axis=1))
+        codes: npt.NDArray[np.int32] = coded.indices.to_numpy()
+        kinds = coded.dictionary.to_pylist()
+        rest = np.array([sum(kind[_OWNER_BYTES:]) for kind in kinds], np.int64)
+        good &= sums + rest[codes] + _SPACES == _octal(claimed)
         known, self._known = self._known, {}
         prefixes = []
-        for place, kind in enumerate(distinct):
+        for code, kind in enumerate(kinds):
             prefix = known.get(kind)
             if prefix is None:
-                prefix = _prefix(blocks, rows[good & (kinds == place)])
+                prefix = _prefix(headers[good & (codes == code)])
             if prefix is None:
-                good &= kinds != place
+                good &= codes != code
             else:
                 self._known[kind] = prefix
             prefixes.append(prefix or "")
-        return Checked(good, kinds, prefixes)
+        return good, _octal(sizes[:, :-1]), Kinds(codes, prefixes)
 
 
-def are_times(blocks: Blocks, rows: Rows) -> npt.NDArray[np.bool_]:
+def are_times(blocks: Blocks) -> npt.NDArray[np.bool_]:
     """Which blocks of pax records hold times and nothing else, bool [N]."""
     # The first two digits are the length of the record. Others make no difference, and few forms remain.
-    records = blocks[:, :_RECORDS][rows]
+    records = blocks[:, :_RECORD].copy()
     records[:, 2:] = _DIGITS_AS_ZERO[records[:, 2:]]
-    coded = _coded(records)
+    coded = coded_rows(records)
     good: npt.NDArray[np.bool_]
     good = np.array([_is_time(form) for form in coded.dictionary.to_pylist()], np.bool_)[coded.indices.to_numpy()]
     good &= records[:, -1] == 0  # what follows a zero is no record
     for place in np.flatnonzero(~good).tolist():
-        good[place] = _is_time(blocks[rows[place]].tobytes())
+        good[place] = _is_time(blocks[place].tobytes())
     return good
 
 
-def names_of(blocks: Blocks, rows: Rows, checked: Checked) -> pa.LargeStringArray:
-    """The names in the headers at these rows."""
-    fields = blocks[:, NAME][rows]
+def names_of(headers: Blocks, kinds: Kinds) -> pa.LargeStringArray:
+    """The names in the first of the headers that are of these kinds."""
+    fields = np.ascontiguousarray(headers[:, NAME])
     texts = fields.view(f"S{fields.shape[1]}").ravel()
     if (fields < 128).all():
         names = pa.array(texts).cast(pa.large_string())  # up to the first zero byte
     else:
         names = pa.array([as_name(text) for text in texts.tolist()], pa.large_string())
-    if any(checked.prefixes):
-        prefixes = pa.array(checked.prefixes, pa.large_string()).take(pa.array(checked.kinds[: len(rows)]))
+    if any(kinds.prefixes):
+        prefixes = pa.array(kinds.prefixes, pa.large_string()).take(pa.array(kinds.codes[: len(headers)]))
         names = joined(prefixes, names)
     return names
 
@@ -121,30 +115,25 @@ def as_name(field: bytes) -> str:
     return field.partition(b"\0")[0].decode(ENCODING, NAMES)
 
 
-def sizes_in(blocks: Blocks, rows: Rows) -> npt.NDArray[np.int64]:
-    """The sizes in good headers."""
-    return _octal(blocks[:, SIZE][rows][:, :-1])
+def coded_rows(rows: Blocks) -> pa.DictionaryArray:
+    """The distinct rows of a matrix and the code of each row, in the order of their first occurrence."""
+    count, width = rows.shape
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), count, [None, pa.py_buffer(rows)]
+    ).dictionary_encode()
 
 
-def _prefix(blocks: Blocks, rows: Rows) -> str | None:
-    """The prefix of the name in headers of one kind; None if `tarfile` refuses it."""
-    if not len(rows):
+def _prefix(headers: Blocks) -> str | None:
+    """The prefix of the name in headers of one kind; None if there are none, or `tarfile` refuses the first."""
+    if not len(headers):
         return None
-    block = blocks[rows[0]].tobytes()
+    block = headers[0].tobytes()
     try:
         tarfile.TarInfo.frombuf(block, ENCODING, NAMES)
     except tarfile.HeaderError:
         return None
     prefix = as_name(block[_PREFIX])
     return f"{prefix}/" if prefix else ""
-
-
-def _coded(rows: Blocks) -> pa.DictionaryArray:
-    """The distinct rows of a matrix and the code of each row, in the order of their first occurrence."""
-    count, width = rows.shape
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(width), count, [None, pa.py_buffer(rows)]
-    ).dictionary_encode()
 
 
 def _are_octal(fields: Blocks) -> npt.NDArray[np.bool_]:

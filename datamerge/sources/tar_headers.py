@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,8 +30,8 @@ from datamerge.sources.tar_blocks import (
     Rows,
     are_times,
     as_name,
+    coded_rows,
     names_of,
-    sizes_in,
 )
 
 # Exceptions of tarfile for files that are no tars, or malicious.
@@ -41,11 +42,12 @@ REGULAR, EXTENDED = tarfile.REGTYPE[0], tarfile.XHDTYPE[0]
 WINDOW = 4096
 # Number of windows whose headers are checked at once: most fit into a processor's cache; fewer follow headers that
 # were not plain, as all behind those are read again.
-FEWEST, MOST = 16, 512
+FEWEST, MOST = 16, 1024
 # Where fewer files than this are plain, tarfile reads more and more members, up to the second number, before the next
 # attempt.
 FEW, MOST_UNUSUAL = 4, 64
-_TYPE = 156
+_TYPE, _MAGIC = 156, 257
+_MAGIC_BYTE = ord("u")  # of `ustar`
 
 
 class File(NamedTuple):
@@ -137,7 +139,7 @@ class TarLister:
                 followed = self._follow(tar, offset, windows)
                 found, offset = self._check(tar, followed, collected)
                 windows = min(max(2 * found, FEWEST), MOST)
-                if followed.is_whole and found == len(followed.members):
+                if followed.is_whole and found == sum(map(len, followed.layouts)):
                     continue
                 waiting = unusual = 0 if found >= FEW else min(2 * unusual + 1, MOST_UNUSUAL)
             if offset > tar.size:
@@ -152,16 +154,25 @@ class TarLister:
         """Read headers that look plain from `offset` on into the buffer. They may turn out to be anything."""
         buffer, read, keep = self._buffer, tar.read_into, None if tar.is_local else tar.keep
         first_digit, last_digit = SIZE.start, SIZE.stop - 1
-        followed = _Followed([], [], [], [])
-        add_member, add_size = followed.members.append, followed.sizes.append
+        followed = _Followed([], [])
+        add_offset, add_layout = followed.offsets.append, followed.layouts.append
+        layout, last_header = list[int](), 0
         try:
             for base, view in zip(range(0, windows * WINDOW, WINDOW), self._views, strict=False):
-                followed.offsets.append(offset)
-                followed.before.append(len(followed.members))
+                add_offset(offset)
                 found = read(view, offset)
                 if found < WINDOW:
                     buffer[base + found : base + WINDOW] = bytes(WINDOW - found)
                 at, last = base, base + WINDOW - 2 * BLOCK
+                if last_header and buffer[base + last_header + _MAGIC] == _MAGIC_BYTE:
+                    header = base + last_header  # as in the window before; `_check` looks at the headers between
+                    size = int(buffer[header + first_digit : header + last_digit], 8)
+                    if size > last - header:
+                        add_layout(layout)
+                        offset += header + 2 * BLOCK + (size - 1 & -BLOCK) - base
+                        continue
+                layout = []
+                add_layout(layout)
                 while at <= last:  # a header and the block after it
                     header = at
                     if buffer[at + _TYPE] == EXTENDED:
@@ -171,12 +182,12 @@ class TarLister:
                     size = int(buffer[header + first_digit : header + last_digit], 8)
                     if buffer[header + _TYPE] != REGULAR or size < 0:
                         return followed
-                    add_member(at)
-                    add_size(size)
-                    if keep is not None and size > BLOCK:
-                        keep(
-                            as_name(bytes(buffer[header : header + NAME.stop])), offset + header + BLOCK - base, size
-                        )
+                    layout.append(at - base)
+                    if keep is None:
+                        last_header = header - base
+                    elif size > BLOCK:
+                        name = as_name(bytes(buffer[header : header + NAME.stop]))
+                        keep(name, offset + header + BLOCK - base, size)
                     at = header + 2 * BLOCK + (size - 1 & -BLOCK)
                 offset += at - base
         except ValueError:  # not a number
@@ -185,47 +196,49 @@ class TarLister:
 
     def _check(self, tar: _Tar, followed: _Followed, collected: _Collected) -> tuple[int, int]:
         """Collect the files before the first header that is not plain; returns their number and the offset there."""
-        if not followed.members:
+        blocks, (members, shifts) = self._blocks, followed.members()
+        if not len(members):
             return 0, followed.offsets[0]
-        blocks, members = self._blocks, np.array(followed.members) // BLOCK
         is_extended = blocks[members, _TYPE] == EXTENDED
-        headers, extended = members + 2 * is_extended, members[is_extended]
-        checked = self._checks.check(blocks, np.concatenate([headers, extended]))
-        good = checked.good[: len(headers)]
-        length = sizes_in(blocks, extended)
-        good[is_extended] &= checked.good[len(headers) :] & (length > 0) & (length <= BLOCK)
-        good[is_extended] &= are_times(blocks, extended + 1)
-        starts = followed.shifts() + (headers + 1) * BLOCK
-        good &= starts <= tar.size  # otherwise the header is truncated
+        places, extended = members + 2 * is_extended, members[is_extended]
+        headers, coded = blocks[places], coded_rows(blocks[extended])  # extended headers are often the same
+        distinct = np.frombuffer(b"".join(coded.dictionary.to_pylist()), np.uint8).reshape(-1, BLOCK)
+        good, sizes, kinds = self._checks.check(np.concatenate([headers, distinct]))
+        (good, more), (sizes, lengths) = np.split(good, [len(headers)]), np.split(sizes, [len(headers)])
+        more &= (lengths > 0) & (lengths <= BLOCK)
+        good[is_extended] &= more[coded.indices.to_numpy()] & are_times(blocks[extended + 1])
+        starts = shifts + (places + 1) * BLOCK
+        ends = starts - -sizes // BLOCK * BLOCK
+        good &= (headers[:, _TYPE] == REGULAR) & (starts <= tar.size)  # a header at the end may be truncated
+        good[1:] &= ends[:-1] == (shifts + members * BLOCK)[1:]
         found = len(good) if good.all() else int(good.argmin())
         if not found:
             return 0, followed.offsets[0]
-        headers, starts, sizes = headers[:found], starts[:found], np.array(followed.sizes[:found], np.int64)
-        collected.extend(names_of(blocks, headers, checked), starts, sizes, _small(blocks, headers + 1, sizes))
-        return found, int(starts[-1] - -sizes[-1] // BLOCK * BLOCK)
+        starts, sizes = starts[:found], sizes[:found]
+        small = _small(blocks, places[:found] + 1, sizes)
+        collected.extend(names_of(headers[:found], kinds), starts, sizes, small)
+        return found, int(ends[found - 1])
 
 
 class _Followed(NamedTuple):
     """Members of which nothing is checked.
 
     Attributes:
-        members: place of the first header of each in the buffer.
-        sizes: claimed size of each.
         offsets: offset in the tar of each window.
-        before: number of members before each window.
+        layouts: for each window, where in it members begin; often the same list.
         is_whole: whether no other header came up.
     """
 
-    members: list[int]
-    sizes: list[int]
     offsets: list[int]
-    before: list[int]
+    layouts: list[list[int]]
     is_whole: bool = False
 
-    def shifts(self) -> npt.NDArray[np.int64]:
-        """By member, the difference between an offset in the tar and its place in the buffer."""
-        shifts = np.array(self.offsets) - WINDOW * np.arange(len(self.offsets))
-        return np.repeat(shifts, np.diff([*self.before, len(self.members)]))
+    def members(self) -> tuple[Rows, Rows]:
+        """By member, the index of its first block in the buffer, and the offset in the tar of the buffer's begin."""
+        counts = list(map(len, self.layouts))
+        bases = WINDOW * np.arange(len(counts))
+        places = np.fromiter(chain.from_iterable(self.layouts), np.int64)
+        return (places + np.repeat(bases, counts)) // BLOCK, np.repeat(np.array(self.offsets) - bases, counts)
 
 
 class _Collected:
