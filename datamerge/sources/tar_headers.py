@@ -153,25 +153,23 @@ class TarLister:
     def _follow(self, tar: _Tar, offset: int, windows: int) -> _Followed:
         """Read headers that look plain from `offset` on into the buffer. They may turn out to be anything."""
         buffer, read, keep = self._buffer, tar.read_into, None if tar.is_local else tar.keep
-        first_digit, last_digit = SIZE.start, SIZE.stop - 1
         followed = _Followed([], [])
         add_offset, add_layout = followed.offsets.append, followed.layouts.append
-        layout, last_header = list[int](), 0
+        layout, magic, first, stop, after = list[int](), 0, 0, 0, 0
         try:
             for base, view in zip(range(0, windows * WINDOW, WINDOW), self._views, strict=False):
                 add_offset(offset)
                 found = read(view, offset)
                 if found < WINDOW:
                     buffer[base + found : base + WINDOW] = bytes(WINDOW - found)
-                at, last = base, base + WINDOW - 2 * BLOCK
-                if last_header and buffer[base + last_header + _MAGIC] == _MAGIC_BYTE:
-                    header = base + last_header  # as in the window before; `_check` looks at the headers between
-                    size = int(buffer[header + first_digit : header + last_digit], 8)
-                    if size > last - header:
+                # Mostly the headers are at the places of those in the window before; `_check` looks at all of them.
+                if magic and buffer[base + magic] == _MAGIC_BYTE:
+                    size = int(buffer[base + first : base + stop], 8)
+                    if size > WINDOW:
                         add_layout(layout)
-                        offset += header + 2 * BLOCK + (size - 1 & -BLOCK) - base
+                        offset += after + (size - 1 & -BLOCK)
                         continue
-                layout = []
+                layout, at, last = [], base, base + WINDOW - 2 * BLOCK
                 add_layout(layout)
                 while at <= last:  # a header and the block after it
                     header = at
@@ -179,17 +177,19 @@ class TarLister:
                         header += 2 * BLOCK
                         if header > last:
                             break
-                    size = int(buffer[header + first_digit : header + last_digit], 8)
+                    size = int(buffer[header + SIZE.start : header + SIZE.stop - 1], 8)
                     if buffer[header + _TYPE] != REGULAR or size < 0:
                         return followed
                     layout.append(at - base)
-                    if keep is None:
-                        last_header = header - base
-                    elif size > BLOCK:
+                    place = header - base
+                    at = header + 2 * BLOCK + (size - 1 & -BLOCK)
+                    if keep is not None and size > BLOCK:
                         name = as_name(bytes(buffer[header : header + NAME.stop]))
                         keep(name, offset + header + BLOCK - base, size)
-                    at = header + 2 * BLOCK + (size - 1 & -BLOCK)
                 offset += at - base
+                if keep is None:
+                    magic, after = place + _MAGIC, place + 2 * BLOCK
+                    first, stop = place + SIZE.start, place + SIZE.stop - 1
         except ValueError:  # not a number
             return followed
         return followed._replace(is_whole=True)
@@ -225,7 +225,7 @@ class _Followed(NamedTuple):
 
     Attributes:
         offsets: offset in the tar of each window.
-        layouts: for each window, where in it members begin; often the same list.
+        layouts: for each window but the last, which may have none, where in it members begin; often the same list.
         is_whole: whether no other header came up.
     """
 
@@ -238,7 +238,9 @@ class _Followed(NamedTuple):
         counts = list(map(len, self.layouts))
         bases = WINDOW * np.arange(len(counts))
         places = np.fromiter(chain.from_iterable(self.layouts), np.int64)
-        return (places + np.repeat(bases, counts)) // BLOCK, np.repeat(np.array(self.offsets) - bases, counts)
+        return (places + np.repeat(bases, counts)) // BLOCK, np.repeat(
+            np.array(self.offsets[: len(counts)]) - bases, counts
+        )
 
 
 class _Collected:
