@@ -97,7 +97,7 @@ def are_times(blocks: Blocks) -> npt.NDArray[np.bool_]:
 
 
 def names_of(headers: Blocks, kinds: Kinds) -> pa.LargeStringArray:
-    """The names in the first of the headers that are of these kinds."""
+    """The names in headers, of which `kinds` are those of these and maybe more."""
     fields = np.ascontiguousarray(headers[:, NAME])
     texts = fields.view(f"S{fields.shape[1]}").ravel()
     if (fields < 128).all():
@@ -118,9 +118,8 @@ def as_name(field: bytes) -> str:
 def coded_rows(rows: Blocks) -> pa.DictionaryArray:
     """The distinct rows of a matrix and the code of each row, in the order of their first occurrence."""
     count, width = rows.shape
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(width), count, [None, pa.py_buffer(rows)]
-    ).dictionary_encode()
+    texts = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), count, [None, pa.py_buffer(rows)])
+    return texts.dictionary_encode()
 
 
 def _prefix(headers: Blocks) -> str | None:

@@ -131,14 +131,16 @@ class TarLister:
     def _collect(self, tar: _Tar, collected: _Collected) -> None:
         """Collect the files of a tar; raises one of `BROKEN` if it is damaged."""
         offset: int | None = 0
-        windows, waiting, unusual = MOST, 0, 0
+        # What is read behind damage is wasted, and may be large where images are fetched with it.
+        most = MOST if tar.is_local else FEWEST
+        windows, waiting, unusual = most, 0, 0
         while offset is not None:
             if waiting:
                 waiting -= 1
             else:
                 followed = self._follow(tar, offset, windows)
                 found, offset = self._check(tar, followed, collected)
-                windows = min(max(2 * found, FEWEST), MOST)
+                windows = min(max(2 * found, FEWEST), most)
                 if followed.is_whole and found == sum(map(len, followed.layouts)):
                     continue
                 waiting = unusual = 0 if found >= FEW else min(2 * unusual + 1, MOST_UNUSUAL)
@@ -237,10 +239,9 @@ class _Followed(NamedTuple):
         """By member, the index of its first block in the buffer, and the offset in the tar of the buffer's begin."""
         counts = list(map(len, self.layouts))
         bases = WINDOW * np.arange(len(counts))
-        places = np.fromiter(chain.from_iterable(self.layouts), np.int64)
-        return (places + np.repeat(bases, counts)) // BLOCK, np.repeat(
-            np.array(self.offsets[: len(counts)]) - bases, counts
-        )
+        shifts = np.array(self.offsets[: len(counts)]) - bases
+        places = np.fromiter(chain.from_iterable(self.layouts), np.int64) + np.repeat(bases, counts)
+        return places // BLOCK, np.repeat(shifts, counts)
 
 
 class _Collected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from datamerge.sources import open_source
 from datamerge.sources.tar_blocks import NAMES
-from datamerge.sources.tar_headers import MAX_MEMBER, WINDOW, TarFiles, TarLister
+from datamerge.sources.tar_headers import BROKEN, MAX_MEMBER, WINDOW, TarFiles, TarLister
 
 BUFFER = 16 * WINDOW
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -95,7 +96,7 @@ def _outcome(files: Iterator[tuple[str, int, int]]) -> tuple[Listed, str]:
     try:
         for name, start, size in files:
             listed.append((name, start, size))
-    except (tarfile.TarError, ValueError) as error:
+    except BROKEN as error:
         return listed, repr(error)
     return listed, ""
 
@@ -128,6 +129,101 @@ def test_what_tarfile_lists(
     with path.open("rb") as stream:
         assert _listed(LISTER.files(stream, is_local=True)) == expected
     assert _listed(LISTER.files(io.BytesIO(data), is_local=False)) == expected
+
+
+def _samples(format_: int, count: int, image: int, odd: dict[int, Any]) -> bytes:
+    """A tar of labels and images, in which some members are replaced by (type, size, name, pax headers, mode)."""
+    members: list[Any] = []
+    for number in range(2 * count):
+        size = image if number % 2 else len(str(number))
+        name = f"n{number % 3}/{number // 2:05d}.{'jpg' if number % 2 else 'cls'}"
+        members.append(odd.get(number) or (tarfile.REGTYPE, size, name, {}, 0o644))
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=format_) as tar:
+        for type_, size, name, more, mode in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.pax_headers, info.mode = type_, size, more, mode
+            info.mtime = 1795958895.25  # a fraction, as `webdataset` writes it
+            info.linkname = "x" if type_ in TYPES[1:3] else ""
+            tar.addfile(info, io.BytesIO(b"7" * size))
+    return written.getvalue()
+
+
+ODD = {
+    **{type_.decode(): (type_, 0, "other/", {}, 0o644) for type_ in TYPES},
+    "old": (tarfile.AREGTYPE, 9000, "a.jpg", {}, 0o644),
+    "contiguous": (tarfile.CONTTYPE, 9000, "a.jpg", {}, 0o644),
+    "sparse": (tarfile.GNUTYPE_SPARSE, 9000, "a.jpg", {}, 0o644),
+    "unknown": (b"Q", 9000, "a.jpg", {}, 0o644),
+    "long": (tarfile.REGTYPE, 9000, "d/" * 120 + "a.jpg", {}, 0o644),
+    "prefix": (tarfile.REGTYPE, 9000, "d" * 90 + "/" + "e" * 50 + ".jpg", {}, 0o644),
+    "not ASCII": (tarfile.REGTYPE, 9000, "é.jpg", {}, 0o644),
+    "renamed": (tarfile.REGTYPE, 9000, "a.jpg", {"path": "b.jpg"}, 0o644),
+    "other mode": (tarfile.REGTYPE, 9000, "a.jpg", {}, 0o600),
+    "two times": (tarfile.REGTYPE, 9000, "a.jpg", {"atime": "3.5"}, 0o644),
+    "small": (tarfile.REGTYPE, 300, "a.jpg", {}, 0o644),
+    "empty": (tarfile.REGTYPE, 0, "a.jpg", {}, 0o644),
+    "large label": (tarfile.REGTYPE, 600, "a.cls", {}, 0o644),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_members_of_other_kinds_among_many(tmp_path: Path, format_: int, odd: str) -> None:
+    """Where the headers before and after look alike."""
+    try:
+        data = _samples(format_, 60, 9000, dict.fromkeys((0, 41, 42, 61, 63, 65, 90), ODD[odd]))
+    except ValueError:
+        pytest.skip("the format cannot say this")
+    expected = _outcome(_by_tarfile(io.BytesIO(data)))
+    assert len(expected[0]) > 50
+    (tmp_path / "x.tar").write_bytes(data)
+    with (tmp_path / "x.tar").open("rb") as stream:
+        files = LISTER.files(stream, is_local=True)
+        assert _listed(files) == expected
+        assert set(files.problems) == ({0, 41, 42, 61, 63, 65, 90} if odd == "sparse" else set())
+        texts = [row for row, name in enumerate(files.names.to_pylist()) if name.endswith("cls")]
+        sizes = files.sizes[texts].tolist()
+        assert files.contents(np.array(texts)).to_pylist() == [b"7" * size for size in sizes]
+    assert _listed(LISTER.files(io.BytesIO(data), is_local=False)) == expected
+
+
+PLACES = [0, 1, 3, 99, 100, 107, 124, 130, 134, 135, 136, 146, 147, 148, 153, 154, 155, 156, 157, 257, 345]
+BYTES = (0, 32, 49, 56, 255)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_damage_anywhere_among_many(tmp_path: Path, format_: int) -> None:
+    """Every field of a header, in the middle of headers that look alike; also a tar cut there."""
+    whole = _samples(format_, 20, 9000, {})
+    offset = whole.index(b"n2/00010.cls")
+    header = offset - (2 * tarfile.BLOCKSIZE if format_ == tarfile.PAX_FORMAT else 0)
+    cases = [whole[:cut] for cut in (header, header + 100, header + 512, header + 700, header + 3000)]
+    blocks = range(4 if format_ == tarfile.PAX_FORMAT else 2)
+    for number, (block, place) in enumerate(itertools.product(blocks, PLACES)):
+        data, start = bytearray(whole), header + 512 * block
+        data[start + place] = BYTES[number % len(BYTES)]
+        cases.append(bytes(data))
+        data[start + 148 : start + 156] = b" " * 8  # the same with the right checksum, if this is a header
+        data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+        cases.append(bytes(data))
+    path = tmp_path / "x.tar"
+    for case in cases:
+        path.write_bytes(case)
+        expected = _outcome(_by_tarfile(io.BytesIO(case)))
+        with path.open("rb") as stream:
+            assert _listed(LISTER.files(stream, is_local=True)) == expected
+
+
+def test_damage_of_a_remote_tar_costs_little() -> None:
+    """A wrong checksum near the beginning ends the list before much more is fetched."""
+    data = bytearray(_samples(tarfile.GNU_FORMAT, 300, 9000, {}))
+    data[data.index(b"n0/00003.cls") + 148] ^= 1
+    stream = _Counted(bytes(data))
+    files = LISTER.files(io.BufferedReader(stream, WINDOW), is_local=False)
+    assert _listed(files) == _outcome(_by_tarfile(io.BytesIO(data)))
+    assert len(files.names) == 6
+    assert stream.reads < 60
 
 
 @pytest.mark.parametrize("format_", FORMATS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import webdataset
 from PIL import Image
 
 from datamerge.sources import BadImage, Source, decode, open_source
+from datamerge.sources.sample import make_keys
 from storage_schemas import Location, SourceError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
@@ -199,3 +202,83 @@ def test_the_fingerprint_follows_the_content(tars: Path) -> None:
     after = open_source(tars)
     assert after.fingerprint != before.fingerprint
     assert after.changes(before.listing_bytes()) == ["train-01.tar has other content"]
+
+
+STEMS = [
+    "a/{}",
+    "./{}",
+    "/{}",
+    "b.c/{}",
+    "{}",
+    'q"{}',
+    "s {}",
+    "s_{}",
+    "é{}",
+    "w#{}",
+    "x.tar#/{}",
+    "d" * 99 + "/{}",
+    "t\t{}",
+]
+
+
+def _random_tar(chosen: random.Random) -> bytes:
+    """A tar of samples with images, labels, sites and JSON, of which some lack or repeat something."""
+    stems = [(chosen.choice(STEMS) if chosen.random() < 0.3 else "n014/{}").format(number) for number in range(60)]
+    members = []
+    for number, stem in enumerate(dict.fromkeys(stems)):
+        fields = json.dumps({"camera": f"c{number % 3}", "note": "y" * chosen.choice([0, 900])})
+        some = [("jpg", b"x" * chosen.choice([0, 9, 513, 6000])), ("cls", b"%d" % (number % 4))]
+        some += [("site", f"s{number % 2}\n".encode()), ("json", fields.encode()), ("txt", b"left out")]
+        members += [(f"{stem}.{name}", data) for name, data in some if chosen.random() < 0.95 or name == "cls"]
+    members += [("noextension", b""), ("a/.hidden.jpg", b""), ("__MACOSX/n014/0.jpg", b"")]
+    members.append((next(name for name, _ in members if name.endswith("cls")), b"3"))  # a second one, which counts
+    if chosen.random() < 0.5:
+        chosen.shuffle(members)
+    written = io.BytesIO()
+    format_ = chosen.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    with tarfile.open(fileobj=written, mode="w", format=format_) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), chosen.choice([0, 1.5])
+            tar.addfile(info, io.BytesIO(data))
+    return written.getvalue()
+
+
+def _one_by_one(folder: Path, listing: Any, group: str) -> tuple[list[Any], list[str], str]:
+    """Name, label and group of each sample, the keys, and the fingerprint, from `tarfile` and dictionaries."""
+    rows, texts = [], []
+    for path in sorted(folder.glob("*.tar")):
+        samples: dict[str, dict[str, tuple[int, bytes]]] = {}
+        with tarfile.open(path) as tar:
+            for info in tar:
+                above, slash, base = info.name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if stem and dot and not (above and info.name.startswith("__MACOSX")):
+                    found = info.offset_data, tar.extractfile(info).read()  # type: ignore[union-attr]
+                    samples.setdefault(f"{above}{slash if above else ''}{stem}", {})[extension] = found
+        for stem, members in samples.items():
+            if "jpg" in members:
+                start, image = members["jpg"]
+                label = int(members["cls"][1])
+                value = members[group][1].decode().strip() if group in members else None
+                if value is None and "json" in members:
+                    value = json.loads(members["json"][1]).get(group)
+                rows.append([f"{path.name}#{start}+{len(image)} {stem.rpartition('#')[2]}", label, value])
+                texts.append(f"{path.name}#".replace(".tar#", "-") + stem.replace(".tar#", "-").replace("#", "-"))
+    digest = hashlib.sha256(json.dumps([listing, rows]).encode()).hexdigest()
+    return rows, make_keys([f"{text}.image" for text in texts]), digest
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_samples_of_random_tars(tmp_path: Path, seed: int) -> None:
+    chosen = random.Random(seed)
+    for number in range(2):
+        (tmp_path / f"part {number}.tar").write_bytes(_random_tar(chosen))
+    for group in ("site", "camera"):
+        source = open_source(tmp_path, group_column=group)
+        rows, keys, digest = _one_by_one(tmp_path, dict(source.listing), group)
+        found = [[sample.name, sample.label, sample.group] for sample in source.samples]
+        assert found == rows
+        assert source.samples.keys == keys
+        assert source.fingerprint == digest
+        assert [sample.key for sample in source.samples[::-7]] == keys[::-7]
