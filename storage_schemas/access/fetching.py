@@ -78,17 +78,18 @@ class Fetcher(RequestThreads):
 
     # Methods for readers.
 
-    def expect(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
+    def expect(self, ranges: Iterable[Range], sizes: Mapping[str, int], *, once: bool = False) -> None:
         """Queue ranges that will be read, in order of first use.
 
         Args:
             sizes: bytes of their files, according to the sidecars.
+            once: they are read once, however often they are announced before.
         """
         with self._changed:
             self._is_announced = True
             self._sizes.update(sizes)
             for item in ranges:
-                if item.start >= item.end or self._is_here(item):
+                if item.start >= item.end or self._is_here(item) or (once and self._pieces.is_due(item)):
                     continue
                 if self._pieces.expect(item):
                     self._expected.setdefault(item)

@@ -165,6 +165,29 @@ def test_sidecars_and_records_of_a_batch_are_asked_for_at_once(
         assert len(next(batches).keys) == BATCH
 
 
+def test_the_end_of_one_stream_does_not_cancel_another(
+    tmp_path: Path, web: WebServer, there: Callable[[str], str]
+) -> None:
+    """The second waits for the server, both of the same `Artifact`, when the first ends."""
+    artifact, local = open_artifact(there("webdataset")), open_artifact(tmp_path / "web/a")
+    waiting, go, found = threading.Event(), threading.Event(), list[Any]()
+    with ended(_stream(artifact, 0, 1)) as first:
+        next(first)
+
+        def hold(method: str, path: str) -> None:
+            waiting.set()
+            go.wait(20)
+
+        web.fault = hold
+        second = threading.Thread(target=lambda: found.extend(_stream(artifact, 1, 3)))
+        second.start()
+        assert waiting.wait(20)
+    go.set()
+    second.join(20)
+    _same(iter(found), _stream(local, 1, 3))
+    _no_threads()
+
+
 def test_what_cannot_be_fetched_is_one_error(web: WebServer, there: Callable[[str], str]) -> None:
     artifact = open_artifact(there("webdataset"))
     web.fault = lambda method, path: 403 if "/shards/" in path else None
@@ -204,10 +227,11 @@ def test_shards_are_dealt_in_order_of_first_use() -> None:
 def test_what_is_in_the_cache_is_not_announced(
     tmp_path: Path, there: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announced, expect = [0], Artifact.expect
+    announced, expect, own = [0], Artifact.expect, list[Artifact]()
 
     def counted(artifact: Artifact, indices: Sequence[int]) -> int:
         announced[0] += 1
+        own[:] = [artifact]
         return expect(artifact, indices)
 
     monkeypatch.setattr(Artifact, "expect", counted)
@@ -216,7 +240,7 @@ def test_what_is_in_the_cache_is_not_announced(
     with ended(found), ended(expected):
         _same(islice(found, 40), islice(expected, 40))
         end = time.monotonic() + 20
-        while not artifact.is_filled and time.monotonic() < end:
+        while not own[0].is_filled and time.monotonic() < end:
             time.sleep(0.01)
         _same(islice(found, 400), islice(expected, 400))  # some blocks were announced before
         before = announced[0]
