@@ -100,9 +100,10 @@ def test_completion_knows_the_commands_and_imports_none(shell: str) -> None:
     assert done.stdout.rstrip().endswith("IMPORTED []")
 
 
-def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("--verbose", "inspect"), ("inspect", "--verbose"), ("inspect", "-v")])
+def test_verbose_shows_where_an_error_came_from(tmp_path: Path, options: tuple[str, str]) -> None:
     usual = run_command("inspect", tmp_path)
-    verbose = run_command("--verbose", "inspect", tmp_path, DATAMERGE_VERBOSE="")
+    verbose = run_command(*options, tmp_path, DATAMERGE_VERBOSE="")
     assert usual.returncode == verbose.returncode == 2
     assert "Traceback" not in usual.stderr
     assert "Traceback" in verbose.stderr
