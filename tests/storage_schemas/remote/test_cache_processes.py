@@ -278,6 +278,16 @@ def test_what_a_killed_process_was_granted_is_void(tmp_path: Path, web: WebServe
     assert len(list(folder.glob("grant-*"))) == 1
 
 
+def test_locks_of_killed_processes_are_removed_and_held_ones_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    left, held = (folder / f"lock-{letter * 64}" for letter in "ab")
+    folder.mkdir()
+    left.touch()
+    with Folder(folder, 100).alone(held.name.removeprefix("lock-")), Folder(folder, 100).room.reserved(50):
+        assert (left.exists(), held.exists()) == (False, True)
+    assert not held.exists()
+
+
 def test_a_copy_that_was_complete_when_its_process_died(
     tmp_path: Path, web: WebServer, contents: dict[str, bytes]
 ) -> None:
