@@ -121,8 +121,8 @@ def test_processes_share_a_cache_that_is_too_small_for_less_than_none_costs(
         for (path, start, end), digest in parts.items():
             assert digest == hashlib.sha256(contents[f"one/{path}"][start:end]).hexdigest()
         assert held == 0
-    # Each reads every block twice. In memory alone it would fetch each once; how many copies are evicted before others
-    # have read them depends on the speed of the processes.
+    # Each reads every block twice. In memory alone it would fetch each once; how many copies are evicted before
+    # others have read them depends on the speed of the processes.
     assert len(web.requests) <= 4 * count
     assert _asked(web).total() <= 4 * count
 
