@@ -15,14 +15,14 @@ SIZE = 2 * UNIT + 3 * BLOCK + 5
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8).tobytes()
 
 
-def _pieces(start: int, largest: int, most: int = SIZE) -> Iterator[bytes]:
-    """The bytes from `start` on in pieces of random sizes; the connection is lost after `most` bytes."""
+def _pieces(start: int, largest: int, lost_at: int = SIZE + 1) -> Iterator[bytes]:
+    """The bytes from `start` on in pieces of random sizes; the connection is lost after the byte `lost_at`."""
     rng, at = np.random.default_rng(largest), start
     while at < SIZE:
-        end = at + int(rng.integers(0, largest + 1))
+        end = min(SIZE, at + int(rng.integers(0, largest + 1)))
         yield DATA[at:end]
         at = end
-        if at >= start + most:
+        if at >= lost_at:
             raise ConnectionError
 
 
