@@ -1,4 +1,4 @@
-"""Single groups as files for others."""
+"""Export of single groups as .npz and .png files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_png(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact:
     assert pixels("k0.variance.png").max() == 255
 
 
-def test_a_key_that_is_not_there_stops_all(
+def test_an_unknown_key_exports_nothing(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "a", make_layout("zarr"))
