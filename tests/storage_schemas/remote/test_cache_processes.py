@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from storage_schemas import Cache, Location
-from storage_schemas.access.blocks import BLOCK, Folder
+from storage_schemas.access.block_file import BLOCK
 from storage_schemas.access.cache import CachedLocation
 from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.folder import Folder
 from storage_schemas.access.pieces import Range
 from storage_schemas.access.room import ABANDONED, Room
 from tests.support.servers import WebServer

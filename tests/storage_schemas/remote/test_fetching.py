@@ -18,7 +18,7 @@ import pytest
 
 from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from storage_schemas.access.copying import LARGEST
 from storage_schemas.access.fetching import GAP, Fetcher
 from storage_schemas.access.fills import SMALLEST

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from storage_schemas import Cache, Location
-from storage_schemas.access.blocks import Folder
 from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.folder import Folder
 from storage_schemas.access.pieces import Range
 from storage_schemas.access.room import locked
 from tests.support.servers import WebServer
