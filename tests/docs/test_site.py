@@ -111,7 +111,7 @@ def test_style_sheets_load_files_of_the_site_only(site: Path) -> None:
             assert link.startswith("data:") or (sheet.parent / link).is_file(), (sheet.name, link)
 
 
-def test_no_raw_tex(pages: dict[str, Reader]) -> None:
+def test_pages_have_no_raw_tex(pages: dict[str, Reader]) -> None:
     assert {name: found for name, page in pages.items() if (found := TEX.findall(page.text))} == {}
     assert pages["math.html"].formulas > 100
 

@@ -53,7 +53,7 @@ def test_a_flag_may_be_falsy(tmp_path: Path) -> None:
     assert settings.steps == 0
 
 
-def test_inputs_are_left_alone(tmp_path: Path) -> None:
+def test_inputs_are_not_changed(tmp_path: Path) -> None:
     preset, flags = {"members": 1}, {"steps": 4, "encoder": None}
     load_settings(Attack, _toml(tmp_path, "members = 2"), flags, preset)
     assert (preset, flags) == ({"members": 1}, {"steps": 4, "encoder": None})

@@ -172,7 +172,7 @@ def test_groups_with_different_labels_or_clean_images_are_refused(
 
 
 @pytest.mark.parametrize("other", ["itself", "converted", "elsewhere", "inside a combination", "seed without effect"])
-def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None:
+def test_the_same_members_in_both_artifacts_are_refused(tmp_path: Path, other: str) -> None:
     fixed = {"attack.random_start": False} if other == "seed without effect" else {}
     a = make(tmp_path / "a", attacked(["k0"], 1), changes=fixed)
     b = {
@@ -221,7 +221,7 @@ def test_different_encodings_and_wrong_arguments_are_refused(tmp_path: Path) -> 
         plan_combination([a, a], ["atack"])
 
 
-def test_heads_have_to_be_equal(tmp_path: Path) -> None:
+def test_different_heads_are_refused(tmp_path: Path) -> None:
     heads = [{"head.safetensors": save({"weight": np.full((2, WIDTH), i, np.float32)})} for i in (0, 1)]
     a = make(tmp_path / "a", attacked(["k0"], 1), files=heads[0])
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, files=heads[0])

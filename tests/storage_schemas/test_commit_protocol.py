@@ -161,7 +161,7 @@ def test_leftovers_of_killed_writers_are_ignored_and_removed_at_the_end(
     assert _tree(folder) == _tree(tmp_path / "clean")
 
 
-def test_begin_again_changes_nothing(
+def test_a_second_begin_changes_nothing(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     make_shards: Shards,
@@ -235,7 +235,7 @@ def test_the_plan_hash_ignores_locations(make_layout: Callable[..., Layout]) -> 
     assert plan_sha256(make_layout(groups=8), {}) != plan_sha256(layout, {})
 
 
-def test_a_moved_source_resumes(tmp_path: Path, make_layout: Callable[..., Layout]) -> None:
+def test_an_artifact_of_a_moved_source_is_resumed(tmp_path: Path, make_layout: Callable[..., Layout]) -> None:
     for url in ("/old", "/new"):
         ArtifactWriter(Location(tmp_path), make_layout(), {"source": {"url": url, "n": 1}}).begin({})
     assert json.loads((tmp_path / "manifest.json").read_text())["provenance"]["source"]["url"] == "/old"

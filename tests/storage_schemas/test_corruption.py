@@ -47,7 +47,7 @@ def _read_all(folder: Path, records: list[Record], same_record: Same) -> list[st
 
 
 @pytest.mark.parametrize("fault", ["deleted", "emptied", "truncated", "another shard's"])
-def test_lost_or_swapped_files(
+def test_lost_or_swapped_files_are_refused(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -79,7 +79,7 @@ def test_lost_or_swapped_files(
             assert refused == ["k3", "k4", "k5"]
 
 
-def test_one_flipped_bit_in_the_payload_of_a_record(
+def test_one_flipped_bit_makes_only_its_record_unreadable(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -102,7 +102,7 @@ def test_one_flipped_bit_in_the_payload_of_a_record(
 
 
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.35, 0.5, 0.65, 0.9, 1.0])
-def test_one_flipped_byte_in_a_zarr_shard(
+def test_one_flipped_byte_in_a_zarr_shard_is_noticed(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -172,7 +172,7 @@ def test_a_changed_sidecar_is_noticed(
 
 
 @pytest.mark.parametrize("fault", ["deleted", "emptied", "truncated", "another shard's"])
-def test_lost_or_swapped_sidecars(
+def test_lost_or_swapped_sidecars_are_refused(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str, fault: str
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(format_name))

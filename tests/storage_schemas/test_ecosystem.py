@@ -39,7 +39,7 @@ def published(
     return publish
 
 
-def test_xarray(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+def test_xarray_reads_all_arrays(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
     import xarray
 
     folder, records = published("zarr", encoding_name)
@@ -58,7 +58,9 @@ def test_xarray(published: Callable[..., tuple[Path, list[Record]]], encoding_na
             np.testing.assert_array_equal(found, expected)
 
 
-def test_tensorstore(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+def test_tensorstore_reads_all_arrays(
+    published: Callable[..., tuple[Path, list[Record]]], encoding_name: str
+) -> None:
     import tensorstore
 
     folder, records = published("zarr", encoding_name)
@@ -81,7 +83,7 @@ def test_tensorstore(published: Callable[..., tuple[Path, list[Record]]], encodi
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_datasets(
+def test_datasets_reads_all_groups(
     published: Callable[..., tuple[Path, list[Record]]], encoding_name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Loaded by `data_files`, and from the folder through the card's configuration."""
@@ -136,7 +138,7 @@ def _validate(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("rejected", [(1,), (2, 5)])
-def test_croissant(
+def test_croissant_is_valid_and_lists_every_file(
     published: Callable[..., tuple[Path, list[Record]]], format_name: str, rejected: tuple[int, ...]
 ) -> None:
     """mlcroissant accepts and reads the document, which lists every file with its hash.

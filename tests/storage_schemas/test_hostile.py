@@ -301,7 +301,7 @@ ORIGIN = {"plan_sha256": UNSEALED, "groups": 1, "provenance": {}}
         ({"attack": {"epsilon": "1e999999999"}}, SchemaError, ("attack.epsilon: ", "'1e999999999'")),
     ],
 )
-def test_a_provenance_that_cannot_be_combined(
+def test_a_provenance_that_cannot_be_combined_is_refused(
     artifact: Path, tmp_path: Path, provenance: dict[str, Any], kind: type[DatamergeError], facts: tuple[str, ...]
 ) -> None:
     forge(artifact, lambda manifest: manifest.update(provenance=provenance))

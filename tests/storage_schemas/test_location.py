@@ -55,7 +55,7 @@ def test_every_file_system_behaves_alike(location: Location) -> None:
             read("b/two")
 
 
-def test_pickles(location: Location) -> None:
+def test_a_location_can_be_pickled(location: Location) -> None:
     location.write("a", b"text")
     copy = pickle.loads(pickle.dumps(location))
     assert copy.read("a") == b"text"
@@ -156,7 +156,7 @@ def test_a_removed_working_directory_is_the_users_error(tmp_path: Path, monkeypa
     assert Location(tmp_path).names() == []
 
 
-def test_relative_paths_and_trailing_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_and_trailing_slashes_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Location("here/").write("f", b"x")
     assert (tmp_path / "here" / "f").read_bytes() == b"x"
@@ -191,7 +191,7 @@ def test_a_missing_driver_is_named_with_the_way_to_install_it(url: str, driver: 
     assert hint in done.stderr
 
 
-def test_the_folder_of_a_file_and_its_name(tmp_path: Path) -> None:
+def test_split_gives_the_folder_and_the_name_of_a_file(tmp_path: Path) -> None:
     folder, name = Location(tmp_path / "in" / "a.parquet").split()
     assert (folder.root, name) == (str(tmp_path / "in"), "a.parquet")
     assert Location("memory://a/b.parquet").split()[0].url == "memory://a"

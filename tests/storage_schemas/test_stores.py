@@ -149,7 +149,7 @@ class StoreBehaviour(ABC):
         np.testing.assert_array_equal(found.arrays["curvature"], values)
         np.testing.assert_array_equal(found.mean, record.mean)
 
-    def test_verify_modes(
+    def test_sound_records_are_read_in_every_verify_mode(
         self, tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same
     ) -> None:
         records = write_artifact(tmp_path / "a", make_layout(self.format))

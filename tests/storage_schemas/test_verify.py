@@ -151,7 +151,7 @@ def _undo(case: Case, changes: dict[str, bytes | None]) -> None:
 
 
 def _check_reader(case: Case, same_record: Same) -> None:
-    """Right values or an error, in each of the modes that check."""
+    """Check that reading gives right values or an error, in both modes that verify."""
     for mode in ("record", "shard"):
         try:
             artifact = open_artifact(case.folder, verify=mode)

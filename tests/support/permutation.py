@@ -42,6 +42,6 @@ def sent(index: int, size: int, key: int) -> int:
 
 def looks_uniform(found: npt.ArrayLike, expected: npt.ArrayLike, freedom: int) -> bool:
     """Whether the chi-square statistic is within five standard deviations of its expectation (p of about 10⁻⁵)."""
-    counts, wanted = np.asarray(found, float), np.asarray(expected, float)
-    statistic = float(((counts - wanted) ** 2 / wanted).sum())
+    counts, expectation = np.asarray(found, float), np.asarray(expected, float)
+    statistic = float(((counts - expectation) ** 2 / expectation).sum())
     return statistic < freedom + 5 * math.sqrt(2 * freedom)

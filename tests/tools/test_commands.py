@@ -106,7 +106,7 @@ def test_export_writes_npz_and_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("convert", "{a}", "{none}/x/y", "--format", "hdf5"), 2, "hdf5"),
         (("convert", "{none}", "{new}"), 2, "manifest.json"),
@@ -124,7 +124,7 @@ def test_export_writes_npz_and_png(tmp_path: Path) -> None:
         (("export", "{a}"), 2, "KEYS"),
     ],
 )
-def test_mistakes_are_one_line_errors(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_mistakes_are_one_line_errors(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     names = {name: str(tmp_path / name) for name in ("a", "none", "new", "file", "full", "damaged")}
     make(tmp_path / "a")
     make(tmp_path / "damaged")
@@ -134,7 +134,7 @@ def test_mistakes_are_one_line_errors(tmp_path: Path, arguments: tuple[str, ...]
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     done = run_command(*(argument.format(**names) for argument in arguments))
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error: ")]
     assert len(errors) == 1
@@ -150,9 +150,9 @@ def test_an_interrupted_conversion_is_finished_by_the_same_command(tmp_path: Pat
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, message = process.communicate()
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in message
     assert 3 <= len(list((b / "commits").glob("0*.json"))) < len(keys)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert run_command("diff", a, str(b)).returncode == 0

@@ -196,7 +196,7 @@ def _read_at_random(artifact: Artifact, seed: int, queue: Any) -> None:
         queue.put((set(), repr(error)))
 
 
-def test_processes_share_a_cache_that_is_too_small(
+def test_processes_can_share_a_cache_that_is_too_small(
     tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
 ) -> None:
     """Each evicts files that the others need; every record is right and the limit is never exceeded."""

@@ -28,7 +28,7 @@ Same = Callable[[Record, Record], None]
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-def test_the_same_bytes_from_every_server(tmp_path: Path, web: Any, manner: str) -> None:
+def test_every_server_gives_the_same_bytes(tmp_path: Path, web: Any, manner: str) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)
     web.manners, web.ranges = MANNERS[manner]
     place = Location(f"{web.url}?sig=SECRET")
@@ -50,7 +50,7 @@ def test_an_empty_file_is_read(tmp_path: Path, web: Any) -> None:
 
 
 @pytest.mark.parametrize("manner", ["redirect", "no length", "gzip when asked", "gzip, no length"])
-def test_an_artifact_from_every_server(
+def test_an_artifact_is_read_from_every_server(
     tmp_path: Path,
     web: Any,
     make_layout: Callable[..., Layout],
@@ -170,7 +170,7 @@ def _public_bucket_rule(public: str) -> Callable[[dict[str, Any]], int | None]:
     return rule
 
 
-def test_anonymous_and_signed_access_in_one_process(
+def test_anonymous_and_signed_access_work_in_one_process(
     bucket: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = f"public-{uuid4().hex[:8]}"

@@ -40,7 +40,7 @@ def _call(*arguments: str) -> str:
     return CliRunner().invoke(cli, arguments, catch_exceptions=False).output
 
 
-def test_pipeline(bench: Bench, tmp_path: Path) -> None:
+def test_a_pipeline_runs_over_s3(bench: Bench, tmp_path: Path) -> None:
     bucket = "s3://pipeline"
     fsspec.filesystem("s3").mkdir(bucket)
     generator = np.random.default_rng(0)
