@@ -1,4 +1,4 @@
-"""Writing an answer to a copy: any pieces give the same bytes, and a mark never precedes its block."""
+"""Writing a server's answer to a cached copy: pieces of any size, and blocks are marked only once they are whole."""
 
 from __future__ import annotations
 
