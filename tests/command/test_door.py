@@ -147,25 +147,10 @@ def _python(code: str, *flags: str, path: Path = ROOT) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_import_takes_less_than_50_ms_and_imports_nothing_heavy() -> None:
-    heavy = [
-        "torch",
-        "numpy",
-        "pydantic",
-        "click",
-        "rich",
-        "zarr",
-        "storage_schemas",
-        "trainer",
-        "importlib.metadata",
-    ]
-    code = (
-        "import time\nstarted = time.perf_counter()\nimport datamerge\nprint(time.perf_counter() - started)\n"
-        f"print([name for name in {heavy} if name in sys.modules])"
-    )
-    runs = [_python(code).splitlines() for _ in range(3)]
-    assert min(float(seconds) for seconds, _ in runs) < 0.05
-    assert {imported for _, imported in runs} == {"[]"}
+def test_importing_datamerge_imports_nothing_else() -> None:
+    """So it takes a millisecond."""
+    code = "before = set(sys.modules)\nimport datamerge\nprint(sorted(set(sys.modules) - before))"
+    assert _python(code) == "['datamerge']\n"
 
 
 def test_names_for_reading_import_no_torch() -> None:

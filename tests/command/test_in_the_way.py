@@ -71,8 +71,7 @@ def test_torchrun_trains_in_such_a_folder_with_the_users_encoder(crowded: Path) 
     assert (crowded / "run" / "run.json").exists()
 
 
-def test_a_checkout_can_be_used_without_installation(crowded: Path) -> None:
-    """Started in the checkout's folder."""
+def test_a_checkout_can_be_used_without_installation() -> None:
     done = _run([sys.executable, "-m", "datamerge", "inspect", ARTIFACT], ROOT)
     assert done.returncode == 0, done.stderr
 

@@ -100,6 +100,11 @@ def _use(folder: Path) -> None:
             assert error.exit_code in (1, 2)
 
 
+def _read_all(folder: Path) -> None:
+    _read(folder)
+    open_artifact(folder).head()
+
+
 def _read(folder: Path) -> None:
     artifact = open_artifact(folder)
     for number in range(min(len(artifact), 10)):
@@ -183,6 +188,8 @@ def test_malformed_files_raise_datamerge_errors_only(tmp_path: Path, kind: str, 
     folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     (folder / file).write_bytes(content)
     _use(folder)
+    with pytest.raises(DatamergeError):
+        _read_all(folder)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/datamerge-escaped", "a/../../escaped"])

@@ -36,10 +36,8 @@ def test_a_signal_delivered_to_another_thread_ends_the_wait(raised_on_a_signal: 
         return go.wait(20)
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
         try:
             with pytest.raises(raised_on_a_signal):
-                result_of(future)
-            assert not future.done()
+                result_of(pool.submit(work))
         finally:
             go.set()

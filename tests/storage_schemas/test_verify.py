@@ -236,7 +236,7 @@ def test_after_fix_the_merge_restores_files_outside_shards(case: Case, path: str
         path = "manifest.json"
         (case.folder / path).write_bytes(case.other[path])
     elif path not in case.files:
-        return  # the Zarr store's, in a WebDataset artifact
+        pytest.skip("a WebDataset artifact has no such file")
     elif fault == "flipped":
         _damage(case, path)
     else:

@@ -38,7 +38,8 @@ def _copies(folder: Path) -> list[Path]:
 def _settled(folder: Path) -> list[Path]:
     """The copies, once no thread works on them: a complete copy gets its name after its reader has the bytes."""
     end = time.monotonic() + 20
-    while any(thread.name == "fetch" for thread in threading.enumerate()) and time.monotonic() < end:
+    while any(thread.name == "fetch" for thread in threading.enumerate()):
+        assert time.monotonic() < end
         time.sleep(0.01)
     return sorted(_copies(folder))
 

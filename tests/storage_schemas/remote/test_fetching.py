@@ -201,14 +201,17 @@ def test_an_expected_range_is_fetched_with_the_bytes_around_it_that_are_to_be_fi
 
 
 def test_concurrent_requests_are_bounded(web: WebServer, data: bytes, make: MakeFetcher) -> None:
-    at_once, most, guard = 0, 0, threading.Lock()
+    at_once, most, guard, are_three = 0, 0, threading.Lock(), threading.Event()
 
     def slow(method: str, path: str) -> None:
         nonlocal at_once, most
         with guard:
             at_once += 1
             most = max(most, at_once)
-        threading.Event().wait(0.01)
+            if at_once == 3:
+                are_three.set()
+        are_three.wait(20)
+        time.sleep(0.01)  # so that a sixth could come
         with guard:
             at_once -= 1
 
