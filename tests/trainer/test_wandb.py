@@ -6,6 +6,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_wandb_gets_the_rows_of_the_log_in_one_run(
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1  # run-ID.wandb
-    first, second = (_history(file) for file in files)
+    first, second = (_whole_history(file, 6) for file in files)
     assert [row["step"] for row in first] == [2, 4, 6]
     assert [row["step"] for row in second] == [6]
     for row, line in zip([*first[:2], *second], lines, strict=True):
@@ -83,6 +84,15 @@ def test_a_run_continues_after_an_error_of_wandb(
     train(_config(make_artifact(), tmp_path / "run"))
     assert capsys.readouterr().err.count("W&B failed (Connection lost)") == 1
     assert (tmp_path / "run/run.json").exists()
+
+
+def _whole_history(file: Path, last: int) -> list[dict[str, float]]:
+    """The logged rows, once the row of step `last` is in the file: W&B's own process may write it after `finish`."""
+    end = time.monotonic() + 20
+    while not (rows := _history(file)) or rows[-1]["step"] != last:
+        assert time.monotonic() < end, rows
+        time.sleep(0.05)
+    return rows
 
 
 def _history(file: Path) -> list[dict[str, float]]:

@@ -16,7 +16,7 @@ import torch
 
 import trainer.data.ahead
 from storage_schemas import Artifact, Cache, UserError, open_artifact
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from tests.support.refusals import refused
 from tests.support.servers import WebServer
 from trainer.data.ahead import Course

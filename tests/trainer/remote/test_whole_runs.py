@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from tests.support.servers import WebServer
 from trainer import TrainConfig, train
 
