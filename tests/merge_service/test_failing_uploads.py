@@ -73,7 +73,8 @@ def test_an_upload_that_always_fails_leaves_its_shard_to_the_next_merge(
     code, errors = bench.merge(f"s3://{bucket}/a")
     assert code == 1
     last = errors.strip().splitlines()[-1]
-    assert f"1 of {SHARDS} shards could not be done, the others are finished: shard 00004" in last, errors
+    assert f" 1 of {SHARDS} shards " in last, errors
+    assert "shard 00004" in last
     assert "failed 3 times" in last
     assert "commits/00004.json" in last
     assert "Traceback" not in errors

@@ -132,10 +132,18 @@ def test_a_killed_run_repeats_only_the_steps_since_its_checkpoint(
         stream.write('{"step": 8, "lo')  # torn by the crash
     names = [path.name for path in sorted((tmp_path / "killed/checkpoints").iterdir())]
     assert names == ["step-000004.pt", "step-000006.pt"]
-    seen: list[int] = []
+    given: list[int] = []
     with monkeypatch.context() as patch:
-        _interrupt(patch, 0, lambda: seen.append(1))
+        original = trainer.data.stream.stream
+
+        def counted(*args: Any, **options: Any) -> Iterator[Any]:
+            for batch in original(*args, **options):
+                given.append(len(batch.keys))
+                yield batch
+
+        patch.setattr(trainer.run.job, "stream", counted)
         train(config)
+    assert len(given) == config.steps - 6  # type: ignore[operator]  # it is set
     _assert_same_result(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -240,7 +240,8 @@ def test_cached_records_are_not_requested_ahead(
     with ended(found), ended(expected):
         _assert_same(islice(found, 40), islice(expected, 40))
         end = time.monotonic() + 20
-        while not own[0].is_filled and time.monotonic() < end:
+        while not own[0].is_filled:
+            assert time.monotonic() < end
             time.sleep(0.01)
         _assert_same(islice(found, 400), islice(expected, 400))  # some blocks were announced before
         before = announced[0]
