@@ -217,7 +217,7 @@ def _record(folder: Path, encoder: Encoder) -> None:
 def test_a_run_has_the_head_of_the_encoder_it_started_from(
     tmp_path: Path, add_tag: Callable[[str, Path], str]
 ) -> None:
-    """By the run's folder and by its encoder's spec, in place and moved; also a run of a run, and of a CLIP's file."""
+    """By the run's folder and by its encoder's spec, in place and moved; also a run of a run, and of a file."""
     name = _name("clip")
     torch.save(_model(name).state_dict(), tmp_path / "whole.pt")
     for number, original in enumerate(
