@@ -25,7 +25,7 @@ def test_jobs_grow_and_end_with_the_papers(scale: int) -> None:
     assert all(job.groups % job.shards == 0 for job in planned_jobs)
 
 
-def test_errors_are_relative_to_what_was_measured_and_leave_the_start_out() -> None:
+def test_errors_are_relative_to_the_measurement_without_the_start() -> None:
     assert outcome(Job(16, 2, 3), 3, 6, volume=500).errors() == pytest.approx((-0.5, 1.0))
 
 

@@ -324,7 +324,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def test_heads_are_cached_by_the_contents_of_their_inputs(tmp_path: Path, computed: list[int]) -> None:
-    """The name of the file does not matter; other weights under the same name and of the same age are told apart."""
+    """The name of the file does not matter; other weights with the same name and time are recognised."""
     spec, file = f"open_clip:{_name('sigmoid')}", tmp_path / "a.pt"
     torch.save(_model(_name("sigmoid")).state_dict(), file)
     first = load_head(f"{spec}@{file}", NAMES, PROMPTS)

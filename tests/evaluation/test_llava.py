@@ -133,8 +133,8 @@ def test_memorised_captions_are_generated(llava: Llava, captioned: list[Captione
     from datamerge.evaluation.llava.images import read_image
 
     images = [torch.from_numpy(read_image(image.image, llava.preprocessing, "pad")) for image in captioned]
-    said = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
-    assert sum(a == b.captions[0].strip() for a, b in zip(said, captioned, strict=True)) >= 3
+    generated = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
+    assert sum(a == b.captions[0].strip() for a, b in zip(generated, captioned, strict=True)) >= 3
 
 
 def test_an_open_clip_tower_gives_the_tokens_before_its_last_block(make_clip: Callable[..., str]) -> None:
