@@ -7,7 +7,7 @@ A run knows in advance what it will read and announces it (`expect`, `fill`). Th
    be filled as well, they are included, so that no request is for less than `SMALLEST`;
 3. the rest of the files to be filled, in large requests, of which a quarter as many are made at a time.
 
-With a cache everything goes through its copies (`copying`, `blocks`): ranges and whole files are stored in the same
+With a cache everything goes through its copies (`copying`, `folder`): ranges and whole files are stored in the same
 way, and bytes that another process has fetched, or is fetching, are not fetched again. Without a cache, where it has
 no room, and after its disk has failed, expected ranges stay in memory until they have been read as often as they were
 announced; that memory is bounded. Prefetching never evicts a copy that was used since the run began: with a random
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes
+from storage_schemas.access.block_file import BLOCK, BlockFile, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.fast_reads import RangeReads
 from storage_schemas.access.fills import SMALLEST, Fills

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from storage_schemas.access.blocks import BlockFile, Bytes
+from storage_schemas.access.block_file import BlockFile, Bytes
 from storage_schemas.access.devices import refuse_devices
 from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.fetching import Fetcher

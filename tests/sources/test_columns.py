@@ -147,8 +147,15 @@ def test_a_file_list_equals_the_listing(tmp_path: Path, small: bool, monkeypatch
         found["a.png"]
     source = Source("u", "image_folder", Samples.of([]), [], "", None, found)  # type: ignore[arg-type]
     packed = source.listing_bytes()
-    assert packed == gzip.compress(json.dumps(expected, sort_keys=True).encode(), mtime=0)
+    assert packed == _as_gzip(json.dumps(expected, sort_keys=True).encode())
     assert source.changes(packed) == []
+
+
+def _as_gzip(data: bytes) -> bytes:
+    """What Python 3.11 writes; from 3.13 on it leaves the system out of the header, its tenth byte."""
+    packed = bytearray(gzip.compress(data, mtime=0))
+    packed[9] = 3  # Unix
+    return bytes(packed)
 
 
 @pytest.mark.parametrize("step", [1009, 100_003])
@@ -158,7 +165,7 @@ def test_gzip_in_pieces_equals_gzip(step: int) -> None:
     text = "".join(f'"n{number // 99:08d}/{rng.integers(10**6)}.JPEG": [1, null], ' for number in range(20_000))
     data = text.encode() + rng.bytes(200_000)
     pieces = (data[start : start + step] for start in range(0, len(data), step))
-    assert _gzip(pieces) == gzip.compress(data, mtime=0)
+    assert _gzip(pieces) == _as_gzip(data)
 
 
 @settings(deadline=None, max_examples=50)

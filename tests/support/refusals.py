@@ -1,4 +1,4 @@
-"""Refusals by what a program can rely on: class, field, exit code and the facts in the message, not its sentences."""
+"""Checks of errors by class, field and the facts in the message, not by its wording."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from storage_schemas import DatamergeError
 def refused(
     kind: type[DatamergeError], field: str | None = None, *facts: object
 ) -> Iterator[pytest.ExceptionInfo[DatamergeError]]:
-    """The block raises `kind` about the setting `field` (None: about no single one), in one line that has the facts.
+    """Check that the block raises `kind` with this field, and a one-line message that contains the facts.
 
     Args:
-        kind: the class itself, not one above it.
-        field: of the error.
+        kind: the exact class of the error, not a base class.
+        field: the error's field, or None for an error about no single setting.
         facts: numbers, names, keys and paths that the message shows.
     """
     with pytest.raises(kind) as caught:

@@ -1,4 +1,4 @@
-"""The patterns of docs/how-to/fare.md leave the stem and the first blocks of the libraries' own models to train."""
+"""The patterns of docs/how-to/fare.md freeze all but the stem and the first blocks of the libraries' models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ RECIPES = dict(re.findall(r"^\| ([\w ]+-?\w*) \| `--freeze '([^']+)'`", PAGE.rea
         ("timm ResNet", "timm:resnet18", r"layer(\d)\.", {1}),
     ],
 )
-def test_the_first_blocks_are_trained_and_nothing_behind_them(
-    recipe: str, spec: str, block: str, first: set[int]
-) -> None:
+def test_only_the_stem_and_the_first_blocks_are_trained(recipe: str, spec: str, block: str, first: set[int]) -> None:
     encoder = load_encoder(spec)
     freeze(encoder, RECIPES[recipe].split(","))
     trained = [name for name, parameter in encoder.model.named_parameters() if parameter.requires_grad]
     assert {int(found[1]) for name in trained if (found := re.match(block, name))} == first
-    # Of the rest, what comes before the blocks: patches, positions, the norm in front of them.
+    # The other trained layers come before the blocks: patches, positions, the first norm.
     stem = {name.split(".")[0] for name in trained if not re.match(block, name)}
     assert stem <= {"class_embedding", "positional_embedding", "conv1", "ln_pre", "cls_token", "pos_embed"} | {
         "patch_embed",
@@ -37,5 +35,5 @@ def test_the_first_blocks_are_trained_and_nothing_behind_them(
     }
 
 
-def test_every_recipe_is_read() -> None:
+def test_all_recipes_of_the_page_are_found() -> None:
     assert len(RECIPES) == 4
