@@ -237,13 +237,13 @@ def test_another_grid_is_resampled_as_hugging_face_does(tmp_path: Path, kind: st
     }[kind]
     theirs, network = scrambled(make()), make(image_size=48).eval()
     theirs.save_pretrained(tmp_path)
-    said = load_into(network, read_checkpoint(tmp_path / "model.safetensors"), parse_spec(f"hf:{tmp_path}"))
+    messages = load_into(network, read_checkpoint(tmp_path / "model.safetensors"), parse_spec(f"hf:{tmp_path}"))
     options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = theirs(_pixels(48), **options).pooler_output
         torch.testing.assert_close(network(_pixels(48)).pooler_output, expected, atol=1e-6, rtol=1e-6)
-    assert len(said) == 1
-    assert "4x4 to 6x6 patches" in said[0]
+    assert len(messages) == 1
+    assert "4x4 to 6x6 patches" in messages[0]
 
 
 @pytest.mark.parametrize("name", ["small-wide", "small-deep"])

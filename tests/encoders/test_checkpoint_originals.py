@@ -131,9 +131,9 @@ def test_another_grid_is_resampled_as_timm_does(tmp_path: Path) -> None:
     network = _timm("test_vit", num_classes=0)
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     larger = timm.create_model("test_vit", num_classes=0, img_size=192)
-    said = load_into(larger, read_checkpoint(tmp_path / "w.safetensors"), parse_spec("timm:test_vit"))
-    assert len(said) == 1
-    assert "10x10 to 12x12 patches" in said[0]
+    messages = load_into(larger, read_checkpoint(tmp_path / "w.safetensors"), parse_spec("timm:test_vit"))
+    assert len(messages) == 1
+    assert "10x10 to 12x12 patches" in messages[0]
     network.set_input_size((192, 192))
     with torch.no_grad():
         torch.testing.assert_close(larger.eval()(_pixels(192)), network(_pixels(192)), atol=1e-6, rtol=1e-6)

@@ -82,14 +82,16 @@ def test_only_classes_that_occur_need_a_row() -> None:
     assert _match(["cat", "dog", "eel"], ["dog", "ant"], [1]).rows == {1: 0}
 
 
-@pytest.mark.parametrize(("names", "rows", "said"), [(["cat", "dog"], 2, "head 'h' has no class names"), ([], 3, "")])
+@pytest.mark.parametrize(
+    ("names", "rows", "message"), [(["cat", "dog"], 2, "head 'h' has no class names"), ([], 3, "")]
+)
 def test_classes_are_matched_by_position_if_one_side_has_no_names(
-    names: list[str], rows: int, said: str, capsys: pytest.CaptureFixture[str]
+    names: list[str], rows: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     match = _match(names, rows, [0, 1])
     assert {label: match.rows[label] for label in (0, 1)} == {0: 0, 1: 1}
-    assert said in (err := capsys.readouterr().err)
-    assert bool(said) == bool(err)
+    assert message in (err := capsys.readouterr().err)
+    assert bool(message) == bool(err)
 
 
 def test_a_head_with_fewer_names_than_rows_is_refused() -> None:

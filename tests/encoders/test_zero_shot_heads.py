@@ -217,7 +217,7 @@ def _record(folder: Path, encoder: Encoder) -> None:
 def test_a_run_has_the_head_of_the_encoder_it_started_from(
     tmp_path: Path, add_tag: Callable[[str, Path], str]
 ) -> None:
-    """By the run's folder and by its encoder's spec, in place and moved; also a run of a run, and of a CLIP's file."""
+    """By the run's folder and by its encoder's spec, in place and moved; also a run of a run, and of a file."""
     name = _name("clip")
     torch.save(_model(name).state_dict(), tmp_path / "whole.pt")
     for number, original in enumerate(
@@ -324,7 +324,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
 
 def test_heads_are_cached_by_the_contents_of_their_inputs(tmp_path: Path, computed: list[int]) -> None:
-    """The name of the file does not matter; other weights under the same name and of the same age are told apart."""
+    """The name of the file does not matter; other weights with the same name and time are recognised."""
     spec, file = f"open_clip:{_name('sigmoid')}", tmp_path / "a.pt"
     torch.save(_model(_name("sigmoid")).state_dict(), file)
     first = load_head(f"{spec}@{file}", NAMES, PROMPTS)

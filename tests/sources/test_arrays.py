@@ -119,8 +119,8 @@ def test_images_of_zeros_and_ones_are_reported(tmp_path: Path, capsys: pytest.Ca
     for name, images in (("ones", GREY % 2), ("more", GREY % 3), ("none", GREY * 0)):
         np.save(tmp_path / f"{name}.npy", images)
         _check(open_source(tmp_path / f"{name}.npy"), images, None)
-        said = [line for line in capsys.readouterr().err.splitlines() if "255 * x" in line]
-        assert len(said) == (name == "ones")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "255 * x" in line]
+        assert len(lines) == (name == "ones")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])

@@ -63,9 +63,9 @@ def test_a_draw_of_equal_class_folders_is_balanced(tmp_path: Path, capsys: pytes
     assert set(Counter(sample.label for sample in drawn.samples).values()) == {3}
     assert set(drawn.samples) <= set(whole.samples)
     assert (drawn.fingerprint, drawn.drawn_from) == (whole.fingerprint, CLASSES * PER_CLASS)
-    said = [line for line in capsys.readouterr().err.splitlines() if "drawn evenly" in line]
-    assert len(said) == 1
-    assert all(fact in said[0] for fact in (f" {CLASSES * 3} ", f" {CLASSES * PER_CLASS} ", " 0;"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "drawn evenly" in line]
+    assert len(lines) == 1
+    assert all(fact in lines[0] for fact in (f" {CLASSES * 3} ", f" {CLASSES * PER_CLASS} ", " 0;"))
     other = open_source(tmp_path, limit=CLASSES * 3, seed=1)
     assert list(other.samples) != list(drawn.samples)
     assert "drawn evenly" in capsys.readouterr().err

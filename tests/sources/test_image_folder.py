@@ -42,8 +42,8 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_backslashes_in_names_do_not_separate_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(_make(tmp_path, ["cat\\a.png", "dog\\a.png", "b.png"]))
     assert {sample.label for sample in source.samples} == {None}
-    said = capsys.readouterr().err
-    assert "2 of 3 names hold a backslash, such as cat\\a.png" in said
+    stderr = capsys.readouterr().err
+    assert "2 of 3 names hold a backslash, such as cat\\a.png" in stderr
 
 
 def test_first_level_folders_are_classes_when_every_image_is_in_one(tmp_path: Path) -> None:

@@ -207,10 +207,10 @@ def test_samples_without_a_label_are_counted(
     tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_source(write(tmp_path / "x", ["8", "NaN", "10", "-1", "NaN"]))
-    said = capsys.readouterr().err
-    assert "3 of 5 samples have no label" in said
-    assert "'NaN' in 2" in said
-    assert "'-1' in 1" in said
+    stderr = capsys.readouterr().err
+    assert "3 of 5 samples have no label" in stderr
+    assert "'NaN' in 2" in stderr
+    assert "'-1' in 1" in stderr
 
 
 def _columns(place: Path, **columns: Any) -> Path:
@@ -333,9 +333,9 @@ def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path, capsys: pytest.Ca
     source = open_source(_csv(tmp_path / "x", ["caf\u00e9", "cafe\u0301", "Dog", "dog"]))
     assert [sample.label for sample in source.samples] == [1, 1, 0, 2]
     assert source.class_names == ["Dog", "cafe\u0301", "dog"]
-    said = capsys.readouterr().err
-    assert "'Dog', 'dog'" in said
-    assert "1 class names are written in two forms of Unicode" in said
+    stderr = capsys.readouterr().err
+    assert "'Dog', 'dog'" in stderr
+    assert "1 class names are written in two forms of Unicode" in stderr
 
 
 def test_labels_are_read_from_tar_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,9 +116,9 @@ def test_rows_and_images_without_a_match_are_counted(folder: Path, capsys: pytes
     source = open_source(folder)
     assert [sample.label for sample in source.samples] == [1, 0, None, None]
     assert source.class_names == ["cat", "dog"]
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for fact in ("2 rows", "'gone.png' in line 3", "2 of 4 images have no row", "1 rows name their image"):
-        assert fact in said
+        assert fact in stderr
 
 
 def test_labels_need_one_unambiguous_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,9 +134,9 @@ def test_labels_need_one_unambiguous_column(folder: Path, capsys: pytest.Capture
 def test_two_label_columns_and_a_split_column_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "labels.csv").write_text("file,label,label,split\na.png,3,1,train\nb.png,4,1,test\n")
     assert {sample.name: sample.label for sample in open_source(folder).samples}["b.png"] == 4
-    said = capsys.readouterr().err
-    assert "2 columns are called 'label'" in said
-    assert "'split' tells splits, test (1), train (1)" in said
+    stderr = capsys.readouterr().err
+    assert "2 columns are called 'label'" in stderr
+    assert "'split' tells splits, test (1), train (1)" in stderr
 
 
 ONE_HOT = "image,age,MEL,NV,BCC\na.png,7,0,1,0\nb.png,8,0,0,1\nsub/c.jpg,9,0,1,0\n"

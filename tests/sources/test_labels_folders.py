@@ -61,9 +61,9 @@ def test_class_folders_are_found_below_a_single_folder(tmp_path: Path, capsys: p
     _make(tmp_path, ["data/images/cat/1.png", "data/images/dog/a/2.png"])
     assert list(_labels(tmp_path).values()) == [0, 1]
     assert list(open_source(tmp_path).class_names) == ["cat", "dog"]
-    said = capsys.readouterr().err
-    assert "data/images" in said
-    assert "1 of 2 images are in folders below their class folder" in said
+    stderr = capsys.readouterr().err
+    assert "data/images" in stderr
+    assert "1 of 2 images are in folders below their class folder" in stderr
 
 
 def test_one_folder_is_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +76,6 @@ def test_class_folders_without_images_are_reported(tmp_path: Path, capsys: pytes
     _make(tmp_path, ["ant/x.xyz", "cat/1.png", "dog/1.png", ".hidden/1.png"])
     (tmp_path / "bee").mkdir()
     assert list(open_source(tmp_path).class_names) == ["cat", "dog"]
-    said = capsys.readouterr().err
-    assert "2 of 4 class folders" in said
-    assert "ant, bee" in said
+    stderr = capsys.readouterr().err
+    assert "2 of 4 class folders" in stderr
+    assert "ant, bee" in stderr

@@ -115,8 +115,8 @@ def test_files_left_out_are_counted_and_reported_once(tmp_path: Path, capsys: py
     source = open_source(tmp_path)
     assert [sample.name for sample in source.samples] == ["cat/a.jpg", "dog/b.png"]
     assert source.left_out == {".txt": 2, ".md": 1, "hidden": 4, "empty": 1, "links that lead nowhere": 1}
-    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert said == [
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert lines == [
         f"{tmp_path}: 9 files left out: 4 hidden, 2 .txt, 1 .md, 1 empty, 1 links that lead nowhere",
     ]
 
