@@ -183,10 +183,6 @@ def test_the_stream_is_part_of_the_format() -> None:
     assert generator.integers(0, 1000, 5).tolist() == np.random.default_rng(child).integers(0, 1000, 5).tolist()
 
 
-def _break(model: nn.Module) -> None:
-    raise RuntimeError("out of memory")
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_parameters_are_restored(fails: bool) -> None:
     """Gradients, flags and values are as before, also after an exception."""

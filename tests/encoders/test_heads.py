@@ -17,8 +17,8 @@ from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, 
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.head import parse_head
-from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
+from tests.support.runs import write_run
 
 
 def _random(*shape: int) -> Tensor:

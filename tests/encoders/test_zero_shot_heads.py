@@ -18,8 +18,8 @@ from datamerge.encoders import Encoder, Head, load_encoder, load_head, parse_spe
 from datamerge.encoders.text_towers import load_text_tower
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
-from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
+from tests.support.runs import write_run
 from tests.support.small_hugging_face import WORDS, save_tokenizer, small_hugging_face
 
 make_torchvision_importable()

@@ -20,7 +20,7 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
-LOWEST, HIGHEST = 340, 341  # TIFF's SMinSampleValue and SMaxSampleValue
+HIGHEST = 341  # TIFF's SMaxSampleValue
 GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # PNG's colour types
 LEVELS = [0, 128, 129, 257, 32768, 65535]
 SCALED = [0, 0, 1, 1, 128, 255]

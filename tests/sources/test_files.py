@@ -16,8 +16,8 @@ from datamerge.sources.files import File, Files
 from datamerge.sources.listing import Listing, _walk, list_folder
 from datamerge.sources.sample import plain_keys
 from storage_schemas import Location, SourceError
-from tests.sources.test_listing import photo, put
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put
 
 # Their order depends on dots and hyphens, which sort before slashes, and on UTF-8.
 PARTS = st.text("ab.-é😀\uffff", min_size=1, max_size=3).filter(lambda part: part[0] != "." and part[-1] != ".")

@@ -16,10 +16,10 @@ from huggingface_hub import HfFileSystem, constants
 
 from datamerge.sources import open_source
 from storage_schemas import ConfigError, SourceError, open_artifact
-from tests.sources.test_listing import photo, put, table
 from tests.support.artifacts import assert_same
 from tests.support.paths import GOLDEN
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table
 
 REPO = "datasets/ORG/NAME"
 REVISIONS = ("main", "v1.0", "refs/convert/parquet")

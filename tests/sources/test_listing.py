@@ -7,14 +7,11 @@ import gzip
 import io
 import lzma
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -24,34 +21,9 @@ from datamerge.sources.suffixes import EXTENSIONS, HEIF
 from storage_schemas import Location, SourceError
 from tests.support.paths import GOLDEN
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table, tar
 
 ARTIFACT = GOLDEN / "v1" / "webdataset-uint8_moments-full"
-
-
-def photo(form: str = "PNG", value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, value, value)).save(stream, form)
-    return stream.getvalue()
-
-
-def put(folder: Path, *names: str, data: bytes | None = None) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(photo() if data is None else data)
-
-
-def table(path: Path, **columns: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns or {"image": [photo()]}), path)
-
-
-def tar(path: Path, *names: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name in names or ("a.png",):
-            info = tarfile.TarInfo(name)
-            info.size = len(photo())
-            archive.addfile(info, io.BytesIO(photo()))
 
 
 def names(where: Path | str) -> list[str]:

@@ -15,8 +15,8 @@ from PIL import Image
 import datamerge as dm
 from datamerge.tools.inspection import inspect
 from storage_schemas import ConfigError, SourceError
-from tests.sources.test_listing import photo, put, table
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table
 
 
 def _turned() -> bytes:

@@ -16,8 +16,8 @@ import pytest
 from datamerge.sources import open_source
 from datamerge.sources.splits import split_of_file
 from storage_schemas import ConfigError, SourceError
-from tests.sources.test_listing import photo, put, table, tar
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table, tar
 
 
 def _arrays(path: Path, **counts: int) -> None:

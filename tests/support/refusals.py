@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from storage_schemas import DatamergeError
+
+_FOLDER = re.compile(r"/\S*?/pytest-of-[^/]+/pytest-\d+/(popen-gw\d+/)?[^/\s:,;]*")
 
 
 @contextmanager
@@ -26,5 +29,7 @@ def refused(
     message = str(caught.value)
     assert (type(caught.value), caught.value.field) == (kind, field), message
     assert "\n" not in message
-    missing = [fact for fact in map(str, facts) if fact not in message]
+    # pytest names a test's folder after the test: a fact in that name would always be found.
+    elsewhere = _FOLDER.sub("", message)
+    missing = [fact for fact in map(str, facts) if fact not in (message if _FOLDER.search(fact) else elsewhere)]
     assert not missing, f"{missing} not in {message!r}"
