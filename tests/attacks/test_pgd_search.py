@@ -177,10 +177,7 @@ def test_generators_are_functions_of_seed_and_key() -> None:
 def test_the_stream_is_part_of_the_format() -> None:
     """A release that draws other numbers would write other artifacts from the same command."""
     (generator,) = sample_generators(7, "photo-1", 1)
-    child = np.random.SeedSequence(
-        [7, *np.frombuffer(__import__("hashlib").sha256(b"photo-1").digest()[:16], "<u4").tolist()]
-    ).spawn(1)[0]
-    assert generator.integers(0, 1000, 5).tolist() == np.random.default_rng(child).integers(0, 1000, 5).tolist()
+    assert generator.integers(0, 1000, 5).tolist() == [193, 854, 591, 458, 851]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -348,7 +348,7 @@ def test_custom_networks_refuse_other_sizes(factories: Path, spec: str, facts: l
         ("temporary_factories", ["python:MODULE:FACTORY"]),
         ("temporary_factories:", ["python:MODULE:FACTORY"]),
         ("temporary_factories:nobody", ["nobody", "temporary_factories.py"]),
-        ("no_such_module_at_all:x", ["no_such_module_at_all", "test_bad_factories_are_refused"]),
+        ("no_such_module_at_all:x", ["no_such_module_at_all"]),
         ("temporary_factories:shapeless", ["Flatten", "input_shape None"]),
         ("temporary_factories:flat", ["Sequential", "input_shape (60,)"]),
         ("temporary_factories:declares_nonsense", ["preprocessing.resize"]),
@@ -359,6 +359,11 @@ def test_custom_networks_refuse_other_sizes(factories: Path, spec: str, facts: l
 def test_bad_factories_are_refused(name: str, facts: list[str]) -> None:
     with refused(ConfigError, "encoder", f"'python:{name}'", *facts):
         load_encoder(f"python:{name}")
+
+
+def test_where_a_missing_module_was_looked_for_is_named(factories: Path) -> None:
+    with refused(ConfigError, "encoder", factories):
+        load_encoder("python:no_such_module_at_all:x")
 
 
 def test_random_weights_do_not_seed_the_generators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
