@@ -59,11 +59,11 @@ def _graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]
     """A step captured as a CUDA graph, on fixed tensors; on a CPU the step itself."""
     if device.type != "cuda":
         return step
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # libraries allocate at the first step of a stream
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):  # libraries allocate at the first step of a stream
         step()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

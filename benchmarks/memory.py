@@ -115,7 +115,7 @@ def _steps(spec: str, batch: str, steps: str, threads: str, checkpoints: str) ->
         )
         job = make_job(config)
         training, batches = Optimisation(job, Processes()), job.feed(WHOLE, 0, job.steps)
-        _count_anew()
+        _reset_peak()
         times = []
         for step in range(job.steps):
             started = time.perf_counter()
@@ -133,7 +133,7 @@ def _steps(spec: str, batch: str, steps: str, threads: str, checkpoints: str) ->
 
 def _load(spec: str) -> dict[str, float]:
     before = _resident("VmRSS")
-    _count_anew()
+    _reset_peak()
     started = time.perf_counter()
     encoder = load_encoder(spec)
     seconds = time.perf_counter() - started
@@ -147,7 +147,7 @@ def _load(spec: str) -> dict[str, float]:
 TASKS: dict[str, Callable[..., dict[str, float]]] = {"steps": _steps, "load": _load}
 
 
-def _count_anew() -> None:
+def _reset_peak() -> None:
     """Reset the peak resident size of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 

@@ -77,6 +77,7 @@ class LazyGroup(click.Group):
         from datamerge.runtime.options import spell_flags_of
 
         spell_flags_of(command)
+        _accept_after(command)
         if self.alone:
             speak_as(_as_flags)
         return command
@@ -99,6 +100,39 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, _, _, text) in COMMANDS.items()])
 
 
+def _set_in_environment(ctx: click.Context, parameter: click.Parameter, is_set: bool) -> None:
+    if is_set and not ctx.resilient_parsing:
+        os.environ[f"DATAMERGE_{str(parameter.name).upper()}"] = "1"
+
+
+def _everywhere(*, hidden: bool) -> list[click.Option]:
+    """Options that may stand before the command or after it; only the first are in a help text."""
+
+    def flag(*names: str, help: str) -> click.Option:
+        return click.Option(
+            names,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_set_in_environment,
+            hidden=hidden,
+            help=help,
+        )
+
+    return [
+        flag("-q", "--quiet", help="Print no progress and no hints on stderr, only warnings and errors."),
+        flag("-v", "--verbose", help="Print the traceback of an error, for a bug report."),
+    ]
+
+
+def _accept_after(command: click.Command) -> None:
+    """Let a command, and its sub-commands, accept the options that may stand anywhere."""
+    known = {parameter.name for parameter in command.params}
+    command.params += [option for option in _everywhere(hidden=True) if option.name not in known]
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        _accept_after(below)
+
+
 def _show_version(ctx: click.Context, parameter: click.Parameter, show: bool) -> None:
     if show and not ctx.resilient_parsing:
         from datamerge import __version__
@@ -116,12 +150,8 @@ def _show_version(ctx: click.Context, parameter: click.Parameter, show: bool) ->
     callback=_show_version,
     help="Show the version and exit.",
 )
-@click.option(
-    "-q", "--quiet", is_flag=True, help="Print no progress and no hints on stderr, only warnings and errors."
-)
-@click.option("-v", "--verbose", is_flag=True, help="Print the traceback of an error, for a bug report.")
 @click.pass_context
-def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
+def cli(ctx: click.Context) -> None:
     """Adversarial fine-tuning of image encoders from artifacts: images, their embeddings, and attacks or groups.
 
     \b
@@ -131,12 +161,11 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
     Shell completion (bash; also zsh and fish): eval "$(_DATAMERGE_COMPLETE=bash_source datamerge)"
     """
-    if quiet:
-        os.environ["DATAMERGE_QUIET"] = "1"
-    if verbose:
-        os.environ["DATAMERGE_VERBOSE"] = "1"
     if os.environ.get("NO_COLOR"):
         ctx.color = False
+
+
+cli.params += _everywhere(hidden=False)
 
 
 def run() -> NoReturn:

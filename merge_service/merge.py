@@ -29,7 +29,7 @@ from merge_service.grouping import Group, by_class, clusters_of
 from merge_service.heads import named_head, with_labels_of_head
 from merge_service.planning import Plan, make_plan, pixels_of
 from merge_service.turning import say_remarks, turning_of
-from merge_service.work_queue import SetAside
+from merge_service.work_queue import GivenUp
 from merge_service.worker import Wanted, WorkerSetup
 from merge_service.worker_memory import worker_memory
 from storage_schemas import (
@@ -204,7 +204,7 @@ def _run_stage(
     """Merge the shards on Ray; returns their rejects and the seconds of their attacks."""
     config, plan = prepared.config, prepared.plan
     rejects: list[Reject] = []
-    aside: list[SetAside] = []
+    given_up: list[GivenUp] = []
     remarks: Counter[str] = Counter()
     attack_seconds = 0.0
     done = plan.layout.groups - sum(plan.count(shard) for shard in shards)
@@ -219,13 +219,13 @@ def _run_stage(
             setup = worker_setup(prepared, writer, ray_stage.device(config, device))
             memory = worker_memory(config, plan.layout, prepared.encoders, setup.device)
             for result in ray_stage.run_shards(plan, shards, setup, memory):
-                if isinstance(result, SetAside):
-                    aside.append(result)
+                if isinstance(result, GivenUp):
+                    given_up.append(result)
                 else:
                     rejects += result.rejects
                     remarks.update(result.remarks)
                     attack_seconds += result.attack_seconds
-                progress.advance(plan.count(result.shard), _note(earlier + len(rejects), aside))
+                progress.advance(plan.count(result.shard), _note(earlier + len(rejects), given_up))
                 _check_rejects(prepared, earlier + len(rejects), rejects)
     except BaseException:
         # Record the committed shards in the manifest; a full disk must not hide the first error.
@@ -235,9 +235,9 @@ def _run_stage(
             pass
         raise
     say_remarks(remarks, plan.samples(shards), prepared.source, plan.exif)
-    if aside:
+    if given_up:
         writer.finish()
-        raise DatamergeError(_describe(aside, plan, config))
+        raise DatamergeError(_describe(given_up, plan, config))
     return rejects, attack_seconds
 
 
@@ -336,27 +336,27 @@ def _check_usable(manifest: Manifest, url: str) -> None:
         )
 
 
-def _note(rejected: int, aside: Sequence[SetAside]) -> str:
+def _note(rejected: int, given_up: Sequence[GivenUp]) -> str:
     notes = [f"{rejected} rejected"] if rejected else []
-    notes += [f"{len(aside)} shards failed"] if aside else []
+    notes += [f"{len(given_up)} shards failed"] if given_up else []
     return ", ".join(notes)
 
 
-def _describe(aside: Sequence[SetAside], plan: Plan, config: MergeConfig) -> str:
+def _describe(given_up: Sequence[GivenUp], plan: Plan, config: MergeConfig) -> str:
     """One line about the failed shards: their samples, number of tries and reasons."""
 
     def names(groups: Sequence[Group]) -> str:
         return shown(sample.name for group in groups for sample in group.samples)
 
-    def one_line(one: SetAside) -> str:
+    def one_line(one: GivenUp) -> str:
         times = "once" if one.tries == 1 else f"{one.tries} times"
         return f"shard {one.shard:05d} ({names(plan.groups_of(one.shard))}) failed {times}: {one.reason}"
 
-    reasons = [one_line(one) for one in sorted(aside, key=lambda one: one.shard)[:5]]
-    more = f"; and {len(aside) - 5} more" if len(aside) > 5 else ""
+    reasons = [one_line(one) for one in sorted(given_up, key=lambda one: one.shard)[:5]]
+    more = f"; and {len(given_up) - 5} more" if len(given_up) > 5 else ""
     return (
-        f"{config.artifact}: {len(aside)} of {plan.layout.shards} shards could not be done, the others are finished: "
-        f"{'; '.join(reasons)}{more}. Remove the cause and run the same command again"
+        f"{config.artifact}: {len(given_up)} of {plan.layout.shards} shards could not be made, the others are "
+        f"finished: {'; '.join(reasons)}{more}. Remove the cause and run the same command again"
     )
 
 

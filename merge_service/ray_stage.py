@@ -17,7 +17,7 @@ from merge_service.failures import cause_of_death, explain, is_hopeless, is_last
 from merge_service.grouping import Places
 from merge_service.planning import Plan
 from merge_service.ray_pool import LOOK_SECONDS, PIECES_PER_WORKER, TRIES, Pool, Worker
-from merge_service.work_queue import Piece, SetAside, WorkQueue
+from merge_service.work_queue import GivenUp, Piece, WorkQueue
 from merge_service.worker import ShardResult, WorkerSetup
 from merge_service.worker_memory import WorkerMemory
 from storage_schemas import DatamergeError
@@ -71,7 +71,7 @@ class _Stage:
         self._left -= 1
 
     def run(self) -> Iterator[Any]:
-        """Yield results, and `SetAside` for failed shards, until no work is left."""
+        """Yield results, and `GivenUp` for failed shards, until no work is left."""
         try:
             while self._left > 0:
                 self._pool.fit(self._left)
@@ -136,11 +136,11 @@ class _Stage:
         """Redo a piece whose inputs were lost with a node."""
         self._queue.add(piece)
 
-    def _failed(self, pieces: Sequence[Piece], reason: str, lasting: bool = False) -> Iterator[SetAside]:
-        for aside in self._queue.failed(pieces, reason, lasting):
-            self._failing.add(aside.shard)
-            self._dropped(aside.shard)
-            yield aside
+    def _failed(self, pieces: Sequence[Piece], reason: str, lasting: bool = False) -> Iterator[GivenUp]:
+        for given_up in self._queue.failed(pieces, reason, lasting):
+            self._failing.add(given_up.shard)
+            self._dropped(given_up.shard)
+            yield given_up
         if len(self._failing) >= (MOST_FAILING_LATER if self._succeeded else MOST_FAILING):
             raise DatamergeError(
                 f"{len(self._failing)} shards failed in a row, the last: {reason}; finished shards are "
@@ -229,7 +229,7 @@ class _Clusters(_Stage):
 
 def run_shards(
     plan: Plan, shards: Sequence[int], setup: WorkerSetup, memory: WorkerMemory | None = None
-) -> Iterator[ShardResult | SetAside]:
+) -> Iterator[ShardResult | GivenUp]:
     """Merge shards on a pool of workers, yielding results in the order in which they finish.
 
     Args:
@@ -259,6 +259,6 @@ def run_clusters(
         DatamergeError: a class cannot be clustered.
     """
     for found in _Clusters(setup, samples, classes, counts).run():
-        if isinstance(found, SetAside):
+        if isinstance(found, GivenUp):
             raise DatamergeError(f"class {found.shard} cannot be clustered: {found.reason}")
         yield found

@@ -28,7 +28,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class GivenUp:
     """A shard that was given up, with the number of tries and the last reason."""
 
     shard: int
@@ -50,7 +50,7 @@ class WorkQueue:
         self._suspects: deque[Piece] = deque()
         self._tries = tries
         self._failures: Counter[Piece] = Counter()
-        self._set_aside: set[int] = set()
+        self._given_up: set[int] = set()
 
     def take(self, load: int, capacity: int, alone: bool) -> Piece | None:
         """The next piece for a worker that has `load` of `capacity` pieces; None if it should get none now.
@@ -66,7 +66,7 @@ class WorkQueue:
             return suspect
         if (returned := self._next(self._returned)) is not None:
             return returned
-        return next((piece for piece in self._fresh if piece.shard not in self._set_aside), None)
+        return next((piece for piece in self._fresh if piece.shard not in self._given_up), None)
 
     def is_suspect(self, piece: Piece) -> bool:
         """Whether the piece has failed before."""
@@ -80,7 +80,7 @@ class WorkQueue:
         """Forget the failures of a piece."""
         self._failures.pop(piece, None)
 
-    def failed(self, pieces: Iterable[Piece], reason: str, lasting: bool = False) -> list[SetAside]:
+    def failed(self, pieces: Iterable[Piece], reason: str, lasting: bool = False) -> list[GivenUp]:
         """Record one failure that one of these pieces caused; returns the shards that are given up.
 
         Args:
@@ -91,22 +91,22 @@ class WorkQueue:
         given_up = []
         for piece in pieces:
             self._failures[piece] += 1
-            if piece.shard in self._set_aside:
+            if piece.shard in self._given_up:
                 continue
             if lasting or self._failures[piece] >= self._tries:
-                self._set_aside.add(piece.shard)
-                given_up.append(SetAside(piece.shard, self._failures[piece], reason))
+                self._given_up.add(piece.shard)
+                given_up.append(GivenUp(piece.shard, self._failures[piece], reason))
             else:
                 self._suspects.append(piece)
         return given_up
 
     def gives_up(self, shard: int) -> bool:
         """Whether the shard has been given up."""
-        return shard in self._set_aside
+        return shard in self._given_up
 
     def _next(self, pieces: deque[Piece]) -> Piece | None:
         while pieces:
             piece = pieces.popleft()
-            if piece.shard not in self._set_aside:
+            if piece.shard not in self._given_up:
                 return piece
         return None

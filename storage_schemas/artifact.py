@@ -16,11 +16,11 @@ import numpy as np
 from storage_schemas.access.cache import Cache, CachedLocation
 from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.location import Location
-from storage_schemas.access.ranges import damage
+from storage_schemas.access.ranges import check_files
 from storage_schemas.display import one_line, table
 from storage_schemas.errors import CorruptShard, DatamergeError, NotAnArtifact, shortened
 from storage_schemas.in_order import in_order
-from storage_schemas.key_index import rows_of
+from storage_schemas.key_index import find
 from storage_schemas.schema.arguments import check_choice
 from storage_schemas.schema.head import parse_head
 from storage_schemas.schema.manifest import (
@@ -152,7 +152,7 @@ class Artifact:
     def _read(self, position: int, offset: int, rows: Rows | None) -> Record:
         commit = self._sidecar(position)
         if self._verify == "shard" and position not in self._checked_shards:
-            self._check_files(commit)
+            check_files(self.location, commit.files)
             self._checked_shards.add(position)
         entry = commit.records[offset]
         try:
@@ -202,6 +202,13 @@ class Artifact:
         keeping._reset()
         return keeping
 
+    def apart(self) -> Artifact:
+        """A view with its own prefetching, which other readers of the artifact neither cancel nor delay."""
+        apart = copy.copy(self)
+        apart.location = copy.copy(self.location)
+        apart._reset()
+        return apart
+
     def expect(self, indices: Sequence[int], *, together: bool = False) -> int:
         """Announce that these records will be read in this order, and prefetch them with many requests at a time.
 
@@ -221,7 +228,8 @@ class Artifact:
         sidecars = self._sidecars.several({position for position, _ in places}, self._facts)
         # The reader evaluates these lazily, when their turn comes: other threads may have read some indices by then.
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, sizes_of(sidecars.values())
-        fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in sidecars.values()), sizes)
+        indices_of = (reader.index_ranges(one, self._specs) for one in sidecars.values())
+        fetcher.expect(chain.from_iterable(indices_of), sizes, once=True)
         ranges = [one for position, at in places for one in reader.ranges(sidecars[position], at, self._specs)]
         fetcher.expect(sorted(ranges) if together else ranges, sizes)
         return sum(one.end - one.start for one in ranges)
@@ -239,7 +247,8 @@ class Artifact:
         sidecars = self._sidecars.several(offsets, self._facts)
         partial = [one for position, one in sidecars.items() if len(offsets[position]) < len(one.records)]
         fetcher, reader, sizes = fetcher_of(self.location), self._reader, sizes_of(sidecars.values())
-        fetcher.expect(chain.from_iterable(reader.index_ranges(one, self._specs) for one in partial), sizes)
+        indices_of = (reader.index_ranges(one, self._specs) for one in partial)
+        fetcher.expect(chain.from_iterable(indices_of), sizes, once=True)
         rest = (reader.joined_ranges(one, offsets[position], self._specs) for position, one in sidecars.items())
         fetcher.fill(list(chain.from_iterable(rest)), sizes)
 
@@ -331,26 +340,13 @@ class Artifact:
 
     def _find_in(self, index: FileEntry, key: str) -> tuple[int, int]:
         """Look a key up in `keys.bin`, whose hash is checked before the key is reported as missing."""
-        numbers = self.manifest.shards.column("shard")
-        for row in rows_of(self.location, index, key):
-            shard, offset = divmod(row, self.manifest.layout.groups_per_shard)
-            position = bisect.bisect_left(numbers, shard)
-            if position < len(numbers) and numbers[position] == shard:
-                records = self.commit(position).records
-                if offset < len(records) and records[offset].key == key:
-                    return position, offset
+        found = find(self.location, index, key, self.manifest, self.commit)
+        if found is not None:
+            return found
         if not self._index_is_sound:
             read_committed(self.location, KEYS, index.sha256)
             self._index_is_sound = True
         raise KeyError(f"{self.location.url}: no record with key {key!r}")
-
-    def _check_files(self, commit: Sidecar) -> None:
-        for file in commit.files:
-            found = damage(self.location, file)
-            if found is not None:
-                raise CorruptShard(
-                    f"{self.location.url}/{file.path}: {found}; run `datamerge verify` to see the rest"
-                )
 
     def head(self) -> tuple[dict[str, Array], list[str]] | None:
         """The class head's tensors (see `parse_head`) and class names, if the artifact has one.

@@ -49,8 +49,9 @@ def in_order(artifact: Artifact, indices: Iterable[int], window: int = WINDOW) -
         with in_threads(1, expected, _blocks(artifact, indices, most)) as blocks:
             for block in blocks:
                 yield from map(artifact.part, block)
-    finally:
+    except BaseException:  # the rest will not be read
         fetcher_of(artifact.location).forget_expected()
+        raise
 
 
 def _blocks(artifact: Artifact, indices: Iterable[int], most: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,32 @@ def sidecars_of_a_lookup(manifest: Manifest) -> float:
 def key_hash(key: str) -> int:
     """Hash of a key in the index: the first four bytes of its sha256, big endian."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+
+
+def find(
+    location: Location, entry: FileEntry, key: str, manifest: Manifest, commit: Callable[[int], Commit]
+) -> tuple[int, int] | None:
+    """Position in the manifest's list of the shard with a key, and that of its record in the shard; None if unknown.
+
+    Args:
+        location: of the artifact.
+        entry: the manifest's entry of the index.
+        key: to look up.
+        manifest: of the artifact.
+        commit: gives the sidecar of the shard at a position.
+
+    Raises:
+        CorruptShard: the index or a sidecar is damaged.
+    """
+    numbers = manifest.shards.column("shard")
+    for row in rows_of(location, entry, key):
+        shard, offset = divmod(row, manifest.layout.groups_per_shard)
+        position = bisect_left(numbers, shard)
+        if position < len(numbers) and numbers[position] == shard:
+            records = commit(position).records
+            if offset < len(records) and records[offset].key == key:
+                return position, offset
+    return None
 
 
 def rows_of(location: Location, entry: FileEntry, key: str) -> Iterator[int]:

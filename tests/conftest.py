@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Configuration and fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from datamerge.runtime.ray import ray_environment
 if TYPE_CHECKING:
     from tests.support.bench import Bench
 
-# Before torch and NumPy start: networks this small lose more in the hand-over between threads than they gain.
+# Set before torch and NumPy start: on networks this small, threads cost more than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _status: list[int] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ctrl-C works in here and in the processes that tests start, also where a shell started us in the background.
+    """Make Ctrl-C work here and in processes that tests start, even if a shell started pytest in the background.
 
-    GPUs are out of sight of all tests but those that `-m gpu` asks for: golden numbers are the CPU's, and tests of
+    GPUs are hidden from all tests except those that `-m gpu` selects: golden numbers come from a CPU, and tests of
     several processes start more of them than a machine has GPUs.
     """
     if config.getoption("markexpr") != "gpu":
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that use the cluster run in one process, so that there is one cluster in a run."""
+    """Run all tests that use the cluster in one process, so that a run starts one cluster."""
     for item in items:
         if "cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ray"))
@@ -48,25 +48,25 @@ def pytest_sessionfinish(exitstatus: int) -> None:
     _status.append(int(exitstatus))
 
 
-@atexit.register  # so early that it runs after what Ray and others register
+@atexit.register  # early, so that it runs after the handlers of Ray and others
 def _end() -> None:
-    """What the command does about Ray when it ends, for the process of the tests."""
-    # Whatever failed after the session has left its traceback here, and has an exit status of its own.
+    """End the test process as the command ends when it has loaded Ray."""
+    # An error after the session has set `sys.last_value` and has an exit status of its own.
     if "ray" in sys.modules and _status and not hasattr(sys, "last_value"):
         leave(_status[0])
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """Files outlive their process without fsync; what it is for, a power cut, no test can cause."""
+def _no_fsync() -> Iterator[None]:
+    """Replace fsync, which only matters after a power cut, by nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Heads that tests make are none of those that the user keeps."""
+def _temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the heads that tests make out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATAMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -74,7 +74,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Ray on two nodes; it starts once, because that takes a while. Tests ask for `bench` or `ray_driver`."""
+    """A Ray cluster of two nodes, started once because that is slow. Tests request `bench` or `ray_driver`."""
     from tests.support.bench import running_bench
 
     with running_bench(tmp_path_factory.mktemp("bench")) as bench:
@@ -83,14 +83,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture
 def bench(cluster: Bench) -> Iterator[Bench]:
-    """The cluster, in whose environment the test runs, without faults."""
+    """The cluster, without faults; the test runs in its environment."""
     with cluster.entered():
         yield cluster
 
 
 @pytest.fixture
 def ray_driver(bench: Bench) -> Iterator[None]:
-    """This process is connected to the cluster as a notebook would be, so that merges start no Ray of their own."""
+    """Connect this process to the cluster, as a notebook would, so that merges start no Ray of their own."""
     import ray
 
     ray.init(address=bench.address, logging_level=40, log_to_driver=False)

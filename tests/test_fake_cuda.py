@@ -1,6 +1,6 @@
-"""Devices of tensors in the hot loops, without a GPU: PyTorch's fake tensors follow its rules for devices and dtypes.
+"""Devices of tensors in the hot loops, checked without a GPU by PyTorch's fake tensors, which follow the same rules.
 
-Their gradients need a PyTorch that takes a GPU to be there. A few lines of C++ are enough, in a process of its own.
+Gradients of fake CUDA tensors need a PyTorch that believes in a GPU. A few lines of C++ in another process do that.
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ COMPILER = shutil.which("g++")
 
 
 @pytest.mark.skipif(COMPILER is None or torch.version.cuda is not None, reason="needs g++ and a torch without CUDA")
-def test_nothing_mixes_devices(tmp_path: Path) -> None:
-    own, library = Path(torch.__file__).parent, tmp_path / "no_card.so"
+def test_hot_loops_never_mix_devices(tmp_path: Path) -> None:
+    torch_folder, library = Path(torch.__file__).parent, tmp_path / "no_card.so"
     source = ROOT / "tests" / "support" / "no_card.cpp"
-    flags = ["-O1", "-DNDEBUG", "-std=c++20", "-shared", "-fPIC", f"-I{own / 'include'}", f"-L{own / 'lib'}"]
-    _done(str(COMPILER), *flags, str(source), "-o", str(library), "-lc10", "-ltorch_cpu")
-    said = _done(sys.executable, "-m", "tests.support.on_fake_cuda", str(library))
-    assert said.split("\n")[:4] == ["attacks done", "arrays done", "training done", "mixed done"]
+    flags = [
+        "-O1",
+        "-DNDEBUG",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        f"-I{torch_folder / 'include'}",
+        f"-L{torch_folder / 'lib'}",
+    ]
+    _output_of(str(COMPILER), *flags, str(source), "-o", str(library), "-lc10", "-ltorch_cpu")
+    output = _output_of(sys.executable, "-m", "tests.support.on_fake_cuda", str(library))
+    assert output.split("\n")[:4] == ["attacks done", "arrays done", "training done", "mixed done"]
 
 
-def _done(*command: str) -> str:
-    """What a command prints that ends well."""
+def _output_of(*command: str) -> str:
+    """The output of a command that must succeed."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,6 +1,6 @@
 """A local cache of a remote artifact's files: a folder, a byte limit, shared by all processes of a machine.
 
-`blocks` describes how copies are stored, `fetching` how they are fetched. The contents of a copy are checked like
+`folder` describes how copies are stored, `fetching` how they are fetched. The contents of a copy are checked like
 those of any other file: a damaged or outdated copy fails its record's checksum, is dropped and fetched again.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage_schemas.access.blocks import Folder, folder_of
 from storage_schemas.access.fetchers import fetcher_of
+from storage_schemas.access.folder import Folder, folder_of
 from storage_schemas.access.local_paths import absolute
 from storage_schemas.access.location import Location
 from storage_schemas.errors import ConfigError

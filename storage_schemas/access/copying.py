@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes, Folder
+from storage_schemas.access.block_file import BLOCK, BlockFile, Bytes
 from storage_schemas.access.explaining import NoRanges
 from storage_schemas.access.fast_reads import Buffer, RangeReads
+from storage_schemas.access.folder import Folder
 from storage_schemas.access.location import Location
 from storage_schemas.errors import CorruptShard, UserError
 

@@ -7,7 +7,7 @@ A run knows in advance what it will read and announces it (`expect`, `fill`). Th
    be filled as well, they are included, so that no request is for less than `SMALLEST`;
 3. the rest of the files to be filled, in large requests, of which a quarter as many are made at a time.
 
-With a cache everything goes through its copies (`copying`, `blocks`): ranges and whole files are stored in the same
+With a cache everything goes through its copies (`copying`, `folder`): ranges and whole files are stored in the same
 way, and bytes that another process has fetched, or is fetching, are not fetched again. Without a cache, where it has
 no room, and after its disk has failed, expected ranges stay in memory until they have been read as often as they were
 announced; that memory is bounded. Prefetching never evicts a copy that was used since the run began: with a random
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from storage_schemas.access.blocks import BLOCK, BlockFile, Bytes
+from storage_schemas.access.block_file import BLOCK, BlockFile, Bytes
 from storage_schemas.access.copying import LARGEST, Copies, NoDisk
 from storage_schemas.access.fast_reads import RangeReads
 from storage_schemas.access.fills import SMALLEST, Fills
@@ -78,17 +78,18 @@ class Fetcher(RequestThreads):
 
     # Methods for readers.
 
-    def expect(self, ranges: Iterable[Range], sizes: Mapping[str, int]) -> None:
+    def expect(self, ranges: Iterable[Range], sizes: Mapping[str, int], *, once: bool = False) -> None:
         """Queue ranges that will be read, in order of first use.
 
         Args:
             sizes: bytes of their files, according to the sidecars.
+            once: they are read once, however often they are announced before.
         """
         with self._changed:
             self._is_announced = True
             self._sizes.update(sizes)
             for item in ranges:
-                if item.start >= item.end or self._is_here(item):
+                if item.start >= item.end or self._is_here(item) or (once and self._pieces.is_due(item)):
                     continue
                 if self._pieces.expect(item):
                     self._expected.setdefault(item)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.block_file import Bytes
 
 
 class Range(NamedTuple):

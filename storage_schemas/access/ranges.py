@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 
-from storage_schemas.access.blocks import BlockFile, Bytes
+from storage_schemas.access.block_file import BlockFile, Bytes
 from storage_schemas.access.devices import refuse_devices
 from storage_schemas.access.fetchers import fetcher_of
 from storage_schemas.access.fetching import Fetcher
@@ -34,6 +35,18 @@ def damage(location: Location, entry: FileEntry) -> str | None:
     if digest.hexdigest() != entry.sha256:
         return f"expected sha256 {entry.sha256[:12]}…, found {digest.hexdigest()[:12]}…"
     return None
+
+
+def check_files(location: Location, entries: Iterable[FileEntry]) -> None:
+    """Compare files with their committed sizes and hashes.
+
+    Raises:
+        CorruptShard: one differs.
+    """
+    for entry in entries:
+        found = damage(location, entry)
+        if found is not None:
+            raise CorruptShard(f"{location.url}/{entry.path}: {found}; run `datamerge verify` to see the rest")
 
 
 class FileRanges:

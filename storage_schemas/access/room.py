@@ -24,6 +24,7 @@ ABANDONED = 3600  # seconds without a write after which an unfinished file count
 
 _COPY = re.compile(r"([0-9a-f]{64})(?:\.(\d+)\.(blocks|part))?")
 _GRANT = re.compile(r"grant-[0-9a-f]{12}")
+_LOCK = re.compile(r"lock-[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{12}\.tmp")
 
 
@@ -109,6 +110,8 @@ class Room:
         for entry in os.scandir(self._path):
             if _GRANT.fullmatch(entry.name):
                 excess += self._granted_to(Path(entry.path))
+            elif _LOCK.fullmatch(entry.name):
+                _removed(Path(entry.path))  # left by a process that was killed
             elif (taken := _taken(entry)) is not None:
                 copies.append((*taken, entry.name))
                 excess += taken[1]
@@ -121,34 +124,15 @@ class Room:
 
     def _granted_to(self, grant: Path) -> int:
         """Bytes granted to another process; 0, and the file is removed, if that process is dead."""
-        if self._grant is not None and grant == self._grant[0]:
+        if (self._grant is not None and grant == self._grant[0]) or _removed(grant):
             return 0
         try:
-            descriptor = os.open(grant, os.O_RDWR | os.O_CLOEXEC)
+            return int(grant.read_bytes()[:20] or 0)
         except FileNotFoundError:
             return 0
-        try:
-            if _is_free(descriptor):
-                grant.unlink(missing_ok=True)
-                return 0
-            return int(os.pread(descriptor, 20, 0) or 0)
-        finally:
-            os.close(descriptor)
 
     def _evict(self, copy: str) -> bool:
-        if not self._let_go(copy.partition(".")[0]):
-            return False
-        try:
-            descriptor = os.open(self._path / copy, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            if not _is_free(descriptor):
-                return False
-            (self._path / copy).unlink(missing_ok=True)
-            return True
-        finally:
-            os.close(descriptor)
+        return self._let_go(copy.partition(".")[0]) and _removed(self._path / copy)
 
 
 def _taken(entry: os.DirEntry[str]) -> tuple[int, int] | None:
@@ -202,10 +186,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _is_free(descriptor: int) -> bool:
-    """Whether no other descriptor holds a lock on this file; if so, the caller's now holds an exclusive one."""
+def _removed(path: Path) -> bool:
+    """Remove a file unless another descriptor holds a lock on it; True if it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        return True
     except BlockingIOError:
         return False
-    return True
+    finally:
+        os.close(descriptor)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.block_file import Bytes
 from storage_schemas.access.location import Location
 from storage_schemas.access.pieces import Range
 from storage_schemas.schema.manifest import ArraySpec, Layout

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.block_file import Bytes
 
 HEADER = 16
 TYPE_SIZE, FLAGS = 3, 2  # positions of bytes

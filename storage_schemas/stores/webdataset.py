@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.block_file import Bytes
 from storage_schemas.access.location import Location
 from storage_schemas.access.pieces import Range
 from storage_schemas.access.ranges import FileRanges

@@ -22,7 +22,7 @@ from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from storage_schemas.access.blocks import Bytes
+from storage_schemas.access.block_file import Bytes
 from storage_schemas.access.location import Location
 from storage_schemas.access.once import Once
 from storage_schemas.access.pieces import Range

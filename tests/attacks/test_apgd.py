@@ -59,7 +59,9 @@ def test_checkpoints_of_the_paper() -> None:
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_bounds_grid_and_progress(epsilon: Fraction, steps: int, start: bool, grid: bool, seed: int) -> None:
+def test_results_stay_in_the_ball_and_do_not_lower_the_loss(
+    epsilon: Fraction, steps: int, start: bool, grid: bool, seed: int
+) -> None:
     clean = _images(seed)
     result = _run(clean, APGD(epsilon, steps, start, grid), seed)
     assert (result.loss >= result.start_loss).all()
@@ -139,7 +141,7 @@ def test_it_is_no_weaker_than_pgd_at_equal_cost() -> None:
     assert strong.loss.mean() >= 0.999 * plain.loss.mean()
 
 
-def test_a_bad_number_is_named() -> None:
+def test_a_sample_with_a_non_finite_value_is_named() -> None:
     class Bad(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
             outputs: Tensor = MODEL(pixels)
@@ -186,14 +188,14 @@ def test_low_precision_keeps_a_float32_perturbation() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda r: APGD(TWO, 3, start_radius=r), lambda r: PGD(TWO, TWO, 3, start_radius=r)])
-def test_the_start_stays_inside_the_ball(make: object) -> None:
+def test_start_radii_outside_the_ball_or_off_the_grid_are_refused(make: object) -> None:
     for radius in (EIGHT, Fraction(1, 1000)):
         with pytest.raises(ConfigError) as error:
             make(radius)  # type: ignore[operator]
         assert error.value.field == "start_radius"
 
 
-def test_a_narrow_start_is_narrow_and_no_start_is_the_image() -> None:
+def test_random_starts_stay_within_the_start_radius() -> None:
     clean = torch.full((50, *SHAPE), 128 / 255)
     for radius, levels in ((Fraction(0), 0), (Fraction(1, 255), 1)):
         pixels = _run(clean, APGD(EIGHT, 0, start_radius=radius)).pixels

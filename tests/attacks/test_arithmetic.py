@@ -1,4 +1,4 @@
-"""What float32 means in every pass of an attack, backward ones too."""
+"""The arithmetic of every forward and backward pass of an attack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from tests.support.recorder import SPEC, note, recording
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("kind", [PGD, APGD])
-def test_passes_of_an_attack(precision: Precision, kind: type[PGD] | type[APGD]) -> None:
+def test_passes_of_an_attack_use_the_precision_that_is_set(
+    precision: Precision, kind: type[PGD] | type[APGD]
+) -> None:
     if kind is PGD:
         settings: PGD | APGD = PGD(Fraction(8, 255), Fraction(1, 255), 2)
     else:
@@ -26,7 +28,7 @@ def test_passes_of_an_attack(precision: Precision, kind: type[PGD] | type[APGD])
     generators = [np.random.default_rng(0), np.random.default_rng(1)]
     with recording() as notes:
         encoder = load_encoder(SPEC).eval()
-        notes.clear()  # of its shape
+        notes.clear()  # drops the pass that finds the shape of the embedding
         run_attack(encoder, clean, target, squared_error, settings, generators, precision=precision)
         gradient_sign(encoder, clean, target, squared_error, precision)
         assert all(found.deterministic and found.products == "highest" for found in notes)
@@ -36,11 +38,11 @@ def test_passes_of_an_attack(precision: Precision, kind: type[PGD] | type[APGD])
         assert {found.dtype for found in backward} == {
             torch.bfloat16 if precision == "bfloat16" else torch.float32,
         }
-        # The losses that go into the record.
+        # The losses that are recorded are computed in float32.
         assert any(found.dtype == torch.float32 and not found.tf32 for found in notes)
 
 
-def test_products_use_tf32_on_a_gpu_that_is_asked_for_it() -> None:
+def test_products_use_tf32_only_on_gpus_and_if_set() -> None:
     found = []
     for device in ("cpu", "cuda"):
         for tf32 in (False, True):
@@ -49,7 +51,7 @@ def test_products_use_tf32_on_a_gpu_that_is_asked_for_it() -> None:
     assert found == ["highest", "highest", "highest", "high"]
 
 
-def test_an_error_inside_changes_nothing_outside() -> None:
+def test_an_error_inside_restores_the_arithmetic() -> None:
     with recording(), pytest.raises(KeyError), arithmetic(torch.device("cpu")):
         raise KeyError
 
@@ -59,8 +61,8 @@ def _order() -> tuple[bool, bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fills
 
 
-def test_a_gpus_kernels_add_in_one_order_and_a_cpus_are_left_alone() -> None:
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # else torch refuses products
+def test_deterministic_kernels_are_required_on_gpus_only() -> None:
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # otherwise torch refuses matrix products
     before = _order()
     with fixed_order(torch.device("cpu")):
         assert _order() == before
@@ -72,12 +74,12 @@ def test_a_gpus_kernels_add_in_one_order_and_a_cpus_are_left_alone() -> None:
     assert _order() == before
 
 
-def test_a_model_without_such_kernels_runs_with_others() -> None:
+def test_a_model_without_deterministic_kernels_runs_with_others() -> None:
     tried = []
 
     def pooling() -> str:
         tried.append(torch.are_deterministic_algorithms_enabled())
-        if tried[-1]:  # as torch says it
+        if tried[-1]:  # torch's message
             raise RuntimeError("max_pool2d_with_indices_backward_cuda does not have a deterministic implementation")
         return "gradient"
 
@@ -87,7 +89,7 @@ def test_a_model_without_such_kernels_runs_with_others() -> None:
     model, other = (torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity()) for _ in range(2))
     assert [in_fixed_order(model, torch.device("cuda"), pooling) for _ in range(2)] == ["gradient"] * 2
     assert tried == [True, False, False]
-    # A wrapper of its own for every batch, as AutoAttack's.
+    # AutoAttack makes a new wrapper for every batch; the wrapped model is remembered.
     wrapped = torch.nn.Sequential(torch.nn.Sequential(model))
     assert in_fixed_order(wrapped, torch.device("cuda"), pooling) == "gradient"
     assert tried[3:] == [False]

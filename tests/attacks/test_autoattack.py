@@ -1,4 +1,4 @@
-"""AutoAttack's pair and APGD in both balls: against closed forms, against torchattacks, and on masked gradients."""
+"""AutoAttack's two attacks and APGD in both balls: against closed forms and torchattacks, and on masked gradients."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_at_least_as_strong_as_torchattacks(network: nn.Module, digits: tuple[Te
     assert bool((found.after_cross_entropy | ~found.robust).all())
 
 
-def test_what_becomes_of_an_image_does_not_depend_on_the_others(
+def test_the_result_of_an_image_does_not_depend_on_the_others(
     network: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:
     pixels, labels = digits[0][:12], digits[1][:12]
@@ -203,7 +203,7 @@ class Masked(nn.Module):
         return (logits * 2).round().detach() + 0 * logits
 
 
-def test_masked_gradients_are_noticed(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_masked_gradients_are_detected(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     pixels, labels = digits[0][:30], digits[1][:30]
     attack = APGD(RADII["linf"], 10, grid=False)
     keys = [f"image {i}" for i in range(30)]
@@ -217,7 +217,7 @@ def test_masked_gradients_are_noticed(network: nn.Module, digits: tuple[Tensor, 
     assert "epsilon 0.5 (linf)" in message
 
 
-def test_an_attack_that_has_not_converged_is_noticed(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_an_attack_that_has_not_converged_is_detected(network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     pixels, labels = digits[0][:60], digits[1][:60]
     attack = APGD(Fraction(24, 255), 1, grid=False, initial_step=Fraction(1, 100), start_radius=Fraction(0))
     found = auto_attack(network, pixels, labels, attack, generators(60), targeted=False)
@@ -227,7 +227,7 @@ def test_an_attack_that_has_not_converged_is_noticed(network: nn.Module, digits:
     assert ", 10 steps" in messages[0]
 
 
-def test_the_grid_is_for_the_maximum_norm() -> None:
+def test_the_grid_is_refused_for_the_euclidean_norm() -> None:
     with refused(ConfigError, "norm", "l2", "grid=False"):
         APGD(Fraction(1), 5, norm="l2")
     with pytest.raises(ValueError, match="iterate"):
@@ -235,7 +235,7 @@ def test_the_grid_is_for_the_maximum_norm() -> None:
 
 
 class _DeceivedByTf32(nn.Module):
-    """Calls everything class 0, and class 1 while products may be in TF32."""
+    """Predicts class 0 for every image, but class 1 while TF32 is allowed."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         margin = 1 + pixels.flatten(1).sum(dim=1)
@@ -243,7 +243,7 @@ class _DeceivedByTf32(nn.Module):
         return -found if torch.backends.cudnn.allow_tf32 else found
 
 
-def test_no_image_is_broken_by_the_precision_of_the_search_alone() -> None:
+def test_images_that_only_tf32_misclassifies_count_as_robust() -> None:
     clean, labels = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
     generators = [np.random.default_rng(row) for row in range(3)]
     found = auto_attack(

@@ -1,4 +1,4 @@
-"""Where attacks end: inside the ball, inside the pixel range, and on the 8-bit grid; never easier than the start."""
+"""Results of PGD: inside the ball and the pixel range, on the 8-bit grid, with a loss of at least the start's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_on_the_grid_every_bound_is_an_exact_integer(
 def test_off_the_grid_bounds_hold_to_the_last_bit(
     epsilon: Fraction, step_size: Fraction, steps: int, random_start: bool, seed: int
 ) -> None:
-    """In float64 arithmetic on the float32 results, as a checker would compute it; no slack."""
+    """Computed in float64 from the float32 results, without tolerance."""
     clean = _images(seed, grid=False)
     pixels, start_loss, loss = _run(clean, PGD(epsilon, step_size, steps, random_start, grid=False), seed)
     assert (pixels.double() - clean.double()).abs().max() <= float(epsilon)
@@ -82,8 +82,8 @@ def test_off_the_grid_bounds_hold_to_the_last_bit(
 
 
 @pytest.mark.parametrize("grid", [True, False])
-def test_the_ball_is_used_up_to_its_boundary(grid: bool) -> None:
-    """The bounds are not merely safe: large steps end on them, minus the last float32 number off the grid."""
+def test_large_steps_reach_the_boundary_of_the_ball(grid: bool) -> None:
+    """Off the grid, they end at the last float32 number inside it."""
     clean = _images(3, grid) * 0.5 + (64 / 255 if grid else 0.25)
     clean = (clean * 255).round() / 255 if grid else clean
     epsilon = Fraction(8, 255)
@@ -107,7 +107,7 @@ def test_an_empty_ball_changes_nothing() -> None:
 
 
 def test_random_starts_cover_the_ball_evenly() -> None:
-    """Five levels at ε = 2/255, each about as often; uniform off the grid."""
+    """On the grid, the five levels of ε = 2/255 are equally frequent; off the grid, offsets are uniform."""
     clean = torch.full((200, *SHAPE), 128 / 255)
     levels = torch.round((_run(clean, PGD(Fraction(2, 255), Fraction(1, 255), 0), 0)[0] - clean) * 255)
     counts = [int((levels == level).sum()) for level in (-2, -1, 0, 1, 2)]

@@ -1,4 +1,4 @@
-"""What attacks find, and what they leave untouched: optima, references, seeds, parameters, bad numbers."""
+"""PGD against optima and a reference; its seeds; restored parameters; non-finite values."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_agrees_with_an_independent_reference(grid: bool) -> None:
 
 
 @pytest.mark.parametrize("grid", [True, False])
-def test_a_finished_attack_goes_on_from_where_it_ended(grid: bool) -> None:
-    """Three steps, then two more from the result, are an attack of five; nothing is drawn or looked at in between."""
+def test_a_finished_attack_can_be_continued(grid: bool) -> None:
+    """Three steps and two more from their result equal five steps, without further passes or random numbers."""
     model, clean = _net(16, 6), _images(5)
     target, passes = torch.zeros(5, 6), []
     short, whole = (_attack(model, clean, target, PGD(TWO, ONE, steps, grid=grid)) for steps in (3, 5))
@@ -118,8 +118,8 @@ def test_a_finished_attack_goes_on_from_where_it_ended(grid: bool) -> None:
     assert ascend(ball, at, points, 1.0, 0) is None
 
 
-def test_the_start_is_kept_where_steps_make_it_worse() -> None:
-    """A step far beyond the curvature of a peaked objective loses; the result must not."""
+def test_the_start_is_kept_if_steps_lower_the_loss() -> None:
+    """The only step jumps over the peak of the objective."""
 
     class Peak(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_the_start_is_kept_where_steps_make_it_worse() -> None:
     assert torch.equal(result.loss, result.start_loss)
 
 
-def test_more_steps_find_more() -> None:
+def test_more_steps_find_higher_losses() -> None:
     model, clean = _net(32, 6), _images(16)
     target = model(clean).detach()
     losses = [float(_attack(model, clean, target, PGD(TWO, ONE, n)).loss.mean()) for n in (0, 1, 3, 10)]
@@ -175,21 +175,14 @@ def test_generators_are_functions_of_seed_and_key() -> None:
 
 
 def test_the_stream_is_part_of_the_format() -> None:
-    """Golden values: a release that draws others would write other artifacts from the same command."""
+    """A release that draws other numbers would write other artifacts from the same command."""
     (generator,) = sample_generators(7, "photo-1", 1)
-    child = np.random.SeedSequence(
-        [7, *np.frombuffer(__import__("hashlib").sha256(b"photo-1").digest()[:16], "<u4").tolist()]
-    ).spawn(1)[0]
-    assert generator.integers(0, 1000, 5).tolist() == np.random.default_rng(child).integers(0, 1000, 5).tolist()
-
-
-def _break(model: nn.Module) -> None:
-    raise RuntimeError("out of memory")
+    assert generator.integers(0, 1000, 5).tolist() == [193, 854, 591, 458, 851]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_parameters_are_as_before(fails: bool) -> None:
-    """No gradients, the same flags, the same numbers; also after an exception in the middle."""
+def test_parameters_are_restored(fails: bool) -> None:
+    """Gradients, flags and values are as before, also after an exception."""
     model = _net(16, 6)
     parameters = list(model.parameters())
     parameters[1].requires_grad_(False)
@@ -218,7 +211,7 @@ def test_parameters_are_as_before(fails: bool) -> None:
 
 
 class Poisoned(nn.Module):
-    """Gives `value` for samples whose first pixel is white, from call `first` on."""
+    """Multiplies outputs by `value` for samples whose first pixel is white, after `first` calls."""
 
     def __init__(self, value: float, first: int) -> None:
         super().__init__()
@@ -234,7 +227,7 @@ class Poisoned(nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("first", [0, 2, 3], ids=["at the start", "midway", "only the last iterate"])
-def test_the_sample_with_a_bad_number_is_named(value: float, first: int) -> None:
+def test_samples_with_non_finite_values_are_named(value: float, first: int) -> None:
     """NaN, an infinity, or a loss that overflows float32: never zeroed, never stored."""
     clean = torch.full((4, *SHAPE), 128 / 255)
     clean[1, 0, 0, 0] = clean[3, 0, 0, 0] = 1.0
@@ -245,7 +238,7 @@ def test_the_sample_with_a_bad_number_is_named(value: float, first: int) -> None
     assert caught.value.indices == [1, 3]
 
 
-def test_unnamed_samples_are_called_by_position() -> None:
+def test_samples_without_names_are_named_by_position() -> None:
     clean = torch.ones((8, *SHAPE))
     with refused(NonFiniteGradient, None, "step 0 ", "sample 0, sample 1", " 3 ") as caught:
         _attack(Poisoned(float("nan"), 0), clean, torch.zeros(8, 6), PGD(TWO, ONE, 1))

@@ -1,4 +1,4 @@
-"""Random starts drawn ahead of an attack: the same ones, and few bytes on the way to a device."""
+"""Random starts drawn before an attack equal those drawn by it, and are copied to a device as few bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTACKS: list[PGD | APGD] = [
 
 @pytest.mark.parametrize("settings", ATTACKS, ids=str)
 @pytest.mark.parametrize("restarts", [1, 3])
-def test_an_attack_from_draws_is_the_attack_that_draws(settings: PGD | APGD, restarts: int) -> None:
+def test_starts_drawn_before_an_attack_give_the_same_result(settings: PGD | APGD, restarts: int) -> None:
     encoder = load_encoder("mlp:3x4x4-8-5").eval()
     clean = torch.arange(96).reshape(2, *SHAPE) / 255
     target = torch.zeros(2, 5)
@@ -44,27 +44,27 @@ def test_an_attack_from_draws_is_the_attack_that_draws(settings: PGD | APGD, res
 
 
 class _Moves(TorchFunctionMode):
-    """Notes what else is asked for where a tensor is moved to a device."""
+    """Records the types of the arguments of each `Tensor.to`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[set[type]] = []
+        self.argument_types: list[set[type]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.to:
-            self.asked.append({type(value) for value in (*args[1:], *(kwargs or {}).values())})
+            self.argument_types.append({type(value) for value in (*args[1:], *(kwargs or {}).values())})
         return function(*args, **(kwargs or {}))
 
 
-def test_starts_cross_as_they_were_drawn() -> None:
-    """A conversion in the same call would happen before the copy, on the CPU."""
+def test_starts_are_copied_to_a_device_without_conversion() -> None:
+    """A conversion in the same call would come before the copy, on the CPU."""
     (draws,) = draw_starts(ATTACKS[0], SHAPE, sample_generators(0, "group", 2))
     assert draws.element_size() == 2
     ball = Ball.around(torch.zeros(2, *SHAPE), EPSILON, grid=True)
     with _Moves() as moves:
         ball.placed(draws, EPSILON)
-    assert moves.asked == [{torch.device, bool}]
+    assert moves.argument_types == [{torch.device, bool}]
 
 
-def test_starts_of_a_device() -> None:
+def test_starts_on_a_device_equal_the_cpus() -> None:
     assert_starts_are_the_cpus("cpu")

@@ -1,4 +1,4 @@
-"""The benchmark of a worker's host time, at a size at which it says nothing."""
+"""The benchmark of a worker's host time runs, at a tiny size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: every part on tiny networks, so that its first run is not the first run."""
+"""A rehearsal of `make gpu` without a GPU: every part on tiny networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PEAKS = {"bfloat16": 4.0, "tf32": 2.0, "float32": 1.0}
 
 @cache
 def rehearsed(name: str) -> list[Row]:
-    """The rows of a part."""
+    """The rows of a part in a rehearsal."""
     threads = torch.get_num_threads()
     try:
         return list(PARTS[name].work(True, PEAKS))
@@ -30,7 +30,7 @@ def rehearsed(name: str) -> list[Row]:
         torch.set_num_threads(threads)
 
 
-# What inductor imports.
+# Inductor's imports warn.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part_measures_something(name: str) -> None:
@@ -43,12 +43,12 @@ def test_every_part_measures_something(name: str) -> None:
         assert row.ms > 0
         assert all(math.isfinite(value) for value in (row.ms, row.share or 0, row.rate or 0))
         assert Row.from_json(row.to_json()) == row
-    # Attacks and steps of training are compared with what the GPU can do.
+    # Attacks and steps of training are compared with the peak of the GPU.
     assert any(row.share is not None for row in rows) == (name not in (RATES, "merge", "feed", "exchange"))
 
 
-def test_a_batch_falls_into_its_stages() -> None:
-    """Every stage is met, and they are no more than the whole."""
+def test_the_stages_of_a_batch_add_up() -> None:
+    """Every stage is measured, and their times sum to the whole."""
     rows = [row for row in rehearsed("merge") if row.what.startswith("one batch")]
     whole, *parts = [row.ms or 0 for row in rows]
     assert all(any(stage.what in row.what for row in rows) for stage in STAGES)
@@ -64,7 +64,7 @@ def test_kernels_are_counted() -> None:
 
 
 def test_the_parts_fit_into_eight_minutes() -> None:
-    """With the tests before them; every part can have its whole limit."""
+    """Together with the tests before them, and if every part takes its whole limit."""
     script = (Path(__file__).parents[2] / ".ci" / "gpu.sh").read_text()
     tests, figures = (int(seconds) for seconds in re.findall(r'^timeout .*?(\d+) "', script, re.MULTILINE))
     (seconds,) = (option.get_default(click.Context(main)) for option in main.params if option.name == "seconds")
@@ -121,7 +121,7 @@ def test_without_time_left_no_part_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["--output", str(tmp_path)])
     assert result.exit_code == 1
     assert "no GPU" in result.output

@@ -1,4 +1,4 @@
-"""The memory of commands: what their processes hold together, and the largest of them."""
+"""The memory of commands: of all their processes together, and of the largest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peak import run
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 MB = 2**20
-# It holds 60 MB itself while a process that it starts holds 120 MB, both long enough to be seen.
+# Holds 60 MB while its child process holds 120 MB, both long enough to be sampled.
 PARENT = """
 import subprocess, sys, time
 held = bytearray(b'x' * 60 * 2**20)
@@ -21,17 +21,17 @@ sys.exit(subprocess.run([sys.executable, '-S', '-c', child]).returncode)
 """
 
 
-def test_processes_are_added_up_and_the_largest_is_found() -> None:
+def test_the_memory_of_all_processes_and_of_the_largest_is_measured() -> None:
     done = run([sys.executable, "-S", "-c", PARENT], {})
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
     assert 1.5 < done.seconds < 60
-    # Making the bytes takes them twice for a moment.
+    # While the bytes are made, they are in memory twice.
     assert 120 < done.process < 300
     assert 180 < done.tree < 400
 
 
-def test_loading_is_measured_from_where_it_starts() -> None:
-    # A process of its own: one that has freed memory before may have room for the network already.
+def test_loading_is_measured_in_a_new_process() -> None:
+    # A process that has freed memory before could load the network without growing.
     done = run([sys.executable, "-m", "benchmarks.memory", "alone", "load", "mlp:3x64x64-512-8"], {})
     found = json.loads(done.stdout)
     weights = 4 * (3 * 64 * 64 * 512 + 512 + 512 * 8 + 8) / MB

@@ -1,4 +1,4 @@
-"""Plans against what was measured: how errors are counted, and how a large job is cut."""
+"""Plans against measurements: relative errors, and the number of devices for a large job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from merge_service.estimate import Estimate
 
 
 def outcome(job: Job, planned: float, seconds: float, *, volume: int = 1000) -> Outcome:
-    """Of a plan of so many seconds besides the 10 of the start, and 1000 bytes."""
+    """The outcome of a job with a plan of 10 s for the start, `planned` seconds for the rest, and 1000 bytes."""
     rates = {"flops": 1e12, "flop_per_second": 1e9, "peak_share": 0.5}
     estimate = Estimate(
         1000, 10 + planned, 10, 1, **rates, measured=3, worker_bytes=10**9, free_bytes=None, shortage=None
@@ -18,14 +18,14 @@ def outcome(job: Job, planned: float, seconds: float, *, volume: int = 1000) -> 
 
 
 @pytest.mark.parametrize("scale", [1, 16])
-def test_jobs_grow_one_by_one_and_end_with_the_papers(scale: int) -> None:
-    wanted = jobs(scale)
-    assert len({(job.members, job.steps) for job in wanted[:3]}) == 1
-    assert (wanted[-1].members, wanted[-1].steps) == (10, 10)
-    assert all(job.groups % job.shards == 0 for job in wanted)
+def test_jobs_grow_and_end_with_the_papers(scale: int) -> None:
+    planned_jobs = jobs(scale)
+    assert len({(job.members, job.steps) for job in planned_jobs[:3]}) == 1
+    assert (planned_jobs[-1].members, planned_jobs[-1].steps) == (10, 10)
+    assert all(job.groups % job.shards == 0 for job in planned_jobs)
 
 
-def test_errors_are_relative_to_what_was_measured_and_leave_the_start_out() -> None:
+def test_errors_are_relative_to_the_measurement_without_the_start() -> None:
     assert outcome(Job(16, 2, 3), 3, 6, volume=500).errors() == pytest.approx((-0.5, 1.0))
 
 

@@ -1,4 +1,4 @@
-"""The server of the streaming benchmark: what it sends, what it says it sent, and how it can be made worse."""
+"""The server of the streaming benchmark: its answers, its log, and the failures and delays that can be set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _get(remote: Remote, path: str, method: str = "GET", **headers: str) -> tupl
     return found
 
 
-def test_files_and_ranges(remote: Remote) -> None:
+def test_files_and_ranges_are_sent(remote: Remote) -> None:
     path, size = "/bucket/a/x.tar", len(DATA)
     assert _get(remote, path)[::2] == (200, DATA)
     for span, start, end in (
@@ -55,7 +55,7 @@ def test_files_and_ranges(remote: Remote) -> None:
     assert _get(remote, "/bucket/a/none")[0] == _get(remote, "/../secret")[0] == 404
 
 
-def test_its_log_counts_what_was_sent(remote: Remote) -> None:
+def test_its_log_has_the_bytes_that_were_sent(remote: Remote) -> None:
     for span in ("0-9", "5-19", "30-39"):
         _get(remote, "/bucket/a/x.tar", Range=f"bytes={span}")
     _get(remote, "/bucket/a/x.tar", "HEAD")
@@ -72,7 +72,7 @@ def test_its_log_counts_what_was_sent(remote: Remote) -> None:
     assert remote.log()[0] == []
 
 
-def test_it_is_as_well_as_it_is_told(remote: Remote) -> None:
+def test_failures_and_delays_can_be_set(remote: Remote) -> None:
     remote.set(fail=1)
     assert _get(remote, "/bucket/a/x.tar")[0] == 503
     remote.set(fail=0, rate=1e9, total=1e9, latency=0.001, stall=0.001, stalls=1)

@@ -1,4 +1,4 @@
-"""The report of a theme: verdicts, what is missing, pictures; and the command on tiny sizes."""
+"""The report of a theme: verdicts, missing peers, plots; and the command at tiny sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_verdict_is_that_of_the_median(bar: Bar, verdict: str) -> None:
     assert bar.verdict == verdict
 
 
-def test_report_says_everything_that_a_number_needs() -> None:
+def test_the_report_states_command_commit_and_hardware() -> None:
     found = Findings(
         bars=[Bar("ours / floor", [1.0, 1.02, 1.1], 1.05), Bar("foolbox / ours", [], 1.3, at_least=True)],
         tables=[Table("Seconds", ("attack", "s"), [["ours", "1.5"]])],

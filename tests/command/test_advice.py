@@ -1,4 +1,4 @@
-"""What a refusal advises is done once, and leads out: the same command, or the one advised, then works."""
+"""Advice in error messages is followed once; then the same command, or the advised one, works."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer import TrainConfig, train
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """Written by `convert`, so that the command that made it can be run again."""
+    """An artifact written by `convert`, so that the command that made it can be run again."""
     write(tmp_path / "original", build_layout("zarr"))
     convert(tmp_path / "original", tmp_path / "a", format="webdataset")
     return tmp_path / "a"
@@ -60,7 +60,7 @@ def _spoil_manifest(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_stray, _lose_card, _cut_shard, _lose_sidecar, _spoil_manifest])
-def test_what_verify_advises_makes_an_artifact_sound(artifact: Path, harm: Callable[[Path], None]) -> None:
+def test_following_the_advice_of_verify_makes_an_artifact_sound(artifact: Path, harm: Callable[[Path], None]) -> None:
     harm(artifact)
     advice = run_command("verify", artifact).stdout.splitlines()[-1]
     assert ("--fix" in advice) == (harm is not _stray)
@@ -78,7 +78,7 @@ def test_what_verify_advises_makes_an_artifact_sound(artifact: Path, harm: Calla
 
 
 def test_a_finished_artifact_is_not_written_again(artifact: Path) -> None:
-    """It may lie on a disk that can only be read."""
+    """It may be on a read-only disk."""
     before = {path: path.stat().st_mtime_ns for path in artifact.rglob("*") if path.is_file()}
     _again(artifact)
     assert {path: path.stat().st_mtime_ns for path in artifact.rglob("*") if path.is_file()} == before
@@ -87,14 +87,14 @@ def test_a_finished_artifact_is_not_written_again(artifact: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "kind"), [(".png", "PNG"), (".JPG", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP"), ("", "PNG")]
 )
-def test_a_preview_is_what_its_suffix_says(artifact: Path, tmp_path: Path, suffix: str, kind: str) -> None:
+def test_a_preview_has_the_format_of_its_suffix(artifact: Path, tmp_path: Path, suffix: str, kind: str) -> None:
     file = tmp_path / f"sheet{suffix}"
     assert run_command("preview", artifact, "-o", file).returncode == 0
     with Image.open(file) as picture:
         assert picture.format == kind
 
 
-def test_a_preview_of_another_kind_is_refused(artifact: Path, tmp_path: Path) -> None:
+def test_a_preview_with_another_suffix_is_refused(artifact: Path, tmp_path: Path) -> None:
     done = run_command("preview", artifact, "-o", tmp_path / "sheet.tiff")
     assert (done.returncode, (tmp_path / "sheet.tiff").exists()) == (2, False)
     (advised, *_) = re.findall(r"\.\w+(?=,)", done.stderr.partition("ends in")[2])
@@ -104,7 +104,7 @@ def test_a_preview_of_another_kind_is_refused(artifact: Path, tmp_path: Path) ->
     assert run_command("preview", artifact, "-o", tmp_path / "k.png", "--key", key).returncode == 0
 
 
-def test_columns_that_a_source_does_not_have(tmp_path: Path) -> None:
+def test_columns_that_a_source_does_not_have_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "photos" / "a.png")
     done = run_command("inspect", "--source", tmp_path / "photos", "--image-column", "image")
@@ -118,7 +118,7 @@ def test_columns_that_a_source_does_not_have(tmp_path: Path) -> None:
     assert "name it with" not in done.stderr
 
 
-def test_raw_images_in_place_of_an_artifact(tmp_path: Path) -> None:
+def test_raw_images_in_place_of_an_artifact_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     done = run_command("inspect", tmp_path)
     assert done.returncode == 2
@@ -127,21 +127,21 @@ def test_raw_images_in_place_of_an_artifact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", ["head", "source", "neither"])
-def test_names_are_advised_where_there_are_none(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_class_names_are_asked_for(named: str, capsys: pytest.CaptureFixture[str]) -> None:
     numbers, names = ["0", "1", "2"], ["ant", "bee", "cat"]
     head = Classes([*names, "dog"] if named == "head" else [], 4, "the head")
     source = Classes(names if named == "source" else numbers, 3, "photos")
     match_classes({0, 1}, source, head, "head", "choose another head")
-    said = " ".join(capsys.readouterr().err.split())
-    assert ("file of the head's class names" in said) == (named != "head")
-    # Either side's names, given as advised, are matched.
+    message = " ".join(capsys.readouterr().err.split())
+    assert ("file of the head's class names" in message) == (named != "head")
+    # With the names that are advised, the classes match.
     match = match_classes({0, 1}, Classes(names, 3, "photos"), Classes(["dog", *names], 4, "the head"), "head", "")
     assert match.rows == {0: 1, 1: 2, 2: 3}
     assert "positions" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"steps": "many", "seconds": "slow"}'])
-def test_a_folder_that_is_no_finished_run(tmp_path: Path, content: str | None) -> None:
+def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, content: str | None) -> None:
     (tmp_path / "run").mkdir()
     if content is not None:
         (tmp_path / "run" / "run.json").write_text(content)
@@ -165,9 +165,7 @@ def test_a_message_names_a_place_once(tmp_path: Path) -> None:
     assert str(caught.value).count("shard 0") == 1
 
 
-def test_the_artifact_that_is_trained_on_holds_nothing_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_training_artifact_is_no_evaluation_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "a", build_layout("webdataset"))
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
     settings = {"artifact": str(tmp_path / "a"), "encoder": "mlp:3x4x5-6", "steps": 1, "arm": "mean-only"}
@@ -207,7 +205,7 @@ def _row(name: str, scores: int) -> ArmResult:
 def test_tables_fit_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], width: int, scores: int
 ) -> None:
-    """No value is cut and every row has its name, in whatever number of tables."""
+    """No value is cut and every row has its name, even if the columns need several tables."""
     names = ["w/o AT", "AT-10-Avg", "AT-10-Factors"]
     monkeypatch.setenv("COLUMNS", str(width))
     print_rows(table_rows([_row(name, scores) for name in names]))
@@ -222,7 +220,7 @@ def test_tables_fit_the_terminal(
     assert (tables == 1) == ((scores, width) in [(1, 80), (1, 200), (4, 200)])
 
 
-def test_json_of_a_report_tells_strays_from_damage(artifact: Path) -> None:
+def test_json_of_a_report_distinguishes_stray_files_from_damage(artifact: Path) -> None:
     _stray(artifact)
     (problem,) = json.loads(run_command("verify", artifact, "--json").stdout)["problems"]
     assert (problem["file"], problem["stray"]) == ("notes.txt", True)

@@ -1,4 +1,4 @@
-"""What the commands do with artifacts, as functions: places as text, paths, `Location`s or open artifacts."""
+"""The commands on artifacts as functions, which accept a string, a path, a `Location` or an open artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "cat-0"
 
 
 @pytest.mark.parametrize("given", [str(FULL), FULL, dm.Location(FULL), dm.open_artifact(FULL)], ids=type)
-def test_an_artifact_is_given_in_any_way(given: str | Path | dm.Location | dm.Artifact, tmp_path: Path) -> None:
+def test_an_artifact_is_accepted_in_every_form(given: str | Path | dm.Location | dm.Artifact, tmp_path: Path) -> None:
     assert dm.inspect(given)["groups"] == len(dm.open_artifact(FULL))
     assert dm.verify(given).problems == []
     assert dm.diff(given, FULL).equal
@@ -28,7 +28,7 @@ def test_an_artifact_is_given_in_any_way(given: str | Path | dm.Location | dm.Ar
     assert converted.manifest.layout.encoding == "uint8_moments"
 
 
-def test_converting_keeps_what_is_not_asked_for_and_continues(tmp_path: Path) -> None:
+def test_converting_keeps_the_format_unless_given_and_can_be_repeated(tmp_path: Path) -> None:
     target = dm.Location(tmp_path / "float32")
     converted = dm.convert(FULL, target, encoding="float32")
     assert (converted.manifest.layout.format, converted.manifest.layout.encoding) == ("zarr", "float32")
@@ -39,7 +39,7 @@ def test_converting_keeps_what_is_not_asked_for_and_continues(tmp_path: Path) ->
     assert dm.diff(FULL, converted, tolerance=1e-6).equal
 
 
-def test_verify_takes_damaged_shards_back_if_asked_to(tmp_path: Path) -> None:
+def test_verify_with_fix_removes_damaged_shards(tmp_path: Path) -> None:
     shutil.copytree(FULL, tmp_path / "a")
     shard = dm.open_artifact(tmp_path / "a").commit(0).files[0].path
     (tmp_path / "a" / shard).write_bytes(b"damage")
@@ -125,7 +125,7 @@ def test_an_artifact_has_no_slices() -> None:
         dm.open_artifact(FULL)[:2]  # type: ignore[index]
 
 
-def test_sources_and_results_fit_on_a_line_of_a_console(tmp_path: Path) -> None:
+def test_reprs_of_sources_and_results_fit_on_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((600, 2, 2), np.uint8), labels=np.arange(600))
     manifest = dm.open_artifact(FULL).manifest
     summary = dict.fromkeys(("encoder", "encoder_sha256", "original", "original_sha256", "plan_sha256"), "x" * 64)

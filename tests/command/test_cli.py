@@ -1,4 +1,4 @@
-"""The `datamerge` command from outside: help that answers at once, errors that are one line and an exit code."""
+"""The `datamerge` command: quick help, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_inspect_imports_no_torch(tmp_path: Path) -> None:
-    """Looking at an artifact works where only the contract is installed."""
+    """`inspect` works where no extra is installed."""
     code = (
         "import sys, datamerge.cli\n"
         f"sys.argv = ['datamerge', 'inspect', {str(tmp_path)!r}]\n"
@@ -61,7 +61,7 @@ def test_inspect_imports_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["EXIT 2", "IMPORTED []"]
 
 
-def test_version() -> None:
+def test_version_is_that_of_the_package() -> None:
     done = run_command("--version")
     assert done.returncode == 0
     assert done.stdout.strip() == f"datamerge, version {dm.__version__}"
@@ -75,7 +75,7 @@ def test_a_malformed_command_line_exits_with_2(arguments: tuple[str, ...]) -> No
     assert "Error: " in done.stderr
 
 
-def test_a_misspelt_command_is_answered_with_the_nearest() -> None:
+def test_the_error_for_a_misspelt_command_suggests_the_nearest() -> None:
     assert "'merge'" in run_command("mrege").stderr
 
 
@@ -100,16 +100,17 @@ def test_completion_knows_the_commands_and_imports_none(shell: str) -> None:
     assert done.stdout.rstrip().endswith("IMPORTED []")
 
 
-def test_verbose_shows_where_an_error_came_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("--verbose", "inspect"), ("inspect", "--verbose"), ("inspect", "-v")])
+def test_verbose_shows_where_an_error_came_from(tmp_path: Path, options: tuple[str, str]) -> None:
     usual = run_command("inspect", tmp_path)
-    verbose = run_command("--verbose", "inspect", tmp_path, DATAMERGE_VERBOSE="")
+    verbose = run_command(*options, tmp_path, DATAMERGE_VERBOSE="")
     assert usual.returncode == verbose.returncode == 2
     assert "Traceback" not in usual.stderr
     assert "Traceback" in verbose.stderr
     assert verbose.stderr.endswith(usual.stderr)
 
 
-def test_no_command_shows_help() -> None:
+def test_running_without_a_command_shows_help() -> None:
     done = run_command()
     assert done.returncode == 2
     assert "merge" in done.stdout + done.stderr
@@ -117,7 +118,7 @@ def test_no_command_shows_help() -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "preview"])
 @pytest.mark.parametrize("kind", ["missing", "empty", "file", "unknown protocol"])
-def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str, kind: str) -> None:
+def test_a_missing_artifact_is_a_one_line_error(tmp_path: Path, command: str, kind: str) -> None:
     place = tmp_path / "x"
     if kind == "empty":
         place.mkdir()
@@ -131,8 +132,10 @@ def test_an_artifact_that_is_not_there_is_one_line(tmp_path: Path, command: str,
     assert done.stdout == ""
 
 
-def test_a_folder_called_like_a_setting_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`RUN: expected an artifact` would blame the other argument."""
+def test_a_folder_named_like_a_setting_is_not_mistaken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that begins with `RUN: ` would blame the wrong argument."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     done = run_command("train", "run", "new", "--steps", "1")
@@ -143,7 +146,7 @@ def test_a_folder_called_like_a_setting_is_not_taken_for_it(tmp_path: Path, monk
     assert wrong.stderr.startswith("error: --steps: ")
 
 
-def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+def test_a_manifest_of_a_newer_version_is_a_one_line_error_with_exit_code_1(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
     done = run_command("inspect", str(tmp_path))
     assert done.returncode == 1
@@ -151,7 +154,7 @@ def test_a_manifest_from_the_future_is_one_line_and_exit_code_1(tmp_path: Path) 
     assert "schema_version 99" in done.stderr
 
 
-def test_an_error_is_one_line_whatever_names_are_in_it(tmp_path: Path) -> None:
+def test_an_error_is_one_line_even_if_names_in_it_have_line_breaks(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text('"a\\nb\\u001b[31m" = 1\n')
     done = run_command("train", "artifact", "run", "--config", str(tmp_path / "settings.toml"))
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Settings that a user chose and that would have no effect are refused, by one table over all commands."""
+"""Chosen settings that would have no effect are refused; one table covers all commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LLAVA: dict[str, Any] = {"runs": ["own"], "data": "d.json", "images": "photos", 
 ZERO_SHOT: dict[str, Any] = {**IMAGES, "head": "h.safetensors"}
 
 Case = tuple[type[Settings], list[str], dict[str, Any], dict[str, Any]]
-"""Settings, words of the command before the flags, what is set besides, and the values that then mean nothing."""
+"""Settings model, words of the command, other settings, and the values that have no effect with these."""
 CASES: list[Case] = [
     (
         MergeConfig,
@@ -137,20 +137,20 @@ EACH = [(model, words, base, name, value) for model, words, base, values in CASE
 
 
 @pytest.mark.parametrize(("model", "words", "base", "name", "value"), EACH)
-def test_what_has_no_effect_is_refused_and_the_remedy_leads_out(
+def test_settings_without_effect_are_refused_only_if_they_were_chosen(
     model: type[Settings], words: list[str], base: dict[str, Any], name: str, value: Any
 ) -> None:
     with refused(ConfigError, name) as caught:
         model(**base, **{name: value})
     assert "`" in str(caught.value)
     settings = model(**base)
-    # Nobody chose what is in a dump of all settings, nor what a preset repeats of the defaults.
+    # Values in a dump of all settings, or defaults that a preset repeats, were not chosen.
     assert model(**settings.model_dump()) == settings
     assert load_settings(model, None, base, {name: settings.model_dump()[name]}) == settings
 
 
 @pytest.mark.parametrize(("model", "words", "base", "values"), CASES)
-def test_a_command_says_it_in_one_line(
+def test_commands_refuse_settings_without_effect_in_one_line(
     model: type[Settings], words: list[str], base: dict[str, Any], values: dict[str, Any]
 ) -> None:
     name, value = next(iter(values.items()))
@@ -175,7 +175,7 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-def test_every_effect_of_every_command_is_tried() -> None:
+def test_every_effect_of_every_model_is_tested() -> None:
     def all_settings(model: type[Settings]) -> Iterator[type[Settings]]:
         yield model
         for other in model.__subclasses__():
@@ -189,7 +189,7 @@ def test_every_effect_of_every_command_is_tried() -> None:
     assert all(name in model.model_fields for model, name in named)
 
 
-def test_presets_go_with_every_arm() -> None:
+def test_presets_are_valid_with_every_arm() -> None:
     for preset in preset_names():
         for arm in ("avg", "mean-only", "random-member"):
             if "deviation" not in read_preset(preset) and "refine_steps" not in read_preset(preset):
@@ -213,7 +213,7 @@ def test_numbers_are_finite(model: type[Settings], base: dict[str, Any], name: s
 
 
 @pytest.mark.parametrize("price", ["-3", "0", "nan", "inf"])
-def test_a_price_is_above_0(tmp_path: Path, price: str) -> None:
+def test_a_price_must_be_positive(tmp_path: Path, price: str) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     done = run_command("merge", tmp_path / "x.npz", tmp_path / "a", "--dry-run", "--price-per-hour", price)
     assert done.returncode == 2
@@ -233,7 +233,7 @@ STILL: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("settings", "field", "remedy"), STILL, ids=str)
-def test_attacks_that_move_nothing_or_all_members_alike(
+def test_attacks_that_leave_all_members_equal_are_refused(
     settings: dict[str, Any], field: str, remedy: dict[str, Any]
 ) -> None:
     with refused(ConfigError, field, "members"):
@@ -244,7 +244,7 @@ def test_attacks_that_move_nothing_or_all_members_alike(
 @pytest.mark.parametrize("given", ["0.0078", 0.0078, ".0078"])
 @pytest.mark.parametrize(("model", "base"), [(MergeConfig, ATTACK), (EvaluateConfig, {**IMAGES, "grid": True})])
 def test_a_rounded_radius_is_refused_on_the_grid(model: Any, base: dict[str, Any], given: object) -> None:
-    """It holds one level, not two."""
+    """0.0078 allows one grey level, not the two of 2/255."""
     with refused(ConfigError, "epsilon", "1.989/255", "1/255", "write 2/255", "39/5000"):
         model(**base, epsilon=given)
     for meant in ("2/255", "39/5000", 2 / 255, np.float32(2 / 255).item()):
@@ -262,7 +262,7 @@ def test_a_rounded_radius_is_refused_on_the_grid(model: Any, base: dict[str, Any
         ({"epsilon": "4/255", "start_radius": "5/510"}, ["start_radius", "2/255"]),
     ],
 )
-def test_levels_that_the_grid_cuts_off_are_said(settings: dict[str, Any], facts: list[str]) -> None:
+def test_levels_that_the_grid_cuts_off_are_reported(settings: dict[str, Any], facts: list[str]) -> None:
     lost = MergeConfig(**ATTACK, **settings).lost_levels()
     assert bool(lost) == bool(facts)
     assert all(fact in " ".join(lost) for fact in facts)

@@ -1,4 +1,4 @@
-"""A disk that takes no more: every command says where in one line, and nothing half-written looks finished."""
+"""Full disks: every command names the file in a one-line error, and nothing half-written looks finished."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from trainer.run.checkpoint import RunFolder
 from trainer.run.logs import RunLog
 
 ENCODER = "mlp:3x8x8-64-4"
-LIMIT = 8192  # bytes that a file may have, as under a quota
+LIMIT = 8192  # bytes a file may have
 
 
 @contextmanager
 def full(limit: int = LIMIT) -> Iterator[None]:
-    """Files take no more than `limit` bytes in here; Python turns the system's signal into an error of the write."""
+    """Limit files to `limit` bytes inside the block; Python ignores the signal, so that writing raises an error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -63,7 +63,7 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_say_where(
+def test_commands_name_the_file(
     command: str,
     artifact: Path,
     tmp_path: Path,
@@ -72,7 +72,7 @@ def test_commands_say_where(
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["datamerge", "-q", *map(str, COMMANDS[command](artifact, out))])
-    monkeypatch.setenv("DATAMERGE_QUIET", "1")  # which the command sets, for good
+    monkeypatch.setenv("DATAMERGE_QUIET", "1")  # restored after the test; the command sets it too
     with pytest.raises(SystemExit) as end, full(1024):
         datamerge.cli.main()
     errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("WARNING")]
@@ -86,8 +86,8 @@ def test_commands_say_where(
             open_artifact(out)
 
 
-def test_a_full_disk_at_a_checkpoint(artifact: Path, tmp_path: Path) -> None:
-    """The one before is kept, and the run goes on from it."""
+def test_a_full_disk_at_a_checkpoint_keeps_the_previous_one(artifact: Path, tmp_path: Path) -> None:
+    """The run continues once there is room."""
     train(_config(artifact, tmp_path / "whole", checkpoint_every=1))
     with refused(DatamergeError, None, tmp_path / "run/checkpoints/step-000001.pt", "File too large"), full(40_000):
         train(_config(artifact, tmp_path / "run", checkpoint_every=1))
@@ -102,7 +102,7 @@ def test_a_full_disk_at_a_checkpoint(artifact: Path, tmp_path: Path) -> None:
     assert summary.encoder_sha256 == train(_config(artifact, tmp_path / "whole", checkpoint_every=1)).encoder_sha256
 
 
-def test_a_full_disk_at_a_log(tmp_path: Path) -> None:
+def test_a_full_disk_at_a_log_is_an_error(tmp_path: Path) -> None:
     with (
         refused(DatamergeError, None, tmp_path / "log.jsonl", "File too large"),
         RunLog(tmp_path, 0, {"wandb_project": None}) as log,
@@ -112,14 +112,14 @@ def test_a_full_disk_at_a_log(tmp_path: Path) -> None:
             log.write(step, 0, {"loss": 1.0})
 
 
-def test_a_full_disk_at_a_result(tmp_path: Path) -> None:
+def test_a_full_disk_at_a_result_leaves_no_result(tmp_path: Path) -> None:
     folder = ArmFolder(str(tmp_path), "pgd", "run", "arm")
     with refused(DatamergeError, None, folder.path / "items/x.json", "File too large"), full():
         folder.write("x", {"a": "b" * LIMIT})
     assert folder.read("x") is None
 
 
-def test_a_full_disk_in_a_merge_keeps_no_half_shard(artifact: Path, tmp_path: Path) -> None:
+def test_a_full_disk_in_a_merge_commits_no_shard(artifact: Path, tmp_path: Path) -> None:
     made = open_artifact(artifact)
     writer = ArtifactWriter(Location(tmp_path / "a"), made.manifest.layout, made.manifest.provenance)
     writer.begin({})
@@ -138,12 +138,14 @@ def test_a_full_disk_in_a_merge_keeps_no_half_shard(artifact: Path, tmp_path: Pa
     ],
     ids=["torch", "safetensors", "bytes"],
 )
-def test_what_libraries_make_of_a_full_disk(write: Callable[[Path], Any], fact: str, tmp_path: Path) -> None:
+def test_errors_of_libraries_on_a_full_disk_are_converted(
+    write: Callable[[Path], Any], fact: str, tmp_path: Path
+) -> None:
     with refused(DatamergeError, None, tmp_path / "x", fact), full(), writing(tmp_path / "x"):
         write(tmp_path / "x")
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mine"), writing(tmp_path):
         raise ValueError("mine")
     with pytest.raises(FileNotFoundError) as caught, atomic_file(tmp_path / "x"):

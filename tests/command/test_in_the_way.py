@@ -1,4 +1,4 @@
-"""Folders and distributions with names like ours: they are not imported, or the message names them."""
+"""Folders and distributions with the names of our packages are not imported, or the error names them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMANDS: dict[str, list[str | Path]] = {
     "script": [BIN / "datamerge"],
     "module": [sys.executable, "-m", "datamerge"],
 }
-# Ours, those of earlier releases, and modules that a user may well have.
+# Our packages, those of earlier releases, and modules that a user may have.
 FOLDERS = ("trainer", "evaluation", "demo", "sources", "storage_schemas", "artifact_tools", "adversarial", "logging")
 FILES = ("console", "merge_service", "config", "cli", "messages")
 
@@ -37,7 +37,7 @@ def encoder():
 
 @pytest.fixture
 def crowded(tmp_path: Path) -> Path:
-    """A folder full of other people's names; whoever imports one of them fails."""
+    """A folder of modules with conflicting names; importing any of them fails."""
     for name in FOLDERS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('imported the {name} of the user')")
@@ -62,8 +62,8 @@ def test_commands_work_in_a_folder_with_the_same_names(
     assert done.returncode == 0, done.stderr
 
 
-def test_torchrun_trains_there_with_an_encoder_of_the_users_own(crowded: Path) -> None:
-    """`-m` puts the working directory first on the path, and the encoder's module is in it."""
+def test_torchrun_trains_in_such_a_folder_with_the_users_encoder(crowded: Path) -> None:
+    """`-m` puts the working directory, which holds the encoder's module, first on the path."""
     settings = ["--encoder", "python:own_model:encoder", "--arm", "mean-only", "--steps", "2"]
     start: list[str | Path] = [BIN / "torchrun", "--nproc-per-node", "1", "-m", "datamerge"]
     done = _run([*start, "train", ARTIFACT, "run", *settings], crowded)
@@ -71,8 +71,7 @@ def test_torchrun_trains_there_with_an_encoder_of_the_users_own(crowded: Path) -
     assert (crowded / "run" / "run.json").exists()
 
 
-def test_a_checkout_is_used_where_it_is(crowded: Path) -> None:
-    """Not installed, and started in its own folder."""
+def test_a_checkout_can_be_used_without_installation() -> None:
     done = _run([sys.executable, "-m", "datamerge", "inspect", ARTIFACT], ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -86,7 +85,7 @@ def _refused(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize("name", ["trainer", "storage_schemas"])
 @pytest.mark.parametrize("entry", ["{folder}", ""])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_pythonpath_puts_in_front_is_named(crowded: Path, command: str, name: str, entry: str) -> None:
+def test_a_package_that_pythonpath_puts_first_is_named(crowded: Path, command: str, name: str, entry: str) -> None:
     """An empty entry is the working directory."""
     shutil.rmtree(crowded / ("trainer" if name == "storage_schemas" else "storage_schemas"))
     path = f"{entry.format(folder=crowded)}{os.pathsep}/nowhere"
@@ -103,7 +102,7 @@ def _python(code: str, path: Path) -> str:
     return done.stderr.splitlines()[-1]
 
 
-def test_in_python_the_users_folder_is_named_and_reading_works(crowded: Path) -> None:
+def test_in_python_a_conflicting_folder_is_named_and_reading_works(crowded: Path) -> None:
     for name in ("storage_schemas", "logging"):
         shutil.rmtree(crowded / name)
     line = _python("dm.open_artifact\ndm.train", crowded)
@@ -120,7 +119,7 @@ def _distribution(folder: Path, name: str) -> None:
     (folder / f"{name}-1.0.dist-info" / "RECORD").write_text("trainer/__init__.py,,\n")
 
 
-def test_a_distribution_that_comes_first_is_to_be_uninstalled(tmp_path: Path) -> None:
+def test_the_error_about_a_conflicting_distribution_advises_to_uninstall_it(tmp_path: Path) -> None:
     _distribution(tmp_path, "coqui_trainer")
     line = _python("dm.train", tmp_path)
     assert str(tmp_path / "trainer" / "__init__.py") in line
@@ -128,7 +127,7 @@ def test_a_distribution_that_comes_first_is_to_be_uninstalled(tmp_path: Path) ->
 
 
 def test_a_distribution_installed_over_ours_is_named(tmp_path: Path) -> None:
-    """It shares our folder in site-packages, and replaced a file of ours."""
+    """It shares our folder in site-packages and has replaced one of our files."""
     packages, work = tmp_path / "site-packages", tmp_path / "work"
     work.mkdir()
     for name in OURS:
@@ -141,8 +140,8 @@ def test_a_distribution_installed_over_ours_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("ray")
-def test_ray_workers_take_ours_and_the_users_encoder(crowded: Path) -> None:
-    """Ray itself puts the working directory first on its workers' path."""
+def test_ray_workers_import_our_packages_and_the_users_encoder(crowded: Path) -> None:
+    """Ray puts the working directory first on its workers' path."""
     np.savez(crowded / "x.npz", images=np.random.default_rng(0).integers(0, 256, (4, 2, 2, 3), np.uint8))
     settings = ["--encoder", "python:own_model:encoder", "--members", "2", "--device", "cpu", "--max-workers", "1"]
     done = _run([*COMMANDS["module"], "merge", "x.npz", "art", *settings], crowded)

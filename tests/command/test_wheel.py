@@ -1,4 +1,4 @@
-"""The wheel, installed without extras into an empty environment, as somebody who only reads artifacts would."""
+"""The wheel, installed without extras into an empty environment, as for reading artifacts only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.paths import GOLDEN, ROOT
 
-# One environment for all of them, which takes a while.
+# All tests share one environment, because making it is slow.
 pytestmark = pytest.mark.xdist_group("wheel")
 
 ARTIFACT = GOLDEN / "v1" / "webdataset-uint8_moments-full"
@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path) -> Path:
-    """The folder of programs of a new environment with the wheel in it."""
+    """The `bin` folder of a new environment with the wheel installed."""
     folder = wheel.parent / "environment"
     assert _run(sys.executable, "-m", "venv", folder, cwd=wheel.parent).returncode == 0
     constraints = ROOT / "constraints.txt"
@@ -52,7 +52,7 @@ def environment(wheel: Path) -> Path:
     return folder / "bin"
 
 
-def test_the_wheel_has_what_runs_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_the_four_packages_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"datamerge", "merge_service", "storage_schemas", "trainer"}
@@ -72,7 +72,7 @@ def test_artifacts_are_read_without_extras(environment: Path, tmp_path: Path, ar
     assert found.stdout
 
 
-def test_a_folder_called_like_a_package_is_not_in_the_way(environment: Path, tmp_path: Path) -> None:
+def test_a_module_named_like_a_package_is_not_imported(environment: Path, tmp_path: Path) -> None:
     (tmp_path / "storage_schemas.py").write_text("raise RuntimeError")
     found = _run(environment / "python", "-m", "datamerge", "inspect", ARTIFACT, cwd=tmp_path)
     assert found.returncode == 0, found.stderr

@@ -1,12 +1,12 @@
-"""What users read. The files in wording/ are a catalogue: each command's help, refusals and short answers.
+"""The wording that users read. The files in wording/ show each command's help, errors and short answers.
 
-A line `  $ datamerge …` is run, one after the other in a folder of small things. Below it is what it prints, first
-stdout, then stderr, then the exit code in brackets if it is not 0. All else is prose. Wording is asserted here alone;
-elsewhere tests assert the class of an error, its field, numbers and exit codes. After a change of wording
+Lines `  $ datamerge …` are run one after the other, in a folder of small files. The indented lines below show stdout,
+then stderr, then the exit code in brackets if it is not 0. All other lines are prose. Only this test asserts wording;
+other tests assert the class of an error, its field, numbers and exit codes. After a change of wording
 
     DATAMERGE_UPDATE_WORDING=1 pytest tests/command/test_wording.py
 
-rewrites the files; read the difference.
+rewrites the files; read the diff.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ TERMINAL = {"NO_COLOR": "1", "COLUMNS": "80", "DATAMERGE_QUIET": "", "DATAMERGE_
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with what the commands in wording/ may name.
+    """The working directory, with the files that the commands in wording/ may name.
 
     photos/{cat,dog}/N.png  six images of 8×8 pixels
-    x.npz                   the same number with labels
+    x.npz                   the same six images with labels
     art, bare               artifacts of 4 groups in two shards: all that can be stored, and moments only
-    damaged                 `art` with other pixels in a group
+    damaged                 `art` with one group's pixels changed
     run                     a finished run on `art`
-    notes.txt, empty/       neither this nor that
+    notes.txt, empty/       neither images nor an artifact
     """
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -70,15 +70,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _shown(command: str, here: Path) -> str:
-    """The command and what it prints, indented, and an empty line."""
+    """The command and its output, indented, and an empty line."""
     program, *arguments = shlex.split(command)
     assert program == "datamerge", command
-    # Settings of all commands are known in each, whichever tests ran before.
+    # Load all commands, so that the output does not depend on the tests that ran before.
     for name in COMMANDS:
         cli.get_command(click.Context(cli), name)
     done = run_command(*arguments, **TERMINAL)
     printed = (done.stdout + done.stderr).rstrip().replace(str(here), "$PWD")
-    # How far it is and how long it takes are of the moment.
+    # Progress and seconds differ from run to run.
     printed = re.sub(r"^\w+: \d+/\d+ \w+, .*\n?", "", printed, flags=re.MULTILINE)
     printed = re.sub(r"\b\d+(\.\d+)? s\b", "… s", printed)
     lines = [f"$ {command}", *printed.splitlines(), *([f"[{done.returncode}]"] if done.returncode else [])]
@@ -87,7 +87,7 @@ def _shown(command: str, here: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_commands_say_what_the_files_show(file: Path, here: Path) -> None:
+def test_commands_print_what_the_files_show(file: Path, here: Path) -> None:
     text = file.read_text("utf-8")
     now = BLOCK.sub(lambda block: _shown(block[1], here), text).rstrip("\n") + "\n"
     if UPDATE:

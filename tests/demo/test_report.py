@@ -1,4 +1,4 @@
-"""The demo's report; what its page shows is tested with the other pages."""
+"""The demo's report leaves the backend of matplotlib alone; its page is tested with the other pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from tests.support.paths import ROOT
 
 
-def test_the_backend_stays_the_users() -> None:
+def test_the_report_does_not_import_pyplot() -> None:
     code = (
         "import sys; from datamerge.runtime.pages.charts import Series, draw; import datamerge.demo.report; "
         "assert draw([Series('a', [0], [1])], x_label='', y_label=''); print('matplotlib.pyplot' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The container files fit the project: what they copy, install and call exists. Nothing is built or started here."""
+"""The container files match the project: files, extras and commands that they name exist. No image is built here."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def arguments_of(image: Path, word: str) -> list[str]:
 
 
 def allowed() -> set[str]:
-    """What .dockerignore lets through: it shuts everything out, and names exceptions."""
+    """The exceptions of .dockerignore, which excludes everything else."""
     lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     assert lines[1] == "*"
     return {line[1:] for line in lines if line.startswith("!")}
 
 
 def parse(arguments: list[str]) -> None:
-    """As click would, without running anything; raises UsageError."""
+    """Parse a command as click does, without running it; raises UsageError."""
     command, rest = resolve(arguments)
     command.make_context(command.name, rest)
 
@@ -55,12 +55,12 @@ def words(command: str | list[str]) -> list[str]:
 
 
 def entry(service: dict[str, Any]) -> list[str]:
-    """What a service runs: its own entry point or the image's, and the command."""
-    own = service.get("entrypoint")
-    if own is None:
+    """The command line of a service: its entry point, or the image's, and its command."""
+    entrypoint = service.get("entrypoint")
+    if entrypoint is None:
         (text,) = arguments_of(ROOT / BUILDS[service["image"]]["dockerfile"], "ENTRYPOINT")
-        own = json.loads(text)
-    return [*words(own), *words(service.get("command", []))]
+        entrypoint = json.loads(text)
+    return [*words(entrypoint), *words(service.get("command", []))]
 
 
 def ours() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -68,14 +68,14 @@ def ours() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_copies_what_exists_and_reaches_the_build(image: Path) -> None:
+def test_copied_files_exist_and_reach_the_build(image: Path) -> None:
     for rest in arguments_of(image, "COPY"):
         for source in rest.split()[:-1]:
             assert (ROOT / source).is_file()
             assert source in allowed()
 
 
-def test_the_build_gets_all_of_the_package_and_only_that() -> None:
+def test_the_build_gets_the_package_and_nothing_else() -> None:
     package = set(PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"])
     metadata = {"pyproject.toml", PROJECT["project"]["readme"], *PROJECT["project"]["license-files"]}
     assert allowed() == package | metadata | {"constraints.txt", "docker/requirements.py"}
@@ -83,14 +83,14 @@ def test_the_build_gets_all_of_the_package_and_only_that() -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_runs_as_a_numbered_user(image: Path) -> None:
+def test_images_run_as_a_numbered_user(image: Path) -> None:
     last = [rest for word, rest in instructions(image) if word == "USER"][-1]
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last)
     assert f"--uid {last.partition(':')[0]}" in " ".join(arguments_of(image, "RUN"))
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_checks_its_health_and_calls_datamerge(image: Path) -> None:
+def test_images_check_their_health_and_run_datamerge(image: Path) -> None:
     (health,) = arguments_of(image, "HEALTHCHECK")
     assert json.loads(health.partition("CMD ")[2])
     assert [json.loads(text) for text in arguments_of(image, "ENTRYPOINT")] == [["datamerge"]]
@@ -115,7 +115,7 @@ def test_images_share_the_layers_down_to_torch() -> None:
         shared.append(lines[: torch + 1])
         # An argument is part of every later step: other extras must not install torch again.
         assert not [rest for word, rest in shared[-1] if "EXTRAS" in rest]
-        # Only from that index: beside PyPI one that fails goes unnoticed.
+        # Only from that index: with PyPI as a second one, its failure would go unnoticed.
         assert '--no-deps --index-url "${TORCH_INDEX}" torch torchvision' in lines[torch][1]
     assert shared[0] == shared[1]
 
@@ -133,7 +133,7 @@ def test_extras_exist_and_are_resolved() -> None:
         found = requirements(PROJECT["project"], extras.split(","))
         assert not [line for line in found if line.startswith("datamerge")]
         assert set(PROJECT["project"]["dependencies"]) <= set(found)
-        # S3 needs a driver of its own, and all that is here goes to S3.
+        # All services write to S3, which needs a driver.
         assert any(line.startswith("s3fs") for line in found)
     assert "ray[default]>=2.40" in requirements(PROJECT["project"], ["demo"])
     with pytest.raises(SystemExit, match="s4"):
@@ -148,7 +148,7 @@ def test_each_image_is_built_by_one_service_and_pulled_by_none() -> None:
     assert {(DOCKER / build["context"]).resolve() for build in BUILDS.values()} == {ROOT}
 
 
-def test_services_run_what_exists() -> None:
+def test_commands_of_services_are_valid() -> None:
     seen = set()
     for _, service in ours():
         program, *rest = entry(service)
@@ -177,7 +177,7 @@ def test_services_wait_for_services_and_share_volumes() -> None:
             assert source.startswith("./") or source in COMPOSE["volumes"]
 
 
-def test_the_demo_goes_from_one_service_to_the_next() -> None:
+def test_services_of_the_demo_use_each_others_results() -> None:
     digits, merge, train, evaluate = (entry(SERVICES[name]) for name in ("digits", "merge", "trainer", "evaluate"))
     submit, merge = merge[: merge.index("--")], merge[merge.index("--") + 1 :]
     assert submit == ["ray", "job", "submit", "--address", "http://head:8265"]
@@ -193,8 +193,8 @@ def test_the_demo_goes_from_one_service_to_the_next() -> None:
     assert merge[-2:] == ["--ray-address", "auto"]
 
 
-def test_ray_nodes_that_give_up_on_a_busy_machine_are_started_again() -> None:
-    # The agent answers while `ray start` can still fail; compose takes an unhealthy or ended head for the end of all.
+def test_ray_nodes_are_restarted_after_a_failed_start() -> None:
+    # Ray's agent answers before `ray start` has succeeded; compose ends if the head ends or is unhealthy.
     for name in ("head", "worker"):
         assert SERVICES[name]["restart"] == "on-failure"
         assert "ray_current_cluster &&" in SERVICES[name]["healthcheck"]["test"][1]
@@ -207,7 +207,7 @@ def test_ports_are_open_to_this_machine_only() -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
-def test_rayjob() -> None:
+def test_the_rayjob_is_valid() -> None:
     job = yaml.safe_load((DOCKER / "rayjob.yaml").read_text("utf-8"))
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     program, *rest = shlex.split(job["spec"]["entrypoint"])
@@ -229,7 +229,7 @@ def test_rayjob() -> None:
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
 
 
-def test_slurm() -> None:
+def test_the_slurm_script_is_valid() -> None:
     file = DOCKER / "slurm.sbatch"
     subprocess.run(["bash", "-n", file], check=True)
     text = file.read_text("utf-8").replace("\\\n", " ")
@@ -241,7 +241,7 @@ def test_slurm() -> None:
 
 
 @pytest.mark.parametrize("line", ["merge a b --memebrs 3", "trian a b", "train a b --arm avgs"])
-def test_a_wrong_line_is_found(line: str) -> None:
+def test_wrong_commands_are_found(line: str) -> None:
     with pytest.raises(click.UsageError):
         parse(line.split())
 
@@ -251,15 +251,15 @@ def test_a_wrong_line_is_found(line: str) -> None:
 def test_images_for_gpus_have_the_compiler_that_torch_compile_calls(
     image: Path, tmp_path: Path, index: str, expected: list[str]
 ) -> None:
-    """The step is run, with something that writes its arguments down in the place of apt-get."""
+    """The step is run with a script that records its arguments in place of apt-get."""
     (step,) = (rest for rest in arguments_of(image, "RUN") if "gcc" in rest)
-    said = tmp_path / "said"
-    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    log = tmp_path / "log"
+    (tmp_path / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     (tmp_path / "apt-get").chmod(0o755)
     (tmp_path / "rm").symlink_to("/bin/true")
     environment = {"PATH": f"{tmp_path}:/bin:/usr/bin", "TORCH_INDEX": f"https://download.pytorch.org/{index}"}
     subprocess.run(["sh", "-c", step], env=environment, check=True)
-    lines = said.read_text().splitlines() if said.exists() else []
+    lines = log.read_text().splitlines() if log.exists() else []
     assert [line.split()[0] for line in lines] == expected
     if lines:
         assert {"gcc", "libc6-dev"} <= set(lines[-1].split())

@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 PAGE = (ROOT / "docs" / "architecture.md").read_text("utf-8")
 DIAGRAM = (ROOT / "docs" / "pictures" / "architecture.dot").read_text("utf-8")
 CONTRACTS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
-# Above the diagram: they use everything.
+# Not in the diagram, because they import everything.
 ABOVE = {"benchmarks", "experiments", "datamerge.__main__"}
 
 Edges = set[tuple[str, str]]
@@ -43,12 +43,12 @@ def layers() -> list[set[str]]:
 
 
 def exceptions() -> set[str]:
-    """Imports that the contracts leave to single files."""
+    """Imports that the contracts allow for single files."""
     return {entry for found in CONTRACTS["contracts"] for entry in found.get("ignore_imports", [])}
 
 
 def short(module: str) -> str | None:
-    """How the diagram calls the package that a module is in; None for what is not drawn."""
+    """The diagram's name of the package that a module is in; None if it is not drawn."""
     packages = (package for layer in layers() for package in layer)
     found = next((package for package in packages if f"{module}.".startswith(f"{package}.")), None)
     return found and found.rpartition(".")[2]
@@ -67,7 +67,7 @@ def test_arrows_are_the_imports_of_the_code() -> None:
     assert closure(drawn()) == closure(imports)
 
 
-def test_no_arrow_follows_from_others() -> None:
+def test_no_arrow_is_implied_by_others() -> None:
     for edge in drawn():
         assert edge not in closure(drawn() - {edge})
 

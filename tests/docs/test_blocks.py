@@ -1,4 +1,4 @@
-"""Python in the documentation: all of it compiles, and what is marked with `<!-- run -->` runs."""
+"""Python blocks in the documentation compile, and those marked with `<!-- run -->` run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.support.pages import PAGES, blocks, name
 from tests.support.paths import ROOT
 
-# What the pages call the artifact that they made in the step before.
+# The artifact that stands for the one the pages made in an earlier step.
 ARTIFACT = ROOT / "tests" / "golden" / "v1" / "zarr-uint8_moments-full"
 
 
@@ -24,9 +24,9 @@ def test_python_compiles(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.mark for block in blocks(page))], ids=name)
-@pytest.mark.usefixtures("own_modules")
+@pytest.mark.usefixtures("modules_are_removed")
 def test_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page, one after the other, in a folder that holds an artifact `adv-2-255`."""
+    """The blocks of a page run one after the other, in a folder that holds an artifact `adv-2-255`."""
     shutil.copytree(ARTIFACT, tmp_path / "adv-2-255")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -39,8 +39,8 @@ def test_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture
-def own_modules() -> Iterator[None]:
-    """Modules and paths that a page brought along go again."""
+def modules_are_removed() -> Iterator[None]:
+    """Remove the modules and paths that a page has added."""
     modules, path = set(sys.modules), list(sys.path)
     yield
     for module in set(sys.modules) - modules:

@@ -1,4 +1,4 @@
-"""Every `datamerge …` in the documentation and in `--help` names a command that exists, with flags that it has."""
+"""Every `datamerge …` in the documentation and in `--help` names an existing command and existing flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def every_command(command: click.Command, path: str) -> Iterator[tuple[str, clic
 
 
 def check(arguments: list[str]) -> None:
-    """Parse as click would, without running anything; a line with … in it only has to name commands and flags."""
+    """Parse as click would, without running anything; a line with … need only name existing commands and flags."""
     assert unknown_flags(arguments) == []
     command, rest = resolve(arguments)
     if "…" not in " ".join(rest):
@@ -49,7 +49,7 @@ def test_commands_in_running_text_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_flags_in_running_text_exist(page: Path) -> None:
-    """Also where no command stands before them: `--deviation 1.5`, `train --refine 1`."""
+    """Also without `datamerge` before them: `--deviation 1.5`, `train --refine 1`."""
     found = [command for _, command in every_command(cli, "datamerge")]
     options = [option for command in found for option in command.params]
     flags = {"--help"}.union(*({*option.opts, *option.secondary_opts} for option in options))
@@ -78,7 +78,7 @@ def test_examples_of_help_parse() -> None:
         "datamerge train a b --arm avgs",
     ],
 )
-def test_a_wrong_line_is_found(line: str) -> None:
+def test_wrong_lines_are_found(line: str) -> None:
     (arguments,) = command_lines(line)
     with pytest.raises((click.UsageError, AssertionError)):
         check(arguments)
@@ -89,7 +89,7 @@ def test_the_reference_has_every_command_and_flag() -> None:
     sections = dict(zip(*[iter([part.strip() for part in _split(text)])] * 2, strict=True))
     for path, command in every_command(cli, "datamerge"):
         for parameter in command.params:
-            if isinstance(parameter, click.Option):
+            if isinstance(parameter, click.Option) and not parameter.hidden:
                 assert all(flag in sections[path] for flag in parameter.opts), (path, parameter.opts)
     assert "Sentinel" not in text
 

@@ -1,4 +1,4 @@
-"""Examples in docstrings give what they show."""
+"""Examples in docstrings give the output that they show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _modules_with_examples() -> list[str]:
 
 
 @pytest.mark.parametrize("name", _modules_with_examples())
-def test_examples_in_docstrings(name: str) -> None:
+def test_examples_in_docstrings_are_correct(name: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert tried
     assert not failed

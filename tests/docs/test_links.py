@@ -1,4 +1,4 @@
-"""Links between pages, and to headings in them, lead somewhere; `make docs` checks the finished site as well."""
+"""Links to pages and their headings have a target; `make docs` also checks the finished site."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ API = ROOT / "docs" / "api"
 
 
 def text_of(page: Path) -> str:
-    """A page without its code, and with what it includes."""
+    """The text of a page, without code blocks and with included files."""
     text = _INCLUDE.sub(lambda found: (ROOT / found[1]).read_text("utf-8"), page.read_text("utf-8"))
     return _FENCE.sub("", text)
 
@@ -49,7 +49,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize("page", sorted(set(API.glob("*.md")) - {API / "index.md"}), ids=name)
 def test_functions_named_like_their_module_are_in_the_reference(page: Path) -> None:
-    """Of `trainer.sampled` mkdocstrings sees the module and not the function, which has to be named in full."""
+    """mkdocstrings takes `trainer.sampled` for the module, so the function has to be named in full."""
     text = page.read_text("utf-8")
     package = importlib.import_module(text.splitlines()[0].removeprefix("# "))
     assert f"\n::: {package.__name__}\n" in text

@@ -1,4 +1,4 @@
-"""Statements of docs/math.md that no other test holds: in float64, by enumeration."""
+"""Statements of docs/math.md that no other test checks: in float64, by enumeration."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_the_diagonal_keeps_pi_over_2d_of_aligned_attacks() -> None:
     assert 1 / share == pytest.approx(96_000, rel=0.02)
 
 
-def test_what_constant_labels_leave_out_of_the_gradient_under_cross_entropy() -> None:
-    """Mean over all labels of the estimator's gradient, and the term of the math note, against `exact`."""
+def test_constant_labels_leave_the_stated_term_out_of_the_gradient_under_cross_entropy() -> None:
+    """The mean over all labels of the estimator's gradient, plus the term in docs/math.md, against `exact`."""
     network = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
     ).double()
@@ -47,7 +47,7 @@ def test_what_constant_labels_leave_out_of_the_gradient_under_cross_entropy() ->
     target = torch.tensor([0])
     correction = exact(network, mean, variance, target, CrossEntropy()).correction
     assert correction is not None
-    wanted = torch.autograd.grad(correction.sum(), parameters[:3])
+    expected = torch.autograd.grad(correction.sum(), parameters[:3])
 
     pixels = mean.clone().requires_grad_()
     outputs = network(pixels)
@@ -63,6 +63,6 @@ def test_what_constant_labels_leave_out_of_the_gradient_under_cross_entropy() ->
         estimate = 0.5 * (variance * gradient.square()).sum()
         for total, part in zip(found, torch.autograd.grad(estimate, parameters[:3], retain_graph=True), strict=True):
             total += probabilities[label].detach() * part
-    for mine, missing, theirs in zip(found, left_out, wanted, strict=True):
+    for mine, missing, theirs in zip(found, left_out, expected, strict=True):
         torch.testing.assert_close(mine + missing, theirs, rtol=0, atol=1e-12)
     assert max(float(missing.abs().max()) for missing in left_out) > 1e-3

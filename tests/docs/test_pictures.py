@@ -1,4 +1,4 @@
-"""Pictures of the documentation are what their sources give, and stand alone."""
+"""Pictures of the documentation match their sources and load nothing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_every_picture_has_a_source_and_is_shown() -> None:
     assert [path.name for path in PICTURES if f"pictures/{path.name})" not in text] == []
 
 
-def test_pictures_are_those_that_their_sources_gave() -> None:
-    """Else `make pictures` draws them again."""
+def test_pictures_are_up_to_date() -> None:
+    """If it fails, run `make pictures`."""
     found = {
         picture(source).name: {
             "source": source.name,
@@ -45,7 +45,7 @@ def test_pictures_are_those_that_their_sources_gave() -> None:
 
 @pytest.mark.parametrize("source", DIAGRAMS, ids=by_name)
 def test_diagrams_have_the_nodes_and_edges_of_their_source(source: Path) -> None:
-    """By Graphviz itself where it is installed: every node and edge of the source, in whatever place."""
+    """Compared with Graphviz's own drawing, whatever the positions of nodes and edges."""
     if not shutil.which("dot"):
         pytest.skip("needs Graphviz")
     drawn = subprocess.run(["dot", "-Tsvg", str(source)], check=True, capture_output=True).stdout

@@ -1,4 +1,4 @@
-"""The built site stands alone: nothing from elsewhere, no raw TeX; in a browser without a network, from the disk."""
+"""The built site is self-contained and has no raw TeX; it works in a browser from the disk, without a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.browser import CHROMIUM, Page, browser
 from tests.support.paths import ROOT
 
 MISSING = [name for name in ("mkdocs", "material", "mkdocstrings", "math_core") if not importlib.util.find_spec(name)]
-# One process builds the site.
+# In one group, so that the site is built once.
 pytestmark = [
     pytest.mark.xdist_group("site"),
     pytest.mark.skipif(bool(MISSING), reason=f"needs '.[docs]': no {', '.join(MISSING)}"),
@@ -26,13 +26,13 @@ pytestmark = [
 WITH_BROWSER = pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
 
 TEX = re.compile(r"\\[A-Za-z]+|\\[()\[\]]|\$\$|\barithmatex\b")
-# Where the text is not prose.
+# Elements whose text is not prose.
 QUOTED = {"code", "pre", "script", "style"}
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 
 
 class Reader(HTMLParser):
-    """What a page loads, and its text without code."""
+    """The files that a page loads, and its text without code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_pages_load_files_of_the_site_only(site: Path, pages: dict[str, Reader])
     for name, page in pages.items():
         for link in page.loads:
             if not link.startswith("data:"):
-                # 404.html is for servers, and has paths from the root.
+                # Servers show 404.html at any path, so its links begin at the root.
                 where = site / link.lstrip("/") if name == "404.html" else (site / name).parent / link
                 assert Path(unquote(urlsplit(str(where)).path)).is_file(), (name, link)
 
@@ -111,7 +111,7 @@ def test_style_sheets_load_files_of_the_site_only(site: Path) -> None:
             assert link.startswith("data:") or (sheet.parent / link).is_file(), (sheet.name, link)
 
 
-def test_no_raw_tex(pages: dict[str, Reader]) -> None:
+def test_pages_have_no_raw_tex(pages: dict[str, Reader]) -> None:
     assert {name: found for name, page in pages.items() if (found := TEX.findall(page.text))} == {}
     assert pages["math.html"].formulas > 100
 
@@ -133,11 +133,11 @@ TOO_WIDE = """[...document.querySelectorAll("pre, pre code")]
 
 
 # Every kind of page: prose, formulas, diagrams, the longest command lines, tables of options, signatures.
-SEEN = ("index", "math", "concepts", "how-to/cluster", "cli", "api/trainer")
+VIEWED = ("index", "math", "concepts", "how-to/cluster", "cli", "api/trainer")
 
 
 @WITH_BROWSER
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", VIEWED)
 def test_no_request_leaves_and_no_line_of_code_scrolls(site: Path, tab: Page, name: str) -> None:
     tab.window(1280, 900)
     tab.open((site / f"{name}.html").as_uri())
@@ -153,7 +153,7 @@ def test_no_request_leaves_and_no_line_of_code_scrolls(site: Path, tab: Page, na
 def test_fonts_are_those_of_the_site_in_light_and_dark(site: Path, tab: Page, dark: bool) -> None:
     tab.window(1280, 900, dark=dark)
     tab.open((site / "math.html").as_uri())
-    # The theme keeps the scheme of the first visit.
+    # The theme stores the scheme of the first visit.
     tab.evaluate("localStorage.clear()")
     tab.open((site / "math.html").as_uri())
     assert tab.evaluate("document.body.dataset.mdColorScheme") == ("slate" if dark else "default")
@@ -179,7 +179,7 @@ def test_search_finds_a_page_from_the_disk(site: Path, tab: Page) -> None:
 
 @WITH_BROWSER
 def test_code_is_copied_line_by_line(site: Path, tab: Page) -> None:
-    """Lines are blocks of their own, which must not double the line breaks."""
+    """Each line is a separate block, which must not double the line breaks."""
     tab.open((site / "quickstart.html").as_uri())
     texts = tab.evaluate("[...document.querySelectorAll('pre code')].map(block => block.innerText)")
     source = (ROOT / "docs" / "quickstart.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Files of weights as the libraries write them: what is in them decides, and nothing in them is executed."""
+"""Weight files as the libraries write them: their contents decide how they are read, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ QUICK = f"{NAME}-quickgelu"
 
 @pytest.fixture(scope="module", autouse=True)
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The small CLIP whose files are read here."""
+    """The small CLIP that the weight files belong to."""
     add_models(tmp_path_factory.mktemp("configs"), {NAME: {}, QUICK: {"quick_gelu": True}, "small-clip-alone": {}})
     return small_clip()
 
@@ -46,8 +46,8 @@ def _pixels() -> Tensor:
     return torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
 
 
-def _reads(file: Path, network: nn.Module, spec: str = SPEC) -> Encoder:
-    """The file gives exactly this network."""
+def _assert_loads(file: Path, network: nn.Module, spec: str = SPEC) -> Encoder:
+    """Assert that the file loads exactly this network; returns the encoder."""
     encoder = load_encoder(f"{spec}@{file}")
     for name, tensor in network.state_dict().items():
         found = encoder.model.state_dict()[name]
@@ -68,18 +68,18 @@ def test_torchscript_archives_of_openai(tmp_path: Path, name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = open_clip.load_openai_model(str(file), device="cpu")
-    _reads(file, theirs.visual, f"open_clip:{QUICK}")
-    # Its activation is known, though neither a name nor a shape tells.
-    assert _reads(file, theirs.visual).spec == f"open_clip:{QUICK}@{file}"
+    _assert_loads(file, theirs.visual, f"open_clip:{QUICK}")
+    # The activation is recognised, although no name or shape of a tensor shows it.
+    assert _assert_loads(file, theirs.visual).spec == f"open_clip:{QUICK}@{file}"
     with refused(ConfigError, "encoder", "open_clip:small-clip-alone", file, "QuickGELU", "-quickgelu"):
         load_encoder(f"open_clip:small-clip-alone@{file}")
     state = dict(theirs.state_dict()) | {"input_resolution": torch.tensor(32), "vocab_size": torch.tensor(64)}
     torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "state.pt")
-    _reads(tmp_path / "state.pt", theirs.visual.half(), f"open_clip:{QUICK}")
+    _assert_loads(tmp_path / "state.pt", theirs.visual.half(), f"open_clip:{QUICK}")
 
 
 def test_training_checkpoints_of_open_clip(tmp_path: Path, clip: Any) -> None:
-    """epoch_N.pt as open_clip's main writes it: DistributedDataParallel's names, NumPy's numbers in the optimiser."""
+    """epoch_N.pt as open_clip's training writes it, with DistributedDataParallel's names and NumPy scalars."""
     optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3)
     clip(torch.zeros(1, 3, 32, 32), torch.zeros(1, 8, dtype=torch.long))[0].sum().backward()
     state = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
@@ -98,12 +98,12 @@ def test_training_checkpoints_of_open_clip(tmp_path: Path, clip: Any) -> None:
     }
     for zipped in (True, False):
         torch.save(saved, tmp_path / "epoch_3.pt", _use_new_zipfile_serialization=zipped)
-        _reads(tmp_path / "epoch_3.pt", clip.visual)
-    # What NumPy 1 wrote.
+        _assert_loads(tmp_path / "epoch_3.pt", clip.visual)
+    # NumPy 1 has another module name.
     data = io.BytesIO()
     torch.save(saved, data, _use_new_zipfile_serialization=False)
     (tmp_path / "old.pt").write_bytes(data.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    _reads(tmp_path / "old.pt", clip.visual)
+    _assert_loads(tmp_path / "old.pt", clip.visual)
 
 
 WRAPPERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
@@ -154,7 +154,7 @@ def _write(state: dict[str, Tensor], file: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
 def test_prefixes_in_every_container(tmp_path: Path, visual: dict[str, Tensor], clip: Any, suffix: str) -> None:
-    """Beside the text tower, whose layers have the same names."""
+    """The file also has the text tower, whose layers have the same names."""
     text = {name: tensor for name, tensor in clip.state_dict().items() if not name.startswith("visual.")}
     file = tmp_path / f"weights{suffix}"
     for prefix in PREFIXES:
@@ -162,25 +162,27 @@ def test_prefixes_in_every_container(tmp_path: Path, visual: dict[str, Tensor], 
         if "visual." in prefix:
             state |= {f"{prefix.replace('visual.', '')}{name}": tensor for name, tensor in text.items()}
         _write(state, file)
-        _reads(file, clip.visual)
+        _assert_loads(file, clip.visual)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_training_programs_wrap_around_a_state(
+def test_state_dicts_in_wrappers_of_training_programs(
     tmp_path: Path, visual: dict[str, Tensor], clip: Any, wrapper: str
 ) -> None:
     for prefix in ("", "module.", "_orig_mod.visual."):
         torch.save(
             WRAPPERS[wrapper]({f"{prefix}{name}": tensor for name, tensor in visual.items()}), tmp_path / "w.ckpt"
         )
-        _reads(tmp_path / "w.ckpt", clip.visual)
+        _assert_loads(tmp_path / "w.ckpt", clip.visual)
 
 
-def test_the_file_says_what_it_is_not_its_name(tmp_path: Path, visual: dict[str, Tensor], clip: Any) -> None:
+def test_the_format_is_recognised_by_the_content_not_the_name(
+    tmp_path: Path, visual: dict[str, Tensor], clip: Any
+) -> None:
     save_file(visual, tmp_path / "w.pt")
     torch.save(visual, tmp_path / "w.safetensors")
     for name in ("w.pt", "w.safetensors"):
-        _reads(tmp_path / name, clip.visual)
+        _assert_loads(tmp_path / name, clip.visual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -188,12 +190,12 @@ def test_the_file_says_what_it_is_not_its_name(tmp_path: Path, visual: dict[str,
 def test_weights_of_other_precisions(tmp_path: Path, clip: Any, dtype: torch.dtype, name: str) -> None:
     network = deepcopy(clip.visual).to(dtype)
     _write(network.state_dict(), tmp_path / name)
-    _reads(tmp_path / name, network)
+    _assert_loads(tmp_path / name, network)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_sharded_files(tmp_path: Path, clip: Any, visual: dict[str, Tensor], kind: str) -> None:
-    """As huggingface_hub splits them; a shard that is missing, a name that is not in its shard, a path elsewhere."""
+    """Shards of huggingface_hub are read; missing shards, missing tensors and paths elsewhere are refused."""
     from huggingface_hub import save_torch_state_dict
 
     safe = kind == "safetensors"
@@ -203,7 +205,7 @@ def test_sharded_files(tmp_path: Path, clip: Any, visual: dict[str, Tensor], kin
     index = next(tmp_path.glob("*.index.json"))
     shards = sorted(path for path in tmp_path.iterdir() if path != index)
     assert len(shards) > 1
-    encoder = _reads(index, clip.visual)
+    encoder = _assert_loads(index, clip.visual)
     assert recorded_preprocessing(index) == (encoder.preprocessing if safe else None)
     with refused(ConfigError, "encoder", shards[0], ".index.json"):
         load_encoder(f"{SPEC}@{shards[0]}")
@@ -219,21 +221,21 @@ def test_sharded_files(tmp_path: Path, clip: Any, visual: dict[str, Tensor], kin
             load_encoder(f"{SPEC}@{index}")
 
 
-def test_our_own_files_keep_weights_and_preprocessing(tmp_path: Path, clip: Any) -> None:
+def test_saved_encoders_keep_weights_and_preprocessing(tmp_path: Path, clip: Any) -> None:
     encoder = load_encoder(SPEC)
     encoder.model.load_state_dict(clip.visual.state_dict())
     save_encoder(encoder, tmp_path / "w.safetensors")
     (tmp_path / "moved").mkdir()
     shutil.move(tmp_path / "w.safetensors", tmp_path / "moved" / "w.pt")
-    again = _reads(tmp_path / "moved" / "w.pt", clip.visual)
+    again = _assert_loads(tmp_path / "moved" / "w.pt", clip.visual)
     assert again.preprocessing == encoder.preprocessing == recorded_preprocessing(tmp_path / "moved" / "w.pt")
     save_file({"a": torch.zeros(1)}, tmp_path / "w", {"preprocessing": "{"})
     with refused(ConfigError, "encoder", tmp_path / "w", "JSON"):
         load_encoder(f"{SPEC}@{tmp_path / 'w'}")
 
 
-def test_the_tensors_alone(tmp_path: Path, visual: dict[str, Tensor]) -> None:
-    """For classifiers: without what stands in front of all names."""
+def test_prefixes_of_all_names_are_removed(tmp_path: Path, visual: dict[str, Tensor]) -> None:
+    """Classifiers are read in this way."""
     torch.save(
         {"state_dict": {f"module._orig_mod.{name}": tensor for name, tensor in visual.items()}}, tmp_path / "w"
     )
@@ -291,7 +293,7 @@ def test_code_is_refused_and_not_run(tmp_path: Path, visual: dict[str, Tensor], 
     with refused(ConfigError, "encoder", file, fact, "state_dict()") as caught:
         load_encoder(f"{SPEC}@{file}")
     assert not trap.exists()
-    assert "weights_only" not in str(caught.value)  # torch's advice, to run it
+    assert "weights_only" not in str(caught.value)  # torch's advice, which would run the code
 
 
 def _half(data: bytes) -> bytes:
@@ -317,7 +319,7 @@ NOT_WEIGHTS: dict[str, tuple[Callable[[bytes, bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("what", NOT_WEIGHTS)
-def test_files_that_are_no_weights(tmp_path: Path, visual: dict[str, Tensor], what: str) -> None:
+def test_files_that_are_not_weights_are_refused(tmp_path: Path, visual: dict[str, Tensor], what: str) -> None:
     torch.save(visual, tmp_path / "whole.pt")
     save_file(visual, tmp_path / "whole.safetensors")
     make, fact = NOT_WEIGHTS[what]
@@ -328,7 +330,7 @@ def test_files_that_are_no_weights(tmp_path: Path, visual: dict[str, Tensor], wh
             load_encoder(f"{SPEC}@{file}")
 
 
-def test_archives_of_other_files(tmp_path: Path) -> None:
+def test_archives_of_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "model.bin").write_bytes(b"x")
     shutil.make_archive(str(tmp_path / "w"), "zip", tmp_path / "in")
@@ -340,7 +342,7 @@ def test_archives_of_other_files(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*quantiz")
 @pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("how", ["sparse", "quantised", "without data", "torch.int8", "torch.complex64"])
-def test_tensors_that_are_no_plain_weights(tmp_path: Path, visual: dict[str, Tensor], how: str) -> None:
+def test_tensors_that_are_not_plain_weights_are_refused(tmp_path: Path, visual: dict[str, Tensor], how: str) -> None:
     plain = visual["conv1.weight"]
     odd = {
         "sparse": lambda: plain.to_sparse(),
@@ -356,7 +358,7 @@ def test_tensors_that_are_no_plain_weights(tmp_path: Path, visual: dict[str, Ten
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_that_are_not_finite(
+def test_weights_that_are_not_finite_are_refused(
     tmp_path: Path, visual: dict[str, Tensor], value: float, dtype: torch.dtype
 ) -> None:
     state = {name: tensor.to(dtype).clone() for name, tensor in visual.items()}
@@ -369,18 +371,18 @@ def test_weights_that_are_not_finite(
 def test_several_networks_in_one_file(
     tmp_path: Path, visual: dict[str, Tensor], clip: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The one that timm would take, or the one behind a wrapper's prefix, and said; no guess between equals."""
+    """The one that timm would take, or the one below a wrapper's prefix, is used and reported; ties are refused."""
     file, other = tmp_path / "w.pt", dict(scrambled(deepcopy(clip.visual), 2).state_dict())
     torch.save({"state_dict": other, "state_dict_ema": visual}, file)
-    _reads(file, clip.visual)
+    _assert_loads(file, clip.visual)
     assert "`state_dict_ema`" in (line := capsys.readouterr().err)
     assert "`state_dict`" in line
     tuned = {f"model.{name}": tensor for name, tensor in visual.items()}
     torch.save({f"original.{name}": tensor for name, tensor in other.items()} | tuned, file)
-    _reads(file, clip.visual)
+    _assert_loads(file, clip.visual)
     assert "below `model.`" in capsys.readouterr().err
     torch.save({f"original.{name}": tensor for name, tensor in visual.items()} | tuned, file)
-    _reads(file, clip.visual)
+    _assert_loads(file, clip.visual)
     assert capsys.readouterr().err == ""
     torch.save(
         {f"a.{name}": one for name, one in other.items()} | {f"b.{name}": one for name, one in visual.items()}, file

@@ -1,4 +1,4 @@
-"""Weights in other libraries' names, of other grids and networks: the libraries' own embeddings, or a refusal."""
+"""Weights with other libraries' names, of other grids or networks: the libraries' embeddings, or a refusal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _pixels(side: int = 32) -> Tensor:
     return torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
 
 
-def _embeds(encoder: Encoder, pixels: Tensor) -> Tensor:
+def _embed(encoder: Encoder, pixels: Tensor) -> Tensor:
     with torch.no_grad():
         return encoder.model(pixels)  # type: ignore[no-any-return]
 
@@ -75,11 +75,11 @@ def test_hugging_face_weights_in_open_clip(tmp_path: Path, kind: str) -> None:
     pixels = _pixels().double()
     with torch.no_grad():
         expected = model.double().visual_projection(model.vision_model(pixels).pooler_output)
-    torch.testing.assert_close(_embeds(encoder, pixels), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(_embed(encoder, pixels), expected, atol=1e-6, rtol=1e-6)
 
 
-def test_names_of_hugging_face_and_back(tmp_path: Path, clip: Any) -> None:
-    """What the export writes is read back bit by bit."""
+def test_names_are_converted_to_hugging_face_and_back(tmp_path: Path, clip: Any) -> None:
+    """Exported weights are read back bit by bit."""
     state = clip.visual.state_dict()
     theirs = clip_names.to_hf(state)
     back = clip_names.from_hf(theirs)
@@ -88,10 +88,10 @@ def test_names_of_hugging_face_and_back(tmp_path: Path, clip: Any) -> None:
     save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, tmp_path / "model.safetensors")
     encoder = load_encoder(f"{SPEC}@{tmp_path / 'model.safetensors'}")
     with torch.no_grad():
-        assert torch.equal(_embeds(encoder, _pixels()), clip.visual(_pixels()))
+        assert torch.equal(_embed(encoder, _pixels()), clip.visual(_pixels()))
 
 
-def test_two_towers_of_hugging_face_in_one_file(tmp_path: Path, clip: Any) -> None:
+def test_two_towers_of_hugging_face_in_one_file_are_refused(tmp_path: Path, clip: Any) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     towers = [CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision_config())) for _ in range(2)]
@@ -106,21 +106,23 @@ def test_two_towers_of_hugging_face_in_one_file(tmp_path: Path, clip: Any) -> No
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize("asked", [NAME, QUICK])
-def test_the_activation_of_hugging_face_weights(tmp_path: Path, activation: str, asked: str) -> None:
-    """The configuration beside them says it."""
+@pytest.mark.parametrize("requested", [NAME, QUICK])
+def test_the_activation_of_hugging_face_weights_is_recognised(
+    tmp_path: Path, activation: str, requested: str
+) -> None:
+    """It is read from the configuration beside the weights."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     model = scrambled(CLIPVisionModelWithProjection(CLIPVisionConfig(**_vision_config(hidden_act=activation))))
     model.save_pretrained(tmp_path)
-    encoder = load_encoder(f"open_clip:{asked}@{tmp_path / 'model.safetensors'}")
+    encoder = load_encoder(f"open_clip:{requested}@{tmp_path / 'model.safetensors'}")
     assert parse_spec(encoder.spec).model == (QUICK if activation == "quick_gelu" else NAME)
     with torch.no_grad():
         expected = model(_pixels()).image_embeds
-    torch.testing.assert_close(_embeds(encoder, _pixels()), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_embed(encoder, _pixels()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_hugging_face_weights_without_a_projection(tmp_path: Path) -> None:
+def test_hugging_face_weights_without_a_projection_are_refused(tmp_path: Path) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     CLIPVisionModel(CLIPVisionConfig(**_vision_config())).save_pretrained(tmp_path)
@@ -134,7 +136,7 @@ def test_hugging_face_weights_without_a_projection(tmp_path: Path) -> None:
 def test_weights_in_networks_of_hugging_face(
     tmp_path: Path, clip: Any, projected: bool, wrapped: bool, source: str
 ) -> None:
-    """Of the tower alone, of the whole CLIP, as saved and as in memory, and of open_clip's."""
+    """Weights of open_clip, of the tower as saved and as in memory, and of the whole CLIP."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
     kind: Any = CLIPVisionModelWithProjection if projected else CLIPVisionModel
@@ -176,7 +178,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_files_for_hugging_face_specs(tmp_path: Path, kind: str) -> None:
-    """As saved, as in memory (other names since transformers 5), behind a prefix, and our own."""
+    """Weights as saved, as in memory (other names since transformers 5), below a prefix, and from `save_encoder`."""
     import transformers
 
     config, processor = (getattr(transformers, name) for name in TOWERS[kind])
@@ -194,7 +196,7 @@ def test_files_for_hugging_face_specs(tmp_path: Path, kind: str) -> None:
         assert load_encoder(f"hf:{tmp_path}@{tmp_path / file}").sha256 == theirs.sha256, file
 
 
-def test_another_grid_as_open_clip_resamples_it(
+def test_another_grid_is_resampled_as_open_clip_does(
     tmp_path: Path, clip: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import open_clip
@@ -207,7 +209,7 @@ def test_another_grid_as_open_clip_resamples_it(
     for file in ("w.pt", "v"):
         encoder = load_encoder(f"open_clip:small-48@{tmp_path / file}")
         with torch.no_grad():
-            assert torch.equal(_embeds(encoder, _pixels(48)), theirs(_pixels(48)))
+            assert torch.equal(_embed(encoder, _pixels(48)), theirs(_pixels(48)))
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encoder: ")]
         assert len(lines) == 1
         assert "4x4 to 6x6" in lines[0]
@@ -218,8 +220,8 @@ def test_another_grid_as_open_clip_resamples_it(
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
-def test_another_grid_as_hugging_face_resamples_it(tmp_path: Path, kind: str) -> None:
-    """The network of the larger size gives what the smaller one gives with `interpolate_pos_encoding`."""
+def test_another_grid_is_resampled_as_hugging_face_does(tmp_path: Path, kind: str) -> None:
+    """The larger network's output equals that of the smaller one with `interpolate_pos_encoding`."""
     import transformers
 
     make: Any = {
@@ -235,18 +237,18 @@ def test_another_grid_as_hugging_face_resamples_it(tmp_path: Path, kind: str) ->
     }[kind]
     theirs, network = scrambled(make()), make(image_size=48).eval()
     theirs.save_pretrained(tmp_path)
-    said = load_into(network, read_checkpoint(tmp_path / "model.safetensors"), parse_spec(f"hf:{tmp_path}"))
+    messages = load_into(network, read_checkpoint(tmp_path / "model.safetensors"), parse_spec(f"hf:{tmp_path}"))
     options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         expected = theirs(_pixels(48), **options).pooler_output
         torch.testing.assert_close(network(_pixels(48)).pooler_output, expected, atol=1e-6, rtol=1e-6)
-    assert len(said) == 1
-    assert "4x4 to 6x6 patches" in said[0]
+    assert len(messages) == 1
+    assert "4x4 to 6x6 patches" in messages[0]
 
 
 @pytest.mark.parametrize("name", ["small-wide", "small-deep"])
-def test_weights_of_another_shape_name_the_networks_they_fit(tmp_path: Path, name: str) -> None:
-    """And the readings that came closest, with counts and shapes."""
+def test_weights_of_another_shape_are_refused_with_the_models_they_fit(tmp_path: Path, name: str) -> None:
+    """The error also has the closest readings, with counts and shapes."""
     torch.save({f"module.{key}": tensor for key, tensor in small_clip(name).state_dict().items()}, tmp_path / "w.pt")
     facts = {
         "small-wide": ["below `module.visual.`", "'class_embedding' (0 of 32", "[192] for [128]"],
@@ -257,7 +259,7 @@ def test_weights_of_another_shape_name_the_networks_they_fit(tmp_path: Path, nam
     assert name in str(caught.value)
 
 
-def test_weights_of_other_architectures(tmp_path: Path, clip: Any) -> None:
+def test_weights_of_other_architectures_are_refused(tmp_path: Path, clip: Any) -> None:
     import timm
 
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pt")
@@ -271,7 +273,7 @@ def test_weights_of_other_architectures(tmp_path: Path, clip: Any) -> None:
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
-def test_parts_that_the_network_lacks_are_refused_and_others_are_said(
+def test_tensors_of_missing_layers_are_refused_and_others_reported(
     tmp_path: Path, clip: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scaled = small_clip("small-scale").visual.state_dict()

@@ -1,4 +1,4 @@
-"""Files of timm, of the authors of its networks, of big_vision and of MobileCLIP: the libraries convert them."""
+"""Weight files of timm, of its networks' authors, of big_vision and of MobileCLIP, which the libraries convert."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _pixels(side: int) -> Tensor:
     return torch.randn((2, 3, side, side), generator=torch.Generator().manual_seed(0))
 
 
-def _embeds(encoder: Encoder, pixels: Tensor) -> Tensor:
+def _embed(encoder: Encoder, pixels: Tensor) -> Tensor:
     with torch.no_grad():
         return encoder.model(pixels)  # type: ignore[no-any-return]
 
@@ -57,7 +57,7 @@ def _timm(name: str, seed: int = 1, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_resnet", "test_efficientnet"])
 def test_weights_of_timm(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A classifier as timm's training saves it, averaged weights too; the classifier is not the encoder's."""
+    """A classifier as timm's training saves it, with averaged weights; the encoder drops the last layer."""
     network = _timm(name)
     saved = {
         "epoch": 3,
@@ -72,14 +72,14 @@ def test_weights_of_timm(tmp_path: Path, name: str, capsys: pytest.CaptureFixtur
     pixels = _pixels(160)
     with torch.no_grad():
         expected = network.forward_head(network.forward_features(pixels), pre_logits=True)
-    torch.testing.assert_close(_embeds(encoder, pixels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_embed(encoder, pixels), expected, atol=1e-5, rtol=1e-5)
     torch.save(network.state_dict(), tmp_path / "w.pth")
     assert load_encoder(f"timm:{name}@{tmp_path / 'w.pth'}").sha256 == encoder.sha256
     assert capsys.readouterr().err == ""
 
 
 def _facebook_convnext(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of facebookresearch/ConvNeXt for timm's."""
+    """Weights of timm with the names of facebookresearch/ConvNeXt."""
     result = {}
     for name, tensor in state.items():
         renamed = re.sub(r"^stem\.", "downsample_layers.0.", name)
@@ -93,9 +93,9 @@ def _facebook_convnext(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _original_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of facebookresearch/dinov2 with registers, for those of timm's network without classifier."""
+    """Weights of timm, without classifier, with the names of facebookresearch/dinov2 with registers."""
     result = {"register_tokens": state["reg_token"], "mask_token": torch.zeros(1, state["cls_token"].shape[-1])}
-    # The original adds positions to the class token; timm's has them in it.
+    # The original adds positions to the class token; in timm they are part of it.
     result["pos_embed"] = torch.cat([torch.full_like(state["cls_token"], 0.25), state["pos_embed"]], dim=1)
     result["cls_token"] = state["cls_token"] - 0.25
     return result | {name: one for name, one in state.items() if name not in (*result, "reg_token")}
@@ -103,7 +103,9 @@ def _original_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
 @pytest.mark.parametrize("wrapper", [None, "model", "teacher"])
-def test_original_files_through_the_filters_of_timm(tmp_path: Path, prefix: str, wrapper: str | None) -> None:
+def test_original_files_are_converted_by_the_filters_of_timm(
+    tmp_path: Path, prefix: str, wrapper: str | None
+) -> None:
     import timm
 
     convnext = _timm("test_convnext")
@@ -123,15 +125,15 @@ def test_original_files_through_the_filters_of_timm(tmp_path: Path, prefix: str,
     assert timm.is_model("test_vit")
 
 
-def test_another_grid_as_timm_resamples_it(tmp_path: Path) -> None:
+def test_another_grid_is_resampled_as_timm_does(tmp_path: Path) -> None:
     import timm
 
     network = _timm("test_vit", num_classes=0)
     save_file(network.state_dict(), tmp_path / "w.safetensors")
     larger = timm.create_model("test_vit", num_classes=0, img_size=192)
-    said = load_into(larger, read_checkpoint(tmp_path / "w.safetensors"), parse_spec("timm:test_vit"))
-    assert len(said) == 1
-    assert "10x10 to 12x12 patches" in said[0]
+    messages = load_into(larger, read_checkpoint(tmp_path / "w.safetensors"), parse_spec("timm:test_vit"))
+    assert len(messages) == 1
+    assert "10x10 to 12x12 patches" in messages[0]
     network.set_input_size((192, 192))
     with torch.no_grad():
         torch.testing.assert_close(larger.eval()(_pixels(192)), network(_pixels(192)), atol=1e-6, rtol=1e-6)
@@ -139,7 +141,7 @@ def test_another_grid_as_timm_resamples_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["small-siglip", "small-trunk"])
 def test_towers_of_timm_in_open_clip(tmp_path: Path, name: str) -> None:
-    """The whole CLIP, its tower, and for one without a projection timm's own file."""
+    """Files of the whole CLIP, of its tower, and, if the tower has no projection, of timm's network."""
     clip = small_clip(name)
     states = [clip.state_dict(), clip.visual.state_dict()]
     if name == "small-siglip":
@@ -148,11 +150,11 @@ def test_towers_of_timm_in_open_clip(tmp_path: Path, name: str) -> None:
         torch.save({f"module.{key}": tensor for key, tensor in state.items()}, tmp_path / "w.pt")
         encoder = load_encoder(f"open_clip:{name}@{tmp_path / 'w.pt'}")
         with torch.no_grad():
-            assert torch.equal(_embeds(encoder, _pixels(160)), clip.visual(_pixels(160)))
+            assert torch.equal(_embed(encoder, _pixels(160)), clip.visual(_pixels(160)))
 
 
 def _big_vision(trunk: Any) -> dict[str, Any]:
-    """The image tower of a SigLIP in the names of Google's big_vision, the inverse of open_clip's converter."""
+    """A SigLIP's image tower with the names of Google's big_vision: the inverse of open_clip's converter."""
     state = {name: tensor.numpy() for name, tensor in trunk.state_dict().items()}
     heads, width = trunk.blocks[0].attn.num_heads, trunk.embed_dim
     result: dict[str, Any] = {"embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0)}
@@ -194,16 +196,16 @@ def _big_vision(trunk: Any) -> dict[str, Any]:
 
 
 def test_archives_of_big_vision(tmp_path: Path) -> None:
-    """SigLIP's .npz in open_clip's tower and in timm's network; one that lacks a layer, one of another depth."""
+    """SigLIP's .npz is read; files of another depth, without an array, or for another tower are refused."""
     clip = small_clip("small-siglip")
     arrays, file = _big_vision(clip.visual.trunk), tmp_path / "siglip.npz"
     np.savez(file, **arrays)
     encoder = load_encoder(f"open_clip:small-siglip@{file}")
     with torch.no_grad():
-        assert torch.equal(_embeds(encoder, _pixels(160)), clip.visual(_pixels(160)))
+        assert torch.equal(_embed(encoder, _pixels(160)), clip.visual(_pixels(160)))
     blocks = len(clip.visual.trunk.blocks)
     deeper: dict[str, Any] = {f"params/img/Transformer/encoderblock_{blocks}/LayerNorm_0/scale": np.zeros(64)}
-    # The text tower's layers are not the images'.
+    # Layers of the text tower do not count.
     text: dict[str, Any] = {"params/txt/Encoder_0/encoderblock_30/LayerNorm_0/scale": np.zeros(64)}
     np.savez(file, **arrays, **text)
     load_encoder(f"open_clip:small-siglip@{file}")
@@ -219,7 +221,7 @@ def test_archives_of_big_vision(tmp_path: Path) -> None:
 
 
 def _apple(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names of apple/ml-mobileclip for those of timm's FastViT: stages and what is between them in one sequence."""
+    """Weights of timm's FastViT with the names of apple/ml-mobileclip, with one sequence of all stages."""
     stages = sorted({int(name.split(".")[1]) for name in state if name.startswith("stages.")})
     places: dict[str, int] = {}
     for stage in stages:
@@ -254,4 +256,4 @@ def test_original_files_of_mobileclip(tmp_path: Path, prefix: str) -> None:
     encoder = load_encoder(f"open_clip:small-mobile@{tmp_path / 'mobileclip.pt'}")
     with torch.no_grad():
         expected = clip.visual(_pixels(64))
-    torch.testing.assert_close(_embeds(encoder, _pixels(64)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(_embed(encoder, _pixels(64)), expected, atol=1e-5, rtol=1e-5)

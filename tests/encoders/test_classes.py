@@ -33,21 +33,21 @@ def _match(names: Sequence[str], rows: Sequence[str] | int, labels: Collection[i
         (["pirate_ship", "Caf\u00e9"], ["cafe\u0301", " Pirate Ship"], [1, 0]),
         (["Dog", "dog"], ["dog", "DOG"], [1, 0]),  # exact names first
         (["crane", "ant", "crane"], ["ant", "crane", "crane"], [1, 0, 2]),  # ImageNet has two cranes
-        (["0", "1", "2"], ["zero", "one", "two"], [0, 1, 2]),  # numbers are no names
+        (["0", "1", "2"], ["zero", "one", "two"], [0, 1, 2]),  # numbers do not count as names
         (["0", "1", "2"], ["2", "0", "1"], [1, 2, 0]),
         (["n01440764", "n02018207"], ["goldfish", "tench", "American coot"], [1, 2]),
         (["n01440764", "n01443537"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
         (["goldfish", "tench"], ["n01440764", "n01443537"], [1, 0]),
     ],
 )
-def test_rows_by_name(names: list[str], rows: list[str], expected: list[int]) -> None:
+def test_classes_are_matched_to_rows_by_name(names: list[str], rows: list[str], expected: list[int]) -> None:
     match = _match(names, rows)
     assert [match.rows[label] for label in range(len(names))] == expected
     assert list(match.names) == rows
 
 
-def test_synsets_and_a_head_of_imagenet_without_names(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ten class folders, as Imagenette has them, in front of a classifier of timm."""
+def test_synsets_are_matched_to_an_imagenet_head_without_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """Class folders of Imagenette, and a classifier of timm."""
     names = ["n01440764", "n02102040", "n03888257"]
     match = _match(names, 1000)
     assert [match.rows[label] for label in range(3)] == [0, 217, 701]
@@ -55,7 +55,7 @@ def test_synsets_and_a_head_of_imagenet_without_names(capsys: pytest.CaptureFixt
     assert "synsets" in capsys.readouterr().err
 
 
-def test_all_synsets_and_open_clips_names() -> None:
+def test_all_synsets_match_open_clips_names() -> None:
     match = _match(imagenet_synsets(), imagenet_names())
     assert [match.rows[label] for label in range(1000)] == [*range(1000)]
     assert canonical_names(["tench", "no such thing"]) == ["n01440764", ""]
@@ -71,26 +71,30 @@ def test_all_synsets_and_open_clips_names() -> None:
         (["n01440764"], ["goldfish"], ("'n01440764'", "'goldfish'")),
     ],
 )
-def test_classes_that_a_head_does_not_have(names: list[str], rows: list[str], facts: tuple[object, ...]) -> None:
+def test_missing_and_ambiguous_classes_are_refused(
+    names: list[str], rows: list[str], facts: tuple[object, ...]
+) -> None:
     with refused(ConfigError, "head", "photos", "head 'h'", *facts):
         _match(names, rows)
 
 
-def test_only_classes_that_occur_must_be_there() -> None:
+def test_only_classes_that_occur_need_a_row() -> None:
     assert _match(["cat", "dog", "eel"], ["dog", "ant"], [1]).rows == {1: 0}
 
 
-@pytest.mark.parametrize(("names", "rows", "said"), [(["cat", "dog"], 2, "head 'h' has no class names"), ([], 3, "")])
-def test_positions_where_one_side_has_no_names(
-    names: list[str], rows: int, said: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("names", "rows", "message"), [(["cat", "dog"], 2, "head 'h' has no class names"), ([], 3, "")]
+)
+def test_classes_are_matched_by_position_if_one_side_has_no_names(
+    names: list[str], rows: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     match = _match(names, rows, [0, 1])
     assert {label: match.rows[label] for label in (0, 1)} == {0: 0, 1: 1}
-    assert said in (err := capsys.readouterr().err)
-    assert bool(said) == bool(err)
+    assert message in (err := capsys.readouterr().err)
+    assert bool(message) == bool(err)
 
 
-def test_names_that_are_not_as_many_as_rows() -> None:
+def test_a_head_with_fewer_names_than_rows_is_refused() -> None:
     with refused(ConfigError, "head", 3, 2):
         match_classes(
             {0}, Classes((), 0, "photos"), Classes(["a", "b"], 3, "head 'h'"), "head", "choose another `head`"

@@ -1,5 +1,4 @@
-"""An encoder of the user's own whose code changed and whose weights did not: no result, run or merge takes it for the
-one of before."""
+"""Changed code makes a custom encoder a different one, even with equal weights, for results, runs and merges."""
 
 from __future__ import annotations
 
@@ -57,7 +56,7 @@ def _write(folder: Path, code: str) -> None:
     importlib.invalidate_caches()
 
 
-def test_the_code_is_part_of_an_encoder(folder: Path) -> None:
+def test_an_encoder_is_identified_by_weights_and_code(folder: Path) -> None:
     before = load_encoder(SPEC)
     _write(folder, CODE.replace("SIGN = 1", "SIGN = -1"))
     after = load_encoder(SPEC)
@@ -68,7 +67,7 @@ def test_the_code_is_part_of_an_encoder(folder: Path) -> None:
         Wanted.of(before).load("cpu")
 
 
-def test_results_are_measured_anew(folder: Path) -> None:
+def test_results_of_other_code_are_not_reused(folder: Path) -> None:
     settings = {"runs": [SPEC], "data": str(folder / "photos.npz"), "head": str(folder / "head.safetensors")}
     config = EvaluateConfig.model_validate({**settings, "output": str(folder / "out"), "device": "cpu", "steps": 1})
     before = evaluate(config)
@@ -80,7 +79,7 @@ def test_results_are_measured_anew(folder: Path) -> None:
         evaluate(config)
 
 
-def test_runs_and_merges_are_not_continued(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_and_merges_are_not_continued_with_other_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, artifact = folder / "photos.npz", folder / "artifact"
     merge_alone(photos, artifact, encoder=SPEC)
     settings: dict[str, Any] = {"encoder": SPEC, "batch_size": 2, "device": "cpu"}

@@ -1,4 +1,4 @@
-"""Encoders: deterministic from their spec, normalisation inside, weights that travel through files unchanged."""
+"""Encoders: determined by their spec, with the normalisation inside, and unchanged by saving and loading."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _pixels(count: int = 4) -> Tensor:
 
 
 def _shifted(path: Path) -> Encoder:
-    """An encoder whose weights are not the spec's, saved at `path`."""
+    """An encoder with other weights than the spec's, saved at `path`."""
     encoder = load_encoder(SPEC)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -40,7 +40,7 @@ def _shifted(path: Path) -> Encoder:
 
 
 def test_a_spec_means_the_same_network_every_time() -> None:
-    """Whatever the global state of randomness is, and without disturbing it."""
+    """It neither depends on the global random state nor changes it."""
     torch.manual_seed(1)
     first = load_encoder(SPEC)
     torch.manual_seed(2)
@@ -54,8 +54,8 @@ def test_a_spec_means_the_same_network_every_time() -> None:
     assert not first.training
 
 
-def test_the_hash_is_of_names_types_shapes_and_bytes() -> None:
-    """Written out once more, so that other tools can compute it."""
+def test_the_hash_covers_names_types_shapes_and_bytes() -> None:
+    """The test shows how other tools can compute it."""
     model = load_encoder("mlp:1x1x2-3").model
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -64,7 +64,7 @@ def test_the_hash_is_of_names_types_shapes_and_bytes() -> None:
     assert weights_sha256(model) == digest.hexdigest()
 
 
-def test_the_hash_sees_one_bit() -> None:
+def test_one_bit_changes_the_hash() -> None:
     encoder = load_encoder(SPEC)
     before = weights_sha256(encoder.model)
     with torch.no_grad():
@@ -95,8 +95,8 @@ def test_saved_weights_come_back_bit_by_bit(tmp_path: Path, name: str) -> None:
     assert not loaded.random_weights
 
 
-def test_convolutions_run_channels_last_and_nobody_else_can_tell(tmp_path: Path) -> None:
-    """Same hash, same file and same embeddings as the network as its factory builds it; a patch embedding stays."""
+def test_channels_last_changes_neither_hash_nor_file_nor_embeddings(tmp_path: Path) -> None:
+    """All are those of the network as its factory builds it; patch embeddings are not converted."""
     plain, loaded = digit_encoder(), load_encoder("python:datamerge.demo.digits:digit_encoder")
     plain.load_state_dict(loaded.model.state_dict())
     assert loaded.model.get_parameter("2.weight").is_contiguous(memory_format=torch.channels_last)
@@ -117,7 +117,7 @@ def test_saving_twice_gives_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_saving_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"old")
 
@@ -187,27 +187,27 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path, how: str) -> No
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
 @pytest.mark.parametrize("data", [b"", b"text, not weights", random.Random(0).randbytes(500), b"PK\x03\x04zip?"])
-def test_files_that_hold_no_weights(tmp_path: Path, name: str, data: bytes) -> None:
+def test_files_without_weights_are_refused(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
     with refused(ConfigError, "encoder", tmp_path / name):
         load_encoder(f"{SPEC}@{tmp_path / name}")
 
 
 @pytest.mark.parametrize("saved", [[1, 2], {"a": 1}, {0: torch.zeros(3)}, torch.zeros(3)])
-def test_files_that_hold_something_else(tmp_path: Path, saved: Any) -> None:
+def test_files_that_are_not_state_dicts_are_refused(tmp_path: Path, saved: Any) -> None:
     torch.save(saved, tmp_path / "w.pt")
     with refused(ConfigError, "encoder", "state_dict", tmp_path / "w.pt"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
-def test_tensors_that_cannot_be_copied(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_copied_are_refused(tmp_path: Path) -> None:
     state = load_encoder(SPEC).model.state_dict()
     torch.save({**state, "3.bias": torch.empty(6, device="meta")}, tmp_path / "w.pt")
     with refused(ConfigError, "encoder", tmp_path / "w.pt", "copied"):
         load_encoder(f"{SPEC}@{tmp_path / 'w.pt'}")
 
 
-def test_normalisation_inside_is_normalisation_outside() -> None:
+def test_the_encoder_normalises_its_input() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(60, 4))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     encoder = Encoder(network, "x", Preprocessing(shape=(3, 4, 5), mean=mean, std=std), random_weights=True)
@@ -221,7 +221,7 @@ def test_normalisation_inside_is_normalisation_outside() -> None:
     "model",
     ["1x4x4", "4x4-2", "1x4x4-", "1x4x4-0", "0x4x4-2", "1x4x4-2-a", "1x4x4_2", "00x4x4-2", "1x4x4-" + "9" * 5000],
 )
-def test_malformed_mlps(model: str) -> None:
+def test_malformed_mlps_are_refused(model: str) -> None:
     with refused(ConfigError, "encoder", "mlp:CxHxW", f"'mlp:{model[:20]}"):
         load_encoder(f"mlp:{model}")
 
@@ -234,7 +234,7 @@ def test_malformed_mlps(model: str) -> None:
         ("1x1x1-65536-65536", 65536 * (1 + 1 + 65536 + 1)),
     ],
 )
-def test_mlps_that_would_fill_the_memory(model: str, weights: int) -> None:
+def test_mlps_that_would_fill_the_memory_are_refused(model: str, weights: int) -> None:
     with refused(ConfigError, "encoder", 2**31, weights, f"'mlp:{model}'"):
         load_encoder(f"mlp:{model}")
 
@@ -249,7 +249,7 @@ def test_mlps_that_would_fill_the_memory(model: str, weights: int) -> None:
         (lambda x: (_ for _ in ()).throw(RuntimeError("two\nlines")), ["(3, 4, 5)", ": two"]),
     ],
 )
-def test_networks_that_give_no_embeddings(output: Any, facts: list[str]) -> None:
+def test_networks_that_give_no_embeddings_are_refused(output: Any, facts: list[str]) -> None:
     class Odd(nn.Module):
         def forward(self, pixels: Tensor) -> Any:
             return output(pixels)
@@ -306,7 +306,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_your_own_factory(factories: Path) -> None:
+def test_a_custom_factory_builds_an_encoder(factories: Path) -> None:
     encoder = load_encoder("python:temporary_factories:good")
     assert (encoder.input_shape, encoder.embedding_dim, encoder.random_weights) == ((3, 4, 5), 6, False)
     assert encoder.sha256 == load_encoder("python:temporary_factories:good").sha256
@@ -336,7 +336,7 @@ def test_factories_may_declare_their_preprocessing(factories: Path) -> None:
         ("mlp:3x5x4-6@w.safetensors", ["(3, 5, 4)", "(3, 4, 5)", "w.safetensors"]),
     ],
 )
-def test_own_networks_have_the_size_they_were_written_for(factories: Path, spec: str, facts: list[str]) -> None:
+def test_custom_networks_refuse_other_sizes(factories: Path, spec: str, facts: list[str]) -> None:
     save_encoder(load_encoder("mlp:3x4x5-6"), factories / "w.safetensors")
     with refused(ConfigError, "encoder", *facts):
         load_encoder(spec)
@@ -348,7 +348,7 @@ def test_own_networks_have_the_size_they_were_written_for(factories: Path, spec:
         ("temporary_factories", ["python:MODULE:FACTORY"]),
         ("temporary_factories:", ["python:MODULE:FACTORY"]),
         ("temporary_factories:nobody", ["nobody", "temporary_factories.py"]),
-        ("no_such_module_at_all:x", ["no_such_module_at_all", "test_factories_that_do_not_do"]),
+        ("no_such_module_at_all:x", ["no_such_module_at_all"]),
         ("temporary_factories:shapeless", ["Flatten", "input_shape None"]),
         ("temporary_factories:flat", ["Sequential", "input_shape (60,)"]),
         ("temporary_factories:declares_nonsense", ["preprocessing.resize"]),
@@ -356,12 +356,17 @@ def test_own_networks_have_the_size_they_were_written_for(factories: Path, spec:
     ],
 )
 @pytest.mark.usefixtures("factories")
-def test_factories_that_do_not_do(name: str, facts: list[str]) -> None:
+def test_bad_factories_are_refused(name: str, facts: list[str]) -> None:
     with refused(ConfigError, "encoder", f"'python:{name}'", *facts):
         load_encoder(f"python:{name}")
 
 
-def test_random_weights_leave_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_missing_module_was_looked_for_is_named(factories: Path) -> None:
+    with refused(ConfigError, "encoder", factories):
+        load_encoder("python:no_such_module_at_all:x")
+
+
+def test_random_weights_do_not_seed_the_generators_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded_everywhere: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_everywhere.append)
     state = torch.random.get_rng_state()

@@ -17,8 +17,8 @@ from datamerge.encoders import Head, head_from_arrays, load_encoder, load_head, 
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
 from storage_schemas.schema.head import parse_head
-from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
+from tests.support.runs import write_run
 
 
 def _random(*shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def test_a_linear_head(biased: bool) -> None:
     torch.testing.assert_close(Head(weight, bias if biased else None)(embeddings), expected)
 
 
-def test_a_cosine_head_is_clips() -> None:
+def test_a_cosine_head_computes_scaled_cosines() -> None:
     weight, embeddings, scale = _random(3, 6), _random(5, 6), 100.0
     unit = weight / weight.norm(dim=1, keepdim=True)
     logits = Head(unit, scale=torch.tensor([scale]))(embeddings)
@@ -83,7 +83,7 @@ def test_width_is_checked() -> None:
 
 
 @pytest.mark.parametrize("spec", ["nowhere.safetensors", "mlp:1x4x4-2", "python:a:b"])
-def test_specs_without_a_head(spec: str) -> None:
+def test_specs_without_a_head_are_refused(spec: str) -> None:
     with refused(ConfigError, "head", f"'{spec}'", ".safetensors"):
         load_head(spec)
 
@@ -101,7 +101,7 @@ def test_specs_without_a_head(spec: str) -> None:
         (save({"weight": torch.zeros(3, 6), "scale": torch.ones(3)}), "scale [1]"),
     ],
 )
-def test_files_that_are_no_head(tmp_path: Path, data: bytes, fact: str) -> None:
+def test_files_that_are_not_heads_are_refused(tmp_path: Path, data: bytes, fact: str) -> None:
     (tmp_path / "h.safetensors").write_bytes(data)
     with refused(ConfigError, "head", tmp_path / "h.safetensors", fact):
         load_head(str(tmp_path / "h.safetensors"))
@@ -118,7 +118,7 @@ TIMM = "timm:test_resnet"
 
 
 def test_a_tuned_network_has_the_classifier_of_its_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file with a classifier gives its own; one without, such as a run's, goes with what it was tuned from."""
+    """A file's classifier is used; a file without one, such as a run's, gets that of the tag it was tuned from."""
     make_torchvision_importable()
     import timm
 
@@ -152,6 +152,6 @@ def test_a_tuned_network_has_the_classifier_of_its_tag(tmp_path: Path, monkeypat
         load_head(f"{TIMM}@{tmp_path}/bare.safetensors")
 
 
-def test_a_folder_that_is_no_run_has_no_head(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_has_no_head(tmp_path: Path) -> None:
     with refused(ConfigError, "head", tmp_path, "run.json"):
         load_head(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Vision models of transformers through their specs: pixels and embeddings are those of its processors and models."""
+"""Vision models of transformers by their specs: pixels and embeddings equal those of its processors and models."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ TEXT: dict[str, Any] = {
 }
 CROPPED = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
 SQUASHED = {"size": {"height": 32, "width": 32}}
-ASKED = {"interpolate_pos_encoding": True}
+INTERPOLATED = {"interpolate_pos_encoding": True}
 
 
 def _clip() -> Any:
-    # Two widths of the projection, of which the whole model's counts.
+    # The widths of the projection differ; the whole model's counts.
     vision = {**VISION, "projection_dim": 40}
     return transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=vision, projection_dim=24))
 
@@ -67,7 +67,7 @@ def _vit() -> Any:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION))
 
 
-# Name → model, processor of Pillow's, its settings, the library's embedding of normalised pixels.
+# Name → model, image processor, its settings, transformers' embedding of normalised pixels.
 Kind = tuple[Callable[[], Any], str, dict[str, Any], Callable[..., Any]]
 KINDS: dict[str, Kind] = {
     "CLIPModel": (
@@ -121,8 +121,8 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def written(folder: Path, kind: str) -> Any:
-    """A model's folder as transformers writes it."""
+def save_model(folder: Path, kind: str) -> Any:
+    """Write the folder of a random model as transformers does; returns the model."""
     create, processor, settings, _ = KINDS[kind]
     model: Any = shaken(create())
     model.save_pretrained(folder)
@@ -131,7 +131,7 @@ def written(folder: Path, kind: str) -> Any:
 
 
 def by_transformers(model: Any, kind: str, size: int | None = None) -> Tensor:
-    """Embeddings of the photos through the library's own processor and model, of length 1."""
+    """Embeddings of the photos by transformers' processor and model, of length 1."""
     _, name, settings, embed = KINDS[kind]
     scaled: dict[str, Any] = {}
     if size is not None:
@@ -141,13 +141,13 @@ def by_transformers(model: Any, kind: str, size: int | None = None) -> Tensor:
     processor = getattr(transformers, f"{name}Pil")(**settings | scaled)
     with torch.no_grad():
         pixels = processor(PHOTOS, return_tensors="pt")["pixel_values"]
-        return nn.functional.normalize(embed(model, pixels, **(ASKED if size else {})), dim=-1)
+        return nn.functional.normalize(embed(model, pixels, **(INTERPOLATED if size else {})), dim=-1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_are_transformers(tmp_path: Path, kind: str) -> None:
-    """Of the folder, and of a run made from it."""
-    model = written(tmp_path / "m", kind)
+def test_embeddings_equal_transformers(tmp_path: Path, kind: str) -> None:
+    """From the folder, and from a file that was saved from it."""
+    model = save_model(tmp_path / "m", kind)
     encoder = load_encoder(f"hf:{tmp_path / 'm'}")
     assert (embedded(encoder) - by_transformers(model, kind)).abs().max() < 1e-6
     assert not encoder.random_weights
@@ -161,7 +161,7 @@ def test_embeddings_are_transformers(tmp_path: Path, kind: str) -> None:
 def test_another_size_resamples_positions_as_transformers_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    model = written(tmp_path / "m", kind)
+    model = save_model(tmp_path / "m", kind)
     capsys.readouterr()
     encoder = load_encoder(f"hf:{tmp_path / 'm'},image_size=48")
     (line,) = capsys.readouterr().err.splitlines()
@@ -176,8 +176,8 @@ def test_another_size_resamples_positions_as_transformers_does(
 
 
 @pytest.mark.parametrize("kind", ["CLIPVisionModel", "CLIPVisionModelWithProjection"])
-def test_the_weights_say_which_of_clips_vision_models_they_are(tmp_path: Path, kind: str) -> None:
-    model = written(tmp_path / "m", kind)
+def test_the_kind_of_clip_vision_model_is_recognised_by_the_weights(tmp_path: Path, kind: str) -> None:
+    model = save_model(tmp_path / "m", kind)
     config = tmp_path / "m" / "config.json"
     document = json.loads(config.read_text())
     del document["architectures"]
@@ -187,21 +187,21 @@ def test_the_weights_say_which_of_clips_vision_models_they_are(tmp_path: Path, k
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("CLIP", "Siglip"))])
-def test_the_folders_own_file_beside_it(tmp_path: Path, kind: str) -> None:
-    written(tmp_path / "m", kind)
+def test_the_file_in_a_folder_may_be_named_too(tmp_path: Path, kind: str) -> None:
+    save_model(tmp_path / "m", kind)
     encoder = load_encoder(f"hf:{tmp_path / 'm'}")
     assert load_encoder(f"hf:{tmp_path / 'm'}@{tmp_path / 'm' / 'model.safetensors'}").sha256 == encoder.sha256
 
 
 def test_half_precision_weights_become_single(tmp_path: Path) -> None:
-    written(tmp_path / "m", "CLIPModel").half().save_pretrained(tmp_path / "m")
+    save_model(tmp_path / "m", "CLIPModel").half().save_pretrained(tmp_path / "m")
     assert {value.dtype for value in load_encoder(f"hf:{tmp_path / 'm'}").parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel", "Dinov2Model"])
 def test_attention_has_a_double_backward(tmp_path: Path, kind: str) -> None:
-    """As the estimator gauss_newton needs, with the kernel that it chooses."""
-    written(tmp_path / "m", kind)
+    """The estimator gauss_newton needs it, with this kernel."""
+    save_model(tmp_path / "m", kind)
     encoder = load_encoder(f"hf:{tmp_path / 'm'}")
     pixels = torch.rand((2, *encoder.input_shape), generator=torch.Generator().manual_seed(0)).requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
@@ -216,10 +216,10 @@ def test_attention_has_a_double_backward(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("revision", ["", "@v2"])
 def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
-    """From the hub's own cache, which is all that there is without a network."""
+    """Without a network, they are read from the Hub's cache."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = tmp_path / "cache" / "models--org--name"
-    expected = written(model / "snapshots" / commit, "CLIPModel")
+    expected = save_model(model / "snapshots" / commit, "CLIPModel")
     (model / "refs").mkdir()
     (model / "refs" / (revision.removeprefix("@") or "main")).write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -237,7 +237,7 @@ def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revi
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    written(tmp_path / "m", "CLIPModel")
+    save_model(tmp_path / "m", "CLIPModel")
     return tmp_path / "m"
 
 
@@ -246,7 +246,7 @@ def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
 
 
-def test_folders_without_a_configuration(folder: Path) -> None:
+def test_folders_without_a_usable_configuration_are_refused(folder: Path) -> None:
     with refused(ConfigError, "encoder", "config.json", f"{folder}/nowhere"):
         load_encoder(f"hf:{folder}/nowhere")
     config = folder / "config.json"
@@ -263,7 +263,7 @@ def test_folders_without_a_configuration(folder: Path) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_siglip_without_its_pooling_head_has_no_embedding(tmp_path: Path, whole: bool) -> None:
-    """As vision-language models keep it."""
+    """Vision-language models keep their vision tower so."""
     headless = transformers.SiglipVisionConfig(**VISION, vision_use_head=False)
     if whole:
         transformers.SiglipConfig(text_config=TEXT, vision_config=headless.to_dict()).save_pretrained(tmp_path)
@@ -279,7 +279,7 @@ def test_a_folder_has_no_revision(folder: Path, monkeypatch: pytest.MonkeyPatch)
         load_encoder(f"hf:{folder.name}@main")
 
 
-def test_weights_that_are_not_the_models(folder: Path) -> None:
+def test_damaged_and_incomplete_weights_are_refused(folder: Path) -> None:
     spec, file = f"hf:{folder}", folder / "model.safetensors"
     data, state = file.read_bytes(), load_file(file)
     file.write_bytes(data[:-50])
@@ -311,19 +311,19 @@ def test_weights_that_are_not_the_models(folder: Path) -> None:
         ({"do_resize": False}, "CLIPImageProcessor"),
     ],
 )
-def test_processors_that_do_something_else(folder: Path, changes: dict[str, Any], fact: str) -> None:
+def test_unsupported_processors_are_refused(folder: Path, changes: dict[str, Any], fact: str) -> None:
     _edit(folder / "preprocessor_config.json", **changes)
     with refused(ConfigError, "encoder", f"'hf:{folder}'", "image processor", fact):
         load_encoder(f"hf:{folder}")
 
 
-def test_a_folder_without_a_processor(folder: Path) -> None:
+def test_a_folder_without_a_processor_is_refused(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with refused(ConfigError, "encoder", "preprocessor_config.json", folder):
         load_encoder(f"hf:{folder}")
 
 
-def test_transformers_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_are_reported_with_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with refused(ConfigError, "encoder", f"'hf:{folder}'", "pip install 'datamerge[hf]'"):
         load_encoder(f"hf:{folder}")

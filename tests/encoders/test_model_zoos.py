@@ -1,4 +1,4 @@
-"""timm and open_clip through the same door. The only tests here that build real architectures."""
+"""Encoders and heads of timm and open_clip: real architectures, suggestions for unknown names, activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMM = "timm:test_resnet"
 
 
 def test_timm_round_trip(tmp_path: Path) -> None:
-    """Deterministic random weights, the network's own normalisation, no classifier, and a file that comes back."""
+    """Random weights are deterministic, the normalisation is the network's, and a saved file is read back."""
     encoder = load_encoder(TIMM)
     assert encoder.random_weights
     assert encoder.sha256 == load_encoder(TIMM).sha256
@@ -37,7 +37,7 @@ def test_timm_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_classifier_of_a_timm_network(tmp_path: Path) -> None:
-    """Random weights are the same on every machine here too; a checkpoint gives its own classifier."""
+    """Its random weights are deterministic; a checkpoint's classifier is read."""
     head = load_head(TIMM)
     assert torch.equal(head.weight, load_head(TIMM).weight)
     assert head.scale is None
@@ -67,7 +67,7 @@ def test_unknown_models_and_tags_come_with_suggestions(spec: str, facts: list[st
         load_encoder(spec)
 
 
-def test_a_name_like_no_other_comes_with_their_number() -> None:
+def test_a_name_without_similar_ones_comes_with_the_number_of_models() -> None:
     with refused(ConfigError, "encoder", "timm", "'qqqqqqqq'") as caught:
         load_encoder("timm:qqqqqqqq")
     assert re.search(r" \d{3,} ", str(caught.value))
@@ -76,13 +76,13 @@ def test_a_name_like_no_other_comes_with_their_number() -> None:
 @pytest.mark.parametrize(
     ("spec", "unknown"), [("timm:test_resnett", "'test_resnett'"), ("timm:test_resnet/r999_in1k", "'r999_in1k'")]
 )
-def test_heads_of_unknown_networks(spec: str, unknown: str) -> None:
+def test_heads_of_unknown_networks_are_refused(spec: str, unknown: str) -> None:
     with refused(ConfigError, "head", "timm", unknown, "test_resnet"):
         load_head(spec)
 
 
-def test_open_clip_encoder_and_zero_shot_head_live_in_one_space(tmp_path: Path) -> None:
-    """A shrunken CLIP under a name of its own, so that the test is light."""
+def test_a_zero_shot_head_of_open_clip_fits_the_encoder(tmp_path: Path) -> None:
+    """A small CLIP is registered, so that the test is fast."""
     from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
     make_torchvision_importable()

@@ -1,4 +1,4 @@
-"""open_clip's models through their specs: pixels and embeddings are those of open_clip's own pipeline."""
+"""Models of open_clip by their specs: pixels and embeddings equal those of open_clip's pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.small_models import open_clip, shaken, shrink_open_clip, timm
 
 factory: Any = open_clip.factory
 
-# One model of each family, at the precision of its preprocessing and activation.
+# Models of every family, with various preprocessing and activations.
 FAMILIES = [
     "ViT-B-32/openai",
     "ViT-B-32/laion2b_s34b_b79k",
@@ -52,14 +52,14 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_open_clip(model: str, tag: str | None = None, **options: Any) -> tuple[Tensor, Any]:
-    """The same through open_clip's, and its transform."""
-    own, _, transform = open_clip.create_model_and_transforms(model, tag, **options)
+    """Embeddings of the photos by open_clip, of length 1, and its transform."""
+    network, _, transform = open_clip.create_model_and_transforms(model, tag, **options)
     with torch.no_grad():
-        embeddings = own.eval().encode_image(torch.stack([transform(one) for one in PHOTOS]))
+        embeddings = network.eval().encode_image(torch.stack([transform(one) for one in PHOTOS]))
     return nn.functional.normalize(embeddings, dim=-1), transform
 
 
-def _written(name: str, path: Path) -> Path:
+def _write_checkpoint(name: str, path: Path) -> Path:
     """A whole checkpoint as open_clip's training writes it."""
     model = shaken(open_clip.create_model(name))
     torch.save({"epoch": 3, "name": "x", "state_dict": model.state_dict()}, path)
@@ -68,7 +68,7 @@ def _written(name: str, path: Path) -> Path:
 
 @pytest.fixture
 def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """The file that a tag's weights come from, instead of the network."""
+    """The file that is loaded instead of downloading a tag's weights."""
     place: dict[str, Path] = {}
 
     def local(config: Mapping[str, Any], **_: Any) -> str:
@@ -87,17 +87,17 @@ def activated(spec: str) -> str:
 
 @pytest.mark.filterwarnings("ignore:QuickGELU mismatch")
 @pytest.mark.parametrize("spec", FAMILIES)
-def test_embeddings_are_open_clips(tmp_path: Path, download: dict[str, Path], spec: str) -> None:
-    """Of the weights of a tag, of a run made from them, and of a file beside the tag."""
+def test_embeddings_equal_open_clip(tmp_path: Path, download: dict[str, Path], spec: str) -> None:
+    """From a tag, from a file that was saved from it, and from a file together with the tag."""
     model, tag = activated(spec), spec.split("/")[1]
-    download["file"] = _written(model, tmp_path / "tag.pt")
+    download["file"] = _write_checkpoint(model, tmp_path / "tag.pt")
     encoder = load_encoder(f"open_clip:{spec}")
     expected, _ = by_open_clip(model, tag)
     assert (embedded(encoder) - expected).abs().max() < 1e-6
     assert not encoder.random_weights
     assert encoder.spec == f"open_clip:{model}/{tag}"
     save_encoder(encoder, tmp_path / "encoder.safetensors")
-    download.clear()  # nothing is fetched where a file brings the weights
+    download.clear()  # a file of weights needs no download
     for again in (f"{spec}@{tmp_path}/encoder.safetensors", f"{model}@{tmp_path}/encoder.safetensors"):
         reloaded = load_encoder(f"open_clip:{again}")
         assert (reloaded.sha256, reloaded.preprocessing) == (encoder.sha256, encoder.preprocessing)
@@ -108,7 +108,7 @@ def test_embeddings_are_open_clips(tmp_path: Path, download: dict[str, Path], sp
 
 @pytest.mark.filterwarnings("ignore:QuickGELU mismatch")
 def test_every_tag_has_the_pixels_of_open_clips_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks do not matter here: every tower of timm's is the same one, which takes no time to build."""
+    """The networks do not matter, so every tower of timm is replaced by one that is quick to build."""
     tower = {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2}
     vit = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda _, **options: vit("vit_tiny_patch16_224", **tower | options))
@@ -119,12 +119,12 @@ def test_every_tag_has_the_pixels_of_open_clips_transform(tmp_path: Path, monkey
         found = build(parse_spec(f"open_clip:{model}/{tag}@{tmp_path / 'w.pt'}"), None).preprocessing
         config = open_clip.get_pretrained_cfg(model, tag)
         size = open_clip.get_model_config(model)["vision_cfg"]["image_size"]
-        said = (found.shape, found.resize, found.interpolation, found.mean, found.std)
+        settings = (found.shape, found.resize, found.interpolation, found.mean, found.std)
         names = ("resize_mode", "interpolation", "mean", "std")
-        assert said == ((3, size, size), *(config[name] for name in names)), (model, tag)
-        if said[:3] in seen:
+        assert settings == ((3, size, size), *(config[name] for name in names)), (model, tag)
+        if settings[:3] in seen:
             continue
-        seen.add(said[:3])
+        seen.add(settings[:3])
         _, _, transform = open_clip.create_model_and_transforms(model, tag)
         mean, std = (torch.tensor(values)[:, None, None] for values in (found.mean, found.std))
         expected = (transform(PHOTOS[1]) * std + mean) * 255
@@ -137,7 +137,7 @@ def test_another_size_resamples_positions_as_open_clip_does(
     tmp_path: Path, download: dict[str, Path], capsys: pytest.CaptureFixture[str], spec: str
 ) -> None:
     model, tag = activated(spec), spec.split("/")[1]
-    download["file"] = _written(model, tmp_path / "tag.pt")
+    download["file"] = _write_checkpoint(model, tmp_path / "tag.pt")
     encoder = load_encoder(f"open_clip:{spec},image_size=320")
     (line,) = capsys.readouterr().err.splitlines()
     assert all(fact in line for fact in (model, "320x320", "224x224", "open_clip"))
@@ -154,14 +154,14 @@ def test_another_size_resamples_positions_as_open_clip_does(
 
 def test_convolutions_run_at_any_size(tmp_path: Path, download: dict[str, Path]) -> None:
     spec = "convnext_base_w/laion2b_s13b_b82k_augreg"
-    download["file"] = _written("convnext_base_w", tmp_path / "tag.pt")
+    download["file"] = _write_checkpoint("convnext_base_w", tmp_path / "tag.pt")
     encoder = load_encoder(f"open_clip:{spec},image_size=96")
     expected, _ = by_open_clip(*spec.split("/"), force_image_size=96)
     assert (embedded(encoder) - expected).abs().max() < 1e-6
 
 
 def test_attention_pools_of_another_size_are_refused(tmp_path: Path, download: dict[str, Path]) -> None:
-    download["file"] = _written("RN50-quickgelu", tmp_path / "tag.pt")
+    download["file"] = _write_checkpoint("RN50-quickgelu", tmp_path / "tag.pt")
     with refused(ConfigError, "encoder", "'open_clip:RN50-quickgelu/openai,image_size=320'", "positional_embedding"):
         load_encoder("open_clip:RN50/openai,image_size=320")
 
@@ -174,11 +174,11 @@ def test_attention_pools_of_another_size_are_refused(tmp_path: Path, download: d
         ("ViT-B-32", ["activation GELU", "activation QuickGELU", "openai"]),
     ],
 )
-def test_a_file_alone_is_taken_for_what_most_tags_are(
+def test_a_file_without_a_tag_gets_the_preprocessing_of_most_tags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, facts: list[str]
 ) -> None:
-    """One warning says so; none where a driver has said it, or nobody's weights are at stake."""
-    file = _written(model, tmp_path / "w.pt")
+    """One warning says so, but not with `aloud=False` or for random weights."""
+    file = _write_checkpoint(model, tmp_path / "w.pt")
     capsys.readouterr()
     encoder = load_encoder(f"open_clip:{model}@{file}")
     (line,) = capsys.readouterr().err.splitlines()
@@ -191,17 +191,19 @@ def test_a_file_alone_is_taken_for_what_most_tags_are(
 
 
 @pytest.mark.parametrize("spec", ["ViT-B-16-SigLIP/webli", "ViT-L-14-quickgelu/openai"])
-def test_a_file_alone_is_what_all_tags_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], spec: str) -> None:
+def test_a_file_without_a_tag_needs_no_warning_if_all_tags_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spec: str
+) -> None:
     model = spec.split("/")[0]
-    file = _written(model, tmp_path / "w.pt")
+    file = _write_checkpoint(model, tmp_path / "w.pt")
     capsys.readouterr()
     alone, tagged = load_encoder(f"open_clip:{model}@{file}"), load_encoder(f"open_clip:{spec}@{file}")
     assert alone.preprocessing == tagged.preprocessing
     assert capsys.readouterr().err == ""
 
 
-def _folder(path: Path, name: str, preprocess: Mapping[str, Any], safe: bool = True) -> nn.Module:
-    """A model as open_clip pushes it to the hub."""
+def _write_folder(path: Path, name: str, preprocess: Mapping[str, Any], safe: bool = True) -> nn.Module:
+    """Write the folder of a random model as open_clip pushes it to the Hub; returns the model."""
     path.mkdir()
     model = shaken(open_clip.create_model(name))
     document = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": preprocess}
@@ -223,8 +225,8 @@ PREPROCESS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("preprocess", PREPROCESS)
-def test_folders(tmp_path: Path, preprocess: dict[str, Any]) -> None:
-    _folder(tmp_path / "m", "ViT-B-32", preprocess)
+def test_folders_are_read(tmp_path: Path, preprocess: dict[str, Any]) -> None:
+    _write_folder(tmp_path / "m", "ViT-B-32", preprocess)
     encoder = load_encoder(f"open_clip:local-dir:{tmp_path / 'm'}")
     expected, _ = by_open_clip(f"local-dir:{tmp_path / 'm'}")
     assert (embedded(encoder) - expected).abs().max() < 1e-6
@@ -236,34 +238,34 @@ def test_folders(tmp_path: Path, preprocess: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("revision", ["", "@v2"])
 def test_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str) -> None:
-    """FARE and its kin are published so. A file beside the name fetches the configuration alone."""
-    _folder(tmp_path / "m", "ViT-B-32-quickgelu", PREPROCESS[0], safe=False)
-    asked = []
+    """FARE is published so. With a file of weights, only the configuration is fetched."""
+    _write_folder(tmp_path / "m", "ViT-B-32-quickgelu", PREPROCESS[0], safe=False)
+    requests = []
 
     def fetch(repository: str, filename: str = "open_clip_pytorch_model.bin", revision: Any = None, **_: Any) -> str:
-        asked.append((repository, filename, revision))
+        requests.append((repository, filename, revision))
         return str(tmp_path / "m" / filename)
 
     monkeypatch.setattr(factory, "download_pretrained_from_hf", fetch)
     spec = f"open_clip:hf-hub:org/robust{revision}"
     encoder = load_encoder(spec)
-    assert {one[2] for one in asked} == {revision.removeprefix("@") or None}
+    assert {one[2] for one in requests} == {revision.removeprefix("@") or None}
     expected, _ = by_open_clip("hf-hub:org/robust")
     assert (embedded(encoder) - expected).abs().max() < 1e-6
     assert encoder.spec == spec
     save_encoder(encoder, tmp_path / "e.safetensors")
-    asked.clear()
+    requests.clear()
     reloaded = load_encoder(f"{spec}@{tmp_path / 'e.safetensors'}")
     assert torch.equal(embedded(reloaded), embedded(encoder))
-    assert asked == [("org/robust", "open_clip_config.json", revision.removeprefix("@") or None)]
+    assert requests == [("org/robust", "open_clip_config.json", revision.removeprefix("@") or None)]
 
 
-def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+def test_folders_without_a_usable_model_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     spec = f"open_clip:local-dir:{folder}"
     with refused(ConfigError, "encoder", f"'{spec}'", "not found"):
         load_encoder(spec)
-    _folder(folder, "ViT-B-32", {})
+    _write_folder(folder, "ViT-B-32", {})
     weights, config = folder / "open_clip_model.safetensors", folder / "open_clip_config.json"
     text, data = config.read_text(), weights.read_bytes()
     weights.write_bytes(data[:-100])
@@ -286,7 +288,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 def test_code_in_the_weights_of_a_folder_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "m"
-    _folder(folder, "ViT-B-32", {}, safe=False)
+    _write_folder(folder, "ViT-B-32", {}, safe=False)
     torch.save({"a": Exploit(tmp_path / "executed")}, folder / "open_clip_pytorch_model.bin")
     with refused(ConfigError, "encoder", f"'open_clip:local-dir:{folder}'", "plain tensors"):
         load_encoder(f"open_clip:local-dir:{folder}")
@@ -301,12 +303,12 @@ def test_code_in_the_weights_of_a_folder_is_not_run(tmp_path: Path) -> None:
         ("ViT-B-32/opnai", "openai"),
     ],
 )
-def test_names_as_on_paper(spec: str, meant: str) -> None:
+def test_names_as_papers_write_them_are_refused_with_the_spec(spec: str, meant: str) -> None:
     with refused(ConfigError, "encoder", meant):
         load_encoder(f"open_clip:{spec}")
 
 
-def test_without_a_network_a_tag_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*_: Any, **__: Any) -> str:
         raise ConnectionError("Name or service not known\nTry again")
 
@@ -318,6 +320,6 @@ def test_without_a_network_a_tag_says_how_to_do_without(monkeypatch: pytest.Monk
         load_encoder("open_clip:hf-hub:chs20/fare2-clip")
 
 
-def test_a_name_that_no_hub_can_have_is_not_a_download_that_failed() -> None:
+def test_an_invalid_hub_name_is_not_reported_as_a_failed_download() -> None:
     with refused(ConfigError, "encoder", "'open_clip:hf-hub:a/b/c'", "Repo id must be"):
         load_encoder("open_clip:hf-hub:a/b/c")

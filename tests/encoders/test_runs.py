@@ -1,4 +1,4 @@
-"""What a training run's folder says of its encoder: weights, preprocessing, and what it started from."""
+"""The encoder of a training run's folder: its weights, preprocessing, and the encoder that it started from."""
 
 from __future__ import annotations
 
@@ -9,39 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from datamerge.encoders import load_encoder, save_encoder, with_checkpoint
+from datamerge.encoders import load_encoder, save_encoder
 from datamerge.encoders.runs import encoder_spec, resolve, started_from, with_tag_of_run
 from storage_schemas import ConfigError
-from storage_schemas.schema.preprocessing import Preprocessing
-from storage_schemas.schema.run import RunSummary, read_summary
+from storage_schemas.schema.run import read_summary
 from tests.support.refusals import refused
+from tests.support.runs import BARE, write_run
 
 MLP = "mlp:1x4x4-6"
 TAG = "open_clip:ViT-L-14-quickgelu/openai"
-BARE = "open_clip:ViT-L-14-quickgelu"
-
-
-def write_run(folder: Path, original: str, *, sha256: str = "new", started: str = "old", older: bool = False) -> str:
-    """A finished run without weights; returns the spec of its encoder, which has no tag in an older one."""
-    folder.mkdir(parents=True)
-    spec = with_checkpoint(BARE if older else original, str(folder / "encoder.safetensors"))
-    summary = RunSummary(
-        encoder=spec,
-        encoder_sha256=sha256,
-        original=original,
-        original_sha256=started,
-        arm="AT-5-Avg",
-        artifact="adv",
-        plan_sha256="0" * 64,
-        steps=1,
-        groups=1,
-        seconds=1.0,
-        bytes=1,
-        config={},
-        preprocessing=None if older else Preprocessing(shape=(3, 224, 224)),
-    )
-    (folder / "run.json").write_text(json.dumps(summary.model_dump(mode="json", exclude_none=older)))
-    return spec
 
 
 @pytest.fixture
@@ -69,7 +45,7 @@ def test_a_moved_run_is_loaded_from_where_it_is(trained: Path, tmp_path: Path) -
 
 
 def test_a_run_whose_weights_were_replaced_is_refused(trained: Path) -> None:
-    """By their record of the preprocessing: another one, or none."""
+    """Weights that record another preprocessing, or none."""
     record = load_encoder(MLP).preprocessing.record()
     _change(trained, preprocessing=record | {"mean": [0.25]})
     with refused(ConfigError, "encoder", trained / "run.json", trained / "encoder.safetensors", "mean", 0.25):
@@ -84,7 +60,7 @@ def test_a_run_whose_weights_were_replaced_is_refused(trained: Path) -> None:
         encoder_spec(str(trained))
 
 
-def test_a_damaged_record_is_named(trained: Path) -> None:
+def test_a_damaged_record_is_refused(trained: Path) -> None:
     _change(trained, preprocessing={"shape": [1, 4]})
     with refused(ConfigError, "encoder", trained / "run.json", "preprocessing.shape"):
         resolve(str(trained))
@@ -99,7 +75,7 @@ def test_a_run_keeps_the_tag_that_it_started_from(tmp_path: Path) -> None:
 
 
 def test_an_older_run_gets_the_tag_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From its own record, in place and moved, and through the runs before it; it is said once."""
+    """From its record, in place and moved, and through the runs before it; one line reports it."""
     first = write_run(tmp_path / "1", TAG, sha256="a", older=True)
     second = write_run(tmp_path / "2", first, sha256="b", started="a", older=True)
     assert first == f"{BARE}@{tmp_path}/1/encoder.safetensors"
@@ -115,15 +91,15 @@ def test_an_older_run_gets_the_tag_back(tmp_path: Path, capsys: pytest.CaptureFi
     assert encoder_spec(str(moved))[0] == f"{TAG}@{moved}/encoder.safetensors"
 
 
-def test_a_newer_run_of_an_older_one(tmp_path: Path) -> None:
-    """Its record has the tag, since the older one got it back when the run began."""
+def test_a_newer_run_of_an_older_one_has_the_tag(tmp_path: Path) -> None:
+    """The older run got its tag back when the newer one began, so the newer record has it."""
     first = write_run(tmp_path / "1", TAG, sha256="a", older=True)
     second = write_run(tmp_path / "2", with_tag_of_run(first), sha256="b", started="a")
     assert second == f"{TAG}@{tmp_path}/2/encoder.safetensors"
     assert started_from(second) == TAG
 
 
-def test_a_run_of_a_file_belongs_to_the_started_from_of_the_file(tmp_path: Path) -> None:
+def test_a_chain_of_runs_started_from_its_first_file(tmp_path: Path) -> None:
     full = f"{BARE}@{tmp_path}/epoch_3.pt"
     first = write_run(tmp_path / "1", full, sha256="a")
     second = write_run(tmp_path / "2", first, sha256="b", started="a")
@@ -132,15 +108,15 @@ def test_a_run_of_a_file_belongs_to_the_started_from_of_the_file(tmp_path: Path)
 
 
 def test_a_chain_is_not_followed_into_another_run(tmp_path: Path) -> None:
-    """The first run was trained again, from another tag, since the second one began."""
+    """The first run was trained again after the second one began."""
     first = write_run(tmp_path / "1", TAG, sha256="another", older=True)
     second = write_run(tmp_path / "2", first, started="a", older=True)
     assert with_tag_of_run(second) == second
     assert started_from(second) == first
 
 
-def test_the_text_tower_outlives_the_run_between(tmp_path: Path) -> None:
-    """A tag has it whatever became of the image tower that was tuned first."""
+def test_the_tag_is_known_without_the_run_between(tmp_path: Path) -> None:
+    """The text tower is the tag's, even if the run that tuned the image tower first is gone."""
     second = write_run(tmp_path / "2", write_run(tmp_path / "1", TAG, sha256="a"), started="a")
     shutil.rmtree(tmp_path / "1")
     assert started_from(second) == started_from(str(tmp_path / "2")) == TAG
@@ -150,7 +126,7 @@ def test_the_text_tower_outlives_the_run_between(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "torn", "circle"])
-def test_a_chain_ends_where_nothing_can_be_read(tmp_path: Path, damage: str) -> None:
+def test_a_chain_that_cannot_be_followed_gives_no_tag(tmp_path: Path, damage: str) -> None:
     first = write_run(tmp_path / "1", TAG, sha256="a", older=True)
     second = write_run(tmp_path / "2", first, started="a", older=True)
     if damage == "gone":

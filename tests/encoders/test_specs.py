@@ -1,4 +1,4 @@
-"""Encoder specs: one string says which network and which weights."""
+"""Encoder specs: one string names the network and its weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from tests.support.refusals import refused
         ("python:my.models:encoder", "python", "my.models:encoder", None),
     ],
 )
-def test_good_specs(text: str, kind: str, model: str, pretrained: str | None) -> None:
+def test_valid_specs_are_parsed(text: str, kind: str, model: str, pretrained: str | None) -> None:
     spec = parse_spec(text)
     assert (spec.kind, spec.model, spec.pretrained, spec.checkpoint) == (kind, model, pretrained, None)
     assert str(spec) == text
     assert parse_spec(str(spec)) == spec
 
 
-def test_folders_in_place_of_files(tmp_path: Path) -> None:
-    """FSDP writes folders of shards, which torch itself makes a file of."""
+def test_folders_in_place_of_files_are_refused(tmp_path: Path) -> None:
+    """FSDP writes folders of shards, which torch can convert to a file."""
     with refused(ConfigError, "encoder", tmp_path, "name the file"):
         parse_spec(f"timm:resnet50@{tmp_path}")
     (tmp_path / ".metadata").touch()
@@ -38,14 +38,14 @@ def test_folders_in_place_of_files(tmp_path: Path) -> None:
         parse_spec(f"timm:resnet50@{tmp_path}")
 
 
-def test_timms_own_spelling_names_its_weights() -> None:
-    """Taken for a model's name alone, timm would build it with random weights."""
+def test_a_tag_in_timms_spelling_is_recognised() -> None:
+    """As part of the model's name, timm would ignore it and use random weights."""
     assert str(parse_spec("timm:resnet50.a1_in1k,image_size=96")) == "timm:resnet50/a1_in1k,image_size=96"
     assert parse_spec("timm:local-dir:/a.b/c").model == "local-dir:/a.b/c"
 
 
 @pytest.mark.parametrize("text", ["timm:resnet50/random", "timm:resnet50/", "timm:resnet50"])
-def test_random_is_no_tag(text: str) -> None:
+def test_random_is_not_a_tag(text: str) -> None:
     assert str(parse_spec(text)) == "timm:resnet50"
 
 
@@ -53,7 +53,7 @@ def test_random_is_no_tag(text: str) -> None:
     "head", ["open_clip:ViT-B-32", "timm:resnet50", "mlp:1x28x28-512-10", "python:my.models:encoder"]
 )
 @pytest.mark.parametrize("name", ["w.pt", "deep/er/w.safetensors", "at@sign/colon:x.pt"])
-def test_checkpoints(tmp_path: Path, head: str, name: str) -> None:
+def test_checkpoints_are_parsed(tmp_path: Path, head: str, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -97,7 +97,7 @@ def test_with_checkpoint_replaces_the_file_and_keeps_the_tag(spec: str, expected
         ("open_clip:local-dir:/folder,image_size=", "''"),
     ],
 )
-def test_bad_specs(text: str, fact: str) -> None:
+def test_invalid_specs_are_refused(text: str, fact: str) -> None:
     with refused(ConfigError, "encoder", repr(text), fact):
         parse_spec(text)
 
@@ -126,7 +126,7 @@ def test_a_tag_stays_beside_a_file(tmp_path: Path) -> None:
 def test_names_of_hubs_and_folders(
     text: str, model: str, revision: str | None, image_size: int | None, checkpoint: str | None
 ) -> None:
-    """An @ may begin a revision or a file, or belong to a path; what is recorded reads back when the file is gone."""
+    """An @ may begin a revision or a file, or belong to a path; missing files can be replaced in a spec."""
     moved = with_checkpoint(text, "/new/w.pt")
     assert moved == (text.removesuffix(f"@{checkpoint}") if checkpoint else text) + "@/new/w.pt"
     if checkpoint is None:

@@ -1,4 +1,4 @@
-"""timm's networks through their specs: pixels and embeddings are those of timm's own pipeline."""
+"""Networks of timm by their specs: pixels and embeddings equal those of timm's pipeline."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """The file that weights of the hub come from."""
+    """The file that is loaded instead of downloading weights."""
     place: dict[str, Path] = {}
     builder: Any = timm.models._builder
     monkeypatch.setattr(
@@ -54,7 +54,7 @@ def download(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def by_timm(name: str, **options: Any) -> Tensor:
-    """Embeddings of the photos through timm's pipeline, of length 1."""
+    """Embeddings of the photos by timm's pipeline, of length 1."""
     size = {"input_size": (3, options["img_size"], options["img_size"])} if "img_size" in options else {}
     model = timm.create_model(name, pretrained=True, num_classes=0, **options).eval()
     transform = data.create_transform(**data.resolve_model_data_config(model, size))
@@ -62,21 +62,21 @@ def by_timm(name: str, **options: Any) -> Tensor:
         return nn.functional.normalize(model(torch.stack([transform(one) for one in PHOTOS])), dim=-1)
 
 
-def _written(name: str, path: Path) -> Path:
-    """Weights of the whole classifier."""
+def _write_weights(name: str, path: Path) -> Path:
+    """Write the weights of a random classifier."""
     torch.save(shaken(timm.create_model(name)).state_dict(), path)
     return path
 
 
 @pytest.mark.parametrize("spec", TAGS)
-def test_embeddings_are_timms(tmp_path: Path, download: dict[str, Path], spec: str) -> None:
-    """Of the weights of a tag, of a run made from them, and of a file beside the tag."""
+def test_embeddings_equal_timm(tmp_path: Path, download: dict[str, Path], spec: str) -> None:
+    """From a tag, from a file that was saved from it, and from a file together with the tag."""
     name = spec.replace("/", ".")
-    download["file"] = _written(name, tmp_path / "tag.pt")
+    download["file"] = _write_weights(name, tmp_path / "tag.pt")
     encoder = load_encoder(f"timm:{spec}")
     assert (embedded(encoder) - by_timm(name)).abs().max() < 1e-6
     save_encoder(encoder, tmp_path / "encoder.safetensors")
-    download.clear()  # nothing is fetched where a file brings the weights
+    download.clear()  # a file of weights needs no download
     model = spec.split("/")[0]
     for again in (f"{spec}@{tmp_path}/encoder.safetensors", f"{model}@{tmp_path}/encoder.safetensors"):
         reloaded = load_encoder(f"timm:{again}")
@@ -87,7 +87,7 @@ def test_embeddings_are_timms(tmp_path: Path, download: dict[str, Path], spec: s
 
 
 def test_every_tag_has_the_pixels_of_timms_transform() -> None:
-    """Each way of making them once; which tag has which is timm's own word."""
+    """Each distinct preprocessing is tested once, as timm configures it."""
     spec, small = parse_spec("timm:resnet50"), photo(97, 131)
     distinct = {}
     for name in timm.list_pretrained():
@@ -107,7 +107,7 @@ def test_another_size_resamples_positions_as_timm_does(
     tmp_path: Path, download: dict[str, Path], capsys: pytest.CaptureFixture[str], spec: str
 ) -> None:
     name = spec.replace("/", ".")
-    download["file"] = _written(name, tmp_path / "tag.pt")
+    download["file"] = _write_weights(name, tmp_path / "tag.pt")
     encoder = load_encoder(f"timm:{spec},image_size=112")
     (line,) = capsys.readouterr().err.splitlines()
     tag: Any = timm.get_pretrained_cfg(name)
@@ -123,7 +123,7 @@ def test_another_size_resamples_positions_as_timm_does(
 
 
 def test_the_scale_follows_the_size() -> None:
-    """As crop_pct says: 224 of 248 pixels, so 96 of 106."""
+    """By crop_pct: 224 of 248 pixels, hence 96 of 106."""
     assert load_encoder("timm:vit_base_patch16_224").preprocessing.scale == (248, 248)
     assert load_encoder("timm:vit_base_patch16_224,image_size=96").preprocessing.scale == (106, 106)
     assert load_encoder("timm:test_resnet,image_size=96").preprocessing.scale == (101, 101)
@@ -134,8 +134,10 @@ def test_networks_of_one_size_refuse_others() -> None:
         load_encoder("timm:coat_lite_tiny,image_size=96")
 
 
-def test_a_file_alone_is_taken_for_timms_first_tag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = _written("vit_base_patch16_224", tmp_path / "w.pt")
+def test_a_file_without_a_tag_gets_the_preprocessing_of_timms_first_tag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _write_weights("vit_base_patch16_224", tmp_path / "w.pt")
     encoder = load_encoder(f"timm:vit_base_patch16_224@{file}")
     assert encoder.preprocessing.mean == (0.5, 0.5, 0.5)
     (line,) = capsys.readouterr().err.splitlines()
@@ -145,22 +147,22 @@ def test_a_file_alone_is_taken_for_timms_first_tag(tmp_path: Path, capsys: pytes
     )
     load_encoder(f"timm:vit_base_patch16_224,image_size=96@{file}")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "TAG@FILE" in line)
-    assert "shape" not in line  # tags do not differ in what the spec says
-    load_encoder(f"timm:test_vit@{_written('test_vit', file)}")  # there is one tag of it
+    assert "shape" not in line  # the spec sets the size, so tags do not differ in it
+    load_encoder(f"timm:test_vit@{_write_weights('test_vit', file)}")  # it has only one tag
     assert capsys.readouterr().err == ""
 
 
-def _folder(path: Path, safe: bool = True) -> nn.Module:
-    """A classifier as timm pushes it to the hub."""
+def _write_folder(path: Path, safe: bool = True) -> nn.Module:
+    """Write the folder of a random classifier as timm pushes it to the Hub; returns the classifier."""
     model = shaken(timm.create_model("test_vit", num_classes=7))
-    said = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear"}
-    timm.models._hub.save_for_hf(model, str(path), safe_serialization=safe, data_config=said)
+    data_config = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear"}
+    timm.models._hub.save_for_hf(model, str(path), safe_serialization=safe, data_config=data_config)
     return model
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_folders(tmp_path: Path, safe: bool) -> None:
-    _folder(tmp_path / "m", safe)
+def test_folders_are_read(tmp_path: Path, safe: bool) -> None:
+    _write_folder(tmp_path / "m", safe)
     encoder = load_encoder(f"timm:local-dir:{tmp_path / 'm'}")
     assert (embedded(encoder) - by_timm(f"local-dir:{tmp_path / 'm'}")).abs().max() < 1e-6
     assert (encoder.preprocessing.resize, encoder.preprocessing.scale) == ("squash", (200, 200))
@@ -171,27 +173,27 @@ def test_folders(tmp_path: Path, safe: bool) -> None:
 
 
 def test_models_of_the_hub(tmp_path: Path, download: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    _folder(tmp_path / "m", safe=False)
+    _write_folder(tmp_path / "m", safe=False)
     download["file"] = tmp_path / "m" / "pytorch_model.bin"
-    asked = []
+    requests = []
 
     def fetch(repository: str, filename: str, **_: Any) -> str:
-        asked.append((repository, filename))
+        requests.append((repository, filename))
         return str(tmp_path / "m" / filename)
 
     monkeypatch.setattr(timm.models._hub, "download_from_hf", fetch)
     encoder = load_encoder("timm:hf-hub:org/name@v2")
-    assert asked == [("org/name@v2", "config.json")]
+    assert requests == [("org/name@v2", "config.json")]
     assert (embedded(encoder) - by_timm("hf-hub:org/name@v2")).abs().max() < 1e-6
     assert encoder.spec == "timm:hf-hub:org/name@v2"
 
 
-def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+def test_folders_without_a_usable_model_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     spec = f"timm:local-dir:{folder}"
     with refused(ConfigError, "encoder", f"'{spec}'", "config.json"):
         load_encoder(spec)
-    _folder(folder)
+    _write_folder(folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
     document, data = json.loads(config.read_text()), weights.read_bytes()
     weights.write_bytes(data[:-100])
@@ -213,7 +215,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_without_a_network_a_name_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_reported_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*_: Any, **__: Any) -> str:
         raise ConnectionError("Name or service not known\nTry again")
 

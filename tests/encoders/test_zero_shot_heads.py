@@ -1,4 +1,4 @@
-"""Zero-shot heads behind their encoders, against the logits of open_clip and transformers themselves."""
+"""Logits of encoders with their zero-shot heads, against those of open_clip and transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from datamerge.encoders import Encoder, Head, load_encoder, load_head, parse_spe
 from datamerge.encoders.text_towers import load_text_tower
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 from storage_schemas import ConfigError
-from tests.encoders.test_runs import write_run
 from tests.support.refusals import refused
+from tests.support.runs import write_run
 from tests.support.small_hugging_face import WORDS, save_tokenizer, small_hugging_face
 
 make_torchvision_importable()
@@ -82,7 +82,7 @@ def add_tag(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], str]:
 
 
 def _model(name: str, seed: int = 1) -> Any:
-    """Random everywhere, logit scale and bias too."""
+    """A model with random parameters, including the logit scale and bias."""
     torch.manual_seed(seed)
     model = open_clip.create_model(name)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def _model(name: str, seed: int = 1) -> Any:
 
 
 def _expected(model: Any, tokenizer: Any, encoder: Encoder) -> Tensor:
-    """open_clip's own logits: its features, its scale and its bias."""
+    """Logits from open_clip's features, scale and bias."""
     with torch.no_grad():
         images = model.encode_image((PIXELS - encoder.mean) / encoder.std, normalize=True)
         texts = [tokenizer([prompt.format(name) for prompt in PROMPTS]) for name in NAMES]
@@ -109,7 +109,7 @@ def _logits(spec: str) -> tuple[Encoder, Head, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["tag", "file", "wrapped file", "tag and image tower", "local-dir", "random"])
-def test_logits_are_open_clips(
+def test_logits_equal_open_clip(
     kind: str, form: str, tmp_path: Path, add_tag: Callable[[str, Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = _name(kind)
@@ -148,8 +148,8 @@ def test_logits_are_open_clips(
     torch.testing.assert_close(logits, _expected(model, open_clip.get_tokenizer(name), encoder), atol=1e-5, rtol=1e-5)
 
 
-def test_names_as_openais_text_tower_has_them_go_into_a_tower_of_its_own(tmp_path: Path) -> None:
-    """As open_clip reads a CLIP's file into such a model; the bias, which the file lacks, is 0."""
+def test_openais_names_are_read_into_a_custom_text_tower(tmp_path: Path) -> None:
+    """As open_clip reads them; the bias, which the file lacks, is 0."""
     name = _name("sigmoid")
     config = {**CONFIGS["sigmoid"], "custom_text": False}
     (tmp_path / "datamerge-heads-plain.json").write_text(json.dumps(config))
@@ -165,7 +165,7 @@ def test_names_as_openais_text_tower_has_them_go_into_a_tower_of_its_own(tmp_pat
     torch.testing.assert_close(logits, _expected(model, open_clip.get_tokenizer(name), encoder), atol=1e-5, rtol=1e-5)
 
 
-def test_a_local_folder_has_its_own_tokeniser(tmp_path: Path) -> None:
+def test_the_tokeniser_of_a_local_folder_is_used(tmp_path: Path) -> None:
     text = {**CONFIGS["sigmoid"]["text_cfg"], "vocab_size": len(WORDS), "hf_tokenizer_name": "somebody/else"}
     config = {**CONFIGS["sigmoid"], "text_cfg": text}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -179,7 +179,7 @@ def test_a_local_folder_has_its_own_tokeniser(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 @pytest.mark.parametrize("form", ["folder", "run", "whole file"])
-def test_logits_are_those_of_transformers(family: str, form: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(family: str, form: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     model = small_hugging_face(family, folder)
     spec = head_spec = f"hf:{folder}"
@@ -214,8 +214,10 @@ def _record(folder: Path, encoder: Encoder) -> None:
     (folder / "run.json").write_text(json.dumps(facts))
 
 
-def test_a_run_has_the_head_of_what_it_started_from(tmp_path: Path, add_tag: Callable[[str, Path], str]) -> None:
-    """By its folder, by the spec of its encoder, in place and moved; a run of a run, and one of a whole file too."""
+def test_a_run_has_the_head_of_the_encoder_it_started_from(
+    tmp_path: Path, add_tag: Callable[[str, Path], str]
+) -> None:
+    """By the run's folder and by its encoder's spec, in place and moved; also a run of a run, and of a file."""
     name = _name("clip")
     torch.save(_model(name).state_dict(), tmp_path / "whole.pt")
     for number, original in enumerate(
@@ -235,7 +237,7 @@ def test_a_run_has_the_head_of_what_it_started_from(tmp_path: Path, add_tag: Cal
         assert torch.equal(load_head(str(moved), NAMES).weight, expected)
 
 
-def test_a_text_tower_comes_without_the_rest(tmp_path: Path, kind: str) -> None:
+def test_a_text_tower_is_loaded_without_the_image_tower(tmp_path: Path, kind: str) -> None:
     torch.save(_model(_name(kind)).state_dict(), tmp_path / "w.pt")
     for spec in (f"open_clip:{_name(kind)}", f"open_clip:{_name(kind)}@{tmp_path}/w.pt"):
         tower = load_text_tower(parse_spec(spec))
@@ -245,13 +247,13 @@ def test_a_text_tower_comes_without_the_rest(tmp_path: Path, kind: str) -> None:
     assert not any("vis" in name for name, _ in model.named_parameters())
 
 
-def test_an_image_tower_alone_needs_to_be_told_its_text_tower(tmp_path: Path) -> None:
+def test_an_image_tower_without_a_tag_has_no_head(tmp_path: Path) -> None:
     torch.save(_model(_name("clip")).visual.state_dict(), tmp_path / "visual.pt")
     with refused(ConfigError, "head", tmp_path / "visual.pt", f"open_clip:{_name('clip')}/TAG"):
         load_head(f"open_clip:{_name('clip')}@{tmp_path}/visual.pt", NAMES)
 
 
-def test_a_text_tower_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_text_tower_is_refused(tmp_path: Path) -> None:
     state = _model(_name("clip")).state_dict()
     del state["ln_final.weight"]
     torch.save(state, tmp_path / "torn.pt")
@@ -268,7 +270,7 @@ def test_vision_models_of_transformers_have_no_head(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["CLIP", "Siglip"])
 def test_a_folder_without_a_tokeniser_is_refused(family: str, tmp_path: Path) -> None:
-    """transformers makes one without words where it finds no files."""
+    """Without its files, transformers makes one without words."""
     small_hugging_face(family, tmp_path / "model")
     for file in (tmp_path / "model").glob("tokenizer*"):
         file.unlink()
@@ -276,7 +278,7 @@ def test_a_folder_without_a_tokeniser_is_refused(family: str, tmp_path: Path) ->
         load_head(f"hf:{tmp_path}/model", NAMES)
 
 
-def test_a_tokeniser_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokeniser_that_cannot_be_fetched_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = {**TEXT, "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
     (tmp_path / "datamerge-heads-far.json").write_text(json.dumps({**CONFIGS["clip"], "text_cfg": text}))
     open_clip.add_model_config(tmp_path)
@@ -289,7 +291,7 @@ def test_a_tokeniser_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.
         load_head("open_clip:datamerge-heads-far", NAMES)
 
 
-def test_a_tokeniser_of_other_words_than_the_text_towers(tmp_path: Path) -> None:
+def test_a_tokeniser_with_ids_beyond_the_text_towers_is_refused(tmp_path: Path) -> None:
     small_hugging_face("CLIP", tmp_path)
     facts = json.loads((tmp_path / "tokenizer.json").read_text())
     facts["model"]["vocab"]["cat"] = 500
@@ -298,7 +300,7 @@ def test_a_tokeniser_of_other_words_than_the_text_towers(tmp_path: Path) -> None
         load_head(f"hf:{tmp_path}", NAMES)
 
 
-def test_a_text_tower_that_diverged(tmp_path: Path) -> None:
+def test_a_text_tower_that_diverged_is_refused(tmp_path: Path) -> None:
     state = _model(_name("clip")).state_dict()
     state["logit_scale"].fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
@@ -308,7 +310,7 @@ def test_a_text_tower_that_diverged(tmp_path: Path) -> None:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How many classes were computed, call by call, with a cache of its own."""
+    """The number of classes of each head that is computed; the cache is empty at first."""
     calls: list[int] = []
     original = open_clip.build_zero_shot_classifier
 
@@ -321,8 +323,8 @@ def computed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return calls
 
 
-def test_heads_are_computed_once_for_what_goes_into_them(tmp_path: Path, computed: list[int]) -> None:
-    """Under whatever name the weights come; others at the same place and of the same age are others."""
+def test_heads_are_cached_by_the_contents_of_their_inputs(tmp_path: Path, computed: list[int]) -> None:
+    """The name of the file does not matter; other weights with the same name and time are recognised."""
     spec, file = f"open_clip:{_name('sigmoid')}", tmp_path / "a.pt"
     torch.save(_model(_name("sigmoid")).state_dict(), file)
     first = load_head(f"{spec}@{file}", NAMES, PROMPTS)
@@ -340,7 +342,7 @@ def test_heads_are_computed_once_for_what_goes_into_them(tmp_path: Path, compute
     assert len(list((tmp_path / "cache/heads").iterdir())) == 4
 
 
-def test_a_damaged_or_forbidden_cache_costs_time_only(
+def test_a_damaged_or_unusable_cache_costs_only_time(
     tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = f"open_clip:{_name('clip')}"
@@ -355,7 +357,9 @@ def test_a_damaged_or_forbidden_cache_costs_time_only(
     assert computed == [3, 3, 3]
 
 
-def test_where_heads_are_kept(tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_where_the_environment_says(
+    tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = f"open_clip:{_name('clip')}"
     monkeypatch.delenv("DATAMERGE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

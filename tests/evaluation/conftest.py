@@ -72,7 +72,7 @@ def make_encoder(tmp_path: Path) -> MakeEncoder:
 
 @pytest.fixture
 def overflowing(make_encoder: MakeEncoder) -> str:
-    """Finite weights whose outputs are not: pixels are divided by a standard deviation of almost nothing."""
+    """Spec of an encoder with finite weights whose outputs overflow: pixels are divided by a tiny number."""
     spec = make_encoder([[1e30] * 4])
     encoder = load_encoder(spec)
     encoder.preprocessing = encoder.preprocessing.model_copy(update={"std": (1e-30,)})

@@ -67,7 +67,7 @@ def items(output: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(output.rglob("items/*.json"))}
 
 
-def test_the_attack_lowers_captions_and_says_how(
+def test_the_attack_lowers_scores_and_records_its_passes(
     finished: tuple[Path, ArmResult], captioned: list[Captioned]
 ) -> None:
     output, result = finished
@@ -93,7 +93,7 @@ def test_the_attack_lowers_captions_and_says_how(
     assert adversarial.value == pytest.approx(np.mean(lowest))
 
 
-def test_images_are_left_alone_below_the_threshold(finished: tuple[Path, ArmResult]) -> None:
+def test_images_below_the_threshold_are_not_attacked_further(finished: tuple[Path, ArmResult]) -> None:
     for state in items(finished[0]).values():
         below = [entry["score"] < 10 for entry in state["passes"]]
         assert not any(below[:-1]), "no pass after one that brought the score down"
@@ -107,7 +107,7 @@ def test_images_are_left_alone_below_the_threshold(finished: tuple[Path, ArmResu
 
 
 @pytest.mark.parametrize(("half", "search"), [("float32", "tf32"), ("bfloat16", "bfloat16")])
-def test_a_pass_says_what_its_search_computed_in(
+def test_a_pass_records_the_arithmetic_of_its_search(
     settings: dict[str, Any], tmp_path: Path, half: str, search: str
 ) -> None:
     captions(settings, tmp_path / "out", precision="tf32", half=half, steps=1)
@@ -128,7 +128,7 @@ def test_stored_pictures_are_inside_the_ball(finished: tuple[Path, ArmResult], c
     assert not list(output.rglob("*.npy")), "working files of finished images are removed"
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(
+def test_an_interrupted_evaluation_is_resumed(
     settings: dict[str, Any], finished: tuple[Path, ArmResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, count = ArmFolder.write, 0
@@ -187,7 +187,7 @@ def test_other_captions_under_the_same_keys_are_refused(
         captions(settings, finished[0], data=str(tmp_path / "others.json"))
 
 
-def test_passes() -> None:
+def test_passes_are_planned_in_order() -> None:
     assert [step.name for step in plan_passes(10, (), True)] == [
         "clean",
         *(f"answer {i}" for i in range(1, 6)),
@@ -206,7 +206,7 @@ def test_passes() -> None:
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-def test_an_attack_moves_the_likelihood_its_way(llava: Llava, targeted: bool) -> None:
+def test_an_attack_lowers_or_raises_the_likelihood(llava: Llava, targeted: bool) -> None:
     clean = (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
     config = CaptionsConfig(runs=["own"], data="d", images="i", epsilon=PixelLength("4/255"), steps=8)
     questions, answers = ["What is it?"] * 2, ["maybe", "a man"]
@@ -224,7 +224,7 @@ def test_an_attack_moves_the_likelihood_its_way(llava: Llava, targeted: bool) ->
     assert float(found.max()) <= 1
 
 
-def test_an_image_whose_gradient_overflows_holds_nobody_up(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflowing_gradient_fails_only_its_image(llava: Llava, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = AnswerLoss.forward
 
     def overflow(self: AnswerLoss, pixels: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ def test_an_image_whose_gradient_overflows_holds_nobody_up(llava: Llava, monkeyp
     assert good.pixels is not None
 
 
-def test_images_of_a_batch_go_their_own_ways(
+def test_images_of_a_batch_have_passes_of_their_own(
     settings: dict[str, Any], captioned: list[Captioned], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people = [["yes"] * 10, ["yes"] * 5 + ["no"] * 5, ["yes"] * 4 + ["no"] * 3 + ["2"] * 3]
@@ -296,18 +296,20 @@ def test_vqa_counts_the_lowest_accuracy(
     monkeypatch: pytest.MonkeyPatch,
     captioned: list[Captioned],
 ) -> None:
-    asked: list[str] = []
+    questions_seen: list[str] = []
 
     def generate(self: Llava, pixels: Tensor, questions: list[str], new_tokens: int) -> list[str]:
         # A model that says yes to images as they are, no after one attack, and something else in the end.
-        asked.extend(questions)
+        questions_seen.extend(questions)
         assert new_tokens == 5
-        return [["Yes", "no, never", "no", "no", "no", "no", "no", "maybe"][min(len(asked) - 1, 7)]] * len(questions)
+        return [["Yes", "no, never", "no", "no", "no", "no", "no", "maybe"][min(len(questions_seen) - 1, 7)]] * len(
+            questions
+        )
 
     monkeypatch.setattr(Llava, "generate", generate)
     flags = {**settings, "data": vqa_files[0], "annotations": vqa_files[1], "sample": 1, "output": str(tmp_path)}
     (result,) = evaluate_vqa(load_settings(VqaConfig, None, {**flags, "steps": 1}))
-    assert asked[0] == "What is it?\nAnswer the question using a single word or phrase."
+    assert questions_seen[0] == "What is it?\nAnswer the question using a single word or phrase."
     (state,) = items(tmp_path).values()
     assert state["references"] == ["yes", "no", "two", "a cat", "red"]
     assert [entry["name"] for entry in state["passes"]][-3:] == ["answer 5", "refined", '"maybe"']
@@ -372,7 +374,7 @@ def test_both_parts_make_one_table(
         ({"runs": []}, ConfigError, "runs", "[]"),
     ],
 )
-def test_requests_that_are_refused(
+def test_wrong_settings_are_refused(
     settings: dict[str, Any],
     changes: dict[str, Any],
     kind: type[DatamergeError],
@@ -400,7 +402,9 @@ def test_a_large_model_needs_a_gpu(settings: dict[str, Any], tmp_path: Path, mon
         captions(settings, tmp_path / "out", llava=str(folder), device="auto")
 
 
-def test_a_broken_image_is_named(settings: dict[str, Any], captioned: list[Captioned], tmp_path: Path) -> None:
+def test_broken_and_missing_images_are_refused(
+    settings: dict[str, Any], captioned: list[Captioned], tmp_path: Path
+) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for image in captioned:

@@ -32,10 +32,10 @@ def references(caption_file: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def predictions(references: dict[str, list[str]]) -> dict[str, str]:
-    """Another person's caption, odd punctuation, a foreign one and none at all."""
+    """Another person's captions, one with odd punctuation, one of another image and an empty one."""
     keys = list(references)
-    said = {key: references[key][-1] for key in keys}
-    return said | {
+    candidates = {key: references[key][-1] for key in keys}
+    return candidates | {
         keys[0]: 'A "dog", isn\'t it? - yes; (brown)...',
         keys[1]: references[keys[2]][0],
         keys[3]: "",
@@ -44,11 +44,11 @@ def predictions(references: dict[str, list[str]]) -> dict[str, str]:
 
 
 @needs_java
-def test_cider_is_pycocoevalcaps(references: dict[str, list[str]], predictions: dict[str, str]) -> None:
+def test_cider_equals_pycocoevalcap(references: dict[str, list[str]], predictions: dict[str, str]) -> None:
     tokenizer = PTBTokenizer()
     truth = tokenizer.tokenize({key: [{"caption": text} for text in texts] for key, texts in references.items()})
-    said = tokenizer.tokenize({key: [{"caption": text}] for key, text in predictions.items()})
-    mean, each = Cider().compute_score(truth, said)
+    candidates = tokenizer.tokenize({key: [{"caption": text}] for key, text in predictions.items()})
+    mean, each = Cider().compute_score(truth, candidates)
     scorer = CaptionScorer({key: texts[:] for key, texts in references.items()})
     scores = scorer.scores(predictions)
     assert list(scores.values()) == pytest.approx((100 * each).tolist(), abs=1e-9)
@@ -69,15 +69,15 @@ def test_golden_cider() -> None:
 
 @needs_java
 @pytest.mark.parametrize("end", ["\r", "\x0b", "\x85", "\u2028", "\n\n"])
-def test_whatever_ends_a_line_within_a_caption(end: str) -> None:
-    """The scores of the others are not those of their neighbours."""
+def test_line_separators_within_a_caption_do_not_shift_scores(end: str) -> None:
+    """Stanford's tokeniser works by lines; the other captions keep their scores."""
     references = {"1": ["a cat sits"], "2": ["a dog runs"], "3": ["a red bus"]}
     scores = CaptionScorer(references).scores({"1": f"a cat{end}sits", "2": "a dog runs", "3": "a red bus"})
     assert scores == CaptionScorer(references).scores({key: texts[0] for key, texts in references.items()})
 
 
 @needs_java
-def test_an_empty_caption_at_the_end() -> None:
+def test_an_empty_last_caption_scores_0() -> None:
     scores = CaptionScorer({"1": ["a cat sits"], "2": ["a dog runs"]}).scores({"1": "a cat", "2": ""})
     assert scores["2"] == 0.0
 

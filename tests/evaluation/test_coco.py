@@ -1,4 +1,4 @@
-"""Official files: the images a seed chooses, what is read, and what is refused."""
+"""Official files of COCO and VQAv2: the images that a seed chooses, their captions and questions, and refusals."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def karpathy(**image: Any) -> dict[str, Any]:
     return {"images": [{"split": "test", "sentences": [{"raw": "x"}], **image}]}
 
 
-def test_the_seed_chooses_the_references_images() -> None:
+def test_the_seed_chooses_the_images_of_fares_evaluation() -> None:
     # What FARE's evaluation does with numpy's global state.
     np.random.seed(42)
     expected = np.random.choice(5000, 100, replace=False).tolist()
     assert draw(range(5000), 100, 42) == expected
 
 
-def test_official_captions(caption_file: str, coco: Path) -> None:
+def test_official_captions_are_read(caption_file: str, coco: Path) -> None:
     content = json.loads(Path(caption_file).read_text())
     found = read_captions(caption_file, str(coco / "val2017"), "test", 10_000, 42)
     assert [image.key for image in found] == [str(image["id"]) for image in content["images"]]
@@ -54,7 +54,7 @@ def test_official_captions(caption_file: str, coco: Path) -> None:
     assert found[0].image == coco / "val2017" / first["file_name"]
 
 
-def test_karpathys_split(images: Path, tmp_path: Path) -> None:
+def test_karpathys_split_is_read(images: Path, tmp_path: Path) -> None:
     def entry(split: str, number: int) -> dict[str, Any]:
         name = f"COCO_val2014_{number:012d}.jpg"
         sentences = [{"raw": f"caption {i} of {number}", "tokens": []} for i in range(5)]
@@ -70,7 +70,7 @@ def test_karpathys_split(images: Path, tmp_path: Path) -> None:
         read_captions(file, str(images), "dev", 100, 42)
 
 
-def test_vqa_files(images: Path, tmp_path: Path) -> None:
+def test_vqa_files_are_read(images: Path, tmp_path: Path) -> None:
     questions = [{"image_id": number, "question": f"{number}?", "question_id": 10 * number} for number in (8, 7, 9)]
     answers = [
         {"question_id": 10 * number, "answers": [{"answer": f"a{i}", "answer_id": i} for i in range(10)]}
@@ -106,7 +106,7 @@ def test_vqa_files(images: Path, tmp_path: Path) -> None:
         (karpathy(filename="/etc/passwd"), ["/images", "'/etc/passwd'"]),
     ],
 )
-def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, facts: list[str]) -> None:
+def test_wrong_caption_files_are_refused(images: Path, tmp_path: Path, content: Any, facts: list[str]) -> None:
     with refused(SourceError, None, *facts):
         read_captions(write(tmp_path / "c.json", content), str(images), "test", 10, 42)
 
@@ -120,7 +120,7 @@ def test_files_that_are_refused(images: Path, tmp_path: Path, content: Any, fact
         (1, [1], ["'question_id'", "[1]"]),
     ],
 )
-def test_questions_that_are_refused(
+def test_wrong_questions_are_refused(
     images: Path, tmp_path: Path, image: Any, question: Any, facts: list[str]
 ) -> None:
     answers = {"annotations": [{"question_id": question, "answers": [{"answer": "a"}]}]}
@@ -133,7 +133,7 @@ def test_questions_that_are_refused(
 
 
 @pytest.mark.parametrize(("text", "found"), [("{", "Expecting"), ("[" * 100_000, "nested")])
-def test_a_file_that_is_no_json(images: Path, tmp_path: Path, text: str, found: str) -> None:
+def test_a_file_that_is_not_json_is_refused(images: Path, tmp_path: Path, text: str, found: str) -> None:
     (tmp_path / "c.json").write_text(text)
     with refused(SourceError, None, tmp_path / "c.json", found):
         read_captions(str(tmp_path / "c.json"), str(images), "test", 10, 42)
@@ -152,7 +152,7 @@ def test_images_are_padded_with_the_mean_colour(tmp_path: Path) -> None:
     assert np.array_equal(cropped, pixels.transpose(2, 0, 1)[:, :, 10:30])
 
 
-def test_the_square_is_resized_as_the_tower_needs_it(tmp_path: Path) -> None:
+def test_the_padded_square_is_resized_with_the_towers_interpolation(tmp_path: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 255, (31, 31, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     for name in ("bilinear", "bicubic"):

@@ -1,4 +1,4 @@
-"""LLaVA on pixels: which tokens are the answer, its loss, greedy answers, and towers that are exchanged."""
+"""LLaVA on pixels: the tokens of an answer, their loss, greedy answers, and replaced vision towers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pixels(llava: Llava) -> Tensor:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """As CLIP's preprocessing does."""
+    """Pixels normalised as by CLIP's preprocessing."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     return (pixels - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -51,7 +51,7 @@ def test_the_mask_covers_the_answer_token_by_token(llava: Llava) -> None:
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_the_prompt_is_the_one_that_is_answered(
+def test_losses_and_answers_have_the_same_prompt(
     llava: Llava, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(llava: Llava, pixels: Tensor) -> None:
     assert llava.generate(pixels, questions, 6) == one_by_one
 
 
-def test_the_loss_is_transformers_own(llava: Llava, pixels: Tensor) -> None:
+def test_the_loss_equals_that_of_transformers(llava: Llava, pixels: Tensor) -> None:
     tokens = llava.answers([QUESTION], [ANSWER])
     expected = llava.model(
         input_ids=tokens.ids,
@@ -89,7 +89,7 @@ def test_the_loss_is_transformers_own(llava: Llava, pixels: Tensor) -> None:
 
 
 def test_a_pass_does_not_wait_for_the_device(llava: Llava, pixels: Tensor) -> None:
-    """Nothing asks for the value of a tensor: on a GPU that takes as long as the pass."""
+    """No operation needs the value of a tensor, for which the host would wait until the GPU finished the pass."""
     tokens = llava.answers([QUESTION, "Where?"], ["yes", "a long answer about a street"])
     point = pixels.clone().requires_grad_()
     with Operations() as seen:
@@ -97,13 +97,13 @@ def test_a_pass_does_not_wait_for_the_device(llava: Llava, pixels: Tensor) -> No
     waiting = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.masked_select", "aten.nonzero")
     assert not [name for name in seen.names if name.startswith(waiting)]
     assert any(name.startswith("aten.embedding") for name in seen.names)
-    # Nor asks a GPU for what `torch.use_deterministic_algorithms` refuses: the pass would be done twice.
+    # None lacks a deterministic kernel on GPUs: `torch.use_deterministic_algorithms` would refuse it.
     refused_there = ("aten.nll_loss2d", "aten.cumsum", "aten.scatter_reduce", "aten.put", "aten.upsample")
     assert not [name for name in seen.names if name.startswith((*refused_there, "aten.adaptive_avg_pool2d"))]
     assert any(name.startswith("aten.nll_loss_forward") for name in seen.names)
 
 
-def test_the_loss_leads_to_the_pixels(llava: Llava, pixels: Tensor) -> None:
+def test_the_gradient_at_the_pixels_equals_finite_differences(llava: Llava, pixels: Tensor) -> None:
     tokens = llava.answers([QUESTION], [ANSWER])
     point = pixels[:1].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(llava.losses(point, tokens).sum(), point)
@@ -128,13 +128,13 @@ def test_answers_are_greedy(llava: Llava, pixels: Tensor) -> None:
     assert llava.generate(pixels[:1], [QUESTION], 5) == [expected.strip()]
 
 
-def test_a_memorised_caption_is_said(llava: Llava, captioned: list[Captioned]) -> None:
+def test_memorised_captions_are_generated(llava: Llava, captioned: list[Captioned]) -> None:
     from datamerge.evaluation.llava.captions import QUESTION as CAPTION
     from datamerge.evaluation.llava.images import read_image
 
     images = [torch.from_numpy(read_image(image.image, llava.preprocessing, "pad")) for image in captioned]
-    said = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
-    assert sum(a == b.captions[0].strip() for a, b in zip(said, captioned, strict=True)) >= 3
+    generated = llava.generate(torch.stack(images).float() / 255, [CAPTION] * 4, 40)
+    assert sum(a == b.captions[0].strip() for a, b in zip(generated, captioned, strict=True)) >= 3
 
 
 def test_an_open_clip_tower_gives_the_tokens_before_its_last_block(make_clip: Callable[..., str]) -> None:
@@ -194,7 +194,7 @@ def test_an_open_clip_tower_equals_hugging_faces_with_the_same_weights(make_clip
     torch.testing.assert_close(OpenClipTower(visual, -2)(pixels).hidden_states[-2], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_replaced_tower_is_what_is_seen(
+def test_a_replaced_tower_is_used(
     llava: Llava, llava_path: str, make_clip: Callable[..., str], pixels: Tensor
 ) -> None:
     run = read_tower_run(make_clip())
@@ -214,7 +214,7 @@ def test_a_replaced_tower_is_what_is_seen(
 
 
 def save_tower(tower: Any, folder: Path, **changes: Any) -> str:
-    """Spec of a vision model with an image processor, CLIP's unless changed."""
+    """Save a vision model with CLIP's image processor, changed as given; returns its spec."""
     import transformers
 
     size = int(tower.config.image_size)
@@ -224,7 +224,7 @@ def save_tower(tower: Any, folder: Path, **changes: Any) -> str:
     return f"hf:{folder}"
 
 
-def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+def test_a_hugging_face_tower_at_another_size(llava: Llava, llava_path: str, tmp_path: Path) -> None:
     run = read_tower_run(save_tower(llava.model.model.vision_tower, tmp_path))
     assert run.arm == f"hf:{tmp_path.name}", "two checkpoints must not look alike in the table"
     same = Llava(llava_path, run, 0, CPU, "float32")
@@ -243,7 +243,7 @@ def test_a_hugging_face_tower_and_another_size(llava: Llava, llava_path: str, tm
         torch.testing.assert_close(found, expected)
 
 
-def test_a_tower_has_the_pixels_that_its_checkpoint_says(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+def test_a_tower_has_the_preprocessing_of_its_checkpoint(llava: Llava, llava_path: str, tmp_path: Path) -> None:
     changes = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.125], "resample": 2}
     spec = save_tower(llava.model.model.vision_tower, tmp_path, **changes)
     other = Llava(llava_path, read_tower_run(spec), 0, CPU, "float32")
@@ -264,7 +264,7 @@ def test_a_tower_has_the_pixels_that_its_checkpoint_says(llava: Llava, llava_pat
 def test_open_clip_towers_of_every_size(
     llava_path: str, make_clip: Callable[..., str], tmp_path: Path, native: int, size: int
 ) -> None:
-    """Such as one for 336 pixels at its own size and at the protocol's 224, and one for 224 at 336."""
+    """As for a tower for 336 pixels at 336 and at the protocol's 224, and one for 224 at 336."""
     import open_clip
 
     name, side = make_clip(size=native), size or native
@@ -282,7 +282,7 @@ def test_open_clip_towers_of_every_size(
     assert found.tower_sha256 == load_encoder(spec).sha256
 
 
-def test_a_run_that_was_trained_from_a_hugging_face_model(
+def test_a_run_trained_from_a_hugging_face_model_is_a_tower(
     llava: Llava, llava_path: str, make_run: Callable[..., str], tmp_path: Path
 ) -> None:
     original = save_tower(llava.model.model.vision_tower, tmp_path / "clip")
@@ -313,7 +313,7 @@ def test_half_precision_is_close(llava: Llava, llava_path: str, pixels: Tensor) 
     assert float(loss) == pytest.approx(float(llava.losses(pixels[:1], tokens)), rel=0.05)
 
 
-def test_encoders_that_do_not_fit(
+def test_unsuitable_encoders_and_sizes_are_refused(
     llava: Llava, llava_path: str, make_clip: Callable[..., str], tmp_path: Path
 ) -> None:
     with refused(ConfigError, "runs", "width 32", "width 64"):
@@ -329,7 +329,7 @@ def test_encoders_that_do_not_fit(
         Llava(llava_path, read_tower_run(f"hf:{tmp_path}"), 0, CPU, "float32")
 
 
-def test_networks_whose_tokens_are_not_clips_are_named(llava_path: str, tmp_path: Path) -> None:
+def test_networks_whose_tokens_are_not_clips_are_refused(llava_path: str, tmp_path: Path) -> None:
     import open_clip
     import transformers
 
@@ -357,7 +357,7 @@ def test_networks_whose_tokens_are_not_clips_are_named(llava_path: str, tmp_path
         Llava(llava_path, read_tower_run("open_clip:datamerge-test-timm"), 0, CPU, "float32")
 
 
-def test_pixels_are_never_guessed(llava: Llava, llava_path: str, tmp_path: Path) -> None:
+def test_a_missing_image_processor_is_refused(llava: Llava, llava_path: str, tmp_path: Path) -> None:
     llava.model.model.vision_tower.save_pretrained(tmp_path / "clip")
     with refused(ConfigError, "runs", "preprocessor_config.json", tmp_path / "clip"):
         Llava(llava_path, read_tower_run(f"hf:{tmp_path / 'clip'}"), 0, CPU, "float32")

@@ -1,4 +1,4 @@
-"""What float32 means in evaluations."""
+"""The arithmetic of evaluations: scores in float32, and TF32 only in the search."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_counted_is_computed_alike_clean_and_under_attack(
+def test_scores_are_computed_alike_clean_and_under_attack(
     make_run: Callable[..., str], make_head: Callable[..., str], tmp_path: Path, kind: str, precision: str
 ) -> None:
-    """Or accuracies clean and under attack would be of two encoders that differ in the third digit."""
+    """Otherwise they would be those of two encoders that differ in the third digit."""
     rng = np.random.default_rng(0)
     for index in range(4):
         path = tmp_path / f"photos/{index % 2}/{index}.png"
@@ -48,11 +48,11 @@ def test_what_is_counted_is_computed_alike_clean_and_under_attack(
     }
     with recording() as notes:
         KINDS[kind]({**values, "head": head})
-    _, *measured = notes  # the first finds out how wide the embedding is, when the encoder is loaded
+    _, *measured = notes  # the first pass finds the width of the embedding when the encoder is loaded
     assert {note.backward for note in measured} == {False, True}
     assert all(note.deterministic and note.products == "highest" for note in measured)
     search = [note for note in measured if note.backward]
     assert {note.tf32 for note in search} == {precision == "tf32"}
-    # The first pass is a clean one, and the last judges what was found.
+    # The first pass scores the clean images, and the last the adversarial ones.
     assert not measured[0].tf32
     assert not measured[-1].tf32

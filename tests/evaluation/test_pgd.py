@@ -63,13 +63,13 @@ def test_robust_accuracy_of_a_linear_classifier_is_the_worst_case(
     assert found.error == pytest.approx(100 * (robust * (1 - robust) / 4) ** 0.5)
 
 
-def test_what_is_wrong_clean_is_not_robust(two_class: str, photos: Path, make_head: MakeHead) -> None:
+def test_misclassified_clean_images_are_not_robust(two_class: str, photos: Path, make_head: MakeHead) -> None:
     shutil.move(photos / "dark" / "far.png", photos / "light" / "wrong.png")
     (result,) = measure(two_class, data=photos, head=make_head(IDENTITY), epsilon="8/255")
     assert (result.score("accuracy clean").value, result.score("accuracy robust").value) == (75, 0)
 
 
-def test_outputs_as_logits(two_class: str, photos: Path) -> None:
+def test_outputs_of_the_encoder_may_be_logits(two_class: str, photos: Path) -> None:
     (result,) = measure(two_class, data=photos, head="outputs")
     assert (result.score("accuracy clean").value, result.score("accuracy robust").value) == (100, 50)
 
@@ -94,7 +94,7 @@ def test_classes_are_matched_by_name_where_the_head_has_names(
         b'{"2": ["n3", "dark"], "0": ["n1", "light"], "1": ["n2", "moon"]}',
     ],
 )
-def test_names_are_read_as_people_write_them(
+def test_class_names_are_read_from_several_formats(
     two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "names.txt").write_bytes(content)
@@ -103,7 +103,7 @@ def test_names_are_read_as_people_write_them(
     assert found.score("accuracy clean").value == 100
 
 
-def test_classes_that_the_head_does_not_have(two_class: str, photos: Path, make_head: MakeHead) -> None:
+def test_classes_that_the_head_does_not_have_are_refused(two_class: str, photos: Path, make_head: MakeHead) -> None:
     with refused(ConfigError, "head", photos, "1: 'dark'", "'moon'"):
         measure(two_class, data=photos, head=make_head([[1.0, 0.0], [0.0, 1.0]], ["moon", "light"]))
 
@@ -182,7 +182,7 @@ def test_random_starts_depend_on_seed_and_key_only(make_encoder: MakeEncoder, te
     assert only.score("loss adv.").value == alone.score("loss adv.").value
 
 
-def test_torch_threads_are_given_back(two_class: str, photos: Path) -> None:
+def test_the_number_of_torch_threads_is_restored(two_class: str, photos: Path) -> None:
     before = torch.get_num_threads()
     measure(two_class, data=photos, steps=1, threads=2)
     assert torch.get_num_threads() == before
@@ -204,7 +204,7 @@ def test_results_are_shown_as_a_table(two_class: str, photos: Path, make_run: Ma
         results[0].score("top-1")
 
 
-def test_an_output_folder_is_gone_on_with(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_an_output_folder_is_continued(two_class: str, photos: Path, tmp_path: Path) -> None:
     settings = {"data": photos, "head": "outputs", "steps": 2, "batch_size": 2, "output": str(tmp_path / "out")}
     whole = measure(two_class, **settings)  # type: ignore[arg-type]
     items = sorted((tmp_path / "out" / "pgd").rglob("items/*.json"))
@@ -220,7 +220,7 @@ def test_an_output_folder_is_gone_on_with(two_class: str, photos: Path, tmp_path
         measure(two_class, **{**settings, "head": None})  # type: ignore[arg-type]
 
 
-def test_nothing_is_stored_unless_asked_for(
+def test_nothing_is_stored_without_an_output_folder(
     two_class: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -229,7 +229,7 @@ def test_nothing_is_stored_unless_asked_for(
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_the_bootstrap_in_blocks_is_that_at_once() -> None:
+def test_the_bootstrap_in_blocks_equals_that_at_once() -> None:
     values = np.random.default_rng(1).normal(size=70)
     generator = np.random.default_rng(np.random.SeedSequence([BOOTSTRAP_SEED, 70]))
     means = generator.multinomial(70, np.full(70, 1 / 70), size=RESAMPLES) @ values / 70
@@ -237,7 +237,7 @@ def test_the_bootstrap_in_blocks_is_that_at_once() -> None:
 
 
 class _Flaky:
-    """Loses its connection as often as it is told."""
+    """A reader whose connection is lost in the first `failures` reads."""
 
     is_concurrent, is_remote = True, True
 
@@ -254,8 +254,8 @@ class _Flaky:
 
 
 @pytest.mark.parametrize(("failures", "lost"), [(2, False), (100, True)])
-def test_a_lost_connection_is_no_bad_image(monkeypatch: pytest.MonkeyPatch, failures: int, lost: bool) -> None:
-    """It would be left out of this encoder's rows, and not of the next one's."""
+def test_a_lost_connection_is_not_a_bad_image(monkeypatch: pytest.MonkeyPatch, failures: int, lost: bool) -> None:
+    """Otherwise the image would be left out for this encoder, but not for the next."""
     monkeypatch.setattr("storage_schemas.access.retries.FIRST_DELAY", 0.0)
     source = Source("s3://b", "image_folder", Samples.of([Sample("a", "a.png", None)]), [], "", _Flaky(failures))
     if lost:

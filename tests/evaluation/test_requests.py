@@ -1,4 +1,4 @@
-"""What is refused, what is warned about, and the command line."""
+"""Refusals, warnings and the command line of evaluations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_bad_images_are_counted_and_listed(two_class: str, photos: Path, capsys:
     assert errors.count("1 of 5 images") == errors.count("dark/broken.png: ") == 1
 
 
-def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
+def test_data_without_a_usable_image_are_refused(two_class: str, tmp_path: Path) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"no image")
@@ -52,7 +52,7 @@ def test_no_usable_image(two_class: str, tmp_path: Path) -> None:
         measure(two_class, data=folder)
 
 
-def test_unknown_run(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_unknown_runs_are_refused(two_class: str, photos: Path, tmp_path: Path) -> None:
     with refused(ConfigError, "runs", tmp_path / "nowhere"):
         measure(str(tmp_path / "nowhere"), data=photos)
     with refused(ConfigError, "runs", photos, "run.json"):
@@ -60,27 +60,27 @@ def test_unknown_run(two_class: str, photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["encoder", "original", "arm", "artifact", "seconds", "steps", "bytes", "config"])
-def test_run_json_without_a_key(two_class: str, photos: Path, make_run: MakeRun, key: str) -> None:
+def test_run_json_without_a_key_is_refused(two_class: str, photos: Path, make_run: MakeRun, key: str) -> None:
     with refused(ConfigError, "runs", "run.json", f" {key}: "):
         measure(make_run(two_class, two_class, changes={key: None}), data=photos)
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_run_json_that_is_damaged(photos: Path, tmp_path: Path, content: str) -> None:
+def test_damaged_run_json_is_refused(photos: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     with refused(ConfigError, "runs", tmp_path / "run" / "run.json"):
         measure(str(tmp_path / "run"), data=photos)
 
 
-def test_a_run_that_was_moved_brings_its_weights(two_class: str, photos: Path, make_run: MakeRun) -> None:
+def test_a_moved_run_is_evaluated_with_its_weights(two_class: str, photos: Path, make_run: MakeRun) -> None:
     folder = Path(make_run("mlp:1x2x2-2@/gone/encoder.safetensors", two_class))
     shutil.copy(two_class.partition("@")[2], folder / "encoder.safetensors")
     (result,) = measure(str(folder), data=photos)
     assert result.score("loss clean").value == 0
 
 
-def test_weights_that_changed_since_the_training(
+def test_weights_that_changed_since_the_training_are_reported(
     two_class: str, photos: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure(make_run(two_class, two_class, changes={"encoder_sha256": "0" * 64}), data=photos)
@@ -92,24 +92,26 @@ def test_weights_that_changed_since_the_training(
 @pytest.mark.parametrize(
     ("original", "facts"), [("mlp:1x3x3-2", ("1x2x2", "1x3x3")), ("mlp:1x2x2-3", (" 2 ", " 3 "))]
 )
-def test_a_run_and_its_original_of_different_shapes(
+def test_a_run_and_its_original_of_different_shapes_are_refused(
     two_class: str, photos: Path, make_run: MakeRun, original: str, facts: tuple[str, str]
 ) -> None:
     with refused(ConfigError, "runs", *facts):
         measure(make_run(two_class, original), data=photos)
 
 
-def test_head_of_another_width(two_class: str, photos: Path, make_head: MakeHead) -> None:
+def test_a_head_of_another_width_is_refused(two_class: str, photos: Path, make_head: MakeHead) -> None:
     with refused(ConfigError, "head", "width 2"):
         measure(two_class, data=photos, head=make_head([[1.0, 0.0, 0.0]]))
 
 
-def test_label_outside_the_head(two_class: str, photos: Path, make_head: MakeHead) -> None:
+def test_a_label_outside_the_head_is_refused(two_class: str, photos: Path, make_head: MakeHead) -> None:
     with refused(ConfigError, "head", " 1 (light)"):
         measure(two_class, data=photos, head=make_head([[1.0, 0.0]]))
 
 
-def test_class_names_that_do_not_fit(two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path) -> None:
+def test_class_names_that_do_not_match_are_refused(
+    two_class: str, photos: Path, make_head: MakeHead, tmp_path: Path
+) -> None:
     names = tmp_path / "names.txt"
     names.write_text("dark\nlight\nmoon\n")
     with refused(ConfigError, "class_names", " 2 ", " 3"):
@@ -120,7 +122,7 @@ def test_class_names_that_do_not_fit(two_class: str, photos: Path, make_head: Ma
         measure(two_class, data=photos, head=make_head(IDENTITY), class_names=str(tmp_path / "none.txt"))
 
 
-def test_fewer_classes_than_the_head_has(
+def test_fewer_classes_than_the_head_has_are_reported(
     two_class: str, photos: Path, make_head: MakeHead, capsys: pytest.CaptureFixture[str]
 ) -> None:
     head = make_head([*IDENTITY, [-1.0, -1.0]])
@@ -130,7 +132,7 @@ def test_fewer_classes_than_the_head_has(
     assert f"'{head}' has 3" in errors
 
 
-def test_labels_without_head_and_head_without_labels(
+def test_missing_heads_and_missing_labels_are_reported(
     two_class: str, photos: Path, tmp_path: Path, make_head: MakeHead, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (result,) = measure(two_class, data=photos)
@@ -165,13 +167,13 @@ def test_random_weights_are_announced(photos: Path, capsys: pytest.CaptureFixtur
         ({"runs": []}, "runs", "[]"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, object], field: str, fact: str, photos: Path) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, object], field: str, fact: str, photos: Path) -> None:
     flags = {"runs": ["mlp:1x2x2-2"], "data": str(photos), **settings}
     with refused(ConfigError, field, fact):
         evaluate(load_settings(EvaluateConfig, None, flags))
 
 
-def test_a_ball_without_another_grid_point(photos: Path) -> None:
+def test_a_ball_without_another_grid_point_is_refused(photos: Path) -> None:
     with refused(ConfigError, "epsilon", "1/510"):
         measure("mlp:1x2x2-2", data=photos, epsilon="1/510", grid=True)
 
@@ -256,7 +258,7 @@ def test_wrong_requests_exit_with_2_and_one_line(
         assert errors.count("\n") == 1
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
     two_class: str,
     photos: Path,
     tmp_path: Path,
@@ -276,7 +278,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
         assert run_command(*flags) == 0
 
 
-def test_a_closed_folder_is_refused_before_the_work(
+def test_a_read_only_folder_is_refused_before_the_work(
     two_class: str,
     photos: Path,
     tmp_path: Path,

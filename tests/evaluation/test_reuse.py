@@ -1,4 +1,4 @@
-"""What must not be reused or mixed in one table: results of other weights, other data and other settings."""
+"""Results of other weights, data or settings are neither reused nor mixed in one table."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scale(spec: str, path: Path, factor: float) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of one image and a LLaVA that says `a cat` to everything; the folder of results is always the same."""
+    """Settings with one image, a LLaVA that always answers `a cat`, and one folder for all results."""
     Image.new("RGB", (32, 32), (90, 30, 200)).save(tmp_path / "000000000001.jpg", quality=95)
     content = {
         "images": [{"id": 1, "file_name": "000000000001.jpg"}],
@@ -105,7 +105,7 @@ def test_finished_captions_of_another_hugging_face_tower_are_refused(
     caption(f"hf:{tmp_path / 'tower'}")
     caption(f"hf:{tmp_path / 'tower'}/")
     (identity,) = (tmp_path / "out" / "captions").glob("*/identity.json")
-    # Releases before 0.2.0 did not say how the pixels were made.
+    # Releases before 0.2.0 did not record the preprocessing.
     earlier = {name: value for name, value in json.loads(identity.read_text()).items() if name != "preprocessing"}
     identity.write_text(json.dumps(earlier))
     caption(f"hf:{tmp_path / 'tower'}")
@@ -122,7 +122,7 @@ def test_finished_captions_of_another_hugging_face_tower_are_refused(
         caption(f"hf:{tmp_path / 'tower'}")
 
 
-def test_an_arm_of_other_weights_is_refused_before_another_is_asked(
+def test_an_arm_of_other_weights_is_refused_before_another_is_measured(
     caption: Callable[..., None], make_clip: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clip, path = make_clip(), tmp_path / "encoder.safetensors"
@@ -215,7 +215,7 @@ def test_arms_of_other_settings_do_not_share_a_table(
 
 
 def test_results_of_other_pixels_are_refused(make_encoder: MakeEncoder, photos: Path, tmp_path: Path) -> None:
-    """Also those of a release that said nothing of pixels: it resized the shorter side of any image."""
+    """Also those of a release that recorded no preprocessing: it resized the shorter side of every image."""
     spec = make_encoder([[1.0] * 4])
     embed(spec, photos, tmp_path / "out")
     (identity,) = (tmp_path / "out").rglob("identity.json")
@@ -233,7 +233,7 @@ def test_results_of_other_pixels_are_refused(make_encoder: MakeEncoder, photos: 
             embed(spec, photos, tmp_path / "out")
 
 
-def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run: MakeRun, photos: Path) -> None:
+def test_a_slash_at_the_end_names_the_same_run(make_encoder: MakeEncoder, make_run: MakeRun, photos: Path) -> None:
     spec = make_encoder([[1.0] * 4])
     run, output = make_run(spec, spec), photos.parent / "out"
     embed(run, photos, output)
@@ -243,7 +243,7 @@ def test_a_slash_at_the_end_is_no_other_run(make_encoder: MakeEncoder, make_run:
     assert read_tower_run("hf:a/b/").name == "hf:a/b"
 
 
-def test_settings_without_results_bind_nobody(
+def test_settings_without_results_do_not_restrict_other_arms(
     overflowing: str, make_encoder: MakeEncoder, photos: Path, tmp_path: Path
 ) -> None:
     first, second = overflowing, make_encoder([[2.0] * 4])
@@ -256,7 +256,7 @@ def test_settings_without_results_bind_nobody(
 
 
 def test_results_and_cases_of_the_first_release_are_read(tmp_path: Path) -> None:
-    """They know no cost of the training, and list images that could not be used elsewhere."""
+    """They lack the cost of training, and list rejected images under `details`."""
     score = {"name": "top-1 clean", "value": 50.0, "error": 25.0, "low": 15.0, "high": 85.0, "count": 4}
     result = {
         **{"part": "zero-shot", "run": "runs/a", "arm": "AT-5-Avg", "encoder": "mlp:1x2x2-2", "encoder_sha256": "0"},
@@ -285,7 +285,7 @@ def test_results_and_cases_of_the_first_release_are_read(tmp_path: Path) -> None
     assert CaseRecord.model_validate(case).passes[0].score == 80
 
 
-def test_a_case_of_another_kind_is_named(caption: Callable[..., None], tmp_path: Path) -> None:
+def test_an_invalid_case_is_refused(caption: Callable[..., None], tmp_path: Path) -> None:
     caption("own")
     (item,) = tmp_path.rglob("items/*.json")
     item.write_text("{}")
@@ -293,7 +293,7 @@ def test_a_case_of_another_kind_is_named(caption: Callable[..., None], tmp_path:
         caption("own")
 
 
-def test_a_package_that_is_missing_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     for name in ("captions", "cider"):
         monkeypatch.delitem(sys.modules, f"datamerge.evaluation.llava.{name}")

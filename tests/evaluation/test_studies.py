@@ -79,7 +79,7 @@ def test_accuracy_of_a_linear_classifier_at_several_radii(
     assert (half.low, half.high) == pytest.approx((15.00, 85.00), abs=0.01)
 
 
-def test_the_euclidean_ball(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_accuracy_in_the_euclidean_ball(two_class: str, photos: Path, tmp_path: Path) -> None:
     # The gradient is 1/2 per pixel: moving all four by d costs 2d, so the margins are 3 and 15 levels.
     result = measure(
         two_class, photos, tmp_path, head="outputs", norm="l2", epsilons=["2.9/255", "3.1/255", "15.1/255"]
@@ -87,7 +87,7 @@ def test_the_euclidean_ball(two_class: str, photos: Path, tmp_path: Path) -> Non
     assert list(scores(result).values())[2:] == [100, 50, 0]
 
 
-def test_folders_parquet_and_tars_are_alike(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_folders_parquet_and_tars_have_the_same_scores(two_class: str, photos: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -122,7 +122,7 @@ def test_top_5_counts_labels_among_the_best_five(make_encoder: MakeEncoder, phot
     assert scores(result)["top-5 clean"] == 50
 
 
-def test_embedding_losses_are_the_closed_form(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
+def test_embedding_losses_equal_the_closed_form(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
     weight = np.array([0.5, -1.0, 2.0, 0.25])
     spec = make_encoder([weight.tolist()])
     result = embedding(spec, textures, tmp_path / "linf", epsilons=["4/255", "2/255"])
@@ -134,7 +134,7 @@ def test_embedding_losses_are_the_closed_form(make_encoder: MakeEncoder, texture
     assert scores(result)["embedding loss ε=0.1"] == pytest.approx(0.04 * (weight**2).sum(), rel=1e-3)
 
 
-def test_a_random_subset_is_the_seeds(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
+def test_the_seed_chooses_a_random_subset(make_encoder: MakeEncoder, textures: Path, tmp_path: Path) -> None:
     values = {"runs": [make_encoder([[1.0] * 4])], "data": str(textures), "sample": 4}
     source = open_sample(load_settings(EmbeddingConfig, None, values))
     np.random.seed(42)
@@ -144,7 +144,7 @@ def test_a_random_subset_is_the_seeds(make_encoder: MakeEncoder, textures: Path,
         open_sample(load_settings(EmbeddingConfig, None, {**values, "sample": 8}))
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(
+def test_an_interrupted_evaluation_is_resumed(
     make_encoder: MakeEncoder, textures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = make_encoder(np.random.default_rng(0).normal(size=(3, 4)).tolist())
@@ -169,7 +169,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         embedding(spec, textures, tmp_path / "parts", batch_size=2, steps=11)
 
 
-def test_text_features_are_made_once(
+def test_text_features_are_computed_once(
     make_clip: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, names = tmp_path / "data", tmp_path / "names.txt"
@@ -224,7 +224,7 @@ def test_text_features_are_made_once(
 def test_a_run_of_a_model_of_transformers_is_classified_by_its_text_tower(
     family: str, make_run: Callable[..., str], tmp_path: Path
 ) -> None:
-    """As transformers' own pipeline for it does."""
+    """The scores equal those of transformers' pipeline."""
     model = small_hugging_face(family, tmp_path / "model")
     encoder = load_encoder(f"hf:{tmp_path}/model")
     save_encoder(encoder, tmp_path / "encoder.safetensors")
@@ -254,7 +254,7 @@ def test_a_run_of_a_model_of_transformers_is_classified_by_its_text_tower(
     assert result.details["head"] == encoder.spec
 
 
-def test_imagenets_names_and_templates(tmp_path: Path) -> None:
+def test_imagenets_names_and_templates_are_read(tmp_path: Path) -> None:
     from datamerge.encoders.classes import imagenet_names
 
     assert len(imagenet_names()) == 1000
@@ -283,7 +283,7 @@ def test_imagenets_names_and_templates(tmp_path: Path) -> None:
         ({"data": ""}, "data", "''"),
     ],
 )
-def test_requests_that_are_refused(
+def test_wrong_settings_are_refused(
     two_class: str, photos: Path, tmp_path: Path, flags: dict[str, Any], field: str, fact: str
 ) -> None:
     values = {"data": str(photos), "output": str(tmp_path / "out"), "head": "outputs", **flags}
@@ -292,7 +292,7 @@ def test_requests_that_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_unlabelled_images(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_unlabelled_images_are_refused(two_class: str, photos: Path, tmp_path: Path) -> None:
     for name in ("dark", "light"):
         for place, file in enumerate((photos / name).iterdir()):
             shutil.move(file, photos / f"{name}-{place}.png")
@@ -351,7 +351,7 @@ def test_all_checks_every_part_first(
     assert "[pgd], [zero-shot], [embedding], [captions], [vqa]" in capsys.readouterr().err
 
 
-def test_damaged_results_are_named(two_class: str, photos: Path, tmp_path: Path) -> None:
+def test_damaged_results_are_refused(two_class: str, photos: Path, tmp_path: Path) -> None:
     embedding(two_class, photos, tmp_path / "out")
     (item,) = (tmp_path / "out").rglob("items/*.json")
     for text in ("{", "[" * 100_000):

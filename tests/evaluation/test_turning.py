@@ -1,4 +1,4 @@
-"""EXIF's orientation in evaluations: what is measured, recorded, said, and told apart when results go on."""
+"""EXIF orientation in evaluations is applied, recorded, reported, and compared when results are continued."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEFT, TOP = [1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]  # brightness of the left
 
 
 def _photo() -> bytes:
-    """Bright on the left; EXIF says that this is the upper half."""
+    """Bright on the left, which is the upper half by its EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     stream = io.BytesIO()
@@ -46,13 +46,13 @@ def _parquet(path: Path) -> Path:
     return path.with_suffix(".parquet")
 
 
-def _measured(spec: str, data: Path, **settings: Any) -> Results:
+def _measure(spec: str, data: Path, **settings: Any) -> Results:
     values = {"runs": [spec], "data": str(data), "steps": 1, "head": "outputs", "epsilon": "1/255", **settings}
     return evaluate(EvaluateConfig.model_validate(values))
 
 
 @pytest.mark.parametrize(
-    ("write", "wanted", "exif"),
+    ("write", "exif_setting", "exif"),
     [
         (_folder, None, "ignore"),
         (_folder, "transpose", "transpose"),
@@ -60,41 +60,41 @@ def _measured(spec: str, data: Path, **settings: Any) -> Results:
         (_parquet, "ignore", "ignore"),
     ],
 )
-def test_images_are_shown_as_the_source_s_library_shows_them(
+def test_images_are_turned_as_the_sources_library_does(
     write: Callable[[Path], Path],
-    wanted: str | None,
+    exif_setting: str | None,
     exif: str,
     make_encoder: MakeEncoder,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Their label is that of what is bright on the left."""
-    (result,) = _measured(make_encoder([LEFT, TOP]), write(tmp_path / "data"), exif=wanted)
+    """Their label is right if the bright half is on the left."""
+    (result,) = _measure(make_encoder([LEFT, TOP]), write(tmp_path / "data"), exif=exif_setting)
     assert result.score("accuracy clean").value == (100 if exif == "ignore" else 0)
     assert result.settings["exif"] == exif
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "EXIF" in line]
     assert "3 of 3" in line
 
 
-def test_results_go_on_with_the_same_orientation_only(make_encoder: MakeEncoder, tmp_path: Path) -> None:
+def test_results_are_continued_only_with_the_same_setting(make_encoder: MakeEncoder, tmp_path: Path) -> None:
     spec, data, output = make_encoder([LEFT, TOP]), _parquet(tmp_path / "data"), str(tmp_path / "out")
-    _measured(spec, data, output=output)
+    _measure(spec, data, output=output)
     with refused(ConfigError, "output", "exif", "transpose"):
-        _measured(spec, data, output=output, exif="ignore")
+        _measure(spec, data, output=output, exif="ignore")
     other = make_encoder([TOP, LEFT])
     with refused(ConfigError, "output", "exif", "transpose"):  # rows of one table
-        _measured(other, data, output=output, exif="ignore")
-    _measured(other, data, output=output)
+        _measure(other, data, output=output, exif="ignore")
+    _measure(other, data, output=output)
 
 
-def test_results_of_releases_that_knew_no_choice_ignored_it(make_encoder: MakeEncoder, tmp_path: Path) -> None:
+def test_results_of_releases_without_the_setting_count_as_ignore(make_encoder: MakeEncoder, tmp_path: Path) -> None:
     spec, data, output = make_encoder([LEFT, TOP]), _parquet(tmp_path / "data"), str(tmp_path / "out")
-    first = _measured(spec, data, output=output, exif="ignore")
+    first = _measure(spec, data, output=output, exif="ignore")
     for file in Path(output).rglob("identity.json"):
         identity = json.loads(file.read_bytes())
         del identity["exif"]
         file.write_text(json.dumps(identity))
-    again = _measured(spec, data, output=output, exif="ignore")
+    again = _measure(spec, data, output=output, exif="ignore")
     assert [one.scores for one in again] == [one.scores for one in first]
     with refused(ConfigError, "output", "exif", "transpose"):
-        _measured(spec, data, output=output)
+        _measure(spec, data, output=output)

@@ -1,4 +1,4 @@
-"""The runner of arms, end to end on an MLP and a few images: artifacts, training, evaluation, table; and again."""
+"""The runner of arms end to end, on an MLP and a few images: artifacts, training, evaluation, table, repetition."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def prepare(data: Path, work: Path) -> Prepared:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("ray_driver")
-def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
+def test_arms_are_run_once_and_reused(tmp_path: Path) -> None:
     settings, work = tmp_path / "tiny.toml", tmp_path / "work"
     settings.write_text(SETTINGS)
     arguments = [str(settings), "--data", str(tmp_path), "--work", str(work), "--seeds", "0,1"]
@@ -90,7 +90,7 @@ def test_arms_from_nothing_and_again(tmp_path: Path) -> None:
         "learning_rate"
     ]
     assert learning_rate == 1e-4
-    # The figures in the folder are those of these settings only.
+    # A folder has results of one set of settings only.
     settings.write_text(SETTINGS.replace("learning_rate = 1e-3", "learning_rate = 2e-3"))
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""Commands in the READMEs of experiments and benchmarks: modules, flags and settings files that exist."""
+"""Commands in the READMEs of experiments and benchmarks: their modules, flags and settings files exist."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 
 from tests.support.paths import ROOT
 
-# Reports in benchmarks/results say what was run at their commits.
+# Reports in benchmarks/results are not among them: they have the commands of their commits.
 PAGES = [ROOT / "benchmarks/README.md", *sorted(ROOT.glob("experiments/**/*.md"))]
-# To the end of the line or of the `span`, which may go on in the next line.
+# To the end of the line or of the `span`, which may continue in the next line.
 COMMAND = re.compile(r"python -m ((?:benchmarks|experiments)\.[\w.]+)((?:[^\n`#]|\n(?=[^\n`]*`))*)")
 
 
@@ -30,7 +30,7 @@ FOUND = sorted(set(commands()))
 
 
 @pytest.mark.parametrize(("page", "module", "words"), FOUND)
-def test_command_of_a_page(page: str, module: str, words: tuple[str, ...]) -> None:
+def test_commands_of_a_page_are_valid(page: str, module: str, words: tuple[str, ...]) -> None:
     if module == "experiments.third_party":
         pytest.importorskip("torchattacks")
     command: click.Command = importlib.import_module(module).main

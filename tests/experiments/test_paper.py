@@ -1,4 +1,4 @@
-"""The paper's experiment: what it asks for, what it says that it costs, and the whole script on tiny models."""
+"""The paper's experiment: its requirements, its estimated cost, and the whole script on tiny models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.config import read_preset
 
 SETTINGS = HERE / "settings.toml"
 ENCODER = "open_clip:ViT-S-32-alt"
-# Of that encoder: tokens of an image, their values, blocks, side of a patch, values of an embedding.
+# The encoder's tokens of an image, their width, its blocks, side of a patch and width of the embedding.
 TOKENS, WIDTH, LAYERS, PATCH, EMBEDDING = 50, 384, 12, 32, 256
 
 
@@ -85,7 +85,7 @@ def test_settings_are_the_papers(study: Study) -> None:
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_everything_missing_is_said_at_once(small: Path, tmp_path: Path) -> None:
+def test_all_missing_files_are_reported_at_once(small: Path, tmp_path: Path) -> None:
     small.write_text(small.read_text().replace(ENCODER, f"{ENCODER}@weights.pt"))
     arguments = (small, "--data", tmp_path / "nothing", "--work", tmp_path / "work")
     result = invoke(*arguments, "--dry-run", "--gpu-price", 2)
@@ -119,7 +119,7 @@ def test_wrong_settings_are_refused_first(small: Path, right: str, wrong: str, f
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_too_few_images(small: Path, tmp_path: Path) -> None:
+def test_too_few_images_are_reported(small: Path, tmp_path: Path) -> None:
     (tmp_path / "imagenet/train/n01440764").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "imagenet/train/n01440764/a.png")
     study = read_study(small)
@@ -130,7 +130,7 @@ def test_too_few_images(small: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("empty_cache")
-def test_the_estimate_by_hand(small: Path, tmp_path: Path) -> None:
+def test_the_estimate_equals_one_by_hand(small: Path, tmp_path: Path) -> None:
     study = read_study(small)
     experiment = Experiment(study, study.data.below(tmp_path), tmp_path)
     gpu = cost.Gpu({"half": 400e12, "float32": 60e12}, 0.5)
@@ -165,15 +165,15 @@ def tiny(tmp_path: Path) -> Path:
         pytest.skip("DATAMERGE_DATA does not name a folder with coco_mini")
     captions = json.loads((coco / "annotations/captions_val2017.json").read_bytes())
     make_llava(tmp_path / "llava", [entry["caption"] for entry in captions["annotations"]], width=WIDTH)
-    asked = [
+    questions = [
         {"image_id": image["id"], "question": "What is it?", "question_id": image["id"]}
         for image in captions["images"]
     ]
-    answered = [{"question_id": entry["question_id"], "answers": [{"answer": "yes"}] * 10} for entry in asked]
-    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2017", "questions": asked}))
-    (tmp_path / "a.json").write_text(json.dumps({"annotations": answered}))
+    annotations = [{"question_id": entry["question_id"], "answers": [{"answer": "yes"}] * 10} for entry in questions]
+    (tmp_path / "q.json").write_text(json.dumps({"data_subtype": "val2017", "questions": questions}))
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": annotations}))
     (tmp_path / "coco").symlink_to(coco)
-    kept = tomllib.loads(SETTINGS.read_text())
+    original = tomllib.loads(SETTINGS.read_text())
     data = {
         "images": "coco/train2017",
         "encoder": ENCODER,
@@ -186,9 +186,9 @@ def tiny(tmp_path: Path) -> Path:
     }
     tables = {
         "data": data,
-        "draw": kept["draw"],
-        "merge": kept["merge"] | {"members": 2, "steps": 1, "groups_per_shard": 2, "max_workers": 1},
-        "train": kept["train"] | {"steps": 3, "warmup_steps": 1, "threads": 1},
+        "draw": original["draw"],
+        "merge": original["merge"] | {"members": 2, "steps": 1, "groups_per_shard": 2, "max_workers": 1},
+        "train": original["train"] | {"steps": 3, "warmup_steps": 1, "threads": 1},
         "evaluate": {"sample": 1, "steps": 1, "threads": 1, "device": "cpu"},
     }
     lines = []
@@ -202,10 +202,10 @@ def tiny(tmp_path: Path) -> Path:
     return file
 
 
-# Ray's own start-up leaves file handles and sockets to the collector.
+# Ray's start-up leaves file handles and sockets to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("ray_driver")
-def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
+def test_the_whole_script_on_tiny_models_and_its_repetition(tiny: Path) -> None:
     work = tiny.parent / "work"
     arguments = (tiny, "--data", tiny.parent, "--work", work)
     assert "all requirements are met" in invoke(*arguments, "--dry-run").output
@@ -219,7 +219,7 @@ def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
     assert all(list(row) == ["COCO clean", "COCO adv.", "VQAv2 clean", "VQAv2 adv."] for row in found.values())
     assert "| AT-2-Avg |" in (work / "results.md").read_text()
     for name in ("AT-2-Avg", "AT-2-Factors"):
-        # The trainer's own words for what it trained on.
+        # The trainer names the arm by the data that it was trained on.
         assert json.loads((work / "runs" / name / "run.json").read_bytes())["arm"] == name
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     finished = {path: path.stat().st_mtime_ns for path in before if _is_result(path)}
@@ -236,11 +236,11 @@ def test_the_whole_script_on_tiny_models_and_again(tiny: Path) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    """What is dear to make: drawn images, shards, trained weights, answers."""
+    """Whether a file took long to compute: drawn images, shards, trained weights and answers."""
     return path.suffix == ".jpg" or path.parent.name in ("commits", "items") or path.name == "encoder.safetensors"
 
 
-def test_arms_that_another_process_is_at_are_left_to_it(
+def test_arms_locked_by_another_process_are_skipped(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from filelock import FileLock

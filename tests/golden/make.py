@@ -1,7 +1,7 @@
 """Writes the golden artifacts of the current schema version: `python tests/golden/make.py tests/golden/v1`.
 
-Run once per schema version and committed; every later release has to read them. `values.json` holds what is in
-them, computed here in exact fractions from the members and not by the code that reads artifacts.
+Run it once per schema version and commit the result, which every later release has to read. `values.json` has the
+contents, computed here in exact fractions from the members and not by the code that reads artifacts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIONAL = {"target": ("float32", [WIDTH]), "members": ("uint8", [3, *SHAPE]), "
 
 
 def members_of(key: str) -> npt.NDArray[np.uint8]:
-    """Bright and dark pixels, a constant one, and the perturbations of ± 2 levels that this format is for."""
+    """Bright and dark pixels, a constant one, and perturbations of ± 2 levels, as in adversarial groups."""
     group = list(COUNTS).index(key)
     grid = np.arange(3 * 12).reshape(3, *SHAPE)
     values = (37 * group + 11 * (grid % 12) + (grid * (5 + group)) % 5) % 254

@@ -1,7 +1,7 @@
 """Writes small sources of every kind and the hashes of their plans: `python -m tests.golden.make_plans`.
 
-Run once and committed: later releases have to plan the same. Files of tables and tars depend on the libraries that
-write them, and are kept for that reason.
+Run it once and commit the result: later releases have to make the same plans. The sources are committed too, because
+the bytes of tables and tars depend on the libraries that write them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def png(number: int) -> bytes:
 
 
 def write_folders() -> None:
-    # Names that give one key, others than ASCII, and folders that sort otherwise than their files' names.
+    # Names with the same key, a name that is not ASCII, and folders that sort differently from the files in them.
     names = ["a b", "a_b", "a-b", "ünï", "c", "d/e", "f.x", "g", "h", "i", "j"]
     for number, name in enumerate(names):
         file = FOLDER / "folder" / ("cat", "cat-2", "dog")[LABELS[number]] / f"{name}.png"

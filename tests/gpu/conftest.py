@@ -1,7 +1,7 @@
-"""Tests that need a GPU, which `make gpu` runs.
+"""Tests for a GPU, which `make gpu` runs.
 
-Elsewhere those that take `device` run on the CPU, so that a GPU is not the first to run them; the others are skipped
-and say so. Those that start several processes take too long for that, unless DATAMERGE_REHEARSE is 1.
+Without a GPU, those with the fixture `device` run on the CPU, as a rehearsal; the others are skipped with a message.
+Those that start several processes take long and are rehearsed only if DATAMERGE_REHEARSE is 1.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ HERE = Path(__file__).parent
 REHEARSE = os.environ.get("DATAMERGE_REHEARSE") == "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test in this folder is marked; without a GPU it is skipped."""
+    """Mark every test in this folder; skip those that can neither run on a GPU nor be rehearsed."""
     for item in items:
         if HERE not in item.path.parents:
             continue
         item.add_marker(pytest.mark.gpu)
-        taken = getattr(item, "fixturenames", ())
-        rehearsed = "device" in taken and (REHEARSE or "several_processes" not in taken)
+        fixtures = getattr(item, "fixturenames", ())
+        rehearsed = "device" in fixtures and (REHEARSE or "several_processes" not in fixtures)
         if not torch.cuda.is_available() and not rehearsed:
             item.add_marker(pytest.mark.skip(reason="no GPU to be seen here; `make gpu` runs it where there is one"))
 
@@ -54,12 +54,12 @@ def device() -> torch.device:
 
 @pytest.fixture
 def several_processes() -> None:
-    """Taken by tests that start more than one."""
+    """Used by tests that start more than one."""
 
 
 @pytest.fixture
 def waits(device: torch.device) -> Callable[[Callable[[], object]], list[str]]:
-    """A function: the places at which some work waits for the GPU. In a rehearsal there are none."""
+    """A function that returns the lines at which some work waits for the GPU; in a rehearsal there are none."""
 
     def count(work: Callable[[], object]) -> list[str]:
         if device.type == "cpu":

@@ -55,7 +55,9 @@ def _clean(size: int = SIZE, batch: int = BATCH) -> Tensor:
 @pytest.mark.parametrize("precision", get_args(Precision))
 @pytest.mark.parametrize("kind", [PGD, APGD])
 @pytest.mark.parametrize("grid", [True, False])
-def test_on_grid_in_ball(device: torch.device, precision: Precision, kind: type[PGD | APGD], grid: bool) -> None:
+def test_results_are_on_the_grid_and_in_the_ball(
+    device: torch.device, precision: Precision, kind: type[PGD | APGD], grid: bool
+) -> None:
     settings = PGD(EPSILON, STEP, 4, grid=grid) if kind is PGD else APGD(EPSILON, 4, grid=grid)
     clean, model = _clean(), _vit().to(device)
     with torch.no_grad():
@@ -64,7 +66,7 @@ def test_on_grid_in_ball(device: torch.device, precision: Precision, kind: type[
     found = run_attack(
         model, clean.to(device), target, squared_error, settings, generators, precision=precision
     ).pixels.cpu()
-    assert float((found.double() - clean.double()).abs().max()) > 1 / 255  # it has gone somewhere
+    assert float((found.double() - clean.double()).abs().max()) > 1 / 255  # the attack has moved the pixels
     if grid:
         levels = (255 * found).round()
         assert float((levels - (255 * clean).round()).abs().max()) <= 4
@@ -87,10 +89,10 @@ def test_gradients_agree_with_the_cpus(device: torch.device, precision: Precisio
         target = model(clean + 8 / 255)
     expected = gradient_sign(model, clean, target, squared_error, "float32")
     loss, _ = Gradients(model, target, squared_error, 1.0, "float32").at(clean)
-    model, there = model.to(device), target.to(device)
-    signs = gradient_sign(model, clean.to(device), there, squared_error, precision).cpu()
+    model, device_target = model.to(device), target.to(device)
+    signs = gradient_sign(model, clean.to(device), device_target, squared_error, precision).cpu()
     assert float((signs == expected).float().mean()) >= agreement
-    found = Gradients(model, there, squared_error, 1.0, precision).loss_at(clean.to(device)).cpu()
+    found = Gradients(model, device_target, squared_error, 1.0, precision).loss_at(clean.to(device)).cpu()
     torch.testing.assert_close(found, loss, rtol=1e-4 if precision == "float32" else 2e-2, atol=0)
 
 
@@ -105,7 +107,7 @@ def test_losses_of_a_record_are_tf32_on_a_gpu(device: torch.device, precision: P
     first, last = (next(i for i, note in enumerate(order) if note.backward) for order in (notes, notes[::-1]))
     losses = notes[len(notes) - last :]
     assert first == 1
-    # That of the end; and that of the start, unless it came with the first gradient as it goes into the record.
+    # The loss of the end; and that of the start, unless the pass of the first gradient has already computed it.
     on_gpu = device.type == "cuda"
     assert len(losses) == (1 if precision == "tf32" and on_gpu else 2)
     assert {(note.dtype, note.tf32, note.products) for note in losses} == {
@@ -114,14 +116,14 @@ def test_losses_of_a_record_are_tf32_on_a_gpu(device: torch.device, precision: P
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_no_wait_inside(device: torch.device, precision: Precision) -> None:
-    """The CPU is ahead of the GPU: nothing in a step reads a number back."""
+def test_steps_do_not_wait_for_the_gpu(device: torch.device, precision: Precision) -> None:
+    """No step reads a number back, so the CPU can run ahead of the GPU."""
     model, clean = _vit().to(device), _clean().to(device)
     target = torch.zeros(BATCH, 64, device=device)
     ball = Ball.around(clean, EPSILON, True)
     gradients = Gradients(model, target, squared_error, ball.scale, precision)
     start = ball.start(True, EPSILON, sample_generators(0, "group", BATCH))
-    gradients.at(start)  # libraries start
+    gradients.at(start)  # starts the libraries
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -145,7 +147,7 @@ MODELS = {
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_twice_the_same(
+def test_attacks_are_reproducible(
     device: torch.device, name: str, precision: Precision, request: pytest.FixtureRequest
 ) -> None:
     if name == "resnet18":
@@ -166,7 +168,7 @@ def test_twice_the_same(
     assert torch.equal(once(), once())
 
 
-def test_nonfinite_named(device: torch.device) -> None:
+def test_samples_with_non_finite_values_are_named(device: torch.device) -> None:
     model, clean = _vit().to(device), _clean().to(device)
     target = torch.zeros(BATCH, 64, device=device)
     target[[1, 4]] = torch.nan

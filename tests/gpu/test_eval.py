@@ -1,4 +1,4 @@
-"""Evaluation on a GPU: the CPU's verdicts, whatever the precision of the search; LLaVA without waits."""
+"""Evaluation on a GPU: the CPU's results at any precision of the search; LLaVA without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def _attacked(device: torch.device, precision: str) -> Survival:
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
-def test_what_survives_is_what_survives_on_the_cpu(device: torch.device, precision: str) -> None:
+def test_robust_images_agree_with_the_cpus(device: torch.device, precision: str) -> None:
     expected, found = _attacked(torch.device("cpu"), "float32"), _attacked(device, precision)
     assert found.clean.all()
     assert 0 < int(expected.robust.sum()) < 64
     assert abs(int(found.robust.sum()) - int(expected.robust.sum())) <= (1 if precision == "float32" else 2)
 
 
-def test_a_mask_on_the_cpu_is_taken(device: torch.device) -> None:
+def test_check_masking_accepts_a_mask_on_the_cpu(device: torch.device) -> None:
     model, pixels, labels = _classifier()
     robust = _attacked(device, "float32").robust.cpu()
     settings = APGD(Fraction(4, 255), 3, grid=False)
     check_masking(model.to(device), pixels.to(device), labels.to(device), settings, robust, KEYS, 0)
 
 
-def test_llava(tmp_path: Path, device: torch.device, waits: Waits) -> None:
-    """In half precision and in float32, without a wait, and in no more memory than its weights take."""
+def test_llava_passes_do_not_wait_for_the_gpu(tmp_path: Path, device: torch.device, waits: Waits) -> None:
+    """In half precision and in float32; loading takes little more memory than the weights."""
     from datamerge.evaluation.llava.model import Llava
     from datamerge.evaluation.llava.vision_towers import read_tower_run
 

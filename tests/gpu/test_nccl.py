@@ -1,4 +1,4 @@
-"""Sums of gradients over several GPUs, and processes that fail; on one GPU, NCCL with nobody on the other side."""
+"""Sums of gradients over several GPUs, and processes that fail; on one GPU, NCCL with a single process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tests.support.paths import ROOT
 from tests.support.ranks import free_port
 
-# One process of a run: HOW DEVICE.
+# One process of a run; its arguments are HOW and DEVICE.
 SCRIPT = """
 import os, sys, time, torch
 import torch.distributed as dist
@@ -80,8 +80,8 @@ def _run(folder: Path, how: str, device: torch.device, world: int) -> list[tuple
         )
         for rank in range(world)
     ]
-    said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, errors, strict=True)]
 
 
 @pytest.mark.usefixtures("several_processes")
@@ -91,13 +91,13 @@ def test_sums_and_failures(tmp_path: Path, device: torch.device, how: str) -> No
         pytest.skip("needs two GPUs")
     started = time.monotonic()
     first, second = _run(tmp_path, how, device, 2)
-    if device.type == "cuda":  # in 30 s, and what it takes to start
+    if device.type == "cuda":  # 30 s, and the time to start
         assert time.monotonic() - started < 60
     assert (first[0], second[0]) == {"ends": (0, 0), "fails": (1, 1), "dies": (9, 1)}[how], (first, second)
     if how != "ends":
         assert "lost contact with the other processes of this run" in second[1]
 
 
-def test_a_process_alone_starts_its_sums_and_gives_up(tmp_path: Path, device: torch.device) -> None:
-    ((code, said),) = _run(tmp_path, "alone", device, 1)
-    assert code == 0, said
+def test_a_single_process_sums_gradients_and_aborts(tmp_path: Path, device: torch.device) -> None:
+    ((code, errors),) = _run(tmp_path, "alone", device, 1)
+    assert code == 0, errors

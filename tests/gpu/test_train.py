@@ -1,4 +1,4 @@
-"""Training on a GPU: the CPU's losses and gradients, one wait a step, and runs that go on where they were."""
+"""Training on a GPU: the CPU's losses and gradients, one wait a step, and runs that are resumed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_step_waits_once(
     assert len(found) <= 1, found
 
 
-def test_stopped_and_continued_is_the_same_to_the_last_bit(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     make_artifact: MakeArtifact, tmp_path: Path, device: torch.device
 ) -> None:
     artifact = make_artifact()
@@ -112,7 +112,7 @@ def test_stopped_and_continued_is_the_same_to_the_last_bit(
 
 
 def _stopping(job: Job, after: int) -> Job:
-    """The same job, which is told to stop in a step."""
+    """The same job, which gets a SIGTERM in step number `after`."""
 
     def feed(*arguments: Any) -> Iterator[Batch]:
         for number, batch in enumerate(job.feed(*arguments)):
@@ -155,8 +155,8 @@ def _assert_page_locked(make_artifact: MakeArtifact, tmp_path: Path, device: tor
 
 
 @pytest.mark.parametrize("count", [2, 10, 17, 200])
-def test_integers_become_the_cpus_floats(device: torch.device, count: int) -> None:
-    """All sums of so many members, and scatters, to the last bit."""
+def test_integers_become_the_same_floats_as_on_the_cpu(device: torch.device, count: int) -> None:
+    """All sums of `count` members, and all scatters, to the last bit."""
     total = np.resize(np.arange(255 * count + 1, dtype=np.uint16), (1, 1, 255 * count + 1))
     scatter = np.resize(np.arange(2**16, dtype=np.uint16), total.shape)
     record = Record("a", count, "uint8_moments", {"sum": total, "scatter": scatter})
@@ -166,7 +166,7 @@ def test_integers_become_the_cpus_floats(device: torch.device, count: int) -> No
     assert np.array_equal(made.variance[0].cpu(), record.variance)
 
 
-def test_fused_adamw_is_the_plain_one(device: torch.device) -> None:
+def test_fused_adamw_equals_the_plain_one(device: torch.device) -> None:
     generator, found = torch.Generator().manual_seed(0), []
     gradients = torch.randn(20, 1000, generator=generator).to(device)
     for fused in (True, None):
@@ -179,7 +179,7 @@ def test_fused_adamw_is_the_plain_one(device: torch.device) -> None:
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
-def test_compiled_curvature_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_curvature_equals_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         original = torch.compile
         monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="aot_eager"))
@@ -235,8 +235,8 @@ def attention(device: torch.device, make: Callable[[], nn.Module] = Attention) -
 
 
 @pytest.mark.parametrize("make", [Attention, _timm, _open_clip])
-def test_curvature_in_bfloat16(device: torch.device, make: Callable[[], nn.Module]) -> None:
-    """The double backward runs, and its correction is float32's but for rounding."""
+def test_curvature_in_bfloat16_agrees_with_float32(device: torch.device, make: Callable[[], nn.Module]) -> None:
+    """The double backward runs, and its correction equals float32's up to rounding."""
     encoder = attention(device, make).eval()
     torch.manual_seed(1)
     mean, variance = torch.rand(8, 3, 16, 16).to(device), torch.full((8, 3, 16, 16), 1e-5, device=device)
@@ -253,7 +253,7 @@ def test_curvature_in_bfloat16(device: torch.device, make: Callable[[], nn.Modul
     assert torch.cosine_similarity(found["bfloat16"][1], found["float32"][1], dim=0) > 0.97
 
 
-def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_networks_equal_eager_ones(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients, dropout included, for batches of 8, 8 and 5 images; and refined pixels."""
     if device.type == "cpu":
         original = torch.compile
@@ -271,18 +271,18 @@ def test_compiled_is_eager(device: torch.device, monkeypatch: pytest.MonkeyPatch
             gradients = torch.autograd.grad(outputs.square().sum(), list(encoder.parameters()))
             found.append(torch.cat([outputs.detach().flatten(), *(gradient.flatten() for gradient in gradients)]))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    assert 1 <= graphs["unique_graphs"] <= 2  # of one size, and of any
+    assert 1 <= graphs["unique_graphs"] <= 2  # one for a fixed batch size, and one for any
     encoder.eval()
     points, target = torch.rand(8, 3, 16, 16, device=device), torch.zeros(8, 16, device=device)
     one, other = (
         refine(model, points, points, target, SquaredError(), Refinement(2, 1 / 255, 4 / 255)) for model in models
     )
-    # Where the gradient is as good as 0 its sign may differ.
+    # Where the gradient is almost 0, its sign may differ.
     assert ((one - other).abs() > 1e-6).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_same_step_twice_is_the_same_to_the_last_bit(device: torch.device, precision: str) -> None:
+def test_steps_are_reproducible_to_the_last_bit(device: torch.device, precision: str) -> None:
     encoder = attention(device)
     torch.manual_seed(1)
     pixels, found = torch.rand(64, 3, 16, 16).to(device), []

@@ -54,11 +54,11 @@ def _shards(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_shards_from_two_threads(device: torch.device, tmp_path: Path, precision: str) -> None:
+def test_shards_from_two_threads_equal_those_from_one(device: torch.device, tmp_path: Path, precision: str) -> None:
     prepared = _prepared(
         tmp_path, device, precision=precision, factors=1, keep_members=True, keep_clean=True, restarts=2
     )
-    trees = []
+    artifacts = []
     for threads in (1, 2):
         folder = tmp_path / str(threads)
         worker, writer = _worker(prepared, folder)
@@ -66,8 +66,8 @@ def test_shards_from_two_threads(device: torch.device, tmp_path: Path, precision
             list(pool.map(lambda shard, worker=worker: worker.run(prepared.plan.task(shard)), range(SHARDS)))
         writer.finish()
         assert verify(Location(folder)).problems == []
-        trees.append(_shards(folder))
-    assert trees[0] == trees[1]
+        artifacts.append(_shards(folder))
+    assert artifacts[0] == artifacts[1]
     layout = prepared.plan.layout
     for record in open_artifact(folder):
         assert record.members is not None
@@ -77,7 +77,7 @@ def test_shards_from_two_threads(device: torch.device, tmp_path: Path, precision
             np.testing.assert_array_equal(record.arrays[name], array)
 
 
-def test_clean_images_from_two_threads(device: torch.device, tmp_path: Path) -> None:
+def test_clean_images_are_stored_from_two_threads(device: torch.device, tmp_path: Path) -> None:
     prepared = _prepared(tmp_path, device, attack="none", members=None, batch_size=3)
     worker, writer = _worker(prepared, tmp_path / "out")
     with ThreadPoolExecutor(2) as pool:
@@ -98,7 +98,7 @@ def test_clean_images_from_two_threads(device: torch.device, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [2, 10, 200])
-def test_moments_on_the_device(device: torch.device, number: int) -> None:
+def test_moments_on_the_device_equal_numpys(device: torch.device, number: int) -> None:
     assert_stored_arrays_are_numpys(device.type, number, (1, 3))
 
 
@@ -130,7 +130,7 @@ def test_out_of_memory_names_batch_size(device: torch.device, tmp_path: Path) ->
     assert worker.run(prepared.plan.task(0)).groups == 4
 
 
-def test_compiling_says_nothing_of_tf32(device: torch.device, tmp_path: Path) -> None:
+def test_compiling_does_not_warn_of_tf32(device: torch.device, tmp_path: Path) -> None:
     if device.type != "cuda" or not (shutil.which("cc") or shutil.which("gcc")):
         pytest.skip("the advice comes where a GPU is compiled for, which needs a C compiler")
     prepared = _prepared(tmp_path, device, compile=True, steps=1)

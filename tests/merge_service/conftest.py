@@ -1,4 +1,4 @@
-"""The merge that others are compared with."""
+"""The merge without faults that other merges are compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.bench import Bench, tree
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Bytes of the merge when nothing goes wrong."""
+    """Files of a merge without faults: contents by path."""
     folder = tmp_path_factory.mktemp("undisturbed") / "artifact"
     with cluster.entered() as bench:
         code, errors = bench.merge(folder)

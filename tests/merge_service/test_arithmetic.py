@@ -1,4 +1,4 @@
-"""Encoders of a merge outside the attack: what float32 means there, and too little memory; without a cluster."""
+"""Encoders of a merge outside the attack, without a cluster: float32 arithmetic and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GROUPINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", GROUPINGS, ids=str)
-def test_targets_are_float32_whatever_the_attack_runs_in(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_targets_are_computed_in_float32_at_any_attack_precision(tmp_path: Path, settings: dict[str, Any]) -> None:
     with recording() as notes:
         worker, task = _worker(tmp_path, settings)
         notes.clear()
@@ -76,7 +76,7 @@ def test_out_of_memory_names_the_settings_to_lower(
             worker.run(task)
 
 
-def test_other_errors_of_an_encoder_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_an_encoder_are_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> None:
         raise RuntimeError("shapes do not match")
 

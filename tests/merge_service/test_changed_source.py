@@ -1,4 +1,4 @@
-"""A merge that continues on data which has changed: refused, or where nobody can tell, said."""
+"""A merge that resumes on a changed source: an error, or a warning if the changed file had not been hashed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PHOTOS = 200
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """More bitmaps, all of one size, than the ends of which are hashed in a large source."""
+    """Bitmaps of one size, more of them than are hashed in a large source."""
     folder = tmp_path / "photos"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -34,7 +34,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def _date(path: Path, seconds: float) -> None:
-    """Say that a file was written this long after now."""
+    """Set the time of the file's last change to `seconds` from now."""
     os.utime(path, (time.time() + seconds,) * 2)
 
 
@@ -46,7 +46,7 @@ def _begin(photos: Path) -> None:
 
 
 def _change(photos: Path) -> str:
-    """Another image of the same size in place of one whose hash would not be taken in a large source."""
+    """Replace a file that is not hashed in a large source by another image of the same size; return its name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "WHOLE_BYTES", 0)
         files = [(path.name, path.stat().st_size) for path in photos.iterdir()]
@@ -57,7 +57,7 @@ def _change(photos: Path) -> str:
     return name
 
 
-def test_one_file_of_many_with_other_pixels_is_refused(photos: Path) -> None:
+def test_changed_pixels_of_one_file_are_refused(photos: Path) -> None:
     _begin(photos)
     _begin(photos)  # unchanged
     name = _change(photos)
@@ -65,7 +65,7 @@ def test_one_file_of_many_with_other_pixels_is_refused(photos: Path) -> None:
         _begin(photos)
 
 
-def test_in_a_large_source_it_is_said(
+def test_a_changed_file_that_was_not_hashed_gives_a_warning(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sample, "WHOLE_BYTES", 0)

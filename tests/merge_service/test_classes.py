@@ -39,7 +39,7 @@ def test_labels_become_rows_of_the_head(tmp_path: Path, names: list[str]) -> Non
     assert prepared.plan.provenance["source"]["class_names"] == names
 
 
-def test_the_order_of_a_file_of_class_names(tmp_path: Path) -> None:
+def test_a_class_names_file_gives_the_order_of_the_rows(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbf0: cat\r\n1: dog\r\n2: ant\r\n")
     prepared = _prepare(tmp_path, Head(torch.eye(3)), class_names=str(tmp_path / "names.txt"))
     assert _labels(prepared) == [1, 2, 0, 1]
@@ -47,18 +47,20 @@ def test_the_order_of_a_file_of_class_names(tmp_path: Path) -> None:
     assert prepared.head.names == ["cat", "dog", "ant"]
 
 
-def test_the_same_order_changes_nothing(tmp_path: Path) -> None:
+def test_names_in_the_order_of_the_source_change_no_label(tmp_path: Path) -> None:
     prepared = _prepare(tmp_path, Head(torch.eye(3), names=["ant", "cat", "dog"]))
     assert _labels(prepared) == [2, 0, 1, 2]
     assert prepared.plan.provenance["source"]["class_names"] == ["ant", "cat", "dog"]
 
 
-def test_a_class_that_the_head_does_not_have(tmp_path: Path) -> None:
+def test_a_class_that_the_head_lacks_is_refused(tmp_path: Path) -> None:
     with refused(ConfigError, "head", "1: 'dog'", "'fox'", "`class_names`"):
         _prepare(tmp_path, Head(torch.eye(3), names=["ant", "cat", "fox"]))
 
 
-def test_positions_are_said_where_one_side_has_no_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_without_names_are_positions_and_a_message_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _labels(_prepare(tmp_path, Head(torch.eye(3)))) == [2, 0, 1, 2]
     assert "positions in head" in capsys.readouterr().err
     assert _labels(_prepare(tmp_path, Head(torch.eye(3), names=["x", "y", "z"]), ["2", "0", "1", "2"])) == [
@@ -72,8 +74,8 @@ def test_positions_are_said_where_one_side_has_no_names(tmp_path: Path, capsys: 
     assert "positions in the outputs of mlp" in capsys.readouterr().err
 
 
-def test_why_there_are_no_labels(tmp_path: Path) -> None:
-    """What listing said of the labels is said again where they are needed."""
+def test_missing_labels_are_explained_where_they_are_needed(tmp_path: Path) -> None:
+    """The error repeats why listing found no labels: two columns may hold them."""
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), class_id=[0, 1], target=[1, 0])
     for settings in ({"grouping": "label"}, {"grouping": "adversarial", "encoder": "mlp:1x4x4-3"}):
         given = {"source": str(tmp_path / "x.npz"), "artifact": str(tmp_path / "a"), "device": "cpu", **settings}

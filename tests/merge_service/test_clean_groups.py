@@ -1,4 +1,4 @@
-"""Groups of clean images that nothing attacks: the mean is the image, the target its embedding."""
+"""Merges without an attack: the mean of a group is its image, the target the embedding of the image."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def photos(images: Pixels, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(photos: Path, tmp_path: Path) -> Merge:
-    """Merges without an attack, but for settings."""
+    """A function that merges without an attack; `settings` override the usual ones."""
 
     def merged(name: str, **settings: Any) -> Artifact:
         places = {"source": str(photos), "artifact": str(tmp_path / name), "device": "cpu", "groups_per_shard": 4}
@@ -73,7 +73,7 @@ def made(photos: Path, tmp_path: Path) -> Merge:
 
 
 @pytest.mark.parametrize("encoding", ["uint8_moments", "float32"])
-def test_arrays_of_an_image_are_those_of_a_group_of_one(encoding: EncodingName) -> None:
+def test_arrays_of_an_image_equal_those_of_a_group_of_one(encoding: EncodingName) -> None:
     image = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
     specs = tuple(moment_specs(encoding, image.shape, 1, 255))
     layout = Layout(format="zarr", encoding=encoding, arrays=specs, groups=1, groups_per_shard=1)
@@ -86,12 +86,12 @@ def test_arrays_of_an_image_are_those_of_a_group_of_one(encoding: EncodingName) 
 
 @pytest.mark.parametrize("encoding", ["uint8_moments", "float32"])
 @pytest.mark.parametrize("format", ["zarr", "webdataset"])
-def test_the_mean_is_the_image_and_the_target_what_an_attack_has(
+def test_the_mean_is_the_image_and_the_target_equals_that_of_an_attack(
     made: Merge, images: Pixels, format: str, encoding: str
 ) -> None:
     stored = {"format": format, "encoding": encoding}
     found = made("none", batch_size=2, **stored)
-    # As many clean images in a batch: two groups of three members.
+    # Two groups of three members, so that its batches too have two clean images.
     attacked = made("attacked", attack="pgd", steps=1, members=3, batch_size=6, keep_clean=True, **stored)
     assert [record.key for record in found] == [record.key for record in attacked]
     encoder = load_encoder(ENCODER)
@@ -117,7 +117,7 @@ def test_the_mean_is_the_image_and_the_target_what_an_attack_has(
 
 
 @pytest.mark.parametrize("targets", ["label", "both"])
-def test_targets(made: Merge, targets: str) -> None:
+def test_targets_are_labels_or_both(made: Merge, targets: str) -> None:
     found = made("none", targets=targets, **({"encoder": None} if targets == "label" else {}))
     assert found.manifest.provenance["targets"] == targets
     assert ("encoder" in found.manifest.provenance) == (targets == "both")
@@ -126,7 +126,7 @@ def test_targets(made: Merge, targets: str) -> None:
         assert (record.target is None) == (targets == "label")
 
 
-def test_a_head_is_kept_and_gives_the_labels(made: Merge, images: Pixels, tmp_path: Path) -> None:
+def test_a_head_is_stored_and_gives_the_labels(made: Merge, images: Pixels, tmp_path: Path) -> None:
     names = np.array(["dog", "ant"])[np.arange(GROUPS) % 2]
     np.savez(tmp_path / "named.npz", images=images, labels=names)
     (tmp_path / "head.safetensors").write_bytes(Head(torch.eye(3, 4), names=["cat", "dog", "ant"]).to_bytes())
@@ -140,7 +140,7 @@ def test_a_head_is_kept_and_gives_the_labels(made: Merge, images: Pixels, tmp_pa
         assert record.target is not None
 
 
-def test_images_of_several_groups_go_through_the_encoder_at_once(
+def test_images_of_several_groups_share_an_encoder_batch(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {"source": str(photos), "artifact": str(tmp_path / "out"), "device": "cpu", "order": "source"}
@@ -159,8 +159,8 @@ def test_images_of_several_groups_go_through_the_encoder_at_once(
     assert seen == [(4, False), (4, False), (3, False)]
 
 
-def test_a_resumed_merge_on_ray_has_the_bytes_of_a_loop(bench: Bench, tmp_path: Path) -> None:
-    """One photo has an embedding that is not finite."""
+def test_a_resumed_merge_on_ray_writes_the_bytes_of_a_loop_over_shards(bench: Bench, tmp_path: Path) -> None:
+    """The embedding of one photo is not finite."""
 
     def config(name: str) -> MergeConfig:
         return MergeConfig(
@@ -198,7 +198,7 @@ def test_a_resumed_merge_on_ray_has_the_bytes_of_a_loop(bench: Bench, tmp_path: 
     assert rejects.keys() == {"03-corrupt.jpg", "05.png", "06-cut.png", "09-large.png"}
 
 
-def test_what_is_said_of_them(made: Merge, tmp_path: Path) -> None:
+def test_inspection_and_cards_describe_clean_images(made: Merge, tmp_path: Path) -> None:
     artifact = made("none", targets="both")
     facts = dm.inspect(artifact)
     assert (facts["attack_loss"], facts["attack_loss_start"]) == (None, None)
@@ -215,7 +215,7 @@ def test_what_is_said_of_them(made: Merge, tmp_path: Path) -> None:
         dm.remerge(artifact, tmp_path / "fewer", dm.Remerge(members=1))
 
 
-def test_copies_and_unions_of_them(made: Merge, images: Pixels, tmp_path: Path) -> None:
+def test_clean_groups_can_be_converted_and_combined(made: Merge, images: Pixels, tmp_path: Path) -> None:
     artifact = made("none")
     tars = dm.convert(artifact, tmp_path / "tars", format="webdataset", encoding="float32")
     back = dm.convert(tars, tmp_path / "back", format="zarr", encoding="uint8_moments")
@@ -231,7 +231,7 @@ def test_copies_and_unions_of_them(made: Merge, images: Pixels, tmp_path: Path) 
     assert f"{2 * GROUPS} clean images" in dataset_card(dm.inspect(union))
 
 
-def test_a_dry_run_counts_one_pass_an_image(photos: Path, tmp_path: Path) -> None:
+def test_a_dry_run_counts_one_forward_pass_per_image(photos: Path, tmp_path: Path) -> None:
     def flops(*more: str) -> Any:
         flags = ["--attack", "none", "--device", "cpu", "--dry-run", "--json", *more]
         done = CliRunner().invoke(command, [str(photos), str(tmp_path / "out"), *flags])
@@ -250,7 +250,9 @@ def test_a_dry_run_counts_one_pass_an_image(photos: Path, tmp_path: Path) -> Non
         ({"image_size": 8, "encoder": None, "targets": "label"}, "image_size", []),
     ],
 )
-def test_refusals(settings: dict[str, Any], field: str, facts: list[object]) -> None:
+def test_settings_that_do_not_go_with_clean_groups_are_refused(
+    settings: dict[str, Any], field: str, facts: list[object]
+) -> None:
     places = {"source": "photos", "artifact": "a", "attack": "none", "encoder": ENCODER}
     assert MergeConfig.model_validate({**places, "members": 1}).group_size == 1
     with refused(ConfigError, field, *facts):

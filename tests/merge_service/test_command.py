@@ -1,4 +1,4 @@
-"""`datamerge merge` as it is typed: flags against settings, and the plan it shows."""
+"""`datamerge merge`: flags against settings, and the plan that a dry run shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_command_line_means_the_same_settings(settings: dict[str, Any]) -> None:
+def test_flags_give_the_same_settings_as_keywords(settings: dict[str, Any]) -> None:
     typed = ["some photos/", "out"]
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -42,13 +42,13 @@ def test_a_command_line_means_the_same_settings(settings: dict[str, Any]) -> Non
     assert load_settings(MergeConfig, None, flags) == MergeConfig(source="some photos/", artifact="out", **settings)
 
 
-def test_every_setting_has_a_flag_and_a_help() -> None:
+def test_every_setting_has_a_flag_and_every_flag_a_help() -> None:
     flags = {parameter.name for parameter in command.params}
     assert set(MergeConfig.model_fields) <= flags
     assert all(parameter.help for parameter in command.params if isinstance(parameter, click.Option))
 
 
-def test_a_price_needs_a_plan() -> None:
+def test_a_price_needs_a_dry_run() -> None:
     done = CliRunner().invoke(command, ["x", "a", "--grouping", "label", "--price-per-hour", "3"])
     assert isinstance(done.exception, ConfigError)
     assert done.exception.field == "price_per_hour"
@@ -56,7 +56,7 @@ def test_a_price_needs_a_plan() -> None:
 
 
 @pytest.mark.parametrize("grouping", ["adversarial", "label", "cluster"])
-def test_the_plan_has_time_bytes_and_cost_and_writes_nothing(tmp_path: Path, grouping: str) -> None:
+def test_a_dry_run_estimates_time_bytes_and_cost_and_writes_nothing(tmp_path: Path, grouping: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(30) % 3)
     more = {"adversarial": ["--encoder", ENCODER], "label": [], "cluster": ["--clusters", "2"]}[grouping]

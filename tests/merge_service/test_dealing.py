@@ -1,4 +1,4 @@
-"""Which samples share a shard: permutations, and how many shards read each block."""
+"""Assignment of samples to shards: it is a permutation, and few shards read each block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merge_service.dealing import Dealing, deal, deal_groups
 IntArray = npt.NDArray[np.int64]
 BLOCKS = st.one_of(
     st.tuples(st.integers(1, 40), st.integers(1, 60)).map(lambda pair: [pair[0]] * pair[1]),
-    # Files of equal blocks and a smaller last one, as row groups are.
+    # Files of equal blocks and a smaller last one, like Parquet row groups.
     st.tuples(st.integers(2, 30), st.lists(st.integers(1, 100), min_size=1, max_size=12)).map(
         lambda pair: [min(pair[0], rows - first) for rows in pair[1] for first in range(0, rows, pair[0])]
     ),
@@ -24,14 +24,16 @@ BLOCKS = st.one_of(
 
 
 def reads(order: IntArray, sizes: list[int], per_shard: int) -> IntArray:
-    """How many shards each block is in, counted sample by sample."""
+    """Number of shards that hold samples of each block, counted sample by sample."""
     block_of = np.repeat(np.arange(len(sizes)), sizes)
     pairs = {(place // per_shard, int(block_of[index])) for place, index in enumerate(order.tolist())}
     return np.bincount([block for _, block in pairs], minlength=len(sizes))
 
 
 @given(sizes=BLOCKS, per_shard=st.integers(1, 50), seed=st.integers(0, 2**62))
-def test_blocks_are_dealt_whole_and_read_no_more_often(sizes: list[int], per_shard: int, seed: int) -> None:
+def test_shuffled_blocks_are_a_permutation_and_are_read_no_more_often(
+    sizes: list[int], per_shard: int, seed: int
+) -> None:
     count = sum(sizes)
     order = deal(count, sizes, per_shard, seed).order
     assert sorted(order.tolist()) == list(range(count))
@@ -39,17 +41,15 @@ def test_blocks_are_dealt_whole_and_read_no_more_often(sizes: list[int], per_sha
     shards = -(-count // per_shard)
     if len(set(sizes)) == 1:
         assert (after <= before).all()
-    # Blocks of any sizes: in at most one shard more than they need, and in all no more than one for every end of one.
+    # Blocks of any sizes: each is in at most one shard too many, and each end of a shard splits at most one.
     fewest = -(-np.array(sizes) // per_shard)
     assert (after <= fewest + 1).all()
     assert after.sum() <= len(sizes) + shards - 1
 
 
 @given(sizes=BLOCKS, per_shard=st.integers(1, 50), seed=st.integers(0, 2**62))
-def test_a_reader_that_keeps_one_block_reads_as_often_as_in_the_sources_order(
-    sizes: list[int], per_shard: int, seed: int
-) -> None:
-    """One worker doing one shard after the other: the block that two of them share is read once."""
+def test_a_reader_that_keeps_one_block_reads_each_block_once(sizes: list[int], per_shard: int, seed: int) -> None:
+    """One worker does one shard after the other, and a block that two of them share is read once."""
     count, block_of = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
     dealing, kept, loads = deal(count, sizes, per_shard, seed), -1, 0
     for start in range(0, count, per_shard):
@@ -63,7 +63,7 @@ def test_a_reader_that_keeps_one_block_reads_as_often_as_in_the_sources_order(
 
 
 @given(count=st.integers(1, 500), seed=st.integers(0, 2**62))
-def test_samples_that_are_read_one_by_one_are_permuted_and_read_front_to_back(count: int, seed: int) -> None:
+def test_samples_without_blocks_are_permuted_and_read_in_source_order(count: int, seed: int) -> None:
     dealing = deal(count, None, 7, seed)
     assert sorted(dealing.order.tolist()) == list(range(count))
     for start in range(0, count, 7):
@@ -72,7 +72,7 @@ def test_samples_that_are_read_one_by_one_are_permuted_and_read_front_to_back(co
 
 
 @pytest.mark.parametrize("sizes", [None, [100] * 10], ids=["one by one", "by blocks"])
-def test_seeds_give_other_orders_and_no_sample_stays_behind(sizes: list[int] | None) -> None:
+def test_seeds_give_different_orders_without_correlation_to_the_source(sizes: list[int] | None) -> None:
     orders = [deal(1000, sizes, 64, seed).order for seed in range(200)]
     assert len({order.tobytes() for order in orders}) == 200
     np.testing.assert_array_equal(orders[0], deal(1000, sizes, 64, 0).order)
@@ -80,7 +80,7 @@ def test_seeds_give_other_orders_and_no_sample_stays_behind(sizes: list[int] | N
         0.02 if sizes is None else 0.1
     )
     if sizes is None:
-        # The mean place of every sample is the middle, 499.5, with a deviation of 1000 / √12 over one draw.
+        # The mean place of every sample is the middle, 499.5; the standard deviation of one draw is 1000 / √12.
         places = np.mean([np.argsort(order) for order in orders], axis=0)
         assert np.abs(places - 499.5).max() < 5 * 1000 / np.sqrt(12 * 200)
 
@@ -90,7 +90,7 @@ def test_shards_of_a_source_that_is_sorted_by_class_hold_many_classes() -> None:
     order = deal(len(labels), None, 256, 0).order
     classes = [len(set(labels[order[start : start + 256]].tolist())) for start in range(0, len(order) - 256, 256)]
     assert min(classes) > 200  # 226 of 1000 are expected, ± 5.5
-    # Small row groups: a shard holds the classes of some that do not follow each other.
+    # Small row groups: a shard holds several that are not neighbours in the source.
     order = deal(len(labels), [10] * 3000, 256, 0).order
     classes = [len(set(labels[order[start : start + 256]].tolist())) for start in range(0, len(order) - 256, 256)]
     assert min(classes) >= 20  # 9 or 10 in the source's order
@@ -112,7 +112,7 @@ def groups_of(labels: IntArray, size: int, seed: int) -> tuple[IntArray, IntArra
     [(None, True, True), ([25] * 40, True, False), ([25] * 40, False, True), ([1000], True, True)],
     ids=["files", "blocks by class", "blocks of all classes", "one block"],
 )
-def test_groups_are_dealt_where_no_more_blocks_are_read(sizes: Any, is_sorted: bool, dealt: bool) -> None:
+def test_groups_are_shuffled_only_if_no_more_blocks_are_read(sizes: Any, is_sorted: bool, dealt: bool) -> None:
     labels = np.repeat(np.arange(10), 100)
     if not is_sorted:
         labels = np.random.default_rng(0).permutation(labels)
@@ -121,12 +121,12 @@ def test_groups_are_dealt_where_no_more_blocks_are_read(sizes: Any, is_sorted: b
     assert (order is not None) is dealt
     if order is not None:
         assert sorted(order.tolist()) == list(range(200))
-        # Twenty groups of ten classes: 8.8 are expected, and one or two in the order of the classes.
+        # Twenty groups from ten classes: 8.8 classes are expected, and one or two in the order of the classes.
         classes = labels[samples[starts[:-1]]][order].reshape(10, 20)
         assert min(len(set(row.tolist())) for row in classes) >= 5
 
 
-def test_blocks_of_another_source_are_refused() -> None:
+def test_blocks_that_do_not_add_up_to_the_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="9"):
         deal(10, [4, 5], 2, 0)
     assert isinstance(deal(9, [4, 0, 5], 2, 0), Dealing)  # row groups without rows

@@ -1,4 +1,4 @@
-"""The same groups whatever the workers, the shards and the interruptions, as `datamerge diff` sees it."""
+"""Workers, shard sizes and interruptions do not change the groups; `datamerge diff` compares them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from datamerge.cli import cli
 from tests.support.bench import GROUPS, Bench, tree
 
-# Ray's own start-up leaves file handles and sockets to the collector.
+# Ray's own start-up leaves file handles and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
 
@@ -28,7 +28,7 @@ def _diff(a: Path, b: Path, *more: str) -> tuple[int, str]:
     return done.exit_code, done.stdout.strip().splitlines()[-1]
 
 
-def test_one_worker_or_two(bench: Bench, expected: Path, tmp_path: Path) -> None:
+def test_one_worker_writes_the_bytes_of_two(bench: Bench, expected: Path, tmp_path: Path) -> None:
     bench.switch()
     code, errors = bench.merge(tmp_path / "one", "--max-workers", "1")
     assert code == 0, errors
@@ -36,8 +36,8 @@ def test_one_worker_or_two(bench: Bench, expected: Path, tmp_path: Path) -> None
     assert tree(tmp_path / "one") == tree(expected)
 
 
-def test_other_shards_resumed_halfway(bench: Bench, expected: Path, tmp_path: Path) -> None:
-    """Larger shards hold the same groups, also when one is done again; larger batches round targets differently."""
+def test_larger_shards_hold_the_same_groups_also_when_resumed(bench: Bench, expected: Path, tmp_path: Path) -> None:
+    """A shard that is done again has the same bytes. Targets have a tolerance: larger batches round differently."""
     bench.switch()
     code, errors = bench.merge(tmp_path / "large", "--groups-per-shard", "5")
     assert code == 0, errors
@@ -51,7 +51,7 @@ def test_other_shards_resumed_halfway(bench: Bench, expected: Path, tmp_path: Pa
     assert last.startswith(f"equal: {GROUPS} groups")
 
 
-def test_another_seed_is_seen(bench: Bench, expected: Path, tmp_path: Path) -> None:
+def test_another_seed_changes_every_group(bench: Bench, expected: Path, tmp_path: Path) -> None:
     bench.switch()
     code, errors = bench.merge(tmp_path / "other", "--seed", "1")
     assert code == 0, errors

@@ -1,4 +1,4 @@
-"""FLOPs that a plan counts: those of the encoder by hand, and those of the attack as it runs."""
+"""Estimated FLOPs against counts: of an encoder by hand, of an attack while it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage_schemas import ArtifactWriter, Location
 
 
 class Products(TorchDispatchMode):
-    """FLOPs of matrix products, of the backward passes too; torch's own counter refuses `autograd.grad`."""
+    """Counts FLOPs of matrix products, backward passes included; torch's own counter refuses `autograd.grad`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -36,19 +36,19 @@ def frozen(spec: str) -> Encoder:
     return load_encoder(spec).eval().requires_grad_(False)
 
 
-def test_attention_is_counted() -> None:
-    """ViT-S-32-alt: 12 blocks of width 384 on 49 patches and a class token; 256 values of embedding."""
+def test_flops_of_attention_are_counted() -> None:
+    """ViT-S-32-alt: 12 blocks of width 384 on 49 patches and a class token; an embedding of 256 values."""
     tokens, width = 50, 384
     block = 2 * tokens * 12 * width**2 + 4 * tokens**2 * width
     forward = 12 * block + 2 * 49 * 3 * 32**2 * width + 2 * width * 256
     found = count_passes(frozen("open_clip:ViT-S-32-alt"), (3, 224, 224))
     assert found.forward == forward
-    # A product of two activations has two gradients, of an activation and a weight one.
+    # A product of two activations has two gradients, that of an activation and a frozen weight has one.
     assert found.gradient == 2 * forward + 12 * 4 * tokens**2 * width
 
 
 @pytest.mark.parametrize("method", ["pgd", "apgd"])
-def test_a_group_takes_as_many_flops_as_its_attack(method: str, tmp_path: Path) -> None:
+def test_flops_of_a_group_are_those_of_its_attack(method: str, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "photos.npz", images=images)
     settings = {"attack": method, "members": 3, "steps": 4, "restarts": 2, "device": "cpu"}
@@ -65,6 +65,6 @@ def test_a_group_takes_as_many_flops_as_its_attack(method: str, tmp_path: Path) 
     assert 2 * group_flops(config, count_passes(worker.model, (3, 8, 8))) == counted.flops
 
 
-def test_a_group_by_hand() -> None:
+def test_flops_of_a_group_equal_a_count_by_hand() -> None:
     config = MergeConfig(source="photos", artifact="adv", encoder="mlp:3x8x8-16-4", members=10, steps=10)
     assert group_flops(config, Passes(forward=1.0, gradient=2.0)) == 1 + 10 * (2 * 10 + 1)

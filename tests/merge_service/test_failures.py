@@ -1,4 +1,4 @@
-"""What is said of workers that die, and which failures are tried again."""
+"""Messages about workers that die, and which failures are retried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from merge_service.failures import cause_of_death, is_lasting, remedy_of_starts
 from merge_service.work_queue import Piece, WorkQueue
 from storage_schemas import ConfigError
 
-# As Ray 2.60 says it.
+# Messages of Ray 2.60.
 EXIT = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: _RayWorker\n\tip: 192.0.2.2\n"
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: "
@@ -37,13 +37,13 @@ KILLED = (
         ("", ["unknown"]),
     ],
 )
-def test_why_a_worker_died(message: str, facts: list[str]) -> None:
+def test_the_cause_of_a_workers_death_is_found_in_rays_message(message: str, facts: list[str]) -> None:
     cause = cause_of_death(RuntimeError(message))
     assert [fact for fact in facts if fact not in cause] == []
     assert "\n" not in cause
 
 
-def test_only_what_speaks_of_memory_is_sent_for_more_of_it(tmp_path: Path) -> None:
+def test_remedies_name_memory_or_files_that_shadow_modules(tmp_path: Path) -> None:
     assert "memory" in remedy_of_starts(cause_of_death(RuntimeError(KILLED)), tmp_path)
     assert "memory" not in remedy_of_starts(cause_of_death(RuntimeError(EXIT)), tmp_path)
     for name in ("numpy.py", "queue.py", "mine.py", "torch/__init__.py", "pandas/data.csv"):
@@ -65,11 +65,11 @@ def test_only_what_speaks_of_memory_is_sent_for_more_of_it(tmp_path: Path) -> No
         (MemoryError(), False),
     ],
 )
-def test_what_fails_again_is_not_tried_again(error: Exception, lasting: bool) -> None:
+def test_lasting_errors_are_not_retried(error: Exception, lasting: bool) -> None:
     assert is_lasting(error) is lasting
     queue = WorkQueue([Piece(0), Piece(1)], tries=3)
     piece = queue.take(0, 2, alone=False)
     assert piece is not None
-    aside = queue.failed([piece], "x", is_lasting(error))
-    assert [(one.shard, one.tries) for one in aside] == ([(0, 1)] if lasting else [])
+    given_up = queue.failed([piece], "x", is_lasting(error))
+    assert [(one.shard, one.tries) for one in given_up] == ([(0, 1)] if lasting else [])
     assert queue.gives_up(0) is lasting

@@ -1,4 +1,4 @@
-"""Faults on a real cluster: whatever dies, every good group is there once, and no byte is another."""
+"""Faults on a real cluster: the artifact ends with the bytes of a merge without faults."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from storage_schemas import open_artifact
 from tests.support.bench import GROUPS, SHARDS, STORE_BYTES, Bench, tree, wait_for
 
-# Ray's own start-up leaves file handles and sockets to the collector.
+# Ray's own start-up leaves file handles and sockets to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
 Tree = dict[str, bytes]
@@ -26,8 +26,8 @@ def _busy_workers(bench: Bench, driver: subprocess.Popen[str]) -> list[int]:
     return [int(path.name) for path in (bench.faults / "busy").iterdir() if int(path.name) != driver.pid]
 
 
-def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    """Every usable photo exactly once, the others with their reasons, and a true manifest."""
+def test_an_undisturbed_merge_holds_every_usable_photo_once(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """Every usable photo has one group, the others are rejected with a reason, and the manifest agrees."""
     for path, data in undisturbed.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
@@ -48,7 +48,7 @@ def test_nothing_goes_wrong(bench: Bench, undisturbed: Tree, tmp_path: Path) -> 
     assert sum(shard.rejected for shard in artifact.manifest.shards) == 4
 
 
-def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+def test_a_killed_worker_does_not_change_the_artifact(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     bench.switch("slow")
     process = bench.start(tmp_path / "a")
     victim = wait_for(lambda: _busy_workers(bench, process))[0]
@@ -58,7 +58,7 @@ def test_a_killed_worker_costs_its_shards_and_nothing_else(bench: Bench, undistu
     assert tree(tmp_path / "a") == undisturbed
 
 
-def test_sigterm_ends_in_order_and_the_same_command_continues(
+def test_sigterm_keeps_finished_shards_and_the_same_command_resumes(
     bench: Bench, undisturbed: Tree, tmp_path: Path
 ) -> None:
     bench.switch("slow")
@@ -74,7 +74,9 @@ def test_sigterm_ends_in_order_and_the_same_command_continues(
     assert tree(tmp_path / "a") == undisturbed
 
 
-def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+def test_a_lost_and_replaced_node_does_not_change_the_artifact(
+    bench: Bench, undisturbed: Tree, tmp_path: Path
+) -> None:
     bench.switch("slow")
     process = bench.start(tmp_path / "a")
     wait_for(lambda: len(_busy_workers(bench, process)) == 2)
@@ -86,7 +88,7 @@ def test_a_lost_node_and_its_replacement(bench: Bench, undisturbed: Tree, tmp_pa
     assert tree(tmp_path / "a") == undisturbed
 
 
-def test_a_killed_driver_resumes(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+def test_a_merge_resumes_after_its_driver_was_killed(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
     bench.switch("slow")
     process = bench.start(tmp_path / "a")
     commits = tmp_path / "a" / "commits"
@@ -99,7 +101,7 @@ def test_a_killed_driver_resumes(bench: Bench, undisturbed: Tree, tmp_path: Path
     code, errors = bench.merge(tmp_path / "a")
     assert code == 0, errors
     assert tree(tmp_path / "a") == undisturbed
-    # Finished work was not done again.
+    # Finished shards were not done again.
     assert {name: (commits / name).stat().st_mtime_ns for name in done} == done
     code, errors = bench.merge(tmp_path / "a")
     assert code == 0, errors
@@ -107,7 +109,7 @@ def test_a_killed_driver_resumes(bench: Bench, undisturbed: Tree, tmp_path: Path
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 KiB."""
+    """A file system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
@@ -117,14 +119,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_stops_the_job_and_costs_nothing(bench: Bench, undisturbed: Tree, small_disk: Path) -> None:
+def test_a_merge_stopped_by_a_full_disk_resumes_with_more_space(
+    bench: Bench, undisturbed: Tree, small_disk: Path
+) -> None:
     bench.switch()
     code, errors = bench.merge(small_disk / "a")
     assert code == 1
     last = errors.strip().splitlines()[-1]
     assert "disk" in last, errors
     assert "Traceback" not in errors
-    # What is there is whole.
+    # Commits on the disk are complete.
     for path, data in tree(small_disk / "a").items():
         if path.startswith("commits/"):
             assert undisturbed[path] == data
@@ -134,8 +138,8 @@ def test_a_full_disk_stops_the_job_and_costs_nothing(bench: Bench, undisturbed: 
     assert tree(small_disk / "a") == undisturbed
 
 
-def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    """It kills every worker; the others finish, its photos are named, and the cure completes the artifact."""
+def test_a_shard_that_kills_its_workers_is_given_up(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """One photo kills every worker. The other shards finish, and once the photo is harmless a merge completes."""
     bench.switch("poison")
     code, errors = bench.merge(tmp_path / "a")
     assert code == 1
@@ -155,8 +159,8 @@ def test_a_poisoned_shard_is_set_aside(bench: Bench, undisturbed: Tree, tmp_path
     assert tree(tmp_path / "a") == undisturbed
 
 
-def test_a_lost_object_costs_nothing(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    """Nobody's fault: the shard that needed it is done again, and does not count as failed."""
+def test_a_lost_object_does_not_count_as_a_failure(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """The shard that needed the object is done again, which does not count as one of its failures."""
     bench.switch("lost")
     code, errors = bench.merge(tmp_path / "a", "--max-workers", "1")
     assert code == 0, errors
@@ -164,8 +168,8 @@ def test_a_lost_object_costs_nothing(bench: Bench, undisturbed: Tree, tmp_path: 
     assert tree(tmp_path / "a") == undisturbed
 
 
-def test_too_many_rejects_stop_the_job(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
-    """Also when they come in several runs; a higher limit finishes."""
+def test_too_many_rejects_stop_the_merge(bench: Bench, undisturbed: Tree, tmp_path: Path) -> None:
+    """Rejects of earlier runs count too; with a higher limit the merge finishes."""
     bench.switch()
     for _ in range(2):
         code, errors = bench.merge(tmp_path / "a", "--max-rejected", "3")

@@ -1,4 +1,4 @@
-"""Groups that are made when they are asked for, against lists of them."""
+"""`Groups`, which makes its groups lazily, against plain lists of groups."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ LABELLED = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["x.y", "x y", 
 
 @settings(deadline=None, max_examples=50)
 @given(LABELLED, st.data())
-def test_groups_of_a_column_are_those_of_a_dictionary(pairs: list[tuple[int, str]], data: st.DataObject) -> None:
-    """Values that would give one key, classes that are mixed, and any order of the groups."""
+def test_groups_of_a_column_equal_those_of_a_dictionary(pairs: list[tuple[int, str]], data: st.DataObject) -> None:
+    """Some values differ only in characters that keys replace, some groups mix classes, and any order is taken."""
     samples = [Sample(f"k{i}", f"n{i}", label, group) for i, (label, group) in enumerate(pairs)]
     members = defaultdict(list)
     for sample in samples:
@@ -58,7 +58,7 @@ def test_groups_of_a_column_are_those_of_a_dictionary(pairs: list[tuple[int, str
 
 @settings(deadline=None, max_examples=50)
 @given(LABELLED)
-def test_a_group_for_each_sample(pairs: list[tuple[int, str]]) -> None:
+def test_groups_of_each_sample_equal_a_list_of_them(pairs: list[tuple[int, str]]) -> None:
     samples = [Sample(f"k{i}", f"n{i}", label) for i, (label, _) in enumerate(pairs)]
     groups = Groups.of_each(Samples.of(samples))
     expected = [Group(sample.key, (sample,), sample.label) for sample in samples]
@@ -68,7 +68,7 @@ def test_a_group_for_each_sample(pairs: list[tuple[int, str]]) -> None:
         groups[len(samples)]
 
 
-def test_what_is_refused_is_the_first() -> None:
+def test_refusals_name_the_first_bad_sample_or_group() -> None:
     samples = [Sample("a", "a.png", 1, "x"), Sample("b", "b.png", None, None), Sample("c", "c.png", None, None)]
     with refused(ConfigError, "label_column", "b.png"):
         by_class(_source(samples))

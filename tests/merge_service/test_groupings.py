@@ -1,4 +1,4 @@
-"""What groups hold, by moments computed another way; in one piece, in parts on a cluster, and on full data sets."""
+"""Contents of groups against float64 moments: in one piece, in parts on a cluster, and on full data sets."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Pixels = npt.NDArray[np.uint8]
 COUNT = 60
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, COUNT)
-# Two far-apart kinds inside every class: bright and dark.
+# Every class has two kinds of images that lie far apart: bright and dark.
 BRIGHT = RNG.integers(0, 2, COUNT)
 IMAGES = (RNG.integers(0, 60, (COUNT, 6, 5)) + 150 * BRIGHT[:, None, None]).astype(np.uint8)
 ENCODER = "mlp:1x6x5-8-4"
@@ -78,7 +78,7 @@ def _check_moments(record: Record, indices: npt.NDArray[np.intp]) -> None:
     assert sorted(record.samples) == sorted(f"digits.npz#{index}" for index in indices)
 
 
-def test_whole_classes(digits: Path, tmp_path: Path) -> None:
+def test_groups_of_whole_classes_have_the_moments_of_their_images(digits: Path, tmp_path: Path) -> None:
     artifact = merge_here(_config(digits, tmp_path / "a"))
     assert sorted(str(record.label) for record in artifact) == ["0", "1", "2"]
     for record in artifact:
@@ -86,8 +86,8 @@ def test_whole_classes(digits: Path, tmp_path: Path) -> None:
         assert record.target is None
 
 
-def test_chunks_of_a_class(digits: Path, tmp_path: Path) -> None:
-    """Runs of N in a random order: every sample once, and the members as they are stored."""
+def test_members_splits_classes_into_random_groups(digits: Path, tmp_path: Path) -> None:
+    """Every sample is in one group, in random order; the stored members are the images of the group."""
     artifact = merge_here(_config(digits, tmp_path / "a", members=4, keep_members=True, groups_per_shard=3))
     names = [name for record in artifact for name in record.samples]
     assert sorted(names) == sorted(f"digits.npz#{index}" for index in range(COUNT))
@@ -100,7 +100,7 @@ def test_chunks_of_a_class(digits: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(record.members[:, 0], IMAGES[indices])
 
 
-def test_groups_from_a_column(digits: Path, tmp_path: Path) -> None:
+def test_groups_of_a_column_have_moments_targets_and_labels(digits: Path, tmp_path: Path) -> None:
     settings = {"grouping": "column", "group_column": "site", "label_column": "labels"}
     artifact = merge_here(_config(digits, tmp_path / "a", **settings, targets="embedding", encoder=ENCODER))
     encoder = load_encoder(ENCODER)
@@ -120,7 +120,7 @@ def test_groups_from_a_column(digits: Path, tmp_path: Path) -> None:
     assert sorted(str(group.label) for group in same.plan.groups) == ["0", "1", "2"]
 
 
-def test_both_targets(digits: Path, tmp_path: Path) -> None:
+def test_both_targets_are_stored(digits: Path, tmp_path: Path) -> None:
     artifact = merge_here(_config(digits, tmp_path / "a", targets="both", encoder=ENCODER))
     assert all(record.target is not None and record.label is not None for record in artifact)
 
@@ -169,7 +169,7 @@ def test_attack_options_reach_the_attack(digits: Path, tmp_path: Path, attack: s
         assert record.variance.max() <= (1 / 255) ** 2 * 1.0001  # ±1 level at most
 
 
-def test_the_provenance_has_a_start_radius_only_where_there_is_a_random_start(digits: Path, tmp_path: Path) -> None:
+def test_the_provenance_has_a_start_radius_only_with_a_random_start(digits: Path, tmp_path: Path) -> None:
     base = {"grouping": "adversarial", "encoder": ENCODER, "members": 1, "objective": "cross_entropy"}
     for settings, radius in (({}, "2/255"), ({"start_radius": "1/255"}, "1/255"), ({"random_start": False}, None)):
         attack = prepare(_config(digits, tmp_path / "a", **base | settings)).plan.provenance["attack"]
@@ -177,8 +177,8 @@ def test_the_provenance_has_a_start_radius_only_where_there_is_a_random_start(di
         assert attack["random_start"] is (radius is not None)
 
 
-def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) -> None:
-    """Both attacks on the first batch: which signs agree, what they reach; the exact one agrees with itself."""
+def test_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) -> None:
+    """The message compares gradient signs and attack losses of the first batch; float32 agrees with itself."""
     base = {"grouping": "adversarial", "encoder": ENCODER, "members": 2, "steps": 4, "limit_first": 6}
     lines = {}
     for precision in ("bfloat16", "float32"):
@@ -201,7 +201,7 @@ def test_a_low_precision_is_compared_with_float32(digits: Path, tmp_path: Path) 
 def test_parts_on_a_cluster_give_the_bytes_of_one_piece(
     bench: Bench, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One class over many work items, two workers, any order; rejects stay where they were."""
+    """Two workers do the many work items of a class, in any order."""
     bench.switch()
     whole = merge_here(_config(digits, tmp_path / "whole"))
     monkeypatch.setattr(planning, "PART_SAMPLES", 7)
@@ -213,12 +213,12 @@ def test_parts_on_a_cluster_give_the_bytes_of_one_piece(
     assert len(whole) == 3
 
 
-def test_clusters_separate_what_is_apart(
+def test_clusters_separate_distant_images(
     bench: Bench, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two kinds in every class become two groups; the assignment is kept, and a resumed merge uses it.
+    """The two kinds of every class become two groups; the assignment is stored, and a resumed merge uses it.
 
-    Clusters and shards share one connection to Ray, and a finished artifact needs none.
+    Clustering and shards share one connection to Ray, and a finished artifact needs none.
     """
     bench.switch()
     init = Mock(wraps=ray.init)
@@ -259,7 +259,7 @@ def test_clusters_do_not_depend_on_threads(digits: Path, space: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"identity": "id", "clusters": {"1": [1e999]}}'])
-def test_a_damaged_assignment_is_none(text: str) -> None:
+def test_a_damaged_assignment_reads_as_none(text: str) -> None:
     assert from_bytes(b'{"identity": "id", "clusters": {"1": [1]}}', "id") == {1: [1]}
     assert from_bytes(text.encode(), "id") is None
 
@@ -283,7 +283,7 @@ def test_a_changed_source_is_refused_with_the_difference(tmp_path: Path) -> None
         merge_here(config.model_copy(update={"seed": 1}))
 
 
-def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:
+def test_a_source_without_usable_images_is_an_error(bench: Bench, tmp_path: Path) -> None:
     bench.switch()
     np.savez(tmp_path / "x.npz", images=np.zeros((2, 4, 4), np.uint8), labels=[0, 0])
     config = _config(tmp_path / "x.npz", tmp_path / "a", shape="1x6x5", resize=False, ray_address=bench.address)
@@ -291,8 +291,8 @@ def test_nothing_usable_is_an_error(bench: Bench, tmp_path: Path) -> None:
         merge(config)
 
 
-def _mnist_means(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Class means by pyarrow and NumPy alone."""
+def _class_means(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Means and counts of the classes of an image table, by pyarrow and NumPy alone."""
     table = pq.read_table(path)
     labels = np.array(table["label"])
     images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()])
@@ -304,13 +304,13 @@ def _mnist_means(path: Path) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.in
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_class_means_of_whole_data_sets(bench: Bench, tmp_path: Path, name: str) -> None:
-    """10,000 test images here; the training sets only take longer."""
+    """The 10,000 test images; training sets would add time and no other case."""
     if "DATAMERGE_DATA" not in os.environ:
         pytest.skip("DATAMERGE_DATA is not set")
     bench.switch()
     path = Path(os.environ["DATAMERGE_DATA"]) / name / "test.parquet"
     merge(_config(path, tmp_path / "a", ray_address=bench.address))
-    means, counts = _mnist_means(path)
+    means, counts = _class_means(path)
     artifact = open_artifact(tmp_path / "a")
     assert {record.label for record in artifact} == set(range(10))
     for record in artifact:
@@ -354,8 +354,10 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("settings", "field"), BAD_SETTINGS, ids=str)
-def test_settings_that_do_not_go_together(digits: Path, tmp_path: Path, settings: dict[str, Any], field: str) -> None:
-    """By field, in one line, with advice that names settings as Python does."""
+def test_settings_that_do_not_go_together_are_refused(
+    digits: Path, tmp_path: Path, settings: dict[str, Any], field: str
+) -> None:
+    """The one-line error begins with its field; settings are in backquotes, which the command turns into flags."""
     with refused(ConfigError, field) as caught:
         _config(digits, tmp_path / "a", **settings)
     assert str(caught.value).startswith(f"{field}: ")

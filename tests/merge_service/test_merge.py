@@ -1,4 +1,4 @@
-"""A merge from Python: on Ray that starts by itself."""
+"""Merges from Python, which start Ray themselves."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def _config(photos: Path, artifact: Path, workers: int) -> MergeConfig:
     )
 
 
-def _merge_elsewhere(config: MergeConfig) -> MergeResult:
-    """Merge in a process of its own: a driver that has started a Ray loses its actors on any other cluster."""
+def _merge_in_new_process(config: MergeConfig) -> MergeResult:
+    """Merge in a new process: a driver that has started a Ray loses its actors on any other cluster."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(merge, config).result()
 
 
 @pytest.mark.xdist_group("ray")
-def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos: Path, tmp_path: Path) -> None:
-    result = _merge_elsewhere(_config(photos, tmp_path / "ray", 2))
+def test_a_merge_that_starts_ray_writes_the_bytes_of_a_loop_over_shards(photos: Path, tmp_path: Path) -> None:
+    result = _merge_in_new_process(_config(photos, tmp_path / "ray", 2))
     assert result.manifest.groups == 7
     assert [reject.sample for reject in result.rejects] == ["broken.jpg"]
-    # Without Ray, last shard first, over what a killed writer left behind.
+    # Without Ray, last shard first, beside a temporary file of a killed writer.
     prepared = prepare(_config(photos, tmp_path / "loop", 2))
     writer = ArtifactWriter(Location(tmp_path / "loop"), prepared.plan.layout, prepared.plan.provenance)
     writer.begin(prepared.files)
@@ -77,8 +77,8 @@ def test_ray_that_starts_by_itself_gives_the_bytes_of_a_loop_over_shards(photos:
         np.testing.assert_allclose(record.variance, (record.members / 255).var(axis=0), atol=1e-9)
 
 
-def test_each_start_of_ray_does_not_leave_another_thread(bench: Bench) -> None:
-    """Native ones count, which Ray's metrics start: they outlive ray.shutdown()."""
+def test_starting_ray_again_leaves_no_more_threads(bench: Bench) -> None:
+    """Native threads are counted too: those of Ray's metrics outlive ray.shutdown()."""
     counts = []
     for _ in range(4):
         ray.init(address=bench.address, logging_level=40, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Shuffled shards: how many classes they hold, what they cost to read, and artifacts begun in another order."""
+"""Shuffled shards: how many classes they hold, how many reads they take, and artifacts begun in another order."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _png(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders."""
+    """A folder of photos with a subfolder for each class."""
     root = tmp_path_factory.mktemp("data") / "photos"
     for label in range(CLASSES):
         (root / f"c{label:02d}").mkdir(parents=True)
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same classes in two Parquet files, 7 rows a row group, the last of each 2."""
+    """The same classes in two Parquet files with row groups of 7 rows; the last of each file has 2."""
     root = tmp_path_factory.mktemp("data") / "rows"
     root.mkdir()
     labels = np.repeat(np.arange(CLASSES), PER_CLASS)
@@ -68,20 +68,20 @@ def _keys(prepared: Prepared) -> list[str]:
     return [group.key for shard in range(prepared.plan.layout.shards) for group in prepared.plan.groups_of(shard)]
 
 
-def _classes(prepared: Prepared) -> list[int]:
-    """Distinct labels of every full shard."""
+def _classes_per_shard(prepared: Prepared) -> list[int]:
+    """Number of distinct labels in every full shard."""
     shards = range(prepared.plan.layout.groups // prepared.plan.layout.groups_per_shard)
     return [len({group.label for group in prepared.plan.groups_of(shard)}) for shard in shards]
 
 
-def test_shards_of_a_thousand_classes_hold_as_many_as_chance_gives(tmp_path: Path) -> None:
+def test_shuffled_shards_hold_as_many_classes_as_random_draws(tmp_path: Path) -> None:
     labels = np.repeat(np.arange(1000), 4)
     np.savez(tmp_path / "x.npz", images=np.zeros((4000, 2, 2), np.uint8), labels=labels)
     shuffled = prepare(_config(tmp_path / "x.npz", tmp_path / "a", groups_per_shard=256))
     # 1000 · (1 − (1 − 1/1000)^256) = 226, ± 5.5; 64 in the order of the source.
-    assert min(_classes(shuffled)) > 195
+    assert min(_classes_per_shard(shuffled)) > 195
     source = prepare(_config(tmp_path / "x.npz", tmp_path / "a", groups_per_shard=256, order="source"))
-    assert max(_classes(source)) <= 65
+    assert max(_classes_per_shard(source)) <= 65
     assert sorted(_keys(shuffled)) == sorted(_keys(source))
 
 
@@ -90,7 +90,7 @@ def test_shards_of_a_thousand_classes_hold_as_many_as_chance_gives(tmp_path: Pat
     [({}, 10), ({"grouping": "label", "members": 2}, 10), ({"grouping": "cluster", "clusters": 2}, 10)],
     ids=["adversarial", "label", "cluster"],
 )
-def test_groups_of_class_folders_are_dealt_by_the_seed(
+def test_the_seed_shuffles_groups_of_class_folders(
     folder: Path, tmp_path: Path, settings: dict[str, Any], fewest: int
 ) -> None:
     found = {
@@ -100,8 +100,8 @@ def test_groups_of_class_folders_are_dealt_by_the_seed(
         for order in ORDERS
         for seed in (0, 1)
     }
-    assert max(_classes(found["source", 0])) <= 8
-    assert min(_classes(found["shuffled", 0])) >= fewest  # 13 to 14 of 40 are expected
+    assert max(_classes_per_shard(found["source", 0])) <= 8
+    assert min(_classes_per_shard(found["shuffled", 0])) >= fewest  # 13 to 14 of 40 are expected
     assert _keys(found["shuffled", 0]) != _keys(found["shuffled", 1])
     again = prepare(_config(folder, tmp_path / "a", **settings), planning_only=True)
     assert _keys(again) == _keys(found["shuffled", 0])
@@ -114,10 +114,10 @@ def test_groups_of_class_folders_are_dealt_by_the_seed(
     assert "order" not in found["source", 0].plan.provenance
 
 
-def test_groups_that_stay_in_the_order_of_the_source_are_not_called_shuffled(
+def test_groups_that_stay_in_source_order_are_not_recorded_as_shuffled(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Classes of 6 in row groups of 7: dealt, the two classes of a shard would be apart."""
+    """Classes of 5 in row groups of 7: shuffled, the two classes of a shard would lie in different row groups."""
     settings = {"grouping": "label", "groups_per_shard": 2}
     shuffled, source = (
         prepare(_config(rows, tmp_path / order, order=order, **settings), planning_only=True)
@@ -126,14 +126,12 @@ def test_groups_that_stay_in_the_order_of_the_source_are_not_called_shuffled(
     assert _keys(shuffled) == _keys(source)
     assert shuffled.plan.provenance == source.plan.provenance
     assert "row groups" in capsys.readouterr().err
-    before = _began(rows, tmp_path / "a", **settings)
-    assert _continued(rows, tmp_path / "a", **settings) == before
+    before = _merge_and_lose_shards(rows, tmp_path / "a", **settings)
+    assert _resume(rows, tmp_path / "a", **settings) == before
 
 
-def test_every_row_group_is_read_by_no_more_shards(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counted at pyarrow: by workers that do one shard each, and by one that does all of them."""
+def test_shuffling_reads_no_row_group_more_often(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads are counted in pyarrow: of workers that do one shard each, and of one that does all of them."""
     reads = Counter[tuple[Any, int]]()
     original = pq.ParquetFile.read_row_group
 
@@ -146,7 +144,7 @@ def test_every_row_group_is_read_by_no_more_shards(
     for order in ORDERS:
         prepared = prepare(_config(rows, tmp_path / "a", order=order))
         if order == "shuffled":
-            assert min(_classes(prepared)) >= 5  # 3 or 4 in the order of the source
+            assert min(_classes_per_shard(prepared)) >= 5  # 3 or 4 in the order of the source
         reads.clear()
         for shard in range(prepared.plan.layout.shards):
             reader = pickle.loads(pickle.dumps(prepared.source.reader))
@@ -155,7 +153,7 @@ def test_every_row_group_is_read_by_no_more_shards(
         apart[order] = reads.copy()
         reads.clear()
         merge_here(_config(rows, tmp_path / order, order=order))
-        together[order] = reads - Counter({(100, 0): 1})  # the shape of the first image
+        together[order] = reads - Counter({(100, 0): 1})  # a read for the shape of the first image
     assert all(apart["shuffled"][block] <= apart["source"][block] for block in apart["source"])
     assert sum(together["shuffled"].values()) <= sum(together["source"].values())
 
@@ -179,8 +177,8 @@ def test_records_of_a_shuffled_artifact_are_found_by_key(folder: Path, tmp_path:
     assert dm.verify(tmp_path / "a").problems == []
 
 
-def _began(source: Path, artifact: Path, **settings: Any) -> dict[str, bytes]:
-    """A merge whose last two shards were lost; what it was before."""
+def _merge_and_lose_shards(source: Path, artifact: Path, **settings: Any) -> dict[str, bytes]:
+    """Merge, then lose the last two shards; return the files as they were before the loss."""
     merge_here(_config(source, artifact, **settings))
     before = tree(artifact)
     sidecars = sorted((artifact / "commits").iterdir())
@@ -191,22 +189,22 @@ def _began(source: Path, artifact: Path, **settings: Any) -> dict[str, bytes]:
     return before
 
 
-def _continued(source: Path, artifact: Path, **settings: Any) -> dict[str, bytes]:
+def _resume(source: Path, artifact: Path, **settings: Any) -> dict[str, bytes]:
     merge_here(_config(source, artifact, **settings))
     return tree(artifact)
 
 
-def test_an_artifact_of_an_earlier_release_goes_on_in_its_order(
+def test_an_artifact_of_an_earlier_release_is_resumed_in_its_order(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says nothing of an order, nor of whether its limit drew anything."""
-    before = _began(folder, tmp_path / "a", order="source", limit_first=60)
+    """Its provenance has no order, and does not say whether its limit drew samples at random."""
+    before = _merge_and_lose_shards(folder, tmp_path / "a", order="source", limit_first=60)
     capsys.readouterr()
-    assert _continued(folder, tmp_path / "a", limit=60) == before
+    assert _resume(folder, tmp_path / "a", limit=60) == before
     said = [line for line in capsys.readouterr().err.splitlines() if "which is kept" in line]
     assert len(said) == 1
     assert all(fact in said[0] for fact in (str(tmp_path / "a"), "60"))
-    assert _continued(folder, tmp_path / "a", order="source", limit_first=60) == before
+    assert _resume(folder, tmp_path / "a", order="source", limit_first=60) == before
     assert "which is kept" not in capsys.readouterr().err
 
 
@@ -223,15 +221,15 @@ def test_an_artifact_of_an_earlier_release_goes_on_in_its_order(
 def test_another_order_or_limit_is_refused(
     folder: Path, tmp_path: Path, begun: dict[str, Any], settings: dict[str, Any], facts: list[str]
 ) -> None:
-    before = _began(folder, tmp_path / "a", **begun)
+    before = _merge_and_lose_shards(folder, tmp_path / "a", **begun)
     found = tree(tmp_path / "a")
     with refused(NotAnArtifact, None, *facts):
-        _continued(folder, tmp_path / "a", **settings)
+        _resume(folder, tmp_path / "a", **settings)
     assert tree(tmp_path / "a") == found
-    assert _continued(folder, tmp_path / "a", **begun) == before
+    assert _resume(folder, tmp_path / "a", **begun) == before
 
 
-def test_limits_of_settings(folder: Path, tmp_path: Path) -> None:
+def test_limit_draws_from_every_class_and_limit_first_takes_the_first(folder: Path, tmp_path: Path) -> None:
     prepared = prepare(_config(folder, tmp_path / "a", limit=CLASSES))
     assert Counter(group.label for group in prepared.plan.groups) == dict.fromkeys(range(CLASSES), 1)
     assert prepared.plan.provenance["source"]["drawn_from"] == CLASSES * PER_CLASS
@@ -244,8 +242,8 @@ def test_limits_of_settings(folder: Path, tmp_path: Path) -> None:
         dm.EvaluateConfig(runs=["x"], data=str(folder), limit=3, limit_first=3)
 
 
-def test_a_combination_of_orders_is_the_union(folder: Path, tmp_path: Path) -> None:
-    """Rounds have seeds of their own, and with them orders."""
+def test_artifacts_in_different_orders_combine_by_key(folder: Path, tmp_path: Path) -> None:
+    """Rounds have different seeds, and therefore different orders."""
     for seed in (0, 1):
         merge_here(_config(folder, tmp_path / str(seed), seed=seed, keep_members=True))
     dm.combine([tmp_path / "0", tmp_path / "1"], tmp_path / "both")

@@ -43,7 +43,7 @@ SIZES = ((47, 61), (33, 32), (35, 80), (32, 32), (20, 15), (90, 41))
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a merge and a training leave, and the library's model that they began with."""
+    """An artifact, a run trained on it, and open_clip's model and transform of their encoder."""
 
     photos: Path
     spec: str
@@ -53,13 +53,13 @@ class Tuned:
     transform: Callable[[Image.Image], torch.Tensor]
 
     def pictures(self) -> list[torch.Tensor]:
-        """Normalised pixels of the photos, as the library makes them."""
+        """Normalised pixels of the photos, by open_clip's transform."""
         files = sorted(self.photos.iterdir())
         return [self.transform(Image.open(file)) for file in files]
 
 
-def _folder(path: Path, preprocessing: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> Any:
-    """A folder as open_clip publishes one; returns its model and its transform."""
+def _write_clip_folder(path: Path, preprocessing: Mapping[str, Any], weights: Mapping[str, Any] | None = None) -> Any:
+    """Write a folder as open_clip publishes one; return open_clip's model and transform of it."""
     make_torchvision_importable()
     import open_clip
 
@@ -84,7 +84,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     for number, (height, width) in enumerate(SIZES):
         small = Image.fromarray(rng.integers(0, 256, (7, 9, 3)).astype(np.uint8))
         small.resize((width, height)).save(photos / f"{number}.png")
-    model, transform = _folder(folder / "clip", SQUASHED)
+    model, transform = _write_clip_folder(folder / "clip", SQUASHED)
     spec = f"open_clip:local-dir:{folder / 'clip'}"
     merge_alone(photos, folder / "artifact", encoder=spec, keep_clean=True, keep_members=True)
     settings: dict[str, Any] = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, "device": "cpu"}
@@ -92,7 +92,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return Tuned(photos, spec, folder / "artifact", folder / "run", model, transform)
 
 
-def test_clean_images_and_targets_are_the_librarys(tuned: Tuned) -> None:
+def test_clean_images_and_targets_equal_those_of_open_clip(tuned: Tuned) -> None:
     records = {record.samples[0]: record for record in open_artifact(tuned.artifact)}
     assert len(records) == len(SIZES)
     for number, picture in enumerate(tuned.pictures()):
@@ -104,7 +104,7 @@ def test_clean_images_and_targets_are_the_librarys(tuned: Tuned) -> None:
         np.testing.assert_allclose(record.target, expected, atol=1e-6)
 
 
-def test_it_is_recorded_whole_and_told_in_a_line(tuned: Tuned, tmp_path: Path) -> None:
+def test_preprocessing_is_recorded_and_described_in_one_line(tuned: Tuned, tmp_path: Path) -> None:
     expected = Preprocessing(shape=(3, SIZE, SIZE), resize="squash", mean=HALF, std=HALF)
     artifact = open_artifact(tuned.artifact)
     assert artifact.manifest.provenance["preprocessing"] == expected.record()
@@ -116,37 +116,37 @@ def test_it_is_recorded_whole_and_told_in_a_line(tuned: Tuned, tmp_path: Path) -
         assert "3x32x32: squashed to 32x32, bicubic, mean 0.5, std 0.5" in text
 
 
-def test_a_dry_run_shows_it(tuned: Tuned, tmp_path: Path) -> None:
+def test_a_dry_run_describes_the_preprocessing(tuned: Tuned, tmp_path: Path) -> None:
     flags = ["--encoder", tuned.spec, "--members", "2", "--steps", "1", "--device", "cpu", "--dry-run"]
     shown = CliRunner().invoke(merge_command, [str(tuned.photos), str(tmp_path / "none"), *flags])
     assert shown.exit_code == 0, shown.output
     assert "pixels: 3x32x32: squashed to 32x32, bicubic, mean 0.5, std 0.5" in shown.output
 
 
-def test_embedding_losses_are_of_the_librarys_pixels(tuned: Tuned) -> None:
-    """Of the run and, in the same table, of an encoder that takes other pixels of another size."""
+def test_embedding_losses_equal_those_of_open_clips_pixels(tuned: Tuned) -> None:
+    """The table also has an encoder whose pixels have another size and normalisation."""
     other = "mlp:1x6x5-8-4"
     settings: dict[str, Any] = {"data": str(tuned.photos), "device": "cpu", "steps": 1, "epsilon": "1/255"}
-    own, grey = evaluate(EvaluateConfig(runs=[str(tuned.run), other], **settings))
-    assert own.score("loss clean").count == grey.score("loss clean").count == len(SIZES)
-    assert grey.score("loss clean").value == 0
+    of_run, of_other = evaluate(EvaluateConfig(runs=[str(tuned.run), other], **settings))
+    assert of_run.score("loss clean").count == of_other.score("loss clean").count == len(SIZES)
+    assert of_other.score("loss clean").value == 0
     weights = load_encoder(f"{tuned.spec}@{tuned.run / 'encoder.safetensors'}").model
     with torch.no_grad():
         losses = [
             (weights(picture[None]) - tuned.model.encode_image(picture[None])).square().sum().item()
             for picture in tuned.pictures()
         ]
-    assert own.score("loss clean").value == pytest.approx(np.mean(losses), rel=1e-4)
-    assert own.score("loss clean").value > 1e-4
+    assert of_run.score("loss clean").value == pytest.approx(np.mean(losses), rel=1e-4)
+    assert of_run.score("loss clean").value > 1e-4
 
 
-def _training(tuned: Tuned, run: Path, **settings: Any) -> None:
+def _train(tuned: Tuned, run: Path, **settings: Any) -> None:
     shared: dict[str, Any] = {"artifact": str(tuned.artifact), "steps": 1, "device": "cpu"}
     train(TrainConfig(**{**shared, "run": str(run), **settings}))
 
 
-def _as(artifact: Artifact, path: Path, preprocessing: Any) -> str:
-    """A copy whose provenance says something else of the preprocessing."""
+def _copy_with_preprocessing(artifact: Artifact, path: Path, preprocessing: Any) -> str:
+    """Copy an artifact with another preprocessing in its provenance; return the path."""
     provenance = {**artifact.manifest.provenance, "preprocessing": preprocessing}
     writer = ArtifactWriter(Location(path), artifact.manifest.layout, provenance)
     writer.begin({})
@@ -171,11 +171,11 @@ def _as(artifact: Artifact, path: Path, preprocessing: Any) -> str:
 def test_another_preprocessing_is_refused(
     tuned: Tuned, tmp_path: Path, changed: dict[str, Any], facts: tuple[str, ...]
 ) -> None:
-    """By train of the same weights; by merge as a target, unless only the normalisation differs; by evaluate too."""
-    _folder(tmp_path / "other", {**SQUASHED, **changed}, tuned.model.state_dict())
+    """Training refuses any difference; merging and evaluating accept another normalisation, but no other resizing."""
+    _write_clip_folder(tmp_path / "other", {**SQUASHED, **changed}, tuned.model.state_dict())
     other = f"open_clip:local-dir:{tmp_path / 'other'}"
     with refused(ConfigError, "encoder", str(tuned.artifact), other, *facts):
-        _training(tuned, tmp_path / "run", encoder=other)
+        _train(tuned, tmp_path / "run", encoder=other)
     merging = {"encoder": tuned.spec, "target_encoder": other}
     evaluating = EmbeddingConfig(
         runs=[tuned.spec], original=other, data=str(tuned.photos), steps=1, output=str(tmp_path / "out")
@@ -192,41 +192,41 @@ def test_another_preprocessing_is_refused(
             evaluate_embedding(evaluating)
 
 
-def test_a_folder_that_an_artifact_names_is_taken_with_its_weights_only(tuned: Tuned, tmp_path: Path) -> None:
-    """What lies there by now may be anything; whoever means it says so."""
-    _folder(tmp_path / "clip", SQUASHED, tuned.model.state_dict())
+def test_changed_weights_in_the_folder_of_an_artifacts_encoder_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+    """The folder may hold another model by now; naming it as `encoder` accepts it."""
+    _write_clip_folder(tmp_path / "clip", SQUASHED, tuned.model.state_dict())
     spec = f"open_clip:local-dir:{tmp_path / 'clip'}"
     merge_alone(tuned.photos, tmp_path / "artifact", encoder=spec)
     changed = {name: 2 * value for name, value in tuned.model.state_dict().items()}
     save_file(changed, tmp_path / "clip" / "open_clip_model.safetensors")
     with refused(ConfigError, "encoder", spec, tmp_path / "artifact"):
-        _training(tuned, tmp_path / "run", artifact=str(tmp_path / "artifact"))
-    _training(tuned, tmp_path / "run-2", artifact=str(tmp_path / "artifact"), encoder=spec)
+        _train(tuned, tmp_path / "run", artifact=str(tmp_path / "artifact"))
+    _train(tuned, tmp_path / "run-2", artifact=str(tmp_path / "artifact"), encoder=spec)
 
 
-def test_held_out_artifacts_of_other_pixels_are_refused(tuned: Tuned, tmp_path: Path) -> None:
+def test_held_out_artifacts_with_another_preprocessing_are_refused(tuned: Tuned, tmp_path: Path) -> None:
     artifact = open_artifact(tuned.artifact)
     record: Any = artifact.manifest.provenance["preprocessing"]
-    other = _as(artifact, tmp_path / "other", {**record, "mean": [0.1, 0.2, 0.3]})
+    other = _copy_with_preprocessing(artifact, tmp_path / "other", {**record, "mean": [0.1, 0.2, 0.3]})
     with refused(ConfigError, "encoder", other, "mean 0.5, not (0.1, 0.2, 0.3)"):
-        _training(tuned, tmp_path / "run", eval_artifact=other)
+        _train(tuned, tmp_path / "run", eval_artifact=other)
 
 
 def test_artifacts_of_earlier_releases_are_trained_on_with_a_warning(
     tuned: Tuned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They say that the shorter side was resized, whatever the encoder needed."""
+    """Their provenance says that the shorter side was resized, even if the encoder squashes."""
     earlier = {"shape": [3, SIZE, SIZE], "resize": "bicubic, shorter side", "crop": "centre"}
-    path = _as(open_artifact(tuned.artifact), tmp_path / "earlier", earlier)
-    _training(tuned, tmp_path / "run", artifact=path, encoder=tuned.spec)
+    path = _copy_with_preprocessing(open_artifact(tuned.artifact), tmp_path / "earlier", earlier)
+    _train(tuned, tmp_path / "run", artifact=path, encoder=tuned.spec)
     assert "resize squash, not shortest" in capsys.readouterr().err
     unknown = {**earlier, "resize": "by hand"}
-    path = _as(open_artifact(tuned.artifact), tmp_path / "unknown", unknown)
+    path = _copy_with_preprocessing(open_artifact(tuned.artifact), tmp_path / "unknown", unknown)
     with refused(ConfigError, None, path, "preprocessing.resize"):
-        _training(tuned, tmp_path / "run-2", artifact=path, encoder=tuned.spec)
+        _train(tuned, tmp_path / "run-2", artifact=path, encoder=tuned.spec)
 
 
-def test_label_groups_get_the_pixels_of_an_encoder(tuned: Tuned, tmp_path: Path) -> None:
+def test_label_groups_can_use_the_preprocessing_of_an_encoder(tuned: Tuned, tmp_path: Path) -> None:
     folder = tmp_path / "classes" / "one"
     folder.mkdir(parents=True)
     for file in tuned.photos.iterdir():
@@ -246,7 +246,7 @@ def test_label_groups_get_the_pixels_of_an_encoder(tuned: Tuned, tmp_path: Path)
 
 
 def test_a_worker_with_another_preprocessing_stops(tuned: Tuned, tmp_path: Path) -> None:
-    """The same weights under the same name, of which another machine has an other record."""
+    """Its machine has the same weights under the same name, saved with another preprocessing."""
     weights = tmp_path / "weights.safetensors"
     encoder = load_encoder("mlp:1x6x5-8-4")
     save_encoder(encoder, weights)
@@ -262,19 +262,19 @@ def test_a_worker_with_another_preprocessing_stops(tuned: Tuned, tmp_path: Path)
         ShardWorker(worker_setup(prepared, writer, "cpu")).prepare()
 
 
-def test_image_size_is_that_of_the_encoder(tuned: Tuned, tmp_path: Path) -> None:
+def test_image_size_becomes_part_of_the_encoder(tuned: Tuned, tmp_path: Path) -> None:
     artifact = merge_alone(tuned.photos, tmp_path / "artifact", encoder=tuned.spec, image_size=48)
     provenance: Any = artifact.manifest.provenance
     assert provenance["preprocessing"]["shape"] == [3, 48, 48]
     assert provenance["encoder"]["spec"] == f"{tuned.spec},image_size=48"
     assert artifact.manifest.layout.pixels == (3, 48, 48)
     # The artifact's own encoder has its size; another one is given it.
-    _training(tuned, tmp_path / "run", artifact=str(artifact.location.root))
-    _training(tuned, tmp_path / "run-2", artifact=str(artifact.location.root), encoder=tuned.spec, image_size=48)
+    _train(tuned, tmp_path / "run", artifact=str(artifact.location.root))
+    _train(tuned, tmp_path / "run-2", artifact=str(artifact.location.root), encoder=tuned.spec, image_size=48)
     specs = [json.loads((tmp_path / name / "run.json").read_text())["original"] for name in ("run", "run-2")]
     assert specs == [f"{tuned.spec},image_size=48"] * 2
     with refused(ConfigError, "encoder", "(3, 32, 32)", "(3, 48, 48)"):
-        _training(tuned, tmp_path / "run-3", artifact=str(artifact.location.root), encoder=tuned.spec)
+        _train(tuned, tmp_path / "run-3", artifact=str(artifact.location.root), encoder=tuned.spec)
     settings: dict[str, Any] = {"data": str(tuned.photos), "device": "cpu", "steps": 1, "image_size": 48}
     (result,) = evaluate_embedding(EmbeddingConfig(runs=[tuned.spec], output=str(tmp_path / "out"), **settings))
     assert result.encoder == f"{tuned.spec},image_size=48"
@@ -283,6 +283,6 @@ def test_image_size_is_that_of_the_encoder(tuned: Tuned, tmp_path: Path) -> None
     with refused(ConfigError, "image_size", str(tuned.run), 48):
         merge_alone(tuned.photos, tmp_path / "none", encoder=str(tuned.run), image_size=48)
     with refused(ConfigError, "image_size", "`encoder`"):
-        _training(tuned, tmp_path / "none", image_size=48)
+        _train(tuned, tmp_path / "none", image_size=48)
     with refused(ConfigError, "image_size", "`shape`"):
         merge_alone(tuned.photos, tmp_path / "none", grouping="label", image_size=48)

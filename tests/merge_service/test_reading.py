@@ -1,4 +1,4 @@
-"""What is a sample's fault and what is the store's: rejects, retries, and errors that stop."""
+"""Errors while reading samples: which are rejects, which are retried, and which stop the merge."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
 
 
 class Store:
-    """A reader whose answers are a list: images or errors, one a call."""
+    """A reader that returns or raises the next of `answers` at each call."""
 
     def __init__(self, answers: list[RawImage | Exception], concurrent: bool = False) -> None:
         self.is_concurrent, self.is_remote = concurrent, False
@@ -55,14 +55,14 @@ def _read(store: Store, resize: bool = True, threads: int = 1, count: int = 1) -
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("concurrent", [False, True])
-def test_order_and_pixels_with_any_number_of_threads(threads: int, concurrent: bool) -> None:
+def test_any_number_of_threads_returns_the_same_pixels_in_order(threads: int, concurrent: bool) -> None:
     found = _read(Store([_png(), Image.fromarray(PIXELS)] * 4, concurrent), threads=threads, count=8)
     for pixels in found:
         np.testing.assert_array_equal(pixels, PIXELS.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow"), OSError(errno.EIO, "disk")])
-def test_a_moment_of_trouble_is_nobodys_fault(error: Exception) -> None:
+def test_temporary_errors_are_retried(error: Exception) -> None:
     store = Store([error, error, _png()])
     np.testing.assert_array_equal(_read(store)[0], PIXELS.transpose(2, 0, 1))
     assert store.calls == 3
@@ -80,14 +80,14 @@ def test_a_moment_of_trouble_is_nobodys_fault(error: Exception) -> None:
         (BadImage("cut short"), "cut short", 1),
     ],
 )
-def test_what_stays_wrong_rejects_the_sample(error: Exception, reason: str, calls: int) -> None:
+def test_lasting_errors_reject_the_sample(error: Exception, reason: str, calls: int) -> None:
     store = Store([error] * 5)
     assert reason in str(_read(store)[0])
     assert store.calls == calls
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError("reset"), TimeoutError("slow")])
-def test_a_store_that_stays_away_rejects_nothing(error: Exception) -> None:
+def test_an_unreachable_store_raises_and_rejects_nothing(error: Exception) -> None:
     with pytest.raises(type(error)):
         _read(Store([error] * 5))
 
@@ -105,7 +105,7 @@ def test_without_resizing_other_sizes_are_rejected() -> None:
         (OSError(errno.EIO, "disk"), True),
         (OSError(errno.ESTALE, "nfs"), True),
         (OSError("image file is truncated"), False),
-        (RuntimeError("x"), False),  # what object stores raise has been tried again before
+        (RuntimeError("x"), False),  # errors of object stores have been retried already
         (TimeoutError("slow"), True),
         (ValueError("x"), False),
         (KeyError("x"), False),
@@ -115,7 +115,7 @@ def test_without_resizing_other_sizes_are_rejected() -> None:
         (ConfigError("x"), False),
     ],
 )
-def test_what_waiting_may_mend(error: Exception, passes: bool) -> None:
+def test_may_pass_is_true_of_temporary_errors_only(error: Exception, passes: bool) -> None:
     assert may_pass(error) is passes
 
 
@@ -130,9 +130,9 @@ def test_what_waiting_may_mend(error: Exception, passes: bool) -> None:
         (ValueError("x"), False, "x"),
     ],
 )
-def test_what_stops_the_whole_job(error: Exception, hopeless: bool, fact: str) -> None:
+def test_hopeless_errors_are_recognised_and_all_errors_explained(error: Exception, hopeless: bool, fact: str) -> None:
     assert is_hopeless(error) is hopeless
-    told = explain(error, "out")
-    assert isinstance(told, DatamergeError)
-    assert fact in str(told)
-    assert "\n" not in str(told)
+    explained = explain(error, "out")
+    assert isinstance(explained, DatamergeError)
+    assert fact in str(explained)
+    assert "\n" not in str(explained)

@@ -1,4 +1,4 @@
-"""What is refused or kept apart before any work is done: GPUs that are not there, class heads."""
+"""Checks before any work is done: a missing GPU is refused, and another class head is another plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.refusals import refused
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_leaves_no_artifact_behind(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_refused_before_an_artifact_is_begun(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     arguments = [str(tmp_path / "x.npz"), str(tmp_path / "a"), "--encoder", "mlp:3x8x8-4", "--device", "cuda"]
     with refused(ConfigError, "device", "'cuda'"):

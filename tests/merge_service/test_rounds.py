@@ -1,4 +1,4 @@
-"""Merge → train → merge: the second round attacks the tuned encoder, and its provenance leads back."""
+"""Merge → train → merge: the second round attacks the tuned encoder, and its provenance names the first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_second_round_attacks_the_tuned_encoder_towards_the_original_targets
         before, expected = first[record.key], embeddings[int(record.key.rpartition("-")[2])]
         assert record.target is not None
         assert before.target is not None
-        # Of other batches: every seed has an order of its own.
+        # Not bit for bit: every seed has its own order, so that batches differ.
         np.testing.assert_allclose(record.target, before.target, atol=1e-6)
         np.testing.assert_allclose(record.target, expected.numpy(), atol=1e-6)
         assert not np.array_equal(record.mean, before.mean)
@@ -78,7 +78,7 @@ def test_provenance_links_the_rounds(rounds: Path) -> None:
     assert "run" not in target
 
 
-def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds: Path, tmp_path: Path) -> None:
+def test_a_moved_run_is_found_and_one_that_was_tampered_with_is_refused(rounds: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for name in ("run.json", "encoder.safetensors"):
@@ -94,25 +94,25 @@ def test_a_run_that_moved_is_found_and_one_that_was_tampered_with_is_not(rounds:
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", pytest.param("[" * 100_000, id="deep")])
-def test_folders_that_are_no_finished_run(tmp_path: Path, content: str | None) -> None:
+def test_folders_without_a_finished_run_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     with refused(ConfigError, "encoder", tmp_path, "run.json"):
         resolve(str(tmp_path))
 
 
-def test_encoders_that_do_not_go_together_are_refused(rounds: Path, tmp_path: Path) -> None:
+def test_encoders_with_embeddings_of_different_sizes_are_refused(rounds: Path, tmp_path: Path) -> None:
     with refused(ConfigError, "target_encoder", 4, 5):
         merge_alone(rounds / "photos.npz", tmp_path / "a", encoder=ORIGINAL, target_encoder="mlp:1x6x5-8-5")
 
 
 @pytest.mark.parametrize("kind", ["sketch", "principal"])
-def test_members_merged_again_are_what_a_merge_of_that_size_writes(tmp_path: Path, kind: str) -> None:
+def test_remerging_to_fewer_members_equals_a_merge_with_that_many(tmp_path: Path, kind: str) -> None:
     np.savez(tmp_path / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (8, 6, 5), np.uint8))
     settings = {"encoder": ORIGINAL, "batch_size": 12, "groups_per_shard": 3}
     merge_alone(tmp_path / "photos.npz", tmp_path / "six", members=6, keep_members=True, **settings)
-    wanted = Remerge(members=4, factors=2, factor_kind=kind)  # type: ignore[arg-type]
-    remerge(open_artifact(tmp_path / "six"), Location(tmp_path / "four"), wanted)
+    smaller = Remerge(members=4, factors=2, factor_kind=kind)  # type: ignore[arg-type]
+    remerge(open_artifact(tmp_path / "six"), Location(tmp_path / "four"), smaller)
     direct = merge_alone(
         tmp_path / "photos.npz",
         tmp_path / "direct",
@@ -131,7 +131,7 @@ def test_members_merged_again_are_what_a_merge_of_that_size_writes(tmp_path: Pat
     assert open_artifact(tmp_path / "four").manifest.layout == direct.manifest.layout
 
 
-def test_a_run_on_several_artifacts_is_attacked_and_evaluated_as_any_other(rounds: Path, tmp_path: Path) -> None:
+def test_a_run_on_several_artifacts_can_be_attacked_and_read(rounds: Path, tmp_path: Path) -> None:
     both, run = [str(rounds / "adv-1"), f"{rounds / 'adv-2'}=0.5"], str(tmp_path / "run")
     summary = train(TrainConfig(artifact=both, run=run, steps=2, batch_size=4, learning_rate=1e-2, device="cpu"))
     merge_alone(rounds / "photos.npz", tmp_path / "adv-3", encoder=run, target_encoder=ORIGINAL, seed=2)

@@ -1,4 +1,4 @@
-"""Stored arrays made by torch: the bits of NumPy's, in a batch and in whole shards."""
+"""Stored arrays computed by torch equal NumPy's bit for bit, in a batch and in whole shards."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ENCODER = "mlp:3x8x8-5"
 
 # N²·255² fits 32 bits up to 181.
 @pytest.mark.parametrize("number", [1, 2, 10, 181, 182, 200])
-def test_moments_and_factors_are_numpys(number: int) -> None:
+def test_moments_and_factors_equal_those_of_numpy(number: int) -> None:
     assert_stored_arrays_are_numpys("cpu", number, (1, 3) if number > 100 else (1, 2, 5))
 
 
-def test_members_further_apart_than_was_planned_are_refused() -> None:
+def test_members_with_more_scatter_than_planned_are_refused() -> None:
     specs = tuple(moment_specs("uint8_moments", SHAPE, 40, 4))
     layout = Layout(format="zarr", encoding="uint8_moments", arrays=specs, groups=1, groups_per_shard=1)
     members = torch.zeros((1, 40, *SHAPE), dtype=torch.uint8)
@@ -67,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
     ],
     ids=str,
 )
-def test_shards_hold_what_their_members_say(photos: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_stored_arrays_follow_from_the_stored_members(photos: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     shared = {"encoder": ENCODER, "members": 4, "keep_members": True, "keep_clean": True, "groups_per_shard": 3}
     artifact = merge_alone(photos, tmp_path / "out", **shared, **settings)
     layout, kind = artifact.manifest.layout, settings.get("factor_kind", "sketch")
@@ -82,7 +82,7 @@ def test_shards_hold_what_their_members_say(photos: Path, tmp_path: Path, settin
 
 
 class Dim(nn.Module):
-    """Pixels squared, pixel by pixel, so that no sample depends on its batch; of bright images nothing is finite."""
+    """Squares of single pixels, so that no sample depends on its batch; not finite for bright images."""
 
     input_shape = (3, 8, 8)
 
@@ -91,8 +91,10 @@ class Dim(nn.Module):
         return pixels.flatten(1).square() / (1 - bright)
 
 
-def test_a_group_without_a_gradient_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of its batch gets the starts that it had; a batch of nothing else leaves none."""
+def test_a_group_without_a_finite_gradient_does_not_change_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other groups of its batch keep their random starts, and a batch of such groups alone is rejected."""
     module = types.ModuleType("dim_networks")
     module.__dict__["network"] = Dim
     monkeypatch.setitem(sys.modules, "dim_networks", module)
@@ -120,29 +122,29 @@ def test_a_group_without_a_gradient_takes_no_other_with_it(tmp_path: Path, monke
     assert found[0] == found[1] == found[2]
 
 
-def test_records_are_let_go_one_by_one_while_a_shard_is_written(
+def test_records_are_freed_one_by_one_while_a_shard_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a shard that is written and one that is attacked do not take the memory of three."""
+    """Otherwise a shard being written and one being attacked would take the memory of three."""
     alive: list[weakref.ref[Any]] = []
-    held = []
+    alive_counts = []
 
     def commit(writer: ArtifactWriter, shard: int, records: Iterator[Record], rejects: Any) -> Any:
-        def seen() -> Iterator[Record]:
+        def observed() -> Iterator[Record]:
             for record in records:
                 alive.append(weakref.ref(record.arrays["sum"]))
                 yield record
                 del record
                 gc.collect()
-                held.append(sum(array() is not None for array in alive))
+                alive_counts.append(sum(array() is not None for array in alive))
 
-        return original(writer, shard, seen(), rejects)
+        return original(writer, shard, observed(), rejects)
 
     original = ArtifactWriter.commit
     monkeypatch.setattr(ArtifactWriter, "commit", commit)
     merge_alone(photos, tmp_path / "out", encoder=ENCODER, members=2, batch_size=2)
-    assert len(held) == 5
-    assert max(held) <= 2  # the writer's own name for the last one
+    assert len(alive_counts) == 5
+    assert max(alive_counts) <= 2  # the writer still refers to the last one
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_records_are_let_go_one_by_one_while_a_shard_is_written(
         ({}, 96, 8, 12),
         ({"num_gpus": 0.25}, 96, 8, 3),
         ({"num_gpus": 2.0}, 48, 8, 12),
-        ({}, 128, 1, 16),  # more are of no use
+        ({}, 128, 1, 16),  # more would not help
         ({}, 4, 8, 1),
         ({"threads": 2}, 4, 8, 2),
         ({"num_cpus": 5}, 96, 8, 5),

@@ -1,4 +1,4 @@
-"""EXIF's orientation in a merge: from the settings or the source's library, recorded, counted, kept when resumed."""
+"""EXIF orientation in a merge: by the settings or as the source's library does it, recorded, and kept on resuming."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _config(source: Path, artifact: Path, **settings: Any) -> MergeConfig:
     return MergeConfig(source=str(source), artifact=str(artifact), encoder=ENCODER, members=2, steps=1, **settings)
 
 
-def _recorded(provenance: Any) -> Any:
+def _recorded_exif(provenance: Any) -> Any:
     return provenance["source"]["exif"]
 
 
@@ -90,13 +90,13 @@ def _upright(exif: str) -> list[npt.NDArray[np.uint8]]:
 
 @pytest.mark.parametrize("wanted", [None, *get_args(Exif)])
 @pytest.mark.parametrize(("write", "usual"), SOURCES)
-def test_what_a_source_s_library_does_is_recorded_and_done(
+def test_the_setting_or_the_sources_library_decides_about_exif(
     write: Callable[[Path], Path], usual: str, wanted: Exif | None, tmp_path: Path
 ) -> None:
     source, exif = write(tmp_path / "data"), wanted or usual
     prepared = prepare(_config(source, tmp_path / "a", exif=wanted))
-    assert _recorded(prepared.plan.provenance) == exif
-    # Pixels as they are, of the upright photos: all are 8 x 6, or the first is 6 x 8.
+    assert _recorded_exif(prepared.plan.provenance) == exif
+    # Without resizing, a photo of another shape is rejected: turned upright, the first is (3, 8, 6).
     artifact = merge_alone(
         source,
         tmp_path / "b",
@@ -106,7 +106,7 @@ def test_what_a_source_s_library_does_is_recorded_and_done(
         exif=wanted,
         order="source",
     )
-    assert _recorded(artifact.manifest.provenance) == exif
+    assert _recorded_exif(artifact.manifest.provenance) == exif
     expected = [pixels for pixels in _upright(exif) if pixels.shape == (3, 6, 8)]
     clean = [record.arrays["clean"] for record in artifact]
     assert len(clean) == len(expected) == (3 if exif == "ignore" else 2)
@@ -115,15 +115,15 @@ def test_what_a_source_s_library_does_is_recorded_and_done(
 
 
 @pytest.mark.parametrize(("exif", "shape"), [("transpose", (3, 8, 6)), ("ignore", (3, 6, 8))])
-def test_the_shape_of_the_first_image_is_that_of_the_upright_one(
+def test_the_shape_is_that_of_the_first_image_after_turning(
     exif: Exif, shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
     config = MergeConfig(source=str(_parquet(tmp_path / "data")), artifact=str(tmp_path / "a"), grouping="label")
     assert pixels_of(config, open_source(config.source), None, exif).shape == shape
 
 
-def _begun(prepared: Prepared, location: Path, **record: Any) -> None:
-    """An artifact of another plan for its source's images."""
+def _begin_with_record(prepared: Prepared, location: Path, **record: Any) -> None:
+    """Begin an artifact whose provenance has `record` in place of the `exif` of its source."""
     provenance = dict(prepared.plan.provenance)
     source = {name: value for name, value in provenance["source"].items() if name != "exif"}
     provenance["source"] = {**source, **record}
@@ -132,7 +132,7 @@ def _begun(prepared: Prepared, location: Path, **record: Any) -> None:
 
 @pytest.mark.parametrize(("write", "usual"), SOURCES)
 @pytest.mark.parametrize("wanted", [None, "ignore"])
-def test_an_artifact_from_before_there_was_a_choice_goes_on_as_it_was_begun(
+def test_an_artifact_without_an_exif_record_is_resumed_without_turning(
     write: Callable[[Path], Path],
     usual: str,
     wanted: Exif | None,
@@ -140,7 +140,7 @@ def test_an_artifact_from_before_there_was_a_choice_goes_on_as_it_was_begun(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, artifact = write(tmp_path / "data"), tmp_path / "a"
-    _begun(prepare(_config(source, artifact)), artifact)
+    _begin_with_record(prepare(_config(source, artifact)), artifact)
     capsys.readouterr()
     prepared = prepare(_config(source, artifact, exif=wanted))
     assert prepared.plan.exif == "ignore"
@@ -153,9 +153,11 @@ def test_an_artifact_from_before_there_was_a_choice_goes_on_as_it_was_begun(
 @pytest.mark.parametrize(
     ("there", "now"), [({}, "transpose"), ({"exif": "ignore"}, "transpose"), ({"exif": "transpose"}, "ignore")]
 )
-def test_an_artifact_goes_on_in_one_way_only(there: dict[str, str], now: Exif, tmp_path: Path) -> None:
+def test_an_artifact_is_not_resumed_with_another_exif_setting(
+    there: dict[str, str], now: Exif, tmp_path: Path
+) -> None:
     source, artifact = _folder(tmp_path / "data"), tmp_path / "a"
-    _begun(prepare(_config(source, artifact)), artifact, **there)
+    _begin_with_record(prepare(_config(source, artifact)), artifact, **there)
     prepared = prepare(_config(source, artifact, exif=now))
     writer = ArtifactWriter(Location(artifact), prepared.plan.layout, prepared.plan.provenance)
     with refused(NotAnArtifact, None, "source.exif", now):
@@ -170,7 +172,7 @@ def test_an_artifact_goes_on_in_one_way_only(there: dict[str, str], now: Exif, t
     ],
     ids=["adversarial", "given samples"],
 )
-def test_turned_and_dark_images_are_counted_a_shard(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_turned_and_dark_images_are_counted_per_shard(settings: dict[str, Any], tmp_path: Path) -> None:
     dark = io.BytesIO()
     Image.fromarray(np.full((6, 8), 4000, np.uint16)).save(dark, "PNG")
     rows = [{"bytes": data, "path": None} for data in (*PHOTOS, dark.getvalue())]
@@ -189,13 +191,13 @@ def _first_shard(config: MergeConfig) -> ShardResult:
     return worker.run(prepared.plan.task(0))
 
 
-def test_arrays_have_no_orientation(tmp_path: Path) -> None:
+def test_an_exif_setting_for_arrays_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", PIXELS[None])
     with refused(ConfigError, "exif", "arrays", "drop"):
         prepare(_config(tmp_path / "x.npy", tmp_path / "a", exif="transpose"))
 
 
-def test_what_was_met_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_turned_images_are_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = prepare(_config(_folder(tmp_path / "data"), tmp_path / "a")).source
     capsys.readouterr()
     say_remarks({TURNED_REMARK: 2}, 3, source, "ignore")

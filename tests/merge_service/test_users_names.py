@@ -1,4 +1,4 @@
-"""In a folder where the user's own modules have our names, ours are found: by the command and by Ray's workers."""
+"""Modules in the working directory with the names of ours shadow neither the command's nor those of Ray's workers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-m", "datamerge"]], ids=["script", "module"])
-def test_a_merge_among_the_users_own_modules(bench: Bench, folder: Path, command: list[str]) -> None:
-    """The user's encoder is found nevertheless: the working directory is searched last."""
+def test_modules_in_the_working_directory_do_not_shadow_ours(bench: Bench, folder: Path, command: list[str]) -> None:
+    """The user's encoder is still found, because the working directory is searched last."""
     arguments = ["merge", "photos.npz", "adv", "--encoder", "python:mine:encoder", "--members", "2", "--steps", "1"]
     done = subprocess.run(
         [*command, *arguments, "--device", "cpu", "--ray-address", bench.address],

@@ -1,4 +1,4 @@
-"""What a merge does without: Ray until there is work for workers, an installed distribution, GPUs on the driver."""
+"""A merge needs no Ray before workers start, no installed distribution, and no GPU in its driver."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_only_workers_on_a_cluster_need_ray(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_code_that_is_not_installed_writes_artifacts(tmp_path: Path) -> None:
+def test_a_checkout_that_is_not_installed_writes_artifacts(tmp_path: Path) -> None:
     assert _run(WITHOUT_METADATA, tmp_path) == ["datamerge 0+unknown 0+unknown"]
 
 
@@ -76,7 +76,7 @@ def test_the_driver_leaves_gpus_to_the_workers(monkeypatch: pytest.MonkeyPatch) 
             local_device(config)
 
     def touched(*arguments: object, **settings: object) -> None:
-        raise AssertionError("a context takes memory and, where one process is admitted, the GPU")
+        raise AssertionError("a CUDA context takes memory, and in exclusive mode the whole GPU")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", touched)

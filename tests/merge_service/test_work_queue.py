@@ -1,4 +1,4 @@
-"""The queue alone: nothing lost, nothing twice, suspects alone, poison set aside."""
+"""The queue without Ray: every shard is done once or given up, and suspects are retried alone."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TRIES, CAPACITY = 3, 2
     st.sets(st.integers(0, 29), max_size=4),
     st.integers(0, 2**32),
 )
-def test_every_shard_is_done_once_or_set_aside(pieces: int, workers: int, poison: set[int], seed: int) -> None:
-    """Simulated workers that die of poisoned pieces, with all that they hold, and of lost nodes at random."""
+def test_every_shard_is_done_once_or_given_up(pieces: int, workers: int, poison: set[int], seed: int) -> None:
+    """Simulated workers die of poisoned pieces, with all pieces that they hold, and nodes are lost at random."""
     generator = random.Random(seed)
     queue = WorkQueue((Piece(shard) for shard in range(pieces)), TRIES)
     held: list[list[Piece]] = [[] for _ in range(workers)]
     done: list[int] = []
-    aside: list[int] = []
+    given_up: list[int] = []
     deaths = 0
     for _ in range(10_000):
         for worker in held:
@@ -40,30 +40,30 @@ def test_every_shard_is_done_once_or_set_aside(pieces: int, workers: int, poison
         if not busy:
             break
         worker = generator.choice(busy)
-        if generator.random() < 0.05:  # the node goes away
+        if generator.random() < 0.05:  # the node is lost
             for piece in reversed(worker):
                 queue.add(piece)
             worker.clear()
         elif any(piece.shard in poison for piece in worker):
             deaths += 1
-            aside += [one.shard for one in queue.failed(worker, "died")]
+            given_up += [one.shard for one in queue.failed(worker, "died")]
             worker.clear()
         else:
             piece = worker.pop(generator.randrange(len(worker)))
             queue.succeeded(piece)
             done.append(piece.shard)
-    assert sorted(aside) == sorted(poison & set(range(pieces)))
+    assert sorted(given_up) == sorted(poison & set(range(pieces)))
     assert sorted(done) == sorted(set(range(pieces)) - poison)
     assert deaths <= TRIES * len(poison)
 
 
-def test_a_shard_set_aside_gives_no_more_parts() -> None:
+def test_a_shard_that_was_given_up_gives_no_more_parts() -> None:
     queue = WorkQueue((Piece(0, part) for part in range(5)), TRIES)
     for _ in range(TRIES):
         piece = queue.take(0, CAPACITY, False)
         assert piece == Piece(0, 0)
-        aside = queue.failed([piece], "broken")
-    assert [(one.shard, one.tries, one.reason) for one in aside] == [(0, TRIES, "broken")]
+        given_up = queue.failed([piece], "broken")
+    assert [(one.shard, one.tries, one.reason) for one in given_up] == [(0, TRIES, "broken")]
     assert queue.gives_up(0)
     assert queue.take(0, CAPACITY, False) is None
 

@@ -1,4 +1,4 @@
-"""The memory of a worker: what it is made of, how many have room, and what is said where too few have."""
+"""Memory of a worker: its parts, how many workers fit, and the message if fewer fit than were asked for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from storage_schemas import Layout, moment_specs
 MB, GB = 2**20, 10**9
 SHAPE = (3, 8, 8)
 ENCODER = "mlp:3x8x8-400-16-4"
-# Large enough that nothing of a test's network shows in it.
+# Much more than the encoder of these tests takes, in round numbers.
 LARGE = WorkerMemory(fixed=GB, pixels=0, kept=(250 * 10**6,), layer=0, images=64, least=10)
 
 
@@ -34,10 +34,10 @@ def _memory(device: str = "cpu", **settings: Any) -> WorkerMemory:
     return worker_memory(config, layout, [load_encoder(ENCODER)] if config.encoder else [], device)
 
 
-def test_by_hand() -> None:
+def test_memory_equals_a_count_by_hand() -> None:
     found, record = _memory(), sum(spec.nbytes for spec in moment_specs("uint8_moments", SHAPE, 10, 4))
     values, weights = math.prod(SHAPE), 192 * 400 + 400 + 400 * 16 + 16 + 16 * 4 + 4 + 2 * 3
-    # ReLUs keep what they return.
+    # ReLUs keep their outputs for the backward pass.
     assert found.kept == (4 * 400, 4 * 16)
     assert found.fixed == LIBRARIES + 4 * weights + 2 * 256 * (record + values)
     assert (found.images, found.least) == (60, 10)  # whole groups of 10 in a batch of 64
@@ -47,13 +47,13 @@ def test_by_hand() -> None:
     assert found.of_images(many) == round(many * 4 * (400 + FRAGMENTATION * 16)) + many * (4 * 4 * 400 + pixels)
 
 
-def test_by_settings() -> None:
+def test_memory_follows_the_settings() -> None:
     plain = _memory()
     assert _memory(batch_size=8).images == 10
     assert _memory(attack="apgd").bytes > plain.bytes
     assert _memory(restarts=3).pixels - plain.pixels == 2 * 2 * 2 * math.prod(SHAPE)
     assert _memory(grid=False).pixels - plain.pixels == 2 * 2 * math.prod(SHAPE)
-    # On a GPU there are weights and shards alone.
+    # With a GPU, only weights and shards take memory of the host.
     assert _memory("cuda").bytes == plain.fixed
     embeds = _memory(encoder=ENCODER, grouping="label", targets="embedding", members=None)
     assert (embeds.kept, embeds.layer, embeds.images, embeds.least) == ((), 4 * 400, 64, 1)
@@ -78,11 +78,13 @@ def test_weights_in_bfloat16_do_not_grow_with_the_batch() -> None:
         (18 * GB, 2, 1, ["1 of 2", "18.0 GB", "17.0 GB", "`batch_size=16`"]),
         (17 * GB, 1, 1, ["not even one", "17.0 GB", "`batch_size=32`"]),
         (200 * GB, 16, 10, ["10 of 16", "`batch_size=32`"]),
-        # Smaller than a group no batch is.
+        # No batch is smaller than a group.
         (6 * GB, 2, 1, ["1 of 2", "6.0 GB"]),
     ],
 )
-def test_room(free: float, wanted: int, fitting: int, facts: list[str] | None) -> None:
+def test_fitting_workers_and_the_message_about_a_shortage(
+    free: float, wanted: int, fitting: int, facts: list[str] | None
+) -> None:
     memory = LARGE
     assert memory.bytes == 17 * GB
     assert memory.fitting(free, wanted) == fitting
@@ -103,7 +105,7 @@ def photos(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "x.npz"), str(tmp_path / "out")]
 
 
-def test_a_dry_run_says_it(photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_reports_the_memory_and_a_shortage(photos: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--encoder", ENCODER, "--members", "2", "--groups-per-shard", "2", "--device", "cpu", "--dry-run"]
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     monkeypatch.setattr(merge_service.estimate, "free_memory", lambda: 4 * GB)
@@ -118,7 +120,7 @@ def test_a_dry_run_says_it(photos: list[str], monkeypatch: pytest.MonkeyPatch) -
     assert "max_workers: memory has room for 1 of 2 workers: 800.0 MB are free" in short
 
 
-def test_a_merge_starts_as_many_as_have_room(
+def test_a_merge_starts_as_many_workers_as_fit(
     photos: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, artifact = photos

@@ -1,4 +1,4 @@
-"""One page of each kind, from results as the commands store them."""
+"""One page of each kind, made from results as the commands store them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOSSES = {"w/o AT": (0.0, 2.0), "AT-5-Avg": (0.5, 3.0), "<b>&AT</b>": (0.5, 1.0)
 
 
 def result(part: str, arm: str, folder: Path) -> ArmResult:
-    """Of 100 images, two of them kept as pictures; the attack turned the second into another class."""
+    """A result of 100 images, two of them kept as pictures; the attack changed the class of the second."""
     names = ("top-1 clean", "top-1 ε=2/255") if part == "zero-shot" else ("accuracy clean", "accuracy robust")
     scores = [rate_score(name, [i < hits for i in range(100)]) for name, hits in zip(names, ARMS[arm], strict=True)]
     if part == "pgd":
@@ -39,7 +39,7 @@ def result(part: str, arm: str, folder: Path) -> ArmResult:
         ]
     stored = ArmFolder(str(folder), part, arm, arm)
     pixels = torch.from_numpy(np.random.default_rng(0).random((2, 3, 8, 8), np.float32))
-    # The second class, where the first value of the image is above a half.
+    # The network predicts the second class where the first value of the image is above 0.5.
     linear = nn.Linear(192, 2)
     linear.weight.data = torch.zeros(2, 192)
     linear.weight.data[1, 0] = 10

@@ -1,4 +1,4 @@
-"""Every report is one page that needs nothing else, says what the results say, and is readable in a browser."""
+"""Every report is one self-contained page that agrees with the results and is readable in a browser."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.pages.conftest import ARMS, ARTIFACT
 from tests.support.html_pages import Page, open_in_browser
 
 
-def test_an_evaluation_says_what_its_results_say(evaluation_folder: Path) -> None:
+def test_an_evaluation_page_shows_the_stored_results(evaluation_folder: Path) -> None:
     content = (evaluation_folder / "report.html").read_text("utf-8")
     page = Page(content)
     stored = json.loads((evaluation_folder / "results.json").read_text("utf-8"))["arms"]
@@ -31,7 +31,7 @@ def test_an_evaluation_says_what_its_results_say(evaluation_folder: Path) -> Non
             value, error, low, high = map(float, re.findall(r"[\d.]+", row[header.index(score["name"])]))
             assert (value, low, high) == pytest.approx((score["value"], score["low"], score["high"]), abs=0.05)
             assert error == pytest.approx(score["error"], abs=0.05)
-    # One drawing for each of accuracy, loss and top-1, with the arms in its legend.
+    # One drawing each for accuracy, loss and top-1, with the arms in the legend.
     assert len(page.drawings) == 3
     assert all(set(ARMS) <= set(drawing) and {"0", "2/255"} <= set(drawing) for drawing in page.drawings)
     assert "s3://bucket/a" in page.tables[1][2]
@@ -63,7 +63,7 @@ def test_the_demo_explains_its_columns(demo_page: str) -> None:
     assert any("training loss" in drawing for drawing in page.drawings)
 
 
-def test_a_preview_shows_what_is_stored(preview_page: str) -> None:
+def test_a_preview_shows_the_stored_means_and_facts(preview_page: str) -> None:
     page = Page(preview_page)
     artifact = open_artifact(ARTIFACT)
     first, last = artifact[0], artifact[len(artifact) - 1]
@@ -76,7 +76,7 @@ def test_a_preview_shows_what_is_stored(preview_page: str) -> None:
     assert facts["groups"].startswith(f"{len(artifact)} of ")
 
 
-def test_foreign_text_is_no_markup() -> None:
+def test_foreign_text_is_escaped() -> None:
     tile = Tile("<i>", np.zeros((2, 3, 3), np.uint8), "<u>")
     section = Section(
         "<h1>", ["<p>"], ["<b>"], Table(["<th>"], [["</td>"]]), strips=[Strip([tile], "<s>", [("<q>", "&")])]
@@ -89,7 +89,7 @@ def test_foreign_text_is_no_markup() -> None:
     assert Page(table_html(Table([], [["<x>", "1"]]))).tables == [[["<x>", "1"]]]
 
 
-def test_a_drawing_takes_the_colours_of_the_page() -> None:
+def test_a_drawing_uses_the_colours_of_the_page() -> None:
     points = [
         Series("a", [0, 1], [1.0, 2.0], [0.5, 1.5], [1.5, 2.5]),
         Series("b", [0, 1], [3.0, 4.0], [3, 4], [3, 4]),
@@ -107,10 +107,10 @@ def test_a_drawing_takes_the_colours_of_the_page() -> None:
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_a_browser_shows_them(
+def test_a_browser_shows_every_page(
     evaluation_folder: Path, demo_page: str, preview_page: str, tmp_path: Path, dark: bool
 ) -> None:
-    """Nothing is loaded, no picture is broken, and nothing but tables is wider than a screen or a phone."""
+    """Nothing is loaded, no picture is broken, and no page is wider than a screen or a phone."""
     pages = {
         "evaluation": (evaluation_folder / "report.html").read_text("utf-8"),
         "demo": demo_page,

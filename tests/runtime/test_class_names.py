@@ -1,4 +1,4 @@
-"""Files of class names, in the forms in which they are passed around."""
+"""Files of class names in the formats that are in use."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FORMS: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(tmp_path: Path, form: str) -> None:
+def test_every_form_is_read(tmp_path: Path, form: str) -> None:
     text = FORMS[form]
     (tmp_path / "names.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert read_class_names(str(tmp_path / "names.txt")) == NAMES
 
 
 @pytest.mark.parametrize("name", ["101 dalmatians", "2CV", "7-Up\n8-Up", "[sic]\nother", "0: a\n2: b"])
-def test_numbers_in_names_stay(tmp_path: Path, name: str) -> None:
+def test_numbers_in_names_are_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / "names.txt").write_text(name)
     assert read_class_names(str(tmp_path / "names.txt")) == name.split("\n")
 
@@ -57,19 +57,19 @@ def test_numbers_in_names_stay(tmp_path: Path, name: str) -> None:
         (None, ("No such file",)),
     ],
 )
-def test_files_that_are_refused(tmp_path: Path, content: bytes | None, facts: tuple[str, ...]) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, content: bytes | None, facts: tuple[str, ...]) -> None:
     if content is not None:
         (tmp_path / "names.txt").write_bytes(content)
     with refused(ConfigError, "class_names", tmp_path / "names.txt", *facts):
         read_class_names(str(tmp_path / "names.txt"))
 
 
-def test_names_that_occur_twice_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_that_occur_twice_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "names.txt").write_text("crane\nant\ncrane\n")
     assert read_class_names(str(tmp_path / "names.txt")) == ["crane", "ant", "crane"]
-    assert "1 names" in (said := capsys.readouterr().err)
-    assert "'crane'" in said
+    assert "1 names" in (errors := capsys.readouterr().err)
+    assert "'crane'" in errors
 
 
-def test_forms_of_one_name() -> None:
+def test_spellings_of_one_name_are_equal() -> None:
     assert len({plain_name(name) for name in ("caf\u00e9 au_lait", "Cafe\u0301 au lait ", "CAF\u00c9 AU  LAIT")}) == 1

@@ -1,4 +1,4 @@
-"""The hash of the user's code: what changes it, what does not, and what is kept by it."""
+"""The hash of the user's code: which changes of files alter it and which do not."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _hash() -> str | None:
-    """As a new process finds it."""
+    """The hash that a new process would compute."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("own_code", "own_helper", "own_pack")]:
         del sys.modules[name]
     importlib.invalidate_caches()
@@ -54,7 +54,7 @@ def _hash() -> str | None:
         ("numpy.py", "", False),
     ],
 )
-def test_what_changes_it(folder: Path, file: str, text: str, changes: bool) -> None:
+def test_only_code_that_is_used_changes_the_hash(folder: Path, file: str, text: str, changes: bool) -> None:
     before = _hash()
     assert before == _hash()
     if file == "numpy.py":  # the installed one is in sys.modules by now
@@ -63,7 +63,7 @@ def test_what_changes_it(folder: Path, file: str, text: str, changes: bool) -> N
     assert (_hash() != before) is changes
 
 
-def test_a_file_that_changes_under_a_process_is_not_what_runs(folder: Path) -> None:
+def test_the_hash_is_that_of_the_loaded_code(folder: Path) -> None:
     before = _hash()
     (folder / "own_code.py").write_text("def make():\n    return 7\n")
     assert code_sha256("own_code") == before
@@ -71,7 +71,7 @@ def test_a_file_that_changes_under_a_process_is_not_what_runs(folder: Path) -> N
     assert code_sha256("own_code") != before
 
 
-def test_ours_and_what_has_no_file_have_none() -> None:
+def test_our_own_and_built_in_modules_have_no_hash() -> None:
     assert code_sha256("datamerge.demo.digits") is None
     assert code_sha256("sys") is None
     assert code_sha256("no_such_module") is None

@@ -1,4 +1,4 @@
-"""`python:MODULE:FACTORY`: what is installed, then the working directory, and a message that names the file found."""
+"""`python:MODULE:FACTORY`: installed modules come before the working directory; messages name the file found."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_the_working_directory_is_searched_last(folder: Path) -> None:
     assert sys.path == [*before, str(folder)]
 
 
-def test_specs_of_earlier_releases_find_what_has_moved(folder: Path) -> None:
-    """Artifacts and runs name it in their provenance; a `demo` of the user's own is another thing."""
+def test_specs_of_earlier_releases_find_moved_modules(folder: Path) -> None:
+    """Provenances of artifacts and runs name them; a user's own module `demo` does not get in the way."""
     (folder / "demo.py").write_text("raise RuntimeError\n")
     assert find_factory("demo.digits:digit_encoder") is digit_encoder
     encoder = load_encoder("python:demo.digits:digit_encoder")
@@ -56,7 +56,7 @@ def test_specs_of_earlier_releases_find_what_has_moved(folder: Path) -> None:
         ("needs_a_name:make", ["needs_a_name ", "'nothing'"]),
     ],
 )
-def test_a_spec_that_leads_nowhere_says_why(folder: Path, spec: str, facts: list[str]) -> None:
+def test_invalid_specs_say_why(folder: Path, spec: str, facts: list[str]) -> None:
     (folder / "needs_a_package.py").write_text("import no_such_package\n")
     (folder / "needs_a_name.py").write_text("from json import nothing\n")
     with pytest.raises(NoFactory) as caught:

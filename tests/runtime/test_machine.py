@@ -1,4 +1,4 @@
-"""CPUs in containers: the fewest of what the kernel, a cgroup or one above it allows."""
+"""Usable CPUs: the smallest limit of the kernel, the process's cgroup and the cgroups above it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ V1 = "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n"
         ({"proc/self/cgroup": "nonsense", "sys/fs/cgroup/cpu.max": "a b c\n"}, 96),
     ],
 )
-def test_shares_of_cgroups(
+def test_limits_of_cgroups_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(96)))
@@ -63,7 +63,7 @@ def test_shares_of_cgroups(
     assert usable_cpus(tmp_path) == expected
 
 
-def test_cpus_that_a_process_is_bound_to() -> None:
+def test_a_process_can_use_only_cpus_that_it_is_bound_to() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -73,7 +73,7 @@ def test_cpus_that_a_process_is_bound_to() -> None:
     assert 1 <= usable_cpus() <= len(before)
 
 
-def test_torch_has_no_more_threads_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_gets_no_more_threads_than_usable_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -88,7 +88,7 @@ def test_torch_has_no_more_threads_than_that(monkeypatch: pytest.MonkeyPatch) ->
         torch.set_num_threads(before)
 
 
-def test_nothing_else_counts_processors() -> None:
+def test_no_other_file_counts_cpus() -> None:
     root = Path(machine.__file__).parents[2]
     packages = ["datamerge", "merge_service", "storage_schemas", "trainer"]
     using = {

@@ -1,4 +1,4 @@
-"""What counts as too little memory, how much is free, and how much gradients need."""
+"""Recognising out-of-memory errors, measuring free memory, and the memory that gradients need."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ V1 = "9:name=systemd:/\n4:cpu,memory:/jobs/one\n0::/\n"
     [
         ("0::/\n", {}, 8000 * 2**10),
         ("0::/jobs\n", {"jobs/memory.max": "max", "jobs/memory.current": "5", "jobs/memory.stat": ""}, 8000 * 2**10),
-        # What the kernel drops from its cache is free.
+        # The kernel can drop inactive files from its cache, so they count as free.
         (
             "0::/jobs/one\n",
             {
@@ -56,13 +56,13 @@ V1 = "9:name=systemd:/\n4:cpu,memory:/jobs/one\n0::/\n"
             },
             400,
         ),
-        # A limit further up, and more taken than it allows.
+        # The limit of the parent, which is exceeded.
         (
             "0::/jobs/one\n",
             {"jobs/memory.max": "100", "jobs/memory.current": "150", "jobs/memory.stat": "inactive_file 20\n"},
             0,
         ),
-        # Version 1, seen from inside a container: the path is the host's, the group stands at the mount.
+        # Version 1 inside a container: the path is the host's, and the group is at the mount point.
         (
             V1,
             {
@@ -81,16 +81,16 @@ def test_free_memory_is_the_least_of_machine_and_containers(
     assert free_memory(root) == expected
 
 
-def test_other_systems_do_not_say_what_is_free(tmp_path: Path) -> None:
+def test_free_memory_is_unknown_on_other_systems(tmp_path: Path) -> None:
     assert free_memory(tmp_path) is None
 
 
-def test_this_machine_says_it() -> None:
+def test_free_memory_of_this_machine_is_known() -> None:
     if sys.platform == "linux":
         assert (free_memory() or 0) > 10 * MB
 
 
-def test_what_autograd_keeps() -> None:
+def test_saved_for_backward_lists_what_autograd_keeps() -> None:
     model = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 20), nn.Sigmoid()).requires_grad_(False)
     pixels = torch.rand(3, 100, requires_grad=True)
     outputs, kept = saved_for_backward(model, lambda: model(pixels))

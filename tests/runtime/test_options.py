@@ -1,4 +1,4 @@
-"""Options made from a model: every kind of field from the command line to the settings, the help, and messages."""
+"""Options made from a settings model: every kind of field, from the command line to settings, help and messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Bake(Settings):
 @options(Bake, leave_out=["finish"])
 @click.option("--config")
 def bake(config: str | None, **flags: Any) -> Bake:
-    """What is typed, as settings."""
+    """Return the settings for what is typed."""
     return load_settings(Bake, config, flags)
 
 
@@ -75,7 +75,7 @@ def _baked(*arguments: str) -> Bake:
     return result.return_value
 
 
-def test_without_flags_the_defaults_of_the_model() -> None:
+def test_without_flags_settings_have_the_defaults_of_the_model() -> None:
     assert _baked() == Bake(dough="rye")
 
 
@@ -102,13 +102,13 @@ def test_without_flags_the_defaults_of_the_model() -> None:
         (["round", "flat"], {"shapes": ["round", "flat"]}),
     ],
 )
-def test_every_kind_of_value_arrives(typed: list[str], expected: dict[str, Any]) -> None:
+def test_every_kind_of_value_is_parsed(typed: list[str], expected: dict[str, Any]) -> None:
     assert _baked(*typed) == Bake(dough="rye", **expected)
 
 
 @pytest.mark.parametrize("typed", [["--heat", "warm"], ["--minutes", "1.5"], ["--rate", "fast"], ["--finish", "egg"]])
-def test_other_values_are_misuse_of_the_command(typed: list[str]) -> None:
-    """Of a field that is left out, there is no flag."""
+def test_invalid_values_are_usage_errors(typed: list[str]) -> None:
+    """A field in `leave_out` has no flag."""
     result = CliRunner().invoke(bake, ["rye", *typed])
     assert result.exit_code == 2
     assert typed[0] in result.stderr
@@ -126,7 +126,7 @@ def test_other_values_are_misuse_of_the_command(typed: list[str]) -> None:
         ([], "dough"),
     ],
 )
-def test_the_model_refuses_by_field(typed: list[str], field: str) -> None:
+def test_errors_of_the_model_name_the_field(typed: list[str], field: str) -> None:
     error = _run(*typed).exception
     assert isinstance(error, ConfigError)
     assert error.exit_code == 2
@@ -135,7 +135,7 @@ def test_the_model_refuses_by_field(typed: list[str], field: str) -> None:
     assert not str(error).startswith(f"{field}: {field}")
 
 
-def test_the_help_of_every_flag() -> None:
+def test_help_describes_every_flag() -> None:
     result = CliRunner().invoke(bake, ["--help"], terminal_width=200, max_content_width=200)
     assert result.exit_code == 0
     found = [" ".join(line.split()) for line in result.output.splitlines()]
@@ -184,13 +184,13 @@ def test_messages_name_flags(message: str, expected: str) -> None:
     ("values", "field", "hint"),
     [({"oven": 3}, "oven", "`heat`"), ({"heat": "warm"}, "heat", 'heat = "low"'), ({"heats": 1}, "heats", "heat?")],
 )
-def test_earlier_spellings_are_met_with_the_new_one(values: dict[str, Any], field: str, hint: str) -> None:
+def test_errors_for_earlier_spellings_name_the_new_one(values: dict[str, Any], field: str, hint: str) -> None:
     with refused(ConfigError, field, hint):
         Bake(dough="rye", **values)
 
 
-def test_every_way_to_construct_raises_an_error_of_ours() -> None:
-    """The command line knows no other; pydantic's would show its address and several lines."""
+def test_constructing_settings_raises_config_errors() -> None:
+    """Never pydantic's error, which has several lines and a web address."""
     with refused(ConfigError, "dough", 3) as by_name:
         Bake(dough=3)  # type: ignore[arg-type]
     with refused(ConfigError, "dough", 3) as by_mapping:
@@ -198,7 +198,7 @@ def test_every_way_to_construct_raises_an_error_of_ours() -> None:
     assert str(by_name.value) == str(by_mapping.value)
 
 
-def test_several_problems_are_told_at_once_and_the_first_is_the_field() -> None:
+def test_one_error_lists_all_problems_and_its_field_is_the_first() -> None:
     with refused(ConfigError, "minutes", 0, "'wide'", "'far'") as caught:
         Bake(dough="rye", minutes=0, radii=["wide", "far"])  # type: ignore[list-item]
     assert as_flags(str(caught.value)).count("--radii: ") == 2
@@ -212,7 +212,7 @@ def test_several_problems_are_told_at_once_and_the_first_is_the_field() -> None:
     ],
     ids=["command", "library"],
 )
-def test_what_is_said_names_flags_on_the_command_line_alone(tmp_path: Path, code: str, named: str) -> None:
+def test_messages_name_flags_on_the_command_line_only(tmp_path: Path, code: str, named: str) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "labels.csv").write_text("file,species,size\na.png,cat,3\n")
     command = [sys.executable, "-c", code, "inspect", "--source", str(tmp_path)]

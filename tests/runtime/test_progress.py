@@ -1,4 +1,4 @@
-"""Progress in a log file: a line now and then, one at the end, and rates that leave earlier work out."""
+"""Progress in a log file: a line every ten seconds and one at the end; rates leave out the work of earlier runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATAMERGE_QUIET", "1")
     with Progress("merge", 2, "groups") as bar:
         bar.advance(2)
     assert capsys.readouterr().err == ""
 
 
-def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
+def test_logs_have_a_line_every_ten_seconds_and_one_at_the_end(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with Progress("merge", 100, "groups") as bar:
@@ -49,7 +49,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(
     ]
 
 
-def test_work_of_an_earlier_run_counts_as_done_but_not_as_fast(
+def test_work_of_an_earlier_run_is_done_but_not_part_of_the_rate(
     capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     with Progress("train", 1000, "steps", done=900) as bar:
@@ -58,7 +58,7 @@ def test_work_of_an_earlier_run_counts_as_done_but_not_as_fast(
     assert capsys.readouterr().err == "train: 950/1000 steps, 5.0 steps/s, 10 s left\n"
 
 
-def test_no_line_has_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("merge", 3, "groups") as bar:
         for _ in range(3):
             bar.advance(1)

@@ -1,4 +1,4 @@
-"""Joining Ray: addresses that a user mistypes are refused at once, a caller's connection is left alone."""
+"""Joining a Ray cluster: mistyped addresses are refused at once, and a caller's connection is left alone."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from trainer import TrainConfig, train
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port that is taken and where nothing listens."""
+    """A port that is bound but has no listener."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
 
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
-def test_nothing_listens(port: int, form: str) -> None:
+def test_addresses_without_a_listener_are_refused(port: int, form: str) -> None:
     address = form.format(f"127.0.0.1:{port}")
     with refused(ConfigError, "ray_address", repr(address)):
         check_cluster_address(address)
 
 
-def test_a_name_that_nobody_has() -> None:
+def test_unknown_host_names_are_refused() -> None:
     with refused(ConfigError, "ray_address", "'no-such-host.invalid:6379'"):
         check_cluster_address("no-such-host.invalid:6379")
 
 
 @pytest.mark.parametrize("form", ["{}", "ray://{}"])
-def test_something_listens(port: int, form: str) -> None:
+def test_addresses_with_a_listener_are_accepted(port: int, form: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         check_cluster_address(form.format(f"127.0.0.1:{server.getsockname()[1]}"))
 
@@ -51,7 +51,9 @@ def test_other_addresses_are_left_to_ray(address: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["merge", "train"])
-def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_with_an_unreachable_address_end_at_once(
+    port: int, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may be connected
     monkeypatch.setattr("ray.shutdown", lambda: pytest.fail("there is nothing to leave"))
     address = f"127.0.0.1:{port}"
@@ -69,7 +71,7 @@ def test_commands_that_meet_nobody_end_at_once(port: int, command: str, monkeypa
 
 
 def test_a_connection_of_the_caller_is_used_and_kept(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the address: Ray has one connection a process."""
+    """Even with another address, because a process has one connection to Ray."""
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     for name in ("init", "shutdown"):
         monkeypatch.setattr(f"ray.{name}", lambda **_: pytest.fail("the connection is not ours"))
@@ -77,7 +79,7 @@ def test_a_connection_of_the_caller_is_used_and_kept(port: int, monkeypatch: pyt
         pass
 
 
-def test_the_environment_is_the_users_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_user_are_not_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     assert ray_environment({"RAY_X": "1"}).items() >= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_X": "1"}.items()
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
@@ -86,7 +88,7 @@ def test_the_environment_is_the_users_first(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_call_for_a_worker_searches_the_users_folders_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sent as code: it names no module of ours, which would be imported before the search path is right."""
+    """The call is pickled by value: a module of ours would be imported before the search path is set."""
     from ray import cloudpickle
 
     (tmp_path / "script").mkdir()
@@ -115,7 +117,7 @@ sys.exit(7 if "working_dir" in (_maybe_modify_runtime_env({}, False) or {}) else
 
 @pytest.mark.parametrize(("setting", "copied"), [(None, False), ("1", True)])
 def test_uv_run_does_not_copy_the_working_directory(tmp_path: Path, setting: str | None, copied: bool) -> None:
-    """Ray looks for a process above that is called `uv run`; a shell may be called so, with a script `run`."""
+    """Ray looks for a parent process called `uv run`; here it is a shell of that name with a script `run`."""
     (tmp_path / "script.py").write_text(UNDER_UV)
     (tmp_path / "run").write_text(f"{sys.executable} script.py\nexit $?\n")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -1,4 +1,4 @@
-"""One way to configure: preset < file < flags, strict, with every problem named."""
+"""Settings from preset, file and flags, in rising precedence: strict parsing, and errors that list all problems."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def test_flags_beat_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> No
 
 
 def test_a_flag_may_be_falsy(tmp_path: Path) -> None:
-    """0 is a value, None is silence."""
+    """0 is a value; only None means that no flag was given."""
     settings = load_settings(Attack, _toml(tmp_path, "steps = 2\nmembers = 2\n"), {"steps": 0})
     assert settings.steps == 0
 
 
-def test_inputs_are_left_alone(tmp_path: Path) -> None:
+def test_inputs_are_not_changed(tmp_path: Path) -> None:
     preset, flags = {"members": 1}, {"steps": 4, "encoder": None}
     load_settings(Attack, _toml(tmp_path, "members = 2"), flags, preset)
     assert (preset, flags) == ({"members": 1}, {"steps": 4, "encoder": None})
@@ -63,7 +63,7 @@ def test_inputs_are_left_alone(tmp_path: Path) -> None:
     ("key", "hint"),
     [("epsilom", " epsilon?"), ("learning-rate", " learning_rate?"), ("zzz", None)],
 )
-def test_a_misspelt_key_is_met_with_the_closest(tmp_path: Path, key: str, hint: str | None) -> None:
+def test_errors_for_misspelt_keys_suggest_the_closest(tmp_path: Path, key: str, hint: str | None) -> None:
     with refused(ConfigError, key, hint or "", tmp_path / "settings.toml") as caught:
         load_settings(Attack, _toml(tmp_path, f'members = 1\n{key} = "x"\n'), {})
     assert ("?" in str(caught.value)) == (hint is not None)
@@ -85,19 +85,19 @@ def test_nothing_is_coerced(values: dict[str, Any]) -> None:
         load_settings(Attack, None, {"members": 1, **values})
 
 
-def test_rules_over_several_fields_speak_plainly() -> None:
+def test_errors_of_rules_over_several_fields_have_no_prefix() -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings(Attack, None, {"members": 101})
     assert str(caught.value) == "members: more than 100 need an encoder"
 
 
 @pytest.mark.parametrize("text", ["steps = ", "[a\n", "steps = 1\nsteps = 2", "\x00", "a = 'b"])
-def test_bad_toml_is_named(tmp_path: Path, text: str) -> None:
+def test_invalid_toml_is_refused_with_the_file(tmp_path: Path, text: str) -> None:
     with refused(ConfigError, None, f"{tmp_path / 'settings.toml'}: ", " TOML: "):
         load_settings(Attack, _toml(tmp_path, text), {})
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b"encoder = '\xe9'")
     with refused(ConfigError, None, tmp_path / "latin.toml", " TOML: ", "0xe9"):
         load_settings(Attack, str(tmp_path / "latin.toml"), {})
@@ -124,7 +124,7 @@ def test_settings_cannot_be_changed() -> None:
         ("encoder=[0x" + "F" * 5000 + "]", "encoder", ["(list)"]),
     ],
 )
-def test_settings_that_would_exhaust_the_parser(
+def test_settings_that_would_exhaust_the_parser_are_refused(
     tmp_path: Path, text: str, field: str | None, facts: list[str]
 ) -> None:
     with refused(ConfigError, field, *facts):
@@ -140,12 +140,12 @@ def test_messages_stay_short(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("typed", "kept"), [(".01", "1/100"), ("8e-3", "1/125"), ("2/255", "2/255"), ("0.5", "1/2")])
 def test_decimals_are_kept_as_fractions(typed: str, kept: str) -> None:
-    """One spelling for all who read it later, such as `remerge` and `combine`."""
+    """So that later readers, such as `remerge` and `combine`, see one spelling."""
     assert load_settings(Attack, None, {"members": 1, "epsilon": typed}).epsilon == PixelLength(kept)
     assert pixel_spread({"attack": {"epsilon": kept}}) >= 2
 
 
-def test_paths_tuples_and_integers_of_numpy_are_what_a_file_would_hold(tmp_path: Path) -> None:
+def test_paths_and_integers_of_numpy_are_converted(tmp_path: Path) -> None:
     values: dict[str, Any] = {"members": np.int64(3), "encoder": tmp_path}
     settings = Attack(**values)
     assert (settings.members, settings.encoder) == (3, str(tmp_path))

@@ -1,4 +1,4 @@
-"""`import torchvision` next to a CPU-only torch: the shim is there exactly when it is needed."""
+"""`import torchvision` next to a CPU-only torch: the shim is applied exactly when it is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_shim_declares_operators_only_where_the_compiled_library_does_not_load() -> None:
-    """Two worlds: the import works by itself and nothing is declared; or it fails, and works after the shim."""
+    """Either the import works and nothing is declared, or it fails and works after the shim."""
     plain = _python("import torchvision")
     shimmed = _python(CODE)
     assert shimmed.returncode == 0, shimmed.stderr
@@ -35,7 +35,7 @@ def test_the_shim_declares_operators_only_where_the_compiled_library_does_not_lo
 
 
 def test_the_operator_has_no_fake_implementation() -> None:
-    """Declaring a schema must not make detection silently wrong: calling it fails loudly."""
+    """Declaring a schema must not make detection silently wrong: a call of the operator fails."""
     code = (
         "from datamerge.runtime.torchvision_ops import make_torchvision_importable\n"
         "declared = make_torchvision_importable()\n"

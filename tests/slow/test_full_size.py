@@ -1,8 +1,8 @@
-"""CLIP's towers at full size, from photos to exported files, through the command line: what breaks only there.
+"""CLIP's towers at full size through the command line, from photos to exported files.
 
-Weights are random, written by open_clip itself; names, sizes, preprocessing and files are those of the tags. Every
-step is compared with open_clip's own pipeline. `make slow` runs this; where DATAMERGE_REPORTS names a folder, seconds
-and memory of every stage are written there.
+The weights are random and written by open_clip; names, sizes, preprocessing and files are those of the tags. Every
+step is compared with open_clip's pipeline. `make slow` runs this test. The time and memory of every stage are written
+to the folder that DATAMERGE_REPORTS names.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class OpenClip:
         self.model, self.preprocess = model.eval(), preprocess
 
     def pixels(self, paths: list[Path]) -> Tensor:
-        """Normalised, [B, C, H, W]."""
+        """Normalised pixels [B, C, H, W]."""
         return torch.stack([self.preprocess(Image.open(path).convert("RGB")) for path in paths])
 
     def __call__(self, paths: list[Path]) -> Tensor:
-        """Not normalised, [B, K]."""
+        """Embeddings [B, K], not normalised."""
         with torch.no_grad():
             embeddings: Tensor = self.model.encode_image(self.pixels(paths))
         return embeddings
@@ -82,7 +82,7 @@ class Stages:
         self.rows: list[list[str]] = []
 
     def __call__(self, stage: str, *arguments: str | Path) -> str:
-        """Run `datamerge ARGUMENTS…`, which has to end well; returns what it prints."""
+        """Run `datamerge ARGUMENTS…`, assert that it succeeds, and return its stdout."""
         command = [sys.executable, "-m", "datamerge", *map(str, arguments)]
         done = run(command, {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
         assert done.returncode == 0, f"{stage}: {done.stderr[-3000:]}"
@@ -91,7 +91,7 @@ class Stages:
 
     def report(self, model: str, seconds: float, load: float) -> None:
         """Print the table, and write it where DATAMERGE_REPORTS says."""
-        where = replace(Circumstances.here("cpu"), missing=())  # nothing is compared with others here
+        where = replace(Circumstances.here("cpu"), missing=())  # this test has no peers
         columns = ("stage", "s", "all its processes, MB", "the largest one, MB")
         found = Findings(tables=[Table(f"{model}, {PHOTOS} photos", columns, self.rows)])
         text = render("full size", found, where, "make slow", seconds, load)
@@ -117,7 +117,7 @@ def _close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
     assert float((found - expected).abs().max() / expected.abs().max()) <= relative
 
 
-@pytest.mark.filterwarnings("default")  # of libraries, about themselves
+@pytest.mark.filterwarnings("default")  # libraries warn about themselves
 @pytest.mark.parametrize("model", TAGS)
 def test_merge_train_evaluate_export_and_reload(tmp_path: Path, photos: Path, model: str) -> None:
     make_torchvision_importable()
@@ -130,7 +130,7 @@ def test_merge_train_evaluate_export_and_reload(tmp_path: Path, photos: Path, mo
     paths = sorted(photos.rglob("*.png"))[:2]
     _check_artifact(artifact, original, photos)
 
-    # A .pt file that an artifact names is not loaded unless somebody asks for it.
+    # A .pt file that an artifact names is loaded only if `--encoder` names it too.
     settings = ["--encoder", spec, "--steps", "2", "--batch-size", "2"]
     runs = {arm: tmp_path / arm.replace(" ", "-") for arm in ARMS}
     for arm, flags in ARMS.items():
@@ -184,7 +184,7 @@ def _clean_losses(document: dict[str, Any]) -> list[float]:
 
 
 def _exported(stages: Stages, folder: Path, out: Path, pixels: Tensor, paths: list[Path]) -> Tensor:
-    """Embeddings of the photos by a run's encoder, as the libraries that it is exported for load it."""
+    """Embeddings of the photos by a run's encoder, exported to and loaded by open_clip and transformers."""
     import open_clip
     from transformers import CLIPVisionModelWithProjection
 

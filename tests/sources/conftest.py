@@ -1,4 +1,4 @@
-"""The servers of the tests of remote sources."""
+"""Local servers for the tests of remote sources."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_npz_with_channels_first_and_other_names(tmp_path: Path) -> None:
         ({"images": np.array([{}], object)}, {}, (" .npz ", "allow_pickle")),
     ],
 )
-def test_arrays_that_do_not_go_together(
+def test_arrays_that_do_not_match_are_refused(
     tmp_path: Path, arrays: dict[str, Any], options: dict[str, str], facts: tuple[object, ...]
 ) -> None:
     np.savez(tmp_path / "x.npz", **arrays)
@@ -114,13 +114,13 @@ def test_npy(tmp_path: Path, images: npt.NDArray[np.uint8]) -> None:
     assert open_source(tmp_path / "x.npy").samples[2].key == "x-00000002"
 
 
-def test_zeros_and_ones_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """8 bits declare their range, so 1 is black; nobody means that."""
+def test_images_of_zeros_and_ones_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In 8 bits, 1 is almost black; such images were probably meant to be scaled."""
     for name, images in (("ones", GREY % 2), ("more", GREY % 3), ("none", GREY * 0)):
         np.save(tmp_path / f"{name}.npy", images)
         _check(open_source(tmp_path / f"{name}.npy"), images, None)
-        said = [line for line in capsys.readouterr().err.splitlines() if "255 * x" in line]
-        assert len(said) == (name == "ones")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "255 * x" in line]
+        assert len(lines) == (name == "ones")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -148,7 +148,7 @@ def test_zeros_and_ones_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFi
         (np.array(3, np.uint8), ("uint8 []",)),
     ],
 )
-def test_arrays_that_are_no_8_bit_images_say_what_to_save(
+def test_arrays_that_are_not_8_bit_images_are_refused_with_advice(
     tmp_path: Path, images: npt.NDArray[Any], facts: tuple[object, ...], suffix: str
 ) -> None:
     path = tmp_path / f"x{suffix}"
@@ -171,14 +171,14 @@ def test_broken_npy(tmp_path: Path, data: bytes) -> None:
         open_source(tmp_path / "x.npy")
 
 
-def test_three_greys_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """[3, H, W] may be one image, channels first."""
+def test_three_grey_images_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An array [3, H, W] may be meant as one image, channels first."""
     np.save(tmp_path / "x.npy", GREY[:3])
     assert len(open_source(tmp_path).samples) == 3
     assert "3 grey images" in capsys.readouterr().err
 
 
-def test_folders_of_several_arrays(tmp_path: Path) -> None:
+def test_a_folder_of_several_idx_files_is_refused(tmp_path: Path) -> None:
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
         (tmp_path / name).write_bytes(_idx(GREY))
         (tmp_path / name.replace("images-idx3", "labels-idx1")).write_bytes(_idx(LABELS))
@@ -190,7 +190,7 @@ def test_folders_of_several_arrays(tmp_path: Path) -> None:
 
 
 class Digits:
-    """As torchvision's data sets: targets and classes known without opening an image."""
+    """Like torchvision's data sets, with targets and classes that need no image to be opened."""
 
     classes = ("zero", "one")
     targets = (0, 1, 1, 0, 1, 0)
@@ -203,7 +203,7 @@ class Digits:
 
 
 class Plain:
-    """Arrays and labels, and no more."""
+    """A data set of arrays and labels, without further attributes."""
 
     def __len__(self) -> int:
         return 6
@@ -219,13 +219,13 @@ class Floats(Plain):
 
 @pytest.fixture(autouse=True)
 def _module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This file under a name that a factory spec can give."""
+    """Make this file importable under the name that the `python:` sources use."""
     import sys
 
     monkeypatch.setitem(sys.modules, "my_data", sys.modules[__name__])
 
 
-def test_factories() -> None:
+def test_factories_make_data_sets() -> None:
     source = open_source("python:my_data:Digits")
     _check(source, GREY, list(Digits.targets))
     assert source.class_names == ["zero", "one"]
@@ -233,7 +233,7 @@ def test_factories() -> None:
     _check(open_source("python:my_data:Plain", limit_first=2), COLOUR[:2], LABELS.tolist()[:2])
 
 
-def test_a_data_set_of_tensors_is_rejected_sample_by_sample() -> None:
+def test_float_images_of_a_data_set_are_rejected_sample_by_sample() -> None:
     source = open_source("python:my_data:Floats")
     with pytest.raises(BadImage, match=r"float64 \[5, 4, 3\].*ToTensor"):
         source.reader.read(source.samples[0])
@@ -256,8 +256,8 @@ def test_factories_that_make_no_data_set(
         open_source(url)
 
 
-def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
-    """As the NIPS 2017 set: images/ beside labels.csv."""
+def test_labels_and_groups_are_read_from_labels_csv(tmp_path: Path) -> None:
+    """The NIPS 2017 data set has images/ beside labels.csv."""
     (tmp_path / "images").mkdir()
     for name in ("a", "b", "c"):
         buffer = io.BytesIO()
@@ -281,7 +281,7 @@ def test_a_folder_with_a_table_of_labels(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
-def test_labels_without_a_name_of_their_own_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_from_an_unnamed_array_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4), np.uint8), np.array([5, 7]))
     assert [sample.label for sample in open_source(tmp_path / "x.npz").samples] == [5, 7]
     assert "labels are taken from 'arr_1'" in capsys.readouterr().err
@@ -301,7 +301,7 @@ def test_labels_without_a_name_of_their_own_are_said(tmp_path: Path, capsys: pyt
     ],
     ids=["as many", "bytes, one more", "labels by name", "too few", "one an image", "two axes", "other names"],
 )
-def test_names_of_classes_beside_labels(
+def test_class_names_are_read_from_an_array(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     array: str,

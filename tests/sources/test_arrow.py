@@ -1,4 +1,4 @@
-"""Data sets saved by the stock library, and Arrow files of other makers: same samples, labels, names and splits."""
+"""Data sets saved by Hugging Face datasets, and Arrow files of other writers: samples, labels, names and splits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check(source: Source, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_saved_data_set(tmp_path: Path, shards: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_data_set_is_read(tmp_path: Path, shards: int, capsys: pytest.CaptureFixture[str]) -> None:
     _data_set(range(7)).save_to_disk(tmp_path, num_shards=shards)
     _check(open_source(tmp_path), range(7))
     assert "left out" not in capsys.readouterr().err
@@ -53,7 +53,7 @@ def test_a_saved_data_set(tmp_path: Path, shards: int, capsys: pytest.CaptureFix
     _check(open_source(first), range(len(open_source(first).samples)))
 
 
-def test_what_was_computed_later_is_left_out(tmp_path: Path) -> None:
+def test_caches_in_a_saved_data_set_are_left_out(tmp_path: Path) -> None:
     _data_set(range(4)).save_to_disk(tmp_path)
     loaded = datasets.load_from_disk(str(tmp_path))
     loaded.map(lambda row: {"label": 2 - row["label"]})
@@ -63,7 +63,7 @@ def test_what_was_computed_later_is_left_out(tmp_path: Path) -> None:
     assert source.left_out == {".arrow that are caches": 1}
 
 
-def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
+def test_splits_of_a_saved_dictionary_are_read(tmp_path: Path) -> None:
     splits = datasets.DatasetDict({"train": _data_set(range(5)), "test": _data_set(range(2))})
     splits.save_to_disk(tmp_path)
     _check(open_source(tmp_path, split="train"), range(5))
@@ -75,7 +75,7 @@ def test_a_saved_dictionary_of_splits(tmp_path: Path) -> None:
     _check(open_source(only), range(3))
 
 
-def test_anywhere(tmp_path: Path) -> None:
+def test_saved_data_sets_are_read_through_fsspec(tmp_path: Path) -> None:
     _data_set(range(3)).save_to_disk(tmp_path)
     files = fsspec.filesystem("memory")
     files.put(str(tmp_path), "/arrow-test", recursive=True)
@@ -85,7 +85,7 @@ def test_anywhere(tmp_path: Path) -> None:
         files.rm("/arrow-test", recursive=True)
 
 
-def test_a_file_with_a_footer_and_names_from_the_info(tmp_path: Path) -> None:
+def test_an_arrow_file_with_footer_takes_class_names_from_dataset_info(tmp_path: Path) -> None:
     _data_set(range(3)).save_to_disk(tmp_path / "saved")
     with pa.ipc.open_stream(next((tmp_path / "saved").glob("*.arrow"))) as stream:
         table = stream.read_all().replace_schema_metadata(None)
@@ -97,21 +97,21 @@ def test_a_file_with_a_footer_and_names_from_the_info(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"ARROW1\0\0nothing", b"\xff\xff\xff\xff\x10\0\0\0", b"text text text"])
-def test_what_is_no_arrow_file(tmp_path: Path, data: bytes) -> None:
+def test_files_that_are_not_arrow_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.arrow").write_bytes(data)
     for where in (tmp_path, tmp_path / "x.arrow"):
         with refused(SourceError, None, tmp_path / "x.arrow", "Arrow"):
             open_source(where)
 
 
-def test_a_state_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_state_json_is_refused(tmp_path: Path) -> None:
     _data_set(range(2)).save_to_disk(tmp_path)
     (tmp_path / "state.json").write_text("[]")
     with refused(SourceError, None, tmp_path / "state.json", "save_to_disk"):
         open_source(tmp_path)
 
 
-def test_a_file_that_is_cut_later_is_a_bad_image(tmp_path: Path) -> None:
+def test_a_row_of_a_file_that_is_cut_later_is_a_bad_image(tmp_path: Path) -> None:
     _data_set(range(4)).save_to_disk(tmp_path)
     source = open_source(tmp_path)
     path = next(tmp_path.glob("*.arrow"))

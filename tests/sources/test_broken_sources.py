@@ -1,4 +1,4 @@
-"""Files that are not what they are called, or lie about themselves: refused in one line."""
+"""Files with wrong names, or with headers that contradict their contents, are refused in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _png() -> bytes:
 
 
 def _header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A ustar header with the 12 bytes of `size` as they are."""
+    """A ustar header with these raw bytes as its size field."""
     block = bytearray(
         struct.pack("100s8s8s8s12s12s8s1s100s", name, *[b"0000644"] * 3, size, b"0", b" " * 8, kind, b"")
     )
@@ -61,7 +61,7 @@ BAD_TARS = {
     "nested": _extension(b"6 a=b\n") * 1500 + _image(b"a.png"),
 }
 
-# What the message shows of those; of the others it shows what tarfile says.
+# Facts in the message; for the other tars, the message quotes tarfile.
 SHOWN: dict[str, tuple[object, ...]] = {
     "negative": ("'b.txt'", -512),
     "before the file": ("'b.png'",),
@@ -73,20 +73,20 @@ SHOWN: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_TARS)
-def test_a_tar_whose_headers_lie(tmp_path: Path, kind: str) -> None:
-    """With a negative size the list would go round for ever."""
+def test_tars_with_false_headers_are_refused(tmp_path: Path, kind: str) -> None:
+    """A negative size would make tarfile list the same members for ever."""
     (tmp_path / "x.tar").write_bytes(BAD_TARS[kind] + bytes(1024))
     with refused(SourceError, None, tmp_path / "x.tar", " tar: ", *SHOWN.get(kind, ())) as caught:
         open_source(str(tmp_path / "x.tar"))
     assert not str(caught.value).endswith(": ")
 
 
-def test_a_sparse_member_that_is_no_image_does_no_harm(tmp_path: Path) -> None:
+def test_a_sparse_member_that_is_not_an_image_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(_image(b"a.png") + _header(b"a.bin", b"%011o" % 0, b"S") + bytes(1024))
     assert len(open_source(str(tmp_path / "x.tar")).samples) == 1
 
 
-def test_a_global_header_is_not_kept_for_every_member(tmp_path: Path) -> None:
+def test_a_global_header_is_not_copied_for_every_member(tmp_path: Path) -> None:
     keys = _extension(b"".join(b"10 %05d=\n" % number for number in range(20_000)), b"g")
     (tmp_path / "x.tar").write_bytes(keys + b"".join(_image(b"%d.png" % n) for n in range(200)) + bytes(1024))
     tracemalloc.start()
@@ -96,7 +96,7 @@ def test_a_global_header_is_not_kept_for_every_member(tmp_path: Path) -> None:
     assert peak < 2**25  # 200 copies take 200 MB
 
 
-def test_a_name_in_a_tar_that_is_no_text(tmp_path: Path) -> None:
+def test_names_in_tars_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         for name in ("ÿ.png", "þ.png"):
             info = tarfile.TarInfo(name)
@@ -108,7 +108,7 @@ def test_a_name_in_a_tar_that_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "tar", "parquet", "npz"])
-def test_a_name_of_a_file_that_is_no_text(tmp_path: Path, ending: str) -> None:
+def test_file_names_that_are_not_utf_8_are_refused(tmp_path: Path, ending: str) -> None:
     name = os.fsdecode(b"\xff") + f".{ending}"
     (tmp_path / name).write_bytes(_image(b"a.png"))
     where = tmp_path / name if ending == "npz" else tmp_path
@@ -116,8 +116,8 @@ def test_a_name_of_a_file_that_is_no_text(tmp_path: Path, ending: str) -> None:
         open_source(str(where), label_column="l")
 
 
-def test_texts_of_json_that_no_utf_8_can_say(tmp_path: Path) -> None:
-    """A class name of half a surrogate pair could not go into a manifest."""
+def test_class_names_that_utf_8_cannot_encode_are_escaped(tmp_path: Path) -> None:
+    """A lone surrogate could not be written to a manifest."""
     json_ = b'{"l": "\\ud800"}'
     (tmp_path / "x.tar").write_bytes(
         _image(b"a.png") + _header(b"a.json", b"%011o" % len(json_)) + json_.ljust(512, b"\0") + bytes(1024)
@@ -130,8 +130,8 @@ def test_texts_of_json_that_no_utf_8_can_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.npz", "x-images-idx3-ubyte", "x.png"])
-def test_a_pipe_is_no_source(tmp_path: Path, name: str) -> None:
-    """Opening one waits for somebody who writes to it."""
+def test_named_pipes_are_refused(tmp_path: Path, name: str) -> None:
+    """Opening one would wait for a writer."""
     os.mkfifo(tmp_path / name)
     for where in (tmp_path, tmp_path / name):
         with refused(SourceError, None, tmp_path):
@@ -143,8 +143,8 @@ def _parquet(path: Path, **columns: list[object]) -> None:
 
 
 @pytest.mark.parametrize("position", range(20, 400, 20))
-def test_a_parquet_file_with_wrong_bytes(tmp_path: Path, position: int) -> None:
-    """Whatever pyarrow raises: a source is refused, or a row is."""
+def test_damage_to_a_parquet_file_refuses_the_source_or_rows(tmp_path: Path, position: int) -> None:
+    """Whatever pyarrow raises becomes an error that names the file."""
     _parquet(tmp_path / "x.parquet", label=[1, 2])
     data = bytearray((tmp_path / "x.parquet").read_bytes())
     data[-position : -position + 4] = b"\x81\x04\xff\x15"
@@ -169,8 +169,8 @@ def test_a_parquet_file_that_claims_more_rows_than_it_has_bytes(tmp_path: Path) 
         open_source(str(tmp_path / "x.parquet"))
 
 
-def test_a_parquet_file_whose_row_groups_have_other_rows(tmp_path: Path) -> None:
-    """Every 2 (a zigzag varint of 64 bits) becomes 50; one of them is the number of rows."""
+def test_a_parquet_file_whose_row_counts_disagree_is_refused(tmp_path: Path) -> None:
+    """Each field of value 2 (a zigzag varint of 64 bits) becomes 50 in turn; one of them is the number of rows."""
     _parquet(tmp_path / "x.parquet")
     data = (tmp_path / "x.parquet").read_bytes()
     messages = []
@@ -201,14 +201,14 @@ def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
         b"if x:\n    1\n  2",
     ],
 )
-def test_an_npz_with_a_header_that_is_no_literal(tmp_path: Path, header: bytes) -> None:
+def test_an_npz_with_an_invalid_header_is_refused(tmp_path: Path, header: bytes) -> None:
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("images.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header) + 1) + header + b"\n")
     with refused(SourceError, None, tmp_path / "x.npz", " .npz "):
         open_source(str(tmp_path / "x.npz"))
 
 
-def test_members_of_an_npz_that_are_no_arrays_are_left_out(tmp_path: Path) -> None:
+def test_members_of_an_npz_that_are_not_arrays_are_left_out(tmp_path: Path) -> None:
     stream = io.BytesIO()
     np.save(stream, np.zeros((2, 4, 4), np.uint8))
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
@@ -217,14 +217,14 @@ def test_members_of_an_npz_that_are_no_arrays_are_left_out(tmp_path: Path) -> No
     assert [sample.label for sample in open_source(str(tmp_path / "x.npz")).samples] == [None, None]
 
 
-def test_members_of_an_npz_unpack_to_gigabytes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_of_the_members_of_an_npz_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "x.npz", *[np.zeros((9, 100, 100), np.uint8)] * 5)
     monkeypatch.setattr("datamerge.sources.unpack.MAX_UNPACKED", 10**5)
     with refused(SourceError, None, tmp_path / "x.npz", 5 * (128 + 9 * 100 * 100)):
         open_source(str(tmp_path / "x.npz"))
 
 
-def test_broken_deflate_within_a_sound_gzip_header(tmp_path: Path) -> None:
+def test_broken_deflate_data_after_a_valid_gzip_header_are_refused(tmp_path: Path) -> None:
     data = bytearray(gzip.compress(bytes(range(256)) * 20))
     data[12:40] = b"\xff" * 28
     (tmp_path / "x-images-idx3-ubyte.gz").write_bytes(data)
@@ -242,7 +242,7 @@ def test_an_earlier_listing_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
 @pytest.mark.parametrize("position", [60, 150, 250])
 def test_a_broken_avif_is_one_bad_image(position: int) -> None:
-    """Its decoder raises RuntimeError, which would end a merge."""
+    """Pillow's decoder raises RuntimeError, which would otherwise end a merge."""
     stream = io.BytesIO()
     Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(stream, "AVIF")
     data = bytearray(stream.getvalue())
@@ -251,8 +251,8 @@ def test_a_broken_avif_is_one_bad_image(position: int) -> None:
         decode(bytes(data), Preprocessing(shape=(3, 8, 8)))
 
 
-def test_greys_of_16_bits_are_scaled_to_the_nearest_of_8() -> None:
-    """All of them, as float64 says, in a fraction of its memory."""
+def test_16_bit_greys_are_scaled_to_the_nearest_8_bit_level() -> None:
+    """All 65536 levels equal those computed in float64, which takes several times the memory."""
     every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     stream = io.BytesIO()
     Image.fromarray(every).save(stream, "PNG")
@@ -267,7 +267,7 @@ def test_greys_of_16_bits_are_scaled_to_the_nearest_of_8() -> None:
 
 
 def test_a_negative_label_is_none(tmp_path: Path) -> None:
-    """And the classes of the others keep their numbers."""
+    """The other labels keep their numbers."""
     rows = {"a": 0, "b": 2, "c": 10, "d": -1}
     for name in rows:
         (tmp_path / f"{name}.png").write_bytes(_png())
@@ -277,27 +277,27 @@ def test_a_negative_label_is_none(tmp_path: Path) -> None:
     assert [sample.label for sample in open_source(str(tmp_path / "x.parquet")).samples] == [None, 3]
 
 
-def test_labels_of_a_parquet_file_are_part_of_its_identity(tmp_path: Path) -> None:
+def test_the_label_column_of_a_parquet_file_is_part_of_the_fingerprint(tmp_path: Path) -> None:
     _parquet(tmp_path / "x.parquet", fine=[1, 2], coarse=[0, 0])
     fine, coarse = (open_source(str(tmp_path / "x.parquet"), label_column=name) for name in ("fine", "coarse"))
     assert fine.fingerprint != coarse.fingerprint
 
 
-def test_a_name_with_a_space_gives_keys_that_are_allowed(tmp_path: Path) -> None:
+def test_spaces_in_file_names_are_replaced_in_keys(tmp_path: Path) -> None:
     np.savez(tmp_path / "my images.npz", images=np.zeros((2, 4, 4), np.uint8))
     samples = open_source(str(tmp_path / "my images.npz")).samples
     assert [sample.key for sample in samples] == ["my_images-00000000", "my_images-00000001"]
 
 
-def test_a_tar_that_ends_within_a_label(tmp_path: Path) -> None:
+def test_a_tar_that_ends_within_a_label_is_refused(tmp_path: Path) -> None:
     body = _header(b"a.cls", b"%011o" % 5000) + b"1" * 100
     (tmp_path / "x.tar").write_bytes(body)
     with refused(SourceError, None, tmp_path / "x.tar", " tar: "):
         open_source(f"{tmp_path}/x.tar")
 
 
-def test_a_table_of_one_image_says_how_to_write_it(tmp_path: Path) -> None:
-    """So many rows in so few bytes are refused, for a footer may claim any number; the advice helps."""
+def test_a_table_of_identical_images_is_refused_with_advice(tmp_path: Path) -> None:
+    """A footer may claim any number of rows, so 20,000 in a few bytes are refused; following the advice helps."""
     table = pa.table({"image": [b"x"] * 20_000, "label": [0] * 20_000})
     pq.write_table(table, tmp_path / "x.parquet")
     with refused(SourceError, None, tmp_path / "x.parquet", 20_000, "compression=None, use_dictionary=False"):

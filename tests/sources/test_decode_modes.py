@@ -1,4 +1,4 @@
-"""Every mode and every kind of file that Pillow opens: the pixels are those of the conversions that libraries use."""
+"""Pixels of every mode and file format that Pillow opens equal those of the conversions that libraries use."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def _lab() -> Image.Image:
 
 
 def _adobe_inverted() -> bytes:
-    """As Photoshop writes CMYK: Pillow inverts it where an Adobe segment says so, which it writes itself."""
+    """Inverted, as Photoshop writes CMYK; Pillow writes and reads the Adobe segment that says so."""
     data = _encode(COLOURS.convert("CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data
     return data
 
 
 def _premultiplied() -> bytes:
-    """A TIFF whose ExtraSamples say that colours are multiplied by alpha, which Pillow divides by it."""
+    """A TIFF whose ExtraSamples declare colours multiplied by alpha; Pillow divides them by alpha."""
     data = _encode(_with_alpha("RGBA"), "TIFF")
     straight, multiplied = (struct.pack("<HHIH", 338, 3, 1, kind) for kind in (2, 1))
     assert data.count(straight) == 1
@@ -105,8 +105,8 @@ FILES = {
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in FILES.items()])
-def test_colours_are_those_of_pillow_s_conversion(data: bytes) -> None:
-    """That is what torchvision's ImageFolder, webdataset and open_clip do; transparent pixels keep their colours."""
+def test_colours_equal_pillows_conversion(data: bytes) -> None:
+    """torchvision's ImageFolder, webdataset and open_clip use it; transparent pixels keep their colours."""
     image = _opened(data)
     expected = np.asarray(image.convert("RGB"))
     np.testing.assert_array_equal(
@@ -117,8 +117,8 @@ def test_colours_are_those_of_pillow_s_conversion(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [pytest.param(data, id=name) for name, data in FILES.items() if name != "LAB TIFF"])
-def test_transparency_on_white_is_that_of_transformers(data: bytes) -> None:
-    """Whose function drops the transparency of what is RGB already; here it counts as in every other mode."""
+def test_transparency_on_white_equals_transformers(data: bytes) -> None:
+    """transformers drops the transparency of RGB images; here it counts as in every other mode."""
     image = _opened(data)
     if image.mode == "RGB" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -138,8 +138,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     "mode", ["RGBa", "La", "PA", "RGBX", "HSV", "YCbCr", "LAB", "CMYK", "1", "P", "I;16B", "I;16N"]
 )
-def test_modes_that_only_python_makes(mode: str) -> None:
-    """A data set of your own gives images in any mode; those with premultiplied colours are divided."""
+def test_modes_of_images_from_custom_data_sets(mode: str) -> None:
+    """Custom data sets may return images of any mode; premultiplied colours are divided by alpha."""
     if mode.startswith("I;16"):
         wide = np.asarray(NOISE[..., 0], np.uint16) * 257
         image = Image.frombytes(mode, SIZE, wide.astype(">u2" if mode.endswith("B") else "=u2").tobytes())
@@ -155,13 +155,13 @@ def test_modes_that_only_python_makes(mode: str) -> None:
     np.testing.assert_array_equal(_decoded(image), np.asarray(straight.convert("RGB")))
 
 
-def test_a_cmyk_jpeg_shows_the_colours_that_went_in() -> None:
+def test_a_cmyk_jpeg_keeps_its_colours() -> None:
     image = Image.new("RGB", SIZE, (200, 40, 90))
     data = _encode(image.convert("CMYK"), "JPEG", quality=100)
     assert np.abs(_decoded(data).astype(int) - (200, 40, 90)).max() <= 3
 
 
-def test_lab_shows_the_colours_that_went_in() -> None:
+def test_lab_keeps_its_colours() -> None:
     assert np.abs(_decoded(FILES["LAB TIFF"]).astype(int) - NOISE[..., :3]).max() <= 24
     assert np.median(np.abs(_decoded(FILES["LAB TIFF"]).astype(int) - NOISE[..., :3])) <= 2
 
@@ -178,7 +178,7 @@ def test_lab_shows_the_colours_that_went_in() -> None:
     ],
     ids=["GIF", "APNG", "APNG with a default image", "WebP", "pages of a TIFF", "MPO"],
 )
-def test_of_several_frames_or_pages_the_first_is_taken(kind: str, options: dict[str, Any]) -> None:
+def test_the_first_of_several_frames_or_pages_is_taken(kind: str, options: dict[str, Any]) -> None:
     first = COLOURS.quantize(200).convert("RGB")
     others = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue")]
     data = _encode(first, kind, save_all=True, append_images=others, **options)
@@ -193,7 +193,7 @@ def test_of_several_frames_or_pages_the_first_is_taken(kind: str, options: dict[
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_colour_profiles_are_not_applied(mode: str, kind: str) -> None:
-    """As in the libraries: the same pixels with and without."""
+    """As in the libraries: the pixels are the same with and without a profile."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = COLOURS.convert(mode)
     with_profile = _encode(image, kind, icc_profile=profile)
@@ -202,8 +202,8 @@ def test_colour_profiles_are_not_applied(mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_an_image_from_python_that_was_cut_is_a_bad_image(kind: str) -> None:
-    """Pillow reads it when its pixels are asked for."""
+def test_a_truncated_image_from_a_custom_data_set_is_a_bad_image(kind: str) -> None:
+    """Pillow reads the pixels only when they are needed."""
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     data = _encode(large, kind)
     with pytest.raises(BadImage, match=r"broken|truncated"):
@@ -212,7 +212,7 @@ def test_an_image_from_python_that_was_cut_is_a_bad_image(kind: str) -> None:
 
 @pytest.mark.parametrize("fit", ["pad", "crop"])
 @pytest.mark.parametrize("name", ["CMYK JPEG", "palette PNG", "RGBA", "YCbCr TIFF"])
-def test_llava_reads_what_everything_else_reads(name: str, fit: Any, tmp_path: Path) -> None:
+def test_llava_reads_the_same_pixels(name: str, fit: Any, tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(FILES[name])
     preprocessing = Preprocessing(shape=(3, *SIZE[::-1]), resize="squash", mean=(0.5,), std=(0.5,))

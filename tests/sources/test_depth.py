@@ -1,4 +1,4 @@
-"""Samples of more than 8 bits, whatever stores them: scaled by the range that the file declares, else refused."""
+"""Images of more than 8 bits a sample, in any format, are scaled by their declared range or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage_schemas.schema.preprocessing import Preprocessing
 
 Array = npt.NDArray[Any]
 
-LOWEST, HIGHEST = 340, 341  # TIFF's SMinSampleValue and SMaxSampleValue
+HIGHEST = 341  # TIFF's SMaxSampleValue
 GREY, RGB, GREY_ALPHA, RGBA = 0, 2, 4, 6  # PNG's colour types
 LEVELS = [0, 128, 129, 257, 32768, 65535]
 SCALED = [0, 0, 1, 1, 128, 255]
@@ -28,13 +28,13 @@ SCALED = [0, 0, 1, 1, 128, 255]
 
 def _tiff(samples: Any, dtype: Any, **tags: Any) -> bytes:
     buffer = io.BytesIO()
-    wanted = {int(name[1:]): value for name, value in tags.items()}
-    Image.fromarray(np.atleast_2d(np.asarray(samples, dtype))).save(buffer, "TIFF", tiffinfo=wanted)
+    tags_by_number = {int(name[1:]): value for name, value in tags.items()}
+    Image.fromarray(np.atleast_2d(np.asarray(samples, dtype))).save(buffer, "TIFF", tiffinfo=tags_by_number)
     return buffer.getvalue()
 
 
 def _forged_tiff(samples: Array, photometric: int, depth: int, sample_format: int, channels: int = 1) -> bytes:
-    """A TIFF as no library here writes it, little-endian, one strip."""
+    """A little-endian TIFF of one strip, of a kind that no library here writes."""
     height, width = samples.shape[:2]
     strip = samples.tobytes()
     entries = [
@@ -66,7 +66,7 @@ def _forged_tiff(samples: Array, photometric: int, depth: int, sample_format: in
 
 
 def _png(samples: Any, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG of 16 bits a sample, which Pillow writes for greys alone."""
+    """A PNG of 16 bits a sample; Pillow writes only grey ones."""
     array = np.asarray(samples, ">u2")
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -85,7 +85,7 @@ def _png(samples: Any, colour: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 
 def _jpeg_2000(samples: Any, bits: int = 16) -> bytes:
-    """Lossless; of another depth by its header, as encoders of 12-bit scanners write it."""
+    """A lossless JPEG 2000 whose header declares `bits`, as encoders of 12-bit scanners write it."""
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(samples, np.uint16)).save(buffer, "JPEG2000", irreversible=False, no_jp2=True)
     data = bytearray(buffer.getvalue())
@@ -100,7 +100,7 @@ def _ppm(samples: Any, largest: int) -> bytes:
 
 
 def _twelve_bits(samples: list[int]) -> Array:
-    """Two samples in three bytes."""
+    """12-bit samples, two in three bytes."""
     text = "".join(f"{sample:012b}" for sample in samples)
     return np.array([[int(text[at : at + 8], 2) for at in range(0, len(text), 8)]], np.uint8)
 
@@ -112,7 +112,7 @@ def _twelve_bit_tiff(samples: list[int]) -> bytes:
 
 
 def _grey(data: bytes | Image.Image, remarks: list[str] | None = None, channels: int = 1) -> list[int]:
-    """Pixels of an image of one row."""
+    """Grey levels of an image in row order; its channels have to be equal."""
     if isinstance(data, Image.Image):
         width, height = data.size
     else:
@@ -191,7 +191,7 @@ def test_values_are_scaled_by_the_declared_range(data: bytes, expected: list[int
         pytest.param(Image.new("I;16", (2, 2), 90), ["16 bits", "90"], id="8 in 16 bits from Python"),
     ],
 )
-def test_values_of_no_known_range_are_refused(data: bytes | Image.Image, facts: list[str]) -> None:
+def test_values_without_a_known_range_are_refused(data: bytes | Image.Image, facts: list[str]) -> None:
     with pytest.raises(BadImage) as caught:
         decode(data, Preprocessing(shape=(3, 4, 4)))
     message = str(caught.value)
@@ -213,7 +213,7 @@ def test_values_of_no_known_range_are_refused(data: bytes | Image.Image, facts: 
     ids=["least", "12 bits", "quarter", "declared", "colour", "bright colour", "8 bits"],
 )
 def test_dark_scenes_of_16_bits_are_used_and_remarked_on(data: bytes, dark: bool) -> None:
-    """Nobody can tell a dark scene from values of 12 bits whose range is not declared."""
+    """A dark scene looks like 12-bit values whose range is not declared."""
     remarks: list[str] = []
     _grey(data, remarks)
     assert remarks == [DARK_REMARK] * dark
@@ -231,7 +231,7 @@ def test_colours_of_16_bits_keep_their_upper_8(colour: int, channels: int) -> No
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_significant_bits_of_a_png_change_nothing(bits: int) -> None:
-    """By its standard the samples fill the depth whatever sBIT says."""
+    """By the PNG standard, samples fill the whole depth whatever sBIT says."""
     assert _grey(_png([LEVELS], GREY, (b"sBIT", bytes([bits])))) == SCALED
 
 
@@ -257,7 +257,7 @@ def test_a_large_scan_is_scaled_in_bands() -> None:
 
 
 @pytest.mark.parametrize("value", ["black", (1.0, "x")])
-def test_a_range_in_words_is_a_bad_image(value: Any) -> None:
+def test_a_declared_range_that_is_not_numeric_is_a_bad_image(value: Any) -> None:
     image = Image.open(io.BytesIO(_tiff([0.0, 1.0], np.float32, t340=0.0, t341=1.0)))
     image.load()
     image.tag_v2._tags_v2[HIGHEST] = value  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Files as columns against lists of tuples, and the walk that fills them."""
+"""Files as columns against lists of tuples, and the walk that lists a folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from datamerge.sources.files import File, Files
 from datamerge.sources.listing import Listing, _walk, list_folder
 from datamerge.sources.sample import plain_keys
 from storage_schemas import Location, SourceError
-from tests.sources.test_listing import photo, put
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put
 
-# Among them such whose order depends on a dot or a hyphen coming before a slash, and on UTF-8.
+# Their order depends on dots and hyphens, which sort before slashes, and on UTF-8.
 PARTS = st.text("ab.-é😀\uffff", min_size=1, max_size=3).filter(lambda part: part[0] != "." and part[-1] != ".")
 PATHS = st.lists(st.lists(PARTS, min_size=1, max_size=3).map("/".join), max_size=12, unique=True)
 
@@ -38,7 +38,7 @@ def same(files: Files, expected: Sequence[File]) -> bool:
 
 @settings(deadline=None, max_examples=50)
 @given(PATHS, st.data())
-def test_columns_are_the_sorted_list(names: list[str], data: st.DataObject) -> None:
+def test_columns_equal_the_sorted_list(names: list[str], data: st.DataObject) -> None:
     listed = [(f"top/{name}", size) for size, name in enumerate(names)]
     files, expected = Files.of(listed), sorted(listed)
     assert same(files, expected)
@@ -55,7 +55,7 @@ def test_columns_are_the_sorted_list(names: list[str], data: st.DataObject) -> N
 @settings(deadline=None, max_examples=20)
 @given(PATHS)
 def test_the_walk_is_sorted(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
-    """So that nothing has to be sorted afterwards, in memory for two lists."""
+    """Sorting afterwards would take memory for two lists."""
     root = tmp_path_factory.mktemp("walk")
     for name in names:
         path = root / f"{name}.png"
@@ -67,7 +67,7 @@ def test_the_walk_is_sorted(tmp_path_factory: pytest.TempPathFactory, names: lis
     assert found == below == [name for name, _ in list_folder(location).of("image")]
 
 
-def test_texts_beside_images_are_counted_only(tmp_path: Path) -> None:
+def test_text_files_named_as_an_image_are_only_counted(tmp_path: Path) -> None:
     put(tmp_path, "a.png", "a.txt", "a.json", "b/labels.csv", "b/state.json", "b/x.zip", "b/notes")
     (tmp_path / "b/notes").write_bytes(b"text")
     listing = list_folder(Location(tmp_path))
@@ -75,8 +75,8 @@ def test_texts_beside_images_are_counted_only(tmp_path: Path) -> None:
     assert listing.left_out == {".txt": 1, ".json": 2, ".csv": 1, ".zip": 1, "without a suffix": 1}
 
 
-def test_a_name_that_is_no_text_and_has_no_suffix(tmp_path: Path) -> None:
-    """Such a file is left out unless it is an image."""
+def test_an_image_without_a_suffix_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    """A file of such a name that is not an image is left out."""
     put(tmp_path, "a.png")
     path = tmp_path / os.fsdecode(b"\xff")
     path.write_bytes(b"text")

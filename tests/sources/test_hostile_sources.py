@@ -1,4 +1,4 @@
-"""Sources made to do harm: refused by an error of ours, before memory or a foreign program is involved."""
+"""Malicious sources are refused before they fill memory or start another program."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _tar(path: Path, members: dict[str, bytes]) -> str:
     return str(path)
 
 
-def test_postscript_is_no_image() -> None:
+def test_postscript_is_refused() -> None:
     """Pillow would start Ghostscript."""
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n" + b"0" * 200
     with pytest.raises(BadImage, match=str(len(data))):
@@ -65,7 +65,7 @@ def test_an_archive_that_declares_terabytes(tmp_path: Path) -> None:
         open_source(str(tmp_path / "x.npz"))
 
 
-def test_an_array_under_the_name_of_an_archive(tmp_path: Path) -> None:
+def test_an_npy_file_with_the_suffix_npz_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, np.zeros((2, 4, 4), np.uint8))
     with refused(SourceError, None, tmp_path / "x.npz", " .npz "):
@@ -88,7 +88,7 @@ def test_negative_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [b'{"l":' + b"[" * 100_000, b"9" * 5000])
-def test_json_beside_an_image_that_is_none(tmp_path: Path, text: bytes) -> None:
+def test_invalid_json_beside_an_image_is_refused(tmp_path: Path, text: bytes) -> None:
     with refused(SourceError, None, "t.tar#a", "'l'"):
         open_source(_tar(tmp_path / "t.tar", {"a.png": _png(), "a.json": text}), label_column="l")
 
@@ -112,7 +112,7 @@ def test_a_sparse_label_that_claims_gigabytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("earlier", [b"[" * 50_000, b"[1]", b'{"x.png": 5}', b"{"])
-def test_an_earlier_listing_that_is_none(tmp_path: Path, earlier: bytes) -> None:
+def test_an_invalid_earlier_listing_is_refused(tmp_path: Path, earlier: bytes) -> None:
     source = open_source(_tar(tmp_path / "t.tar", {"a.png": _png()}))
     with refused(SourceError, None, "source.json.gz"):
         source.changes(gzip.compress(earlier))

@@ -1,4 +1,4 @@
-"""`hf://` through the stock client, against a server that answers as the Hub does: revisions, splits, one file."""
+"""`hf://` URLs through huggingface_hub, against a server that answers like the Hub: revisions, splits, one file."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from huggingface_hub import HfFileSystem, constants
 
 from datamerge.sources import open_source
 from storage_schemas import ConfigError, SourceError, open_artifact
-from tests.sources.test_listing import photo, put, table
 from tests.support.artifacts import assert_same
 from tests.support.paths import GOLDEN
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table
 
 REPO = "datasets/ORG/NAME"
 REVISIONS = ("main", "v1.0", "refs/convert/parquet")
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """One repository, whose revisions are folders; every one has `revision.txt` with its name."""
+    """Serves one repository; each revision is a folder."""
 
     folder: Path
-    asked: list[str]
+    requested: list[str]
 
-    def _place(self, prefix: str) -> tuple[str, Path] | None:
-        """Revision and file of a path behind a prefix."""
+    def _locate(self, prefix: str) -> tuple[str, Path] | None:
+        """Revision and file of the request, whose path begins with this prefix."""
         path = unquote(urlsplit(self.path).path)
         rest = path.removeprefix(prefix)
         revision = next((name for name in REVISIONS if f"{rest}/".startswith(f"{name}/")), None)
         if rest == path or revision is None:
             return None
-        self.asked.append(revision)
+        self.requested.append(revision)
         return revision, self.folder / revision / rest[len(revision) + 1 :]
 
     def do_GET(self) -> None:
-        if self.path == f"/api/{REPO}" or self._place(f"/api/{REPO}/revision/"):
+        if self.path == f"/api/{REPO}" or self._locate(f"/api/{REPO}/revision/"):
             self._answer({"id": "ORG/NAME", "sha": "0" * 40, "siblings": [], "private": False})
-        elif (found := self._place(f"/api/{REPO}/tree/")) and found[1].is_dir():
+        elif (found := self._locate(f"/api/{REPO}/tree/")) and found[1].is_dir():
             below = found[1].rglob("*") if "recursive=true" in self.path else found[1].iterdir()
             self._answer([self._entry(path, found[0]) for path in sorted(below)])
-        elif (found := self._place(f"/{REPO}/resolve/")) and found[1].is_file():
+        elif (found := self._locate(f"/{REPO}/resolve/")) and found[1].is_file():
             self._file(found[1].read_bytes())
         else:
             self._answer({"error": "Entry not found"}, 404)
@@ -55,7 +55,7 @@ class _Hub(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
     def do_POST(self) -> None:
-        found = self._place(f"/api/{REPO}/paths-info/")
+        found = self._locate(f"/api/{REPO}/paths-info/")
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         paths = json.loads(body)["paths"] if body.startswith("{") else [unquote(body.partition("paths=")[2])]
         assert found is not None
@@ -91,18 +91,18 @@ class _Hub(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: pytest shows what matters."""
+        """Log nothing."""
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
-    """The server; revisions differ by the label of their images."""
+    """A running server; its revisions differ by the label of their images."""
     for label, revision in enumerate(REVISIONS):
         for split, count in (("train", 3), ("test", 2)):
             file = tmp_path / revision / f"data/{split}-00000-of-00001.parquet"
             table(file, image=[photo()] * count, label=[label] * count)
         put(tmp_path / revision, "README.md", ".gitattributes", data=b"text")
-    handler = type("Hub", (_Hub,), {"folder": tmp_path, "asked": []})
+    handler = type("Hub", (_Hub,), {"folder": tmp_path, "requested": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -122,20 +122,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]
     [("", 0), ("@main", 0), ("@v1.0", 1), ("@refs/convert/parquet", 2), ("@refs%2Fconvert%2Fparquet", 2)],
 )
 @pytest.mark.parametrize("rest", ["", "/data", "/data/train-*.parquet", "/data/train-00000-of-00001.parquet"])
-def test_a_revision_and_a_split(hub: type[_Hub], at: str, label: int, rest: str) -> None:
+def test_a_revision_and_a_split_are_read(hub: type[_Hub], at: str, label: int, rest: str) -> None:
     url = f"hf://{REPO}{at}{rest}"
     source = open_source(url, split=None if "train" in rest else "train")
     assert [sample.label for sample in source.samples] == [label] * 3
     assert source.samples[0].name == f"{'data/' if not rest else ''}train-00000-of-00001.parquet#0"
     assert source.reader.read(source.samples[2]) == photo()
     assert source.url == url
-    assert set(hub.asked) == {REVISIONS[label]}
+    assert set(hub.requested) == {REVISIONS[label]}
     if not rest:
         assert source.left_out == {".md": 1, "hidden": 1}
 
 
 @pytest.mark.parametrize(("at", "artifact"), [("", "zarr-float32-bare"), ("@v1.0", "webdataset-float32-full")])
-def test_an_artifact_at_a_revision(hub: type[_Hub], at: str, artifact: str) -> None:
+def test_an_artifact_is_opened_at_a_revision(hub: type[_Hub], at: str, artifact: str) -> None:
     shutil.copytree(GOLDEN / "v1/zarr-float32-bare", hub.folder / "main/adv")
     shutil.copytree(GOLDEN / "v1/webdataset-float32-full", hub.folder / "v1.0/adv")
     found, expected = open_artifact(f"hf://{REPO}{at}/adv"), open_artifact(GOLDEN / "v1" / artifact)
@@ -145,12 +145,12 @@ def test_an_artifact_at_a_revision(hub: type[_Hub], at: str, artifact: str) -> N
         assert_same(found[index], record)
 
 
-def test_splits_are_refused_with_the_list(hub: type[_Hub]) -> None:
+def test_several_splits_are_refused_with_the_list(hub: type[_Hub]) -> None:
     with refused(ConfigError, "split", f"hf://{REPO}@v1.0", "train (1 Parquet file)", "test (1 Parquet file)"):
         open_source(f"hf://{REPO}@v1.0")
 
 
-def test_what_is_not_there(hub: type[_Hub]) -> None:
+def test_missing_paths_are_refused(hub: type[_Hub]) -> None:
     for url in (f"hf://{REPO}/nothing", f"hf://{REPO}/data/no-*.parquet"):
         with refused(SourceError, None, url, "nothing there"):
             open_source(url)

@@ -1,4 +1,4 @@
-"""Image folders: what is listed, how it is called, and what identifies the data."""
+"""Image folders: the files that are listed, their names and keys, and the fingerprint."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert list(source.class_names) == []
 
 
-def test_names_with_backslashes_are_no_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backslashes_in_names_do_not_separate_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(_make(tmp_path, ["cat\\a.png", "dog\\a.png", "b.png"]))
     assert {sample.label for sample in source.samples} == {None}
-    said = capsys.readouterr().err
-    assert "2 of 3 names hold a backslash, such as cat\\a.png" in said
+    stderr = capsys.readouterr().err
+    assert "2 of 3 names hold a backslash, such as cat\\a.png" in stderr
 
 
 def test_first_level_folders_are_classes_when_every_image_is_in_one(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_the_reader_gives_the_files_bytes(tmp_path: Path) -> None:
         reader.read(source.samples[0])
 
 
-def test_clashing_names_get_keys_of_their_own(tmp_path: Path) -> None:
+def test_clashing_names_get_distinct_keys(tmp_path: Path) -> None:
     names = ["猫.png", "犬.png", "a/b.png", "a_b.png", "a_b.jpg", "c.png"]
     keys = {sample.name: sample.key for sample in open_source(_make(tmp_path, names)).samples}
     assert len(set(keys.values())) == len(names)
@@ -126,7 +126,7 @@ def test_limit_takes_the_first(tmp_path: Path) -> None:
     assert len(open_source(tmp_path, limit_first=100).samples) == 20
 
 
-def test_the_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_names_and_sizes(tmp_path: Path) -> None:
     names = ["a/1.png", "b/2.png"]
     base = open_source(_make(tmp_path / "one", names)).fingerprint
     assert open_source(_make(tmp_path / "two", reversed(names))).fingerprint == base  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_the_fingerprint_is_of_names_and_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no images", "text file", "image file"])
-def test_places_without_images(tmp_path: Path, kind: str) -> None:
+def test_sources_without_images_are_refused(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "x"
     if kind in ("empty", "no images"):
         place.mkdir()
@@ -154,7 +154,7 @@ def test_places_without_images(tmp_path: Path, kind: str) -> None:
         open_source(place)
 
 
-def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_a_relative_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _make(tmp_path, ["photos/1.png"])
     monkeypatch.chdir(tmp_path)
     for url in ("photos", "./photos/", "photos/../photos"):
@@ -163,7 +163,7 @@ def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert source.reader.read(source.samples[0]) == b"photos/1.png"
 
 
-def test_any_file_system() -> None:
+def test_folders_are_read_through_fsspec() -> None:
     files = fsspec.filesystem("memory")
     files.pipe({"/folder-test/a/1.png": b"one", "/folder-test/b/2.png": b"two", "/folder-test/.x/3.png": b"no"})
     try:

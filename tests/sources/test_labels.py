@@ -1,4 +1,4 @@
-"""The same labels in every form and in every kind of source are the same labels, or are refused with what is odd."""
+"""Labels mean the same in every form and every kind of source; odd labels are refused with their place."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _json(place: Path, labels: Sequence[Any]) -> Path:
 
 
 class Items:
-    """A data set of the user's own."""
+    """A custom data set."""
 
     labels: Sequence[Any] = ()
 
@@ -103,8 +103,8 @@ TYPED = ("parquet", "npz", "python")
 NUMBERS = [8, 10, 9, 8, 0, 100]
 ONE_HOT = np.eye(4, dtype=int)[[3, 0, 2, 3]]
 
-SAME: list[tuple[str, Write, Any, Sequence[int | None]]] = [
-    # NumPy's text and bytes, ints, booleans, floats; the same for tables, tars and lists of items
+CASES: list[tuple[str, Write, Any, Sequence[int | None]]] = [
+    # Text, bytes, integers, booleans and floats, in tables, tars, arrays and custom data sets.
     *((f"text in {name}", write, [str(label) for label in NUMBERS], NUMBERS) for name, write in TEXT.items()),
     *((f"padded text in {name}", write, [f"{n:04d}" for n in NUMBERS], NUMBERS) for name, write in TEXT.items()),
     *((f"1.0 in {name}", write, [f"{label}.0" for label in NUMBERS], NUMBERS) for name, write in TEXT.items()),
@@ -135,7 +135,7 @@ SAME: list[tuple[str, Write, Any, Sequence[int | None]]] = [
         for name, write in TEXT.items()
         for odd in ("NaN", "unknown", "None", "N/A")
     ),
-    # In the order of the folders' names.
+    # Samples follow the order of the folder names.
     *((f"{odd} among folders", _folders, ["8", "10", odd, "9"], [10, 8, 9, None]) for odd in ("NaN", "unknown")),
     ("folders", _folders, NUMBERS, sorted(NUMBERS, key=str)),
     ("padded folders", _folders, [f"{label:03d}" for label in NUMBERS], sorted(NUMBERS)),
@@ -151,7 +151,9 @@ SAME: list[tuple[str, Write, Any, Sequence[int | None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("write", "labels", "expected"), [case[1:] for case in SAME], ids=[case[0] for case in SAME])
+@pytest.mark.parametrize(
+    ("write", "labels", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_labels_mean_the_same_in_every_form(
     tmp_path: Path, write: Write, labels: Any, expected: list[int | None]
 ) -> None:
@@ -191,7 +193,7 @@ def test_odd_labels_are_refused_with_their_row(
     )
 
 
-def test_folders_of_both_kinds(tmp_path: Path) -> None:
+def test_numbers_and_names_among_class_folders(tmp_path: Path) -> None:
     with refused(SourceError, None, tmp_path, "3 different numbers", "1 others", "'cat'"):
         open_source(_folders(tmp_path / "few", ["0", "1", "2", "cat"]))
     source = open_source(_folders(tmp_path / "emnist", ["0", "1", "A", "B", "C"]))
@@ -201,12 +203,14 @@ def test_folders_of_both_kinds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", TEXT.values(), ids=TEXT)
-def test_what_has_no_label_is_counted(tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_a_label_are_counted(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     open_source(write(tmp_path / "x", ["8", "NaN", "10", "-1", "NaN"]))
-    said = capsys.readouterr().err
-    assert "3 of 5 samples have no label" in said
-    assert "'NaN' in 2" in said
-    assert "'-1' in 1" in said
+    stderr = capsys.readouterr().err
+    assert "3 of 5 samples have no label" in stderr
+    assert "'NaN' in 2" in stderr
+    assert "'-1' in 1" in stderr
 
 
 def _columns(place: Path, **columns: Any) -> Path:
@@ -215,7 +219,7 @@ def _columns(place: Path, **columns: Any) -> Path:
 
 
 @pytest.mark.parametrize("name", [*USUAL, *OTHERS, "Label", "LABEL", "Class", "target-label"])
-def test_names_of_label_columns(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_columns_are_recognised_by_name(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "csv").mkdir()
     sources = [_columns(tmp_path, **{name: [4, 2, 0]})]
     if "/" not in name:
@@ -230,7 +234,7 @@ def test_names_of_label_columns(tmp_path: Path, name: str, capsys: pytest.Captur
         assert f"labels are taken from {name!r}" in capsys.readouterr().err
 
 
-def test_several_columns_that_may_be_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_candidates_for_the_label_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(_columns(tmp_path, class_id=[1, 2, 3], target=[3, 2, 1]))
     assert [sample.label for sample in source.samples] == [None] * 3
     assert "class_id, target" in source.unlabelled
@@ -242,7 +246,7 @@ def test_several_columns_that_may_be_labels(tmp_path: Path, capsys: pytest.Captu
     assert "'fine_label', not from coarse_label" in capsys.readouterr().err
 
 
-def test_no_column_that_is_called_like_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_without_a_label_column_is_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = open_source(_columns(tmp_path, breed=["a", "b", "c"], width=[1.5, 2.0, 3.0]))
     assert [sample.label for sample in source.samples] == [None] * 3
     assert "breed" in source.unlabelled
@@ -259,7 +263,7 @@ def test_no_column_that_is_called_like_labels(tmp_path: Path, capsys: pytest.Cap
     ],
     ids=["times", "dates", "structs", "lists of structs"],
 )
-def test_columns_of_types_that_hold_no_labels(
+def test_label_columns_of_unusable_types_are_reported(
     tmp_path: Path, values: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = open_source(_columns(tmp_path, label=values))
@@ -268,7 +272,7 @@ def test_columns_of_types_that_hold_no_labels(
     assert source.unlabelled in capsys.readouterr().err
 
 
-def test_a_column_that_tells_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_column_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     open_source(_columns(tmp_path, label=[1, 2, 3], split=["train", "test", "train"]))
     assert "'split' tells splits, test (1), train (2)" in capsys.readouterr().err
     for values in (["train"] * 3, ["red", "blue", "red"]):
@@ -276,7 +280,7 @@ def test_a_column_that_tells_splits(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert "splits" not in capsys.readouterr().err
 
 
-def test_labels_can_be_left_out(tmp_path: Path) -> None:
+def test_label_column_none_reads_no_labels(tmp_path: Path) -> None:
     odd = ["0", "1", "cat"]
     for source in (
         _parquet(tmp_path / "x", odd),
@@ -287,7 +291,7 @@ def test_labels_can_be_left_out(tmp_path: Path) -> None:
         assert {sample.label for sample in open_source(source, label_column="none").samples} == {None}
 
 
-def test_class_names_of_hugging_face(tmp_path: Path) -> None:
+def test_class_names_are_read_from_hugging_face_metadata(tmp_path: Path) -> None:
     def write(name: str, names: Any, labels: list[Any], column: str = "label") -> Path:
         feature = {"info": {"features": {column: {"names": names, "_type": "ClassLabel"}}}}
         table = pa.table({"image": [_png()] * len(labels), column: labels, "size": ["s"] * len(labels)})
@@ -298,7 +302,7 @@ def test_class_names_of_hugging_face(tmp_path: Path) -> None:
 
     assert list(open_source(write("a", ["dog", "cat"], [1, 0])).class_names) == ["dog", "cat"]
     assert list(open_source(write("b", {"1": "cat", "0": "dog"}, [1, 0])).class_names) == ["dog", "cat"]
-    source = open_source(write("c", ["dog", "cat"], ["cat", "dog"]))  # names, where indices are usual
+    source = open_source(write("c", ["dog", "cat"], ["cat", "dog"]))  # text labels instead of the usual indices
     assert ([sample.label for sample in source.samples], list(source.class_names)) == ([1, 0], ["dog", "cat"])
     assert [s.label for s in open_source(write("d", ["dog", "cat"], [1, 0], "breed")).samples] == [1, 0]
     write("e", ["dog", "cat"], [1, 0]).rename(tmp_path / "e" / "first.parquet")
@@ -308,12 +312,12 @@ def test_class_names_of_hugging_face(tmp_path: Path) -> None:
 
 
 class Names(Items):
-    """A data set that knows its classes."""
+    """A custom data set with `classes`."""
 
     classes = ("dog", "cat")
 
 
-def test_names_of_a_data_set_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_names_of_a_custom_data_set(capsys: pytest.CaptureFixture[str]) -> None:
     Items.labels = ["cat", "dog"]
     source = open_source(f"python:{__name__}:Names")
     assert ([sample.label for sample in source.samples], list(source.class_names)) == ([1, 0], ["dog", "cat"])
@@ -324,23 +328,23 @@ def test_names_of_a_data_set_of_ones_own(capsys: pytest.CaptureFixture[str]) -> 
     assert "2 values" in capsys.readouterr().err
 
 
-def test_one_form_of_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two forms in Unicode are one name; two in case are two, and are pointed out."""
+def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names that differ in Unicode form are one class; names that differ in case are two, and are reported."""
     source = open_source(_csv(tmp_path / "x", ["caf\u00e9", "cafe\u0301", "Dog", "dog"]))
     assert [sample.label for sample in source.samples] == [1, 1, 0, 2]
     assert source.class_names == ["Dog", "cafe\u0301", "dog"]
-    said = capsys.readouterr().err
-    assert "'Dog', 'dog'" in said
-    assert "1 class names are written in two forms of Unicode" in said
+    stderr = capsys.readouterr().err
+    assert "'Dog', 'dog'" in stderr
+    assert "1 class names are written in two forms of Unicode" in stderr
 
 
-def test_members_that_hold_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_are_read_from_tar_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for member in ("label", "target"):
         assert [s.label for s in open_source(_tar(tmp_path / "x", ["3", "1"], member)).samples] == [3, 1]
     assert "'target'" in capsys.readouterr().err
 
 
-def test_text_labels_are_not_numbered_anew_by_a_limit(tmp_path: Path) -> None:
+def test_a_limit_does_not_renumber_text_labels(tmp_path: Path) -> None:
     for name, write in TEXT.items():
         if name != "python":
             source = open_source(write(tmp_path / name, ["dog", "cat", "ant"]), limit_first=1)

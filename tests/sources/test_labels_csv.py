@@ -66,7 +66,7 @@ def _forms() -> dict[str, str | bytes]:
 
 
 @pytest.mark.parametrize("form", _forms())
-def test_tables_that_are_read_as_meant(folder: Path, form: str) -> None:
+def test_tables_of_every_form_are_read(folder: Path, form: str) -> None:
     text = _forms()[form]
     (folder / "labels.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     found = {sample.name: sample.label for sample in open_source(folder).samples}
@@ -90,38 +90,38 @@ def test_tables_that_are_read_as_meant(folder: Path, form: str) -> None:
         ("file,label\n\na.png,0\n\nb.png,1.5\n", ("1.5", "line 5")),
     ],
 )
-def test_tables_that_are_refused_with_the_row(folder: Path, table: str, facts: tuple[object, ...]) -> None:
+def test_wrong_tables_are_refused_with_the_line(folder: Path, table: str, facts: tuple[object, ...]) -> None:
     (folder / "labels.csv").write_text(table)
     with refused(SourceError, None, folder / "labels.csv", *facts):
         open_source(folder)
 
 
-def test_a_row_that_may_mean_two_images(folder: Path) -> None:
+def test_a_row_that_may_mean_two_images_is_refused(folder: Path) -> None:
     (folder / "a.jpg").write_bytes(b"image")
     (folder / "labels.csv").write_text("file,label\nb.png,2\na,1\n")
     with refused(SourceError, None, "line 3", "a.jpg", "a.png"):
         open_source(folder)
-    (folder / "labels.csv").write_text("file,label\na.png,2\na,1\n")  # the other one is left
+    (folder / "labels.csv").write_text("file,label\na.png,2\na,1\n")  # a.png has a row, so `a` is a.jpg
     assert [sample.label for sample in open_source(folder).samples] == [1, 2, None, None, None]
 
 
-def test_bytes_that_are_no_text(folder: Path) -> None:
+def test_a_table_that_is_not_utf_8_is_refused(folder: Path) -> None:
     (folder / "labels.csv").write_bytes(b"file,label\na.png,caf\xe9\n")
     with refused(SourceError, None, folder / "labels.csv", "UTF-8"):
         open_source(folder)
 
 
-def test_what_does_not_fit_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_and_images_without_a_match_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "labels.csv").write_text("file,label\na.png,dog\ngone.png,cat\nlost.png,cat\nb.PNG,cat\n")
     source = open_source(folder)
     assert [sample.label for sample in source.samples] == [1, 0, None, None]
     assert source.class_names == ["cat", "dog"]
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for fact in ("2 rows", "'gone.png' in line 3", "2 of 4 images have no row", "1 rows name their image"):
-        assert fact in said
+        assert fact in stderr
 
 
-def test_columns_that_are_not_labels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_need_one_unambiguous_column(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "labels.csv").write_text("file,author,place\na.png,x,1\nb.png,y,2\n")
     source = open_source(folder, group_column="author")
     assert [(sample.label, sample.group) for sample in source.samples][:2] == [(1, "x"), (2, "y")]
@@ -131,19 +131,19 @@ def test_columns_that_are_not_labels(folder: Path, capsys: pytest.CaptureFixture
     assert "author, place" in capsys.readouterr().err
 
 
-def test_columns_that_change_what_the_table_means(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_label_columns_and_a_split_column_are_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "labels.csv").write_text("file,label,label,split\na.png,3,1,train\nb.png,4,1,test\n")
     assert {sample.name: sample.label for sample in open_source(folder).samples}["b.png"] == 4
-    said = capsys.readouterr().err
-    assert "2 columns are called 'label'" in said
-    assert "'split' tells splits, test (1), train (1)" in said
+    stderr = capsys.readouterr().err
+    assert "2 columns are called 'label'" in stderr
+    assert "'split' tells splits, test (1), train (1)" in stderr
 
 
 ONE_HOT = "image,age,MEL,NV,BCC\na.png,7,0,1,0\nb.png,8,0,0,1\nsub/c.jpg,9,0,1,0\n"
 
 
 @pytest.mark.parametrize("table", [ONE_HOT, ONE_HOT.replace(",0", ",0.0").replace(",1", ",1.0")], ids=["0", "0.0"])
-def test_a_column_a_class(folder: Path, capsys: pytest.CaptureFixture[str], table: str) -> None:
+def test_one_column_a_class_is_read_as_labels(folder: Path, capsys: pytest.CaptureFixture[str], table: str) -> None:
     (folder / "labels.csv").write_text(table)
     source = open_source(folder)
     assert {sample.name: sample.label for sample in source.samples} == {
@@ -158,7 +158,7 @@ def test_a_column_a_class(folder: Path, capsys: pytest.CaptureFixture[str], tabl
 
 
 @pytest.mark.parametrize("cells", ["0,0,0", "1,0,1", "1,,0"], ids=["none", "two", "empty"])
-def test_columns_of_several_classes_are_no_label(
+def test_columns_that_are_not_one_hot_are_not_labels(
     folder: Path, capsys: pytest.CaptureFixture[str], cells: str
 ) -> None:
     (folder / "labels.csv").write_text(ONE_HOT.replace("8,0,0,1", f"8,{cells}"))
@@ -171,6 +171,6 @@ def test_columns_of_several_classes_are_no_label(
     assert "1 images do not have one 1" in capsys.readouterr().err
 
 
-def test_captions_are_no_columns_of_classes(folder: Path) -> None:
+def test_captions_are_not_columns_of_classes(folder: Path) -> None:
     (folder / "labels.csv").write_text("file,caption,author\na.png,a dog,x\na.png,a cat,x\n")
     assert {sample.label for sample in open_source(folder).samples} == {None}

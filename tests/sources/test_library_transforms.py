@@ -1,4 +1,4 @@
-"""Pixels of every preprocessing that the libraries' weights come with, against the libraries' own transforms."""
+"""Pixels of every preprocessing that comes with the libraries' weights, against the libraries' transforms."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from transformers import (  # noqa: E402 - likewise
     ViTImageProcessorPil,
 )
 
-# (height, width): margins of the crop that are 3 mod 4, portraits, panoramas, tiny and large ones, one of the size.
+# (height, width): crop margins of 3 mod 4, portraits, panoramas, tiny and large images, one that needs no resizing.
 SIZES = (
     (227, 224),
     (224, 227),
@@ -59,8 +59,8 @@ PHOTOS = [_photo(*size) for size in SIZES]
 
 def _levels(normalised: torch.Tensor, mean: Any, std: Any) -> npt.NDArray[np.float64]:
     """Grey levels of normalised pixels [C, H, W]."""
-    own = np.asarray(normalised, np.float64)
-    levels: npt.NDArray[np.float64] = own * np.asarray(std)[:, None, None] + np.asarray(mean)[:, None, None]
+    values = np.asarray(normalised, np.float64)
+    levels: npt.NDArray[np.float64] = values * np.asarray(std)[:, None, None] + np.asarray(mean)[:, None, None]
     return levels * 255
 
 
@@ -73,7 +73,7 @@ def _assert_equal(transform: Any, preprocessing: Preprocessing, photos: list[Ima
 
 
 def _open_clip_configs() -> list[PreprocessCfg]:
-    """Every distinct one of its tags, and what its configurations allow besides."""
+    """Every distinct preprocessing of open_clip's tags, and others that its configuration allows."""
     found: dict[tuple[Any, ...], PreprocessCfg] = {}
     for model, tag in open_clip.list_pretrained():
         tagged = open_clip.get_pretrained_cfg(model, tag)
@@ -92,15 +92,15 @@ def _open_clip_configs() -> list[PreprocessCfg]:
 
 
 @pytest.mark.parametrize("config", _open_clip_configs(), ids=lambda config: f"{config.size}-{config.resize_mode}")
-def test_pixels_are_open_clips(config: PreprocessCfg) -> None:
+def test_pixels_equal_open_clip(config: PreprocessCfg) -> None:
     size = config.input_size[1:]
-    kept = size[0] != size[1] and config.resize_mode == "shortest"
+    keeps_ratio = size[0] != size[1] and config.resize_mode == "shortest"
     preprocessing = Preprocessing(
         shape=config.input_size,
         resize=config.resize_mode,
-        # Of pictures that are not square it takes no notice of the interpolation.
-        interpolation="bicubic" if kept else config.interpolation,
-        rounding="nearest" if kept or config.resize_mode == "longest" else "down",
+        # open_clip ignores the interpolation where the input is not square.
+        interpolation="bicubic" if keeps_ratio else config.interpolation,
+        rounding="nearest" if keeps_ratio or config.resize_mode == "longest" else "down",
         fill=(config.fill_color,),
         mean=config.mean,
         std=config.std,
@@ -109,7 +109,7 @@ def test_pixels_are_open_clips(config: PreprocessCfg) -> None:
 
 
 def _timm_configs() -> list[dict[str, Any]]:
-    """Every distinct one of its tags, training's and testing's."""
+    """Every distinct preprocessing of timm's tags, for training and for testing."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name in timm.list_pretrained():
         pretrained: Any = timm.get_pretrained_cfg(name)
@@ -126,37 +126,37 @@ def _timm_configs() -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _of_timm(config: dict[str, Any]) -> Preprocessing:
+def _timm_preprocessing(config: dict[str, Any]) -> Preprocessing:
     channels, *size = config["input_size"]
     scale = tuple(int(side / config["crop_pct"]) for side in size)
     resize: Any = {"center": "shortest", "squash": "squash", "border": "longest"}[config["crop_mode"]]
-    kept = resize == "longest" or scale[0] != scale[1]
+    keeps_ratio = resize == "longest" or scale[0] != scale[1]
     return Preprocessing(
         shape=(channels, *size),
         resize=resize,
         scale=scale,
         interpolation=config["interpolation"],
-        rounding="nearest" if kept else "down",
+        rounding="nearest" if keeps_ratio else "down",
         fill=tuple(round(255 * value) for value in config["mean"]) if resize == "longest" else (0,),
         mean=config["mean"],
         std=config["std"],
     )
 
 
-def test_pixels_are_timms() -> None:
-    """Large pictures take their time, so of each resizing the smallest one gets all photos, the others three."""
+def test_pixels_equal_timm() -> None:
+    """To save time, each kind of resizing gets all photos at its smallest size, and three at the others."""
     seen = set()
     for number, config in enumerate(sorted(_timm_configs(), key=lambda one: one["input_size"])):
         kind = (config["crop_pct"], config["interpolation"], config["crop_mode"])
         few = [PHOTOS[(3 * number + more) % len(PHOTOS)] for more in range(3)]
-        _assert_equal(create_transform(**config), _of_timm(config), few if kind in seen else PHOTOS)
+        _assert_equal(create_transform(**config), _timm_preprocessing(config), few if kind in seen else PHOTOS)
         seen.add(kind)
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
 @pytest.mark.parametrize(("size", "crop_pct"), [((96, 64), 0.875), ((64, 96), 1.15), ((33, 33), 0.9)])
-def test_pixels_are_timms_for_any_configuration(
+def test_pixels_equal_timm_for_any_configuration(
     crop_mode: str, interpolation: str, size: tuple[int, int], crop_pct: float
 ) -> None:
     config: dict[str, Any] = {
@@ -167,7 +167,7 @@ def test_pixels_are_timms_for_any_configuration(
     }
     config |= {"mean": (0.1, 0.5, 0.9), "std": (0.25, 0.5, 1.0)}
     photos = [photo for photo in PHOTOS if min(photo.size) > 16]
-    _assert_equal(create_transform(**config), _of_timm(config), photos)
+    _assert_equal(create_transform(**config), _timm_preprocessing(config), photos)
 
 
 def _shortest(edge: int, crop: tuple[int, int], **more: Any) -> tuple[dict[str, Any], Preprocessing]:
@@ -194,10 +194,10 @@ def _squashed(size: tuple[int, int], **more: Any) -> tuple[dict[str, Any], Prepr
         (ViTImageProcessor, ViTImageProcessorPil, *_squashed((224, 224), interpolation="bilinear")),
     ],
 )
-def test_pixels_are_transformers(
+def test_pixels_equal_transformers(
     torchvision: Any, pillow: Any, settings: dict[str, Any], preprocessing: Preprocessing
 ) -> None:
-    """Exactly those of its Pillow backend; its other one, the default, resizes tensors, which rounds differently."""
+    """Equal to those of its Pillow backend; the default backend resizes tensors, which rounds differently."""
     for photo in PHOTOS:
         found = decode(photo, preprocessing).astype(np.float64)
         for kind in (pillow, torchvision):
@@ -205,16 +205,16 @@ def test_pixels_are_transformers(
             (normalised,) = processor(photo, return_tensors="pt")["pixel_values"]
             distance = np.abs(found - _levels(normalised, processor.image_mean, processor.image_std))
             if kind is torchvision:
-                # Noise at the ends of the range, which one of them clips between its two passes.
+                # One of the two clips noise at the ends of the range between its two passes.
                 assert np.quantile(distance, 0.99) < 1.001, photo.size
                 assert distance.max() < 4.001, photo.size
             elif preprocessing.scale >= preprocessing.size:
-                # It puts the larger half of a margin above and to the left, its default backend the smaller one.
+                # Odd margins of padding differ: the Pillow backend puts the larger half first, the default one last.
                 assert distance.max() < 1e-3, photo.size
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_on_white_is_transformers(mode: str) -> None:
+def test_transparency_on_white_equals_transformers(mode: str) -> None:
     photo = PHOTOS[0].copy()
     photo.putalpha(Image.linear_gradient("L").resize(photo.size))
     transparent = photo.convert(mode)
@@ -229,7 +229,7 @@ def test_transparency_on_white_is_transformers(mode: str) -> None:
     assert np.abs(decode(transparent, dropped) - expected).max() > 50
 
 
-def test_a_strip_whose_other_side_would_vanish_is_refused() -> None:
+def test_a_strip_whose_short_side_would_become_0_pixels_is_refused() -> None:
     with pytest.raises(BadImage, match="2000x1"):
         decode(Image.new("RGB", (2000, 1)), Preprocessing(shape=(3, 32, 32), resize="longest", rounding="nearest"))
 

@@ -1,4 +1,4 @@
-"""What of a folder is read, and what is left out and said: links, suffixes, hidden and empty files, mixed data."""
+"""Which files of a folder are read, or left out and reported: links, suffixes, hidden and empty files, mixed data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import gzip
 import io
 import lzma
 import os
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -24,34 +21,9 @@ from datamerge.sources.suffixes import EXTENSIONS, HEIF
 from storage_schemas import Location, SourceError
 from tests.support.paths import GOLDEN
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table, tar
 
 ARTIFACT = GOLDEN / "v1" / "webdataset-uint8_moments-full"
-
-
-def photo(form: str = "PNG", value: int = 0) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (4, 4), (value, value, value)).save(stream, form)
-    return stream.getvalue()
-
-
-def put(folder: Path, *names: str, data: bytes | None = None) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(photo() if data is None else data)
-
-
-def table(path: Path, **columns: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns or {"image": [photo()]}), path)
-
-
-def tar(path: Path, *names: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name in names or ("a.png",):
-            info = tarfile.TarInfo(name)
-            info.size = len(photo())
-            archive.addfile(info, io.BytesIO(photo()))
 
 
 def names(where: Path | str) -> list[str]:
@@ -59,19 +31,19 @@ def names(where: Path | str) -> list[str]:
 
 
 def test_every_suffix_of_the_decoders_formats_is_read() -> None:
-    """Pillow is the oracle: what it registers for the formats that we decode."""
+    """The oracle is Pillow's list of suffixes of the formats that are decoded."""
     registered = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
     assert registered - {*HEIF} <= {*EXTENSIONS}
 
 
 @pytest.mark.parametrize("suffix", EXTENSIONS)
-def test_suffixes_in_any_case(tmp_path: Path, suffix: str) -> None:
+def test_suffixes_are_read_in_any_case(tmp_path: Path, suffix: str) -> None:
     put(tmp_path, f"a{suffix}", f"b{suffix.upper()}")
     assert names(tmp_path) == [f"a{suffix}", f"b{suffix.upper()}"]
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000", "PPM", "AVIF"])
-def test_images_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path, form: str) -> None:
+def test_images_without_a_suffix_are_recognised_by_their_first_bytes(tmp_path: Path, form: str) -> None:
     put(tmp_path, "0a1b", "c/photo.2021", data=photo(form))
     put(tmp_path, "LICENSE", data=b"text")
     source = open_source(tmp_path)
@@ -79,14 +51,14 @@ def test_images_without_a_suffix_are_known_by_their_first_bytes(tmp_path: Path, 
     assert source.left_out == {"without a suffix": 1}
 
 
-def test_of_many_files_without_a_suffix_some_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_files_without_a_suffix_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datamerge.sources.listing.ALL_SNIFFED", 3)
     put(tmp_path, *"abcdef")
     assert names(tmp_path) == [*"abcdef"]
 
 
-def test_of_many_files_on_an_object_store_all_are_taken_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking into each would be a request a file. Consoles write empty objects for folders."""
+def test_many_objects_without_a_suffix_are_all_taken_or_all_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the first bytes of each would cost a request a file."""
     monkeypatch.setattr("datamerge.sources.listing.ALL_SNIFFED", 3)
     files = fsspec.filesystem("memory")
     try:
@@ -101,13 +73,13 @@ def test_of_many_files_on_an_object_store_all_are_taken_or_none(monkeypatch: pyt
         files.rm("/sniff-test", recursive=True)
 
 
-def test_objects_that_stand_for_folders(bucket: str) -> None:
+def test_empty_objects_that_mark_folders_are_ignored(bucket: str) -> None:
     Location(bucket).write("p/cat/a.png", photo())
     fsspec.filesystem("s3").pipe(f"{bucket}/p/dog/", b"")
     assert (names(f"{bucket}/p"), dict(open_source(f"{bucket}/p").left_out)) == (["cat/a.png"], {})
 
 
-def test_what_is_left_out_is_counted_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_left_out_are_counted_and_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "cat/a.jpg", "cat/._a.jpg", "cat/Thumbs.db", "__MACOSX/cat/a.jpg", ".git/x.png", "dog/b.png")
     put(tmp_path, "cat/a.txt", "cat/b.TXT", "notes.md", data=b"text")
     put(tmp_path, "dog/empty.png", data=b"")
@@ -115,13 +87,13 @@ def test_what_is_left_out_is_counted_and_said_once(tmp_path: Path, capsys: pytes
     source = open_source(tmp_path)
     assert [sample.name for sample in source.samples] == ["cat/a.jpg", "dog/b.png"]
     assert source.left_out == {".txt": 2, ".md": 1, "hidden": 4, "empty": 1, "links that lead nowhere": 1}
-    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert said == [
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert lines == [
         f"{tmp_path}: 9 files left out: 4 hidden, 2 .txt, 1 .md, 1 empty, 1 links that lead nowhere",
     ]
 
 
-def test_links_to_folders_are_followed_and_circles_left_out(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_and_cycles_left_out(tmp_path: Path) -> None:
     put(tmp_path, "real/dog/x.png", "photos/cat/y.png")
     (tmp_path / "photos/dog").symlink_to(tmp_path / "real/dog")
     (tmp_path / "photos/puppy").symlink_to("../real/dog")
@@ -136,8 +108,8 @@ def test_links_to_folders_are_followed_and_circles_left_out(tmp_path: Path) -> N
     assert source.left_out["links that lead nowhere"] == 1
 
 
-def test_a_class_that_may_not_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The superuser may read everything: the refusal of the system is all that is replaced."""
+def test_an_unreadable_folder_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read every folder, so the system's refusal is simulated."""
     put(tmp_path, "a/x.png", "b/x.png")
     for name in ("scandir", "listdir"):  # pathlib uses either, depending on the version of Python
         real = getattr(os, name)
@@ -155,7 +127,7 @@ PATTERN_LIKE = ["a[1].tar", "a{1,2}.tar", "a*.tar", "a?.tar", "100% #1 a b.tar",
 
 
 @pytest.mark.parametrize("name", PATTERN_LIKE)
-def test_names_that_look_like_patterns(tmp_path: Path, name: str) -> None:
+def test_names_that_look_like_patterns_are_taken_literally(tmp_path: Path, name: str) -> None:
     tar(tmp_path / name)
     tar((tmp_path / name).with_name("a1.tar"), "wrong.png")
     assert names(tmp_path / name)[0].endswith(" a")
@@ -168,7 +140,9 @@ def test_names_that_look_like_patterns(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a[1].tar", "a{1,2}.tar", "a*.tar", "a%20+b #1.tar"])
-def test_names_that_look_like_patterns_on_an_object_store(bucket: str, tmp_path: Path, name: str) -> None:
+def test_names_that_look_like_patterns_are_taken_literally_on_an_object_store(
+    bucket: str, tmp_path: Path, name: str
+) -> None:
     tar(tmp_path / "x.tar")
     Location(bucket).write(f"d[1]/{name}", (tmp_path / "x.tar").read_bytes())
     for url in (f"{bucket}/d[1]/{name}", f"{bucket}/d[1]", f"{bucket}/d[1]/*.tar"):
@@ -177,7 +151,7 @@ def test_names_that_look_like_patterns_on_an_object_store(bucket: str, tmp_path:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".tar"])
-def test_patterns_of_files(tmp_path: Path, suffix: str) -> None:
+def test_patterns_match_files_of_one_kind(tmp_path: Path, suffix: str) -> None:
     for number in range(3):
         (tar if suffix == ".tar" else table)(tmp_path / f"s-{number}{suffix}")
     for pattern in ("s-*", "s-{0..2}", "s-[0-2]", "s-?"):
@@ -189,7 +163,7 @@ def test_patterns_of_files(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["X.PARQUET", "X.TAR", "X.NPZ", "X.NPY"])
-def test_suffixes_of_files_in_upper_case(tmp_path: Path, name: str) -> None:
+def test_suffixes_of_tables_tars_and_arrays_are_read_in_upper_case(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     pixels = np.zeros((2, 4, 4, 3), np.uint8)
     with io.BytesIO() as stream:
@@ -207,7 +181,7 @@ def test_suffixes_of_files_in_upper_case(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.TAR.GZ", "x.tar.zst", "x.zip", "x.7z", "x.rar", "x.tar.xz"])
-def test_archives_that_have_to_be_unpacked_say_so(tmp_path: Path, name: str) -> None:
+def test_archives_are_refused_with_advice_to_unpack_them(tmp_path: Path, name: str) -> None:
     put(tmp_path, name, data=b"anything")
     for where in (tmp_path, tmp_path / name):
         with refused(SourceError, None, tmp_path, "unpack"):
@@ -215,14 +189,16 @@ def test_archives_that_have_to_be_unpacked_say_so(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, bz2.compress])
-def test_a_compressed_tar_that_is_called_tar(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+def test_a_compressed_tar_with_the_suffix_tar_is_refused(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     tar(tmp_path / "x.tar")
     put(tmp_path, "x.tar", data=compress((tmp_path / "x.tar").read_bytes()))
     with refused(SourceError, None, tmp_path / "x.tar", "byte ranges"):
         open_source(tmp_path)
 
 
-def test_heic_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_files_without_the_heif_package_are_refused_or_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datamerge.sources.suffixes.reads_heif", lambda: False)
     put(tmp_path, "a.heic", "b.HEIC", data=b"\0\0\0\x18ftypheic")
     with refused(SourceError, None, tmp_path, "2 .heic", "pip install 'datamerge[heif]'"):
@@ -247,7 +223,7 @@ def test_mixed_folders_are_refused_with_counts(tmp_path: Path, kind: str, images
         open_source(tmp_path)
 
 
-def test_tables_and_arrays_without_images_do_not_count(tmp_path: Path) -> None:
+def test_tables_and_arrays_without_images_are_left_out(tmp_path: Path) -> None:
     put(tmp_path, "cat/a.png", "dog/b.png")
     table(tmp_path / "metadata.parquet", file_name=["a.png"], caption=["a photo"])
     np.save(tmp_path / "embeddings.npy", np.zeros((2, 8), np.float32))
@@ -256,14 +232,14 @@ def test_tables_and_arrays_without_images_do_not_count(tmp_path: Path) -> None:
     assert source.left_out == {".parquet without images": 1, ".npy without images": 1}
 
 
-def test_one_picture_is_not_a_source(tmp_path: Path) -> None:
+def test_a_single_image_file_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     with refused(SourceError, None, tmp_path / "a.png", "folder"):
         open_source(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["", "empty"])
-def test_nothing_to_read_says_what_is_there(tmp_path: Path, name: str) -> None:
+def test_folders_without_images_are_refused_with_their_contents(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     put(tmp_path, "a.txt", "b.docx", data=b"text")
     facts = ["an empty folder"] if name else ["2 files", "1 .txt", "1 .docx"]
@@ -271,16 +247,16 @@ def test_nothing_to_read_says_what_is_there(tmp_path: Path, name: str) -> None:
         open_source(tmp_path / name)
 
 
-def _copied(target: Path) -> None:
+def _copy_artifact(target: Path) -> None:
     for path in ARTIFACT.rglob("*"):
         if path.is_file():
             put(target, str(path.relative_to(ARTIFACT)), data=path.read_bytes())
 
 
-def test_an_artifact_is_no_source_and_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifact_is_neither_a_source_nor_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "cat/a.png", "dog/b.png")
     before = open_source(tmp_path)
-    _copied(tmp_path / "adv")
+    _copy_artifact(tmp_path / "adv")
     after = open_source(tmp_path)
     assert (after.samples, after.class_names, after.fingerprint) == (
         before.samples,
@@ -292,8 +268,8 @@ def test_an_artifact_is_no_source_and_no_class(tmp_path: Path, capsys: pytest.Ca
         open_source(tmp_path / "adv")
 
 
-def test_an_artifact_on_an_object_store_is_no_class(tmp_path: Path) -> None:
-    _copied(tmp_path)
+def test_an_artifact_on_an_object_store_is_not_a_class(tmp_path: Path) -> None:
+    _copy_artifact(tmp_path)
     files = fsspec.filesystem("memory")
     files.put(str(tmp_path), "/listing-test/in/adv", recursive=True)
     files.pipe("/listing-test/cat/a.png", photo())
@@ -308,7 +284,9 @@ def test_an_artifact_on_an_object_store_is_no_class(tmp_path: Path) -> None:
         files.rm("/listing-test", recursive=True)
 
 
-def test_a_table_beside_the_images_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_beside_the_images_of_a_split_must_be_called_labels_csv(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(tmp_path, "train/a.png", "train/b.png")
     put(tmp_path, "train/metadata.csv", data=b"file_name,label\na.png,1\nb.png,0\n")
     open_source(tmp_path)
@@ -318,7 +296,7 @@ def test_a_table_beside_the_images_of_a_split(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "train.csv", "Labels.csv", "metadata.jsonl", "meta/list_attr.tsv"])
-def test_tables_that_are_not_read_are_named(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_that_are_not_read_are_reported(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "a.png", "b.png")
     put(tmp_path, name, data=b"file_name,label\na.png,1\nb.png,0\n")
     source = open_source(tmp_path)

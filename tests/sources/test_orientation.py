@@ -1,4 +1,4 @@
-"""EXIF's orientation: applied or not as the library does whose layout a source is, and as the user wishes."""
+"""EXIF orientation is applied as the user sets, by default as the library does whose layout a source has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PIXELS = np.random.default_rng(3).integers(0, 256, (5, 8, 3), np.uint8)
 
 
 def photo(orientation: int, kind: str = "JPEG", **options: Any) -> bytes:
-    """8 x 5 pixels that EXIF turns."""
+    """An image of 8 x 5 pixels with this EXIF orientation."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stream = io.BytesIO()
@@ -40,15 +40,15 @@ def photo(orientation: int, kind: str = "JPEG", **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def _of_datasets(data: bytes) -> Image.Image:
+def _decoded_by_datasets(data: bytes) -> Image.Image:
     image: Image.Image = datasets.Image(mode="RGB").decode_example({"bytes": data, "path": None})
     return image
 
 
-def _of_torchvision(data: bytes) -> Image.Image:
-    """torchvision.datasets.folder.pil_loader, of bytes."""
+def _decoded_by_torchvision(data: bytes) -> Image.Image:
+    """As `torchvision.datasets.folder.pil_loader` does, from bytes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of EXIF data that are cut
+        warnings.simplefilter("ignore")  # about EXIF data that are cut
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
 
@@ -64,18 +64,18 @@ def _decoded(data: bytes | Image.Image, exif: Exif, remarks: list[str] | None = 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
 @pytest.mark.parametrize("orientation", range(10))
-def test_images_are_turned_as_their_libraries_do(kind: str, orientation: int) -> None:
-    """datasets.Image turns them; torchvision's loader leaves them, but for TIFFs, which Pillow itself turns."""
+def test_images_are_turned_as_the_libraries_do(kind: str, orientation: int) -> None:
+    """datasets.Image turns images; torchvision's loader does not, except for TIFFs, which Pillow itself turns."""
     data = photo(orientation, kind)
-    np.testing.assert_array_equal(_decoded(data, "transpose"), _pixels(_of_datasets(data)))
-    np.testing.assert_array_equal(_decoded(data, "ignore"), _pixels(_of_torchvision(data)))
+    np.testing.assert_array_equal(_decoded(data, "transpose"), _pixels(_decoded_by_datasets(data)))
+    np.testing.assert_array_equal(_decoded(data, "ignore"), _pixels(_decoded_by_torchvision(data)))
     if kind == "TIFF":
         np.testing.assert_array_equal(_decoded(data, "ignore"), _decoded(data, "transpose"))
 
 
 @pytest.mark.parametrize("exif", get_args(Exif))
 @pytest.mark.parametrize("orientation", range(10))
-def test_what_is_turned_is_remarked_on(orientation: int, exif: Exif) -> None:
+def test_images_with_an_orientation_are_remarked_on(orientation: int, exif: Exif) -> None:
     remarks: list[str] = []
     _decoded(photo(orientation), exif, remarks)
     assert remarks == [TURNED_REMARK] * (2 <= orientation <= 8)
@@ -90,7 +90,7 @@ def test_the_remark_is_one_line_with_the_count_and_the_other_choice(exif: Exif) 
     assert describe_remarks({}, 10, exif) == []
 
 
-def test_a_phone_s_picture_of_several_frames_is_turned() -> None:
+def test_an_mpo_of_several_frames_is_turned() -> None:
     stream = io.BytesIO()
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -100,16 +100,18 @@ def test_a_phone_s_picture_of_several_frames_is_turned() -> None:
     )
     data = stream.getvalue()
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    np.testing.assert_array_equal(_decoded(data, "transpose"), _pixels(_of_datasets(data)))
-    np.testing.assert_array_equal(_decoded(data, "ignore"), _pixels(_of_torchvision(data)))
+    np.testing.assert_array_equal(_decoded(data, "transpose"), _pixels(_decoded_by_datasets(data)))
+    np.testing.assert_array_equal(_decoded(data, "ignore"), _pixels(_decoded_by_torchvision(data)))
 
 
-def test_an_orientation_in_xmp_counts_as_it_does_for_datasets() -> None:
+def test_an_orientation_in_xmp_is_applied_as_datasets_does() -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     stream = io.BytesIO()
     Image.fromarray(PIXELS).save(stream, "JPEG", xmp=xmp)
-    assert _of_datasets(stream.getvalue()).size == (5, 8)
-    np.testing.assert_array_equal(_decoded(stream.getvalue(), "transpose"), _pixels(_of_datasets(stream.getvalue())))
+    assert _decoded_by_datasets(stream.getvalue()).size == (5, 8)
+    np.testing.assert_array_equal(
+        _decoded(stream.getvalue(), "transpose"), _pixels(_decoded_by_datasets(stream.getvalue()))
+    )
 
 
 @pytest.mark.parametrize("exif", get_args(Exif))
@@ -118,17 +120,17 @@ def test_an_orientation_in_xmp_counts_as_it_does_for_datasets() -> None:
     [b"", b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, 9, ORIENTATION, 3, 99)],
     ids=["empty", "nothing", "garbage", "cut"],
 )
-def test_exif_data_that_cannot_be_read_cost_no_image(block: bytes, exif: Exif) -> None:
+def test_images_with_unreadable_exif_data_are_decoded(block: bytes, exif: Exif) -> None:
     stream = io.BytesIO()
     Image.fromarray(PIXELS).save(stream, "JPEG", exif=block)
     data = stream.getvalue()
     remarks: list[str] = []
-    np.testing.assert_array_equal(_decoded(data, exif, remarks), _pixels(_of_torchvision(data)))
+    np.testing.assert_array_equal(_decoded(data, exif, remarks), _pixels(_decoded_by_torchvision(data)))
     assert remarks == []
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_the_size_that_counts_is_that_of_the_upright_image(kind: str) -> None:
+def test_sizes_are_those_after_the_orientation_is_applied(kind: str) -> None:
     data = photo(6, kind)
     assert native_shape(data) == (3, 5, 8)
     assert native_shape(data, "transpose") == (3, 8, 5)
@@ -138,13 +140,13 @@ def test_the_size_that_counts_is_that_of_the_upright_image(kind: str) -> None:
 
 
 @pytest.mark.parametrize("exif", get_args(Exif))
-def test_an_image_from_python_is_turned_too(exif: Exif) -> None:
-    """A data set of yours may give what Pillow opened; what torchvision converted still knows its orientation."""
+def test_images_from_custom_data_sets_are_turned_too(exif: Exif) -> None:
+    """Custom data sets may return images opened by Pillow; those that torchvision converted keep their EXIF data."""
     data = photo(6)
-    expected = _pixels(_of_datasets(data) if exif == "transpose" else _of_torchvision(data))
-    for image in (Image.open(io.BytesIO(data)), _of_torchvision(data)):
+    expected = _pixels(_decoded_by_datasets(data) if exif == "transpose" else _decoded_by_torchvision(data))
+    for image in (Image.open(io.BytesIO(data)), _decoded_by_torchvision(data)):
         np.testing.assert_array_equal(_decoded(image, exif), expected)
-    np.testing.assert_array_equal(_decoded(_of_datasets(data), exif), _pixels(_of_datasets(data)))
+    np.testing.assert_array_equal(_decoded(_decoded_by_datasets(data), exif), _pixels(_decoded_by_datasets(data)))
 
 
 def _folder(path: Path, data: bytes) -> str:
@@ -206,14 +208,14 @@ def _first_of_disk(url: str) -> Image.Image:
         pytest.param(_saved_to_disk, _first_of_disk, id="save_to_disk"),
     ],
 )
-def test_the_default_is_that_of_the_library_whose_layout_it_is(write: Any, read: Any, tmp_path: Path) -> None:
+def test_the_default_matches_the_library_of_the_layout(write: Any, read: Any, tmp_path: Path) -> None:
     url = write(tmp_path / "data", photo(6))
     source = open_source(url)
     pixels = _decoded(source.reader.read(source.samples[0]), usual_exif(source.kind))
     np.testing.assert_array_equal(pixels, _pixels(read(url)))
 
 
-def test_settings_allow_what_decoding_knows() -> None:
-    """The settings are declared where no source is known."""
+def test_the_setting_and_the_decoder_have_the_same_choices() -> None:
+    """The setting is declared in `datamerge.runtime`, which does not import the decoder."""
     choices = get_args(get_args(fields.ExifSetting)[0])[0]
     assert set(get_args(choices)) == set(get_args(Exif))

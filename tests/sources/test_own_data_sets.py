@@ -1,4 +1,4 @@
-"""Data sets of the user's own: every form of item, and everything that one may raise."""
+"""Custom data sets: every form of item, and every exception that an item may raise."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ ITEMS = 256
 
 @pytest.fixture(autouse=True)
 def _module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This file under a name that a factory spec can give, and no waiting."""
+    """Make this file importable under `NAME`; retries of a factory do not wait."""
     monkeypatch.setitem(sys.modules, NAME, sys.modules[__name__])
     monkeypatch.setattr(factories, "WAITS", (0.0,))
-    monkeypatch.setattr(reading, "WAITS", (100.0,))  # nothing here heals
+    monkeypatch.setattr(reading, "WAITS", (100.0,))  # no failure here is temporary, so readers must not retry
 
 
 def _open(monkeypatch: pytest.MonkeyPatch, dataset: Any, **options: Any) -> Source:
@@ -80,7 +80,7 @@ FORMS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("wrap", ["pair", "triple", "mapping"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_images_of_every_form(form: str, wrap: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_every_form_are_read(form: str, wrap: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = FORMS[form](file)
     item = {
         "pair": (image, 3),
@@ -107,8 +107,8 @@ def test_images_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "target", [["a dog", "a cat"], [{"bbox": [1, 2, 3, 4], "category_id": 1}], {"boxes": torch.zeros(1, 4)}, []]
 )
-def test_captions_and_boxes_are_no_labels(target: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They are left alone where no label is needed, and named where one is."""
+def test_captions_and_boxes_are_not_labels(target: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are ignored where no label is needed, and named in the error where one is."""
     source = _open(monkeypatch, [(PHOTO, target)] * 3)
     assert [sample.label for sample in source.samples] == [None] * 3
     if target:
@@ -116,7 +116,7 @@ def test_captions_and_boxes_are_no_labels(target: Any, monkeypatch: pytest.Monke
             merge_alone(Path(source.url), tmp_path / "a", grouping="label", shape="3x5x4")
 
 
-def test_data_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_of_hugging_face_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
     dataset = datasets.Dataset.from_dict({"image": [PHOTO, PHOTO], "label": [1, 0]}, features=features)
     source = _open(monkeypatch, dataset)
@@ -143,7 +143,9 @@ def test_data_sets_of_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/no/such/photo.png", ["FileNotFoundError", "/no/such/photo.png"]),
     ],
 )
-def test_what_is_no_image_is_named(value: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_are_not_images_are_described(
+    value: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = _open(monkeypatch, [(value, 0)])
     with pytest.raises(BadImage) as caught:
         source.reader.read(source.samples[0])
@@ -160,13 +162,15 @@ def test_what_is_no_image_is_named(value: Any, facts: list[str], monkeypatch: py
         ("photo.png", ["str"]),
     ],
 )
-def test_items_without_one_image(item: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_without_exactly_one_image_are_refused(
+    item: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with refused(SourceError, None, f"python:{NAME}:make", "item 0", *facts):
         _open(monkeypatch, [item, item])
 
 
 class OddError(Exception):
-    """Its message cannot be made."""
+    """An error whose `str` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError
@@ -218,7 +222,7 @@ RAISED = [
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(("raised", "reason"), RAISED, ids=lambda value: type(value).__name__)
-def test_one_bad_item_costs_one_item(
+def test_one_bad_item_rejects_only_itself(
     raised: BaseException | None, reason: str, labelled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = _open(monkeypatch, Bad(raised, labelled))
@@ -250,7 +254,7 @@ class NoLabels(Bad):
 
 
 class Stream(IterableDataset[Any]):
-    """What torch gives a length and indexing, which raise."""
+    """A data set for iteration only, whose inherited indexing raises."""
 
     def __iter__(self) -> Iterator[Any]:
         yield PHOTO, 0
@@ -259,7 +263,7 @@ class Stream(IterableDataset[Any]):
         return 1
 
 
-def test_labels_that_cannot_be_asked_for_are_those_of_the_items(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_read_from_the_items_where_targets_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     source = _open(monkeypatch, NoLabels(ValueError("x"), labelled=False))
     assert [sample.label for sample in source.samples].count(0) == ITEMS - 1
 
@@ -274,7 +278,9 @@ def test_labels_that_cannot_be_asked_for_are_those_of_the_items(monkeypatch: pyt
         ([], ["empty"]),
     ],
 )
-def test_no_map_style_data_set(dataset: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_that_are_not_map_style_data_sets_are_refused(
+    dataset: Any, facts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with refused(SourceError, None, f"python:{NAME}:make", *facts):
         _open(monkeypatch, dataset)
 
@@ -289,7 +295,9 @@ def test_no_map_style_data_set(dataset: Any, facts: list[str], monkeypatch: pyte
         ("1 / 0", ["own_broken_data", "ZeroDivisionError"]),
     ],
 )
-def test_factories_that_fail(code: str, facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_of_a_factory_are_reported(
+    code: str, facts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "own_broken_data.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_broken_data", raising=False)
@@ -297,7 +305,7 @@ def test_factories_that_fail(code: str, facts: list[str], tmp_path: Path, monkey
         open_source("python:own_broken_data:make")
 
 
-def test_a_broken_row_group_costs_its_rows(tmp_path: Path) -> None:
+def test_a_broken_row_group_rejects_only_its_rows(tmp_path: Path) -> None:
     images = [{"bytes": _noise(), "path": None}] * 12
     table = pa.table({"image": images, "label": list(range(12))})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=4, compression="gzip", use_dictionary=False)

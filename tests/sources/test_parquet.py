@@ -122,7 +122,7 @@ def test_missing_columns_are_named(tmp_path: Path, options: dict[str, Any], fact
         open_source(tmp_path, **options)
 
 
-def test_no_image_column_at_all(tmp_path: Path) -> None:
+def test_a_table_without_an_image_column_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["http://x"], "label": [1]}), tmp_path / "x.parquet")
     with refused(SourceError, None, tmp_path / "x.parquet", "url string", "label int64"):
         open_source(tmp_path)
@@ -131,10 +131,10 @@ def test_no_image_column_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "kind"), [([[1, 2], [3]], [1, 2]), ([0.5, 1.0], "number 0.5"), ([{"x": 1}, {"x": 2}], "struct")]
 )
-def test_labels_that_are_no_class_index_are_refused_when_asked_for(
+def test_labels_that_are_not_class_indices_are_refused_when_chosen(
     tmp_path: Path, labels: list[Any], kind: object
 ) -> None:
-    """Cutting 0.5 down to class 0 would be silent; a list has no int()."""
+    """Truncating 0.5 to class 0 would be silent; a list has no int()."""
     pq.write_table(pa.table({"image": [b"x", b"y"], "label": pa.array(labels)}), tmp_path / "x.parquet")
     with refused(SourceError, None, tmp_path / "x.parquet", "'label'", kind):
         open_source(tmp_path, label_column="label")
@@ -161,7 +161,7 @@ def test_empty_tables(tmp_path: Path) -> None:
 
 
 def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
-    """A path into somebody else's disk, or nothing: the sample is rejected, the merge goes on."""
+    """A path on another machine, or null: the sample is rejected and the merge continues."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     image = pa.array([{"bytes": b"ok", "path": None}, {"bytes": None, "path": "/home/x.png"}, None], kind)
     pq.write_table(pa.table({"image": image}), tmp_path / "x.parquet")
@@ -172,7 +172,7 @@ def test_rows_without_bytes_are_bad_images(tmp_path: Path) -> None:
             source.reader.read(source.samples[row])
 
 
-def test_a_row_beyond_the_end(tmp_path: Path) -> None:
+def test_a_missing_row_is_a_bad_image(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "x.parquet", range(2))
     source = open_source(tmp_path)
     _hugging_face(tmp_path / "x.parquet", range(1))
@@ -181,7 +181,7 @@ def test_a_row_beyond_the_end(tmp_path: Path) -> None:
         source.reader.read(source.samples[1])
 
 
-def test_limit_and_fingerprint(tmp_path: Path) -> None:
+def test_fingerprints_depend_on_rows_and_names_but_not_on_limits(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "one" / "x.parquet", range(6))
     whole, part = open_source(tmp_path / "one"), open_source(tmp_path / "one", limit_first=2)
     assert list(part.samples) == list(whole.samples)[:2]
@@ -192,7 +192,7 @@ def test_limit_and_fingerprint(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
-def test_any_file_system(tmp_path: Path) -> None:
+def test_files_are_read_through_fsspec(tmp_path: Path) -> None:
     _hugging_face(tmp_path / "x.parquet", range(3))
     files = fsspec.filesystem("memory")
     files.pipe("/parquet-test/x.parquet", (tmp_path / "x.parquet").read_bytes())
@@ -204,15 +204,15 @@ def test_any_file_system(tmp_path: Path) -> None:
         files.rm("/parquet-test", recursive=True)
 
 
-def test_a_file_named_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_a_relative_path_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _hugging_face(tmp_path / "x.parquet", range(2))
     monkeypatch.chdir(tmp_path)
     source = open_source("x.parquet")
     assert source.reader.read(source.samples[1]) == _bytes(1)
 
 
-def test_a_column_of_several_labels_is_no_label_column_by_itself(tmp_path: Path) -> None:
-    """Detection data sets keep lists of labels: the images are still good for adversarial groups."""
+def test_a_column_of_lists_of_labels_is_not_chosen_by_default(tmp_path: Path) -> None:
+    """Detection data sets have lists of labels; their images can still be merged."""
     pq.write_table(pa.table({"image": [b"x"], "labels": [[1, 2]], "fine_label": [3]}), tmp_path / "x.parquet")
     assert open_source(tmp_path).samples[0].label == 3
     pq.write_table(pa.table({"image": [b"x"], "labels": [[1, 2]]}), tmp_path / "x.parquet")
@@ -220,7 +220,9 @@ def test_a_column_of_several_labels_is_no_label_column_by_itself(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.float32(), pa.bool_()], ids=str)
-def test_a_column_a_class(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: pa.DataType) -> None:
+def test_one_column_a_class_is_read_as_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: pa.DataType
+) -> None:
     def write(name: str, *rows: tuple[int, int, int]) -> None:
         columns = {name: pa.array([row[place] for row in rows]).cast(kind) for place, name in enumerate("zab")}
         table = {"image": [_bytes(n) for n in range(len(rows))], "age": [7] * len(rows), **columns}

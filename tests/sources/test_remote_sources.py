@@ -1,4 +1,4 @@
-"""Sources over a network: signatures are sent and never kept, passing failures waited for, errors are one line."""
+"""Sources over a network: signatures are sent but not stored, temporary failures are retried, errors are one line."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _write(folder: Path) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The server with files of every kind; it lists its folder."""
+    """The web server with files of every kind; it also lists its folder."""
     _write(tmp_path / "web")
     monkeypatch.delattr(WebHandler, "list_directory")
     return web
@@ -83,7 +83,7 @@ def _check(source: Source) -> None:
 
 
 def _shown(source: Source) -> str:
-    """Everything of a source that an artifact or a message may hold."""
+    """All text of a source that an artifact or a message may contain."""
     listing = gzip.decompress(source.listing_bytes()).decode()
     return "\n".join([source.url, listing, *(f"{sample.key} {sample.name}" for sample in source.samples)])
 
@@ -105,14 +105,14 @@ def test_a_signature_is_sent_with_every_request_and_kept_nowhere(files: Any, nam
 
 
 @pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
-def test_a_signature_for_reading_alone(files: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """S3 signs a method: a signed GET is no HEAD."""
+def test_a_signature_for_get_alone_suffices(files: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3 signs the method, so it refuses a HEAD with the signature of a GET."""
     monkeypatch.setattr(WebHandler, "do_HEAD", lambda handler: handler.send_error(403))
     _check(open_source(f"{files.url}/{name}{SIGNATURE}"))
 
 
 @pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
-def test_a_presigned_url_of_s3(bucket: str, tmp_path: Path, name: str) -> None:
+def test_a_presigned_url_of_s3_is_read(bucket: str, tmp_path: Path, name: str) -> None:
     _write(tmp_path)
     Location(bucket).write(name, (tmp_path / name).read_bytes())
     source = open_source(fsspec.filesystem("s3").sign(f"{bucket}/{name}"))
@@ -120,7 +120,7 @@ def test_a_presigned_url_of_s3(bucket: str, tmp_path: Path, name: str) -> None:
     assert "Signature" not in _shown(source)
 
 
-def test_a_tar_that_only_the_query_names(files: Any) -> None:
+def test_a_tar_named_only_in_the_query_is_read(files: Any) -> None:
     with tarfile.open(files.RequestHandlerClass.keywords["directory"] + "/get", "w") as tar:
         info = tarfile.TarInfo("a.png")
         info.size = len(_png(0))
@@ -129,20 +129,20 @@ def test_a_tar_that_only_the_query_names(files: Any) -> None:
     assert source.reader.read(source.samples[0]) == _png(0)
 
 
-def _often_fails() -> Callable[[str, str], int | None]:
+def _temporary_failures() -> Callable[[str, str], int | None]:
     turns = itertools.cycle([503, 503, None, None])  # one read of s3fs may be two requests
     return lambda method, path: next(turns)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_failures_of_a_web_server_that_pass(files: Any, quick: list[float], name: str) -> None:
-    files.fault = _often_fails()
+def test_temporary_failures_of_a_web_server_are_retried(files: Any, quick: list[float], name: str) -> None:
+    files.fault = _temporary_failures()
     _check(open_source(f"{files.url}/{name}"))
     assert quick
 
 
 @pytest.mark.parametrize("name", [*FILES, ""])
-def test_failures_of_an_object_store_that_pass(
+def test_temporary_failures_of_an_object_store_are_retried(
     bucket: str, s3: Any, tmp_path: Path, quick: list[float], name: str
 ) -> None:
     if name:
@@ -154,13 +154,13 @@ def test_failures_of_an_object_store_that_pass(
             Location(bucket).write(f"images/{number}.png", _png(number))
         table = [f"{number}.png,{label}" for number, label in enumerate(LABELS)]
         Location(bucket).write("labels.csv", "\n".join(["file,label", *table]).encode())
-    s3.fault = _often_fails()
+    s3.fault = _temporary_failures()
     _check(open_source(f"{bucket}/{name}"))
     assert quick
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_store_that_stays_away_is_one_line(files: Any, quick: list[float], name: str) -> None:
+def test_a_lasting_failure_is_reported_in_one_line(files: Any, quick: list[float], name: str) -> None:
     source = open_source(f"{files.url}/{name}{SIGNATURE}")
     messages = []
     for status, kind in ((503, DatamergeError), (403, UserError)):
@@ -178,7 +178,7 @@ def test_a_store_that_stays_away_is_one_line(files: Any, quick: list[float], nam
         assert "SECRET" not in message
 
 
-def test_a_file_that_is_missing(files: Any) -> None:
+def test_a_missing_file_is_refused(files: Any) -> None:
     names = {"no.tar": "no.tar", "all.tar{,.tar}": "all.tar.tar", "no-*.tar": "no-*.tar", "no.parquet": "no.parquet"}
     for name, shown in names.items():
         with refused(SourceError, None, f"{files.url}/{shown}: ") as caught:
@@ -186,7 +186,7 @@ def test_a_file_that_is_missing(files: Any) -> None:
         assert "SECRET" not in str(caught.value)
 
 
-def test_a_server_that_is_gone_is_not_a_missing_file(quick: list[float]) -> None:
+def test_an_unreachable_server_is_not_reported_as_a_missing_file(quick: list[float]) -> None:
     for name in ("x.tar", "x.parquet", "x-*.tar"):
         with refused(DatamergeError, None, "http://127.0.0.1:9", "ClientConnectorError"):
             open_source(f"http://127.0.0.1:9/{name}")
@@ -194,28 +194,30 @@ def test_a_server_that_is_gone_is_not_a_missing_file(quick: list[float]) -> None
 
 @pytest.mark.parametrize("name", ["x.tar", "x-{0..3}.tar", "*.tar", "x.parquet", "x.npz", "images"])
 @pytest.mark.parametrize(("scheme", "fact"), [("foo", "fsspec"), ("gs", "pip install 'datamerge[gcs]'")])
-def test_a_scheme_without_a_driver(scheme: str, fact: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheme_without_a_driver_is_refused(
+    scheme: str, fact: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with refused(UserError, None, f"{scheme}://", fact) as caught:
         open_source(f"{scheme}://user:SECRET@bucket/{name}")
     assert "SECRET" not in str(caught.value)
 
 
-def test_tars_of_several_buckets() -> None:
+def test_tars_of_several_buckets_are_refused() -> None:
     with refused(SourceError, None, "s3://{a,b}/x.tar"):
         open_source("s3://{a,b}/x.tar")
 
 
-def test_a_web_folder(files: Any) -> None:
+def test_a_web_folder_is_refused(files: Any) -> None:
     with refused(SourceError, None, files.url, ".parquet", ".tar", ".npz", "IDX"):
         open_source(f"{files.url}/{SIGNATURE}")
 
 
 @pytest.mark.parametrize("name", ["all.tar", "x.parquet"])
-def test_a_server_without_ranges_sends_small_files_only(
+def test_only_small_files_are_read_from_a_server_without_ranges(
     files: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large ones would come whole for every block."""
+    """Large files would be sent whole for every block."""
     files.ranges = False
     _check(open_source(f"{files.url}/{name}"))
     monkeypatch.setattr(streams, "BLOCK", 1000)
@@ -225,7 +227,7 @@ def test_a_server_without_ranges_sends_small_files_only(
 
 @pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
 @pytest.mark.parametrize("manner", MANNERS)
-def test_servers_of_all_manners(files: Any, manner: str, name: str) -> None:
+def test_files_are_read_from_servers_of_all_manners(files: Any, manner: str, name: str) -> None:
     files.manners, files.ranges = MANNERS[manner]
     source = open_source(f"{files.url}/{name}{SIGNATURE}")
     _check(source)
@@ -233,8 +235,8 @@ def test_servers_of_all_manners(files: Any, manner: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["all.tar", "x.parquet", "x.npz"])
-def test_a_file_that_changes_while_it_is_read(files: Any, name: str) -> None:
-    """Its samples are those of the old file; a worker would read the new one at their places."""
+def test_a_file_that_changes_while_it_is_read_is_refused(files: Any, name: str) -> None:
+    """The samples were listed from the old file; a worker would read the new one at their offsets."""
     tag = ['"1"']
     files.etag = lambda: tag[0]
     source = open_source(f"{files.url}/{name}{SIGNATURE}")
@@ -252,10 +254,10 @@ def test_a_tar_is_listed_in_few_requests(files: Any) -> None:
 
 
 def test_a_merge_continues_with_another_signature(files: Any, tmp_path: Path) -> None:
-    """Shards by the functions that Ray calls; nothing that is written holds the signature."""
+    """Shards are made by the functions that Ray calls; no file that is written contains the signature."""
     threads = torch.get_num_threads()
 
-    def begun(query: str) -> set[int]:
+    def merge_one_shard(query: str) -> set[int]:
         files.fault = lambda method, path: None if path.endswith(query) else 403
         source = f"{files.url}/t-{{0..1}}.tar{query}"
         settings = {"grouping": "label", "format": "webdataset", "groups_per_shard": 1, "device": "cpu"}
@@ -270,7 +272,7 @@ def test_a_merge_continues_with_another_signature(files: Any, tmp_path: Path) ->
         return committed
 
     try:
-        counts = [begun(SIGNATURE), begun(RENEWED), begun(RENEWED)]
+        counts = [merge_one_shard(SIGNATURE), merge_one_shard(RENEWED), merge_one_shard(RENEWED)]
     finally:
         torch.set_num_threads(threads)
     assert counts == [set(), {0}, {0, 1}]

@@ -1,4 +1,4 @@
-"""`datamerge inspect --source` and `inspect_source`: what a source is taken to be."""
+"""`datamerge inspect --source` and `inspect_source`: how a source would be read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image
 import datamerge as dm
 from datamerge.tools.inspection import inspect
 from storage_schemas import ConfigError, SourceError
-from tests.sources.test_listing import photo, put, table
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table
 
 
 def _turned() -> bytes:
@@ -63,7 +63,7 @@ def test_facts_of_a_folder(photos: Path) -> None:
     }
 
 
-def test_images_that_a_merge_would_refuse_are_unusable_here(tmp_path: Path) -> None:
+def test_images_that_a_merge_would_refuse_are_listed_as_unusable(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("F", (4, 4), 0.5).save(stream, "TIFF")
     put(tmp_path, "a.png", data=photo("PNG"))
@@ -110,8 +110,8 @@ def test_arrays_and_columns(tmp_path: Path) -> None:
         dm.inspect_source(tmp_path / "x.npz")
 
 
-def test_the_command(photos: Path, tmp_path: Path) -> None:
-    """Every fact is on the screen, and its advice is followed by naming the flag."""
+def test_the_command_prints_every_fact(photos: Path, tmp_path: Path) -> None:
+    """Its advice names the flag that makes the next call work."""
     thumbnails = tmp_path / "some.png"
     run = CliRunner().invoke(
         inspect, ["--source", str(photos), "--thumbnails", str(thumbnails)], catch_exceptions=False
@@ -124,14 +124,14 @@ def test_the_command(photos: Path, tmp_path: Path) -> None:
     assert json.loads(as_json.stdout) == dm.inspect_source(photos)
     (photos / "cat").rename(photos / "train")
     (photos / "dog").rename(photos / "test")
-    asked = CliRunner().invoke(inspect, ["--source", str(photos)], catch_exceptions=False)
-    assert "--split" in " ".join(asked.stdout.split())
+    advised = CliRunner().invoke(inspect, ["--source", str(photos)], catch_exceptions=False)
+    assert "--split" in " ".join(advised.stdout.split())
     chosen = CliRunner().invoke(inspect, ["--source", str(photos), "--split", "train"], catch_exceptions=False)
     assert chosen.exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["adv", "--source", "photos"]])
-def test_one_of_artifact_and_source(arguments: list[str]) -> None:
+def test_either_an_artifact_or_a_source_is_required(arguments: list[str]) -> None:
     assert CliRunner().invoke(inspect, arguments).exit_code == 2
 
 
@@ -140,7 +140,7 @@ def test_options_of_sources_are_refused_for_artifacts() -> None:
         CliRunner().invoke(inspect, ["adv", "--split", "train"], catch_exceptions=False)
 
 
-def test_thumbnails_are_png(photos: Path, tmp_path: Path) -> None:
+def test_thumbnails_need_a_png_name_and_a_usable_image(photos: Path, tmp_path: Path) -> None:
     with refused(ConfigError, "thumbnails", "'some.jpg'"):
         dm.inspect_source(photos, thumbnails="some.jpg")
     for path in photos.rglob("*.*"):

@@ -1,4 +1,4 @@
-"""Splits by the names of folders, files and arrays: chosen, refused with the list, or said."""
+"""Splits by the names of folders, files and arrays: chosen, refused with the list, or reported."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from datamerge.sources import open_source
 from datamerge.sources.splits import split_of_file
 from storage_schemas import ConfigError, SourceError
-from tests.sources.test_listing import photo, put, table, tar
 from tests.support.refusals import refused
+from tests.support.small_sources import photo, put, table, tar
 
 
 def _arrays(path: Path, **counts: int) -> None:
@@ -113,7 +113,7 @@ def test_a_named_split_is_read_alone(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["_images", "_wrapped", "_with_others", "_class_first"])
 @pytest.mark.parametrize("split", ["train", "test", "train+test"])
-def test_folders_of_splits_are_no_classes(tmp_path: Path, layout: str, split: str) -> None:
+def test_split_folders_are_not_classes(tmp_path: Path, layout: str, split: str) -> None:
     LAYOUTS[layout](tmp_path)
     source = open_source(tmp_path, split=split)
     assert source.class_names == ["cat", "dog"]
@@ -128,12 +128,12 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert open_source(tmp_path, split="all").class_names == ["car", "ship", "train"]
 
 
-def test_all_takes_folders_for_classes_where_others_are_beside_them(tmp_path: Path) -> None:
+def test_split_all_takes_split_folders_beside_others_as_classes(tmp_path: Path) -> None:
     put(tmp_path, "test/0.png", "train/1.png", "car/2.png")
     assert open_source(tmp_path, split="all").class_names == ["car", "test", "train"]
 
 
-def test_an_only_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_only_split_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "train/cat/0.png", "train/dog/1.png")
     source = open_source(tmp_path)
     assert (source.class_names, source.split) == (["cat", "dog"], "train")
@@ -141,13 +141,13 @@ def test_an_only_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "its only split is train (2 images)" in capsys.readouterr().err
 
 
-def test_other_words_for_a_split(tmp_path: Path) -> None:
+def test_synonyms_of_a_split_are_accepted(tmp_path: Path) -> None:
     put(tmp_path, "val/cat/0.png", "training/cat/1.png")
     assert open_source(tmp_path, split="validation").split == "val"
     assert open_source(tmp_path, split="train").split == "training"
 
 
-def test_a_split_of_a_source_without(tmp_path: Path) -> None:
+def test_a_split_of_a_source_without_splits_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png")
     table(tmp_path / "t/x.parquet")
     _hub(tmp_path / "hub")
@@ -160,7 +160,7 @@ def test_a_split_of_a_source_without(tmp_path: Path) -> None:
     assert open_source(file, split="test").samples == open_source(file).samples
 
 
-def test_a_table_beside_the_images_of_a_split(tmp_path: Path) -> None:
+def test_labels_csv_is_read_inside_and_above_split_folders(tmp_path: Path) -> None:
     put(tmp_path, "train/0.png", "train/1.png", "test/0.png")
     (tmp_path / "train/labels.csv").write_text("file,label\n0.png,4\n1.png,2\n")
     assert [sample.label for sample in open_source(tmp_path, split="train").samples] == [4, 2]
@@ -195,11 +195,11 @@ def test_subsets_with_the_same_splits_are_refused(tmp_path: Path) -> None:
         ("shard-000.tar", None),
     ],
 )
-def test_splits_of_files(path: str, split: str | None) -> None:
+def test_splits_are_recognised_in_file_names(path: str, split: str | None) -> None:
     assert split_of_file(path) == split
 
 
-def test_arrays_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arrays_named_as_in_keras_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _arrays(tmp_path / "x.npz", train=6, test=2)
     for split, count in ((None, 6), ("train", 6), ("test", 2)):
         source = open_source(tmp_path / "x.npz", split=split)
@@ -233,7 +233,7 @@ def test_other_spellings_of_arrays_in_splits(tmp_path: Path, images: str, labels
     assert len(open_source(tmp_path / "x.npz", split="validation").samples) == 2
 
 
-def test_the_output_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_output_of_img2dataset_is_read_as_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for shard in ("00000", "00001"):
         tar(tmp_path / f"{shard}.tar", f"{shard}0.jpg", f"{shard}1.jpg")
         facts = {"url": ["u"] * 2, "key": [f"{shard}0", f"{shard}1"], "status": ["success"] * 2}
@@ -244,7 +244,7 @@ def test_the_output_of_img2dataset(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "2 .parquet without images" in capsys.readouterr().err
 
 
-def test_class_names_beside_tars_of_clip_benchmark(tmp_path: Path) -> None:
+def test_class_names_beside_the_tars_of_clip_benchmark_are_read(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
         with tarfile.open(tmp_path / split / "0.tar", "w") as archive:

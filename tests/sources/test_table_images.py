@@ -59,7 +59,7 @@ def _write(path: Path, table: pa.Table) -> None:
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
 @pytest.mark.parametrize("column", COLUMNS)
-def test_columns_of_every_type(tmp_path: Path, column: str, name: str) -> None:
+def test_image_columns_of_every_type_are_read(tmp_path: Path, column: str, name: str) -> None:
     _write(tmp_path / name, pa.table({"image": COLUMNS[column], "caption": ["a", "b", "c"], "label": [4, 5, 6]}))
     source = open_source(tmp_path)
     assert [sample.label for sample in source.samples] == [4, 5, 6]
@@ -71,7 +71,7 @@ def test_columns_of_every_type(tmp_path: Path, column: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
-def test_a_digest_beside_the_images_is_no_second_column(tmp_path: Path, name: str) -> None:
+def test_a_column_of_digests_is_not_taken_for_images(tmp_path: Path, name: str) -> None:
     digests = pa.array([b"0123456789abcdef"] * 3, pa.binary(16))
     _write(tmp_path / name, pa.table({"md5": digests, "histogram": COLUMNS["list of bytes"], "image": IMAGES}))
     source = open_source(tmp_path)
@@ -101,7 +101,7 @@ PATHS: dict[str, Paths] = {
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
 @pytest.mark.parametrize("kind", PATHS)
-def test_paths_beside_the_table(tmp_path: Path, kind: str, name: str) -> None:
+def test_paths_beside_the_table_are_read(tmp_path: Path, kind: str, name: str) -> None:
     (tmp_path / "images").mkdir()
     for number, data in enumerate(IMAGES):
         (tmp_path / f"images/{number}.png").write_bytes(data)
@@ -136,15 +136,15 @@ def test_paths_that_lead_elsewhere_are_refused(tmp_path: Path, kind: str, path: 
         (pa.array([1, 2, 3]), "int64"),
     ],
 )
-@pytest.mark.parametrize("wanted", [None, "picture"])
-def test_columns_that_hold_no_images(tmp_path: Path, column: Any, fact: str, wanted: str | None) -> None:
+@pytest.mark.parametrize("image_column", [None, "picture"])
+def test_columns_without_images_are_refused(tmp_path: Path, column: Any, fact: str, image_column: str | None) -> None:
     pq.write_table(pa.table({"picture": column}), tmp_path / "x.parquet")
-    facts = [tmp_path / "x.parquet", "picture", *([fact] if wanted else [])]
+    facts = [tmp_path / "x.parquet", "picture", *([fact] if image_column else [])]
     with refused(SourceError, None, *facts):
-        open_source(tmp_path, image_column=wanted)
+        open_source(tmp_path, image_column=image_column)
 
 
-def test_lists_that_are_no_pixels_are_bad_images(tmp_path: Path) -> None:
+def test_ragged_lists_and_lists_with_nulls_are_bad_images(tmp_path: Path) -> None:
     rows = [[[1, 2], [3]], [[1, 2], [3, 4]], [[1, None], [3, 4]]]
     pq.write_table(pa.table({"image": pa.array(rows, pa.list_(BYTES))}), tmp_path / "x.parquet")
     source = open_source(tmp_path)

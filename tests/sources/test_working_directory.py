@@ -1,4 +1,4 @@
-"""Sources and artifacts named by relative paths are the same wherever their readers wake up."""
+"""Readers of sources with relative paths do not depend on the working directory of their process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def _write(folder: Path, grey: int) -> None:
-    """The same names with other pixels."""
+    """One source of each kind, with pixels of this grey level."""
     pixels = np.full((4, 4, 3), grey, np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -47,8 +47,10 @@ def _write(folder: Path, grey: int) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_readers_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Ray starts workers in folders of its own, or of the cluster; there the same names may be other photos."""
+def test_readers_read_the_same_files_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Ray starts workers in other folders, where the same names may be other images."""
     for folder, grey in (("here", 10), ("there", 200)):
         _write(tmp_path / folder, grey)
     (tmp_path / "empty").mkdir()

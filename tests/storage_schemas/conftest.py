@@ -1,4 +1,4 @@
-"""The builders of `tests.support.artifacts`, plain functions behind session fixtures: hypothesis may use them too."""
+"""Session fixtures that return the builders of `tests.support.artifacts`, so that hypothesis tests can use them."""
 
 from __future__ import annotations
 

@@ -16,21 +16,21 @@ from storage_schemas.operations.combine import plan_combination
 from storage_schemas.operations.diff import diff
 from storage_schemas.sidecars import CACHED_COMMITS
 
-GROUPS = 3 * (CACHED_COMMITS + 6)  # in more shards than have their sidecars kept
+GROUPS = 3 * (CACHED_COMMITS + 6)  # in more shards than the cache of sidecars holds
 
 
 @pytest.fixture
 def both(
     tmp_path: Path, make_layout: Callable[..., Layout], make_record: Callable[..., Record], provenance: dict[str, Any]
 ) -> list[Artifact]:
-    """In the order of their numbers, and shuffled; of two attacks on the same groups."""
+    """Two attacks on the same groups: one artifact in the order of their numbers, the other shuffled."""
     layout = make_layout("webdataset", groups=GROUPS, extras=())
     order = list(range(GROUPS))
     random.Random(0).shuffle(order)
     found = []
     for seed, numbers in ((1, range(GROUPS)), (2, order)):
-        own = {**provenance, "seed": seed, "attack": {"kind": "pgd"}}
-        writer = ArtifactWriter(Location(tmp_path / str(seed)), layout, own)
+        attacked = {**provenance, "seed": seed, "attack": {"kind": "pgd"}}
+        writer = ArtifactWriter(Location(tmp_path / str(seed)), layout, attacked)
         writer.begin({})
         for shard in range(layout.shards):
             writer.commit(shard, [make_record(number, layout) for number in numbers[3 * shard : 3 * shard + 3]], [])
@@ -41,7 +41,7 @@ def both(
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each sidecar was read."""
+    """Number of reads of each sidecar."""
     counts: Counter[str] = Counter()
     original = Location.read
 
@@ -54,16 +54,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_they_are_compared_with_each_sidecar_read_once(both: list[Artifact], read: Counter[str]) -> None:
+def test_diff_reads_each_sidecar_once(both: list[Artifact], read: Counter[str]) -> None:
     found = diff(both[0], both[1])
     assert (found.equal, found.compared) == (True, GROUPS)
     assert set(read.values()) == {1}
     assert len(read) == 2 * GROUPS // 3
 
 
-def test_they_are_combined_with_each_sidecar_read_once(
-    tmp_path: Path, both: list[Artifact], read: Counter[str]
-) -> None:
+def test_combining_reads_each_sidecar_once(tmp_path: Path, both: list[Artifact], read: Counter[str]) -> None:
     plan_combination(both).write(Location(tmp_path / "c"))
     assert {path: count for path, count in read.items() if "/c/commits/" not in path and count > 1} == {}
     for record, one in zip(open_artifact(tmp_path / "c"), both[0], strict=True):

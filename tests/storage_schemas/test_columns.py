@@ -1,4 +1,4 @@
-"""Shards held by column: the same documents, the same JSON, the same refusals, and no object a shard."""
+"""Shard entries stored by column: documents, JSON and errors as with a tuple, but no object per shard."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _entries(shards: int) -> Iterator[ShardEntry]:
 
 @pytest.fixture
 def many(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Callable[..., list[Record]]) -> Any:
-    """A function that writes an artifact whose manifest lists so many shards, and returns its folder."""
+    """A function that writes an artifact with a given number of shards in its manifest and returns the folder."""
 
     def make(shards: int) -> Path:
         folder = tmp_path / str(shards)
@@ -73,7 +73,7 @@ def many(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Cal
     return make
 
 
-def test_columns_are_the_sequence_they_were_made_of() -> None:
+def test_columns_equal_their_source_sequence() -> None:
     columns = Columns(Entry, ENTRIES)
     assert (len(columns), list(columns), columns[1], columns[-1]) == (3, ENTRIES, ENTRIES[1], ENTRIES[2])
     assert columns.column("number") == (3, 4, 9)
@@ -123,8 +123,8 @@ def test_refusals_are_those_of_a_tuple(entries: Any) -> None:
     assert found[0] == found[1]
 
 
-def test_many_shards_are_few_objects(many: Callable[[int], Path]) -> None:
-    """What is kept and what a data worker is sent grows by plain values, at most 200 bytes a shard."""
+def test_the_number_of_objects_does_not_grow_with_shards(many: Callable[[int], Path]) -> None:
+    """Memory and the pickle for a data worker grow by plain values only, at most 200 bytes a shard."""
     sizes, calls = [], []
     for shards in (10, 3000):
         artifact = open_artifact(many(shards))
@@ -142,7 +142,7 @@ def test_many_shards_are_few_objects(many: Callable[[int], Path]) -> None:
     assert (sizes[1] - sizes[0]) / 2990 < 200
 
 
-def test_calls_in_threads_are_a_few_ahead_of_what_is_taken() -> None:
+def test_in_threads_runs_a_bounded_number_of_calls_ahead() -> None:
     begun: list[int] = []
 
     def work(number: int) -> int:
@@ -160,7 +160,7 @@ def test_calls_in_threads_are_a_few_ahead_of_what_is_taken() -> None:
         assert list(results) == [-number for number in range(50)]
 
 
-def test_threads_work_at_the_same_time() -> None:
+def test_in_threads_runs_calls_concurrently() -> None:
     together = threading.Barrier(4, timeout=60)
     with in_threads(4, lambda _: together.wait(), range(8)) as results:
         assert sorted(results) == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -1,4 +1,4 @@
-"""The union of artifacts: exact, and in any order of combining."""
+"""The union of artifacts is exact and does not depend on the order of combining."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.refusals import refused
     st.sampled_from(["zarr", "webdataset"]),
 )
 def test_the_union_is_exact_and_associative(counts: list[list[int]], seed: int, format: str) -> None:
-    """Any number of rounds of any sizes; combined at once, from the left or from the right, it is one artifact."""
+    """Rounds of any number and size give the same artifact combined at once, from the left or from the right."""
     keys = ["k0", "k1", "k2"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,7 +67,7 @@ def test_the_union_is_exact_and_associative(counts: list[list[int]], seed: int, 
             assert a.info == pytest.approx(c.info)
 
 
-def test_what_a_united_record_keeps(tmp_path: Path, format_name: str) -> None:
+def test_united_records_keep_label_samples_target_and_clean(tmp_path: Path, format_name: str) -> None:
     a = make(tmp_path / "a", attacked(["k0", "k1", "k2"], 1, 4), format=format_name)
     b = make(tmp_path / "b", attacked(["k2", "k1", "k0"], 2, 2), changes={"seed": 1}, format=format_name)
     union = combine(tmp_path / "ab", a, b)
@@ -94,7 +94,7 @@ def test_what_a_united_record_keeps(tmp_path: Path, format_name: str) -> None:
 
 
 def test_different_keys_are_concatenated(tmp_path: Path, format_name: str) -> None:
-    """Parts of one source, of other sizes; formats may differ, the first one's is taken."""
+    """Parts of one source with different numbers of members; the union has the format of the first."""
     a = make(tmp_path / "a", attacked(["k0", "k1", "k2"], 1, 4), format=format_name)
     b = make(tmp_path / "b", attacked(["k5", "k3"], 1, 2), changes={"source.fingerprint": "f01"}, format="webdataset")
     union = combine(tmp_path / "ab", a, b)
@@ -108,8 +108,8 @@ def test_different_keys_are_concatenated(tmp_path: Path, format_name: str) -> No
     assert "source.fingerprint" not in flat
 
 
-def test_some_keys_in_common(tmp_path: Path) -> None:
-    """A sample that one round had to reject: the other round's members are kept."""
+def test_keys_of_only_one_artifact_are_kept(tmp_path: Path) -> None:
+    """Where one round rejected a sample, the other round's members are kept."""
     reject = Reject(key="k1", sample="k1.png", reason="non-finite gradient")
     gone = Reject(key="k9", sample="k9.png", reason="not an image")
     one, two = attacked(["k0", "k1"], 1), attacked(["k0", "k2"], 2)
@@ -126,7 +126,7 @@ def test_some_keys_in_common(tmp_path: Path) -> None:
 
 
 def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: Path) -> None:
-    """Other samples of one class, from another file: the union that sums are kept for."""
+    """The halves hold different samples of each class, from different files."""
     halves = [{f"k{label}": members_of([i, label], 300 + 7 * i) for label in (0, 1)} for i in (0, 1)]
     inputs = [
         make(tmp_path / f"{i}", half, LABELS, {"source.fingerprint": f"f{i}", "source.url": f"{i}/"}, extras=())
@@ -138,8 +138,8 @@ def test_class_merges_of_two_halves_are_the_class_merge_of_the_whole(tmp_path: P
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"source.fingerprint": "f1"}, {"source.url": "copy/"}])
-def test_a_sample_counts_once(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """The same source, at another place, or more of it."""
+def test_a_sample_in_both_artifacts_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Also if the source has moved or grown."""
     a = make(tmp_path / "a", {"k0": members_of([1], 3)}, LABELS)
     b = make(tmp_path / "b", {"k0": members_of([2], 3)}, LABELS, changes)
     with refused(UserError, None, "k0: ", "k0.png", tmp_path / "a", tmp_path / "b"):

@@ -1,4 +1,4 @@
-"""What may be combined: later rounds, equal targets; and what is refused, with the difference shown."""
+"""Which artifacts may be combined (later rounds, equal targets), and errors that show why others may not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.combining import (
 from tests.support.refusals import refused
 
 
-def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
+def test_later_rounds_on_a_tuned_encoder_are_combined(tmp_path: Path) -> None:
     rounds = [
         make(tmp_path / "1", attacked(["k0", "k1"], 1)),
         make(tmp_path / "2", attacked(["k0", "k1"], 2), changes={"seed": 1, "attacked_encoder.sha256": "e1"}),
@@ -53,8 +53,8 @@ def test_later_rounds_attack_the_tuned_encoder(tmp_path: Path) -> None:
     ]
 
 
-def test_rounds_from_before_orientations_were_recorded_ignored_them(tmp_path: Path) -> None:
-    """Of one group all members are of an image that is turned, or none is."""
+def test_rounds_without_a_recorded_orientation_count_as_ignoring_it(tmp_path: Path) -> None:
+    """All members of a group must come from the same orientation of its image."""
     rounds = [
         make(tmp_path / "1", attacked(["k0", "k1"], 1)),
         make(tmp_path / "2", attacked(["k0", "k1"], 2), changes={"seed": 1, "source.exif": "ignore"}),
@@ -72,8 +72,8 @@ def test_rounds_from_before_orientations_were_recorded_ignored_them(tmp_path: Pa
     assert [part["provenance"]["source"]["exif"] for part in parts] == ["ignore", "transpose"]
 
 
-def test_pixels_in_the_words_of_an_earlier_release_are_the_same(tmp_path: Path) -> None:
-    """It named one way of resizing, and no normalisation; the union says all that is known."""
+def test_preprocessing_recorded_by_an_earlier_release_matches(tmp_path: Path) -> None:
+    """That release recorded one way of resizing and no normalisation; the union records all that is known."""
     earlier = {"shape": [1, 3, 4], "resize": "bicubic, shorter side", "crop": "centre"}
     now = Preprocessing(shape=(1, 3, 4), mean=(0.5,), std=(0.25,))
     squashed = now.model_copy(update={"resize": "squash"})
@@ -93,7 +93,7 @@ def test_pixels_in_the_words_of_an_earlier_release_are_the_same(tmp_path: Path) 
 
 
 def test_equal_targets_prove_the_encoder(tmp_path: Path) -> None:
-    """An artifact that names the attacked encoder only."""
+    """One artifact names another encoder (the attacked one), yet its targets are the same."""
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, "encoder.sha256": "e1"})
     assert combine(tmp_path / "ab", a, b)[0].count == 8
@@ -130,7 +130,9 @@ def test_targets_may_differ_by_rounding_only(tmp_path: Path) -> None:
         ({"source.class_names": ["cat"]}, ("[]", "['cat']")),
     ],
 )
-def test_what_does_not_go_together_is_shown(tmp_path: Path, changes: dict[str, Any], values: tuple[str, str]) -> None:
+def test_different_settings_are_refused_unless_allowed(
+    tmp_path: Path, changes: dict[str, Any], values: tuple[str, str]
+) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1, **changes})
     name = next(iter(changes))
@@ -160,7 +162,7 @@ def test_every_difference_is_shown_at_once(tmp_path: Path) -> None:
         (lambda record: {"arrays": {**record.arrays, "clean": clean_of("k8")}}, (" clean ",)),
     ],
 )
-def test_groups_about_different_things_are_refused(
+def test_groups_with_different_labels_or_clean_images_are_refused(
     tmp_path: Path, change: Callable[[Record], dict[str, Any]], facts: tuple[str, ...]
 ) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
@@ -170,7 +172,7 @@ def test_groups_about_different_things_are_refused(
 
 
 @pytest.mark.parametrize("other", ["itself", "converted", "elsewhere", "inside a combination", "seed without effect"])
-def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None:
+def test_the_same_members_in_both_artifacts_are_refused(tmp_path: Path, other: str) -> None:
     fixed = {"attack.random_start": False} if other == "seed without effect" else {}
     a = make(tmp_path / "a", attacked(["k0"], 1), changes=fixed)
     b = {
@@ -186,7 +188,7 @@ def test_the_same_members_do_not_count_twice(tmp_path: Path, other: str) -> None
         plan_combination([a, b])
 
 
-def test_arrays_that_not_all_have(tmp_path: Path) -> None:
+def test_an_array_of_only_one_artifact_is_refused_or_dropped(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, extras=("target", "clean"))
     with refused(UserError, None, "arrays.members: ", "'uint8'", "missing", tmp_path / "a", tmp_path / "b"):
@@ -196,7 +198,7 @@ def test_arrays_that_not_all_have(tmp_path: Path) -> None:
     check(record, np.concatenate([a[0].members, attacked(["k0"], 2)["k0"]]))
 
 
-def test_factors_of_parts_are_none_of_their_union(tmp_path: Path) -> None:
+def test_factors_are_kept_unless_members_are_united(tmp_path: Path) -> None:
     extras = ("target", "factors")
     a, b = (make(tmp_path / key, attacked([key], 1), extras=extras) for key in ("k0", "k1"))
     apart = combine(tmp_path / "apart", a, b)
@@ -208,7 +210,7 @@ def test_factors_of_parts_are_none_of_their_union(tmp_path: Path) -> None:
     assert united.target is not None
 
 
-def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
+def test_different_encodings_and_wrong_arguments_are_refused(tmp_path: Path) -> None:
     a = make(tmp_path / "a", attacked(["k0"], 1))
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, encoding="float32")
     with refused(UserError, None, "uint8_moments", "float32", "`datamerge convert`"):
@@ -219,7 +221,7 @@ def test_layouts_that_do_not_go_together(tmp_path: Path) -> None:
         plan_combination([a, a], ["atack"])
 
 
-def test_heads_have_to_be_equal(tmp_path: Path) -> None:
+def test_different_heads_are_refused(tmp_path: Path) -> None:
     heads = [{"head.safetensors": save({"weight": np.full((2, WIDTH), i, np.float32)})} for i in (0, 1)]
     a = make(tmp_path / "a", attacked(["k0"], 1), files=heads[0])
     b = make(tmp_path / "b", attacked(["k0"], 2), changes={"seed": 1}, files=heads[0])
@@ -242,8 +244,8 @@ def test_sums_that_outgrow_their_dtype_get_a_wider_one(tmp_path: Path) -> None:
     check(union[0], np.concatenate([white, white]))
 
 
-def test_groups_that_belie_their_provenance_are_an_error(tmp_path: Path) -> None:
-    """Scatters of 4 members of any pixels in the 16 bits that 2/255 needs."""
+def test_members_beyond_the_recorded_epsilon_are_an_error(tmp_path: Path) -> None:
+    """Members 100 levels apart, while the scatter has the 16 bits that epsilon 2/255 needs."""
     dark = {"k0": np.array([0, 0, 0, 100], np.uint8).reshape(4, 1, 1, 1) * np.ones((4, *SHAPE), np.uint8)}
     light = {"k0": dark["k0"] + np.uint8(100)}
     inputs = []

@@ -1,4 +1,4 @@
-"""Whatever dies, whenever: a shard is there whole or not at all, and the same command finishes the work."""
+"""A writer that dies at any moment leaves whole shards only, and the same command finishes the work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Full:
 
 
 def _run(folder: Path, layout: Layout, shards: list[list[Record]], provenance: dict[str, Any]) -> None:
-    """What a merge does: claim, commit the missing shards, finish."""
+    """Do what a merge does: claim the folder, commit the missing shards, finish."""
     writer = ArtifactWriter(Location(folder), layout, provenance)
     writer.begin({"head.safetensors": b"head"})
     for shard in sorted(set(range(layout.shards)) - writer.committed()):
@@ -49,8 +49,8 @@ def _tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def _check_prefix(folder: Path, shards: list[list[Record]], same_record: Same) -> None:
-    """Whatever the artifact serves now is right, and whole shards."""
+def _check_partial(folder: Path, shards: list[list[Record]], same_record: Same) -> None:
+    """Check that the unfinished artifact serves whole shards with the right values."""
     try:
         artifact = open_artifact(folder, partial=True)
     except NotAnArtifact:
@@ -103,7 +103,7 @@ def test_a_full_disk_at_any_moment_costs_at_most_the_shard(
                 assert error.errno == errno.ENOSPC
                 finished = False
         if not finished:
-            _check_prefix(folder, shards, same_record)
+            _check_partial(folder, shards, same_record)
             _run(folder, layout, shards, provenance)
         assert _tree(folder) == golden, f"call {fatal}"
         fatal += 1
@@ -111,7 +111,7 @@ def test_a_full_disk_at_any_moment_costs_at_most_the_shard(
     assert fatal > 8
 
 
-def test_no_sidecar_no_shard(
+def test_a_shard_without_sidecar_is_not_committed(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     make_shards: Shards,
@@ -157,11 +157,11 @@ def test_leftovers_of_killed_writers_are_ignored_and_removed_at_the_end(
     assert [entry.shard for entry in writer.finish().shards] == [0]
     assert len(list(open_artifact(folder, partial=True))) == 3
     _run(folder, layout, shards, provenance)
-    (folder / "commits" / "00002.json.part").unlink()  # not ours: nobody may remove it
+    (folder / "commits" / "00002.json.part").unlink()  # a foreign file, which is never removed
     assert _tree(folder) == _tree(tmp_path / "clean")
 
 
-def test_begin_again_changes_nothing(
+def test_a_second_begin_changes_nothing(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     make_shards: Shards,
@@ -221,7 +221,7 @@ def test_an_artifact_of_another_plan_is_refused_with_the_difference(
     assert _tree(tmp_path) == before
 
 
-def test_where_things_are_is_no_part_of_the_plan(make_layout: Callable[..., Layout]) -> None:
+def test_the_plan_hash_ignores_locations(make_layout: Callable[..., Layout]) -> None:
     layout = make_layout()
 
     def plan(source: str, spec: str, sha256: str, **more: Any) -> str:
@@ -235,7 +235,7 @@ def test_where_things_are_is_no_part_of_the_plan(make_layout: Callable[..., Layo
     assert plan_sha256(make_layout(groups=8), {}) != plan_sha256(layout, {})
 
 
-def test_a_moved_source_resumes(tmp_path: Path, make_layout: Callable[..., Layout]) -> None:
+def test_an_artifact_of_a_moved_source_is_resumed(tmp_path: Path, make_layout: Callable[..., Layout]) -> None:
     for url in ("/old", "/new"):
         ArtifactWriter(Location(tmp_path), make_layout(), {"source": {"url": url, "n": 1}}).begin({})
     assert json.loads((tmp_path / "manifest.json").read_text())["provenance"]["source"]["url"] == "/old"

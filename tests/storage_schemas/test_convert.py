@@ -1,4 +1,4 @@
-"""Conversions: the same groups in every form, byte for byte what a direct writer makes, exact or refused."""
+"""Conversions between formats and encodings: byte for byte what a direct writer makes, exact or refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def _write(folder: Path, layout: Layout, write: Write, rejected: tuple[int, ...]) -> list[Record]:
-    """An artifact with everything that a merge gives it."""
+    """Write an artifact with all the files that a merge writes."""
     records = write(folder, layout, rejected, HEAD)
     artifact = open_artifact(folder)
     writer = ArtifactWriter(Location(folder), layout, artifact.manifest.provenance)
@@ -54,7 +54,7 @@ def _write(folder: Path, layout: Layout, write: Write, rejected: tuple[int, ...]
 @pytest.mark.parametrize("extras", [("target",), ("target", "members", "clean")])
 @pytest.mark.parametrize("source", FORMS)
 @pytest.mark.parametrize("target", FORMS)
-def test_every_form_into_every_other_is_what_a_direct_writer_makes(
+def test_every_conversion_equals_a_direct_write(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -108,7 +108,7 @@ def test_an_interrupted_conversion_is_continued(
     assert _tree(tmp_path / "b") == before
 
 
-def test_a_target_with_something_else_is_refused(
+def test_a_target_that_holds_another_artifact_is_refused(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "a", make_layout("zarr"))
@@ -141,7 +141,7 @@ def _float32_artifact(folder: Path, records: list[tuple[int, Any, Any]], provena
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4, 255]))
-def test_float32_moments_of_pixels_give_their_integers_back(count: int, seed: int, spread: int) -> None:
+def test_exact_integers_are_recovered_from_float32_moments(count: int, seed: int, spread: int) -> None:
     rng = np.random.default_rng(seed)
     clean = rng.integers(0, 256, (1, 3, 5, 7))
     members = np.clip(clean + rng.integers(-spread, spread + 1, (count, 3, 5, 7)), 0, 255).astype(np.uint8)
@@ -154,7 +154,7 @@ def test_float32_moments_of_pixels_give_their_integers_back(count: int, seed: in
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6000), st.integers(0, 2**32 - 1))
-def test_stored_integers_give_sums_back(count: int, seed: int) -> None:
+def test_sums_of_squares_are_recovered_from_scatters(count: int, seed: int) -> None:
     members = np.random.default_rng(seed).integers(0, 256, (count, 1, 2, 3)).astype(np.uint8)
     moments = ExactMoments.of(members)
     arrays: dict[str, Any] = {"sum": moments.sum.astype(np.uint32), "scatter": moments.scatter.astype(np.uint64)}
@@ -166,7 +166,7 @@ def test_stored_integers_give_sums_back(count: int, seed: int) -> None:
 def test_values_off_the_grid_are_refused_before_anything_is_written(
     tmp_path: Path, provenance: dict[str, Any], off: str
 ) -> None:
-    """In the last record of all, by one unit in the last place."""
+    """Only the last record is wrong: by one unit in the last place, or with a negative variance."""
     members = np.random.default_rng(3).integers(0, 256, (4, 1, 3, 3)).astype(np.uint8)
     moments = ExactMoments.of(members)
     good: tuple[int, Any, Any] = (4, np.float32(moments.mean), np.float32(moments.mean_square))
@@ -192,14 +192,14 @@ def test_groups_too_large_for_float32_are_refused(tmp_path: Path, provenance: di
         convert(open_artifact(tmp_path / "a"), Location(tmp_path / "b"), "zarr", "uint8_moments")
 
 
-def test_integers_that_no_group_has_are_an_error() -> None:
+def test_impossible_integers_are_an_error() -> None:
     arrays = {"sum": np.array([[[3]]], np.uint16), "scatter": np.array([[[2]]], np.uint16)}
     with refused(DatamergeError, None, "a: record k: ", "sum", "scatter", " 4 "):
         exact_moments(Record("k", 4, "uint8_moments", arrays), "a")
 
 
 def test_the_dtypes_are_those_that_the_merge_plans(tmp_path: Path) -> None:
-    """Ten members within 2/255 of a photo fit 16 bits, and get them back."""
+    """Ten members within 2/255 of a photo fit 16 bits; a conversion from float32 gives them 16 bits again."""
     rng = np.random.default_rng(5)
     clean = rng.integers(2, 254, (3, 4, 4))
     members = (clean + rng.integers(-2, 3, (10, 3, 4, 4))).astype(np.uint8)
@@ -218,7 +218,9 @@ def test_the_dtypes_are_those_that_the_merge_plans(tmp_path: Path) -> None:
         np.testing.assert_array_equal(converted[0].arrays[name], expected)
 
 
-def test_memory_is_that_of_a_shard(tmp_path: Path, make_layout: Callable[..., Layout], make_record: Any) -> None:
+def test_peak_memory_does_not_grow_with_shards(
+    tmp_path: Path, make_layout: Callable[..., Layout], make_record: Any
+) -> None:
     peaks = []
     for groups in (6, 48):
         layout = make_layout("webdataset", groups=groups)

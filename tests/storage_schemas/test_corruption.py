@@ -18,7 +18,7 @@ from tests.support.refusals import refused
 Write = Callable[..., list[Record]]
 Same = Callable[[Record, Record], None]
 
-VICTIM = 1  # the shard that is damaged; 0 and 2 must not notice
+VICTIM = 1  # the shard that is damaged; 0 and 2 must stay readable
 
 
 def _files(folder: Path, shard: int) -> list[Path]:
@@ -32,7 +32,7 @@ def _files(folder: Path, shard: int) -> list[Path]:
 
 
 def _read_all(folder: Path, records: list[Record], same_record: Same) -> list[str]:
-    """Keys that are refused; every other record is right."""
+    """Keys of the records that are refused; the values of all others are checked."""
     refused = []
     artifact = open_artifact(folder)
     for index, expected in enumerate(records):
@@ -47,7 +47,7 @@ def _read_all(folder: Path, records: list[Record], same_record: Same) -> list[st
 
 
 @pytest.mark.parametrize("fault", ["deleted", "emptied", "truncated", "another shard's"])
-def test_lost_or_swapped_files(
+def test_lost_or_swapped_files_are_refused(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -79,14 +79,14 @@ def test_lost_or_swapped_files(
             assert refused == ["k3", "k4", "k5"]
 
 
-def test_one_flipped_bit_in_the_payload_of_a_record(
+def test_one_flipped_bit_makes_only_its_record_unreadable(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
     same_record: Same,
     encoding_name: str,
 ) -> None:
-    """Tar: first, middle and last byte of every array of every record refuse this record and no other."""
+    """In a tar, a flip in the first, middle or last byte of an array makes its record unreadable, and no other."""
     layout = make_layout("webdataset", encoding_name)
     records = write_artifact(tmp_path / "a", layout)
     path = tmp_path / "a" / "shards" / "00001.tar"
@@ -102,7 +102,7 @@ def test_one_flipped_bit_in_the_payload_of_a_record(
 
 
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.35, 0.5, 0.65, 0.9, 1.0])
-def test_one_flipped_byte_in_a_zarr_shard(
+def test_one_flipped_byte_in_a_zarr_shard_is_noticed(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -172,7 +172,7 @@ def test_a_changed_sidecar_is_noticed(
 
 
 @pytest.mark.parametrize("fault", ["deleted", "emptied", "truncated", "another shard's"])
-def test_lost_or_swapped_sidecars(
+def test_lost_or_swapped_sidecars_are_refused(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str, fault: str
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(format_name))
@@ -221,7 +221,7 @@ def test_broken_store_metadata_changes_no_value(
 def test_verify_can_be_switched_off(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
-    """The switch is real: without it, a flipped payload byte is served."""
+    """With `verify="off"` a flipped payload byte is served."""
     write_artifact(tmp_path / "a", make_layout("webdataset"))
     path = tmp_path / "a" / "shards" / "00000.tar"
     offsets = open_artifact(tmp_path / "a").commit(0).records[0].offsets

@@ -1,4 +1,4 @@
-"""Comparing artifacts: what is found, how far apart it is, and what is no difference."""
+"""Comparing artifacts: which groups differ, by how much, and what does not count as a difference."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _with(record: Record, name: str, array: Any) -> Record:
     return dataclasses.replace(record, arrays={**record.arrays, name: array})
 
 
-def test_equal_whatever_the_format(
+def test_artifacts_of_different_formats_are_equal(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, encoding_name: str
 ) -> None:
     for name in ("zarr", "webdataset"):
@@ -62,7 +62,7 @@ def test_encodings_differ_by_rounding(
 
 
 @pytest.mark.parametrize("encoding", ["uint8_moments", "float32"])
-def test_which_groups_and_how_far(
+def test_different_groups_and_their_distances_are_listed(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, make_shards: Make, encoding: str
 ) -> None:
     layout = make_layout("zarr", encoding)
@@ -114,7 +114,9 @@ def test_the_order_of_groups_is_no_difference(
     assert diff(artifacts[0], artifacts[1]).equal
 
 
-def test_an_array_that_one_lacks(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_an_array_of_only_one_artifact_is_a_difference(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
     write_artifact(tmp_path / "a", make_layout("zarr"))
     write_artifact(tmp_path / "b", make_layout("zarr", extras=("target",)))
     found = diff(open_artifact(tmp_path / "a"), open_artifact(tmp_path / "b"), tolerance=1e9)
@@ -122,7 +124,9 @@ def test_an_array_that_one_lacks(tmp_path: Path, make_layout: Callable[..., Layo
     assert found.different[0].distance == {"members": None, "clean": None}
 
 
-def test_heads(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_different_heads_are_a_difference(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
     heads = [{"head.safetensors": save({"weight": np.full((2, 6), i, np.float32)})} for i in (0, 0, 1)]
     for name, files in zip("abc", heads, strict=True):
         write_artifact(tmp_path / name, make_layout(), (), files)
@@ -134,7 +138,7 @@ def test_heads(tmp_path: Path, make_layout: Callable[..., Layout], write_artifac
         assert not diff(other, a).equal
 
 
-def test_damage_is_no_difference(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_damage_is_an_error(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
     """Bytes are read and checked; sidecars that agree do not make artifacts equal."""
     for name in "ab":
         write_artifact(tmp_path / name, make_layout("webdataset"))
@@ -147,7 +151,9 @@ def test_damage_is_no_difference(tmp_path: Path, make_layout: Callable[..., Layo
         diff(open_artifact(tmp_path / "a"), open_artifact(tmp_path / "b"))
 
 
-def test_factors_count_too(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_different_factors_are_a_difference(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
     write_artifact(tmp_path / "a", make_layout())
     kinds: tuple[FactorKind, ...] = ("sketch", "principal")
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""What a console and a notebook show of artifacts and records; names of others are text there, nothing else."""
+"""Text and HTML representations of artifacts and records; foreign names are always escaped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def artifact(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact:
     return open_artifact(tmp_path / "a")
 
 
-def test_everything_fits_on_a_line_of_a_console(artifact: Artifact, tmp_path: Path) -> None:
+def test_every_repr_fits_on_one_line(artifact: Artifact, tmp_path: Path) -> None:
     found = [artifact, artifact.manifest, artifact[0], verify(artifact.location), diff(artifact, artifact)]
     for thing in found:
         line = repr(thing)
@@ -101,14 +101,14 @@ def test_a_notebook_shows_a_record_with_its_moments(artifact: Artifact) -> None:
     assert _page(artifact.only(["target"])[0]).pictures == []
 
 
-def test_a_large_picture_is_thinned_out() -> None:
+def test_large_pictures_are_subsampled() -> None:
     image = np.zeros((1, 3 * LARGEST_SIDE, 40), np.float32)
     with Image.open(io.BytesIO(mean_and_variance(image, image))) as picture:
         assert picture.size == (2 * 14, LARGEST_SIDE)
 
 
-def test_names_of_others_are_only_text(artifact: Artifact, tmp_path: Path) -> None:
-    """Of a folder, a key, a sample and an array; the last three have no such names in an artifact, but in Python."""
+def test_hostile_names_are_escaped(artifact: Artifact, tmp_path: Path) -> None:
+    """Names of a folder, a key, a sample and an array; an artifact cannot hold the last three, a `Record` can."""
     record = artifact[0]
     arrays = {**record.arrays, HOSTILE: np.zeros(1, np.float32)}
     page = _page(replace(record, key=HOSTILE, samples=(HOSTILE,), info={HOSTILE: 1.0}, arrays=arrays))

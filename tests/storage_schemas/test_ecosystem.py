@@ -1,4 +1,4 @@
-"""Third-party readers, as the dataset card tells to use them, get the arrays that ours gets."""
+"""Third-party readers, used as the dataset card says, return the same arrays as this package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Write = Callable[..., list[Record]]
 def published(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> Callable[..., tuple[Path, list[Record]]]:
-    """A function that writes an artifact with all that presents it."""
+    """A function that writes an artifact with its card, contact sheet and Croissant file."""
 
     def publish(*form: str, rejected: tuple[int, ...] = (1,), **more: Any) -> tuple[Path, list[Record]]:
         records = write_artifact(tmp_path / "a", make_layout(*form, **more), rejected)
@@ -39,7 +39,7 @@ def published(
     return publish
 
 
-def test_xarray(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+def test_xarray_reads_all_arrays(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
     import xarray
 
     folder, records = published("zarr", encoding_name)
@@ -58,7 +58,9 @@ def test_xarray(published: Callable[..., tuple[Path, list[Record]]], encoding_na
             np.testing.assert_array_equal(found, expected)
 
 
-def test_tensorstore(published: Callable[..., tuple[Path, list[Record]]], encoding_name: str) -> None:
+def test_tensorstore_reads_all_arrays(
+    published: Callable[..., tuple[Path, list[Record]]], encoding_name: str
+) -> None:
     import tensorstore
 
     folder, records = published("zarr", encoding_name)
@@ -81,10 +83,10 @@ def test_tensorstore(published: Callable[..., tuple[Path, list[Record]]], encodi
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_datasets(
+def test_datasets_reads_all_groups(
     published: Callable[..., tuple[Path, list[Record]]], encoding_name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Both ways: `data_files`, and the folder with the card's configuration."""
+    """Loaded by `data_files`, and from the folder through the card's configuration."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
@@ -108,7 +110,7 @@ def test_datasets(
 def test_datasets_reads_labels_that_some_groups_lack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: Callable[[int], int | None]
 ) -> None:
-    """It takes types from the first five groups of the first shard where nobody says; here the card does."""
+    """Without the card's types, `datasets` infers them from the first five groups of the first shard."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     import datasets
 
@@ -136,10 +138,13 @@ def _validate(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("rejected", [(1,), (2, 5)])
-def test_croissant(
+def test_croissant_is_valid_and_lists_every_file(
     published: Callable[..., tuple[Path, list[Record]]], format_name: str, rejected: tuple[int, ...]
 ) -> None:
-    """Accepted, readable by its own tool, and true: every file with its hash. Without k2 and k5 all have labels."""
+    """mlcroissant accepts and reads the document, which lists every file with its hash.
+
+    Without k2 and k5 all groups have labels.
+    """
     folder, records = published(format_name, rejected=rejected)
     dataset = _validate(folder / "croissant.json")
     with warnings.catch_warnings():
@@ -164,7 +169,7 @@ def test_croissant(
 def test_croissant_states_shape_and_type_of_every_array(
     published: Callable[..., tuple[Path, list[Record]]], format_name: str, encoding_name: str
 ) -> None:
-    """As the specification's version 1.1 has it, and as its own tool understands it."""
+    """In the form of version 1.1 of the specification, as mlcroissant understands it."""
     folder, records = published(format_name, encoding_name)
     dataset = _validate(folder / "croissant.json")
     assert dataset.metadata.ctx.is_v1_1()
@@ -188,7 +193,7 @@ def test_croissant_of_many_shards_stays_small(
     assert len((folder / "croissant.json").read_bytes()) < 0.6 * listed
 
 
-def test_nothing_usable_has_a_card_all_the_same(published: Callable[..., tuple[Path, list[Record]]]) -> None:
+def test_an_artifact_without_groups_has_a_card(published: Callable[..., tuple[Path, list[Record]]]) -> None:
     folder, _ = published("zarr", rejected=tuple(range(7)))
     _validate(folder / "croissant.json")
     assert not (folder / "preview.png").exists()

@@ -1,4 +1,4 @@
-"""What an encoding keeps of exact moments: everything (uint8_moments), or a float32 rounding of it (float32)."""
+"""Encodings of exact moments: uint8_moments keeps them exactly, float32 rounds them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_group_larger_than_planned_is_refused(name: str) -> None:
         encode_exact(ExactMoments.of(members), layout)
 
 
-def test_members_are_only_those_that_count(make_layout: Callable[..., Layout]) -> None:
+def test_padding_is_no_member(make_layout: Callable[..., Layout]) -> None:
     layout = make_layout()
     members = np.arange(240, dtype=np.uint8).reshape(4, 3, 4, 5)
     record = Record("k", 2, layout.encoding, {"members": members})
@@ -96,7 +96,7 @@ def test_members_are_only_those_that_count(make_layout: Callable[..., Layout]) -
     assert record.clean is None
 
 
-def test_checksum_sees_every_bit_and_neither_byte_order_nor_memory_order(
+def test_checksum_covers_every_bit_and_ignores_byte_order_and_memory_order(
     make_layout: Callable[..., Layout], make_record: Callable[..., Record]
 ) -> None:
     layout = make_layout()

@@ -1,4 +1,4 @@
-"""Single groups as files for others."""
+"""Export of single groups as .npz and .png files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.refusals import refused
 Write = Callable[..., list[Record]]
 
 
-def test_npz(
+def test_npz_holds_every_array(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str, encoding_name: str
 ) -> None:
     records = write_artifact(tmp_path / "a", make_layout(format_name, encoding_name))
@@ -36,7 +36,7 @@ def test_npz(
             assert tuple(file["samples"]) == record.samples
 
 
-def test_png(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_png_holds_every_image(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
     records = write_artifact(tmp_path / "a", make_layout("zarr"))
     names = export(open_artifact(tmp_path / "a"), ["k0"], Location(tmp_path / "out"), "png")
     assert names == ["k0.mean.png", "k0.variance.png", "k0.clean.png", "k0.member-00.png", "k0.member-01.png"]
@@ -53,7 +53,7 @@ def test_png(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact:
     assert pixels("k0.variance.png").max() == 255
 
 
-def test_a_key_that_is_not_there_stops_all(
+def test_an_unknown_key_exports_nothing(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "a", make_layout("zarr"))

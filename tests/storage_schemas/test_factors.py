@@ -96,7 +96,7 @@ def test_stored_values_fit_their_dtype(members: npt.NDArray[np.uint8], kind: Fac
     np.testing.assert_allclose(decode_factors(narrow), stored / 255 / math.sqrt(count), rtol=1e-6)
 
 
-def test_dtypes_grow_with_the_ball() -> None:
+def test_dtypes_grow_with_the_spread() -> None:
     assert factor_dtype(10, 4) == np.int8
     assert factor_dtype(5, 104) == np.int8
     assert factor_dtype(10, 104) == np.int16

@@ -1,4 +1,4 @@
-"""What finishing an artifact asks of its storage: on an object store every read of a sidecar takes a round trip."""
+"""Number of reads that finishing an artifact takes: on an object store each read of a sidecar is a round trip."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SHARDS = CACHED_COMMITS + 6  # fewer would be read from memory
 
 
 class Counted(Location):
-    """Counts what is asked of each file."""
+    """Counts the calls of `read` and `size` for each file."""
 
     def __init__(self, url: Path) -> None:
         super().__init__(url)
-        self.asked: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def read(self, relative: str, start: int | None = None, end: int | None = None) -> bytes:
-        self.asked[relative] += 1
+        self.calls[relative] += 1
         return super().read(relative, start, end)
 
     def size(self, relative: str) -> int:
-        self.asked[relative] += 1
+        self.calls[relative] += 1
         return super().size(relative)
 
 
@@ -38,7 +38,7 @@ def test_every_sidecar_is_read_once_to_finish(
     provenance: dict[str, Any],
     format_name: str,
 ) -> None:
-    """Once each, and those of the groups on the contact sheet once more."""
+    """Each once, and once more for every group on the contact sheet."""
     layout = make_layout(format_name, groups=SHARDS).model_copy(update={"groups_per_shard": 1})
     location = Counted(tmp_path / "a")
     write_shards(
@@ -47,10 +47,10 @@ def test_every_sidecar_is_read_once_to_finish(
         lambda shards: (([make_record(shard, layout)], []) for shard in shards),
         lambda _: None,
     )
-    location.asked.clear()
+    location.calls.clear()
     writer = ArtifactWriter(location, layout, provenance)
     manifest = write_shards(writer, {}, lambda shards: (([], []) for _ in shards), lambda _: None)
     assert manifest.complete
-    sidecars = {path: times for path, times in location.asked.items() if path.startswith("commits/")}
+    sidecars = {path: times for path, times in location.calls.items() if path.startswith("commits/")}
     assert len(sidecars) == SHARDS
     assert sum(sidecars.values()) == SHARDS + ROWS, sidecars

@@ -1,4 +1,4 @@
-"""Values that no writer of ours stores, sealed correctly: refused where they are read, by one line."""
+"""Correctly sealed artifacts with values that our writers never store: reading them raises a one-line error."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _record(**changed: Any) -> Change:
         ),
     ],
 )
-def test_a_manifest_that_no_writer_makes(tmp_path: Path, change: Change, facts: tuple[object, ...]) -> None:
+def test_impossible_manifests_are_refused(tmp_path: Path, change: Change, facts: tuple[object, ...]) -> None:
     folder = _copy(tmp_path, FULL)
     forge(folder, change)
     with refused(SchemaError, None, folder / "manifest.json", *facts) as caught:
@@ -86,22 +86,22 @@ def test_a_manifest_that_no_writer_makes(tmp_path: Path, change: Change, facts: 
 
 
 @pytest.mark.parametrize("change", [_record(count=10**30), _record(count=0), _record(label=10**30)])
-def test_a_number_that_64_bits_do_not_hold(tmp_path: Path, change: Change) -> None:
+def test_counts_and_labels_out_of_range_are_refused(tmp_path: Path, change: Change) -> None:
     folder = _copy(tmp_path, FULL)
     forge(folder, change, "commits/00000.json")
     with pytest.raises(SchemaError):
         open_artifact(folder)[0]
 
 
-def test_a_key_that_is_there_twice_is_not_copied(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_not_copied(tmp_path: Path) -> None:
     folder = _copy(tmp_path, BARE)
     forge(folder, lambda commit: commit["records"][1].update(key=commit["records"][0]["key"]), "commits/00000.json")
     with refused(DatamergeError, None, "shard 0: ", " 3 ", "cat-0"):
         convert(open_artifact(folder), Location(tmp_path / "copy"), "zarr", "uint8_moments")
 
 
-def test_inspect_shows_what_others_wrote_as_it_is(tmp_path: Path) -> None:
-    """No markup, no terminal codes; an artifact without ranges has none to show."""
+def test_inspect_shows_foreign_text_without_markup(tmp_path: Path) -> None:
+    """Neither markup nor terminal codes take effect; a sidecar without ranges is shown without them."""
     folder = _copy(tmp_path, BARE)
     forge(folder, lambda manifest: manifest["provenance"].update(note="[/b] \x1b[31m[link=x]y[/link]"))
     for commit in ("commits/00000.json", "commits/00001.json"):
@@ -115,8 +115,8 @@ def _chunk(header: bytes) -> bytes:
     return header + struct.pack("<I", google_crc32c.value(header))
 
 
-def test_a_chunk_whose_header_says_it_is_longer_than_it_is(tmp_path: Path) -> None:
-    """The decoder would go on reading, beyond the end of the buffer."""
+def test_a_chunk_header_that_overstates_its_length_is_refused(tmp_path: Path) -> None:
+    """The decoder would read beyond the end of the buffer."""
     folder = _copy(tmp_path, "zarr-float32-bare")
     layout = json.loads((folder / "manifest.json").read_bytes())["layout"]
     nbytes = 4 * int(np.prod(layout["arrays"][0]["shape"]))
@@ -144,7 +144,9 @@ def test_a_chunk_whose_header_says_it_is_longer_than_it_is(tmp_path: Path) -> No
         (os.mkdir, "folder"),
     ],
 )
-def test_a_shard_that_is_no_file(tmp_path: Path, file: str, put: Callable[[Path], None], found: str) -> None:
+def test_a_shard_that_is_no_regular_file_is_refused(
+    tmp_path: Path, file: str, put: Callable[[Path], None], found: str
+) -> None:
     kind, _, name = file.partition("/")
     folder = _copy(tmp_path, kind)
     (folder / name).unlink()
@@ -155,7 +157,7 @@ def test_a_shard_that_is_no_file(tmp_path: Path, file: str, put: Callable[[Path]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f4"])
-def test_a_head_of_a_dtype_that_numpy_lacks(dtype: str) -> None:
+def test_a_head_with_a_dtype_that_numpy_lacks_is_refused(dtype: str) -> None:
     head = save({"weight": np.ones((2, 3), np.float16)}).replace(b"F16", b"BF16"[: len(dtype)].upper().ljust(3))
     with refused(SchemaError, None, "head: ", "`weight`"):
         parse_head(head, "head")
@@ -170,12 +172,12 @@ def test_a_head_of_a_dtype_that_numpy_lacks(dtype: str) -> None:
         ("https://h/a#token=SECRET", "https://h/a#token=***"),
     ],
 )
-def test_secrets_of_odd_shapes(text: str, shown: str) -> None:
+def test_secrets_in_unusual_urls_are_redacted(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert redact_tree({text: [text]}) == {shown: [shown]}
 
 
-def test_a_long_word_is_searched_for_urls_in_no_time() -> None:
+def test_redacting_a_long_word_does_not_take_quadratic_time() -> None:
     started = time.process_time()
     redact("a" * 200_000)
-    assert time.process_time() - started < 5  # minutes, where the time is quadratic
+    assert time.process_time() - started < 5  # quadratic time would be minutes

@@ -1,4 +1,4 @@
-"""Artifacts of every schema version are read for ever, by this package and by a reader made from FORMAT.md alone."""
+"""Artifacts of every schema version stay readable, by this package and by a reader written from FORMAT.md alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def _values(folder: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
 
 
 def _check_moments(folder: Path, found: dict[str, Any], expected: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """Exact but for the rounding of float32; the float32 encoding loses what it rounds off the mean square."""
+    """Exact up to float32 rounding; a variance of the float32 encoding has the mean square's rounding error too."""
     for name in ("mean", "mean_square", "variance"):
         values = np.reshape(expected[name], shape)
         lost = 2 * EPS32 if "float32" in folder.name and name == "variance" else 1e-15
         np.testing.assert_allclose(found[name], values, rtol=EPS32, atol=lost)
 
 
-def test_every_kind_is_there() -> None:
+def test_every_kind_of_artifact_has_a_golden_one() -> None:
     names = {folder.name for folder in ARTIFACTS if folder.parent.name == "v1"}
     formats, encodings, kinds = ("zarr", "webdataset"), ("uint8_moments", "float32"), ("full", "bare")
     assert names == {f"{f}-{e}-{k}" for f in formats for e in encodings for k in kinds}
@@ -72,7 +72,7 @@ def test_golden_artifacts_are_read(folder: Path) -> None:
 
 
 @golden
-def test_the_minimal_reader_reads_them_too(folder: Path) -> None:
+def test_the_minimal_reader_reads_golden_artifacts(folder: Path) -> None:
     shape, groups = _values(folder)
     records = list(minimal_reader.read(folder))
     assert [record["key"] for record in records] == list(groups)
@@ -89,7 +89,7 @@ def test_the_minimal_reader_reads_them_too(folder: Path) -> None:
             np.testing.assert_array_equal(record["clean"], expected["members"][0])
 
 
-def test_the_minimal_reader_is_small_and_knows_nothing_of_this_package() -> None:
+def test_the_minimal_reader_is_small_and_does_not_import_this_package() -> None:
     text = (SUPPORT / "minimal_reader.py").read_text()
     assert len(text.splitlines()) <= 80
     imported = set()
@@ -101,8 +101,8 @@ def test_the_minimal_reader_is_small_and_knows_nothing_of_this_package() -> None
     assert imported <= {"numpy", "json", "tarfile", "zarr", "pathlib", "typing", "collections.abc"}
 
 
-def test_todays_writer_writes_the_current_version_as_ever(tmp_path: Path) -> None:
-    """Every byte but those that tell the release, and those that the Zarr and blosc libraries choose."""
+def test_the_writer_reproduces_the_golden_artifacts(tmp_path: Path) -> None:
+    """Every byte except those that name the release and those that the Zarr and Blosc libraries choose."""
     make.write_all(tmp_path)
     current = GOLDEN / "v1"
     paths = sorted(path.relative_to(current) for path in current.rglob("*") if path.is_file())
@@ -122,7 +122,7 @@ def test_todays_writer_writes_the_current_version_as_ever(tmp_path: Path) -> Non
 
 
 def test_the_shipped_schemas_are_those_of_the_models() -> None:
-    """After a change of the models: `python -m storage_schemas.schema.json_schema`."""
+    """After a change of the models, run `python -m storage_schemas.schema.json_schema`."""
     assert {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.json")} == schemas()
 
 

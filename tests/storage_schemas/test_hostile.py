@@ -1,7 +1,7 @@
-"""Artifacts made to do harm, sealed correctly: refused by an error of ours, or read as they are.
+"""Malicious artifacts with correct seals: refused with a `DatamergeError`, or read as they are.
 
-A checksum protects against accidents and not against a writer, so every forged document here gets the hashes that
-belong to it, up to the manifest's seal.
+Checksums protect against accidents, not against a malicious writer, so every forged document here gets matching
+hashes, up to the manifest's seal.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ bounded = settings(
 
 @pytest.fixture(autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """What asks for more than 2 GB beyond what is in use is not refused early enough."""
+    """Allow 2 GB beyond the memory in use: a forged size that allocates more was not refused early enough."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 1024**3, before[1]))
@@ -91,13 +91,18 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def _use(folder: Path) -> None:
-    """Everything that looks into an artifact; errors of ours are the only ones, and short enough to read."""
+    """Read and verify an artifact; only a `DatamergeError` may be raised, with a message short enough to read."""
     for look in (_read, lambda where: verify(Location(where))):
         try:
             look(folder)
         except DatamergeError as error:
             assert len(str(error)) < 20_000
             assert error.exit_code in (1, 2)
+
+
+def _read_all(folder: Path) -> None:
+    _read(folder)
+    open_artifact(folder).head()
 
 
 def _read(folder: Path) -> None:
@@ -108,8 +113,8 @@ def _read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
-    """Else the tests below would see broken seals only."""
+def test_forged_artifacts_have_valid_seals(tmp_path: Path, kind: str) -> None:
+    """Otherwise the tests below would test broken seals only."""
     folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     forge(folder, lambda document: document["records"][0].update(label=3), "commits/00000.json")
     name = json.loads((folder / "commits/00000.json").read_bytes())["files"][0]["path"]
@@ -118,7 +123,7 @@ def test_the_forgery_itself_is_faultless(tmp_path: Path, kind: str) -> None:
     _read(folder)
     assert open_artifact(folder).manifest.provenance["note"] == "forged"
     (problem,) = verify(Location(folder)).problems
-    assert "plan_sha256" in problem.cause  # which is another seal
+    assert "plan_sha256" in problem.cause  # the hash of the plan, which `forge` leaves as it is
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -179,14 +184,16 @@ def test_forged_bytes_are_refused_or_read(kind: str, data: st.DataObject) -> Non
     ids=["deep-list", "deep-object", "empty", "null", "list", "not-utf8", "blank", "long-number"],
 )
 @pytest.mark.parametrize("file", ["manifest.json", "commits/00000.json", "head.safetensors"])
-def test_what_is_no_document_is_refused(tmp_path: Path, kind: str, content: bytes, file: str) -> None:
+def test_malformed_files_raise_datamerge_errors_only(tmp_path: Path, kind: str, content: bytes, file: str) -> None:
     folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     (folder / file).write_bytes(content)
     _use(folder)
+    with pytest.raises(DatamergeError):
+        _read_all(folder)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/datamerge-escaped", "a/../../escaped"])
-def test_tar_members_are_never_written_anywhere(tmp_path: Path, name: str) -> None:
+def test_tar_members_are_never_extracted(tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(GOLDEN / "v1" / KINDS[0], tmp_path / "artifact"))
     shard = folder / "shards" / "00000.tar"
     forged = io.BytesIO()
@@ -209,26 +216,26 @@ def artifact(tmp_path: Path) -> Path:
     return Path(shutil.copytree(GOLDEN / "v1" / "zarr-uint8_moments-full", tmp_path / "artifact"))
 
 
-def test_counts_beyond_64_bits(artifact: Path) -> None:
+def test_counts_beyond_64_bits_are_refused(artifact: Path) -> None:
     forge(artifact, lambda manifest: manifest["shards"][0].update(groups=10**30))
     with refused(SchemaError, None, "shards.0.groups: ", 2**53 - 1):
         _read(artifact)
 
 
-def test_more_groups_than_rows(artifact: Path) -> None:
+def test_more_groups_than_rows_are_refused(artifact: Path) -> None:
     forge(artifact, lambda commit: commit.update(records=commit["records"] * 3), "commits/00000.json")
     forge(artifact, lambda manifest: manifest["shards"][0].update(groups=3 * manifest["shards"][0]["groups"]))
     with refused(SchemaError, None, "shards: ", " 3 groups"):
         _read(artifact)
 
 
-def test_a_shard_listed_twice(artifact: Path) -> None:
+def test_a_shard_listed_twice_is_refused(artifact: Path) -> None:
     forge(artifact, lambda manifest: manifest.update(shards=manifest["shards"] * 2))
     with refused(SchemaError, None, "shards: ", "ascending", " 2"):
         _read(artifact)
 
 
-def test_planned_groups_without_end_are_no_work(artifact: Path) -> None:
+def test_a_huge_number_of_planned_groups_is_harmless(artifact: Path) -> None:
     def plan(manifest: dict[str, Any]) -> None:
         manifest["layout"]["groups"] = 10**15
         manifest["complete"] = False
@@ -242,8 +249,8 @@ def test_planned_groups_without_end_are_no_work(artifact: Path) -> None:
     assert not verify(Location(artifact)).problems
 
 
-def test_a_chunk_that_claims_gigabytes(artifact: Path) -> None:
-    """It is refused by what its header says, before anything is unpacked; every checksum is in place."""
+def test_a_chunk_that_claims_gigabytes_is_refused(artifact: Path) -> None:
+    """Refused because of its header, before anything is unpacked; every checksum is correct."""
     bomb = bytearray(Blosc(cname="zstd").encode(np.zeros(1000, np.uint8)))
     bomb[4:8] = struct.pack("<I", 1800 * 2**20)
     chunk = bytes(bomb) + struct.pack("<I", google_crc32c.value(bytes(bomb)))
@@ -256,13 +263,13 @@ def test_a_chunk_that_claims_gigabytes(artifact: Path) -> None:
 
 
 @pytest.mark.parametrize("names", ["5", "{", "[" * 100_000, '{"a": 1}'])
-def test_class_names_that_are_none(artifact: Path, names: str) -> None:
+def test_malformed_class_names_are_refused(artifact: Path, names: str) -> None:
     data = save({"weight": np.zeros((1, 2), np.float32)}, {"names": names})
     with refused(SchemaError, None, "head: ", "JSON", "class names"):
         parse_head(data, "head")
 
 
-def test_fix_removes_nothing_outside(artifact: Path, tmp_path: Path) -> None:
+def test_fix_removes_nothing_outside_the_artifact(artifact: Path, tmp_path: Path) -> None:
     shutil.move(artifact / "commits", tmp_path / "outside")
     (artifact / "commits").symlink_to(tmp_path / "outside")
     (tmp_path / "outside" / "00000.json").write_bytes(b"{}")
@@ -301,7 +308,7 @@ ORIGIN = {"plan_sha256": UNSEALED, "groups": 1, "provenance": {}}
         ({"attack": {"epsilon": "1e999999999"}}, SchemaError, ("attack.epsilon: ", "'1e999999999'")),
     ],
 )
-def test_a_provenance_that_cannot_be_combined(
+def test_a_provenance_that_cannot_be_combined_is_refused(
     artifact: Path, tmp_path: Path, provenance: dict[str, Any], kind: type[DatamergeError], facts: tuple[str, ...]
 ) -> None:
     forge(artifact, lambda manifest: manifest.update(provenance=provenance))
@@ -311,7 +318,7 @@ def test_a_provenance_that_cannot_be_combined(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inspect_shows_what_an_artifact_without_provenance_has(tmp_path: Path, kind: str) -> None:
+def test_inspect_shows_unknown_provenance(tmp_path: Path, kind: str) -> None:
     folder = Path(shutil.copytree(GOLDEN / "v1" / kind, tmp_path / "artifact"))
     forge(folder, lambda manifest: manifest.update(provenance={"x": [[1], {"y": None}]}))
     shown = CliRunner().invoke(inspect, [str(folder)], catch_exceptions=False)

@@ -1,4 +1,4 @@
-"""Stock readers get the same arrays without this package; equal records give equal bytes."""
+"""Stock readers return the same arrays without this package; equal records give equal bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rows_of_rejected_groups_hold_the_sentinel(
 
 
 @pytest.mark.parametrize("rejected", [(), (1, 3)])
-def test_stock_webdataset(
+def test_stock_webdataset_reads_records(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -62,7 +62,7 @@ def test_stock_webdataset(
     records = write_artifact(tmp_path / "a", make_layout("webdataset", encoding_name), rejected)
     urls = [str(path) for path in sorted((tmp_path / "a" / "shards").glob("*.tar"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # webdataset 1.0.2 leaves closing to the collector
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset 1.0.2 does not close its files
         samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
         gc.collect()
     assert [sample["__key__"] for sample in samples] == [record.key for record in records]
@@ -75,7 +75,7 @@ def test_stock_webdataset(
             np.testing.assert_array_equal(sample[f"{name}.npy"], expected)
 
 
-def test_any_tar_tool_and_numpy(
+def test_tarfile_and_numpy_read_records(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, encoding_name: str
 ) -> None:
     records = write_artifact(tmp_path / "a", make_layout("webdataset", encoding_name))

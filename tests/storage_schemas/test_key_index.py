@@ -1,4 +1,4 @@
-"""Records by key where every shard holds keys from everywhere."""
+"""Looking up records by key in artifacts whose keys are in random order."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GROUPS = 60  # in 20 shards
 
 
 def write_scattered(folder: Path, keys: list[str]) -> ArtifactWriter:
-    """An artifact whose groups have these keys, in this order; the second one of every seventh shard is rejected."""
+    """Write an artifact with these keys in this order; the second group of every seventh shard is rejected."""
     layout = build_layout(extras=(), groups=len(keys))
     writer = ArtifactWriter(Location(folder), layout, PROVENANCE)
     writer.begin({})
@@ -42,7 +42,7 @@ def scattered() -> list[str]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Paths that are read."""
+    """The paths that are read."""
     paths: list[str] = []
     original = Location.read
 
@@ -54,7 +54,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return paths
 
 
-def test_a_key_costs_a_range_of_the_index_and_a_sidecar(tmp_path: Path, read: list[str]) -> None:
+def test_a_lookup_reads_a_range_of_the_index_and_one_sidecar(tmp_path: Path, read: list[str]) -> None:
     write_scattered(tmp_path, scattered())
     artifact = open_artifact(tmp_path)
     stored = [record.key for record in artifact]
@@ -75,25 +75,25 @@ def test_a_key_costs_a_range_of_the_index_and_a_sidecar(tmp_path: Path, read: li
 
 
 def test_the_index_is_as_documented(tmp_path: Path) -> None:
-    """By another road than the reader's: FORMAT.md's sentence, in pure Python."""
+    """Rebuilt in pure Python from the sentence in FORMAT.md, independently of the reader."""
     write_scattered(tmp_path, scattered())
     artifact = open_artifact(tmp_path)
-    wanted = []
+    expected = []
     for position in range(len(artifact.shard_sizes)):
         commit = artifact.commit(position)
         for place, record in enumerate(commit.records):
             number = int(hashlib.sha256(record.key.encode()).hexdigest()[:8], 16)
-            wanted.append((number, commit.shard * 3 + place))
+            expected.append((number, commit.shard * 3 + place))
     data = (tmp_path / KEYS).read_bytes()
     found = [
         (int.from_bytes(data[at : at + 4], "little"), int.from_bytes(data[at + 4 : at + 12], "little"))
         for at in range(0, len(data), 12)
     ]
-    assert found == sorted(wanted)
+    assert found == sorted(expected)
 
 
 @pytest.mark.parametrize("keys", [sorted(scattered()), scattered()[:9]], ids=["in order", "few shards"])
-def test_ranges_of_keys_do_where_they_tell_shards_apart(tmp_path: Path, keys: list[str]) -> None:
+def test_no_index_is_written_where_key_ranges_suffice(tmp_path: Path, keys: list[str]) -> None:
     write_scattered(tmp_path, keys)
     assert not (tmp_path / KEYS).exists()
     artifact = open_artifact(tmp_path)
@@ -109,7 +109,7 @@ def _cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_flip, _cut, Path.unlink])
-def test_a_damaged_index_is_no_missing_key(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_index_is_corruption_and_can_be_fixed(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     writer = write_scattered(tmp_path, scattered())
     sound = (tmp_path / KEYS).read_bytes()
     damage(tmp_path / KEYS)
@@ -126,7 +126,7 @@ def test_a_damaged_index_is_no_missing_key(tmp_path: Path, damage: Callable[[Pat
     assert not verify(Location(tmp_path)).problems
 
 
-def test_shards_that_were_taken_back_have_no_keys(tmp_path: Path) -> None:
+def test_keys_of_removed_shards_are_not_found(tmp_path: Path) -> None:
     write_scattered(tmp_path, scattered())
     lost = [record.key for record in open_artifact(tmp_path).commit(4).records]
     (tmp_path / "commits" / "00004.json").unlink()
@@ -140,13 +140,13 @@ def test_shards_that_were_taken_back_have_no_keys(tmp_path: Path) -> None:
 
 @settings(max_examples=60)
 @given(count=st.integers(0, 3000), seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([4, 12, 32]))
-def test_every_entry_is_found_wherever_it_is(
+def test_every_entry_is_found_for_any_distribution_of_hashes(
     tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, bits: int
 ) -> None:
-    """Also where hashes are not spread as they should be, and where many keys share one."""
+    """Also if hashes are unevenly spread, or many keys share one."""
     keys = [f"{seed}-{number}" for number in range(count)]
     entries = np.zeros(count, ENTRY)
-    # As if the hash had fewer bits: those of one key are equal, others collide.
+    # With fewer than 32 bits every second key has the same hash.
     hashes = [int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in keys]
     entries["hash"] = np.array(hashes, np.uint32)
     if bits < 32:

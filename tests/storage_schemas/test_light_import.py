@@ -1,4 +1,4 @@
-"""The contract is light: who only reads artifacts needs neither torch nor Ray, nor an image library."""
+"""storage_schemas is light: reading artifacts needs neither torch nor Ray nor an image library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inspect import isfunction
 from typing import get_args
 
 
-def test_reading_needs_nothing_heavy() -> None:
+def test_importing_storage_schemas_imports_nothing_heavy() -> None:
     heavy = "torch torchvision ray timm open_clip pyarrow PIL click rich"
     code = f"import sys, storage_schemas; print([m for m in {heavy.split()} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

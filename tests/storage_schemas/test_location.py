@@ -31,7 +31,7 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Locatio
         files.rm("/location-tests", recursive=True)
 
 
-def test_one_behaviour_on_every_file_system(location: Location) -> None:
+def test_every_file_system_behaves_alike(location: Location) -> None:
     assert not location.exists()
     assert location.names() == []
     assert location.names("nowhere") == []
@@ -55,7 +55,7 @@ def test_one_behaviour_on_every_file_system(location: Location) -> None:
             read("b/two")
 
 
-def test_pickles(location: Location) -> None:
+def test_a_location_can_be_pickled(location: Location) -> None:
     location.write("a", b"text")
     copy = pickle.loads(pickle.dumps(location))
     assert copy.read("a") == b"text"
@@ -86,8 +86,8 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_the_umask_says_who_may_read(tmp_path: Path, umask: int, mode: int) -> None:
-    """A published artifact is read by other accounts; temporary files are private by default."""
+def test_file_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """Other accounts read published artifacts, but temporary files are private by default."""
     before = os.umask(umask)
     try:
         Location(tmp_path).write("f", b"x")
@@ -96,14 +96,14 @@ def test_the_umask_says_who_may_read(tmp_path: Path, umask: int, mode: int) -> N
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == mode
 
 
-def test_names_as_long_as_any(tmp_path: Path) -> None:
+def test_names_of_the_maximal_length_are_written(tmp_path: Path) -> None:
     Location(tmp_path).write("f" * 255, b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["f" * 255]
 
 
 @pytest.mark.parametrize("name", ["a::b", "zip::a", "a#b?c=d", "a%20b", "~no-such-user", "-", "a b", "c:x"])
-def test_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """To fsspec some of them are chains of two file systems: the folder before the colons would be read."""
+def test_local_paths_are_taken_literally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """fsspec takes some of them for chains of two file systems, and would use the folder before the colons."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     for place in (name, str(tmp_path / name), f"file://{tmp_path / name}"):
@@ -114,7 +114,7 @@ def test_paths_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (parent.root, last) == (str(tmp_path), name)
 
 
-def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     Location("~/x").write("f", b"x")
     assert (tmp_path / "x" / "f").read_bytes() == b"x"
@@ -122,8 +122,8 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Location("~/x")
 
 
-def test_a_relative_path_means_the_same_for_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In copies too, which workers get, whose working directory is another one."""
+def test_relative_paths_are_resolved_when_a_location_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in pickled copies, for workers with another working directory."""
     for folder in ("here", "there"):
         (tmp_path / folder / "x" / "y").mkdir(parents=True)
         (tmp_path / folder / "x" / "f").write_text(folder)
@@ -141,13 +141,13 @@ def test_a_relative_path_means_the_same_for_life(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "ü" * 128, "/".join(["x" * 200] * 25), "a\0b"], ids=len)
-def test_what_cannot_be_a_path(name: str) -> None:
+def test_impossible_paths_are_refused(name: str) -> None:
     with refused(UserError, None, "255", "4095") as caught:
         Location(name)
     assert len(str(caught.value)) < 300
 
 
-def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_working_directory_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -156,7 +156,7 @@ def test_a_working_directory_that_was_removed(tmp_path: Path, monkeypatch: pytes
     assert Location(tmp_path).names() == []
 
 
-def test_relative_paths_and_trailing_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_and_trailing_slashes_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Location("here/").write("f", b"x")
     assert (tmp_path / "here" / "f").read_bytes() == b"x"
@@ -180,7 +180,7 @@ def test_an_unknown_protocol_is_the_users_error(url: str) -> None:
     ],
 )
 def test_a_missing_driver_is_named_with_the_way_to_install_it(url: str, driver: str, hint: str) -> None:
-    """In a process that cannot import the driver, whether it is installed here or not."""
+    """Run in a process that cannot import the driver, even if it is installed here."""
     code = (
         f"import sys; sys.modules[{driver!r}] = None\n"
         f"import sys, datamerge.cli; sys.argv = ['datamerge', 'inspect', {url!r}]; datamerge.cli.main()"
@@ -191,14 +191,14 @@ def test_a_missing_driver_is_named_with_the_way_to_install_it(url: str, driver: 
     assert hint in done.stderr
 
 
-def test_the_folder_of_a_file_and_its_name(tmp_path: Path) -> None:
+def test_split_gives_the_folder_and_the_name_of_a_file(tmp_path: Path) -> None:
     folder, name = Location(tmp_path / "in" / "a.parquet").split()
     assert (folder.root, name) == (str(tmp_path / "in"), "a.parquet")
     assert Location("memory://a/b.parquet").split()[0].url == "memory://a"
     assert Location("b.parquet").split()[1] == "b.parquet"
 
 
-def test_errors_that_pass_and_errors_that_stay() -> None:
+def test_errors_are_transient_or_permanent() -> None:
     class Answer(Exception):
         def __init__(self, status: int) -> None:
             self.status = status
@@ -212,15 +212,15 @@ def test_errors_that_pass_and_errors_that_stay() -> None:
     class ClientPayloadError(Exception):
         pass
 
-    passing = [TimeoutError(), ConnectionResetError(), ClientPayloadError(), OSError(errno.EBUSY, "slow down")]
-    staying = [FileNotFoundError(), PermissionError(), ValueError(), OSError(errno.EINVAL, "no"), Answer(404)]
-    passing += [make(status) for make in (Answer, boto) for status in (408, 429, 500, 502, 503, 504)]
-    staying += [make(status) for make in (Answer, boto) for status in (400, 401, 403, 404, 409, 412, 416, 501)]
-    assert [error for error in passing if not is_transient(error)] == []
-    assert [error for error in staying if is_transient(error)] == []
+    transient = [TimeoutError(), ConnectionResetError(), ClientPayloadError(), OSError(errno.EBUSY, "slow down")]
+    permanent = [FileNotFoundError(), PermissionError(), ValueError(), OSError(errno.EINVAL, "no"), Answer(404)]
+    transient += [make(status) for make in (Answer, boto) for status in (408, 429, 500, 502, 503, 504)]
+    permanent += [make(status) for make in (Answer, boto) for status in (400, 401, 403, 404, 409, 412, 416, 501)]
+    assert [error for error in transient if not is_transient(error)] == []
+    assert [error for error in permanent if is_transient(error)] == []
 
 
-def test_what_may_pass_and_how_long_to_wait_can_be_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_takes_a_classifier_and_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     failures = [KeyError("one"), KeyError("two")]
@@ -238,7 +238,7 @@ def test_what_may_pass_and_how_long_to_wait_can_be_said(monkeypatch: pytest.Monk
     assert len(failures) == 7
 
 
-def test_retries_end() -> None:
+def test_permanent_errors_are_not_retried() -> None:
     calls = []
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""The JSON documents are strict, and tell everything that is wrong with them at once."""
+"""JSON documents are parsed strictly, and one error lists all their problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Edit = Callable[[dict[str, Any]], Any]
 
 
 def _sealed(document: dict[str, Any]) -> bytes:
-    """The JSON of a document with its seal made anew, as FORMAT.md describes it."""
+    """The JSON of a document with a new seal, as FORMAT.md describes it."""
     data = json.dumps({**document, "self_sha256": UNSEALED}).encode()
     assert data.startswith(b'{"self_sha256": "')
     return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
@@ -92,7 +92,7 @@ def test_all_problems_are_listed(manifest: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("found", [2, 0, 99])
 def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, Any], found: int) -> None:
-    """A newer release will also have keys that this one does not know: they are not the news."""
+    """A newer release also has keys that this one does not know; the message does not list them."""
     manifest.update(schema_version=found, writer="datamerge 7.1", new_in_version_2=True)
     (tmp_path / "a" / "manifest.json").write_bytes(_sealed(manifest))
     with refused(UnknownVersion, None, tmp_path / "a", f"schema_version {found} ", " 1)", "datamerge 7.1") as caught:
@@ -105,14 +105,14 @@ def test_an_unknown_version_is_named_first(tmp_path: Path, manifest: dict[str, A
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"schema_version": 1', b'"text"'])
-def test_what_is_no_document_is_a_schema_error(tmp_path: Path, data: bytes) -> None:
+def test_malformed_documents_are_schema_errors(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)
     with refused(SchemaError, None, tmp_path / "manifest.json"):
         open_artifact(tmp_path)
 
 
 @pytest.mark.parametrize("edit", [lambda m: m.pop("schema_version"), lambda m: m.update(schema_version="1")])
-def test_a_version_that_is_no_number(manifest: dict[str, Any], edit: Edit) -> None:
+def test_a_version_that_is_no_integer_is_refused(manifest: dict[str, Any], edit: Edit) -> None:
     edit(manifest)
     with refused(SchemaError, None, "m: ", " schema_version: "):
         parse(Manifest, _sealed(manifest), "m")
@@ -137,7 +137,7 @@ def test_documents_cannot_be_changed(manifest: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", ["manifest.json", "commits/00000.json"])
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, manifest: dict[str, Any], path: str) -> None:
-    """The seal covers every byte: one bit of each of them, the seal's own digits and the white space included."""
+    """The seal covers every byte, including its own digits and white space: one bit of each byte is flipped."""
     data = (tmp_path / "a" / path).read_bytes()
     model: type[Manifest] | type[Commit] = Manifest if path == "manifest.json" else Commit
     rng = np.random.default_rng(5)
@@ -148,14 +148,14 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path: Path, manifest: dict[str, Any],
             parse(model, bytes(damaged), "m")
 
 
-def test_a_version_that_damage_made_is_damage(tmp_path: Path, manifest: dict[str, Any]) -> None:
+def test_a_damaged_version_is_reported_as_damage(tmp_path: Path, manifest: dict[str, Any]) -> None:
     data = (tmp_path / "a" / "manifest.json").read_bytes().replace(b'"schema_version": 1', b'"schema_version": 3')
     with refused(CorruptShard, None, "m: ", "sha256"):
         parse(Manifest, data, "m")
 
 
 def test_the_seal_is_the_hash_of_the_file_without_it(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    """Also when the same digits occur elsewhere in the document."""
+    """Also if the same digits occur elsewhere in the document."""
     manifest["provenance"]["encoder"] = {"sha256": UNSEALED, "self_sha256": UNSEALED}
     data = dump(parse(Manifest, _sealed(manifest), "m"))
     digits = json.loads(data)["self_sha256"]

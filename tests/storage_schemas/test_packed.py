@@ -1,4 +1,4 @@
-"""Sidecars in little memory, and values that threads share."""
+"""Compact sidecars, and values that threads compute once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storage_schemas.access.once import Once
 from storage_schemas.schema.packed import PackedCommit
 
 
-def test_with_facts_nothing_is_lost(
+def test_packing_with_facts_is_lossless(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Callable[..., list[Record]],
@@ -25,7 +25,7 @@ def test_with_facts_nothing_is_lost(
         assert list(PackedCommit(commit, facts=True).records) == list(commit.records)
 
 
-def test_nothing_is_lost_but_samples_and_info(
+def test_packing_without_facts_drops_samples_and_info_only(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Callable[..., list[Record]],
@@ -42,7 +42,7 @@ def test_nothing_is_lost_but_samples_and_info(
         assert packed.records[-1] == bare[-1]
 
 
-def test_records_without_facts_are_otherwise_the_same(
+def test_reading_without_facts_drops_samples_and_info_only(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Callable[..., list[Record]],
@@ -57,15 +57,15 @@ def test_records_without_facts_are_otherwise_the_same(
         assert all((found.arrays[name] == stored.arrays[name]).all() for name in names)
 
 
-def test_threads_make_a_value_once() -> None:
-    made, everybody = [], threading.Barrier(4)
+def test_threads_compute_a_value_once() -> None:
+    made, barrier = [], threading.Barrier(4)
 
     def make() -> str:
         made.append(1)
         return "value"
 
     def get(once: Once[str, str]) -> str:
-        everybody.wait(20)
+        barrier.wait(20)
         return once.get("key", make)
 
     once = Once[str, str](2)
@@ -77,7 +77,7 @@ def test_threads_make_a_value_once() -> None:
     assert ("key" in once, "c" in once) == (False, True)
 
 
-def test_what_fails_is_tried_again() -> None:
+def test_a_failed_computation_is_repeated() -> None:
     once = Once[str, str](2)
 
     def fail() -> str:

@@ -1,4 +1,4 @@
-"""Some rows of a record's arrays: the same bytes as from the whole, and less work where the store allows it."""
+"""Decoding a part of a Blosc chunk gives the same bytes as decoding all of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from storage_schemas.stores.blosc_blocks import decoded_part
     seed=st.integers(0, 99),
     data=st.data(),
 )
-def test_a_part_is_that_of_the_whole(
+def test_a_decoded_part_equals_that_of_the_whole(
     size: int, block: int, typesize: int, cname: str, noise: int, seed: int, data: st.DataObject
 ) -> None:
     values = np.random.default_rng(seed).integers(0, noise, size, np.uint8)

@@ -1,4 +1,4 @@
-"""Lengths in pixel space are written as fractions of the range, so that 2/255 is exact and 2 is a slip."""
+"""Lengths in pixel space are fractions of the pixel range: 2/255 is exact, and 2 is refused as a slip."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADAPTER = TypeAdapter(PixelLength)
         (Fraction(1, 170), "1/170", Fraction(1, 170)),
     ],
 )
-def test_what_counts_as_a_fraction(text: object, kept: str, value: Fraction) -> None:
+def test_fractions_and_decimals_are_accepted(text: object, kept: str, value: Fraction) -> None:
     length = ADAPTER.validate_python(text)
     assert (str(length), length, float(length)) == (kept, value, float(value))
     assert ADAPTER.dump_json(length) == f'"{kept}"'.encode()
@@ -66,7 +66,7 @@ def test_what_counts_as_a_fraction(text: object, kept: str, value: Fraction) -> 
         ("1e999999999", "2/255,"),
     ],
 )
-def test_what_does_not(text: object, fact: str) -> None:
+def test_other_values_are_refused(text: object, fact: str) -> None:
     with pytest.raises(ValidationError, match=fact):
         ADAPTER.validate_python(text)
 
@@ -85,28 +85,28 @@ def test_radii_may_exceed_the_range_and_stay_radii() -> None:
 
 
 def test_decimals_of_a_level_are_that_level() -> None:
-    """Python's 2/255 lies below 2/255: rounded down to whole levels, as it stands, it would be 1/255."""
+    """The float 2/255 lies below the fraction 2/255: rounded down to whole levels, it would be 1/255."""
     for level in range(256):
         for value in (level / 255, repr(level / 255), f"{level / 255:.10f}", f"{level / 255:.12e}"):
             assert PixelLength(value) * 255 == level
     assert (str(PixelLength(8 / 255)), str(Radius(8 / 255)), str(PixelLength("0.2"))) == ("8/255", "8/255", "1/5")
-    assert PixelLength("0.0078") * 255 == Fraction("1.989")  # so few digits are somebody's own choice
+    assert PixelLength("0.0078") * 255 == Fraction("1.989")  # too few digits to have been meant as 2/255
 
 
 @given(st.floats(1e-18, 1), st.sampled_from([PixelLength, Radius]))
-def test_what_is_computed_survives_its_spelling(value: float, kind: type[PixelLength]) -> None:
+def test_computed_values_survive_conversion_to_text(value: float, kind: type[PixelLength]) -> None:
     length = kind(value)
     assert float(length) == pytest.approx(value, abs=1e-8)
     assert kind(str(length)) == length == pickle.loads(pickle.dumps(length))
 
 
 @pytest.mark.parametrize("value", ["1e-25", 1e-25, "0." + "1" * 30, "1/" + "9" * 21])
-def test_more_digits_than_others_would_read_are_refused(value: object) -> None:
+def test_too_many_digits_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"2/255,|20 "):
         PixelLength(value)
 
 
-def test_it_is_a_number() -> None:
+def test_a_pixel_length_is_a_number() -> None:
     length = PixelLength("1/2")
     assert length == 0.5
     assert length < 0.75

@@ -1,4 +1,4 @@
-"""The record of a preprocessing: what it fills in, reads, refuses, compares and says in a line."""
+"""The record of a preprocessing: its defaults, parsing, comparison and one-line description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGLIP = Preprocessing(shape=(3, 224, 224), resize="squash", mean=(0.5,), std=(0
 BORDER = Preprocessing(shape=(3, 32, 48), resize="longest", scale=(40, 60), rounding="nearest", fill=(1, 2, 3))
 
 
-def test_what_follows_from_the_shape() -> None:
+def test_defaults_follow_from_the_shape() -> None:
     grey = Preprocessing(shape=(1, 6, 5), mean=(0.5,), std=(0.25,))
     assert (grey.scale, grey.fill, grey.size) == ((6, 5), (0,), (6, 5))
     assert (SIGLIP.mean, SIGLIP.fill) == ((0.5, 0.5, 0.5), (0, 0, 0))
@@ -58,18 +58,18 @@ def test_records_of_the_first_release_are_read() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_record_is_named(record: Any, field: str) -> None:
+def test_invalid_records_are_refused_with_the_field(record: Any, field: str) -> None:
     with refused(ConfigError, None, "encoder.safetensors", f"{field}:"):
         Preprocessing.read(record, "encoder.safetensors")
 
 
 @pytest.mark.parametrize("record", [None, "CLIP's", {}, {"shape": [3, 8, 8]}, {"interpolation": "bicubic"}], ids=str)
-def test_provenances_that_do_not_say_it(record: Any) -> None:
-    """Those of other writers, and unions of artifacts in which it differs."""
+def test_provenances_without_a_complete_record_give_none(record: Any) -> None:
+    """From other writers, or from unions of artifacts with different preprocessing."""
     assert Preprocessing.of_artifact({} if record is None else {"preprocessing": record}, "artifact") is None
 
 
-def test_differences_in_words() -> None:
+def test_differences_are_described_in_words() -> None:
     assert CLIP.differences(CLIP) == []
     assert CLIP.differences(SIGLIP) == [
         "resize shortest, not squash",
@@ -77,7 +77,7 @@ def test_differences_in_words() -> None:
         "std (0.27, 0.26, 0.28), not 0.5",
     ]
     assert CLIP.differences(SIGLIP, normalised=False) == ["resize shortest, not squash"]
-    # Where the crop begins says nothing of what is not cropped.
+    # The crop's offset does not matter where nothing is cropped.
     assert CLIP.model_copy(update={"offset": "down"}).differences(SIGLIP) == CLIP.differences(SIGLIP)
     assert CLIP.differences(BORDER)[0] == "shape 3x224x224, not 3x32x48"
 
@@ -100,7 +100,7 @@ def test_differences_in_words() -> None:
         (BORDER, {"fill": (7, 7, 7)}, True),
     ],
 )
-def test_only_what_changes_pixels_differs(one: Preprocessing, changes: dict[str, Any], differs: bool) -> None:
+def test_only_settings_that_change_pixels_differ(one: Preprocessing, changes: dict[str, Any], differs: bool) -> None:
     other = one.model_copy(update=changes)
     assert bool(one.differences(other)) == bool(other.differences(one)) == differs
 
@@ -118,5 +118,5 @@ def test_only_what_changes_pixels_differs(one: Preprocessing, changes: dict[str,
         (CLIP.geometry.of_exact_size(), "3x224x224: images of this size as they are"),
     ],
 )
-def test_in_a_line(preprocessing: Preprocessing, line: str) -> None:
+def test_the_text_is_a_one_line_description(preprocessing: Preprocessing, line: str) -> None:
     assert str(preprocessing) == line

@@ -1,4 +1,4 @@
-"""What people see of an artifact: summary, dataset card and contact sheet."""
+"""Summary, dataset card and contact sheet of an artifact."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def test_summary_numbers_are_those_of_the_records(
     json.dumps(facts)
 
 
-def test_summary_of_nothing(tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write) -> None:
+def test_summary_of_an_artifact_without_groups(
+    tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
+) -> None:
     """Every group was rejected: no division by zero, no invented extremes."""
     write_artifact(tmp_path / "a", make_layout("webdataset"), tuple(range(7)))
     artifact = open_artifact(tmp_path / "a")
@@ -102,7 +104,7 @@ def test_the_cards_python_runs(
     exec(snippets[0], ours)
     assert isinstance(ours["record"], Record)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # others leave closing to the collector, and use what is deprecated
+        warnings.simplefilter("ignore")  # third-party readers leave files open and call deprecated functions
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
         for snippet in snippets[1:]:
             stock: dict[str, Any] = {}
@@ -125,7 +127,7 @@ def test_contact_sheet_has_a_tile_for_every_picture(
     columns: int,
     groups: int,
 ) -> None:
-    """Clean, four members, mean, difference (if there is a reference), variance; one row a group, at most all."""
+    """Clean, four members, mean, difference (if there is a reference) and variance; one row a group."""
     write_artifact(tmp_path / "a", make_layout("webdataset", extras=extras))
     with Image.open(io.BytesIO(contact_sheet(open_artifact(tmp_path / "a"), groups))) as image:
         assert image.format == "PNG"

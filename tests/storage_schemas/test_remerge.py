@@ -1,4 +1,4 @@
-"""Members merged again: what a writer makes of the first n of them, or refused."""
+"""Merging the first n stored members again gives their moments, or is refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_factors_are_those_of_the_key_and_seed(
         (("members",), Remerge(members=2, factors=2), "factors", ("2 members", " 1 ", " 2")),
     ],
 )
-def test_what_cannot_be_is_refused(
+def test_impossible_settings_are_refused(
     tmp_path: Path,
     make_layout: Callable[..., Layout],
     write_artifact: Write,
@@ -94,10 +94,10 @@ def test_what_cannot_be_is_refused(
 
 
 @pytest.mark.parametrize("wanted", [Remerge(members=2), Remerge(factors=1)])
-def test_groups_that_are_no_attacks_are_not_cut(
+def test_only_adversarial_groups_are_cut(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, wanted: Remerge
 ) -> None:
-    """Their samples, their target and their number would be others."""
+    """With fewer members, the samples and the target of other groups would change as well."""
     write_artifact(tmp_path / "a", make_layout())
     forge(tmp_path / "a", lambda manifest: manifest["provenance"].update(grouping={"kind": "label", "members": 4}))
     with refused(ConfigError, None, tmp_path / "a", "label", "`members`", "`factors`"):

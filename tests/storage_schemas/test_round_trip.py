@@ -1,4 +1,4 @@
-"""Written and read back: every format, encoding and location gives the same records."""
+"""Records survive writing and reading in every format, encoding and location."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_round_trip(
         same_record(artifact[record.key], record)
 
 
-def test_indices_and_keys_that_are_not_there(
+def test_unknown_indices_and_keys_raise_errors(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
 ) -> None:
     write_artifact(tmp_path / "a", make_layout(format_name))
@@ -66,7 +66,7 @@ def test_rejected_groups_leave_the_index_right(
     format_name: str,
     rejected: tuple[int, ...],
 ) -> None:
-    """Shards with fewer groups than planned, or none."""
+    """Shards may have fewer groups than planned, or none."""
     records = write_artifact(tmp_path / "a", make_layout(format_name), rejected)
     artifact = open_artifact(tmp_path / "a")
     assert len(artifact) == 7 - len(rejected)
@@ -130,7 +130,7 @@ def test_a_missing_remote_shard_is_corruption(
             artifact[index]
 
 
-def test_odd_folder_names(
+def test_odd_folder_names_are_accepted(
     tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same, format_name: str
 ) -> None:
     path = tmp_path / "run [3] #2 ünï%20*" / "a"
@@ -216,7 +216,7 @@ def test_a_file_that_is_no_head_is_named(
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "a file"])
-def test_places_without_an_artifact(tmp_path: Path, kind: str) -> None:
+def test_places_without_an_artifact_are_refused(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "x"
     if kind == "empty folder":
         place.mkdir()

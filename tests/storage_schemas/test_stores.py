@@ -1,4 +1,4 @@
-"""One behaviour suite for all stores; what only one of them has is how its bytes are read without this package.
+"""One suite of behaviour tests for all stores; they differ only in how stock libraries read their raw bytes.
 
 A new format adds a class here, with its name and its `raw` reader, and inherits every test.
 """
@@ -46,7 +46,7 @@ Raw = list[dict[str, npt.NDArray[np.generic]]]
 
 
 class StoreBehaviour(ABC):
-    """What holds for every format. Raw bytes are read by stock libraries, never by the code under test."""
+    """Tests that every format must pass. Raw bytes are read by stock libraries, never by the code under test."""
 
     format: str
 
@@ -55,7 +55,7 @@ class StoreBehaviour(ABC):
         """The stored arrays of every record, in storage order, with `count` and `label` (-1: none)."""
 
     @pytest.mark.parametrize("rejected", [(), (1, 3), (3, 4, 5)])
-    def test_stock_libraries_find_what_was_written(
+    def test_stock_libraries_read_what_was_written(
         self,
         tmp_path: Path,
         make_layout: Callable[..., Layout],
@@ -80,7 +80,7 @@ class StoreBehaviour(ABC):
     def test_the_order_is_that_of_the_plan(
         self, tmp_path: Path, make_layout: Callable[..., Layout], make_shards: Any, provenance: dict[str, Any]
     ) -> None:
-        """Not that in which shards were finished."""
+        """Not the order in which shards were committed."""
         layout = make_layout(self.format)
         shards = make_shards(layout)
         writer = ArtifactWriter(Location(tmp_path), layout, provenance)
@@ -149,7 +149,7 @@ class StoreBehaviour(ABC):
         np.testing.assert_array_equal(found.arrays["curvature"], values)
         np.testing.assert_array_equal(found.mean, record.mean)
 
-    def test_verify_modes(
+    def test_sound_records_are_read_in_every_verify_mode(
         self, tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same
     ) -> None:
         records = write_artifact(tmp_path / "a", make_layout(self.format))
@@ -159,10 +159,10 @@ class StoreBehaviour(ABC):
         with refused(ConfigError, "verify", "off", "record", "shard", "True"):
             open_artifact(tmp_path / "a", verify=True)  # type: ignore[arg-type]
 
-    def test_shard_mode_reads_each_file_once(
+    def test_shard_mode_checks_each_file_once(
         self, tmp_path: Path, make_layout: Callable[..., Layout], write_artifact: Write
     ) -> None:
-        """A file that is damaged later than that is the page cache's business, and a new reader's."""
+        """Later damage is noticed by a new reader only."""
         write_artifact(tmp_path / "a", make_layout(self.format))
         artifact = open_artifact(tmp_path / "a", verify="shard")
         assert artifact[0].key == "k0"
@@ -173,8 +173,10 @@ class StoreBehaviour(ABC):
         with refused(CorruptShard, None, path, "sha256"):
             open_artifact(tmp_path / "a", verify="shard")[1]
 
-    def test_many_shards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Any record by index or key costs one sidecar; memory does not grow with the records that were read."""
+    def test_a_lookup_reads_one_sidecar_and_memory_is_bounded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By index or key; memory does not grow with the number of records that were read."""
         layout = self._many_shards(tmp_path)
         reads: list[str] = []
         read = Location.read
@@ -202,10 +204,10 @@ class StoreBehaviour(ABC):
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
         assert layout.shards == 100
-        assert peaks[1] < 1.25 * peaks[0]  # the caches are full at 64 shards; without, it is 1.4
+        assert peaks[1] < 1.25 * peaks[0]  # the caches are full at 64 shards; if they grew, the ratio would be 1.4
 
     def _many_shards(self, folder: Path) -> Layout:
-        """A hundred of two groups each."""
+        """Write a hundred shards of two groups each."""
         arrays_ = tuple(ArraySpec.of(name, np.dtype("f4"), (1, 1, 1)) for name in ("mean", "mean_square"))
         document = {"format": self.format, "encoding": "float32", "arrays": arrays_}
         layout = Layout.model_validate({**document, "groups": 200, "groups_per_shard": 2})
@@ -254,7 +256,7 @@ def test_every_format_has_a_store_and_its_tests() -> None:
     assert STORES.keys() == set(get_args(Format)) == {tests.format for tests in StoreBehaviour.__subclasses__()}
 
 
-def test_what_was_used_last_is_kept() -> None:
+def test_lru_keeps_the_most_recently_used() -> None:
     kept = Lru[str, int](2)
     kept.put("a", 1)
     kept.put("b", 2)

@@ -1,4 +1,4 @@
-"""Writers in real processes: killed wherever they write, and two at once on one artifact."""
+"""Writers in real processes: killed at their write calls, and two at once on one artifact."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _run(kind: str, folder: Path, job: object) -> int:
 
 
 def test_killed_at_every_kind_of_write_call(tmp_path: Path, job: Any, same_record: Same) -> None:
-    """What is left is a sound artifact with whole shards, and the next run makes of it what one run makes."""
+    """A sound artifact of whole shards is left, and the next run completes it to what a single run writes."""
     killed = _run("kill", tmp_path, job)
     shards = job[1]
     golden = _merge(tmp_path / "golden", job)
@@ -74,7 +74,7 @@ def test_killed_at_every_kind_of_write_call(tmp_path: Path, job: Any, same_recor
             assert paths
             assert all(left.get(path) == golden[path] for path in paths)
         assert _merge(folder, job) == golden
-    # Those of a shard and its sidecar, the class head, three manifests, the card.
+    # The files of a shard, its sidecar, the class head, three manifests and the card.
     files = len(open_artifact(tmp_path / "golden").commit(0).files) + 1 + 1 + 3 + 1
     assert killed > 6 * files
     assert len(seen) > files

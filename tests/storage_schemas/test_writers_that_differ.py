@@ -1,4 +1,4 @@
-"""Two writers of one plan whose bytes are not the same, as on GPUs that add in any order: a shard is of one."""
+"""Two writers of one plan whose bytes differ, as on GPUs that add in any order: a shard comes from one of them."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Turn(threading.Thread):
 
 
 def _other(record: Record) -> Record:
-    """The same but for one pixel, in every array."""
+    """The record with its first value changed in every array."""
     arrays: dict[str, Any] = {name: array.copy() for name, array in record.arrays.items()}
     for array in arrays.values():
         array.flat[0] ^= 1
     return replace(record, arrays=arrays)
 
 
-def test_a_shard_is_of_one_writer_whatever_the_order(
+def test_a_shard_comes_from_one_writer_in_any_order(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     make_layout: Callable[..., Layout],
@@ -81,7 +81,7 @@ def test_a_shard_is_of_one_writer_whatever_the_order(
 
     monkeypatch.setattr(Location, "write", writing)
     monkeypatch.setattr(Location, "read", reading)
-    # Both have looked for a sidecar and written the files that hold no pixels; what is left comes in all orders.
+    # Both look for a sidecar and write the files without pixels; then the remaining calls come in every order.
     before, left = (4, 3) if format_name == "zarr" else (2, 2)
     for order in sorted(set(itertools.permutations("a" * left + "b" * left))):
         folder = tmp_path / "".join(order)

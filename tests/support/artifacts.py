@@ -1,4 +1,4 @@
-"""Tiny artifacts in every physical form: 7 groups of up to 4 members, 3 a shard, pixels 3×4×5."""
+"""Tiny artifacts in every format and encoding: 7 groups of up to 4 members, 3 a shard, pixels 3×4×5."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def write(
 
 
 def same_groups(artifact: str) -> str:
-    """Another artifact, with the groups of this one: a converted copy beside it."""
+    """Convert an artifact to the other format, beside it; return the copy's path."""
     target, format = f"{artifact}-converted", open_artifact(artifact).manifest.layout.format
     convert(artifact, target, format="webdataset" if format == "zarr" else "zarr")
     return target
 
 
 def assert_same(found: Record, expected: Record) -> None:
-    """Equal in every stored bit and every derived quantity."""
+    """Check that two records are equal in every stored bit and every derived quantity."""
     facts = ("key", "count", "encoding", "label", "samples", "info")
     assert [getattr(found, name) for name in facts] == [getattr(expected, name) for name in facts]
     assert list(found.arrays) == list(expected.arrays)

@@ -1,4 +1,4 @@
-"""A local Ray cluster of two nodes, photos with some unusable ones, and faults to switch on."""
+"""A local Ray cluster of two nodes, photos of which some are unusable, and faults that can be switched on."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Bench:
     """A cluster, the photos, and how to merge them.
 
     Attributes:
-        address: of the Ray cluster.
+        address: address of the Ray cluster.
         cluster: a ray.cluster_utils.Cluster with a head and one more node.
         photos: folder of images, 13 usable ones.
         faults: folder whose files switch faults on.
-        store: an S3 server that the cluster's workers know.
-        environment: of the cluster's processes, and of whoever merges on it.
+        store: an S3 server that the cluster's workers use.
+        environment: variables of the cluster's processes and of processes that merge on it.
     """
 
     address: str
@@ -51,15 +51,15 @@ class Bench:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[Bench]:
-        """This process, and those that it starts, in the cluster's environment; no fault is switched on."""
+        """Give this process and those that it starts the cluster's environment; switch all faults off."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
-            # Also where this process runs already and does not read PYTHONPATH again.
+            # This process is running and does not read PYTHONPATH again.
             patch.setattr(sys, "path", [*sys.path, str(FAULTS)])
-            # Workers have that from the encoder that they load.
+            # In workers, the encoder that they load sets this.
             patch.setattr(retries, "FIRST_DELAY", 0.01)
-            # Connections are kept for the life of a process, also those to another server.
+            # A process keeps its connections, including those to another server.
             fsspec.get_filesystem_class("s3").clear_instance_cache()
             self.switch()
             self.store.fault = None
@@ -73,12 +73,12 @@ class Bench:
         return ["merge", str(self.photos), str(artifact), *settings.split(), "--ray-address", self.address, *more]
 
     def start(self, artifact: str | Path, *more: str) -> subprocess.Popen[str]:
-        """Begin a merge in a process of its own."""
+        """Start a merge in its own process."""
         command = [sys.executable, "-m", "datamerge", *self.arguments(artifact, *more)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def merge(self, artifact: str | Path, *more: str) -> tuple[int, str]:
-        """Merge to the end, in this process; exit code and what was printed to stderr."""
+        """Run a merge in this process; return its exit code and stderr."""
         errors, code = io.StringIO(), 0
         with (
             contextlib.redirect_stderr(errors),
@@ -108,13 +108,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 180) -> Any:
-    """Wait until a condition gives something, and return that."""
+    """Wait until a condition returns something true, and return that."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
             return found
         time.sleep(0.02)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition was not met within {seconds:g} seconds")
 
 
 def write_photos(folder: Path) -> None:
@@ -149,7 +149,7 @@ def running_bench(folder: Path) -> Iterator[Bench]:
 
 def _environment(faults: Path, store: S3Server) -> dict[str, str]:
     return {
-        # What a user would set; botocore's own tries would hide ours.
+        # Variables that a user would set; one attempt, because botocore's retries would hide ours.
         "AWS_ENDPOINT_URL": store.url,
         "AWS_ACCESS_KEY_ID": "TESTKEYID",
         "AWS_SECRET_ACCESS_KEY": "verysecret",
@@ -161,7 +161,7 @@ def _environment(faults: Path, store: S3Server) -> dict[str, str]:
 
 
 def _cluster() -> Any:
-    """A head and one more node."""
+    """A Ray cluster of a head and one more node."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False}

@@ -1,4 +1,4 @@
-"""Headless Chromium without a network, spoken to over a pipe in its DevTools protocol: no driver, no package."""
+"""Headless Chromium without a network, controlled over a pipe by its DevTools protocol: no driver, no package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-pipe"
 )
-# No name resolves, so that nothing can leave even where a test looks away.
+# No host name resolves, so that no request can leave this machine.
 _OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND"
 SECONDS = 60
 
@@ -29,7 +29,7 @@ class Page:
     """One tab.
 
     Attributes:
-        requests: URLs that were asked for since `open`, data: and blob: left out.
+        requests: URLs requested since `open`, except data: and blob:.
         errors: exceptions and `console.error` of scripts since `open`.
     """
 
@@ -49,7 +49,7 @@ class Page:
         """The result of a method of the protocol.
 
         Raises:
-            RuntimeError: the browser says that it failed.
+            RuntimeError: the browser reports an error.
         """
         self._calls += 1
         message: dict[str, Any] = {"id": self._calls, "method": method, "params": parameters}
@@ -70,13 +70,13 @@ class Page:
             self._note(self._next())
 
     def window(self, width: int, height: int, *, dark: bool = False) -> None:
-        """The size of the window in CSS pixels, and what its user prefers."""
+        """Set the size of the window in CSS pixels, and the preferred colour scheme."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression; of a promise, what it resolves to."""
+        """The value of a JavaScript expression; for a promise, the value it resolves to."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"]["exception"]["description"])
@@ -92,7 +92,7 @@ class Page:
         return value
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """The window as PNG, or the whole page."""
+        """Save the window, or the whole page, as PNG."""
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(picture["data"]))
 
@@ -122,11 +122,11 @@ class Page:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A browser with an empty profile in a folder of the test."""
+    """Start a browser with an empty profile in the given folder."""
     assert CHROMIUM
     into, to_browser = os.pipe()
     from_browser, out = os.pipe()
-    # Out of the way of 3 and 4, from and to which the browser reads and writes the protocol.
+    # The browser reads the protocol from descriptor 3 and writes it to 4, so ours must be others.
     ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (into, out)]
     process = subprocess.Popen(
         [CHROMIUM, *_FLAGS.split(), _OFFLINE, f"--user-data-dir={profile}", "about:blank"],

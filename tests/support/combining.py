@@ -1,4 +1,4 @@
-"""Artifacts to combine, and what their union has to be."""
+"""Artifacts to combine, and a check of their union."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def make(
     overrides: Callable[[Record], dict[str, Any]] = lambda record: {},
     files: Mapping[str, bytes] | None = None,
 ) -> Artifact:
-    """An artifact of `groups` (key → members), two a shard; `changes` are dotted provenance leaves."""
+    """Write an artifact of `groups` (key → members), two a shard; `changes` are dotted provenance leaves."""
     largest = max(len(members) for members in groups.values())
     shapes = {"target": (WIDTH,), "members": (largest, *SHAPE), "clean": SHAPE, "factors": (1, *SHAPE)}
     dtypes = {"target": "f4", "members": "u1", "clean": "u1", "factors": "i1"}
@@ -119,7 +119,7 @@ def combine(folder: Path, *inputs: Artifact, allow: Sequence[str] = ()) -> Artif
 
 
 def check(record: Record, members: Any) -> None:
-    """Equal to what one merge of all these members would have stored."""
+    """Check that a record equals what one merge of all these members would have stored."""
     moments = ExactMoments.of(members)
     assert record.count == len(members)
     np.testing.assert_array_equal(record.arrays["sum"], moments.sum)

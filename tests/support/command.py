@@ -1,4 +1,4 @@
-"""The `datamerge` command in this process: what a subprocess would say, without the seconds that its start takes."""
+"""The `datamerge` command in this process: the output of a subprocess, without the seconds that its start takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import datamerge.cli
 
 @dataclass(frozen=True)
 class Done:
-    """What a command has printed, and its exit code."""
+    """Output and exit code of a command."""
 
     returncode: int
     stdout: str
@@ -23,10 +23,10 @@ class Done:
 
 
 def run_command(*arguments: str | Path, **environment: str) -> Done:
-    """Run `datamerge ARGUMENTS…` to its end, with these variables besides; the environment is what it was after.
+    """Run `datamerge ARGUMENTS…` with additional environment variables; the environment is restored afterwards.
 
     Raises:
-        Exception: what the command does not report, a bug of it.
+        Exception: an error that the command does not report, which is a bug.
     """
     out, err = io.StringIO(), io.StringIO()
     argv = ["datamerge", *map(str, arguments)]
@@ -34,7 +34,7 @@ def run_command(*arguments: str | Path, **environment: str) -> Done:
     with (
         patch.dict(os.environ, environment),
         patch.object(sys, "argv", argv),
-        # From which click tells that it is `python -m pytest`.
+        # click would recognise `python -m pytest` by it.
         patch.object(sys.modules["__main__"], "__package__", "", create=True),
         redirect_stdout(out),
         redirect_stderr(err),

@@ -1,4 +1,4 @@
-"""What `gauss_newton` estimates, from the dense Jacobian: the oracle of the estimators, for small models."""
+"""The quantity that `gauss_newton` estimates, from the dense Jacobian: an oracle for small models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def exact(
     """L(x̄, y) + ½ vᵀ diag[Jᵀ (∇²_t L) J], J = ∂t/∂x                                           (PAPER eq. 6, 10, 17)
 
     No randomness (`draws` is not used). For a linear model under squared error and a group whose covariance is
-    diagonal it equals the group's mean loss (eq. 1). Arguments as those of an `Estimator`.
+    diagonal it equals the group's mean loss (eq. 1). The arguments are those of an `Estimator`.
     """
     inputs = mean.detach().requires_grad_()
     outputs = model(inputs)
@@ -26,7 +26,7 @@ def exact(
 def dense_diagonal(outputs: Tensor, inputs: Tensor, loss: Loss) -> Tensor:
     """diag[Jᵀ (∇²_t L) J] of each group, [B, C, H, W], by one backward pass per output.
 
-    Arguments as `diagonal_estimate` of `gauss_newton`.
+    The arguments are those of `diagonal_estimate` in `gauss_newton`.
     """
     rows = [
         torch.autograd.grad(outputs[:, k].sum(), inputs, create_graph=True)[0].flatten(1)

@@ -1,4 +1,4 @@
-"""Encoders that were tuned, photos, and what an export's card tells its reader to run."""
+"""Tuned encoders, photos, and the code in the card of an export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datamerge.sources import decode
 
 
 def tuned(spec: str, folder: Path) -> Encoder:
-    """The encoder of a spec with other weights, as a run would leave it."""
+    """The encoder of a spec with changed weights, as after a training run."""
     encoder = load_encoder(spec)
     generator = torch.Generator().manual_seed(2)
     for parameter in encoder.model.parameters():
@@ -41,7 +41,7 @@ def embed(encoder: Encoder, photos: list[Image.Image]) -> Tensor:
 def run_card(
     folder: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, expected: Tensor, tolerance: float = 1e-4
 ) -> None:
-    """The lines of the model card do what they say."""
+    """Run the model card's code on a photo and compare its embeddings."""
     photo.save(folder / "photo.png")
     code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""Changes to an artifact with all hashes in place, as only somebody who means it makes them."""
+"""Deliberate changes to an artifact, with all hashes and seals updated to match."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sealed(document: dict[str, Any]) -> bytes:
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], None], file: str = "manifest.json") -> None:
-    """Change a document and make all hashes fit."""
+    """Change a document and update all hashes of files."""
     document = json.loads((folder / file).read_bytes())
     change(document)
     data = sealed(document)
@@ -32,7 +32,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], file: str = "m
 
 
 def replace_file(folder: Path, name: str, data: bytes) -> None:
-    """Put other bytes into a shard's file and make all hashes fit."""
+    """Replace the bytes of a shard's file and update all hashes."""
     (folder / name).write_bytes(data)
     for commit in sorted((folder / "commits").iterdir()):
 

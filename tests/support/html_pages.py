@@ -1,4 +1,4 @@
-"""Pages as a test reads them: with Python's parser, and with Chromium where it is installed."""
+"""HTML pages parsed by Python, and rendered by Chromium where it is installed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LOADED = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "st
 
 
 class Page(HTMLParser):
-    """A page that stands alone.
+    """A self-contained page; parsing checks that it loads nothing and closes every element.
 
     Attributes:
         pictures: all images, decoded, with their alternative texts.
         tables: cells by table and row.
         drawings: texts of each `<svg>`.
-        text: everything that is read.
+        text: all text that is shown.
     """
 
     def __init__(self, content: str) -> None:
@@ -84,7 +84,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-# Every page in a frame as wide as a screen and in one as wide as a phone; what is found goes into the title.
+# Every page in a frame of a screen's width and in one of a phone's; the measurements go into the title.
 _FRAMES = """<!DOCTYPE html><meta charset="utf-8"><body>{frames}<script>
 addEventListener("load", () => {{
   const found = [...document.querySelectorAll("iframe")].map(frame => {{
@@ -106,7 +106,7 @@ addEventListener("load", () => {{
 
 
 def open_in_browser(pages: dict[str, str], folder: Path, *, dark: bool) -> list[dict[str, Any]]:
-    """What Chromium finds in pages, by name, 1,280 and 390 pixels wide, without a network; skips without Chromium."""
+    """Measurements of pages in Chromium without a network, 1,280 and 390 pixels wide; skips without Chromium."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium is installed")

@@ -9,16 +9,16 @@ import torch
 
 from datamerge.runtime.torchvision_ops import make_torchvision_importable
 
-# Of its vision tower: pixels, pixels of a patch, channels.
+# The vision tower: image size and patch size in pixels, and channels.
 SIZE, PATCH, WIDTH = 32, 8, 32
 
 
 def make_llava(folder: Path, texts: list[str], width: int = WIDTH, **changes: Any) -> str:
-    """A LLaVA with random weights and a byte-level tokeniser trained on `texts`.
+    """Save a LLaVA with random weights and a byte-level tokeniser trained on `texts`.
 
     Args:
-        width: of its vision tower.
-        changes: settings of its language model.
+        width: channels of the vision tower.
+        changes: settings of the language model.
 
     Returns:
         The folder.

@@ -14,7 +14,7 @@ from storage_schemas import Artifact, ArtifactWriter, Location, open_artifact
 
 
 def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
-    """A whole merge by one worker."""
+    """Merge photos with one worker, in this process."""
     attack = {"steps": 3} if settings.get("grouping", "adversarial") == "adversarial" else {}
     config = MergeConfig.model_validate(
         {"source": str(photos), "artifact": str(artifact), "members": 2, "device": "cpu"} | attack | settings
@@ -23,7 +23,7 @@ def merge_alone(photos: Path, artifact: Path, **settings: Any) -> Artifact:
 
 
 def merge_here(config: MergeConfig) -> Artifact:
-    """The merge without Ray: shards one after the other, in this process."""
+    """Run a merge without Ray: shards one after the other, in this process."""
     prepared = prepare(config)
     writer = ArtifactWriter(Location(config.artifact), prepared.plan.layout, prepared.plan.provenance)
     writer.begin(prepared.files)

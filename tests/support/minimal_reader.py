@@ -1,7 +1,7 @@
 """A whole reader of datamerge artifacts, from FORMAT.md alone: numpy, json, tarfile and zarr, no datamerge.
 
 `read(folder)` yields one dict per record: key, count, label, samples, mean, mean_square, variance, and the optional
-arrays that the artifact has. Checksums are left to the reader who needs them.
+arrays that the artifact has. It does not verify checksums.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What must hold on any device: the bits of stored arrays and of random starts are those that NumPy gives."""
+"""Checks for any device: stored arrays and random starts are bit for bit those of NumPy and the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUPS = 3
 
 
 def assert_stored_arrays_are_numpys(device: str, number: int, counts: Sequence[int] = (1, 2, 5)) -> None:
-    """Moments in both encodings and factors of both kinds, for groups of so many members."""
+    """Check moments in both encodings and factors of both kinds, for groups of `number` members."""
     generator = np.random.default_rng(number)
     members = generator.integers(0, 6, (GROUPS, number, *SHAPE)) + generator.integers(0, 251, (GROUPS, 1, *SHAPE))
     members[0, ::2], members[0, 1::2] = 255, 0  # the largest sums and scatter there are
@@ -45,7 +45,7 @@ def assert_stored_arrays_are_numpys(device: str, number: int, counts: Sequence[i
 
 
 def assert_starts_are_the_cpus(device: str) -> None:
-    """On the grid 8-bit values are equal; off it floats are, in the ℓ2 ball up to their last digits."""
+    """Check random starts: equal 8-bit values on the grid, floats within 1e-6 off it."""
     clean = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, *SHAPE), np.uint8))
     epsilon = Fraction(4, 255)
     for settings in (

@@ -1,9 +1,9 @@
-"""The hot loops on tensors that say they are on a GPU and hold no numbers; see `tests/test_fake_cuda.py`.
+"""The hot loops on fake tensors that claim to be on a GPU and hold no numbers; see `tests/test_fake_cuda.py`.
 
     python -m tests.support.on_fake_cuda NO_CARD.so
 
-What mixes a GPU's tensors with the CPU's, or asks the GPU for what it has no kernel for in PyTorch's own rules, fails
-here as there. What a kernel computes, and when, nothing here can say.
+Code that mixes tensors of GPU and CPU, or calls an operation that PyTorch lacks for GPUs, fails here as on a GPU. The
+results and the order of kernels cannot be checked here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def _pretend(library: str) -> None:
-    """Load `no_card.cpp`, before torch asks for the first time whether there is a GPU."""
+    """Load `no_card.cpp` before torch first checks for a GPU."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -59,7 +59,7 @@ def attacks() -> None:
 
 
 def arrays() -> None:
-    """What is stored of groups."""
+    """Arrays that are stored of groups."""
     import numpy as np
     import torch
 
@@ -129,7 +129,7 @@ def training() -> None:
 
 
 def mixed() -> None:
-    """What must not pass: an attack towards targets that were left on the CPU."""
+    """An attack towards targets that were left on the CPU must fail."""
     import torch
 
     from datamerge.attacks import squared_error
@@ -141,7 +141,7 @@ def mixed() -> None:
     except RuntimeError as error:
         assert "cuda:0 and cpu" in str(error), error
     else:
-        raise AssertionError("devices were mixed, and nothing said so")
+        raise AssertionError("devices were mixed without an error")
 
 
 def _taken(arm: str, batch: Any) -> bool:
@@ -157,7 +157,7 @@ def _encoder() -> Any:
 
 
 def _there(module: Any) -> Any:
-    """A module whose tensors are on the GPU: `Module.to` cannot exchange those of fake ones."""
+    """The module with its tensors on the GPU; `Module.to` cannot do this with fake tensors."""
     import torch
     from torch import nn
 
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
     DEVICE, REAL = torch.device("cuda", 0), unset_fake_temporarily
-    # What fake tensors cannot, and what torch asks the driver for.
+    # Fake tensors cannot be pinned, and torch asks the driver for the rest.
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment,method-assign,misc]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True

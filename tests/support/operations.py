@@ -1,4 +1,4 @@
-"""What torch computes, seen below autograd."""
+"""Recording of torch operations below autograd."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operations(TorchDispatchMode):
-    """Notes what is computed inside.
+    """Records the operations computed inside the block.
 
     Attributes:
-        names: such as aten.mm.default; `to another device` for copies between devices.
-        conversions_in_copies: the types of copies between devices that change the type on the way.
+        names: names such as aten.mm.default; `to another device` for copies between devices.
+        conversions_in_copies: dtypes, before and after, of copies between devices that convert.
     """
 
     def __init__(self) -> None:

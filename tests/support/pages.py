@@ -55,7 +55,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def spans(page: Path) -> list[list[str]]:
-    """Arguments of every `datamerge …` inside running text; these may leave things out."""
+    """Arguments of every `datamerge …` inside running text; these commands may be incomplete."""
     prose = _BLOCK.sub("", page.read_text("utf-8"))
     return [shlex.split(" ".join(span.split()))[1:] for span in _SPAN.findall(prose)]
 

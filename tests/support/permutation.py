@@ -1,4 +1,4 @@
-"""The trainer's permutation by index, written a second time with Python's integers; and a test of uniform counts."""
+"""An independent implementation of the trainer's permutation in Python integers, and a test of uniformity."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sent(index: int, size: int, key: int) -> int:
 
 
 def looks_uniform(found: npt.ArrayLike, expected: npt.ArrayLike, freedom: int) -> bool:
-    """Whether a chi-square statistic is within five deviations of what chance gives (p of about 10⁻⁵)."""
-    counts, wanted = np.asarray(found, float), np.asarray(expected, float)
-    statistic = float(((counts - wanted) ** 2 / wanted).sum())
+    """Whether the chi-square statistic is within five standard deviations of its expectation (p of about 10⁻⁵)."""
+    counts, expectation = np.asarray(found, float), np.asarray(expected, float)
+    statistic = float(((counts - expectation) ** 2 / expectation).sum())
     return statistic < freedom + 5 * math.sqrt(2 * freedom)

@@ -1,4 +1,4 @@
-"""Photos of odd sizes through our own pipeline, and a trap for readers of weights."""
+"""Photos of odd sizes embedded by our own pipeline, and a malicious pickle for readers of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge plans, as hashes, and the sources of the golden plans."""
+"""Hashes of the plans of merges, and the sources of the golden plans."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ GROUPINGS: dict[str, dict[str, Any]] = {
 
 
 def shapes() -> list[tuple[Image.Image, int | None]]:
-    """A data set of one's own: seven images of three classes, in a row of different grey."""
+    """A user's data set: seven images of three classes, each with its own level of grey."""
     return [(Image.fromarray(np.full((4, 4), 30 * number, np.uint8)), number % 3) for number in range(7)]
 
 
 def cases() -> list[tuple[str, str]]:
-    """Every kind of source with every grouping that it can have."""
+    """Every kind of source with every grouping that it supports."""
     return [
         (source, grouping)
         for source in LABELLED
@@ -43,7 +43,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def plan_of(folder: Path, source: str, grouping: str) -> dict[str, str]:
-    """The hash of each part of a plan, of what does not depend on versions or on where the source is."""
+    """The hash of each part of a plan, without versions and the source's location."""
     settings = {"groups_per_shard": 3, "shape": "1x4x4", "order": "source", **GROUPINGS[grouping]}
     if "encoder" in settings:
         del settings["shape"]

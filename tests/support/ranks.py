@@ -1,6 +1,6 @@
-"""The processes of one training run, real ones over gloo.
+"""The processes of a training run: real processes that communicate over gloo.
 
-They are forked from a server that has imported torch and the trainer, which takes each process seconds otherwise.
+They are forked from a server that has imported torch and the trainer, which saves each process seconds.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _FORKS = multiprocessing.get_context("forkserver")
 def launch(world: int, entries: Sequence[Mapping[str, Any]], folder: Path) -> list[tuple[int, str]]:
     """Run training configurations, one after the other, in `world` processes.
 
-    Each process prints the keys of the records that it is handed. An entry's `trouble` is a signal that process `who`
-    sends itself when it is handed micro-batch `at` of the sitting. Its `bucket_bytes` are those of the exchange; with
-    `unordered`, process `who` breaks off at the end of backward pass `at`, as where a GPU's kernels add in any order.
+    Each process prints the keys of its records. An entry's `trouble` is a signal that process `who` sends itself when
+    it receives micro-batch `at`. Its `bucket_bytes` are those of the exchange. With `unordered`, process `who` raises
+    an error at the end of backward pass `at`, like a GPU operation without a deterministic kernel.
 
     Args:
         world: number of processes.
-        entries: settings of `TrainConfig`, and perhaps the above.
-        folder: for what the processes print.
+        entries: settings of `TrainConfig`, and optionally the above.
+        folder: where the processes' output goes.
 
     Returns:
         Exit code and stderr of each rank.
     """
-    return _run(world, folder, _sit, entries)
+    return _run(world, folder, _train_all, entries)
 
 
 def exchange(world: int, folder: Path, patience: float, absent: bool) -> list[tuple[int, str]]:
@@ -43,9 +43,9 @@ def exchange(world: int, folder: Path, patience: float, absent: bool) -> list[tu
 
     Args:
         world: number of processes.
-        folder: for what the processes print: the sums, or the error and the seconds until it.
-        patience: of `Processes`.
-        absent: the last process gives the sign of life, and then waits for process 0 to end.
+        folder: where the processes' output goes: the sums, or the error and the seconds until it.
+        patience: `patience` of `Processes`, in seconds.
+        absent: the last process takes part in the first collective call only, then waits for process 0 to end.
 
     Returns:
         Exit code and stderr of each rank.
@@ -61,16 +61,16 @@ def step(world: int, folder: Path, cases: Sequence[Mapping[str, Any]]) -> list[l
 
 
 def fail(world: int, folder: Path, case: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Such a step in processes that join and leave as those of a run do, of which some fail in it.
+    """Run a step in processes that join and leave as in a training run, and of which some fail.
 
     Returns:
-        Exit code of each rank, and its error with the seconds from the step until all was left.
+        Exit code of each rank, and its error with the seconds from the step to the process's end.
     """
     return _run(world, folder, _fail, case)
 
 
 def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -> list[tuple[int, str]]:
-    """`work(environment, file for what is said, *arguments)` in each process."""
+    """Run `work(environment, output file, *arguments)` in each process."""
     _FORKS.set_forkserver_preload(["trainer.run.job", "torch.distributed"])
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -79,10 +79,10 @@ def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -
         "LOCAL_WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
     }
-    said = [folder / f"rank-{rank}.txt" for rank in range(world)]
+    output = [folder / f"rank-{rank}.txt" for rank in range(world)]
     ranks = [
         _FORKS.Process(
-            target=work, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, said[rank], *arguments)
+            target=work, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output[rank], *arguments)
         )
         for rank in range(world)
     ]
@@ -90,39 +90,39 @@ def _run(world: int, folder: Path, work: Callable[..., None], *arguments: Any) -
         process.start()
     for process in ranks:
         process.join(300)
-        assert process.exitcode is not None, "waited in vain"
-    return [(process.exitcode or 0, file.read_text()) for process, file in zip(ranks, said, strict=True)]
+        assert process.exitcode is not None, "a process did not end within 300 seconds"
+    return [(process.exitcode or 0, file.read_text()) for process, file in zip(ranks, output, strict=True)]
 
 
 def free_port() -> int:
-    """Of this machine, a moment ago."""
+    """A port of this machine that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def _joined(environment: dict[str, str], said: Path) -> Iterator[None]:
-    """This process is one of those over gloo, and what it says goes to a file."""
+def _joined(environment: dict[str, str], output: Path) -> Iterator[None]:
+    """Join the gloo process group; stderr goes to a file."""
     import torch.distributed
 
     os.environ.update(environment)
-    with said.open("wb") as file:
+    with output.open("wb") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.distributed.init_process_group("gloo")
     yield
-    # Else threads of gloo may be alive when the process ends, which C++ answers with an abort.
+    # Otherwise threads of gloo may be alive when the process ends, and C++ aborts.
     torch.distributed.destroy_process_group()
 
 
-def _sit(environment: dict[str, str], said: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """One process's part in all the runs."""
-    with _joined(environment, said):
+def _train_all(environment: dict[str, str], output: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Run one process's part of all training runs."""
+    with _joined(environment, output):
         for entry in entries:
             _train(dict(entry))
 
 
-def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool) -> None:
+def _sum(environment: dict[str, str], output: Path, patience: float, absent: bool) -> None:
     import torch
 
     from storage_schemas import DatamergeError
@@ -130,8 +130,8 @@ def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool)
     from trainer.run.exchange import Exchange
 
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    ended = said.with_name("ended")
-    with _joined(environment, said):
+    ended = output.with_name("ended")
+    with _joined(environment, output):
         if absent and rank == world - 1:
             torch.distributed.all_reduce(torch.zeros(1))
             while not ended.exists():
@@ -145,33 +145,33 @@ def _sum(environment: dict[str, str], said: Path, patience: float, absent: bool)
         try:
             numbers = Exchange(Processes(rank, world, rank, patience), parameters).finish(torch.tensor([rank + 2.0]))
         except DatamergeError as error:
-            _tell(f"ERROR {error} AFTER {time.monotonic() - started}")
+            _print(f"ERROR {error} AFTER {time.monotonic() - started}")
             ended.touch()
             return
-        _tell(json.dumps({"tensors": [tensor.tolist() for tensor in tensors], "numbers": numbers.tolist()}))
+        _print(json.dumps({"tensors": [tensor.tolist() for tensor in tensors], "numbers": numbers.tolist()}))
 
 
-def _step(environment: dict[str, str], said: Path, cases: Sequence[Mapping[str, Any]]) -> None:
-    with _joined(environment, said):
+def _step(environment: dict[str, str], output: Path, cases: Sequence[Mapping[str, Any]]) -> None:
+    with _joined(environment, output):
         for case in cases:
-            _tell(json.dumps(step_once(int(environment["RANK"]), int(environment["WORLD_SIZE"]), **case)))
+            _print(json.dumps(step_once(int(environment["RANK"]), int(environment["WORLD_SIZE"]), **case)))
 
 
-def _fail(environment: dict[str, str], said: Path, case: Mapping[str, Any]) -> None:
+def _fail(environment: dict[str, str], output: Path, case: Mapping[str, Any]) -> None:
     from trainer.run.distributed import processes
 
     os.environ.update(environment)
-    with said.open("wb") as file:
+    with output.open("wb") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     started, error = 0.0, ""
     try:
-        with processes("cpu") as own:
-            own.gather(None)
+        with processes("cpu") as group:
+            group.gather(None)
             started = time.monotonic()
-            step_once(own.rank, own.world, **case, again=False)
+            step_once(group.rank, group.world, **case, again=False)
     except Exception as caught:
         error = f"{type(caught).__name__} {caught}"
-    _tell(f"{error} AFTER {time.monotonic() - started}")
+    _print(f"{error} AFTER {time.monotonic() - started}")
 
 
 def step_once(
@@ -182,15 +182,15 @@ def step_once(
     breaks: Sequence[int] = (),
     again: bool = True,
 ) -> dict[str, Any]:
-    """What the exchange of a step does in one process, on whole numbers, which float32 adds without rounding.
+    """One process's part of a step with an exchange, on whole numbers, which float32 adds without rounding.
 
     Args:
-        rank: this process.
-        world: how many there are.
-        shares: numbers of the images in each micro-batch of each process.
+        rank: number of this process.
+        world: number of processes.
+        shares: indices of the images in each micro-batch of each process.
         bucket_bytes: size of a bucket.
-        breaks: processes whose last backward pass breaks off before the first layer.
-        again: such a pass is repeated; otherwise its error is raised.
+        breaks: processes whose last backward pass fails before the first layer.
+        again: repeat such a step; otherwise its error is raised.
 
     Returns:
         `gradients`, by name; `sums`, those that `Exchange.finish` returns; `events`, in their order.
@@ -228,7 +228,7 @@ def step_once(
         pixels = images[list(numbers)].requires_grad_()
         hidden = layers["first"](pixels)
         outputs = layers["last"](layers["second"](hidden))
-        # As estimators do: the slope on pixels is part of the loss.
+        # As in the estimators, the gradient with respect to pixels is part of the loss.
         (slope,) = torch.autograd.grad(outputs.square().sum(), pixels, create_graph=True)
         hidden.register_hook(arrive)
         (outputs.sum() + slope.sum()).backward()
@@ -274,7 +274,7 @@ def _train(entry: dict[str, Any]) -> None:
 
     def stream(*arguments: Any, **options: Any) -> Iterator[Any]:
         for number, batch in enumerate(original(*arguments, **options)):
-            _tell(f"RECORDS {json.dumps(batch.keys)}")
+            _print(f"RECORDS {json.dumps(batch.keys)}")
             if trouble and number == trouble["at"] and int(os.environ["RANK"]) == trouble["who"]:
                 signal.raise_signal(trouble["signal"])
             yield batch
@@ -284,11 +284,11 @@ def _train(entry: dict[str, Any]) -> None:
     try:
         train(TrainConfig(**entry))
     except Stopped as stopped:
-        _tell(f"STOPPED {stopped}")
+        _print(f"STOPPED {stopped}")
     except DatamergeError as error:
-        _tell(f"ERROR {error}")
+        _print(f"ERROR {error}")
 
 
-def _tell(line: str) -> None:
+def _print(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

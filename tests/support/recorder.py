@@ -1,4 +1,4 @@
-"""An encoder that notes what float32 means to PyTorch where its kernels run."""
+"""An encoder that records PyTorch's precision and determinism flags at each forward and backward pass."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Note(NamedTuple):
 
     Attributes:
         backward: whether it was a backward pass.
-        deterministic: convolutions are, and their kernels are not chosen by a race.
-        tf32: allowed in convolutions.
-        products: torch.get_float32_matmul_precision().
-        dtype: of the outputs.
+        deterministic: convolutions are deterministic, and their kernels are not chosen by timing.
+        tf32: whether convolutions may use TF32.
+        products: the value of torch.get_float32_matmul_precision().
+        dtype: dtype of the outputs.
     """
 
     backward: bool
@@ -34,7 +34,7 @@ class Note(NamedTuple):
 
 
 def note(backward: bool, dtype: torch.dtype) -> Note:
-    """The flags now."""
+    """The current flags."""
     cudnn = torch.backends.cudnn
     deterministic = cudnn.enabled and cudnn.deterministic and not cudnn.benchmark
     return Note(backward, deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision(), dtype)
@@ -53,10 +53,10 @@ class _Noted(torch.autograd.Function):
 
 
 class Network(nn.Module):
-    """Linear, 1×4×4 pixels to 6 outputs."""
+    """A linear network from 1×4×4 pixels to 6 outputs."""
 
     input_shape = (1, 4, 4)
-    notes: ClassVar[list[Note]] = []  # of all networks
+    notes: ClassVar[list[Note]] = []  # shared by all instances
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Network(nn.Module):
 
 @contextmanager
 def recording() -> Iterator[list[Note]]:
-    """Notes of all passes inside; the encoder `SPEC` can be loaded, and the flags around are the wrong ones."""
+    """Record the passes inside the block; the encoder `SPEC` can be loaded, and the flags outside are wrong."""
     module = types.ModuleType("recording_networks")
     module.__dict__["network"] = Network
     Network.notes = []

@@ -1,6 +1,6 @@
 """Real servers on this machine, in threads: S3 (moto) and HTTP, with a log of requests and faults on demand.
 
-A folder of tests that needs them imports the fixtures in its conftest.
+A test folder that needs them imports the fixtures in its conftest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 # A fault answers a request (method, path) with this status, or lets it through with None.
 Fault = Callable[[str, str], int | None]
 
-# How a web server may serve a file: its manners, and whether it knows ranges.
+# Ways in which a web server may serve a file: its manners, and whether it supports ranges.
 MANNERS: dict[str, tuple[set[str], bool]] = {
     "ranges": (set(), True),
     "no ranges": (set(), False),
@@ -47,8 +47,8 @@ class S3Server:
     """Moto behind a WSGI layer that logs and fails requests.
 
     Attributes:
-        rule: more that a request must fulfil, by its WSGI environment, which has its headers.
-        prefix: of all paths, as of a gateway that has S3 below a path.
+        rule: like `fault`, but for the WSGI environment of a request, which has its headers.
+        prefix: prefix of all paths, like that of a gateway with S3 below a path.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class S3Server:
         return result
 
     def listings(self) -> list[str]:
-        """Paths that were listed since the log was emptied."""
+        """Paths that were listed since the log was last cleared."""
         return [path for method, path, query in self.requests if method == "GET" and "list-type" in parse_qs(query)]
 
     @contextmanager
@@ -96,11 +96,11 @@ class S3Server:
 
 
 class WebHandler(SimpleHTTPRequestHandler):
-    """Files of a folder, in the manners that the server is told, and no listings."""
+    """Serves the files of a folder with the manners of the server; it refuses listings."""
 
     server: WebServer
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # which holds every answer back for 40 ms
+    disable_nagle_algorithm = True  # Nagle's algorithm delays every answer by 40 ms
 
     def do_GET(self) -> None:
         self.server.requests.append(("GET", self.path, self.headers.get("Range", "")))
@@ -177,15 +177,15 @@ class WebServer(ThreadingHTTPServer):
     """An HTTP server over a folder.
 
     Attributes:
-        ranges: whether it knows any.
-        manners: of `redirect`, `chunked` (no Content-Length), `gzip` (whatever is asked), `gzip when asked`.
-        etag: gives the version of a file for an answer.
+        ranges: whether it supports range requests.
+        manners: any of `redirect`, `chunked` (no Content-Length), `gzip` (always), `gzip when asked`.
+        etag: returns the ETag for an answer.
         retry_after: sent with the status of a fault.
-        agents: who asked, for each GET.
+        agents: the User-Agent of each GET.
     """
 
     daemon_threads = True
-    request_queue_size = 128  # connections that wait to be accepted; more would be tried again after seconds
+    request_queue_size = 128  # connections that may wait to be accepted; further ones would be retried after seconds
 
     def __init__(self, folder: Path, ranges: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), functools.partial(WebHandler, directory=str(folder)))
@@ -200,11 +200,11 @@ class WebServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def fetched(self) -> list[str]:
-        """Paths whose content was asked for since the log was emptied, not only their size."""
+        """Paths whose content, not only their size, was requested since the log was last cleared."""
         return [path for method, path, span in self.requests if method == "GET" and span != "bytes=0-0"]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients hang up when they have read enough."""
+        """Ignore errors: clients hang up when they have read enough."""
 
     @contextmanager
     def running(self) -> Iterator[WebServer]:
@@ -224,7 +224,7 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, found and entered by what a user would set in the environment."""
+    """The server, with its address and credentials in the environment variables that a user would set."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "TESTKEYID")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "verysecret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -233,7 +233,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3_server.fault = s3_server.rule = None
     s3_server.prefix = ""
-    # Connections are kept for the life of a process, also those to the server of another test.
+    # A process keeps its connections, including those to the server of another test.
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     return s3_server
 
@@ -249,7 +249,7 @@ def bucket(s3: S3Server) -> str:
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[WebServer]:
-    """A server of the folder `tmp_path / "web"` that knows ranges."""
+    """A server of the folder `tmp_path / "web"` that supports ranges."""
     (tmp_path / "web").mkdir()
     with WebServer(tmp_path / "web").running() as server:
         yield server
@@ -257,7 +257,7 @@ def web(tmp_path: Path) -> Iterator[WebServer]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Waits between retries, which are not waited for."""
+    """Waits between retries, recorded instead of slept."""
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
     return waits

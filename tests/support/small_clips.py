@@ -1,4 +1,4 @@
-"""Small CLIPs of open_clip, and files of their weights as the libraries that people use write them."""
+"""Small CLIPs of open_clip, and files of their weights as other libraries write them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMBEDDING = 24
 
 
 def add_models(folder: Path, models: dict[str, dict[str, Any]]) -> None:
-    """Make configurations known to open_clip; each is what differs from the small CLIP, `vision_cfg` by key."""
+    """Register configurations with open_clip; each lists its differences from the small CLIP, `vision_cfg` by key."""
     make_torchvision_importable()
     import open_clip
 
@@ -35,7 +35,7 @@ def add_models(folder: Path, models: dict[str, dict[str, Any]]) -> None:
 
 
 def small_clip(name: str = NAME, seed: int = 1) -> Any:
-    """A CLIP of open_clip whose weights are all random, also those that start at zero or one."""
+    """A CLIP of open_clip whose weights are all random, even those that are initialised to zero or one."""
     make_torchvision_importable()
     import open_clip
 
@@ -43,22 +43,22 @@ def small_clip(name: str = NAME, seed: int = 1) -> Any:
 
 
 def scrambled(model: Any, seed: int = 1) -> Any:
-    """The network with noise on all weights, so that a swapped or forgotten one shows; in eval mode."""
+    """The network in eval mode with noise on all weights, so that a swapped or forgotten weight is noticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
-                # Small and positive: variances stay variances, and deep networks finite.
+                # Small and positive, so that variances stay positive and outputs of deep networks finite.
                 tensor += 0.02 * torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
     return model.eval()
 
 
 def openai_archive(model: Any, path: Path) -> None:
-    """A TorchScript archive as OpenAI's: the whole CLIP with weights in float16 and its sizes as buffers."""
+    """Save a TorchScript archive like OpenAI's: the whole CLIP in float16, with its sizes as buffers."""
     from open_clip.model import convert_weights_to_fp16
 
     convert_weights_to_fp16(model)
-    # OpenAI's is no buffer.
+    # In OpenAI's CLIP the mask is no buffer.
     del model.attn_mask
     model.attn_mask = None
     sizes = {"input_resolution": TOWER["image_size"], "context_length": 8, "vocab_size": 64}

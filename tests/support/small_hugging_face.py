@@ -1,4 +1,4 @@
-"""Whole models of transformers, two layers deep, with tokeniser and image processor, as the library saves them."""
+"""Models of transformers, two layers deep, saved by the library with tokeniser and image processor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = ["<pad>", "<unk>", "<bos>", "<eos>", "a", "photo", "of", "cat", "red", "
 
 
 def save_tokenizer(folder: Path) -> Any:
-    """A tokeniser of a dozen words, as transformers saves it."""
+    """Save a tokeniser of a dozen words with transformers."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
@@ -31,7 +31,7 @@ def save_tokenizer(folder: Path) -> Any:
 
 
 def small_hugging_face(family: str, folder: Path, seed: int = 1) -> Any:
-    """A small whole model with its tokeniser and image processor."""
+    """Save a small model with its tokeniser and image processor."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     text = {**sizes, **special, "vocab_size": len(WORDS), "max_position_embeddings": 64 if family == "Siglip" else 20}

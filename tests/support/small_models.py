@@ -1,4 +1,4 @@
-"""Models of open_clip and timm with their names, parts and input sizes, but one layer deep and a few numbers wide."""
+"""Models of open_clip and timm with their names, parts and input sizes, but one layer deep and few channels wide."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import open_clip.timm_model  # noqa: E402 - likewise
 import timm as timm  # noqa: E402 - likewise
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
-# Beginning of timm's names → what makes them small.
+# Prefix of timm's model names → options that make them small.
 TOWERS: dict[str, dict[str, Any]] = {
     "vit_pe_core": {"depth": 1},
     "vitamin": {"depth": 1},
@@ -41,7 +41,7 @@ def shrink_open_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shrink_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make models of timm small until the test ends, whoever builds them."""
+    """Make all models of timm small until the test ends."""
     create = timm.create_model
 
     def small(name: str, **options: Any) -> Any:
@@ -60,7 +60,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
     elif "layers" in vision:
         width = vision.get("head_width", 64)
         vision |= {"layers": 1, "width": width}
-    # Whether the text tower stands apart is told from these keys.
+    # open_clip decides by these keys whether the text tower is a separate module.
     custom = bool(small.get("custom_text") or "hf_model_name" in text)
     small |= {"custom_text": custom, "text_cfg": dict(TEXT)}
     if "multimodal_cfg" in small:
@@ -70,7 +70,7 @@ def _shrunk(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def shaken(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """The same network with other weights than anything is initialised with, in eval mode."""
+    """The network in eval mode, with weights unlike any initialisation."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):

@@ -1,4 +1,4 @@
-"""Small artifacts to train on: random 8-bit groups, with targets, labels and members as asked."""
+"""Small artifacts to train on: random 8-bit groups, optionally with targets, labels and members."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A program that runs writers in processes of their own: many that are killed while they write, or two at once.
+"""A program that runs writers in separate processes: many that are killed while they write, or two at once.
 
-    python writers.py kill JOB.pickle FOLDER    the Nth killed writer leaves FOLDER/N, one that ends FOLDER/whole
+    python writers.py kill JOB.pickle FOLDER    the Nth killed writer leaves FOLDER/N, a finished one FOLDER/whole
     python writers.py race JOB.pickle FOLDER    two processes write FOLDER/N at the same time
 
 The job is a pickled (layout, shards, provenance). The last line of output is a number of writers, or of rounds.
 
-A writer of the first shard is killed at every call that changes the file system. Before and after, where more files
-come into being in the same way, at the last call of each kind: in what step of the merge, what call, to what file.
+A writer of the first shard is killed at every call that changes the file system. In the other steps, which repeat
+such calls, it is killed at the last call of each kind; a kind is a step of the merge, a call and a file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ROUNDS = 12
 FIRST_SHARD = "shard 0"
 Job = tuple[Layout, list[list[Record]], dict[str, Any]]
 Site = tuple[str, str, str]
-"""A step of the merge, a call, and the file it is for, without its numbers."""
+"""A step of the merge, a call, and the name of its file with numbers replaced."""
 
 
 def merge(folder: Path, job: Job, on_step: Callable[[str], None] = lambda step: None) -> None:
-    """What a merge does: claim, commit the missing shards, finish."""
+    """Do what a merge does: claim the folder, commit the missing shards, finish."""
     layout, shards, provenance = job
     writer = ArtifactWriter(Location(folder), layout, provenance)
     on_step("begin")
@@ -48,11 +48,11 @@ def merge(folder: Path, job: Job, on_step: Callable[[str], None] = lambda step: 
 
 
 class KilledAt:
-    """Ends this process without a farewell before its Nth call that changes the file system.
+    """Kills this process at its Nth call that changes the file system.
 
     Attributes:
-        step: what the merge is doing; told by the merge.
-        sites: of the calls so far.
+        step: the current step of the merge, which the merge sets.
+        sites: sites of the calls so far.
     """
 
     def __init__(self, fatal: int | None) -> None:
@@ -68,7 +68,7 @@ class KilledAt:
         self.sites.append((self.step, call, self._file))
 
     def install(self) -> None:
-        """Audit events cover creating, renaming and removing; bytes and syncs have none and are wrapped."""
+        """Audit events cover creating, renaming and removing; writing and fsync have none and are wrapped."""
         sys.addaudithook(self._audit)
         fdopen = os.fdopen
 
@@ -81,7 +81,7 @@ class KilledAt:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
         if writing or event in ("os.mkdir", "os.chmod", "os.rename", "os.remove"):
-            if isinstance(arguments[0], int):  # an open file, which has the name it was given before
+            if isinstance(arguments[0], int):  # an open file, whose name came with an earlier event
                 event = "fdopen"
             else:
                 name = re.sub(r"^\.(.+)\.[^.]+\.tmp$", r"\1", Path(arguments[0]).name)
@@ -90,7 +90,7 @@ class KilledAt:
 
 
 class HalfWay:
-    """A stream whose process may die in the middle of a write."""
+    """A stream whose process may be killed in the middle of a write."""
 
     def __init__(self, stream: io.BufferedWriter, point: Callable[[], None]) -> None:
         self._stream, self._point = stream, point
@@ -122,7 +122,7 @@ def kill(folder: Path, job: Job) -> int:
 
 
 def _writer(folder: Path, job: Job, fatal: int | None) -> int:
-    """Run a writer in a process of its own; return its exit code. One that ends lists its calls in `sites.json`."""
+    """Run a writer in its own process; return its exit code. A writer that ends lists its calls in `sites.json`."""
     child = os.fork()
     if child == 0:
         killed = KilledAt(fatal)
@@ -137,7 +137,7 @@ def _writer(folder: Path, job: Job, fatal: int | None) -> int:
 def race(folder: Path, job: Job) -> int:
     """Two writers, released together in every round, and a reader that must never see a wrong value."""
     fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(3, timeout=60)  # one that fails must not leave the others waiting
+    barrier = fork.Barrier(3, timeout=60)  # a process that fails must not leave the others waiting
     processes = [fork.Process(target=_compete, args=(folder, job, barrier)) for _ in range(2)]
     processes.append(fork.Process(target=_watch, args=(folder, job, barrier)))
     for process in processes:
@@ -168,6 +168,6 @@ def _watch(folder: Path, job: Job, barrier: Any) -> None:
 
 if __name__ == "__main__":
     kind, job_file, target = sys.argv[1:]
-    os.fsync = lambda fd: None  # what a killed process has written stays; only a power cut would take it
+    os.fsync = lambda fd: None  # data of a killed process stay; only a power cut would lose them
     loaded: Job = pickle.loads(Path(job_file).read_bytes())
     sys.stdout.write(f"{(kill if kind == 'kill' else race)(Path(target), loaded)}\n")

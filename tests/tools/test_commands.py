@@ -1,4 +1,4 @@
-"""`datamerge convert | combine | diff | export` from outside: output, JSON, exit codes, one-line errors."""
+"""`datamerge convert | combine | diff | export | remerge` as commands: output, JSON, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROVENANCE: dict[str, Any] = {
 
 
 def make(folder: Path, keys: str = "abcd", seed: int = 0, provenance: Mapping[str, Any] = PROVENANCE) -> str:
-    """Groups of 4 members, one group a shard."""
+    """Write an artifact of groups of 4 members, one group a shard; return its path."""
     layout = Layout(
         format="zarr",
         encoding="uint8_moments",
@@ -48,7 +48,7 @@ def make(folder: Path, keys: str = "abcd", seed: int = 0, provenance: Mapping[st
     return str(folder)
 
 
-def test_convert_there_and_back(tmp_path: Path) -> None:
+def test_convert_is_reversible(tmp_path: Path) -> None:
     a, b, c = make(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "c")
     done = run_command("convert", a, b, "--format", "webdataset", "--encoding", "float32")
     assert (done.returncode, done.stdout.split(":")[0]) == (0, b)
@@ -69,7 +69,7 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     assert json.loads(again.stdout) == facts
 
 
-def test_combine_and_diff(tmp_path: Path) -> None:
+def test_combine_unites_groups_and_diff_lists_differences(tmp_path: Path) -> None:
     a, b, union = make(tmp_path / "a"), make(tmp_path / "b", "bcde", 1), str(tmp_path / "u")
     done = run_command("combine", a, b, union, "--json")
     assert json.loads(done.stdout)["groups"] == 5
@@ -83,7 +83,7 @@ def test_combine_and_diff(tmp_path: Path) -> None:
     assert (facts["equal"], facts["only_in_b"], len(facts["different"])) == (False, ["e"], 3)
 
 
-def test_combine_refuses_and_says_how_to_combine_all_the_same(tmp_path: Path) -> None:
+def test_combine_refuses_differences_and_names_the_flag_that_allows_them(tmp_path: Path) -> None:
     other = {**PROVENANCE, "attack": {"kind": "apgd", "epsilon": "4/255"}}
     a, b, union = make(tmp_path / "a"), make(tmp_path / "b", seed=1, provenance=other), str(tmp_path / "u")
     refused = run_command("combine", a, b, union)
@@ -96,7 +96,7 @@ def test_combine_refuses_and_says_how_to_combine_all_the_same(tmp_path: Path) ->
     assert run_command("combine", a, b, union, *advice).returncode == 0
 
 
-def test_export(tmp_path: Path) -> None:
+def test_export_writes_npz_and_png(tmp_path: Path) -> None:
     a = make(tmp_path / "a")
     done = run_command("export", a, "b", "d", "-o", str(tmp_path / "out"), "--json")
     assert json.loads(done.stdout) == {"output": str(tmp_path / "out"), "files": ["b.npz", "d.npz"]}
@@ -106,7 +106,7 @@ def test_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("convert", "{a}", "{none}/x/y", "--format", "hdf5"), 2, "hdf5"),
         (("convert", "{none}", "{new}"), 2, "manifest.json"),
@@ -124,7 +124,7 @@ def test_export(tmp_path: Path) -> None:
         (("export", "{a}"), 2, "KEYS"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_mistakes_are_one_line_errors(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     names = {name: str(tmp_path / name) for name in ("a", "none", "new", "file", "full", "damaged")}
     make(tmp_path / "a")
     make(tmp_path / "damaged")
@@ -134,14 +134,14 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: tuple[str, ...], code:
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     done = run_command(*(argument.format(**names) for argument in arguments))
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     errors = [line for line in done.stderr.splitlines() if line.lower().startswith("error: ")]
     assert len(errors) == 1
 
 
-def test_interrupted_and_run_again(tmp_path: Path) -> None:
-    """Ctrl-C in the middle: the finished shards stay, and the same command finishes the rest."""
+def test_an_interrupted_conversion_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    """After Ctrl-C the finished shards stay, and the same command converts the rest."""
     keys = "".join(chr(code) for code in range(ord("A"), ord("Z") + 1)) + "abcdefghijklmnopqrstuvwxyz"
     a, b = make(tmp_path / "a", keys), tmp_path / "b"
     command = [sys.executable, "-m", "datamerge", "convert", a, str(b), "--format", "webdataset"]
@@ -150,15 +150,15 @@ def test_interrupted_and_run_again(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, message = process.communicate()
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in message
     assert 3 <= len(list((b / "commits").glob("0*.json"))) < len(keys)
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert run_command("diff", a, str(b)).returncode == 0
 
 
-def test_remerge_takes_the_first_members_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+def test_remerge_takes_the_first_members_and_refuses_impossible_settings(tmp_path: Path) -> None:
     members = np.random.default_rng(0).integers(0, 256, (2, 4, *SHAPE)).astype(np.uint8)
     arrays = [("sum", "uint16", SHAPE), ("scatter", "uint32", SHAPE), ("members", "uint8", (4, *SHAPE))]
     layout = Layout(

@@ -1,4 +1,4 @@
-"""`datamerge inspect | preview | verify` from outside."""
+"""`datamerge inspect | preview | verify` as commands."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_preview_writes_a_picture(tmp_path: Path) -> None:
         assert image.height == HEADER + 2 * (TILE + HEADER + GAP) + GAP
 
 
-def test_verify_shows_progress_unless_told_to_be_quiet(tmp_path: Path) -> None:
+def test_verify_shows_progress_unless_quiet(tmp_path: Path) -> None:
     write(tmp_path / "a", build_layout("zarr"))
     verify = ["verify", str(tmp_path / "a")]
     assert "verify" in _on_terminal(*verify)
@@ -49,7 +49,7 @@ def test_verify_shows_progress_unless_told_to_be_quiet(tmp_path: Path) -> None:
 
 
 def _on_terminal(*arguments: str) -> str:
-    """What a command shows on stderr when that is a terminal."""
+    """The stderr of a command when that is a terminal."""
     reader, terminal = pty.openpty()
     subprocess.run(
         [sys.executable, "-m", "datamerge", *arguments], stdout=subprocess.DEVNULL, stderr=terminal, check=True
@@ -59,7 +59,7 @@ def _on_terminal(*arguments: str) -> str:
     try:
         while part := os.read(reader, 4096):
             shown += part
-    except OSError:  # how Linux says that nobody holds the other end
+    except OSError:  # Linux raises it when the other end is closed
         pass
     os.close(reader)
     return shown.decode()

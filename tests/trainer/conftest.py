@@ -1,4 +1,4 @@
-"""Small artifacts to train on, and what holds for all tests of training."""
+"""Small artifacts to train on, and settings for all tests of training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import settings
 
 from tests.support.training_artifacts import write_artifact
 
-# How long an example takes says nothing about it on a machine that others use too.
+# On a busy machine the duration of an example says nothing about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Networks this small lose most of their time to the hand-over between threads."""
+    """Networks this small would lose most of their time to the hand-over between threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -26,7 +26,7 @@ def _group(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_linear_model_has_the_loss_of_its_correlated_members(scale: float) -> None:
+def test_losses_of_a_linear_model_average_to_that_of_correlated_members(scale: float) -> None:
     members, mean, factors = _group(4)
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5, dtype=torch.float64))
@@ -65,7 +65,7 @@ def test_every_image_is_a_sigma_point_scaled_by_the_deviation() -> None:
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), SquaredError(0.5), CrossEntropy()])
-def test_gauss_newton_is_the_correction_with_the_whole_covariance(loss: Likelihood) -> None:
+def test_gauss_newton_averages_to_the_correction_with_the_whole_covariance(loss: Likelihood) -> None:
     """½ tr(Jᵀ H J C) with H from autograd, for a model that is linear in pixels, averaged over all signs."""
     members, mean, factors = _group(3)
     torch.manual_seed(1)
@@ -87,7 +87,7 @@ def test_gauss_newton_is_the_correction_with_the_whole_covariance(loss: Likeliho
     torch.testing.assert_close(torch.stack(found).mean(), expected)
 
 
-def test_a_pair_has_no_first_order_and_no_noise_for_one_factor() -> None:
+def test_antithetic_pairs_of_one_factor_have_no_noise() -> None:
     _, mean, factors = _group(3)
     weight = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
@@ -100,13 +100,13 @@ def test_a_pair_has_no_first_order_and_no_noise_for_one_factor() -> None:
         for seed in range(8)
     }
     ends = [SquaredError().value(model(mean + sign * one[:, 0]), target).item() for sign in (-1, 1)]
-    assert len(losses) <= 2  # the order of the pair's two terms
+    assert len(losses) <= 2  # the pair's two terms may be added in either order
     assert max(losses) == pytest.approx(sum(ends) / 2, rel=1e-12)
     assert min(losses) == pytest.approx(max(losses), rel=1e-12)
 
 
-def test_parameter_gradients_of_gauss_newton_are_those_of_its_formula() -> None:
-    """Against the formula written out by hand for a linear model W x: ‖W x̄ − y‖² + ‖W u‖²."""
+def test_parameter_gradients_of_gauss_newton_match_its_formula() -> None:
+    """The formula for a linear model W x, by hand: ‖W x̄ − y‖² + ‖W u‖²."""
     _, mean, factors = _group(3)
     linear = torch.nn.Linear(12, 5, bias=False, dtype=torch.float64)
     target = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""The table of arms: the settings offer what it holds, and its costs are the passes that are made."""
+"""The table of arms: the settings offer its entries, and its costs equal the counted passes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MakeArtifact = Callable[..., str]
 ATTACK = {"epsilon": "8/255", "step_size": "1/255", "steps": 10}
 
 
-def test_the_settings_offer_what_the_table_holds() -> None:
+def test_the_settings_offer_the_arms_and_estimators_of_the_table() -> None:
     assert get_args(ArmName) == tuple(ARMS)
     assert {*get_args(EstimatorName)} == {name for arm in ARMS.values() for name in arm.estimators}
     assert ARMS["avg"].estimators.keys() == AROUND_MEAN.keys()
@@ -71,8 +71,8 @@ CASES: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("settings", "members"), CASES, ids=str)
-def test_costs_are_counted_passes(make_artifact: MakeArtifact, settings: dict[str, Any], members: int) -> None:
-    """A plain step is 3: a forward pass and a backward pass of twice its cost; one to the pixels alone is 1."""
+def test_costs_equal_the_counted_passes(make_artifact: MakeArtifact, settings: dict[str, Any], members: int) -> None:
+    """A plain step costs 3: one forward pass and a backward pass of twice that; a backward pass to pixels costs 1."""
     artifact = make_artifact(factors=2, clean=True, attack=ATTACK)
     config = TrainConfig(artifact=artifact, run="run", steps=1, batch_size=10, **settings)
     job = make_job(config)
@@ -102,7 +102,7 @@ def test_double_backward_costs_two_plain_steps() -> None:
 
 @pytest.mark.parametrize("clean_weight", [0.0, 0.5])
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(
+def test_batches_are_in_pixels_and_have_clean_images_if_the_arm_needs_them(
     make_artifact: MakeArtifact, arm: ArmName, clean_weight: float
 ) -> None:
     settings: dict[str, Any] = {"arm": arm, "clean_weight": clean_weight}
@@ -122,10 +122,10 @@ def test_a_batch_is_in_pixels_and_holds_what_the_arm_needs(
         assert all(torch.equal(getattr(moved, name), value) for name, value in tensors.items())
 
 
-def test_an_arm_of_ones_own_is_an_entry(
+def test_a_new_arm_needs_only_an_entry(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mean of ten times the loss: everything else of the run follows from the entry."""
+    """An entry with ten times the loss of mean-only changes the name, the loss and the held-out loss of a run."""
 
     def tenfold(*arguments: Any) -> Any:
         found = plain.loss(*arguments)
@@ -151,17 +151,17 @@ def test_an_arm_of_ones_own_is_an_entry(
     assert (ten["loss"], ten["eval_loss"]) == pytest.approx((10 * one["loss"], 10 * one["eval_loss"]), rel=1e-4)
 
 
-def test_what_an_arm_cannot_do_is_refused_by_the_table() -> None:
+def test_settings_that_an_arm_does_not_support_are_refused() -> None:
     for name, arm in ARMS.items():
-        wanted: dict[str, Any] = {"artifact": "a", "run": "r", "steps": 1, "arm": name}
-        for able, settings in (
+        required: dict[str, Any] = {"artifact": "a", "run": "r", "steps": 1, "arm": name}
+        for supported, settings in (
             (arm.takes_members, {"members": 1}),
             (bool(arm.estimators), {"samples": 2}),
             (arm.deviates, {"deviation": 2.0}),
             (arm.refines(next(iter(arm.estimators), ""), 1), {"refine_steps": 1}),
         ):
-            if able:
-                TrainConfig(**wanted, **settings)
+            if supported:
+                TrainConfig(**required, **settings)
                 continue
             with refused(ConfigError, next(iter(settings)), name):
-                TrainConfig(**wanted, **settings)
+                TrainConfig(**required, **settings)

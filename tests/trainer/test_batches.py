@@ -1,4 +1,4 @@
-"""Batches: integers on the way, and after it the numbers that records give, to the last bit."""
+"""Batches hold stored integers until they are used, and then the numbers of the records bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPE = (3, 8, 8)
 
 
 def _record(key: str, count: int, sum_dtype: type, scatter_dtype: type, rng: np.random.Generator) -> Record:
-    """Integers over all that their dtypes hold and groups of so many members could have."""
+    """A record of random integers, as large as their dtypes and a group of `count` members allow."""
     largest = [min(255 * count, np.iinfo(sum_dtype).max), min((255 * count) ** 2, np.iinfo(scatter_dtype).max)]
     total, scatter = (rng.integers(0, most, SHAPE, np.uint64, endpoint=True) for most in largest)
     arrays: dict[str, Any] = {"sum": total.astype(sum_dtype), "scatter": scatter.astype(scatter_dtype)}
@@ -33,8 +33,8 @@ def _record(key: str, count: int, sum_dtype: type, scatter_dtype: type, rng: np.
 
 @pytest.mark.parametrize("counts", [(2, 10), (16, 17), (50, 257), (300, 1000), (70_000, 3)])
 @pytest.mark.parametrize("dtypes", [(np.uint16, np.uint16), (np.uint32, np.uint32), (np.uint32, np.uint64)])
-def test_moments_are_those_of_the_records(counts: tuple[int, ...], dtypes: tuple[type, type]) -> None:
-    """Whether float32 holds the divisors (10, 16) or not (17, 50), and all integers of their dtype or not."""
+def test_moments_equal_those_of_the_records(counts: tuple[int, ...], dtypes: tuple[type, type]) -> None:
+    """float32 holds the divisors of some counts (10, 16) and not of others (17, 50); the same holds for integers."""
     rng = np.random.default_rng(0)
     records = [_record(str(count), count, *dtypes, rng) for count in counts]
     batch = moments(Read(records, {"keys": ["a", "b"], "target": torch.zeros(2)}, {}))
@@ -49,7 +49,7 @@ def test_moments_are_those_of_the_records(counts: tuple[int, ...], dtypes: tuple
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-def test_factors_are_those_of_the_records(dtype: type, count: int) -> None:
+def test_factors_equal_those_of_the_records(dtype: type, count: int) -> None:
     rng, records = np.random.default_rng(0), []
     for key in ("a", "b"):
         stored = rng.integers(np.iinfo(dtype).min, np.iinfo(dtype).max, (count, *SHAPE), dtype, endpoint=True)
@@ -60,14 +60,14 @@ def test_factors_are_those_of_the_records(dtype: type, count: int) -> None:
         np.testing.assert_array_equal(mean, record.arrays["mean"])
 
 
-def test_all_grey_levels_are_those_of_numpy() -> None:
+def test_grey_levels_become_the_floats_of_numpy() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(4, 1, 8, 8)
     record = Record("a", 4, "float32", {"members": levels})
     batch = members(Read([record], {"keys": ["a"], "target": torch.zeros(1)}, {})).floats()
     np.testing.assert_array_equal(batch.images.numpy(), levels.astype(np.float32) / np.float32(255))
 
 
-def test_groups_that_are_stored_differently_travel_in_what_holds_them_all() -> None:
+def test_a_batch_of_several_dtypes_has_one_that_holds_them_all() -> None:
     rng = np.random.default_rng(0)
     narrow, wide = (_record(str(dtype), 200, dtype, np.uint32, rng) for dtype in (np.uint16, np.uint32))
     plain = {name: rng.random(SHAPE, np.float32) for name in ("mean", "mean_square")}
@@ -83,10 +83,10 @@ def test_groups_that_are_stored_differently_travel_in_what_holds_them_all() -> N
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("arm", ["avg", "random-member"])
-def test_what_travels_is_what_is_stored(
+def test_a_batch_is_as_large_as_its_stored_arrays(
     make_artifact: MakeArtifact, tmp_path: Path, arm: ArmName, workers: int
 ) -> None:
-    """As many bytes as the artifact has of what the arm takes, and the divisor of each; also out of data workers."""
+    """A batch has the stored bytes of the arrays that the arm reads, and their divisors; also from data workers."""
     url = make_artifact()
     job = make_job(
         TrainConfig(artifact=url, run=str(tmp_path / "run"), steps=2, batch_size=4, arm=arm, data_workers=workers)
@@ -103,8 +103,10 @@ def test_what_travels_is_what_is_stored(
 
 @pytest.mark.parametrize("kind", ["zarr", "webdataset"])
 @pytest.mark.parametrize("arm", ["ind", "random-member"])
-def test_members_are_cut_out_before_they_are_read(make_artifact: MakeArtifact, arm: ArmName, kind: str) -> None:
-    """The first two of three members, or the one of them that the group's random bits name."""
+def test_batches_hold_only_the_members_that_the_arm_uses(
+    make_artifact: MakeArtifact, arm: ArmName, kind: str
+) -> None:
+    """The first two of three members, or the one of these two that the random bits of the group select."""
     url = make_artifact(format=kind)
     job = make_job(TrainConfig(artifact=url, run="run", steps=3, batch_size=4, arm=arm, members=2, seed=3))
     artifact = open_artifact(url)
@@ -119,8 +121,8 @@ def test_members_are_cut_out_before_they_are_read(make_artifact: MakeArtifact, a
         np.testing.assert_array_equal(batch.images.numpy(), np.concatenate(expected))
 
 
-def test_copies_run_ahead_by_one_and_errors_come_in_their_turn() -> None:
-    """What is asked of the source when a batch is given is the next one; the source is closed at the end."""
+def test_copies_run_ahead_by_one_and_errors_are_raised_in_order() -> None:
+    """When a batch is returned, the next has been read from the source; the source is closed at the end."""
     asked: list[str] = []
 
     def source() -> Iterator[Batch]:
@@ -133,14 +135,14 @@ def test_copies_run_ahead_by_one_and_errors_come_in_their_turn() -> None:
         finally:
             asked.append("closed")
 
-    given = copied_ahead(source(), torch.device("cpu"))
-    assert (next(given).keys, asked) == (["a"], ["a", "b"])
-    assert [next(given).keys, next(given).keys] == [["b"], ["c"]]
+    ahead = copied_ahead(source(), torch.device("cpu"))
+    assert (next(ahead).keys, asked) == (["a"], ["a", "b"])
+    assert [next(ahead).keys, next(ahead).keys] == [["b"], ["c"]]
     assert asked[3:] == ["error", "closed"]
     with pytest.raises(CorruptShard, match="shard 7"):
-        next(given)
+        next(ahead)
     asked.clear()
-    given = copied_ahead(source(), torch.device("cpu"))
-    next(given)
-    given.close()  # type: ignore[attr-defined]
+    ahead = copied_ahead(source(), torch.device("cpu"))
+    next(ahead)
+    ahead.close()  # type: ignore[attr-defined]
     assert asked == ["a", "b", "closed"]

@@ -1,4 +1,4 @@
-"""Labels of artifacts and rows of heads are the same classes by name, whatever order either has them in."""
+"""Labels of artifacts and rows of heads are matched by class name, whatever the order of either."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def _losses(run: Path, name: str = "loss") -> list[float]:
 
 
 @pytest.mark.parametrize("names", [NAMES[::-1], ["Fox", "ANT", "eel", "bee", "dog", "cat"]])
-def test_a_head_with_its_rows_in_another_order(make_artifact: MakeArtifact, tmp_path: Path, names: list[str]) -> None:
+def test_a_head_with_its_rows_in_another_order_gives_the_same_losses(
+    make_artifact: MakeArtifact, tmp_path: Path, names: list[str]
+) -> None:
     artifact = make_artifact(targets=False, labels=True, head=_head(NAMES))
     train(_config(artifact, tmp_path / "own"))
     (tmp_path / "head.safetensors").write_bytes(_head(names))
@@ -49,7 +51,7 @@ def test_a_head_with_its_rows_in_another_order(make_artifact: MakeArtifact, tmp_
     assert _losses(tmp_path / "given") == pytest.approx(_losses(tmp_path / "own"), rel=1e-5)
 
 
-def test_a_held_out_artifact_with_its_classes_in_another_order(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_labels_of_a_held_out_artifact_are_matched_by_name(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(targets=False, labels=True, head=_head(NAMES))
     other = make_artifact(name="other", targets=False, labels=True, head=_head(NAMES[::-1]))
     job = make_job(_config(artifact, tmp_path / "run", eval_artifact=other))
@@ -59,7 +61,7 @@ def test_a_held_out_artifact_with_its_classes_in_another_order(make_artifact: Ma
     assert found == {f"k{number}": 5 - number % 6 for number in range(10)}
 
 
-def test_classes_that_do_not_fit(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_different_classes_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(targets=False, labels=True, head=_head(NAMES))
     head = Head(WEIGHT, names=[*NAMES[:5], "gnu"]).to_bytes()
     (tmp_path / "head.safetensors").write_bytes(head)
@@ -70,7 +72,9 @@ def test_classes_that_do_not_fit(make_artifact: MakeArtifact, tmp_path: Path) ->
         train(_config(artifact, tmp_path / "run", eval_artifact=other))
 
 
-def test_positions_are_said(make_artifact: MakeArtifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_matching_by_position_is_reported(
+    make_artifact: MakeArtifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     artifact = make_artifact(targets=False, labels=True, head=_head(NAMES))
     (tmp_path / "head.safetensors").write_bytes(Head(WEIGHT).to_bytes())
     train(_config(artifact, tmp_path / "run", head=str(tmp_path / "head.safetensors")))

@@ -1,4 +1,4 @@
-"""What a user asks of a run beside its result: presets, bfloat16, averages, held-out losses, reasons."""
+"""Conveniences of runs: presets, bfloat16, averaged weights, held-out losses, and messages that name the cause."""
 
 from __future__ import annotations
 
@@ -72,17 +72,17 @@ def test_presets_are_the_published_settings(name: str, expected: dict[str, Any])
     assert warmup / steps == 1400 / 20_000
 
 
-def test_pairs_have_the_papers_settings_but_for_the_arm() -> None:
-    of = {
+def test_the_pair_preset_is_the_papers_except_for_its_arm() -> None:
+    presets = {
         name: load_settings(TrainConfig, None, {"artifact": "a", "run": "r"}, read_preset(name))
         for name in ("paper", "pair")
     }
-    changed = {key for key, value in of["pair"] if value != getattr(of["paper"], key)}
-    assert (of["pair"].arm, of["pair"].deviation) == ("factors", 1.25)
+    changed = {key for key, value in presets["pair"] if value != getattr(presets["paper"], key)}
+    assert (presets["pair"].arm, presets["pair"].deviation) == ("factors", 1.25)
     assert changed <= {"arm", "deviation", "estimator"}
 
 
-def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_another_epsilon_than_that_of_the_artifact_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(attack={"epsilon": "4/255"})
     with refused(ConfigError, "epsilon", "2/255", "4/255", artifact):
         train(_config(artifact, tmp_path / "run", epsilon="2/255"))
@@ -90,12 +90,12 @@ def test_a_preset_for_another_radius_is_refused(make_artifact: MakeArtifact, tmp
 
 
 @pytest.mark.parametrize(("size", "expected"), [("200GB", 200 * 10**9), ("1.5TiB", 3 * 2**39), (7, 7)])
-def test_sizes_have_units(size: str | int, expected: int) -> None:
+def test_sizes_may_have_units(size: str | int, expected: int) -> None:
     flags = {"artifact": "a", "run": "r", "steps": 1, "cache": "c", "cache_bytes": size}
     assert load_settings(TrainConfig, None, flags).cache_bytes == expected
 
 
-def test_a_size_that_is_none_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_malformed_size_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     arguments = [make_artifact(), str(tmp_path / "run"), "--steps", "1", "--cache-bytes", "100GG"]
     error = CliRunner().invoke(command, arguments).exception
     assert isinstance(error, ConfigError)
@@ -103,7 +103,7 @@ def test_a_size_that_is_none_is_refused(make_artifact: MakeArtifact, tmp_path: P
     assert "'100GG'" in str(error)
 
 
-def test_any_setting_has_a_flag(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_flags_become_settings_of_the_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     flags = "--steps 2 --batch-size 4 --learning-rate 0.001 --samples 3 --device cpu --freeze 1.weight,1.bias"
     result = CliRunner().invoke(command, [make_artifact(), str(tmp_path / "run"), *flags.split(), "--ema", "0.9"])
     assert result.exit_code == 0, result.output
@@ -132,7 +132,7 @@ def test_frozen_layers_keep_their_values(make_artifact: MakeArtifact, tmp_path: 
     assert {name for name in after if torch.equal(after[name], before[name])} == {"1.weight", "1.bias"}
 
 
-def test_a_pattern_that_matches_nothing_or_all_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_freeze_pattern_that_matches_nothing_or_all_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     with refused(ConfigError, "freeze", "'1.wieght'", "'1.weight'"):
         train(_config(artifact, tmp_path / "run", freeze=["1.wieght"]))
@@ -140,7 +140,7 @@ def test_a_pattern_that_matches_nothing_or_all_is_refused(make_artifact: MakeArt
         train(_config(artifact, tmp_path / "run", freeze=["*"]))
 
 
-def test_the_average_is_what_is_published(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_the_average_of_the_weights_is_published(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     decay, steps = 0.8, 4
     averages = dict(load_encoder("mlp:1x4x4-8-6").model.state_dict())
@@ -174,10 +174,10 @@ def test_bfloat16_trains_close_to_float32(make_artifact: MakeArtifact, tmp_path:
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "gauss_newton"])
-def test_compiled_is_the_same_run(
+def test_a_compiled_run_ends_with_the_same_weights(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimator: str
 ) -> None:
-    # Without code generation: what is compiled, and that names and results stay, does not depend on the backend.
+    # Without code generation: neither names, results nor what is compiled depend on the backend.
     calls: list[int] = []
     original = torch.compile
 
@@ -196,7 +196,7 @@ def test_compiled_is_the_same_run(
 
 
 def test_random_member_trains_on_the_drawn_member(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """The losses of an independent loop, one group at a time; different members in different epochs."""
+    """The losses equal those of an independent loop, one group at a time; epochs draw different members."""
     path = make_artifact()
     train(_config(path, tmp_path / "run", arm="random-member", learning_rate=1e-12, seed=5))
     artifact, encoder = open_artifact(path), load_encoder("mlp:1x4x4-8-6")
@@ -230,7 +230,7 @@ def test_the_held_out_loss_is_logged_and_its_best_state_kept(
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 9]
     best = torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)
     assert best["best"] == min(line["eval_loss"] for line in lines)
-    # The arms without randomness: recomputed from the records one by one.
+    # Recomputed from the records one by one; exact for the arms without randomness.
     encoder = load_encoder("mlp:1x4x4-8-6")
     encoder.load_state_dict(best["model"])
     values = []
@@ -246,13 +246,13 @@ def test_the_held_out_loss_is_logged_and_its_best_state_kept(
         assert best["best"] == pytest.approx(np.mean(values), rel=1e-5)
 
 
-def test_a_held_out_artifact_is_checked_like_the_other(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_held_out_artifact_with_wider_targets_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     other = make_artifact(name="other", width=7)
     with refused(ConfigError, "encoder", "width 6", "(7,)", other):
         train(_config(make_artifact(), tmp_path / "run", eval_artifact=other))
 
 
-def test_the_batch_at_a_loss_that_is_not_finite_is_written(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_batch_whose_loss_is_not_finite_is_saved(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     with refused(NotFiniteRun, None, "k6") as error:
         train(_config(make_artifact(huge="k6"), tmp_path / "run", accumulate=2))
     (path,) = re.findall(r"/[^\s;]+/not-finite-[^\s;]+\.pt", str(error.value))
@@ -262,11 +262,11 @@ def test_the_batch_at_a_loss_that_is_not_finite_is_written(make_artifact: MakeAr
     assert batches[0]["mean"].shape[1:] == (1, 4, 4)
 
 
-def test_out_of_memory_names_the_knobs(
+def test_out_of_memory_names_the_settings_to_lower(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*arguments: Any) -> None:
-        # What PyTorch's own allocator says on the CPU, and its subclass on a GPU.
+        # PyTorch's allocator raises a RuntimeError on the CPU, and a subclass of it on a GPU.
         torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(trainer.run.update, "group_losses", exhausted)
@@ -296,7 +296,7 @@ def test_an_encoder_that_mixes_its_batch_is_refused(tmp_path: Path, monkeypatch:
         check_rows_apart(load_encoder("python:mixing_networks:centred"), torch.device("cpu"))
 
 
-def test_a_changed_artifact_or_torch_is_said(
+def test_a_changed_artifact_is_refused_and_another_torch_reported(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact = make_artifact()
@@ -322,30 +322,30 @@ def test_a_changed_artifact_or_torch_is_said(
     assert torch.__version__ in said
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """SIGKILL at whatever step it has come to, thrice; then SIGTERM; then to the end."""
+def test_a_run_killed_several_times_ends_with_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """SIGKILL at any step, twice; then SIGTERM; then to the end."""
     artifact, run = make_artifact(), tmp_path / "run"
     steps = 800
     flags: dict[str, Any] = {"batch_size": 4, "threads": 1, "checkpoint_every": 25, "log_every": 10, "ema": 0.9}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     process = [sys.executable, "-m", "datamerge", "train", artifact, str(run), f"--steps={steps}", *arguments]
 
-    def reached() -> int:
+    def newest_checkpoint() -> int:
         checkpoints = RunFolder(str(run)).checkpoints() if (run / "identity.json").exists() else []
         return int(checkpoints[-1].stem.removeprefix("step-")) if checkpoints else 0
 
     for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
-        before, deadline = reached(), time.monotonic() + 240
+        before, deadline = newest_checkpoint(), time.monotonic() + 240
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(process, stderr=subprocess.PIPE, text=True, env=environment) as sitting:
-            while reached() <= before and sitting.poll() is None and time.monotonic() < deadline:
+        with subprocess.Popen(process, stderr=subprocess.PIPE, text=True, env=environment) as child:
+            while newest_checkpoint() <= before and child.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
-            sitting.send_signal(number)
-            _, errors = sitting.communicate(timeout=60)
-        assert sitting.returncode == (0 if number == signal.SIGTERM else -number), errors
-    assert f"step {reached()} of {steps}" in errors
-    assert str(run / f"checkpoints/step-{reached():06d}.pt") in errors
-    assert before < reached() < steps
+            child.send_signal(number)
+            _, errors = child.communicate(timeout=60)
+        assert child.returncode == (0 if number == signal.SIGTERM else -number), errors
+    assert f"step {newest_checkpoint()} of {steps}" in errors
+    assert str(run / f"checkpoints/step-{newest_checkpoint():06d}.pt") in errors
+    assert before < newest_checkpoint() < steps
     summary = train(TrainConfig(artifact=artifact, run=str(run), steps=steps, **flags))
     train(TrainConfig(artifact=artifact, run=str(tmp_path / "whole"), steps=steps, **flags))
     for name, tensor in _weights(tmp_path / "whole").items():

@@ -15,10 +15,10 @@ from trainer.run.forward import Forward
 
 @pytest.mark.parametrize(("loss", "samples"), [(SquaredError(), 2), (SquaredError(0.5), 1), (CrossEntropy(), 2)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_is_what_two_derivatives_in_turn_give(
+def test_one_compiled_graph_gives_the_losses_and_gradients_of_two_passes(
     monkeypatch: pytest.MonkeyPatch, loss: Likelihood, samples: int, precision: str
 ) -> None:
-    """With attention; traced as a whole, without code generation. In bfloat16 two passes round at other places."""
+    """The network has attention and is traced as a whole; no code is generated. bfloat16 rounds at other places."""
     original = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: original(function, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""Processes that read ahead: little shared memory, deaths, disks that fail, and a second Ctrl-C."""
+"""Data workers: little shared memory, killed workers, failing disks, and a second Ctrl-C."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _stream(path: str, workers: int) -> Any:
 
 
 @pytest.mark.parametrize(("free", "packed"), [(0, True), (10**12, False), (None, False)])
-def test_what_does_not_fit_into_shared_memory_goes_through_a_pipe(
+def test_batches_that_do_not_fit_into_shared_memory_go_through_a_pipe(
     free: int | None, packed: bool, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.shipping.free_shared_memory", lambda: free)
@@ -49,17 +49,17 @@ def test_what_does_not_fit_into_shared_memory_goes_through_a_pipe(
         assert torch.equal(value, found) if isinstance(value, torch.Tensor) else value == found
 
 
-def test_an_error_is_sent_as_it_is() -> None:
+def test_errors_are_sent_unchanged() -> None:
     error = CorruptShard("x")
     assert Shipping(lambda items: error, 1)([]) is error
 
 
-def test_shared_memory_is_that_of_this_machine() -> None:
+def test_free_shared_memory_is_that_of_this_machine() -> None:
     found = os.statvfs("/dev/shm")
     assert free_shared_memory() == pytest.approx(found.f_bavail * found.f_frsize, rel=0.5)
 
 
-def test_little_shared_memory_and_a_death_are_a_line_each(
+def test_little_shared_memory_and_a_killed_worker_are_one_message_each(
     make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make_artifact()
@@ -74,12 +74,14 @@ def test_little_shared_memory_and_a_death_are_a_line_each(
         assert (first.keys, torch.equal(first.target, expected.target)) == (expected.keys, True)
         (worker,) = active_children()
         worker.kill()
-        time.sleep(5)  # torch raises it out of here
+        time.sleep(60)  # torch raises the error inside this call
     assert active_children() == []
     assert capsys.readouterr().err.count("--shm-size=") == 1
 
 
-def test_a_disk_that_fails_is_one_line(make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_names_the_artifact_and_the_cause(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(artifact: Artifact, position: int, offset: int, rows: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -104,8 +106,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_second_ctrl_c_acts_at_once(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """In the middle of a step, while workers wait for nothing that ends."""
+def test_a_second_ctrl_c_stops_at_once(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """In the middle of a step that does not end."""
     (tmp_path / "stuck.py").write_text(STUCK)
     command = [sys.executable, str(tmp_path / "stuck.py"), make_artifact(), str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

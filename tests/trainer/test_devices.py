@@ -1,4 +1,4 @@
-"""What training does for the sake of GPUs, seen on the CPU: what is moved, waited for, rounded and computed."""
+"""Measures for GPUs, tested on the CPU: copies, synchronisation, deterministic kernels, compilation and rounding."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ MakeArtifact = Callable[..., str]
 
 @pytest.mark.parametrize("kind", ["signs", "normal", "exponential"])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2, 7, 3)])
-def test_draws_are_converted_before_or_after_the_copy(kind: str, shape: tuple[int, ...]) -> None:
-    """A copy to another device and type at once is made on the CPU, in whichever type is larger."""
+def test_draws_are_not_converted_by_the_copy_itself(kind: str, shape: tuple[int, ...]) -> None:
+    """A copy that changes device and type at once would convert on the CPU first, even to a larger type."""
     like = torch.empty(shape, device="meta")
     with Operations() as seen:
         drawn = getattr(Draws([1, 2, 3]), kind)(like)
@@ -46,7 +46,7 @@ def test_draws_are_converted_before_or_after_the_copy(kind: str, shape: tuple[in
 
 
 def test_signs_are_the_bits_of_the_streams() -> None:
-    """The bits, highest first, that NumPy unpacks."""
+    """Bits are unpacked highest first, as NumPy does it."""
     drawn = Draws([7, 8]).signs(torch.empty(2, 3, 7, 3, dtype=torch.float64))
     for row, seed in zip(drawn, (7, 8), strict=True):
         packed = np.frombuffer(np.random.default_rng(seed).bytes(8), np.uint8)
@@ -55,18 +55,18 @@ def test_signs_are_the_bits_of_the_streams() -> None:
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [4, 4, 4], [1, 3, 2]], ids=str)
-def test_rows_are_repeated_without_asking_the_device_how_many(counts: list[int]) -> None:
+def test_repeating_rows_does_not_wait_for_the_device(counts: list[int]) -> None:
     for values in (torch.arange(3), torch.randn(3, 2, 5)):
         with Operations() as seen:
             found = repeated(values, counts)
         assert torch.equal(found, values.repeat_interleave(torch.tensor(counts), dim=0))
         sizes = [name for name in seen.names if "repeat_interleave" in name or "_local_scalar_dense" in name]
-        assert len(sizes) == (len(set(counts)) > 1)  # of the counts, which are on the CPU
+        assert len(sizes) == (len(set(counts)) > 1)  # reads the counts, which are on the CPU
         assert found.dtype == values.dtype
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [4, 4, 4], [1, 3, 2]], ids=str)
-def test_the_mean_over_members_is_the_same_to_the_last_bit(counts: list[int]) -> None:
+def test_the_mean_over_members_equals_that_of_each_group_bit_for_bit(counts: list[int]) -> None:
     torch.manual_seed(0)
     outputs, labels = torch.randn(sum(counts), 6), torch.tensor([0, 5, 2])
     losses = CrossEntropy().value(outputs, labels.repeat_interleave(torch.tensor(counts)))
@@ -78,7 +78,7 @@ def test_the_mean_over_members_is_the_same_to_the_last_bit(counts: list[int]) ->
 def test_checkpoints_are_read_onto_the_cpu(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AdamW leaves its step counters where the file is read to, and waits for those that are on a GPU."""
+    """AdamW keeps its step counters on the device they are loaded to, and waits for those on a GPU."""
     places: list[Any] = []
     original = torch.load
 
@@ -97,10 +97,10 @@ def test_checkpoints_are_read_onto_the_cpu(
     assert RunFolder(config.run).summary() is not None
 
 
-def test_a_network_without_kernels_that_add_in_one_order_is_trained_with_any(
+def test_a_network_without_deterministic_kernels_is_trained_with_others(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What torch raises on a GPU, in the second of two micro-batches: the step begins again, the run is the same."""
+    """torch's error on a GPU comes in the second of two micro-batches: the step is repeated, the run is the same."""
     artifact, weights = make_artifact(), []
     calls: list[int] = []
 
@@ -163,13 +163,13 @@ def test_refinement_computes_no_gradients_of_weights_in_a_compiled_pass(
     model = Forward(encoder, compiled=True)
     points = torch.full((2, 1, 4, 4), 0.5)
     refine(model, points, points, torch.zeros(2, 6), SquaredError(), Refinement(2, 1 / 255, 8 / 255))
-    assert len(products) == 3  # one a layer, on the way down to the pixels
+    assert len(products) == 3  # one for each layer: the gradient of its inputs
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.slow  # generates code, and calls the system's compiler
 @pytest.mark.filterwarnings("default")
-def test_dropout_draws_the_same_where_it_is_compiled(encoder: Encoder) -> None:
+def test_compiled_dropout_draws_the_same(encoder: Encoder) -> None:
     pixels, outputs = torch.rand(4, 1, 4, 4), []
     for compiled in (False, True):
         run = Forward(encoder.train(), compiled=compiled)
@@ -178,8 +178,8 @@ def test_dropout_draws_the_same_where_it_is_compiled(encoder: Encoder) -> None:
     torch.testing.assert_close(*outputs)
 
 
-def test_bfloat16_sees_fractions_of_a_grey_level(encoder: Encoder) -> None:
-    """Means of ten members lie between levels, and bfloat16 has a step of half a level above 0.5."""
+def test_bfloat16_resolves_fractions_of_a_grey_level(encoder: Encoder) -> None:
+    """Means of ten members lie between levels; above 0.5, bfloat16 has steps of half a level."""
     encoder.mean, encoder.std = torch.tensor(0.4).view(1, 1, 1), torch.tensor(0.25).view(1, 1, 1)
     pixels, nearby = torch.full((1, 1, 4, 4), 0.745), torch.full((1, 1, 4, 4), 0.745 + 0.2 / 255)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -191,12 +191,12 @@ def test_bfloat16_sees_fractions_of_a_grey_level(encoder: Encoder) -> None:
         handle = _layers(encoder).first.register_forward_hook(lambda *found: seen.append(found[2]))
         outputs = model(pixels), model(nearby)
         handle.remove()
-    # Before the first layer nothing is lost; what follows rounds as it does everywhere.
+    # Nothing is lost before the first layer; later layers round as usual.
     expected = _layers(encoder).first.weight @ torch.full((16,), 0.2 / 255 / 0.25)
     torch.testing.assert_close(seen[1][0] - seen[0][0], expected, rtol=1e-3, atol=1e-5)
     assert not torch.equal(*outputs)
     assert exact.abs().max() > 0
-    # The names of the weights are the network's own, and an average of them computes with its own.
+    # Weights keep the names of the network, and an average of the encoder computes with its own weights.
     assert set(encoder.state_dict()) == set(Layers().state_dict(prefix="model."))
     other = torch.optim.swa_utils.AveragedModel(encoder).module
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_compilation_without_a_compiler_is_refused_at_once(
 
 
 def test_compilation_for_a_gpu_needs_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CC", "sh")  # any program: only that it is there is looked at
+    monkeypatch.setenv("CC", "sh")  # any program: only its presence is checked
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with refused(ConfigError, "compile", str(tmp_path / "Python.h"), "drop `compile`"):
         prepare_compilation("compile", "cuda")
@@ -225,7 +225,7 @@ def test_compilation_for_a_gpu_needs_the_headers_of_python(monkeypatch: pytest.M
     prepare_compilation("compile", "cuda")
 
 
-def test_seeds_of_layers_leave_other_generators_alone() -> None:
+def test_seeded_layers_restore_the_global_generator() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)

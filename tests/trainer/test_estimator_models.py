@@ -1,4 +1,4 @@
-"""What estimators ask of a model and of moments: separate rows, full precision, a double backward."""
+"""Requirements of estimators on models and moments: separate rows, full precision, a double backward."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rows_of_a_batch_do_not_mix(loss: Loss, name: str) -> None:
     results = [ESTIMATES[name](network, x, variance, target, loss, _draws(3)) for x in (inputs, other)]
     assert results[0].loss[0] != results[1].loss[0]
     torch.testing.assert_close(results[0].loss[1:], results[1].loss[1:], rtol=0, atol=1e-12)
-    # A group alone has the loss it has in company.
+    # A group alone has the same loss as in a batch.
     alone = ESTIMATES[name](network, inputs[1:2], variance[1:2], target[1:2], loss, Draws([1]))
     torch.testing.assert_close(alone.loss[0], results[0].loss[1], rtol=0, atol=1e-12)
 

@@ -58,7 +58,7 @@ def _linear() -> nn.Sequential:
 
 
 def _diagonal(network: nn.Module, inputs: Tensor, output_hessian: Callable[[Tensor], Tensor]) -> Tensor:
-    """diag[Jᵀ H J] of each row by forward definition: Jacobians from torch.func, H as given."""
+    """diag[Jᵀ H J] of each row by its definition: Jacobians from torch.func, H as given."""
 
     def outputs(pixels: Tensor) -> Tensor:
         return functional_call(network, dict(network.named_parameters()), (pixels[None],))[0]  # type: ignore[no-any-return]
@@ -127,7 +127,7 @@ def test_random_estimates_average_to_the_group_loss_of_a_linear_model(
         _draws(repeats),
     ).loss.detach()
     assert abs(float(values.mean() - group)) < 4.5 * float(values.std()) / math.sqrt(repeats)
-    # A bound that is worth something: less than half of what the correction adds.
+    # The bound is tight: less than half of the correction.
     correction = float(group - _group_loss(network, mean, target, scale))
     assert 4.5 * float(values.std()) / math.sqrt(repeats) < 0.5 * correction
 
@@ -141,8 +141,8 @@ def _all_signs() -> Tensor:
     return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=D)), dtype=torch.float64).reshape(-1, *SHAPE)
 
 
-class _Fixed(Draws):
-    """Every direction once, so that averages over rows are expectations."""
+class _AllSigns(Draws):
+    """Draws every combination of signs once, so that averages over rows are expectations."""
 
     def __init__(self) -> None:
         super().__init__([])
@@ -155,7 +155,7 @@ def _over_all_signs(estimate: Callable[..., GroupLoss], model: Any, loss: Loss) 
     mean, variance, target = _random(1, *SHAPE), 0.05 * _random(1, *SHAPE, seed=1), _target(loss, 1)
     rows = 2**D
     expanded = _repeat(rows, mean, variance, target)
-    return estimate(model, *expanded, loss, _Fixed()).loss.detach(), variance
+    return estimate(model, *expanded, loss, _AllSigns()).loss.detach(), variance
 
 
 @pytest.mark.parametrize("loss", [SquaredError(1.0), CrossEntropy()])
@@ -167,7 +167,7 @@ def test_sampled_and_antithetic_average_to_the_mean_over_the_cloud(loss: Loss) -
     oracle = torch.stack([loss.value(network(x[None]), _target(loss, 1))[0] for x in cloud]).detach()
     torch.testing.assert_close(values.mean(), oracle.mean(), rtol=0, atol=1e-12)
     torch.testing.assert_close(pairs.mean(), oracle.mean(), rtol=0, atol=1e-12)
-    # Without the first order little is left.
+    # Pairs cancel the first order, which leaves little noise.
     assert pairs.std() < 0.5 * values.std()
 
 
@@ -214,7 +214,12 @@ def test_antithetic_has_the_full_hessian_where_exact_has_the_ggn() -> None:
     full = 0.5 * (variance.flatten() * curvature).sum()
     t, rows = 1e-3, 2**D
     pairs = antithetic(
-        model, mean.expand(rows, *SHAPE), t**2 * variance.expand(rows, *SHAPE), target.expand(rows, K), loss, _Fixed()
+        model,
+        mean.expand(rows, *SHAPE),
+        t**2 * variance.expand(rows, *SHAPE),
+        target.expand(rows, K),
+        loss,
+        _AllSigns(),
     ).loss.detach()
     found = ((pairs.mean() - value(mean[0])) / t**2).detach()
     torch.testing.assert_close(found, full, rtol=1e-4, atol=0)
@@ -323,7 +328,7 @@ def test_parameter_gradient_of_the_estimate_matches_finite_differences() -> None
     label = _random(2, K, seed=8)
 
     class FixedSquaredError(SquaredError):
-        """The label as a constant, as it is within one step."""
+        """A squared error with a constant label, as it is within one step."""
 
         def pseudo_label(self, outputs: Tensor, noise: Tensor) -> Tensor:
             return label
@@ -353,7 +358,7 @@ def test_monte_carlo_over_members_confirms_the_second_order() -> None:
     noise = (2 * _random(100_000, *SHAPE, seed=11) - 1) * width
     target = torch.tensor([1])
     with torch.no_grad():
-        # Antithetic members: the first-order noise would drown what is looked for.
+        # Antithetic members: the first-order noise would hide the second order.
         values = 0.5 * sum(loss.value(network(mean + s * noise), target.expand(len(noise))) for s in (1, -1))
         assert isinstance(values, Tensor)
         excess = values - loss.value(network(mean), target)

@@ -1,4 +1,4 @@
-"""Gradients that are sent while others are still computed: sums, order, and what breaks off between."""
+"""Gradients that are summed over processes while others are still computed: sums, order, and failures."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def alone() -> dict[str, Any]:
     [[[[0], [1, 2]], [[3], [4, 5]]], [[[0, 1], [2]], [], [[3, 4, 5]]]],
     ids=["two", "three, one without groups"],
 )
-def test_sums_are_those_of_one_process(alone: dict[str, Any], shares: list[list[list[int]]], tmp_path: Path) -> None:
-    """Whatever the cut, with several micro-batches, and where a pass breaks off after buckets were sent."""
+def test_sums_equal_those_of_one_process(
+    alone: dict[str, Any], shares: list[list[list[int]]], tmp_path: Path
+) -> None:
+    """With buckets of any size, several micro-batches, and a pass that fails after buckets were sent."""
     world = len(shares)
     working = sum(bool(share) for share in shares)
     cases = [
@@ -51,8 +53,8 @@ def test_sums_are_those_of_one_process(alone: dict[str, Any], shares: list[list[
             assert found["sums"] == [6, working, working, working, 0, 0, working, working]
 
 
-def test_all_send_the_same_and_early(tmp_path: Path) -> None:
-    """Buckets of one parameter: those before the spare layer, which never comes, leave before the pass has ended."""
+def test_all_processes_send_the_same_buckets_as_early_as_possible(tmp_path: Path) -> None:
+    """Buckets of one parameter: those before the spare layer, which is not used, are sent before the pass ends."""
     early = ["sum of 2", "sum of 6"]  # bias and weight of the last layer
     rest = ["sum of 1", "sum of 2", "sum of 9", "sum of 3", f"sum of {12 + 1 + 7}"]
     shares = [[[0, 1], [2]], [], [[3, 4, 5]]]
@@ -64,21 +66,23 @@ def test_all_send_the_same_and_early(tmp_path: Path) -> None:
     ]
 
 
-def test_a_gradient_that_changes_after_it_was_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By two backward passes in the one that should be the last, as with reentrant checkpoints of a shared layer."""
+def test_a_gradient_that_changes_after_it_was_sent_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There are two backward passes where one is the last, as with reentrant checkpoints of a shared layer."""
     monkeypatch.setattr(exchange, "BUCKET_BYTES", 1)
     monkeypatch.setattr(Processes, "start_sum", lambda self, flat: None)
     layer = nn.Linear(2, 1)
     summed = exchange.Exchange(Processes(0, 2), list(layer.parameters()))
-    layer(torch.ones(2)).backward()  # one before, of which nothing is sent
+    layer(torch.ones(2)).backward()  # an earlier pass, which sends nothing
     with summed.sending(last=True):
         layer(torch.ones(2)).backward()
         with refused(DatamergeError, None, "use_reentrant=False"):
             layer(torch.ones(2)).backward()
 
 
-def test_runs_are_the_same_to_the_last_bit(make_artifact: Callable[..., str], tmp_path: Path) -> None:
-    """Of two processes, whose numbers add up in one order: in any cut, and if one of them begins a step again."""
+def test_runs_of_two_processes_are_the_same_bit_for_bit(make_artifact: Callable[..., str], tmp_path: Path) -> None:
+    """Two processes add in one order, whatever the size of buckets, and if one of them repeats a step."""
     shared = {
         "artifact": make_artifact(), "steps": 5, "batch_size": 4, "accumulate": 2, "learning_rate": 1e-2, "threads": 1
     }  # fmt: skip
@@ -102,10 +106,10 @@ def test_runs_are_the_same_to_the_last_bit(make_artifact: Callable[..., str], tm
     [([[[0]], [[99]]], [], "IndexError"), ([[[0]], [[1]]], [1], "RuntimeError broken off")],
     ids=["before it sent anything", "between two buckets"],
 )
-def test_a_process_that_fails_while_sums_are_under_way(
+def test_a_process_that_fails_during_a_sum_ends_both(
     shares: list[list[list[int]]], breaks: list[int], error: str, tmp_path: Path
 ) -> None:
-    """Both leave in seconds: the other has sent all that it had, and is told that nobody will come."""
+    """Both end within seconds: the other one has sent all its buckets and loses contact."""
     for (code, text), expected in zip(
         ranks.fail(2, tmp_path, {"shares": shares, "bucket_bytes": 1, "breaks": breaks}),
         ("DatamergeError lost contact with the other processes of this run", error),

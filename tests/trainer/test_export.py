@@ -24,7 +24,7 @@ from trainer.export.command import Target, export, export_encoder
 from trainer.export.hf_clip import clip_config
 
 MakeArtifact = Callable[..., str]
-# Of the architecture of ViT-B/32, B/16 and L/14, which differ in these numbers and the activation alone.
+# The architecture of ViT-B/32, B/16 and L/14, which differ only in these numbers and the activation.
 TOWER = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "tiny-gelu": {},
@@ -102,7 +102,7 @@ def test_both_exports_give_the_runs_embeddings(make_artifact: MakeArtifact, tmp_
     with torch.no_grad():
         found = hugging_face(pixel_values=(pixels - encoder.mean) / encoder.std).image_embeds
         assert _difference(found, expected) < 1e-5
-        # An image of the right size comes through the processor as the pixels that the encoder takes.
+        # The processor makes the encoder's pixels from an image of the right size.
         processed = hugging_face(**processor([image], return_tensors="pt")).image_embeds
         direct = encoder(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)
     torch.testing.assert_close(processed, direct, rtol=0, atol=1e-4)
@@ -126,7 +126,7 @@ def test_the_best_state_is_exported_on_request(make_artifact: MakeArtifact, tmp_
     assert summary.steps == 4
 
 
-def test_what_cannot_be_exported_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_unsupported_exports_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     _run(make_artifact, tmp_path / "average", "tiny-average")
     train(TrainConfig(artifact=make_artifact(), run=str(tmp_path / "mlp"), steps=1))
@@ -157,8 +157,8 @@ def test_damaged_weights_are_not_exported(make_artifact: MakeArtifact, tmp_path:
 
 
 @pytest.mark.parametrize("model", ["ViT-B-32-quickgelu", "ViT-B-16"])
-def test_the_published_shapes_map(model: str) -> None:
-    """Settings only; the networks themselves take seconds to build and are compared by `export` in every use."""
+def test_published_architectures_map_to_transformers(model: str) -> None:
+    """Configurations only: networks of this size take seconds to build, and every `export` compares embeddings."""
     import open_clip
 
     config = open_clip.get_model_config(model)

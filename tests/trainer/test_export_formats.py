@@ -1,4 +1,4 @@
-"""Exports of every architecture, loaded as their user would and by us again: the same pixels and embeddings."""
+"""Exports of every architecture, loaded by their library and by us: the same pixels and embeddings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORTEST = {"interpolation": "bicubic", "resize_mode": "shortest"}
 SQUASH = {"interpolation": "bicubic", "resize_mode": "squash"}
 TEXT = {"context_length": 8, "vocab_size": 300, "width": 16, "heads": 2, "layers": 1}
 VIT = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-# Architecture → configuration of open_clip, and that of its weights.
+# By architecture: open_clip's configuration of the model, and that of its weights.
 ZOO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zoo-clip-quickgelu": ({"vision_cfg": VIT, "quick_gelu": True}, {**OPENAI, **SHORTEST, "quick_gelu": True}),
     "zoo-laion": ({"vision_cfg": VIT}, {**INCEPTION, **SHORTEST}),
@@ -103,7 +103,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tags(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`open_clip:NAME/test` for all of the zoo; only the download is replaced."""
+    """Register `open_clip:NAME/test` for all models of the zoo; only the download is replaced."""
     import open_clip
 
     for name, (_, tag) in ZOO.items():
@@ -113,7 +113,7 @@ def tags(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_a_folder_of_open_clip_is_the_tuned_model(
+def test_an_open_clip_folder_loads_as_the_tuned_model(
     tags: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import open_clip
@@ -129,7 +129,7 @@ def test_a_folder_of_open_clip_is_the_tuned_model(
     with torch.no_grad():
         found = model.eval().encode_image(torch.stack([preprocess(photo) for photo in photos]), normalize=False)
     torch.testing.assert_close(found, embed(encoder, photos), rtol=1e-4, atol=1e-5)
-    # All but the image tower is the original's, to the bit.
+    # Everything but the image tower equals the original bit for bit.
     original = torch.load(tags / f"{name}.pt", weights_only=True)
     exported = model.state_dict()
     assert exported.keys() == original.keys()
@@ -137,7 +137,7 @@ def test_a_folder_of_open_clip_is_the_tuned_model(
     words = open_clip.get_tokenizer(f"local-dir:{out}")(["a photo"])
     assert torch.equal(words, open_clip.get_tokenizer(name)(["a photo"]))
 
-    # Read back: the folder, and the file with and without the name of what it belongs to.
+    # Read back: the folder, and the weights file with the name of its model.
     for spec in (f"open_clip:local-dir:{out}", f"open_clip:{name}/{TAG}@{out / 'visual.pt'}"):
         again = load_encoder(spec)
         assert again.sha256 == encoder.sha256
@@ -145,7 +145,7 @@ def test_a_folder_of_open_clip_is_the_tuned_model(
         torch.testing.assert_close(embed(again, photos), embed(encoder, photos))
 
 
-def test_without_a_text_tower_the_image_tower_is_written(
+def test_without_a_text_tower_only_the_image_tower_is_written(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import open_clip
@@ -171,8 +171,8 @@ def test_without_a_text_tower_the_image_tower_is_written(
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
 
 
-def test_a_whole_checkpoint_has_its_text_tower_with_it(tags: Path, tmp_path: Path) -> None:
-    """In the wrappers of a training, which open_clip itself would not take off."""
+def test_a_whole_checkpoint_provides_the_text_tower(tags: Path, tmp_path: Path) -> None:
+    """Its names have the prefixes of training wrappers, which open_clip itself would not remove."""
     original = torch.load(tags / "zoo-coca.pt", weights_only=True)
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in original.items()}
     torch.save({"state_dict": wrapped, "epoch": 3}, tmp_path / "epoch_3.pt")
@@ -185,7 +185,7 @@ def test_a_whole_checkpoint_has_its_text_tower_with_it(tags: Path, tmp_path: Pat
     assert all(torch.equal(found[name], original[name]) for name in found)
 
 
-def test_an_export_is_a_start_like_any_other(tags: Path, tmp_path: Path) -> None:
+def test_an_export_can_be_tuned_and_exported_again(tags: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "first", tmp_path / "second"]
     spec = f"open_clip:zoo-siglip/{TAG}"
     for folder in folders:
@@ -213,14 +213,14 @@ def test_without_a_tokeniser_the_whole_model_is_written(
     assert load_encoder(f"open_clip:local-dir:{tmp_path / 'out'}").sha256 == encoder.sha256
 
 
-def test_another_input_size_is_in_the_configuration(tags: Path, tmp_path: Path) -> None:
+def test_another_input_size_is_written_to_the_configuration(tags: Path, tmp_path: Path) -> None:
     encoder = load_encoder(f"open_clip:zoo-laion/{TAG},image_size=48")
     (tmp_path / "out").mkdir()
     write_open_clip(encoder, encoder.spec, tmp_path / "out")
     again = load_encoder(f"open_clip:local-dir:{tmp_path / 'out'}")
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
     assert again.input_shape == (3, 48, 48)
-    # Convolutions take any size; position embeddings of timm's networks have timm's.
+    # Convolutions take any size; timm's position embeddings have that of timm's configuration.
     encoder = load_encoder(f"open_clip:zoo-convnext/{TAG},image_size=64")
     (tmp_path / "convnext").mkdir()
     write_open_clip(encoder, encoder.spec, tmp_path / "convnext")
@@ -232,10 +232,10 @@ def test_another_input_size_is_in_the_configuration(tags: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["zoo-clip-quickgelu", "zoo-laion", "zoo-siglip"])
-def test_a_run_computes_the_same_wherever_it_goes(
+def test_a_run_that_is_moved_and_exported_computes_the_same(
     make_artifact: MakeArtifact, tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Saved, moved, loaded, exported, loaded again: one function of photos."""
+    """Saved, moved, loaded, exported and loaded again, it gives photos the same embeddings."""
     start = load_encoder(f"open_clip:{name}/{TAG}")
     artifact = make_artifact(name="artifact", shape=start.input_shape, width=start.embedding_dim, encoder=start.spec)
     run, photos = tmp_path / "run", odd_photos()
@@ -267,20 +267,20 @@ def test_a_run_computes_the_same_wherever_it_goes(
     assert (named.sha256, named.preprocessing) == (summary.encoder_sha256, encoder.preprocessing)
     again = load_encoder(f"hf:{tmp_path / 'hf'}")
     assert again.preprocessing == in_transformers(encoder)
-    # Where transformers cuts the same square, it computes the same.
+    # For photos that transformers crops to the same square, embeddings are the same.
     same = [photo for photo in photos if _agree(photo, encoder.preprocessing, again.preprocessing)]
     assert len(same) >= 2
     torch.testing.assert_close(embed(again, same), embed(encoder, same), rtol=1e-4, atol=1e-5)
     run_card(tmp_path / "hf", same[0], monkeypatch, embed(encoder, same[:1]), 0.05)
 
 
-def _odd(encoder: Encoder, **changes: Any) -> Encoder:
+def _with_preprocessing(encoder: Encoder, **changes: Any) -> Encoder:
     """The encoder with another preprocessing."""
     other = Preprocessing.model_validate({**encoder.preprocessing.model_dump(), **changes})
     return Encoder(encoder.model, encoder.spec, other, False)
 
 
-def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) -> None:
+def test_a_preprocessing_that_a_format_cannot_express_is_refused(tags: Path, tmp_path: Path) -> None:
     encoder = load_encoder(f"open_clip:zoo-laion/{TAG}")
     nowhere = tmp_path / "nowhere"
     for changes, fact in (
@@ -290,7 +290,7 @@ def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) ->
         ({"resize": "none"}, "none"),
     ):
         with refused(ConfigError, "to", "open_clip", fact, "encoder.safetensors"):
-            write_open_clip(_odd(encoder, **changes), encoder.spec, nowhere)
+            write_open_clip(_with_preprocessing(encoder, **changes), encoder.spec, nowhere)
     for changes, fact in (
         ({"resize": "longest"}, "longest"),
         ({"scale": (30, 30)}, "30 x 30"),
@@ -298,10 +298,10 @@ def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) ->
         ({"rounding": "nearest"}, "nearest"),
     ):
         with refused(ConfigError, "to", "hf", fact, "encoder.safetensors"):
-            write_hugging_face(_odd(encoder, **changes), nowhere)
+            write_hugging_face(_with_preprocessing(encoder, **changes), nowhere)
     timm = load_encoder("timm:test_resnet")
     with refused(ConfigError, "to", "timm", "images of this size"):
-        write_timm(_odd(timm, resize="none"), nowhere)
+        write_timm(_with_preprocessing(timm, resize="none"), nowhere)
     assert not nowhere.exists()
 
 
@@ -313,10 +313,10 @@ def test_a_preprocessing_without_words_is_refused(tags: Path, tmp_path: Path) ->
         ("resize_mode", "squash", "grey levels"),
     ],
 )
-def test_a_library_that_sees_other_pixels_is_noticed(
+def test_a_library_that_makes_other_pixels_is_noticed(
     tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: Any, fact: str
 ) -> None:
-    """Such as one that reads a field of the configuration otherwise."""
+    """For example because it interprets a field of the configuration differently."""
     import open_clip
 
     create = open_clip.create_model_and_transforms
@@ -330,7 +330,7 @@ def test_a_library_that_sees_other_pixels_is_noticed(
         write_open_clip(encoder, f"open_clip:zoo-laion/{TAG}", tmp_path / "out")
 
 
-def test_weights_that_changed_on_the_way_are_noticed(
+def test_weights_that_change_while_they_are_written_are_noticed(
     tags: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exports of models of transformers and timm: what their own library gives back."""
+"""Exports of models of transformers and timm, loaded again by their own library."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _save_hugging_face(name: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exported_transformers_model_equals_the_tuned_one(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
     spec = _save_hugging_face(name, tmp_path / "start")
@@ -58,12 +60,12 @@ def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys
     transformers.utils.logging.enable_progress_bar()
     capsys.readouterr()
     folder = write_hugging_face(encoder, out)
-    assert "%|" not in capsys.readouterr().err, "bars of transformers"
+    assert "%|" not in capsys.readouterr().err, "progress bars of transformers"
     assert f"import AutoImageProcessor, {name}" in folder.usage
-    assert folder.note == "", "everything is as it was"
+    assert folder.note == "", "there is nothing to note: the preprocessing is unchanged"
     again = load_encoder(f"hf:{out}")
     assert (again.sha256, again.preprocessing) == (encoder.sha256, encoder.preprocessing)
-    # By transformers' own resampling with Pillow, which is ours.
+    # transformers' backend with Pillow resamples as we do.
     processor: Any = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
     photos = odd_photos()
     pixels = processor(photos, return_tensors="pt").pixel_values
@@ -78,7 +80,7 @@ def test_a_model_of_transformers_is_given_back(tmp_path: Path, name: str, capsys
 
 
 @pytest.mark.parametrize(("model", "options"), [("test_vit", {"tag": "r160_in1k"}), ("test_resnet", {"size": 96})])
-def test_a_model_of_timm_is_given_back(
+def test_an_exported_timm_model_equals_the_tuned_one(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, options: dict[str, Any]
 ) -> None:
     import timm

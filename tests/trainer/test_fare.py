@@ -50,10 +50,10 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def pgd(model: nn.Module, clean: Tensor, start: Tensor, target: Tensor, objective: Objective) -> Tensor:
-    """Ten steps, the last of which counts; the momentum moves only what has no gradient.
+    """PGD as in RobustVLM: ten steps, the last one counts, and momentum moves only pixels whose gradient is 0.
 
-    On points where the reference has their distance from `clean`: the same but for rounding, of which a sign makes
-    whole steps wherever a slope is nearly nothing.
+    The reference keeps offsets from `clean` where this keeps points. They differ by rounding, which the sign turns
+    into whole steps wherever a gradient is nearly 0.
     """
     points, velocity = start, torch.zeros_like(clean)
     for _ in range(10):
@@ -75,16 +75,17 @@ def robust_vlm(
 ) -> Weights:
     """Weights after online training as RobustVLM does it (train/adversarial_training_clip.py), on raw images.
 
-    Batches, noise and dropped patches are those of a run here. The rate is that of its step from the first update
-    on; there the reference takes the peak, since it sets the rate after each step.
+    Batches, noise and dropped patches are those of a run here. The learning rate follows its schedule from the
+    first update on; the reference starts with the peak rate, because it sets the rate after each step.
 
     Args:
-        spec: of the encoder.
+        spec: spec of the encoder.
         images: float32 [B, C, H, W], in the order of the artifact.
-        artifact: whose shards order the batches.
-        labels: for TeCoA, by cross entropy through `head`; embeddings of the frozen encoder without.
-        head: embeddings → logits.
-        inside: the attack starts inside [0, 1].
+        artifact: artifact whose shards determine the batches.
+        labels: labels for TeCoA, which uses cross entropy through `head`; None for FARE, whose targets are embeddings
+            of the frozen encoder.
+        head: maps embeddings to logits.
+        inside: whether the attack starts inside [0, 1].
     """
     encoder, frozen = load_encoder(spec), load_encoder(spec).eval()
     order = Order(artifact.shard_sizes, BATCH, 0)
@@ -118,10 +119,10 @@ def robust_vlm(
 
 
 def distance(run: Path, weights: Weights) -> float:
-    """Largest difference of a weight of a finished run.
+    """Largest difference between `weights` and those of a finished run.
 
-    That of attention's bias on keys is left out: it changes no output, so its gradient is rounding, of which AdamW
-    makes whole steps.
+    Attention's bias of keys is left out: it changes no output, so its gradient is rounding error, which AdamW turns
+    into whole steps.
     """
     found = load_file(run / "encoder.safetensors")
     assert found.keys() == weights.keys()
@@ -164,7 +165,7 @@ class Data:
         np.savez(folder / "images.npz", images=pixels, labels=classes)
 
     def merged(self, name: str = "artifact", **settings: Any) -> Artifact:
-        """Attacks of the images, which do not matter here, and the clean images; or as the settings say."""
+        """Merge the images; without `attack`, store clean images and the result of an attack that does not matter."""
         attack = {} if "attack" in settings else {"members": 1, "steps": 1, "keep_clean": True}
         shared = {"encoder": self._spec, "order": "source", "groups_per_shard": 4, "device": "cpu"}
         places = {"source": str(self._folder / "images.npz"), "artifact": str(self._folder / name)}
@@ -177,7 +178,7 @@ def _train(artifact: Artifact, run: Path, **settings: Any) -> Path:
 
 
 def _stopped_once(monkeypatch: pytest.MonkeyPatch, artifact: Artifact, run: Path, **settings: Any) -> Path:
-    """The same run, stopped by a signal in its third step and continued."""
+    """Train, stop by a signal in the third step, and continue."""
     step, calls = update.Optimisation.step, []
 
     def signalled(self: update.Optimisation, *arguments: Any) -> update.Outcome:
@@ -191,17 +192,17 @@ def _stopped_once(monkeypatch: pytest.MonkeyPatch, artifact: Artifact, run: Path
     return _train(artifact, run, **settings)
 
 
-def test_fare_on_a_vision_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fare_on_a_vision_transformer_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Data(tmp_path, VIT)
     artifact = data.merged()
     expected = robust_vlm(VIT, data.images, artifact)
     assert distance(_train(artifact, tmp_path / "run"), expected) < 1e-5
     assert distance(_stopped_once(monkeypatch, artifact, tmp_path / "stopped"), expected) < 1e-5
-    # What is compared is a trained encoder, and the attack is part of it.
+    # The comparison notices one attack step less.
     assert distance(_train(artifact, tmp_path / "other", refine_steps=9), expected) > 1e-4
 
 
-def test_tecoa_on_a_vision_transformer(tmp_path: Path) -> None:
+def test_tecoa_on_a_vision_transformer_equals_the_reference(tmp_path: Path) -> None:
     data = Data(tmp_path, VIT)
     artifact = data.merged()
     weight = functional.normalize(torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(1)))
@@ -217,7 +218,7 @@ def test_tecoa_on_a_vision_transformer(tmp_path: Path) -> None:
 
 
 def test_an_attack_starts_inside_the_pixel_range(tmp_path: Path) -> None:
-    """The one difference in the attack: the reference takes the first gradient beyond black and white."""
+    """The only difference in the attack: the reference takes the first gradient outside [0, 1]."""
     data = Data(tmp_path, VIT, 0, 1)
     artifact = data.merged()
     run = _train(artifact, tmp_path / "run")
@@ -225,8 +226,8 @@ def test_an_attack_starts_inside_the_pixel_range(tmp_path: Path) -> None:
     assert distance(run, robust_vlm(VIT, data.images, artifact)) > 1e-5
 
 
-def test_fare_in_every_layout(tmp_path: Path) -> None:
-    """One process, two of which one is stopped, and one that goes on; Zarr and tars, attacked before or not."""
+def test_fare_equals_the_reference_for_all_processes_and_formats(tmp_path: Path) -> None:
+    """One process; two of which one is stopped, and one that continues; Zarr with an attack and tars without."""
     data = Data(tmp_path, MLP)
     artifacts = {
         "attacked": data.merged(),

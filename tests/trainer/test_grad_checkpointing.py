@@ -1,4 +1,4 @@
-"""Activations computed again: the same bits as without, fewer of them kept, and no network that only says so."""
+"""Recomputed activations: the same bits, fewer activations kept, and networks without support are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MakeArtifact = Callable[..., str]
 SHAPE, WIDTH = (3, 32, 32), 12
 CPU = torch.device("cpu")
 ATTACK = {"method": "pgd", "epsilon": "2/255"}
-# Towers of open_clip: its own with dropped patches, one of timm, a ResNet, and one of timm that cannot.
+# Towers of open_clip: its own with dropped patches, one of timm, a ResNet, and one of timm without support.
 TOWERS: dict[str, dict[str, Any]] = {
     "tiny-vit": {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "patch_dropout": 0.3},
     "tiny-trunk": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "timm_drop_path": 0.3},
@@ -55,7 +55,7 @@ def _tiny_models(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _factories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks that no name has: dropout in each, and switches that do not do what they say."""
+    """Make the networks of this file importable by `python:` specs."""
     module = types.ModuleType("networks_to_checkpoint")
     for factory in (timm_vit, Own, Reentrant, Silent):
         module.__dict__[factory.__name__] = factory
@@ -74,7 +74,7 @@ def timm_vit() -> nn.Module:
 
 
 class Silent(nn.Module):
-    """It takes the wish and does nothing."""
+    """A network that accepts the switch and ignores it."""
 
     input_shape = SHAPE
 
@@ -90,7 +90,7 @@ class Silent(nn.Module):
 
 
 class Own(Silent):
-    """It computes its layers again."""
+    """A network that recomputes its layers."""
 
     enabled, reentrant = False, False
 
@@ -101,7 +101,7 @@ class Own(Silent):
 
 
 class Reentrant(Own):
-    """It uses the older form of checkpoints, through which no gradient of pixels can be asked for."""
+    """A network with reentrant checkpoints, which do not support gradients of pixels."""
 
     reentrant = True
 
@@ -137,17 +137,17 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def named(hf_folder: Path) -> Callable[[str], str]:
-    """The spec behind one of `ABLE`: that of transformers is a folder, whose place is known only now."""
+def complete(hf_folder: Path) -> Callable[[str], str]:
+    """A function that completes a spec of `ABLE`: that of transformers lacks its temporary folder."""
     return lambda spec: f"hf:{hf_folder}" if spec == HF else spec
 
 
-def _both(make_artifact: MakeArtifact, tmp_path: Path, encoder: str, **settings: Any) -> None:
+def _assert_same_with_checkpoints(make_artifact: MakeArtifact, tmp_path: Path, encoder: str, **settings: Any) -> None:
     """Train without and with checkpoints: losses, gradient norms and weights are the same bits."""
     artifact = make_artifact(
         shape=SHAPE, width=WIDTH, encoder=encoder, factors=1, clean=True, attack=ATTACK, spread=2, members=True
     )
-    own: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "batch_size": 4,
         "steps": 2,
         "learning_rate": 1e-3,
@@ -155,9 +155,9 @@ def _both(make_artifact: MakeArtifact, tmp_path: Path, encoder: str, **settings:
         "arm": "factors",
         "encoder": encoder,
     }
-    own |= settings
+    shared |= settings
     for name, on in (("plain", False), ("again", True)):
-        train(TrainConfig(artifact=artifact, run=str(tmp_path / name), grad_checkpointing=on, **own))
+        train(TrainConfig(artifact=artifact, run=str(tmp_path / name), grad_checkpointing=on, **shared))
     _assert_same(tmp_path / "plain", tmp_path / "again")
 
 
@@ -177,9 +177,9 @@ def _assert_same(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("spec", ABLE)
 def test_networks_train_to_the_same_bits(
-    make_artifact: MakeArtifact, tmp_path: Path, spec: str, named: Callable[[str], str]
+    make_artifact: MakeArtifact, tmp_path: Path, spec: str, complete: Callable[[str], str]
 ) -> None:
-    _both(make_artifact, tmp_path, named(spec), refine_steps=1, accumulate=2)
+    _assert_same_with_checkpoints(make_artifact, tmp_path, complete(spec), refine_steps=1, accumulate=2)
 
 
 @pytest.mark.parametrize(
@@ -196,17 +196,19 @@ def test_networks_train_to_the_same_bits(
     ids=str,
 )
 def test_arms_train_to_the_same_bits(make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any]) -> None:
-    _both(make_artifact, tmp_path, "open_clip:tiny-vit", **settings)
+    _assert_same_with_checkpoints(make_artifact, tmp_path, "open_clip:tiny-vit", **settings)
 
 
-def test_compiled_too(make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_network_trains_to_the_same_bits(
+    make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Without code generation, which takes a compiler and a minute.
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend="aot_eager"))
-    _both(make_artifact, tmp_path, "python:networks_to_checkpoint:Own", compile=True)
+    _assert_same_with_checkpoints(make_artifact, tmp_path, "python:networks_to_checkpoint:Own", compile=True)
 
 
-def test_a_run_may_go_on_with_and_without(
+def test_a_run_can_be_continued_with_checkpoints(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = make_artifact(shape=SHAPE, width=WIDTH, encoder=OPEN_CLIP, factors=1)
@@ -248,14 +250,14 @@ def test_a_run_may_go_on_with_and_without(
         (HF, "model.vision_model.encoder.layers.1.mlp"),
     ],
 )
-def test_layers_run_once_more_and_less_is_kept(spec: str, layer: str, named: Callable[[str], str]) -> None:
-    encoder = load_encoder(named(spec))
+def test_layers_run_twice_and_fewer_bytes_are_kept(spec: str, layer: str, complete: Callable[[str], str]) -> None:
+    encoder = load_encoder(complete(spec))
     train_mode(encoder)
     calls: list[int] = []
     encoder.get_submodule(layer).register_forward_pre_hook(lambda *_: calls.append(1))
 
     def runs() -> int:
-        """Of the layer, in a step. The second one ends with the last tensor that is needed, before its end."""
+        """Number of passes through the layer in a step; the second one may stop before the end of the layer."""
         calls.clear()
         encoder(torch.rand(2, *SHAPE)).square().sum().backward()
         return len(calls)
@@ -266,7 +268,7 @@ def test_layers_run_once_more_and_less_is_kept(spec: str, layer: str, named: Cal
     assert 0 < kept.after < 0.5 * kept.before
 
 
-def test_bytes_are_those_that_one_counts_by_hand() -> None:
+def test_kept_bytes_equal_a_count_by_hand() -> None:
     encoder = load_encoder("python:networks_to_checkpoint:Own")
     pixels, hidden = 4 * 3 * 32 * 32, 4 * 16
     # The first layer keeps the normalised pixels, GELU its input, the last layer GELU's output.
@@ -294,7 +296,7 @@ def test_networks_that_would_keep_everything_are_refused(
     assert not caplog.records
 
 
-def test_a_double_backward_is_refused() -> None:
+def test_an_estimator_with_a_double_backward_is_refused() -> None:
     settings = {"artifact": "a", "run": "r", "steps": 5, "grad_checkpointing": True}
     with refused(ConfigError, "grad_checkpointing", "gauss_newton", "sampled", "antithetic"):
         load_settings(TrainConfig, None, {}, settings)
@@ -302,7 +304,7 @@ def test_a_double_backward_is_refused() -> None:
         assert load_settings(TrainConfig, None, {}, {**settings, **other}).grad_checkpointing
 
 
-def test_it_is_said_what_is_kept_and_advised_where_memory_ends(
+def test_out_of_memory_advises_checkpoints_only_if_they_are_off(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def exhausted(*arguments: Any) -> None:

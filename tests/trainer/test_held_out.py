@@ -1,4 +1,4 @@
-"""The held-out loss is the loss that is trained on: recomputed from the records, one group at a time, in float64."""
+"""The held-out loss is the training loss: recomputed from the records, one group at a time, in float64."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ ATTACK = {"epsilon": "32/255", "step_size": "1/255", "steps": 10}
 EPSILON = 32 / 255
 
 
-def _measured(artifact: str, run: Path, **settings: Any) -> float:
-    """The held-out loss on the groups of the artifact itself, of an encoder that has not moved."""
+def _held_out_loss(artifact: str, run: Path, **settings: Any) -> float:
+    """Held-out loss of an encoder that has hardly been trained, on the training groups themselves."""
     shared: dict[str, Any] = {"steps": 1, "batch_size": BATCH, "learning_rate": 1e-12, "seed": SEED}
     train(TrainConfig(artifact=artifact, run=str(run), eval_artifact=same_groups(artifact), **{**shared, **settings}))
     return float(json.loads((run / "log.jsonl").read_text().splitlines()[-1])["eval_loss"])
@@ -50,12 +50,12 @@ def _loss(encoder: Encoder, image: Tensor, target: Tensor) -> Tensor:
     return (outputs - target).square().sum()
 
 
-def test_deviations_are_those_that_are_trained_on(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Preset `pair`: 1.25 of the way along one factor. A mirrored pair of deviations is its mean loss exactly."""
+def test_held_out_deviations_are_those_of_training(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Preset `pair`: deviations of ±1.25 factors. With one factor, a mirrored pair has the mean loss exactly."""
     artifact, encoder = make_artifact(factors=1, spread=48), _encoder()
     preset = read_preset("pair")
     assert preset["deviation"] == 1.25
-    found = _measured(artifact, tmp_path / "run", arm=preset["arm"], deviation=preset["deviation"])
+    found = _held_out_loss(artifact, tmp_path / "run", arm=preset["arm"], deviation=preset["deviation"])
     expected: dict[float, list[float]] = {1.0: [], 1.25: []}
     for record in open_artifact(artifact):
         mean, factors, target = _tensors(record, "mean", "factors", "target")
@@ -69,9 +69,9 @@ def test_deviations_are_those_that_are_trained_on(make_artifact: MakeArtifact, t
 def test_random_deviations_are_measured_in_pairs(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Of a linear function of the deviation nothing is left, so the measure is near the mean over all signs."""
+    """Pairs cancel what is linear in the deviation, so the loss is near the mean over all signs."""
     artifact, encoder = make_artifact(factors=3, spread=8), _encoder()
-    found = _measured(artifact, tmp_path / "run", arm="factors", **settings)
+    found = _held_out_loss(artifact, tmp_path / "run", arm="factors", **settings)
     every, single = [], []
     for record in open_artifact(artifact):
         mean, factors, target = _tensors(record, "mean", "factors", "target")
@@ -81,13 +81,14 @@ def test_random_deviations_are_measured_in_pairs(
         ]
         every.append(np.mean(ends))
         single.append(np.std(ends))
-    noise = np.sqrt(np.square(single).sum()) / len(single)  # of the mean over the groups, without pairs
+    # Standard deviation of the mean over the groups, without pairs.
+    noise = np.sqrt(np.square(single).sum()) / len(single)
     assert abs(found - np.mean(every)) < 0.2 * noise
 
 
-def test_the_papers_loss_is_measured_with_its_own_correction(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_the_papers_held_out_loss_includes_its_correction(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact, encoder = make_artifact(), _encoder()
-    found = _measured(artifact, tmp_path / "run", arm="avg", samples=300)
+    found = _held_out_loss(artifact, tmp_path / "run", arm="avg", samples=300)
     values = []
     for record in open_artifact(artifact):
         mean, variance, target = _tensors(record, "mean", "variance", "target")
@@ -109,13 +110,11 @@ def _refined(encoder: Encoder, start: Tensor, clean: Tensor, target: Tensor, ste
 
 
 @pytest.mark.parametrize("arm", ["ind", "mean-only", "factors"])
-def test_images_are_refined_as_those_that_are_trained_on(
-    make_artifact: MakeArtifact, tmp_path: Path, arm: str
-) -> None:
+def test_held_out_images_are_refined_as_in_training(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
     steps, deviation = 2, 1.5
     artifact, encoder = make_artifact(factors=2, spread=32, clean=True, attack=ATTACK), _encoder()
     settings: dict[str, Any] = {"arm": arm} | ({"deviation": deviation} if arm == "factors" else {})
-    found = _measured(artifact, tmp_path / "refined", refine_steps=steps, **settings)
+    found = _held_out_loss(artifact, tmp_path / "refined", refine_steps=steps, **settings)
     stored = open_artifact(artifact)
     order, values = Order(stored.shard_sizes, BATCH, SEED), []
     for step in range(order.steps_per_epoch):
@@ -134,11 +133,11 @@ def test_images_are_refined_as_those_that_are_trained_on(
             refined = [_refined(encoder, start, clean / 255, target, steps) for start in starts]
             values.append(np.mean([float(_loss(encoder, image, target)) for image in refined]))
     assert found == pytest.approx(np.mean(values), rel=1e-5)
-    assert found > _measured(artifact, tmp_path / "stored", **settings)
+    assert found > _held_out_loss(artifact, tmp_path / "stored", **settings)
 
 
-def test_nothing_of_the_encoder_is_changed_by_a_measure(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Gradients, modes, flags and weights: a run that measures after every step ends as one that never does."""
+def test_measuring_the_held_out_loss_does_not_change_the_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """A run that measures after every step ends with the weights of one that never does."""
     artifact = make_artifact(clean=True, attack=ATTACK)
     settings: dict[str, Any] = {
         "arm": "ind",
@@ -164,12 +163,12 @@ def test_held_out_groups_without_clean_images_are_refused_before_the_run(
     with refused(ConfigError, "eval_artifact", "`keep_clean=True`", other):
         train(config)
     assert not (tmp_path / "run").exists()
-    # Where nothing is refined none are needed.
+    # Without refinement, clean images are not needed.
     train(config.model_copy(update={"refine_steps": 0}))
 
 
 def test_few_held_out_groups_are_read_without_data_workers(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Workers would start anew for each evaluation, which takes longer than to read the groups."""
+    """Workers would start again for each evaluation, which takes longer than reading the groups."""
     artifact = make_artifact()
     shared: dict[str, Any] = {"artifact": artifact, "eval_artifact": same_groups(artifact), "steps": 1}
     job = make_job(TrainConfig(**shared, run=str(tmp_path / "run"), batch_size=BATCH, data_workers=2))

@@ -1,4 +1,4 @@
-"""Pseudo-labels, the scale of the loss, and the losses without randomness: of a mean, and of stored members.
+"""Pseudo-labels, the scale of the loss, the cosine, and losses without randomness: of a mean, of stored members.
 
 Shapes: K outputs.
 """
@@ -97,7 +97,7 @@ def test_correction_follows_the_scale_of_the_loss() -> None:
         torch.testing.assert_close(correction(1.0, estimate), 2 * correction(0.5, estimate), rtol=1e-10, atol=0)
 
 
-def test_the_cosine_is_that_of_numpy_and_knows_no_length() -> None:
+def test_the_cosine_equals_numpys_and_ignores_lengths() -> None:
     outputs, target = _random(5, K) - 0.5, _random(5, K, seed=1) - 0.5
     found = Cosine().value(outputs, target)
     pairs = zip(outputs.numpy(), target.numpy(), strict=True)
@@ -108,7 +108,7 @@ def test_the_cosine_is_that_of_numpy_and_knows_no_length() -> None:
 
 
 def test_the_cosine_of_nearly_parallel_outputs_keeps_its_digits() -> None:
-    """As at the start of a run, where 1 − cos(t, y) in float32 is 0 or a multiple of 6e-8."""
+    """Outputs at the start of a run are nearly parallel; then 1 − cos(t, y) in float32 is 0 or a multiple of 6e-8."""
     target = torch.tensor([[3.0, 4.0, 0.0]])
     outputs = target + torch.tensor([[0.0, 0.0, 1e-3]])  # an angle of 2e-4, whose cosine is 1 − 2e-8
     outputs.requires_grad_()
@@ -119,8 +119,8 @@ def test_the_cosine_of_nearly_parallel_outputs_keeps_its_digits() -> None:
     torch.testing.assert_close(outputs.grad, torch.tensor([[0.0, 0.0, 4e-5]]), rtol=1e-3, atol=1e-8)
 
 
-def test_the_cosine_has_no_curvature_to_correct_with() -> None:
-    """Along t its Hessian is 0, and it is not 0 itself: an indefinite matrix, which no density's Fisher matrix is."""
+def test_the_hessian_of_the_cosine_is_indefinite() -> None:
+    """tᵀ H t is 0 and H has a negative eigenvalue, while the Fisher matrix of a density is never indefinite."""
     outputs, target = _random(K), _random(1, K, seed=1)
     hessian = torch.autograd.functional.hessian(lambda t: Cosine().value(t[None], target).sum(), outputs)
     assert float(outputs @ hessian @ outputs) == pytest.approx(0, abs=1e-12)

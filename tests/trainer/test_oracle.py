@@ -1,12 +1,12 @@
-"""Whole runs against a loop written a second time: from docs/math.md, one group at a time, in float64.
+"""Whole runs against a second implementation of the loop: from docs/math.md, one group at a time, in float64.
 
-What the trainer is made of is not used here: the tar shards are opened with tarfile and NumPy, the network is two
-matrices, the losses and their gradients are autograd's. Two things do not follow from the method and are repeated:
+It uses no code of the trainer: tar shards are read with tarfile and NumPy, the network is two matrices, and losses
+are differentiated by autograd. Two conventions do not follow from the method and are repeated:
 
-* the order of groups, all of them in one window: a permutation by index whose key comes of the third word of
+* the order of groups, all of them in one window: a permutation by index whose key is derived from the third word of
   SeedSequence([seed, 1, epoch]);
 * the draws of the group at position p of step s (counted from 0): a generator seeded by word p of
-  SeedSequence([seed, 2, s]); signs are its bits, highest first. The member that random-member takes is word p of
+  SeedSequence([seed, 2, s]); signs are its bits, highest first. The member that random-member draws is word p of
   SeedSequence([seed, 4, s]) modulo their number.
 
 Shapes: D pixels of an image, flat; N members, k factors, K outputs.
@@ -46,10 +46,10 @@ class Case:
     """One run.
 
     Attributes:
-        loss: of outputs [K] at a target.
-        hessian: of that loss in the outputs, [K, K].
+        loss: loss of outputs [K] at a target.
+        hessian: Hessian of that loss in the outputs, [K, K].
         label: a label drawn from exp(−loss), for outputs and a generator.
-        settings: of TrainConfig.
+        settings: settings of TrainConfig.
     """
 
     loss: Callable[[Tensor, Any], Tensor]
@@ -158,7 +158,7 @@ def _signs(rng: np.random.Generator, count: int) -> Tensor:
 
 @dataclass
 class Oracle:
-    """The loop's network and what it is asked for."""
+    """The loop: its case and the weights of its network."""
 
     case: Case
     weights: dict[str, Tensor]
@@ -168,7 +168,7 @@ class Oracle:
         w = self.weights
         return w["3.weight"] @ (w["1.weight"] @ (2 * image - 1) + w["1.bias"]).clamp(min=0) + w["3.bias"]
 
-    def at(self, image: Tensor, group: Group) -> Tensor:
+    def loss_at(self, image: Tensor, group: Group) -> Tensor:
         return self.case.loss(self.outputs(image), group.target)
 
     def refined(self, image: Tensor, group: Group, rng: np.random.Generator) -> Tensor:
@@ -183,32 +183,32 @@ class Oracle:
         for step in range(steps + 1 if steps else 0):
             if step:
                 point = image.detach().requires_grad_()
-                (gradient,) = torch.autograd.grad(self.at(point, group), point)
+                (gradient,) = torch.autograd.grad(self.loss_at(point, group), point)
                 image = image + settings.get("refine_step_size", 2 * EPSILON / LEVELS / steps) * gradient.sign()
             image = (group.clean + (image - group.clean).clamp(-radius, radius)).clamp(0, 1)
         return image
 
     def group_loss(self, group: Group, step: int, position: int) -> Tensor:
-        """What docs/math.md says is trained on: the loss of the arm, and the clean term."""
+        """Training loss of a group by docs/math.md: the loss of the arm, and the clean term."""
         loss, weight = self.arm_loss(group, step, position), self.case.settings.get("clean_weight", 0)
         if weight:
             loss = loss + weight * ((self.outputs(group.clean) - torch.as_tensor(group.target)) ** 2).sum()
         return loss
 
     def arm_loss(self, group: Group, step: int, position: int) -> Tensor:
-        """What docs/math.md says the arm trains on."""
+        """Loss of the arm by docs/math.md."""
         settings = self.case.settings
         arm, samples = settings["arm"], settings.get("samples", 1)
         rng = np.random.default_rng(_word(2, step, position))
         if arm == "ind":
-            return torch.stack([self.at(self.refined(x, group, rng), group) for x in group.members]).mean()
+            return torch.stack([self.loss_at(self.refined(x, group, rng), group) for x in group.members]).mean()
         if arm == "random-member":
             member = group.members[_word(4, step, position) % len(group.members)]
-            return self.at(self.refined(member, group, rng), group)
+            return self.loss_at(self.refined(member, group, rng), group)
         if arm == "mean-only":
-            return self.at(self.refined(group.mean, group, rng), group)
+            return self.loss_at(self.refined(group.mean, group, rng), group)
         if arm == "clean":
-            return self.at(self.refined(group.clean, group, rng), group)
+            return self.loss_at(self.refined(group.clean, group, rng), group)
         draw = self._along_factors if arm == "factors" else self._around_mean
         return torch.stack([draw(group, rng) for _ in range(samples)]).mean()
 
@@ -216,7 +216,7 @@ class Oracle:
         settings = self.case.settings
         u = settings.get("deviation", 1.0) * (_signs(rng, len(group.factors)) @ group.factors)
         if settings["estimator"] == "sampled":
-            return self.at(self.refined(group.mean + u, group, rng), group)
+            return self.loss_at(self.refined(group.mean + u, group, rng), group)
         return self._pair_or_curvature(group, u, self.outputs(group.mean + u) - self.outputs(group.mean))
 
     def _around_mean(self, group: Group, rng: np.random.Generator) -> Tensor:
@@ -228,18 +228,18 @@ class Oracle:
             return self.case.loss(outputs, group.target) + 0.5 * (group.variance * gradient**2).sum()
         u = group.variance.sqrt() * _signs(rng, len(group.mean))
         if self.case.settings["estimator"] == "sampled":
-            return self.at(group.mean + u, group)
+            return self.loss_at(group.mean + u, group)
         jacobian = torch.autograd.functional.jacobian(self.outputs, group.mean, create_graph=True)
         return self._pair_or_curvature(group, u, jacobian @ u)
 
     def _pair_or_curvature(self, group: Group, u: Tensor, response: Tensor) -> Tensor:
         if self.case.settings["estimator"] == "antithetic":
-            return (self.at(group.mean + u, group) + self.at(group.mean - u, group)) / 2
+            return (self.loss_at(group.mean + u, group) + self.loss_at(group.mean - u, group)) / 2
         centre = self.outputs(group.mean)
         return self.case.loss(centre, group.target) + 0.5 * response @ self.case.hessian(centre) @ response
 
     def train(self, shards: list[list[Group]]) -> list[float]:
-        """Change the weights; returns the loss of each step."""
+        """Train the weights; return the loss of each step."""
         optimizer = torch.optim.AdamW(self.weights.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
         per_epoch = math.ceil(sum(map(len, shards)) / BATCH)
         losses = []
@@ -283,14 +283,14 @@ CASES = [
     (settings, loss)
     for settings in [*({"arm": "factors", **one} for one in FACTORS), *OTHERS, *WITH_CLEAN_TERM]
     for loss in LOSSES
-    # What the settings refuse: see tests/trainer/test_train_command.py.
+    # The settings refuse these: see tests/trainer/test_train_command.py.
     if not (loss == "cosine" and settings.get("estimator") == "gauss_newton")
     and not (loss == "cross entropy" and "clean_weight" in settings)
 ]
 
 
 @pytest.mark.parametrize(("settings", "loss"), CASES, ids=str)
-def test_a_run_ends_with_the_weights_of_the_loop(
+def test_a_run_has_the_losses_and_weights_of_the_second_implementation(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], loss: str
 ) -> None:
     labels = loss == "cross entropy"

@@ -16,7 +16,7 @@ from trainer.data.order import SHUFFLE_WINDOW, Order, Partition, stream_seeds
 SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=20).filter(any)
 SEEDS = st.integers(0, 2**32 - 1)
 WINDOWS = st.one_of(st.none(), st.integers(1, 40))
-# ImageNet's training set in shards of 256, as sorted by its 1,000 classes as a folder is.
+# ImageNet's training set in shards of 256, sorted by its 1,000 classes as a folder is.
 IMAGENET, CLASSES, BATCH = [256] * 5005, 1000, 128
 
 
@@ -33,7 +33,7 @@ def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, epoch: int, wind
 
 
 @given(SEEDS, SEEDS, st.integers(0, 50), st.integers(0, 50), WINDOWS)
-def test_seeds_and_epochs_have_orders_of_their_own(
+def test_different_seeds_and_epochs_have_different_orders(
     seed: int, other: int, epoch: int, later: int, window: int | None
 ) -> None:
     sizes = [16] * 8
@@ -42,7 +42,7 @@ def test_seeds_and_epochs_have_orders_of_their_own(
 
 
 @given(SIZES, SEEDS, st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.integers(0, 60))
-def test_the_batch_size_cuts_the_same_order(
+def test_the_batch_size_does_not_change_the_order(
     sizes: list[int], seed: int, window: int, batch: int, other: int, epoch: int
 ) -> None:
     assert _epoch(Order(sizes, batch, seed, window), epoch) == _epoch(Order(sizes, other, seed, window), epoch)
@@ -62,8 +62,8 @@ def test_only_the_shards_of_a_window_are_open_at_a_time(seed: int, shards: int, 
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(2, 6))
-def test_every_window_has_one_of_each_turn_of_shards(seed: int, turns: int, windows: int) -> None:
-    """Of `windows` shards that follow one another, from where the epoch begins to deal, each window has one."""
+def test_consecutive_shards_are_spread_over_all_windows(seed: int, turns: int, windows: int) -> None:
+    """Of every `windows` consecutive shards, counted from the one that the epoch starts with, each window has one."""
     size, shards = 4, turns * windows
     touched = np.array(_epoch(Order([size] * shards, 3, seed, turns * size))) // size
     window_of = {int(shard): at // (turns * size) for at, shard in enumerate(touched)}
@@ -75,7 +75,7 @@ def test_every_window_has_one_of_each_turn_of_shards(seed: int, turns: int, wind
 
 
 @pytest.mark.parametrize(("shards", "window"), [(6, None), (7, 6), (7, 1)])
-def test_every_place_is_as_likely_as_any_other(shards: int, window: int | None) -> None:
+def test_every_place_is_equally_likely(shards: int, window: int | None) -> None:
     size, seeds = 2, 1000
     found = np.zeros((shards * size, shards * size), np.int64)
     for seed in range(seeds):
@@ -85,8 +85,8 @@ def test_every_place_is_as_likely_as_any_other(shards: int, window: int | None) 
 
 
 @pytest.mark.parametrize("window", [SHUFFLE_WINDOW, None])
-def test_a_batch_of_a_sorted_source_has_nearly_as_many_classes_as_a_draw(window: int | None) -> None:
-    """A draw of 128 from 1,000 classes has 120.2 of them, a batch of eight shards had 8 to 9."""
+def test_a_batch_of_a_sorted_source_has_nearly_as_many_classes_as_a_random_draw(window: int | None) -> None:
+    """A draw of 128 groups has 120.2 of 1,000 classes; groups of eight consecutive shards would have 8 or 9."""
     order = Order(IMAGENET, BATCH, 0, window)
     steps = range(0, order.steps_per_epoch, 25)
     distinct = np.array([len(np.unique(order.batch(step) * CLASSES // order.groups)) for step in steps])
@@ -94,7 +94,7 @@ def test_a_batch_of_a_sorted_source_has_nearly_as_many_classes_as_a_draw(window:
     assert np.quantile(distinct, 0.02) >= 110
 
 
-def test_batches_that_follow_one_another_are_not_correlated() -> None:
+def test_consecutive_batches_are_not_correlated() -> None:
     order, classes = Order(IMAGENET, BATCH, 3), 20
     found = np.zeros((classes, classes), np.int64)
     for step in range(1000, 1400):
@@ -104,14 +104,14 @@ def test_batches_that_follow_one_another_are_not_correlated() -> None:
     assert looks_uniform(found, expected, (classes - 1) ** 2)
 
 
-def test_what_is_kept_does_not_grow_with_the_groups() -> None:
+def test_memory_does_not_grow_with_the_number_of_groups() -> None:
     tracemalloc.start()
     order = Order([25_000] * 4_000, BATCH, 0)
     batches = [order.batch(step) for step in (0, 1, order.steps_per_epoch - 1, 10 * order.steps_per_epoch)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert order.groups == 10**8
-    assert peak < 4 * 2**20  # an array of the epoch has 800 MB
+    assert peak < 4 * 2**20  # an array of the epoch would have 800 MB
     assert all(len(np.unique(batch)) == len(batch) and 0 <= batch.min() <= batch.max() < 10**8 for batch in batches)
 
 
@@ -123,29 +123,29 @@ def test_what_is_kept_does_not_grow_with_the_groups() -> None:
     WINDOWS,
     st.integers(0, 3),
 )
-def test_a_group_comes_as_often_as_its_artifact_weighs(
+def test_a_group_occurs_as_often_as_the_weight_of_its_artifact(
     artifacts: list[tuple[list[int], float]], seed: int, window: int | None, epoch: int
 ) -> None:
-    sizes = [size for own, _ in artifacts for size in own]
-    order = Order(sizes, 4, seed, window, [(len(own), weight) for own, weight in artifacts])
+    sizes = [size for own_sizes, _ in artifacts for size in own_sizes]
+    order = Order(sizes, 4, seed, window, [(len(own_sizes), weight) for own_sizes, weight in artifacts])
     if not order.groups:
         return
     times = Counter(_epoch(order, epoch))
     first = 0
-    for own, weight in artifacts:
-        found = [times.pop(index, 0) for index in range(first, first + sum(own))]
-        first += sum(own)
-        assert abs(sum(found) - weight * sum(own)) <= 0.5 + 1e-9
+    for own_sizes, weight in artifacts:
+        found = [times.pop(index, 0) for index in range(first, first + sum(own_sizes))]
+        first += sum(own_sizes)
+        assert abs(sum(found) - weight * sum(own_sizes)) <= 0.5 + 1e-9
         assert {*found} <= {int(weight), int(weight) + 1}
-        # Of every shard the same share, up to rounding.
-        ends = np.cumsum(own)
-        for size, end in zip(own, ends, strict=True):
+        # Every shard contributes the same share, up to rounding.
+        ends = np.cumsum(own_sizes)
+        for size, end in zip(own_sizes, ends, strict=True):
             taken = sum(found[end - size : end])
-            assert abs(taken - size * sum(found) / sum(own)) < 1
+            assert abs(taken - size * sum(found) / sum(own_sizes)) < 1
     assert not times
 
 
-def test_a_share_is_another_one_each_epoch_and_leaves_nobody_out() -> None:
+def test_a_weight_below_1_takes_another_share_each_epoch_and_all_groups_equally() -> None:
     sizes, epochs = [1, 2, 3, 4] * 4, 600
     order = Order(sizes, 10, 0, weights=[(len(sizes), 0.3)])
     seen = [frozenset(_epoch(order, epoch)) for epoch in range(epochs)]
@@ -164,8 +164,8 @@ def test_artifacts_are_blended_evenly() -> None:
     assert ((indices < 1000).sum(1) == 100).all()
 
 
-def test_the_order_is_the_same_for_ever() -> None:
-    """Pinned: with another order, runs that are continued would meet some groups twice and others never."""
+def test_the_order_is_pinned() -> None:
+    """With another order, continued runs would read some groups twice and others never."""
     small = Order([3, 4, 5], 5, 7)
     assert small.batch(0).tolist() == [9, 7, 4, 1, 2]
     assert small.batch(4).tolist() == [1, 4, 10, 6, 5]
@@ -196,7 +196,7 @@ def test_any_step_can_be_the_first(sizes: list[int], seed: int, batch: int, star
 
 
 @given(SIZES, SEEDS, st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2))
-def test_ranks_together_do_every_group_exactly_once(
+def test_ranks_together_take_every_group_exactly_once(
     sizes: list[int], seed: int, batch: int, world: int, accumulate: int, epoch: int
 ) -> None:
     order = Order(sizes, batch, seed)
@@ -228,7 +228,7 @@ def test_another_world_size_continues_the_same_order(
         assert sorted(before + after) == sorted(list(range(order.groups)) * 2)
 
 
-def test_random_streams_are_distinct_and_groups_keep_theirs() -> None:
+def test_random_streams_are_distinct_and_do_not_depend_on_their_number() -> None:
     seeds = [
         word
         for seed in range(4)

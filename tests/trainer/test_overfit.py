@@ -1,4 +1,4 @@
-"""A run whose attack of one step loses its meaning: found, ended, or mended; and runs that are well."""
+"""Catastrophic overfitting to one-step attacks: reported, stopped, or ended by wider noise; and healthy runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trainer.run.overfit import Findings, every
 MakeArtifact = Callable[..., str]
 ENCODER, SHAPE = "mlp:1x8x8-256-256-6", (1, 8, 8)
 EVERY, FOUND, STEPS = 10, 30, 60
-# Ten images, which 256 units learn by heart, and so little noise that a step of 2ε ends where it always does.
+# 256 units memorise the ten images, and noise is so small that a step of 2ε always ends at the same points.
 COLLAPSES: dict[str, Any] = {"epsilon": "64/255", "start_noise": "2/255", "learning_rate": 1e-2}
 
 
@@ -42,35 +42,35 @@ def _run(artifact: str, run: Path, **settings: Any) -> RunSummary:
     return train(TrainConfig(**_settings(artifact, run, **settings)))
 
 
-def _looks(run: Path) -> dict[int, tuple[float, float]]:
+def _checks(run: Path) -> dict[int, tuple[float, float]]:
     """Losses under PGD and under the run's own attack by step."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return {line["step"]: (line["pgd_loss"], line["own_attack_loss"]) for line in lines if "pgd_loss" in line}
 
 
-def test_a_collapse_is_warned_of_once(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overfitting_is_reported_once(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = _run(artifact, tmp_path / "run")
-    looks = _looks(tmp_path / "run")
-    assert [*looks] == [10, 20, 30, 40, 50, 60]
-    # Worse than a guess among six classes under PGD, as good as perfect under the attack that is trained on.
-    assert looks[60][0] > 1.79 > 0.2 > looks[60][1]
+    checks = _checks(tmp_path / "run")
+    assert [*checks] == [10, 20, 30, 40, 50, 60]
+    # Under PGD worse than guessing among six classes, under the run's own attack nearly perfect.
+    assert checks[60][0] > 1.79 > 0.2 > checks[60][1]
     assert (summary.overfitted, summary.widened) == (FOUND, False)
     said = capsys.readouterr().err
     assert said.count("catastrophic overfitting") == 1
-    assert f"WARNING: step {FOUND}: the loss under PGD rose from {looks[10][0]:.4g} " in said
-    assert f"to {looks[FOUND][0]:.4g}, while under the run's own attack it is {looks[FOUND][1]:.4g} (" in said
+    assert f"WARNING: step {FOUND}: the loss under PGD rose from {checks[10][0]:.4g} " in said
+    assert f"to {checks[FOUND][0]:.4g}, while under the run's own attack it is {checks[FOUND][1]:.4g} (" in said
 
 
-def test_wider_noise_mends_it(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wider_noise_ends_the_overfitting(artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = _run(artifact, tmp_path / "run", on_overfit="widen")
     assert (summary.overfitted, summary.widened) == (FOUND, True)
     assert "noise of radius 128/255" in capsys.readouterr().err
-    pgd, own = _looks(tmp_path / "run")[60]
+    pgd, own = _checks(tmp_path / "run")[60]
     assert pgd < 2 * own
-    assert pgd < _looks(tmp_path / "run")[FOUND][0] - 1
+    assert pgd < _checks(tmp_path / "run")[FOUND][0] - 1
 
 
-def test_a_run_that_ends_says_so_again(artifact: str, tmp_path: Path) -> None:
+def test_a_stopped_run_repeats_its_error(artifact: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for _ in "ab":
         with pytest.raises(OverfittedRun, match=r"step 30: .*none is left from before it; try") as caught:
@@ -78,17 +78,17 @@ def test_a_run_that_ends_says_so_again(artifact: str, tmp_path: Path) -> None:
         assert caught.value.exit_code == 1
         assert f"saved {run / 'checkpoints/step-000030.pt'}" in str(caught.value)
     assert not (run / "run.json").exists()
-    # It can be gone on with, if somebody says so.
+    # Without `on_overfit="stop"` the run continues.
     assert _run(artifact, run).overfitted == FOUND
 
 
-def test_the_last_state_before_it_is_named(artifact: str, tmp_path: Path) -> None:
+def test_the_error_names_the_last_checkpoint_before_the_overfitting(artifact: str, tmp_path: Path) -> None:
     with pytest.raises(OverfittedRun, match=r"last one from before it is .*step-000020\.pt; try"):
         _run(artifact, tmp_path / "run", on_overfit="stop", checkpoint_every=5, keep_checkpoints=9)
 
 
 @pytest.mark.parametrize("stop", [15, 30, 35])
-def test_a_run_that_is_continued_ends_alike(
+def test_a_continued_run_ends_with_the_same_weights(
     artifact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     whole = _run(artifact, tmp_path / "whole", on_overfit="widen", steps=50)
@@ -104,41 +104,41 @@ def test_a_run_that_is_continued_ends_alike(
     again = _run(artifact, tmp_path / "run", on_overfit="widen", steps=50)
     assert again.encoder_sha256 == whole.encoder_sha256
     assert (again.overfitted, again.widened) == (FOUND, True)
-    assert _looks(tmp_path / "run") == _looks(tmp_path / "whole")
+    assert _checks(tmp_path / "run") == _checks(tmp_path / "whole")
     with refused(ConfigError, "run", "on_overfit", "widen"):
         _run(artifact, tmp_path / "run", steps=50)
 
 
 @pytest.mark.parametrize("epsilon", ["2/255", "16/255"])
-def test_a_run_that_is_well_is_left_alone(artifact: str, tmp_path: Path, epsilon: str) -> None:
-    ways: dict[str, dict[str, Any]] = {"watched": {"on_overfit": "widen"}, "alone": {"overfit_every": 0}}
+def test_checks_do_not_change_a_healthy_run(artifact: str, tmp_path: Path, epsilon: str) -> None:
+    modes: dict[str, dict[str, Any]] = {"watched": {"on_overfit": "widen"}, "alone": {"overfit_every": 0}}
     summaries = [
         _run(artifact, tmp_path / name, epsilon=epsilon, start_noise=None, steps=50, **how)
-        for name, how in ways.items()
+        for name, how in modes.items()
     ]
     assert summaries[0].encoder_sha256 == summaries[1].encoder_sha256
     assert [summary.overfitted for summary in summaries] == [None, None]
-    assert _looks(tmp_path / "watched")
-    assert not _looks(tmp_path / "alone")
+    assert _checks(tmp_path / "watched")
+    assert not _checks(tmp_path / "alone")
 
 
-def test_processes_decide_alike(artifact: str, tmp_path: Path) -> None:
+def test_all_processes_decide_alike(artifact: str, tmp_path: Path) -> None:
     names = {"widen": {"on_overfit": "widen"}, "stop": {"on_overfit": "stop"}}
     entries = [_settings(artifact, tmp_path / f"two-{name}", **how) for name, how in names.items()]
     outcomes = launch(2, entries, tmp_path)
     assert [code for code, _ in outcomes] == [0, 0], outcomes
-    # A sum in another order is another course of a collapse; it is the same in both.
+    # Sums in another order change the course of the overfitting, but alike in both runs.
     ends = [re.findall(r"ERROR step (\d+): the loss under PGD rose", text) for _, text in outcomes]
     assert ends[0] == ends[1]
     summary = json.loads((tmp_path / "two-widen/run.json").read_text())
     assert summary["widened"]
     assert ends[0] == [str(summary["overfitted"])]
     _run(artifact, tmp_path / "one")
-    alone, together = _looks(tmp_path / "one"), _looks(tmp_path / "two-widen")
+    alone, together = _checks(tmp_path / "one"), _checks(tmp_path / "two-widen")
     assert together[EVERY] == pytest.approx(alone[EVERY], rel=1e-2)
 
 
-def test_a_best_state_is_none_that_only_fools_its_attack(
+def test_the_best_state_is_from_before_the_overfitting(
     artifact: str, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
     shared = {"shape": SHAPE, "clean": True, "labels": True, "targets": False, "members": False, "encoder": ENCODER}
@@ -147,18 +147,18 @@ def test_a_best_state_is_none_that_only_fools_its_attack(
     assert torch.load(tmp_path / "run/checkpoints/best.pt", weights_only=True)["step"] < FOUND
 
 
-def test_the_rule() -> None:
+def test_conditions_of_overfitting() -> None:
     findings = Findings()
     for step, (pgd, own, found) in enumerate(
         [
             (9.0, 2.0, False),  # before training, one step finds little
             (3.0, 2.5, False),
-            (4.6, 2.4, False),  # worse, but the own attack sees half of it
-            (4.4, 1.0, False),  # not so much worse
+            (4.6, 2.4, False),  # worse, but the run's own attack finds half of it
+            (4.4, 1.0, False),  # not 1.5 times the lowest
             (4.6, 2.2, True),
             (3.0, 2.5, False),
             (0.1, 0.04, False),
-            (0.4, 0.01, False),  # small beside what it was
+            (0.4, 0.01, False),  # less than 1/20 of the first
             (0.5, 0.01, True),
         ]
     ):
@@ -172,7 +172,7 @@ def test_the_rule() -> None:
     [({"batch_size": 128}, 100), ({"batch_size": 16}, 192), ({"batch_size": 1}, 3072), ({"overfit_every": 7}, 7)],
     ids=str,
 )
-def test_looks_cost_a_twentieth(settings: dict[str, Any], expected: int) -> None:
-    """A look at 32 groups is 24 forward passes each, an update of one step of attack 5."""
+def test_checks_cost_at_most_a_twentieth(settings: dict[str, Any], expected: int) -> None:
+    """A check costs 24 forward passes for each of 32 groups, an update with a one-step attack 5 for each group."""
     config = TrainConfig(artifact="a", run="r", arm="clean", steps=5, refine_steps=1, **settings)
     assert every(config) == expected

@@ -1,4 +1,4 @@
-"""A permutation by index: a bijection for every size and key, all of them equally frequent, the same for ever."""
+"""A permutation by index: a bijection for every size and key; all are equally frequent, and values are pinned."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _whole(size: int, key: int) -> IntArray:
 
 
 @given(st.one_of(st.sampled_from([1, 2, 3, 4, 5, 17, 255, 256, 257]), st.integers(1, 3000)), WORDS)
-def test_every_index_comes_once(size: int, key: int) -> None:
+def test_every_index_occurs_once(size: int, key: int) -> None:
     assert sorted(_whole(size, key).tolist()) == list(range(size))
 
 
 @given(st.lists(st.tuples(st.integers(1, 2**50), WORDS), min_size=1, max_size=20), st.integers(0, 2**50))
-def test_each_element_has_a_permutation_of_its_own(pairs: list[tuple[int, int]], place: int) -> None:
+def test_elements_may_have_different_sizes_and_keys(pairs: list[tuple[int, int]], place: int) -> None:
     indices = [place % size for size, _ in pairs]
     sizes, keys = (
         np.array(column, kind) for column, kind in zip(zip(*pairs, strict=True), ("i8", "u8"), strict=True)
@@ -53,7 +53,7 @@ def test_all_permutations_are_equally_frequent(size: int) -> None:
 @pytest.mark.parametrize("size", [9, 17, 100, 4096])
 def test_half_of_the_permutations_are_odd(size: int) -> None:
     signs = [_sign(_whole(size, key)) for key in keys_of(2, np.arange(200)).tolist()]
-    assert 60 < sum(sign > 0 for sign in signs) < 140  # 100, more than five deviations either way
+    assert 60 < sum(sign > 0 for sign in signs) < 140  # 100 are expected, ± 7
 
 
 def _sign(permutation: IntArray) -> int:
@@ -66,18 +66,18 @@ def _sign(permutation: IntArray) -> int:
     return sign
 
 
-def test_neighbours_are_sent_apart() -> None:
+def test_neighbours_are_sent_to_independent_places() -> None:
     size = 2**16
-    there = _whole(size, 3)
-    lag = there - np.roll(there, 1)
-    # Uniform over the distances: each of 64 ranges of them holds its share of all neighbours.
-    found = np.bincount((lag % size) * 64 // size, minlength=64)
+    images = _whole(size, 3)
+    distances = images - np.roll(images, 1)
+    # Distances between images of neighbours are uniform: each of 64 ranges holds its share.
+    found = np.bincount((distances % size) * 64 // size, minlength=64)
     assert looks_uniform(found, size / 64, 63)
-    assert abs(np.corrcoef(there[1:], there[:-1])[0, 1]) < 0.02
+    assert abs(np.corrcoef(images[1:], images[:-1])[0, 1]) < 0.02
 
 
-def test_it_is_the_same_for_ever() -> None:
-    """Pinned: runs that are continued depend on it."""
+def test_values_are_pinned() -> None:
+    """The order of continued runs depends on these values."""
     assert _whole(7, 0).tolist() == [2, 6, 3, 4, 1, 0, 5]
     large = permuted(np.array([0, 1, 99_999_999]), np.full(3, 10**8), np.full(3, 12345, np.uint64))
     assert large.tolist() == [58975910, 18701776, 95488844]

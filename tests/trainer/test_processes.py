@@ -1,4 +1,4 @@
-"""Several processes, real ones over gloo: curves, orders, interruptions and deaths."""
+"""Runs on several processes, real ones over gloo: losses, orders, interruptions and killed processes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _losses(run: Path) -> list[tuple[float, ...]]:
 
 
 def _assert_close(one: Path, other: Path) -> None:
-    """The same run but for the order in which float32 numbers were added."""
+    """Assert that two runs differ at most by the order in which float32 numbers were added."""
     expected = _losses(one)
     assert [step for step, *_ in _losses(other)] == list(range(1, STEPS + 1))
     for mine, theirs in zip(_losses(other), expected, strict=True):
@@ -66,8 +66,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_layout_has_the_same_curve(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """10 groups in batches of 4: the last batch leaves some processes with nothing."""
+def test_any_number_of_processes_gives_the_same_losses(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """10 groups in batches of 4: the last batch leaves some processes without groups."""
     artifact = make_artifact()
     for name, settings in LAYOUTS.items():
         _train(_entry(artifact, tmp_path / f"1-{name}", **settings))
@@ -83,9 +83,9 @@ def test_every_layout_has_the_same_curve(make_artifact: MakeArtifact, tmp_path: 
 
 
 def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """1 → 2 → 3 → 1 processes, each sitting but the last ended by a signal to one of its processes.
+    """1 → 2 → 3 → 1 processes; all but the last are stopped by a signal to one of them.
 
-    10 groups in batches of 6 and 4: no share is empty, so each process is handed something in every step.
+    10 groups in batches of 6 and 4: no share is empty, so each process reads groups in every step.
     """
     artifact = make_artifact()
     _train(_entry(artifact, tmp_path / "whole", batch_size=6))
@@ -96,8 +96,8 @@ def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: 
         for code, text in outcomes:
             assert code == 0, text
             assert re.search(rf"STOPPED .*step {len(seen) + count} of {STEPS}", text)
-        handed = [[json.loads(keys) for keys in re.findall("RECORDS (.*)", text)] for _, text in outcomes]
-        seen += [[key for share in shares for key in share] for shares in zip(*handed, strict=True)]
+        records = [[json.loads(keys) for keys in re.findall("RECORDS (.*)", text)] for _, text in outcomes]
+        seen += [[key for share in shares for key in share] for shares in zip(*records, strict=True)]
     stored = open_artifact(artifact)
     order = Order(stored.shard_sizes, 6, 0)
     assert seen == [[stored[index].key for index in order.batch(step).tolist()] for step in range(7)]
@@ -105,7 +105,7 @@ def test_a_run_moves_between_world_sizes(make_artifact: MakeArtifact, tmp_path: 
     _assert_close(tmp_path / "whole", tmp_path / "moved")
 
 
-def test_a_killed_process_ends_the_run_which_then_continues(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_run_and_it_can_be_continued(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     _train(_entry(artifact, tmp_path / "whole"))
     entry = _entry(artifact, tmp_path / "killed", checkpoint_every=2)
@@ -116,7 +116,7 @@ def test_a_killed_process_ends_the_run_which_then_continues(make_artifact: MakeA
     _assert_close(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_what_fails_in_one_process_fails_in_all(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_an_error_in_one_process_is_raised_in_all(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     entries = [
         _entry(make_artifact(huge="k6"), tmp_path / "run"),
         _entry(make_artifact(name="other"), tmp_path / "few", batch_size=1),
@@ -126,7 +126,7 @@ def test_what_fails_in_one_process_fails_in_all(make_artifact: MakeArtifact, tmp
         assert re.search(r"ERROR batch_size: .*2 groups.*2 processes.*`batch_size=2`", text)
 
 
-def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_torchrun_starts_a_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     _train(_entry(artifact, tmp_path / "whole"))
     command = (
@@ -143,7 +143,7 @@ def test_torchrun_starts_it(make_artifact: MakeArtifact, tmp_path: Path) -> None
     _assert_close(tmp_path / "whole", tmp_path / "run")
 
 
-def test_half_an_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with refused(ConfigError, None, "WORLD_SIZE", "2", "RANK", "LOCAL_RANK"), processes("cpu"):
@@ -154,12 +154,12 @@ VARIABLES = ("NCCL_NVLS_ENABLE", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 
 
 class Gpus:
-    """What a machine with GPUs, and torch.distributed on it, would be asked; joins no processes.
+    """Replaces torch.cuda and torch.distributed, and records calls; no processes are joined.
 
     Attributes:
-        calls: in their order.
+        calls: names of functions and their arguments, in order.
         taken: the GPU of each process.
-        told: what NCCL and torch find in the environment when processes are joined.
+        environment_at_join: variables for torch and NCCL when processes would be joined.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, count: int, **environment: str) -> None:
@@ -182,16 +182,16 @@ class Gpus:
 
     def _join(self, backend: str, timeout: Any) -> None:
         self.calls.append(("init", backend))
-        self.told = {name: os.environ.get(name) for name in VARIABLES}
+        self.environment_at_join = {name: os.environ.get(name) for name in VARIABLES}
 
 
 def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL exchanges through the current GPU, which is the first in every process until somebody sets it."""
+    """NCCL uses the current GPU, which is the first one in every process until it is set."""
     gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
-    with processes("auto") as own:
+    with processes("auto") as joined:
         assert gpus.calls == [("set_device", 1), ("init", "cpu:gloo,cuda:nccl")]
-        assert own.patience is not None
-        assert own.patience + ABORT_SECONDS < 30
+        assert joined.patience is not None
+        assert joined.patience + ABORT_SECONDS < 30
     assert gpus.calls[2:] == [("destroy", None)]
     with refused(ConfigError, "device", "auto", "cuda:0"), processes("cuda:0"):
         pass
@@ -200,12 +200,12 @@ def test_each_process_takes_its_gpu_before_the_first_exchange(monkeypatch: pytes
         pass
 
 
-def test_an_error_leaves_the_other_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To leave NCCL in order takes all processes; those that wait for a sum will never come."""
+def test_an_error_aborts_nccl_without_the_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orderly end of NCCL needs all processes, but some may be waiting for a sum."""
     gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
     with pytest.raises(KeyError), processes("auto"):
         raise KeyError
-    # The second time in the thread that gives up: torch's current GPU is one of a thread's.
+    # It is set again in the thread that aborts: torch's current GPU belongs to a thread.
     assert gpus.calls == [
         ("set_device", 1),
         ("init", "cpu:gloo,cuda:nccl"),
@@ -215,7 +215,7 @@ def test_an_error_leaves_the_other_gpus_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("fault", ["raises", "hangs"])
-def test_an_abort_that_does_not_come_to_an_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_an_abort_that_fails_or_hangs_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="1", LOCAL_RANK="1")
     monkeypatch.setattr(trainer.run.distributed, "ABORT_SECONDS", 0.05)
     over, entered = threading.Event(), threading.Event()
@@ -237,18 +237,18 @@ def test_an_abort_that_does_not_come_to_an_end_holds_nobody_up(monkeypatch: pyte
         over.set()
 
 
-def test_torch_ends_no_process_by_itself_and_switches_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch (`ProcessGroupNCCL`) and NCCL read; the user's own values stay."""
+def test_variables_of_torch_and_nccl_are_set_unless_the_user_set_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's watchdog aborts no process, and NVLink SHARP is off; the user's own values are kept."""
     gpus = Gpus(monkeypatch, 2, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
     with processes("auto"):
-        assert gpus.told == {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+        assert gpus.environment_at_join == {"NCCL_NVLS_ENABLE": "0", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     with processes("auto"):
-        assert gpus.told == {"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
+        assert gpus.environment_at_join == {"NCCL_NVLS_ENABLE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3"}
 
 
-def test_processes_that_see_one_gpu_each_are_told_from_those_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = Gpus(monkeypatch, 1, WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
     with processes("auto"):
         assert gpus.calls[0] == ("set_device", 0)
@@ -262,21 +262,21 @@ def test_processes_that_see_one_gpu_each_are_told_from_those_that_share_it(monke
 @pytest.mark.parametrize(
     ("gpus", "local_rank", "expected"), [(4, 3, 3), (1, 3, 0), (2, 2, None)], ids=["each", "its own", "too few"]
 )
-def test_the_gpu_of_a_process(
+def test_a_process_takes_the_gpu_of_its_local_rank_or_its_only_one(
     monkeypatch: pytest.MonkeyPatch, gpus: int, local_rank: int, expected: int | None
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.cuda.set_device", lambda index: None)
-    own = Processes(rank=local_rank, world=4, local_rank=local_rank)
+    joined = Processes(rank=local_rank, world=4, local_rank=local_rank)
     if expected is None:
         with refused(ConfigError, "device", f"found {gpus}"):
-            own.take_gpu()
+            joined.take_gpu()
     else:
-        assert own.take_gpu() == torch.device("cuda", expected)
+        assert joined.take_gpu() == torch.device("cuda", expected)
 
 
-def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
-    """NCCL's, in place of which stands gloo: process 1 gives a sign of life, and then never comes to the sum."""
+def test_a_sum_that_a_process_never_joins_times_out(tmp_path: Path) -> None:
+    """gloo in place of NCCL, which would wait for ever: process 1 starts and never joins the sum."""
     ((_, first), (_, second)) = exchange(2, tmp_path, patience=0.5, absent=False)
     assert json.loads(first) == json.loads(second) == {"tensors": [[3.0, 3.0], [30.0]], "numbers": [5.0, 2.0, 2.0]}
     ((code, text), _) = exchange(2, tmp_path, patience=0.5, absent=True)
@@ -286,8 +286,8 @@ def test_a_sum_over_a_transport_that_waits_for_ever(tmp_path: Path) -> None:
     assert 0.5 <= seconds < 20
 
 
-def test_what_nccl_has_noticed_is_said_in_a_line() -> None:
-    """Its sum counts as completed then, and raises when it is waited for with a limit; without one it may not."""
+def test_an_error_of_nccl_is_a_lost_contact() -> None:
+    """NCCL's sum then counts as completed; waiting for it with a time limit raises, without one it may not."""
 
     class Failed:
         def is_completed(self) -> bool:
@@ -312,13 +312,13 @@ def test_what_nccl_has_noticed_is_said_in_a_line() -> None:
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "WORLD_SIZE": "1"}, False),
     ],
 )
-def test_slurm_tasks_that_know_nothing_of_each_other(
+def test_slurm_tasks_that_train_alone_give_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environment: dict[str, str], said: bool
 ) -> None:
     for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with processes("cpu") as own:
-        assert own == Processes()
+    with processes("cpu") as joined:
+        assert joined == Processes()
     assert ("each of the 4 Slurm tasks trains alone" in capsys.readouterr().err) is said

@@ -1,4 +1,4 @@
-"""The same loop under Ray Train: real workers, one of which dies."""
+"""Runs under Ray Train: real workers, one of which dies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.cli import train as command
 
 MakeArtifact = Callable[..., str]
 
-# An encoder whose process dies without a word, once: in worker 1, at the forward pass of the given number.
+# An encoder that ends its process without an error, once: in worker 1, at the ninth forward pass.
 MORTAL = """
 import os, pathlib
 import torch
@@ -51,7 +51,7 @@ def _cluster(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
     monkeypatch.syspath_prepend(str(tmp_path))
     import ray
 
-    # Workers find the encoder's module there.
+    # For workers to find the encoder's module.
     variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
     ray.init(address=bench.address, logging_level=40, log_to_driver=False, runtime_env={"env_vars": variables})
     yield
@@ -60,8 +60,8 @@ def _cluster(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("_cluster")
-def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Two workers cannot share batches of one group; what only they can find out is said as it is elsewhere."""
+def test_a_refusal_in_a_worker_is_that_of_the_command(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Two workers cannot share batches of one group; only workers notice it, and the command shows their error."""
     run = [make_artifact(), str(tmp_path / "run"), "--steps", "2", "--device", "cpu", "--ray-workers", "2"]
     result = CliRunner().invoke(command, run)
     assert isinstance(result.exception, ConfigError)
@@ -72,7 +72,7 @@ def test_a_mistake_ends_it_at_once(make_artifact: MakeArtifact, tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning")
 @pytest.mark.usefixtures("_cluster")
-def test_a_worker_that_dies_costs_the_steps_since_the_checkpoint(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_run_continues_from_its_checkpoint_after_a_worker_died(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact(encoder=None)
     spec = "python:mortal_networks:Mortal"
     flags = "--steps 9 --batch-size 4 --lr 0.01 --log-every 1 --threads 1 --checkpoint-every 2 --device cpu"

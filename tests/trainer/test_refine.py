@@ -1,4 +1,4 @@
-"""Refined stored images: PGD's own arithmetic, inside the ball, and a loop that continues to the same bits."""
+"""Refined stored images: the arithmetic of PGD, inside the ball, and runs that continue to the same bits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _images(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_it_is_pgd_from_a_given_start(steps: int) -> None:
+def test_refinement_equals_pgd_from_a_given_start(steps: int) -> None:
     encoder, clean = load_encoder(ENCODER).eval(), _images(7)
     target = torch.zeros(7, 6)
     settings = PGD(Fraction(8, 255), Fraction(3, 255), steps, random_start=False, grid=False)
@@ -62,7 +62,7 @@ def test_a_linear_model_is_pushed_along_the_sign_of_its_weights() -> None:
     torch.testing.assert_close(points, 0.5 + 0.125 * weight.sign().reshape(1, 1, 4, 4))
 
 
-def test_points_outside_come_back_and_parameters_get_no_gradient() -> None:
+def test_points_outside_are_projected_and_parameters_get_no_gradient() -> None:
     encoder, clean = load_encoder(ENCODER), _images(5)
     far = clean + torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     given = far.clone()
@@ -81,7 +81,7 @@ def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
 
 
 @pytest.mark.parametrize("arm", ["random-member", "ind", "mean-only", "clean"])
-def test_a_run_refines_what_it_trains_on(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
+def test_refinement_changes_the_weights_of_a_run(make_artifact: MakeArtifact, tmp_path: Path, arm: str) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
     train(_config(artifact, tmp_path / "refined", arm=arm))
     train(_config(artifact, tmp_path / "plain", arm=arm, refine_steps=2 if arm == "clean" else 0))
@@ -89,7 +89,7 @@ def test_a_run_refines_what_it_trains_on(make_artifact: MakeArtifact, tmp_path: 
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in refined.items())
 
 
-def test_the_batch_may_be_cut_and_the_run_continued(
+def test_a_refined_run_can_be_accumulated_and_continued(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
@@ -115,7 +115,9 @@ def test_the_batch_may_be_cut_and_the_run_continued(
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, 8 / 255), ({"refine_step_size": "1/255"}, 1 / 255)])
-def test_the_length_of_a_step(make_artifact: MakeArtifact, settings: dict[str, Any], expected: float) -> None:
+def test_the_step_size_is_set_or_follows_from_epsilon(
+    make_artifact: MakeArtifact, settings: dict[str, Any], expected: float
+) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
     config = _config(artifact, Path("run"), arm="ind", refine_steps=2, **settings)
     found = check(config, open_artifact(artifact).manifest).refinement
@@ -157,7 +159,7 @@ def test_a_step_size_without_steps_is_refused() -> None:
         ({"arm": "random-member", "start_noise": "2/255"}, (8 / 255, 2 / 255)),
     ],
 )
-def test_the_ball_and_the_noise(
+def test_epsilon_and_start_noise_are_set_or_follow_from_the_attack(
     make_artifact: MakeArtifact, settings: dict[str, Any], expected: tuple[float, float]
 ) -> None:
     artifact = make_artifact(attack=ATTACK, clean=True)
@@ -167,7 +169,7 @@ def test_the_ball_and_the_noise(
     assert found.clean == "clean"
 
 
-def test_what_makes_no_sense_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_radii_that_do_not_fit_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     attacked = make_artifact(attack=ATTACK, clean=True)
     with refused(ConfigError, "start_noise", "clean"):
         _config(attacked, tmp_path, arm="clean", start_noise=0)
@@ -177,8 +179,8 @@ def test_what_makes_no_sense_is_refused(make_artifact: MakeArtifact, tmp_path: P
         _config(attacked, tmp_path, arm="clean", epsilon=0)
 
 
-def test_a_wide_start_stays_where_it_is() -> None:
-    """N-FGSM: noise of twice the radius, a step of the radius, and nothing is projected but onto [0, 1]."""
+def test_noise_wider_than_epsilon_is_not_projected() -> None:
+    """N-FGSM: noise of twice the radius, a step of the radius, and no projection but that onto [0, 1]."""
     encoder, clean = load_encoder(ENCODER), _images(5)
     points = clean + torch.linspace(-2, 2, 16).reshape(1, 1, 4, 4) * EPSILON
     wide = Refinement(1, EPSILON, EPSILON, noise=2 * EPSILON)
@@ -189,7 +191,7 @@ def test_a_wide_start_stays_where_it_is() -> None:
     assert (found - clean).abs().max() > 2.5 * EPSILON
 
 
-def test_the_attack_is_made_without_dropout() -> None:
+def test_refinement_disables_dropout() -> None:
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 6))
     clean = _images(5)
     found = [refine(model, clean, clean, torch.zeros(5, 6), SquaredError(), Refinement(2, 0.01, 0.1)) for _ in "ab"]
@@ -197,7 +199,7 @@ def test_the_attack_is_made_without_dropout() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_the_noise_is_uniform_and_a_groups_own() -> None:
+def test_noise_is_uniform_and_depends_on_its_group_alone() -> None:
     like = torch.zeros(3, 1, 100, 100)
     found = Draws([4, 5, 6]).uniform(like)
     assert found.dtype == torch.float32
@@ -216,7 +218,7 @@ def test_the_noise_is_uniform_and_a_groups_own() -> None:
         ({"grouping": {"kind": "label", "members": 1}}, "mean"),
         ({"grouping": {"kind": "label", "members": None}}, None),
         ({"attack": ATTACK, "grouping": {"kind": "adversarial", "members": 1}}, None),
-        # Unions of attacks of two radii, and of attacks and clean images: what is not shared is not said.
+        # Unions of attacks with two radii, and of attacks and clean images, record only what they share.
         ({"attack": {"kind": "pgd"}, "grouping": {"kind": "adversarial", "members": 1}}, None),
         ({"grouping": {"kind": "adversarial", "members": 1}}, None),
         ({"grouping": {"members": 1}}, None),

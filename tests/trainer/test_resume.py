@@ -1,4 +1,4 @@
-"""What a run is fed when it is stopped and continued, what its best state is then, and what float32 means in it."""
+"""Stopped and continued runs: the groups they read, their best state, their identity, and float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _config(artifact: str, run: Path, **settings: Any) -> TrainConfig:
     return TrainConfig(artifact=artifact, run=str(run), **{**shared, **settings})
 
 
-def _fed(config: TrainConfig, act: Callable[[], Any] | None = None, at: int = -1) -> list[list[str]]:
-    """Keys of the micro-batches that a sitting trains on; something happens before it gets that at position `at`."""
+def _train_and_record(config: TrainConfig, act: Callable[[], Any] | None = None, at: int = -1) -> list[list[str]]:
+    """Train; return the keys of the micro-batches that were read. `act` is called before the one at position `at`."""
     original = trainer.data.stream.stream
     seen: list[list[str]] = []
 
@@ -77,30 +77,30 @@ ARMS: list[dict[str, Any]] = [
 def test_no_group_is_repeated_or_left_out(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Three sittings: stopped inside the first epoch, then at the end of the second, then to the end."""
+    """Stopped inside the first epoch, continued to the end of the second, and then to the end."""
     artifact, pieces = make_artifact(factors=2), settings.get("accumulate", 1)
-    whole = _fed(_config(artifact, tmp_path / "whole", **settings))
+    whole = _train_and_record(_config(artifact, tmp_path / "whole", **settings))
     epochs = [Counter(key for keys in whole[i : i + PER_EPOCH * pieces] for key in keys) for i in (0, 3 * pieces)]
     assert epochs == [Counter(f"k{number}" for number in range(GROUPS))] * 2
     assert len(whole) == STEPS * pieces
 
     config = _config(artifact, tmp_path / "stopped", **settings)
-    fed: list[list[str]] = []
-    for stop in (2, 2 * PER_EPOCH):  # after so many steps in all
-        fed += _fed(config, _stop, at=(stop - 1) * pieces - len(fed))
-        assert len(fed) == stop * pieces
-    assert fed + _fed(config) == whole
+    recorded: list[list[str]] = []
+    for stop in (2, 2 * PER_EPOCH):  # steps since the start of the run
+        recorded += _train_and_record(config, _stop, at=(stop - 1) * pieces - len(recorded))
+        assert len(recorded) == stop * pieces
+    assert recorded + _train_and_record(config) == whole
 
 
 @pytest.mark.parametrize("arm", ["random-member", "factors"])
-def test_after_a_crash_the_feed_goes_on_at_the_checkpoint(
+def test_after_a_crash_reading_continues_at_the_checkpoint(
     make_artifact: MakeArtifact, tmp_path: Path, arm: str
 ) -> None:
     artifact = make_artifact(factors=2)
-    whole = _fed(_config(artifact, tmp_path / "whole", arm=arm))
+    whole = _train_and_record(_config(artifact, tmp_path / "whole", arm=arm))
     config = _config(artifact, tmp_path / "killed", arm=arm, checkpoint_every=2)
-    assert _fed(config, _crash, 5) == whole[:5]
-    assert _fed(config) == whole[4:]
+    assert _train_and_record(config, _crash, 5) == whole[:5]
+    assert _train_and_record(config) == whole[4:]
 
 
 def _evaluated(config: TrainConfig) -> dict[int, float]:
@@ -113,23 +113,23 @@ def _best(config: TrainConfig) -> dict[str, Any]:
     return state
 
 
-def test_the_best_is_that_on_the_held_out_groups_of_now(
+def test_other_held_out_groups_restart_the_search_for_the_best_state(
     make_artifact: MakeArtifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifact = make_artifact()
-    # Losses there are far above those here: measured against them, no state would ever be the best again.
+    # Losses of `hard` are far above those of `easy`: compared with these, no state would ever be the best again.
     easy, hard = same_groups(artifact), make_artifact(name="hard", seed=11, scale=30.0)
     config = _config(artifact, tmp_path / "run").model_copy(update={"eval_every": 1})
-    _fed(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
+    _train_and_record(config.model_copy(update={"eval_artifact": easy}), _stop, 3)
     before = _best(config)
-    _fed(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
+    _train_and_record(config.model_copy(update={"eval_artifact": hard}), _stop, 2)
     assert "the search for the best state starts again" in capsys.readouterr().err
     found, losses = _best(config), _evaluated(config)
     assert before["step"] <= 4 < found["step"]
     assert found["best"] == min(loss for step, loss in losses.items() if step > 4)
     assert found["best"] > before["best"]
-    # A sitting without held-out groups keeps what is known of those before, one with them goes on.
-    _fed(config, _stop, 0)
+    # Continuing without held-out groups keeps the best state, continuing with them goes on with the search.
+    _train_and_record(config, _stop, 0)
     train(config.model_copy(update={"eval_artifact": hard}))
     assert "search for the best state" not in capsys.readouterr().err
     assert _best(config)["best"] == min(loss for step, loss in _evaluated(config).items() if step > 4)
@@ -137,7 +137,7 @@ def test_the_best_is_that_on_the_held_out_groups_of_now(
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{"arm": "avg"}, {"arm": "ind", "refine_steps": 1}], ids=str)
-def test_what_float32_means_in_every_pass(
+def test_precision_settings_hold_in_every_pass(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], precision: str
 ) -> None:
     attack = {"epsilon": "8/255", "step_size": "1/255", "steps": 10}
@@ -146,7 +146,7 @@ def test_what_float32_means_in_every_pass(
         settings = {**settings, "encoder": SPEC, "precision": precision, "eval_artifact": same_groups(artifact)}
         config = _config(artifact, tmp_path / "run", steps=2, **settings)
         job = make_job(config)
-        notes.clear()  # of its shape, and of whether it mixes rows
+        notes.clear()  # drop the passes that checked the shape and that rows do not mix
         run_job(job, RunFolder(config.run), Processes())
         assert {found.backward for found in notes} == {False, True}
         assert all(found.deterministic and found.products == "highest" for found in notes)
@@ -154,17 +154,17 @@ def test_what_float32_means_in_every_pass(
         assert (torch.bfloat16 in {found.dtype for found in notes}) == (precision == "bfloat16")
 
 
-def test_a_run_of_an_earlier_release_is_one(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Its identity.json has the spellings of that release; its groups came in another order, so it cannot go on."""
+def test_only_a_finished_run_of_an_earlier_release_is_accepted(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Its identity.json has the spellings of that release; an unfinished run cannot be continued in another order."""
     artifact = make_artifact(clean=True, attack={"epsilon": "8/255", "step_size": "1/255", "steps": 10})
     settings: dict[str, Any] = {"arm": "ind", "refine_steps": 1, "epsilon": "8/255", "refine_step_size": "0.25"}
     config = _config(artifact, tmp_path / "run", **settings, precision="bfloat16")
-    _fed(config, _stop, 4)
+    _train_and_record(config, _stop, 4)
     present = (tmp_path / "run/identity.json").read_text()
-    # The estimator was taken for any arm.
+    # Arms without estimators had one too.
     earlier = {"precision": "bf16", "epsilon": "8 / 255", "refine_step_size": "0.25", "estimator": "antithetic"}
     identity = {**json.loads(present), **earlier}
-    # It said nothing of pixels.
+    # It did not record the preprocessing.
     assert identity.pop("preprocessing")["mean"] == [0.5]
     assert [identity.pop(name) for name in ("order", "shuffle_window")] == [2, 2**18]
     (tmp_path / "run/identity.json").write_text(json.dumps(identity))
@@ -178,8 +178,7 @@ def test_a_run_of_an_earlier_release_is_one(make_artifact: MakeArtifact, tmp_pat
         train(config.model_copy(update={"refine_step_size": PixelLength("1/8")}))
 
 
-def test_what_says_where_may_change(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """Settings of Ray are no part of a run's identity."""
+def test_settings_of_ray_are_no_part_of_a_runs_identity(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     config = _config(make_artifact(), tmp_path / "run")
     train(config)
     identity = json.loads((tmp_path / "run/identity.json").read_text())
@@ -188,13 +187,13 @@ def test_what_says_where_may_change(make_artifact: MakeArtifact, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("settings", "again"), [({"arm": "ind"}, False), ({"arm": "avg"}, True)], ids=str)
-def test_a_best_that_was_measured_otherwise_is_none(
+def test_a_best_state_measured_by_another_loss_is_dropped(
     make_artifact: MakeArtifact, tmp_path: Path, settings: dict[str, Any], again: bool
 ) -> None:
-    """Earlier releases measured some arms by another loss than the trained one, and noted the hash alone."""
+    """Earlier releases measured some arms by another loss than the trained one; their `best_of` is a hash alone."""
     artifact = make_artifact()
     config = _config(artifact, tmp_path / "run", eval_artifact=same_groups(artifact), eval_every=1, **settings)
-    _fed(config, _stop, 4)
+    _train_and_record(config, _stop, 4)
     checkpoint = tmp_path / "run/checkpoints/step-000005.pt"
     state = torch.load(checkpoint, weights_only=True)
     torch.save({**state, "best": 1e-9, "best_of": state["best_of"].split(",")[0]}, checkpoint)

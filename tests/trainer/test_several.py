@@ -1,4 +1,4 @@
-"""Several artifacts in one run: one order over all of them, with weights; what does not go together is refused."""
+"""Several artifacts in one run: one order over all of them, weights, and refusals of incompatible artifacts."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _keys(artifact: str, times: int = 1) -> Counter[str]:
     return Counter({f"k{number} of {artifact}": times for number in range(GROUPS)})
 
 
-def _fed(config: TrainConfig, stop_at: int = -1) -> list[list[str]]:
-    """Keys of the micro-batches of a sitting, which is stopped before it gets that at position `stop_at`."""
+def _train_and_record(config: TrainConfig, stop_at: int = -1) -> list[list[str]]:
+    """Train; return the keys of the micro-batches that were read. A signal comes before the one at `stop_at`."""
     original = trainer.data.stream.stream
     seen: list[list[str]] = []
 
@@ -77,11 +77,11 @@ def _fed(config: TrainConfig, stop_at: int = -1) -> list[list[str]]:
     return seen
 
 
-def test_every_group_of_all_of_them_comes_once_an_epoch(two: list[str], tmp_path: Path) -> None:
-    whole = _fed(_config(two, tmp_path / "whole"))
+def test_every_group_of_all_artifacts_occurs_once_per_epoch(two: list[str], tmp_path: Path) -> None:
+    whole = _train_and_record(_config(two, tmp_path / "whole"))
     for epoch in (whole[:5], whole[5:]):
         assert Counter(key for keys in epoch for key in keys) == _keys(two[0]) + _keys(two[1])
-    # It is the order over both, end to end.
+    # The order is that of both artifacts, one after the other.
     records = [f"{record.key} of {url}" for url in two for record in open_artifact(url)]
     sizes = [size for url in two for size in open_artifact(url).shard_sizes]
     order = Order(sizes, BATCH, 0)
@@ -89,28 +89,28 @@ def test_every_group_of_all_of_them_comes_once_an_epoch(two: list[str], tmp_path
 
 
 @pytest.mark.parametrize("settings", [{}, {"accumulate": 2}], ids=str)
-def test_a_run_continues_at_any_step_also_cut_otherwise(
-    two: list[str], tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_continued_run_reads_the_remaining_groups(two: list[str], tmp_path: Path, settings: dict[str, Any]) -> None:
     texts = [two[0], f"{two[1]}=1.5"]
-    whole = _fed(_config(texts, tmp_path / "whole", epochs=1))
+    whole = _train_and_record(_config(texts, tmp_path / "whole", epochs=1))
     assert sum(map(len, whole)) == 2.5 * GROUPS
-    first = _fed(_config(texts, tmp_path / "stopped", epochs=1), 2)
-    last = _fed(_config(texts, tmp_path / "stopped", epochs=1, **settings))
+    first = _train_and_record(_config(texts, tmp_path / "stopped", epochs=1), 2)
+    last = _train_and_record(_config(texts, tmp_path / "stopped", epochs=1, **settings))
     assert [key for keys in first + last for key in keys] == [key for keys in whole for key in keys]
 
 
 @pytest.mark.parametrize(("weight", "least", "most", "taken"), [(0.4, 0, 1, 4), (2.0, 2, 2, 20), (1.25, 1, 2, 13)])
-def test_weights(two: list[str], tmp_path: Path, weight: float, least: int, most: int, taken: int) -> None:
-    """A quarter of ten groups is 2.5, rounded up."""
-    fed = _fed(_config([f"{two[0]}={weight}", two[1]], tmp_path / "run", batch_size=5))
-    flat = [key for keys in fed for key in keys]
+def test_weights_determine_how_often_groups_occur(
+    two: list[str], tmp_path: Path, weight: float, least: int, most: int, taken: int
+) -> None:
+    """1.25 times ten groups are 12.5, which is rounded up."""
+    recorded = _train_and_record(_config([f"{two[0]}={weight}", two[1]], tmp_path / "run", batch_size=5))
+    flat = [key for keys in recorded for key in keys]
     epochs = [Counter(flat[: len(flat) // 2]), Counter(flat[len(flat) // 2 :])]
     for times in epochs:
         assert {key: times[key] for key in _keys(two[1])} == _keys(two[1])
-        own = [times[key] for key in _keys(two[0])]
-        assert sum(own) == taken
-        assert least <= min(own) <= max(own) <= most
+        counts = [times[key] for key in _keys(two[0])]
+        assert sum(counts) == taken
+        assert least <= min(counts) <= max(counts) <= most
     assert (epochs[0] == epochs[1]) == (weight == 2)
     summary = json.loads((tmp_path / "run/run.json").read_text())
     assert summary["groups"] == 2 * (taken + GROUPS)
@@ -123,7 +123,7 @@ def test_weights(two: list[str], tmp_path: Path, weight: float, least: int, most
     ]
 
 
-def test_what_one_artifact_is_called_stays(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_list_of_one_artifact_is_recorded_as_that_artifact(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     summary = train(_config([artifact], tmp_path / "run", epochs=1))
     plan = open_artifact(artifact).manifest.plan_sha256
@@ -148,7 +148,7 @@ def test_a_run_belongs_to_its_artifacts_and_weights(
             train(_config(other, tmp_path / "run", epochs=None, steps=2))
 
 
-def test_it_goes_to_other_processes(two: list[str]) -> None:
+def test_a_blend_can_be_pickled(two: list[str]) -> None:
     blend = Blend([open_artifact(url) for url in two])
     sent: Blend = pickle.loads(pickle.dumps(blend.only({"sum", "scatter", "target"})))
     assert len(sent) == 2 * GROUPS
@@ -159,7 +159,7 @@ def test_it_goes_to_other_processes(two: list[str]) -> None:
         sent[2 * GROUPS]
 
 
-def test_encodings_may_differ(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_encodings_of_artifacts_may_differ(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     exact = make_artifact()
     arrays = [ArraySpec(name=name, dtype="float32", shape=SHAPE) for name in ("mean", "mean_square")]
     arrays.append(ArraySpec(name="target", dtype="float32", shape=(WIDTH,)))
@@ -205,7 +205,7 @@ DIFFERENCES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("options", "settings", "facts"), DIFFERENCES, ids=lambda value: str(value)[:40])
-def test_what_differs_is_shown_with_both(
+def test_incompatible_artifacts_are_refused_with_both_values(
     make_artifact: MakeArtifact,
     tmp_path: Path,
     options: dict[str, Any],
@@ -215,14 +215,14 @@ def test_what_differs_is_shown_with_both(
     shared = {"attack": {"epsilon": "2/255"}, "labels": True}
     one = make_artifact(name="one", **shared)
     other = make_artifact(name="other", seed=11, **{**shared, **options})
-    about = {"ind": "arm"}.get(settings.get("arm", ""), "artifact")
-    places = (other,) if about == "arm" else (one, other)
-    with refused(ConfigError, about, *facts, *places):
+    field = {"ind": "arm"}.get(settings.get("arm", ""), "artifact")
+    places = (other,) if field == "arm" else (one, other)
+    with refused(ConfigError, field, *facts, *places):
         make_job(_config([one, other], tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_groups_twice_are_a_weight(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_an_artifact_named_twice_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     with refused(ConfigError, "artifact", f"{artifact}=2"):
         make_job(_config([artifact, artifact], tmp_path / "run"))
@@ -233,10 +233,12 @@ def test_a_weight_that_takes_nothing_is_refused(two: list[str], tmp_path: Path) 
         make_job(_config([two[0], f"{two[1]}=0.01"], tmp_path / "run"))
 
 
-def test_none_of_them_is_held_out(two: list[str], make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    for own in two:
-        with refused(ConfigError, "eval_artifact", own):
-            make_job(_config(two, tmp_path / "run", eval_artifact=own))
+def test_training_artifacts_are_refused_as_held_out(
+    two: list[str], make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    for url_of_one in two:
+        with refused(ConfigError, "eval_artifact", url_of_one):
+            make_job(_config(two, tmp_path / "run", eval_artifact=url_of_one))
     make_job(_config(two, tmp_path / "run", eval_artifact=same_groups(two[0])))
 
 
@@ -256,7 +258,7 @@ def test_a_loss_that_is_not_finite_names_the_artifact(make_artifact: MakeArtifac
         train(_config(both, tmp_path / "run"))
 
 
-def test_the_command_takes_several(two: list[str], tmp_path: Path) -> None:
+def test_the_command_takes_several_artifacts(two: list[str], tmp_path: Path) -> None:
     shared = ["--batch-size", "4", "--steps", "1", "--device", "cpu"]
     run = str(tmp_path / "run")
     done = CliRunner().invoke(command, [*two, run, "--json", *shared])

@@ -1,4 +1,4 @@
-"""Requests that cannot work, and the command line around the loop."""
+"""Settings that are refused, and the command `datamerge train`."""
 
 from __future__ import annotations
 
@@ -78,8 +78,10 @@ def test_a_mismatch_is_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_at_a_path_that_only_the_artifact_names(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    """They are taken if they are the ones that the merge saw; any others may be somebody's secret."""
+def test_weights_named_only_by_the_artifact_must_be_those_of_its_merge(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    """Weights that the merge did not use may be confidential: they are refused unless `encoder` names them."""
     mine, other = tmp_path / "mine.safetensors", tmp_path / "other.pt"
     save_encoder(load_encoder("mlp:1x4x4-8-6"), mine)
     spec = f"mlp:1x4x4-8-6@{mine}"
@@ -99,7 +101,7 @@ def test_a_head_of_another_width_is_refused(make_artifact: MakeArtifact, tmp_pat
         train(TrainConfig(artifact=artifact, run=str(tmp_path / "run"), steps=5))
 
 
-def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_folders_and_files_that_are_no_run_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     folder = tmp_path / "thesis"
     folder.mkdir()
@@ -138,7 +140,7 @@ def test_a_place_that_is_no_run_is_refused(make_artifact: MakeArtifact, tmp_path
         ({"arm": ["avg"]}, "arm", ["avg"]),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, Any], field: str, facts: list[str]) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], field: str, facts: list[str]) -> None:
     with refused(ConfigError, field, *facts):
         TrainConfig.model_validate({"artifact": "a", "run": "r", "steps": 5, **settings})
 
@@ -178,7 +180,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(make_artifact: Mak
     assert result.stdout.strip() == f"mlp:1x4x4-8-6@{tmp_path / 'run/encoder.safetensors'}"
 
 
-def test_doubtful_starts_are_warned_of(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_random_and_unexpected_weights_give_warnings(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     arguments = [make_artifact(sha256="0" * 64), str(tmp_path / "run"), "--steps", "1"]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0
@@ -220,7 +222,7 @@ def test_signals_have_their_exit_codes(
     assert checkpoint.exists()
 
 
-def test_a_wrong_request_is_exit_code_2(
+def test_a_refused_setting_ends_with_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _datamerge(monkeypatch, "artifact", str(tmp_path / "run"), "--steps", "3", "--lr", "-1") == 2
@@ -229,7 +231,7 @@ def test_a_wrong_request_is_exit_code_2(
     assert "-1.0" in line
 
 
-def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_ctrl_c_with_data_workers_saves_a_checkpoint(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
         [
@@ -262,13 +264,13 @@ def test_ctrl_c_with_readers_at_work(make_artifact: MakeArtifact, tmp_path: Path
     assert str(checkpoint) in errors
 
 
-def test_a_run_is_a_folder_of_this_machine() -> None:
-    """Not one that is called s3: and gone with the container."""
+def test_a_remote_run_folder_is_refused() -> None:
+    """Otherwise a folder named `s3:` would be made, and be lost with its container."""
     with refused(ConfigError, "run", "s3://bucket/runs/a"):
         RunFolder("s3://bucket/runs/a")
 
 
-def test_flags_name_the_arms_and_count_groups() -> None:
+def test_help_describes_the_arms_and_the_unit_of_batches() -> None:
     text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=200).output.split())
     for name, arm in ARMS.items():
         about = arm.about.replace("`refine_steps`", "--refine-steps")

@@ -1,4 +1,4 @@
-"""The loop as a whole: what it learns, that it continues to the same bits, and that it stops when it must."""
+"""Whole runs: they learn, continue to the same bits, and stop on errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def dropout_spec(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, after: int, act: Callable[[], None]) -> None:
-    """Do something when the batch after `after` steps of this sitting is asked for."""
+    """Call `act` when the batch after the first `after` steps of the next training is requested."""
     original = trainer.data.stream.stream
 
     def stream(*args: Any, **options: Any) -> Iterator[Any]:
@@ -132,10 +132,18 @@ def test_a_killed_run_repeats_only_the_steps_since_its_checkpoint(
         stream.write('{"step": 8, "lo')  # torn by the crash
     names = [path.name for path in sorted((tmp_path / "killed/checkpoints").iterdir())]
     assert names == ["step-000004.pt", "step-000006.pt"]
-    seen: list[int] = []
+    given: list[int] = []
     with monkeypatch.context() as patch:
-        _interrupt(patch, 0, lambda: seen.append(1))
+        original = trainer.data.stream.stream
+
+        def counted(*args: Any, **options: Any) -> Iterator[Any]:
+            for batch in original(*args, **options):
+                given.append(len(batch.keys))
+                yield batch
+
+        patch.setattr(trainer.run.job, "stream", counted)
         train(config)
+    assert len(given) == config.steps - 6  # type: ignore[operator]  # it is set
     _assert_same_result(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -159,12 +167,12 @@ def test_a_finished_run_is_left_alone(make_artifact: MakeArtifact, tmp_path: Pat
     config = _config(make_artifact(), tmp_path / "run")
     summary = train(config)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    # Where and how fast may change; it is the same run.
+    # Checkpoints and threads may change; it is the same run.
     assert train(config.model_copy(update={"checkpoint_every": 3, "threads": None})) == summary
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
-def test_summary_is_what_evaluation_needs(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_the_summary_records_what_evaluation_reads(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     summary = train(_config(artifact, tmp_path / "run", steps=None, epochs=2))
     document = json.loads((tmp_path / "run/run.json").read_text())
@@ -182,7 +190,7 @@ def test_summary_is_what_evaluation_needs(make_artifact: MakeArtifact, tmp_path:
     assert document["config"]["device"] != "auto"
 
 
-def test_a_run_starts_where_another_ended(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_run_can_start_from_the_weights_of_another(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     first = train(_config(artifact, tmp_path / "first"))
     moved = (tmp_path / "first").rename(tmp_path / "moved")
@@ -196,7 +204,7 @@ def test_a_run_starts_where_another_ended(make_artifact: MakeArtifact, tmp_path:
         train(_config(artifact, tmp_path / "third", encoder=str(moved)))
 
 
-def test_formats_and_reading_ahead_do_not_change_a_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_formats_and_data_workers_do_not_change_a_run(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     tar, zarr = make_artifact(name="tar"), make_artifact(name="zarr", format="zarr")
     train(_config(tar, tmp_path / "a"))
     train(_config(zarr, tmp_path / "b"))
@@ -245,7 +253,7 @@ def test_avg_learns(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     assert list((tmp_path / "run/tensorboard").iterdir())
 
 
-def test_many_pseudo_labels_come_to_the_exact_correction(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_many_pseudo_labels_average_to_the_exact_correction(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     train(_config(artifact, tmp_path / "many", samples=200, learning_rate=1e-9))
     stored, encoder = list(open_artifact(artifact)), load_encoder("mlp:1x4x4-8-6")
@@ -274,7 +282,7 @@ def test_cross_entropy_without_head_trains_the_encoders_outputs(make_artifact: M
     assert summary.config["head"] is None
 
 
-def test_batch_norm_statistics_stay(make_artifact: MakeArtifact, tmp_path: Path, dropout_spec: str) -> None:
+def test_batch_norm_statistics_do_not_change(make_artifact: MakeArtifact, tmp_path: Path, dropout_spec: str) -> None:
     train(_config(make_artifact(), tmp_path / "run", encoder=dropout_spec, batch_size=1))
     weights = _weights(tmp_path / "run")
     assert not weights["layers.2.running_mean"].any()
@@ -293,7 +301,7 @@ def test_a_loss_that_is_not_finite_names_the_record_and_changes_nothing(
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops(
+def test_a_gradient_that_is_not_finite_stops_the_run(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoders: list[Encoder] = []
@@ -311,7 +319,7 @@ def test_a_gradient_that_is_not_finite_stops(
     assert weights_sha256(encoders[0].model) == encoders[0].sha256
 
 
-def test_a_damaged_shard_is_one_line_from_a_reader_process(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_reported_from_a_data_worker(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     shard = Path(artifact) / "shards/00001.tar"
     data = bytearray(shard.read_bytes())
@@ -323,7 +331,7 @@ def test_a_damaged_shard_is_one_line_from_a_reader_process(make_artifact: MakeAr
         train(_config(artifact, tmp_path / "run", steps=4, data_workers=1))
 
 
-def test_clipping_and_warm_up(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_the_learning_rate_warms_up_and_decays(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     config = _config(make_artifact(), tmp_path / "run", warmup_steps=3, learning_rate=1.0)
     rates = [learning_rate(config, step, STEPS) for step in range(STEPS + 1)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
@@ -341,7 +349,7 @@ def test_global_random_state_is_left_alone(make_artifact: MakeArtifact, tmp_path
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_another_folder_or_other_settings_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_another_artifact_or_other_settings_are_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact()
     train(_config(artifact, tmp_path / "run"))
     with refused(ConfigError, "run", tmp_path / "run", "learning_rate: 0.01 there, 0.1 now", "seed: 0 there, 1 now"):
@@ -350,7 +358,7 @@ def test_another_folder_or_other_settings_are_refused(make_artifact: MakeArtifac
         train(_config(make_artifact(name="other", members=False), tmp_path / "run"))
 
 
-def test_torch_threads_are_given_back(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+def test_the_number_of_torch_threads_is_restored(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     train(_config(make_artifact(), tmp_path / "run", steps=1, threads=before + 1))
     assert torch.get_num_threads() == before

@@ -1,4 +1,4 @@
-"""Weights & Biases, offline: what it keeps is read back from its own files."""
+"""Weights & Biases, offline: the logged rows are read back from its files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = make_artifact()
-    # What W&B itself leaves behind where it ran.
+    # W&B leaves a folder `wandb` where it ran, which is not the package.
     (tmp_path / "elsewhere/wandb").mkdir(parents=True)
     without = [path for path in sys.path if not (Path(path) / "wandb").is_dir()]
     monkeypatch.setattr(sys, "path", [str(tmp_path / "elsewhere"), *without])
@@ -41,10 +42,10 @@ def test_a_missing_package_is_named_before_anything_is_written(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the package wandb")
-def test_it_gets_the_numbers_of_the_log_in_one_run(
+def test_wandb_gets_the_rows_of_the_log_in_one_run(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two sittings: the first dies before its summary is written, behind the checkpoint of step 4."""
+    """The first training fails before its summary is written; the second continues from the checkpoint of step 4."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = _config(make_artifact(), tmp_path / "run", checkpoint_every=4)
 
@@ -60,7 +61,7 @@ def test_it_gets_the_numbers_of_the_log_in_one_run(
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1  # run-ID.wandb
-    first, second = (_history(file) for file in files)
+    first, second = (_whole_history(file, 6) for file in files)
     assert [row["step"] for row in first] == [2, 4, 6]
     assert [row["step"] for row in second] == [6]
     for row, line in zip([*first[:2], *second], lines, strict=True):
@@ -69,7 +70,7 @@ def test_it_gets_the_numbers_of_the_log_in_one_run(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the package wandb")
-def test_the_run_goes_on_without_it(
+def test_a_run_continues_after_an_error_of_wandb(
     make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import wandb
@@ -83,6 +84,15 @@ def test_the_run_goes_on_without_it(
     train(_config(make_artifact(), tmp_path / "run"))
     assert capsys.readouterr().err.count("W&B failed (Connection lost)") == 1
     assert (tmp_path / "run/run.json").exists()
+
+
+def _whole_history(file: Path, last: int) -> list[dict[str, float]]:
+    """The logged rows, once the row of step `last` is in the file: W&B's own process may write it after `finish`."""
+    end = time.monotonic() + 20
+    while not (rows := _history(file)) or rows[-1]["step"] != last:
+        assert time.monotonic() < end, rows
+        time.sleep(0.05)
+    return rows
 
 
 def _history(file: Path) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Artifacts with weights: what a text means, and that it is read back as it was written."""
+"""Artifacts with weights: parsing, and round trips."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from trainer.weights import spelt, weighted
         ("python:lin:encoder,image_size=8", "python:lin:encoder,image_size=8", 1),
     ],
 )
-def test_a_text_is_an_artifact_and_its_weight(text: str, url: str, weight: float) -> None:
+def test_texts_are_parsed_into_artifact_and_weight(text: str, url: str, weight: float) -> None:
     assert weighted(text) == (url, weight)
     assert weighted(spelt(url, weight)) == (url, weight)
 
 
 @given(st.text("ab=12./:", min_size=1), st.floats(1e-9, 1000))
-def test_what_is_spelt_means_the_same(url: str, weight: float) -> None:
+def test_artifact_and_weight_round_trip(url: str, weight: float) -> None:
     weight = float(f"{weight:.15g}")
     assert weighted(spelt(url, weight)) == (url, weight)
 
 
 @pytest.mark.parametrize("url", ["photos=", "photos=2024", "photos=nan"])
-def test_what_means_something_else_alone_is_spelt_with_its_weight(url: str) -> None:
+def test_ambiguous_names_are_spelt_with_their_weight(url: str) -> None:
     assert spelt(url, 1) == f"{url}=1"
     assert weighted(spelt(url, 1)) == (url, 1)
 
 
-def test_a_folder_that_is_called_so_is_meant(tmp_path: Path) -> None:
+def test_an_existing_folder_is_taken_by_its_whole_name(tmp_path: Path) -> None:
     folder = tmp_path / "year=2024"
     folder.mkdir()
     for text in (str(folder), f"file://{folder}"):
@@ -64,31 +64,31 @@ def test_an_impossible_weight_is_refused(weight: str, several: bool) -> None:
 
 
 @pytest.mark.parametrize("text", ["photos=", "photos= "])
-def test_a_weight_that_is_not_there_is_refused(text: str) -> None:
-    """A weight that a shell's empty variable was to give would else be part of the name."""
+def test_an_empty_weight_is_refused(text: str) -> None:
+    """Otherwise an empty shell variable in place of the weight would make `=` a part of the name."""
     with refused(ConfigError, "artifact", f"{text}0.5", f"{text}=1"):
         TrainConfig(artifact=text, run="run", steps=1)
 
 
 @pytest.mark.parametrize("value", [[], [""], "", 3, ["photos", 3], {"photos": 0.5}])
-def test_what_is_no_artifact_is_refused(value: object) -> None:
+def test_values_that_name_no_artifact_are_refused(value: object) -> None:
     with refused(ConfigError, "artifact", "list"):
         TrainConfig.model_validate({"artifact": value, "run": "run", "steps": 1})
 
 
-def test_one_in_a_list_is_one() -> None:
+def test_a_list_of_one_artifact_equals_that_artifact() -> None:
     one = TrainConfig(artifact=["photos=2"], run="run", steps=1)
     assert one == TrainConfig(artifact="photos=2", run="run", steps=1)
     assert one.artifacts == [("photos", 2)]
 
 
 @pytest.mark.parametrize(("value", "expected"), [("all", "all"), ("4096", 4096), (1, 1)])
-def test_a_window_is_a_number_or_all(value: object, expected: object) -> None:
+def test_a_shuffle_window_is_a_number_or_all(value: object, expected: object) -> None:
     settings = {"artifact": "photos", "run": "run", "steps": 1, "shuffle_window": value}
     assert TrainConfig.model_validate(settings).shuffle_window == expected
 
 
 @pytest.mark.parametrize("value", [0, -1, "0", "1e6", "everything", True, 1.5])
-def test_another_window_is_refused(value: object) -> None:
+def test_other_shuffle_windows_are_refused(value: object) -> None:
     with refused(ConfigError, "shuffle_window", "all"):
         TrainConfig.model_validate({"artifact": "photos", "run": "run", "steps": 1, "shuffle_window": value})

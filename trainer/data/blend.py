@@ -66,6 +66,10 @@ class Blend:
         """The same groups, reading these arrays alone; see `Artifact.only`."""
         return Blend([artifact.only(names, facts=facts) for artifact in self.artifacts])
 
+    def apart(self) -> Blend:
+        """The same groups with their own prefetching; see `Artifact.apart`."""
+        return Blend([artifact if artifact.location.is_local else artifact.apart() for artifact in self.artifacts])
+
     @property
     def is_local(self) -> bool:
         """Whether all of them are on this machine."""

@@ -220,7 +220,9 @@ def stream(
         RuntimeError: a worker died; see `worker_deaths`.
     """
     course = Course(order, partition, start, stop)
-    groups = Groups(Blend.of(artifacts).only(collate.arrays(), facts=False), course, collate.taken)
+    # Apart, so that the end of one stream does not cancel what another one of the same artifact waits for.
+    own = Blend.of(artifacts).only(collate.arrays(), facts=False).apart()
+    groups = Groups(own, course, collate.taken)
     loader: DataLoader[Any] = DataLoader(
         groups,
         batch_sampler=_Pieces(course),

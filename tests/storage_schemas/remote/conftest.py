@@ -1,4 +1,4 @@
-"""The servers of the tests of remote artifacts."""
+"""Server fixtures for the tests of remote artifacts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local cache: fetched once, within its limit, whatever else uses or damages it."""
+"""The local cache fetches each file once and keeps its limit, even if others use or damage it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def _copies(folder: Path) -> list[Path]:
 
 
 def _settled(folder: Path) -> list[Path]:
-    """The copies, once no thread is at work on them: a complete one gets its name after its reader has it."""
+    """The copies, once no thread works on them: a complete copy gets its name after its reader has the bytes."""
     end = time.monotonic() + 20
-    while any(thread.name == "fetch" for thread in threading.enumerate()) and time.monotonic() < end:
+    while any(thread.name == "fetch" for thread in threading.enumerate()):
+        assert time.monotonic() < end
         time.sleep(0.01)
     return sorted(_copies(folder))
 
@@ -74,7 +75,7 @@ def test_every_byte_is_fetched_once(
     sent = Counter((path, at) for path, (first, last) in ranges for at in range(int(first), int(last) + 1))
     sent.update(path for _, path, span in web.requests if not span and not path.endswith("manifest.json"))
     assert set(sent.values()) == {1}
-    # What is cached needs no server; only the manifest is asked for.
+    # Cached files need no server; only the manifest is requested.
     shutil.rmtree(tmp_path / "web" / "a" / ("groups.zarr" if format_name == "zarr" else "shards"))
     same_record(open_artifact(f"{web.url}/a", cache=cache)[4], records[4])
 
@@ -123,11 +124,11 @@ def test_a_damaged_copy_is_fetched_again(
     for reader in (open_artifact(f"{web.url}/a", cache=cache), artifact):
         for found, expected in zip(reader, records, strict=True):
             same_record(found, expected)
-    mended = {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)}
-    assert len(mended) == len(copies)
+    inodes = {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)}
+    assert len(inodes) == len(copies)
     for found, expected in zip(open_artifact(f"{web.url}/a", cache=cache), records, strict=True):
         same_record(found, expected)
-    assert {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)} == mended
+    assert {path.name.partition(".")[0]: path.stat().st_ino for path in _settled(cache.folder)} == inodes
 
 
 def test_an_artifact_replaced_by_another_is_noticed(
@@ -142,7 +143,7 @@ def test_an_artifact_replaced_by_another_is_noticed(
         same_record(found, expected)
 
 
-def test_damage_at_the_source_is_reported_not_fetched_for_ever(
+def test_damage_at_the_source_is_reported_after_two_fetches(
     tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "web" / "a", make_layout("webdataset", extras=()))
@@ -155,7 +156,7 @@ def test_damage_at_the_source_is_reported_not_fetched_for_ever(
     assert sum(path.endswith("00000.tar") for path in web.fetched()) == 2
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path, web: Any) -> None:
+def test_least_recently_used_files_are_evicted_first(tmp_path: Path, web: Any) -> None:
     source = Location(tmp_path / "web")
     for name in "abcd":
         source.write(name, name.encode() * 100)
@@ -187,7 +188,7 @@ def test_a_file_larger_than_the_cache_is_read_by_ranges(
     assert _held(tmp_path / "cache") <= 16
 
 
-def _hammer(artifact: Artifact, seed: int, queue: Any) -> None:
+def _read_at_random(artifact: Artifact, seed: int, queue: Any) -> None:
     rng = np.random.default_rng(seed)
     try:
         found = {artifact[int(index)].key for index in rng.integers(0, len(artifact), 30)}
@@ -196,17 +197,17 @@ def _hammer(artifact: Artifact, seed: int, queue: Any) -> None:
         queue.put((set(), repr(error)))
 
 
-def test_processes_share_a_cache_that_is_too_small(
+def test_processes_can_share_a_cache_that_is_too_small(
     tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
 ) -> None:
-    """Each evicts what the others want; every record is right and the limit is never passed."""
+    """Each evicts files that the others need; every record is right and the limit is never exceeded."""
     write_artifact(tmp_path / "web" / "a", make_layout(format_name))
     files = [path.stat().st_size for path in (tmp_path / "web" / "a").rglob("*") if path.is_file()]
     limit = 2 * max(files)
     artifact = open_artifact(f"{web.url}/a", cache=Cache(tmp_path / "cache", limit))
     context = multiprocessing.get_context("forkserver")
     queue = context.Queue()
-    workers = [context.Process(target=_hammer, args=(artifact, seed, queue)) for seed in range(3)]
+    workers = [context.Process(target=_read_at_random, args=(artifact, seed, queue)) for seed in range(3)]
     for worker in workers:
         worker.start()
     largest = 0
@@ -222,7 +223,7 @@ def test_processes_share_a_cache_that_is_too_small(
     assert 0 < largest <= limit
 
 
-def test_threads_that_want_one_file_fetch_it_once(tmp_path: Path, web: Any) -> None:
+def test_threads_that_read_one_file_fetch_it_once(tmp_path: Path, web: Any) -> None:
     Location(tmp_path / "web").write("f", b"x" * 10_000)
     cache = Cache(tmp_path / "cache", PLENTY)
     found: list[bytes] = []
@@ -240,7 +241,7 @@ def test_threads_that_want_one_file_fetch_it_once(tmp_path: Path, web: Any) -> N
 
 
 def _read_with_little_room(artifact: Artifact, queue: Any) -> None:
-    """As on a disk that is full: files may not grow beyond 20,000 bytes."""
+    """Read all records as on a full disk: files cannot grow beyond 20,000 bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -248,7 +249,7 @@ def _read_with_little_room(artifact: Artifact, queue: Any) -> None:
     queue.put((records, [str(warning.message) for warning in caught if warning.category is RuntimeWarning]))
 
 
-def test_a_full_disk_costs_the_cache_not_the_run(
+def test_a_full_disk_ends_caching_but_not_the_run(
     tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, same_record: Same
 ) -> None:
     records = write_artifact(tmp_path / "web" / "a", make_layout("webdataset"))
@@ -258,17 +259,17 @@ def test_a_full_disk_costs_the_cache_not_the_run(
     queue = context.Queue()
     process = context.Process(target=_read_with_little_room, args=(artifact, queue))
     process.start()
-    found, said = queue.get()
+    found, warned = queue.get()
     process.join()
     for one, expected in zip(found, records, strict=True):
         same_record(one, expected)
-    assert len(said) == 1
-    assert str(tmp_path / "cache") in said[0]
-    assert "File too large" in said[0]
+    assert len(warned) == 1
+    assert str(tmp_path / "cache") in warned[0]
+    assert "File too large" in warned[0]
 
 
-def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path, web: Any) -> None:
-    """Who gives --cache ~/data keeps what is there."""
+def test_foreign_files_in_the_folder_are_kept(tmp_path: Path, web: Any) -> None:
+    """`--cache ~/data` removes none of the user's files."""
     Location(tmp_path / "web").write("f", b"x" * 80)
     cache = Cache(tmp_path, 100)
     for name in ("thesis.docx", "movie.part", "a" * 64 + ".txt"):

@@ -1,4 +1,4 @@
-"""Ranges through obstore: the same bytes, asked for in the same way, and never in the way of the file system's."""
+"""Range reads through obstore: the same bytes and requests as the file system's, which takes over where they fail."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 DATA = np.random.default_rng(0).bytes(10_000)
 RANGES = [(0, 1), (5, 5000), (9_990, 10_000), (0, 10_000), (9_000, 11_000), (10_000, 10_001), (7, 7)]
 PLENTY = 1000
-# Of requests that are made anew each time, or say who makes them.
-_OWN = {
+# Headers that change with every request, or that name the client.
+_VARYING = {
     "HTTP_USER_AGENT",
     "HTTP_AUTHORIZATION",
     "HTTP_X_AMZ_DATE",
@@ -37,12 +37,12 @@ _OWN = {
     "HTTP_ACCEPT_ENCODING",
     "HTTP_DATE",
 }
-_OWN |= {"HTTP_X_AMZ_CHECKSUM_MODE", "HTTP_AMZ_SDK_INVOCATION_ID", "HTTP_AMZ_SDK_REQUEST"}
+_VARYING |= {"HTTP_X_AMZ_CHECKSUM_MODE", "HTTP_AMZ_SDK_INVOCATION_ID", "HTTP_AMZ_SDK_REQUEST"}
 
 
 @pytest.fixture
 def asked(s3: S3Server) -> list[dict[str, Any]]:
-    """What was asked of the S3 server, as WSGI has it."""
+    """The WSGI environment of every request to the S3 server."""
     seen: list[dict[str, Any]] = []
 
     def rule(environ: dict[str, Any]) -> None:
@@ -56,19 +56,19 @@ def _is_fast(environ: dict[str, Any]) -> bool:
     return str(environ["HTTP_USER_AGENT"]).startswith("object_store")
 
 
-def _said(environ: dict[str, Any]) -> dict[str, str]:
-    """A request, as far as two of the same range must not differ."""
-    said = {name: environ[name] for name in environ if name.startswith("HTTP_") and name not in _OWN}
+def _comparable(environ: dict[str, Any]) -> dict[str, str]:
+    """The fields of a request that must be equal for two requests of the same range."""
+    fields = {name: environ[name] for name in environ if name.startswith("HTTP_") and name not in _VARYING}
     scope = re.search(r"Credential=[^,]*", environ.get("HTTP_AUTHORIZATION", ""))
-    return {**said, "path": environ["RAW_URI"], "scope": scope[0] if scope else ""}
+    return {**fields, "path": environ["RAW_URI"], "scope": scope[0] if scope else ""}
 
 
-def _in(seconds: float) -> datetime.datetime:
+def _seconds_from_now(seconds: float) -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
 
 
 def _refuse_fast(asked: list[dict[str, Any]], status: int) -> Callable[[dict[str, Any]], int | None]:
-    """A rule that writes down what is asked, and answers obstore with a status."""
+    """A rule that records requests, and answers those of obstore with a status."""
 
     def rule(environ: dict[str, Any]) -> int | None:
         asked.append({**environ})
@@ -99,7 +99,7 @@ def _write(url: str, name: str = "x.bin", **options: Any) -> Location:
         ({"config_kwargs": {"signature_version": "s3"}}, False),
     ],
 )
-def test_s3_is_asked_the_same(
+def test_s3_gets_the_same_requests(
     bucket: str, asked: list[dict[str, Any]], options: dict[str, Any], is_fast: bool
 ) -> None:
     location = _write(f"{bucket}/deep/a-b_c.d", **options)
@@ -113,18 +113,22 @@ def test_s3_is_asked_the_same(
         if end <= len(DATA):
             assert data == DATA[start:end]
             assert [_is_fast(environ) for environ in asked] == [is_fast, False]
-            assert _said(asked[0]) == _said(asked[1])
+            assert _comparable(asked[0]) == _comparable(asked[1])
 
 
 @pytest.mark.parametrize("prefix", ["a b", "50%", "a%20b", "c+d", "e#f", "ü", "a//b", "a/./b", "a?b", "..."])
-def test_names_that_want_escapes_are_the_file_systems(bucket: str, asked: list[dict[str, Any]], prefix: str) -> None:
+def test_names_that_need_escaping_are_left_to_the_file_system(
+    bucket: str, asked: list[dict[str, Any]], prefix: str
+) -> None:
     reads = RangeReads(_write(f"{bucket}/{prefix}"))
     for start, end in RANGES[:2]:
         assert bytes(reads.get("x.bin", start, end)) == DATA[start:end]
     assert any(map(_is_fast, asked)) == (prefix == "...")
 
 
-def test_an_endpoint_with_a_path(bucket: str, s3: S3Server, asked: list[dict[str, Any]]) -> None:
+def test_an_endpoint_with_a_path_gets_the_same_requests(
+    bucket: str, s3: S3Server, asked: list[dict[str, Any]]
+) -> None:
     _write(bucket)
     s3.prefix = "/gateway/s3"
     reads = RangeReads(Location(bucket, endpoint_url=f"{s3.url}/gateway/s3"))
@@ -132,7 +136,7 @@ def test_an_endpoint_with_a_path(bucket: str, s3: S3Server, asked: list[dict[str
     for _ in range(2):
         assert bytes(reads.get("x.bin", 10, 20)) == DATA[10:20]
     assert _is_fast(asked[1])
-    assert _said(asked[0]) == _said(asked[1])
+    assert _comparable(asked[0]) == _comparable(asked[1])
 
 
 @pytest.mark.parametrize(
@@ -169,10 +173,10 @@ def test_variables_that_only_obstore_knows_change_nothing(
     for _ in range(2):
         assert bytes(reads.get("x.bin", 10, 20)) == DATA[10:20]
     assert [_is_fast(environ) for environ in asked] == [False, is_fast]
-    assert _said(asked[0]) == _said(asked[1])
+    assert _comparable(asked[0]) == _comparable(asked[1])
 
 
-def test_a_profile(
+def test_a_profile_is_respected(
     bucket: str, s3: S3Server, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _write(bucket)
@@ -187,36 +191,38 @@ def test_a_profile(
     for _ in range(2):
         assert bytes(reads.get("x.bin", 10, 20)) == DATA[10:20]
     assert _is_fast(asked[1])
-    assert _said(asked[0]) == _said(asked[1])
-    assert re.match(r"Credential=LABKEY/\d+/us-west-2/", _said(asked[1])["scope"])
+    assert _comparable(asked[0]) == _comparable(asked[1])
+    assert re.match(r"Credential=LABKEY/\d+/us-west-2/", _comparable(asked[1])["scope"])
 
 
-def test_credentials_that_expire_are_those_of_botocore(
+def test_expiring_credentials_are_renewed_by_botocore(
     bucket: str, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As of a role: keys with a date, which botocore changes before it comes."""
+    """As for a role: keys with an expiry date, which botocore replaces before that date."""
     made: list[str] = []
 
     async def refresh() -> dict[str, str]:
         made.append(f"ROLEKEY{len(made)}")
         keys = {"access_key": made[-1], "secret_key": "hidden", "token": f"token{len(made)}"}
-        return {**keys, "expiry_time": _in(1).isoformat()}
+        return {**keys, "expiry_time": _seconds_from_now(1).isoformat()}
 
     _write(bucket)
     session = aiobotocore.session.AioSession()
     session._credentials = aiobotocore.credentials.AioRefreshableCredentials(
-        "FIRSTKEY", "hidden", "token0", _in(3600), refresh, "role"
+        "FIRSTKEY", "hidden", "token0", _seconds_from_now(3600), refresh, "role"
     )
     monkeypatch.setattr(fast_reads, "CREDENTIALS_LAST", 0)
     reads = RangeReads(Location(bucket, session=session))
     asked.clear()
     for _ in range(2):
         reads.get("x.bin", 10, 20)
-    session._credentials._expiry_time = _in(0)
+    session._credentials._expiry_time = _seconds_from_now(0)
     for _ in range(2):
         assert bytes(reads.get("x.bin", 10, 20)) == DATA[10:20]
     assert [_is_fast(environ) for environ in asked] == [False, True, True, True]
-    signed = [(_said(environ)["scope"].split("/")[0], environ["HTTP_X_AMZ_SECURITY_TOKEN"]) for environ in asked]
+    signed = [
+        (_comparable(environ)["scope"].split("/")[0], environ["HTTP_X_AMZ_SECURITY_TOKEN"]) for environ in asked
+    ]
     assert signed[:2] == [("Credential=FIRSTKEY", "token0")] * 2
     assert re.fullmatch(r"Credential=ROLEKEY\d+", signed[2][0])
     assert signed[2] != signed[3]
@@ -229,8 +235,8 @@ def site(tmp_path: Path, web: WebServer) -> WebServer:
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-def test_web_servers_of_all_manners(site: WebServer, manner: str) -> None:
-    """Fast or not, the bytes are the same, and a server that is no use to obstore is asked by it once."""
+def test_web_servers_of_every_kind_give_the_same_bytes(site: WebServer, manner: str) -> None:
+    """A server that obstore cannot use gets one request from it."""
     site.manners, site.ranges = MANNERS[manner]
     location = Location(site.url)
     reads = RangeReads(location)
@@ -256,7 +262,7 @@ def test_web_servers_of_all_manners(site: WebServer, manner: str) -> None:
         ("/a b", {}),
     ],
 )
-def test_web_requests_with_more_to_them_are_the_file_systems(
+def test_web_requests_with_queries_headers_or_escapes_are_left_to_the_file_system(
     site: WebServer, tmp_path: Path, suffix: str, options: dict[str, Any]
 ) -> None:
     (tmp_path / "web" / "a b").mkdir()
@@ -267,7 +273,7 @@ def test_web_requests_with_more_to_them_are_the_file_systems(
     assert not [agent for agent in site.agents if agent.startswith("object_store")]
 
 
-def test_a_pinned_file_is_the_file_systems(site: WebServer) -> None:
+def test_a_pinned_file_is_left_to_the_file_system(site: WebServer) -> None:
     site.etag = lambda: '"1"'
     location = Location(site.url)
     reads = RangeReads(location)
@@ -279,7 +285,7 @@ def test_a_pinned_file_is_the_file_systems(site: WebServer) -> None:
 
 @pytest.fixture(params=["s3", "http"])
 def reads(request: pytest.FixtureRequest) -> RangeReads:
-    """Of a server of either kind, which has seen one request."""
+    """Reads from a server of either kind, after one request."""
     url = request.getfixturevalue("bucket") if request.param == "s3" else request.getfixturevalue("site").url
     reads = RangeReads(_write(url) if request.param == "s3" else Location(url))
     assert bytes(reads.get("x.bin", 1, 5)) == DATA[1:5]
@@ -300,7 +306,7 @@ def _first(status: int, times: int) -> Callable[[str, str], int | None]:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_failure_that_passes_is_one_of_the_tries(
+def test_transient_failures_count_as_attempts(
     server: S3Server | WebServer, reads: RangeReads, quick: list[float], status: int
 ) -> None:
     server.fault = _first(status, 2)
@@ -314,14 +320,14 @@ def test_a_failure_that_passes_is_one_of_the_tries(
     assert len(server.requests) == ATTEMPTS
 
 
-def test_a_missing_file_is_asked_for_once(server: S3Server | WebServer, reads: RangeReads) -> None:
+def test_a_missing_file_is_requested_once(server: S3Server | WebServer, reads: RangeReads) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file: .*/y\.bin"):
         reads.get("y.bin", 5, 50)
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
-def test_a_refusal_is_the_file_systems(server: S3Server | WebServer, reads: RangeReads, status: int) -> None:
+def test_refusals_are_the_users_error(server: S3Server | WebServer, reads: RangeReads, status: int) -> None:
     server.fault = _first(status, PLENTY)
     for _ in range(2):
         with refused(UserError, None, "x.bin", status):
@@ -329,7 +335,7 @@ def test_a_refusal_is_the_file_systems(server: S3Server | WebServer, reads: Rang
     assert len(server.requests) <= 4
 
 
-def test_where_only_obstore_is_refused_it_is_left_alone(bucket: str, s3: S3Server, asked: list[Any]) -> None:
+def test_obstore_is_not_used_again_where_only_it_is_refused(bucket: str, s3: S3Server, asked: list[Any]) -> None:
     reads = RangeReads(_write(bucket))
     reads.get("x.bin", 1, 5)
     s3.rule = _refuse_fast(asked, 403)
@@ -338,7 +344,7 @@ def test_where_only_obstore_is_refused_it_is_left_alone(bucket: str, s3: S3Serve
     assert sum(map(_is_fast, asked)) == 1
 
 
-def test_where_only_obstore_fails_it_rests(
+def test_obstore_pauses_where_only_it_fails(
     bucket: str, s3: S3Server, asked: list[Any], quick: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = RangeReads(_write(bucket))
@@ -357,7 +363,7 @@ def test_where_only_obstore_fails_it_rests(
     assert sum(map(_is_fast, asked)) == FAILURES
 
 
-def test_a_forked_process_reads_without_it(site: WebServer) -> None:
+def test_a_forked_process_reads_without_obstore(site: WebServer) -> None:
     code = f"""
 import os
 from storage_schemas import Location
@@ -374,7 +380,7 @@ assert os.waitpid(child, 0)[1] == 0
     assert [agent.startswith("object_store") for agent in site.agents] == [False, True, False]
 
 
-def test_without_obstore(site: WebServer) -> None:
+def test_reads_work_without_obstore(site: WebServer) -> None:
     code = f"""
 import sys
 sys.modules["obstore"] = None

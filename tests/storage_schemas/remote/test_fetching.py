@@ -1,4 +1,4 @@
-"""What is fetched ahead: in which order, how much at a time, and what becomes of it when the server fails."""
+"""Prefetching: its order, its bounds, and its behaviour when the server fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from storage_schemas import Cache, CorruptShard, DatamergeError, Location
 from storage_schemas.access import request_threads
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from storage_schemas.access.copying import LARGEST
 from storage_schemas.access.fetching import GAP, Fetcher
 from storage_schemas.access.fills import SMALLEST
@@ -34,7 +34,7 @@ MakeFetcher = Callable[..., Fetcher]
 
 @pytest.fixture
 def data(tmp_path: Path, web: WebServer) -> bytes:
-    """What the files a, b and c hold."""
+    """Contents of the files a, b and c."""
     data = np.random.default_rng(0).bytes(SIZE)
     for name in "abc":
         (tmp_path / "web" / name).write_bytes(data)
@@ -59,65 +59,65 @@ def make(tmp_path: Path, web: WebServer) -> Iterator[MakeFetcher]:
 
 
 def _spans(web: WebServer, path: str) -> list[tuple[int, int]]:
-    """Bytes [start, end) that were asked for of a file, sorted."""
+    """Requested byte ranges [start, end) of a file, sorted."""
     asked = [span for method, found, span in web.requests if (method, found) == ("GET", f"/{path}")]
     return sorted((int(first), int(last) + 1) for first, last in (span[6:].split("-") for span in asked))
 
 
-def _until(condition: Callable[[], bool]) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     for _ in range(2000):
         if condition():
             return
         time.sleep(0.005)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition was not met within 10 seconds")
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_is_expected_is_there_when_it_is_read(
+def test_expected_ranges_are_read_without_new_requests(
     web: WebServer, data: bytes, make: MakeFetcher, cached: bool
 ) -> None:
-    """Neighbours come with one request, and nothing is asked for twice."""
+    """Neighbours share one request, and nothing is requested twice."""
     fetcher = make(cached=cached)
     ranges = [Range("a", 0, 5000), Range("a", 6000, 20_000), Range("b", 50_000, 60_000), Range("a", 90_000, SIZE)]
     fetcher.expect(ranges, dict.fromkeys("ab", SIZE))
-    _until(lambda: len(web.requests) == 3)
+    _wait_until(lambda: len(web.requests) == 3)
     for path, start, end in ranges:
         assert fetcher.read(path, start, end, SIZE).tobytes() == data[start:end]
     assert len(web.requests) == 3
-    for path, wanted in (("a", [(0, 20_000), (90_000, SIZE)]), ("b", [(50_000, 60_000)])):
-        for (start, end), (first, last) in zip(_spans(web, path), wanted, strict=True):
+    for path, expected in (("a", [(0, 20_000), (90_000, SIZE)]), ("b", [(50_000, 60_000)])):
+        for (start, end), (first, last) in zip(_spans(web, path), expected, strict=True):
             assert first - 4096 < start <= first < last <= end < last + 4096
             assert cached or (start, end) == (first, last)
 
 
-def test_memory_is_bounded(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+def test_prefetched_bytes_are_bounded(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher = make(cached=False, ahead_bytes=25_000)
     ranges = [Range("abc"[number % 3], 10_000 * number, 10_000 * (number + 1)) for number in range(9)]
     fetcher.expect(ranges, {})
     for number, (path, start, end) in enumerate(ranges):
-        _until(lambda: len(web.requests) >= min(number + 2, 9))  # noqa: B023 - at once
+        _wait_until(lambda: len(web.requests) >= min(number + 2, 9))  # noqa: B023 - at once
         time.sleep(0.02)
         assert len(web.requests) <= number + 2
         assert fetcher.read(path, start, end).tobytes() == data[start:end]
     assert len(web.requests) == 9
 
 
-def test_what_nobody_reads_does_not_keep_out_what_is_read(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+def test_unread_ranges_do_not_block_later_prefetching(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher = make(cached=False, ahead_bytes=25_000)
     fetcher.expect([Range("a", 0, 10_000), Range("b", 0, 10_000), Range("c", 0, 10_000)], {})
-    _until(lambda: len(web.requests) == 2)
+    _wait_until(lambda: len(web.requests) == 2)
     time.sleep(0.02)
     assert fetcher.read("c", 0, 10_000).tobytes() == data[:10_000]
     later = [Range("a", 20_000, 30_000), Range("b", 20_000, 30_000)]
     fetcher.expect(later, {})
-    _until(lambda: len(web.requests) >= 4)
+    _wait_until(lambda: len(web.requests) >= 4)
 
 
 RECORD = 2 * BLOCK
 
 
 def _epochs(count: int) -> list[Range]:
-    """Records of the files a, b and c, 36 an epoch, in a random order; no two come with one request."""
+    """Records of the files a, b and c, 36 an epoch, in a random order; no two share a request."""
     rng, found = np.random.default_rng(0), list[Range]()
     records = [Range(path, start, start + RECORD) for path in "abc" for start in range(0, SIZE - RECORD, RECORD)]
     for _ in range(count):
@@ -127,10 +127,10 @@ def _epochs(count: int) -> list[Range]:
 
 
 @pytest.mark.parametrize("ahead_bytes", [PLENTY, 10 * RECORD])
-def test_a_cache_without_room_costs_no_more_than_none(
+def test_a_full_cache_costs_few_requests_more_than_none(
     web: WebServer, data: bytes, make: MakeFetcher, ahead_bytes: int
 ) -> None:
-    """Three epochs, all of which is expected; without a cache, with one that holds a third twice, with a tiny one."""
+    """Three announced epochs: without a cache, twice with one that holds a third, and with a tiny one."""
     asked, order = [], _epochs(3)
     for room in (0, 100_000, 100_000, 10_000):
         web.requests.clear()
@@ -145,12 +145,12 @@ def test_a_cache_without_room_costs_no_more_than_none(
     none, first, second, tiny = asked
     records = len(set(order))
     assert none == records or ahead_bytes < PLENTY
-    # How much the cache helps depends on what its files hold when it is full; more than a few it never costs.
+    # How much the cache helps depends on what its files hold when it is full; it never costs more than a few.
     assert max(first, tiny) <= 1.25 * none
     assert second < first
 
 
-def test_what_is_expected_several_times_is_asked_for_once(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+def test_a_range_expected_several_times_is_requested_once(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher, item = make(cached=False), Range("a", 0, 5000)
     for _ in range(3):
         fetcher.expect([item], {"a": SIZE})
@@ -160,7 +160,7 @@ def test_what_is_expected_several_times_is_asked_for_once(web: WebServer, data: 
     assert len(web.requests) == 1
 
 
-def test_a_file_is_filled_with_large_requests_and_every_byte_once(
+def test_filling_takes_few_large_requests_and_fetches_every_byte_once(
     tmp_path: Path, web: WebServer, make: MakeFetcher
 ) -> None:
     size = 2 * LARGEST + 12_345
@@ -177,10 +177,10 @@ def test_a_file_is_filled_with_large_requests_and_every_byte_once(
     assert len(_spans(web, "long")) == len(spans)
 
 
-def test_what_is_expected_brings_what_is_around_it_and_to_be_filled(
+def test_an_expected_range_is_fetched_with_the_bytes_around_it_that_are_to_be_filled(
     tmp_path: Path, web: WebServer, data: bytes, make: MakeFetcher
 ) -> None:
-    """While one request is held, so that nothing else has begun."""
+    """One request is held back meanwhile, so that no other has begun."""
     whole = np.random.default_rng(1).integers(0, 256, 3 * SMALLEST, np.uint8)
     whole.tofile(tmp_path / "web" / "long")
     go, sizes = threading.Event(), {"c": SIZE, "long": len(whole)}
@@ -191,7 +191,7 @@ def test_what_is_expected_brings_what_is_around_it_and_to_be_filled(
     ranges = [Range("long", SMALLEST + start, SMALLEST + start + 50) for start in (100_000, 5)]
     fetcher.expect(ranges, sizes)
     go.set()
-    _until(lambda: any(path == "/long" for _, path, _ in web.requests))
+    _wait_until(lambda: any(path == "/long" for _, path, _ in web.requests))
     for path, start, end in ranges:
         assert np.array_equal(fetcher.read(path, start, end, len(whole)), whole[start:end])
     fetcher.read("long", 0, len(whole), len(whole))
@@ -200,15 +200,18 @@ def test_what_is_expected_brings_what_is_around_it_and_to_be_filled(
     assert sum(last - first for first, last in _spans(web, "long")) == len(whole)
 
 
-def test_requests_at_a_time(web: WebServer, data: bytes, make: MakeFetcher) -> None:
-    at_once, most, guard = 0, 0, threading.Lock()
+def test_concurrent_requests_are_bounded(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+    at_once, most, guard, are_three = 0, 0, threading.Lock(), threading.Event()
 
     def slow(method: str, path: str) -> None:
         nonlocal at_once, most
         with guard:
             at_once += 1
             most = max(most, at_once)
-        threading.Event().wait(0.01)
+            if at_once == 3:
+                are_three.set()
+        are_three.wait(20)
+        time.sleep(0.01)  # so that a sixth could come
         with guard:
             at_once -= 1
 
@@ -226,8 +229,8 @@ def test_requests_at_a_time(web: WebServer, data: bytes, make: MakeFetcher) -> N
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_who_waits_goes_first(web: WebServer, data: bytes, make: MakeFetcher, cached: bool) -> None:
-    """While the server keeps all that was asked for ahead."""
+def test_a_waiting_reader_precedes_prefetching(web: WebServer, data: bytes, make: MakeFetcher, cached: bool) -> None:
+    """Meanwhile the server answers none of the prefetching requests."""
     go = threading.Event()
     web.fault = lambda method, path: None if path == "/c" or go.wait(20) else 500
     fetcher = make(cached=cached, requests=3)
@@ -242,7 +245,7 @@ def test_who_waits_goes_first(web: WebServer, data: bytes, make: MakeFetcher, ca
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_request_in_twenty_fails(
+def test_occasional_failures_are_retried(
     web: WebServer, data: bytes, make: MakeFetcher, cached: bool, quick: list[float]
 ) -> None:
     guard, count = threading.Lock(), 0
@@ -263,10 +266,10 @@ def test_a_request_in_twenty_fails(
     assert len(web.requests) <= 99 + 99 / 19 + 1
 
 
-def test_a_server_in_trouble_is_not_stormed(
+def test_a_failing_server_gets_few_requests(
     web: WebServer, data: bytes, make: MakeFetcher, quick: list[float]
 ) -> None:
-    """Who waits asks six times, and so do the requests that were on their way; then nothing is fetched ahead."""
+    """Readers that wait and requests in flight make six attempts each; then prefetching stops."""
     web.fault = lambda method, path: 503
     fetcher = make(cached=False, requests=4)
     ranges = [Range("abc"[part % 3], 1000 * part, 1000 * part + 700) for part in range(90)]
@@ -278,7 +281,7 @@ def test_a_server_in_trouble_is_not_stormed(
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_stalled_server_is_asked_again_and_the_wait_is_said(
+def test_a_stalled_request_is_repeated_with_a_warning(
     web: WebServer, data: bytes, make: MakeFetcher, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_threads, "SILENT_SECONDS", 0.25)
@@ -299,7 +302,7 @@ def test_a_stalled_server_is_asked_again_and_the_wait_is_said(
 
 
 @pytest.mark.parametrize("manner", ["no ranges", "no length, no ranges"])
-def test_a_server_without_ranges_sends_files_whole(
+def test_a_server_without_ranges_sends_each_file_once(
     web: WebServer, data: bytes, make: MakeFetcher, manner: str
 ) -> None:
     web.ranges, web.manners = False, {"chunked"} if "length" in manner else set()
@@ -309,13 +312,13 @@ def test_a_server_without_ranges_sends_files_whole(
     for path in "abc":
         assert fetcher.read(path, 40_000, 50_000, SIZE).tobytes() == data[40_000:50_000]
     fetcher.close()
-    # Those that were on their way before the first answer are not read to their end.
+    # Requests in flight before the first answer are not read to their end.
     assert len([span for _, _, span in web.requests if span]) <= 16
     whole = [path for _, path, span in web.requests if not span]
     assert len(whole) == len(set(whole))
 
 
-def test_a_file_that_is_shorter_than_the_artifact_says(web: WebServer, data: bytes, make: MakeFetcher) -> None:
+def test_a_file_shorter_than_recorded_is_corruption(web: WebServer, data: bytes, make: MakeFetcher) -> None:
     fetcher = make(cached=True)
     fetcher.fill([Range("a", 0, SIZE + 5000)], {"a": SIZE + 5000})
     with pytest.raises(CorruptShard, match=f"{web.url}/a: .*cut short"):
@@ -334,8 +337,8 @@ def test_no_thread_is_left(web: WebServer, data: bytes, make: MakeFetcher) -> No
     fetcher.fill([Range(path, 0, SIZE) for path in "abc"], dict.fromkeys("abc", SIZE))
     fetcher.read("a", 0, 10, SIZE)
     fetcher.close()
-    # Of other tests, whose servers are silent, there may be some; threads let go of their arguments at their end.
-    _until(lambda: not [found for found in _arguments("fetch") if found[0]() is fetcher])
+    # Threads of other tests may still wait for silent servers; a thread drops its arguments when it ends.
+    _wait_until(lambda: not [found for found in _arguments("fetch") if found[0]() is fetcher])
 
 
 PROGRAM = """
@@ -356,7 +359,7 @@ if sys.argv[4] == "waits":
 def test_a_process_ends_though_the_server_stalls(
     tmp_path: Path, web: WebServer, data: bytes, cached: str, how: str
 ) -> None:
-    """By itself, or on Ctrl-C while it waits; nothing but a KeyboardInterrupt is said."""
+    """By itself, or on Ctrl-C while it waits; it reports no error but KeyboardInterrupt."""
     go = threading.Event()
     web.fault = lambda method, path: 500 if go.wait(30) else None
     process = subprocess.Popen(
@@ -368,15 +371,15 @@ def test_a_process_ends_though_the_server_stalls(
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     if how == "waits":
-        _until(lambda: any(path == "/a" for _, path, _ in web.requests))
+        _wait_until(lambda: any(path == "/a" for _, path, _ in web.requests))
         process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=20)
     go.set()
     assert process.returncode == (-signal.SIGINT if how == "waits" else 0)
-    assert not said if how == "ends" else said.splitlines()[-1] == "KeyboardInterrupt"
+    assert not errors if how == "ends" else errors.splitlines()[-1] == "KeyboardInterrupt"
 
 
-def test_a_forked_process_fetches_by_itself(tmp_path: Path, web: WebServer, data: bytes) -> None:
+def test_a_forked_process_fetches_on_its_own(tmp_path: Path, web: WebServer, data: bytes) -> None:
     from storage_schemas.access.cache import CachedLocation
     from storage_schemas.access.fetchers import fetcher_of
 

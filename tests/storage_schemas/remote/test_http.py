@@ -82,7 +82,7 @@ def test_a_signed_url_signs_every_request_and_is_never_shown(
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_failures_that_pass_are_waited_for(
+def test_transient_failures_are_retried(
     tmp_path: Path,
     web: Any,
     quick: list[float],
@@ -100,7 +100,7 @@ def test_failures_that_pass_are_waited_for(
 
 
 @pytest.mark.parametrize(("asked", "shortest", "longest"), [("7", 7, 7), ("86400", 60, 60), ("Sun, 29 Nov", 0, 1)])
-def test_a_server_says_when_to_come_back(
+def test_retry_after_is_respected(
     tmp_path: Path, web: Any, quick: list[float], asked: str, shortest: float, longest: float
 ) -> None:
     (tmp_path / "web").mkdir(exist_ok=True)
@@ -112,8 +112,8 @@ def test_a_server_says_when_to_come_back(
     assert shortest <= quick[0] <= longest
 
 
-def test_a_certificate_that_nobody_trusts_stays_so() -> None:
-    """aiohttp calls it a lost connection; botocore and others have the library's own error as the cause."""
+def test_an_untrusted_certificate_is_not_transient() -> None:
+    """aiohttp calls it a lost connection; botocore and others have the error of `ssl` as the cause."""
     failure = ssl.SSLCertVerificationError("self-signed certificate")
     assert not is_transient(aiohttp.ClientConnectorCertificateError(cast(Any, None), failure))
     wrapped = ConnectionError("cannot connect")
@@ -130,7 +130,7 @@ def test_refusals_are_not_retried(web: Any, quick: list[float], status: int, err
     assert quick == []
 
 
-def test_a_server_that_is_gone_is_one_line(web: Any, quick: list[float]) -> None:
+def test_an_unreachable_server_is_a_one_line_error(web: Any, quick: list[float]) -> None:
     with refused(DatamergeError, None, "http://127.0.0.1:9/a/manifest.json"):
         open_artifact("http://127.0.0.1:9/a")
     assert len(quick) == ATTEMPTS - 1
@@ -140,7 +140,7 @@ def test_a_server_that_is_gone_is_one_line(web: Any, quick: list[float]) -> None
 def test_a_truncated_file_is_corruption(
     tmp_path: Path, web: Any, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str, kept: float
 ) -> None:
-    """Ranges behind the end included, which servers refuse."""
+    """Also for ranges past the end, which servers refuse."""
     write_artifact(tmp_path / "web" / "a", make_layout(format_name))
     artifact = open_artifact(f"{web.url}/a")
     for file in artifact.commit(0).files:

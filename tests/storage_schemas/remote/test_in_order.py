@@ -1,4 +1,4 @@
-"""Records of a remote artifact in an order that is known: the same ones, many requests at a time, no byte twice."""
+"""Records of a remote artifact in a known order: the same records, concurrent requests, no byte fetched twice."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _is_data(path: str) -> bool:
     return "/shards/" in path or "/c/" in path
 
 
-def _sent(requests: Iterable[tuple[str, str, str]]) -> list[tuple[str, int, int]]:
-    """Path, first and last byte of every range of a shard that was asked for, sorted."""
+def _requested(requests: Iterable[tuple[str, str, str]]) -> list[tuple[str, int, int]]:
+    """Path, first and last byte of every requested range of a shard, sorted."""
     found = [(path, span.removeprefix("bytes=").split("-")) for _, path, span in requests if _is_data(path)]
     return sorted((path, int(start), int(end)) for path, (start, end) in found)
 
 
 def _wait_for_two(web: WebServer) -> list[bool]:
-    """Hold the first answer with data back until a second is asked for; whether that came, in the list."""
+    """Hold back the first answer with data until a second request; the list says whether one came within 20 s."""
     first, second, were_two = threading.Event(), threading.Event(), list[bool]()
 
     def hold(method: str, path: str) -> None:
@@ -52,7 +52,7 @@ def _wait_for_two(web: WebServer) -> list[bool]:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_what_comes_next_is_asked_for_before_the_first_has_come(
+def test_next_records_are_requested_before_the_first_answer(
     tmp_path: Path,
     web: WebServer,
     make_layout: Make,
@@ -67,13 +67,13 @@ def test_what_comes_next_is_asked_for_before_the_first_has_come(
     for found, expected in zip(artifact, records, strict=True):
         same_record(found, expected)
     assert were_two == [True]
-    if not cached:  # or the reader may be the first to fetch its own part
-        # Three shards, of a tar each or of five arrays with an index each: neighbours come together.
-        assert len(_sent(web.requests)) == (3 * 5 * 2 if format_name == "zarr" else 3)
-    assert all(one[0] != other[0] or one[2] < other[1] for one, other in pairwise(_sent(web.requests)))
+    if not cached:  # with a cache, the reader may fetch its part before the prefetching does
+        # Three shards, each a tar or five arrays with an index: neighbours share a request.
+        assert len(_requested(web.requests)) == (3 * 5 * 2 if format_name == "zarr" else 3)
+    assert all(one[0] != other[0] or one[2] < other[1] for one, other in pairwise(_requested(web.requests)))
 
 
-def test_any_order(
+def test_any_order_of_indices_is_accepted(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write, same_record: Same, format_name: str
 ) -> None:
     records = write_artifact(tmp_path / "web" / "a", make_layout(format_name))
@@ -88,7 +88,7 @@ def test_any_order(
     assert [record.key for record in one_at_a_time] == [records[index].key for index in SHUFFLED]
 
 
-def test_bytes_ahead_are_bounded(
+def test_prefetched_bytes_are_bounded(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write, format_name: str
 ) -> None:
     layout = make_layout(format_name, groups=30)
@@ -108,10 +108,10 @@ def test_bytes_ahead_are_bounded(
     assert reads == 30
 
 
-def test_no_sidecar_is_read_twice_where_each_is_of_one_record(
+def test_sidecars_of_single_records_are_read_once(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write
 ) -> None:
-    """Thousands of small records would be expected at a time, but the sidecars of so many shards are not kept."""
+    """The window would hold thousands of small records, but the sidecars of so many shards are not kept."""
     count = 2 * CACHED_COMMITS
     layout = make_layout("webdataset", groups=count, extras=()).model_copy(update={"groups_per_shard": 1})
     write_artifact(tmp_path / "web" / "a", layout)
@@ -120,7 +120,7 @@ def test_no_sidecar_is_read_twice_where_each_is_of_one_record(
     assert len(sidecars) == len(set(sidecars)) == count
 
 
-def test_who_stops_early_leaves_nothing_to_be_fetched(
+def test_stopping_early_cancels_prefetching(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write, format_name: str
 ) -> None:
     write_artifact(tmp_path / "web" / "a", make_layout(format_name))
@@ -132,7 +132,7 @@ def test_who_stops_early_leaves_nothing_to_be_fetched(
     assert fetcher.held == 0
 
 
-def test_what_is_missing_is_said_when_it_is_reached(
+def test_a_missing_shard_is_an_error_when_it_is_reached(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write
 ) -> None:
     write_artifact(tmp_path / "web" / "a", make_layout("webdataset"))
@@ -143,7 +143,7 @@ def test_what_is_missing_is_said_when_it_is_reached(
     assert read == ["k0", "k1", "k2"]
 
 
-def test_files_are_verified_several_at_a_time(
+def test_files_are_verified_concurrently(
     tmp_path: Path, web: WebServer, make_layout: Make, write_artifact: Write, format_name: str
 ) -> None:
     write_artifact(tmp_path / "web" / "a", make_layout(format_name))

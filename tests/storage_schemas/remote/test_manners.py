@@ -1,4 +1,4 @@
-"""Web servers and stores as they are met: other manners, the same bytes; or one line that says what to do."""
+"""Web servers and object stores that behave differently: the same bytes, or a one-line error that says what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Same = Callable[[Record, Record], None]
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-def test_the_same_bytes_from_every_server(tmp_path: Path, web: Any, manner: str) -> None:
+def test_every_server_gives_the_same_bytes(tmp_path: Path, web: Any, manner: str) -> None:
     (tmp_path / "web" / "x").write_bytes(DATA)
     web.manners, web.ranges = MANNERS[manner]
     place = Location(f"{web.url}?sig=SECRET")
@@ -42,7 +42,7 @@ def test_the_same_bytes_from_every_server(tmp_path: Path, web: Any, manner: str)
     assert (tmp_path / "copy").read_bytes() == DATA
 
 
-def test_an_empty_file(tmp_path: Path, web: Any) -> None:
+def test_an_empty_file_is_read(tmp_path: Path, web: Any) -> None:
     (tmp_path / "web" / "x").write_bytes(b"")
     for ranges in (True, False):
         web.ranges = ranges
@@ -50,7 +50,7 @@ def test_an_empty_file(tmp_path: Path, web: Any) -> None:
 
 
 @pytest.mark.parametrize("manner", ["redirect", "no length", "gzip when asked", "gzip, no length"])
-def test_an_artifact_from_every_server(
+def test_an_artifact_is_read_from_every_server(
     tmp_path: Path,
     web: Any,
     make_layout: Callable[..., Layout],
@@ -86,8 +86,8 @@ def test_a_long_file_without_ranges_is_not_sent_for_each_part(
     assert place.read("x") == DATA
 
 
-def test_another_file_is_not_mixed_with_the_first(tmp_path: Path, web: Any) -> None:
-    """Nor by a worker that got the location sent."""
+def test_a_replaced_file_is_not_mixed_with_the_first(tmp_path: Path, web: Any) -> None:
+    """Nor in a worker that received the pickled location."""
     for name in "xy":
         (tmp_path / "web" / name).write_bytes(DATA)
     tag = ['"1"']
@@ -110,7 +110,7 @@ def test_another_file_is_not_mixed_with_the_first(tmp_path: Path, web: Any) -> N
     assert Location(web.url).open("x").read(10) == DATA[:10]
 
 
-def test_another_object_is_not_mixed_with_the_first(bucket: str) -> None:
+def test_a_replaced_object_is_not_mixed_with_the_first(bucket: str) -> None:
     place = Location(bucket)
     place.write("x", DATA)
     stream = place.open("x")
@@ -130,8 +130,8 @@ NAMES = ["a+b", "a%20b", "100%", "a b", "a#b", "a?b=c", "ünï", "日本", "a&b;
 
 
 @pytest.mark.parametrize("prefix", ["", "/s3"])
-def test_keys_as_they_are(s3: S3Server, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
-    """Also behind an endpoint with a path, written with a slash at its end or without."""
+def test_object_keys_are_taken_literally(s3: S3Server, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    """Also behind an endpoint with a path, with or without a trailing slash."""
     s3.prefix = prefix
     bucket = f"s3://bucket-{uuid4().hex[:12]}"
     for slash in ["", "/"] if prefix else [""]:
@@ -149,7 +149,7 @@ def test_keys_as_they_are(s3: S3Server, monkeypatch: pytest.MonkeyPatch, prefix:
 
 
 @pytest.mark.parametrize("name", ["a+b", "a%20b", "a b", "a%23b", "ünï", "a&b;c"])
-def test_web_addresses_as_they_are(tmp_path: Path, web: Any, name: str) -> None:
+def test_web_addresses_are_taken_literally(tmp_path: Path, web: Any, name: str) -> None:
     from urllib.parse import unquote
 
     (tmp_path / "web" / unquote(name)).write_bytes(DATA)
@@ -158,8 +158,8 @@ def test_web_addresses_as_they_are(tmp_path: Path, web: Any, name: str) -> None:
         assert web.requests[-1][1].endswith("?a=%2F%2B")
 
 
-def _open_to_all(public: str) -> Callable[[dict[str, Any]], int | None]:
-    """Everybody may read one bucket; the others are for the signed."""
+def _public_bucket_rule(public: str) -> Callable[[dict[str, Any]], int | None]:
+    """A rule that accepts only unsigned requests for one bucket, and only signed ones for the others."""
 
     def rule(environ: dict[str, Any]) -> int | None:
         is_signed = "HTTP_AUTHORIZATION" in environ
@@ -170,20 +170,20 @@ def _open_to_all(public: str) -> Callable[[dict[str, Any]], int | None]:
     return rule
 
 
-def test_anonymous_and_signed_in_one_process(
+def test_anonymous_and_signed_access_work_in_one_process(
     bucket: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = f"public-{uuid4().hex[:8]}"
     fsspec.filesystem("s3").mkdir(public)
     fsspec.filesystem("s3").pipe_file(f"{public}/photos/x", DATA, ACL="public-read")
-    s3.rule = _open_to_all(public)
+    s3.rule = _public_bucket_rule(public)
     with refused(UserError, None, f"s3://{public}/photos/x", 403, "DATAMERGE_STORAGE", "FSSPEC_S3_ANON"):
         Location(f"s3://{public}/photos").read("x")
     file = tmp_path / "storage.toml"
     file.write_text(f'["s3://{public}"]\nanon = true\n["s3://{public}-not"]\nanon = false\n')
     monkeypatch.setenv("DATAMERGE_STORAGE", str(file))
     place = Location(f"s3://{public}/photos")
-    monkeypatch.delenv("DATAMERGE_STORAGE")  # workers elsewhere have none
+    monkeypatch.delenv("DATAMERGE_STORAGE")  # workers on other machines do not have it
     copy = pickle.loads(pickle.dumps(place))
     assert copy.split()[0].below("photos").read("x") == DATA
     Location(bucket).write("y", DATA)
@@ -191,7 +191,7 @@ def test_anonymous_and_signed_in_one_process(
 
 
 @pytest.mark.parametrize("way", ["file", "variable"])
-def test_readers_that_pay(
+def test_requester_pays_is_an_option(
     bucket: str, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     Location(bucket).write("x", DATA)
@@ -212,7 +212,7 @@ def test_readers_that_pay(
 @pytest.mark.parametrize(
     ("value", "meant"), [("false", False), ("False", False), ("0", False), ("no", False), ("True", True), (1, True)]
 )
-def test_variables_that_say_true_or_false(s3: S3Server, value: Any, meant: bool) -> None:
+def test_boolean_variables_are_parsed(s3: S3Server, value: Any, meant: bool) -> None:
     before = dict(fsspec.config.conf)
     try:
         fsspec.config.set_conf_env(fsspec.config.conf, {"FSSPEC_S3_ANON": str(value), "FSSPEC_S3_KEY": "true"})
@@ -224,7 +224,7 @@ def test_variables_that_say_true_or_false(s3: S3Server, value: Any, meant: bool)
         fsspec.config.conf.update(before)
 
 
-def test_a_variable_that_says_neither(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_is_no_boolean_is_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": "maybe"})
     with refused(ConfigError, None, "FSSPEC_S3_ANON", "'maybe'"):
         Location("s3://any")
@@ -234,7 +234,7 @@ def test_a_variable_that_says_neither(s3: S3Server, monkeypatch: pytest.MonkeyPa
     ("text", "fact"),
     [(None, "No such file"), ("[", "TOML"), ("anon = true", "'anon'"), ('["public"]\nanon = true', "'public'")],
 )
-def test_a_broken_file_of_options(
+def test_broken_files_of_options_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, fact: str
 ) -> None:
     file = tmp_path / "storage.toml"
@@ -243,7 +243,7 @@ def test_a_broken_file_of_options(
     monkeypatch.setenv("DATAMERGE_STORAGE", str(file))
     with refused(ConfigError, None, "DATAMERGE_STORAGE", str(file), fact):
         Location("s3://any")
-    Location(str(tmp_path))  # of this machine: none are needed
+    Location(str(tmp_path))  # local paths need no options
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Artifacts on S3, over HTTP: written, read, resumed, and what is asked of the server for it."""
+"""Artifacts on S3, over HTTP: writing, reading and resuming, and the requests that they take."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from storage_schemas import (
 from storage_schemas.access.retries import ATTEMPTS
 from tests.support.refusals import refused
 
-# s3fs and its HTTP client leave sockets and sessions to the collector.
+# s3fs and its HTTP client leave sockets and sessions to the garbage collector.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -54,20 +54,20 @@ def test_round_trip(
     assert s3.listings() == []
 
 
-def test_a_single_record_costs_its_bytes(
+def test_a_single_record_is_read_by_ranges(
     bucket: str, s3: Any, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
 ) -> None:
-    """Ranges of the shard, not the shard."""
+    """The shard is never read whole."""
     write_artifact(f"{bucket}/a", make_layout(format_name, extras=("target",)))
     artifact = open_artifact(f"{bucket}/a")
     artifact.commit(0)
     s3.requests.clear()
     artifact[1]
-    # Per array: one range; in Zarr the shard's index too.
+    # One range for each array; in Zarr, the shard's index too.
     assert [method for method, _, _ in s3.requests] == ["GET"] * (6 if format_name == "zarr" else 3)
 
 
-def test_the_manifest_and_every_sidecar_say_nothing_of_credentials(
+def test_documents_contain_no_credentials(
     bucket: str, make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(f"{bucket}/a", make_layout())
@@ -110,7 +110,7 @@ def test_somebody_elses_prefix_is_refused(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_failures_that_pass_are_waited_for(
+def test_transient_failures_are_retried(
     bucket: str,
     s3: Any,
     quick: list[float],
@@ -133,7 +133,7 @@ def test_failures_that_pass_are_waited_for(
     assert any(method == "PUT" for method, _ in seen)
 
 
-def test_failures_that_last_are_one_line(
+def test_lasting_failures_are_one_line_errors(
     bucket: str, s3: Any, quick: list[float], make_layout: Callable[..., Layout], write_artifact: Write
 ) -> None:
     write_artifact(f"{bucket}/a", make_layout())
@@ -143,7 +143,7 @@ def test_failures_that_last_are_one_line(
     assert len([wait for wait in quick if wait > 0.05]) >= ATTEMPTS - 1
 
 
-def test_a_failing_server_is_not_an_empty_place(
+def test_a_failing_server_is_not_taken_for_an_empty_folder(
     bucket: str,
     s3: Any,
     quick: list[float],
@@ -151,7 +151,7 @@ def test_a_failing_server_is_not_an_empty_place(
     write_artifact: Write,
     provenance: dict[str, Any],
 ) -> None:
-    """Taken for one, a finished artifact would be begun anew."""
+    """Otherwise a finished artifact would be started again."""
     write_artifact(f"{bucket}/a", make_layout())
     manifest = Location(f"{bucket}/a").read("manifest.json")
     s3.fault = lambda method, path: 503 if method == "HEAD" else None
@@ -162,8 +162,8 @@ def test_a_failing_server_is_not_an_empty_place(
     assert Location(f"{bucket}/a").read("manifest.json") == manifest
 
 
-def test_what_is_published_shows_no_secret(bucket: str, make_layout: Callable[..., Layout]) -> None:
-    """Whatever a provenance or a reason for a rejection was given."""
+def test_published_documents_show_no_secret(bucket: str, make_layout: Callable[..., Layout]) -> None:
+    """Secrets in a provenance or in the reason of a reject are redacted."""
     secret = "https://me:passw0rd@host/photos?sig=s3cret"
     provenance = {"source": {"url": secret, "class_names": [secret]}, "head": f"see {secret}"}
     writer = ArtifactWriter(Location(f"{bucket}/a"), make_layout(groups=1), provenance)
@@ -185,7 +185,7 @@ def test_refusals_are_not_retried(bucket: str, s3: Any, quick: list[float], stat
     assert not quick
 
 
-def test_no_such_bucket(s3: Any, make_layout: Callable[..., Layout], provenance: dict[str, Any]) -> None:
+def test_a_missing_bucket_is_named(s3: Any, make_layout: Callable[..., Layout], provenance: dict[str, Any]) -> None:
     with refused(NotAnArtifact, None, "s3://no-such-bucket-here/a", "manifest.json"):
         open_artifact("s3://no-such-bucket-here/a")
     with refused(UserError, None, "s3://no-such-bucket-here/a"):
@@ -202,7 +202,7 @@ def test_missing_credentials_are_named(s3: Any, monkeypatch: pytest.MonkeyPatch,
         location.read("manifest.json")
 
 
-def test_a_truncated_and_a_missing_object(
+def test_truncated_and_missing_objects_are_corruption(
     bucket: str, make_layout: Callable[..., Layout], write_artifact: Write, format_name: str
 ) -> None:
     write_artifact(f"{bucket}/a", make_layout(format_name))
@@ -239,7 +239,7 @@ def test_worker_processes_read_what_their_parent_opened(
     assert process.exitcode == 0
 
 
-def test_options_travel_with_the_location_and_stay_out_of_sight(bucket: str, s3: Any, monkeypatch: Any) -> None:
+def test_options_are_pickled_with_the_location_and_never_shown(bucket: str, s3: Any, monkeypatch: Any) -> None:
     options = {"key": "TESTKEYID", "secret": "verysecret", "endpoint_url": s3.url}
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""Threads and locks while a server is silent: nothing spins, and no file waits for another."""
+"""Threads and locks while a server does not answer: nothing spins, and no file waits for another."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from storage_schemas import Cache, Location
-from storage_schemas.access.blocks import Folder
 from storage_schemas.access.fetching import Fetcher
+from storage_schemas.access.folder import Folder
 from storage_schemas.access.pieces import Range
 from storage_schemas.access.room import locked
 from tests.support.servers import WebServer
@@ -29,7 +29,7 @@ def fetcher(tmp_path: Path, web: WebServer) -> Iterator[Fetcher]:
     fetcher.close()
 
 
-def test_filling_takes_no_processor_while_the_server_is_silent(
+def test_filling_does_not_spin_while_the_server_is_silent(
     web: WebServer, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, claims, claim = threading.Event(), 0, Folder.claim
@@ -50,15 +50,15 @@ def test_filling_takes_no_processor_while_the_server_is_silent(
         assert len(fetcher.read(path, 0, SIZE, SIZE)) == SIZE
 
 
-def test_a_copy_that_is_missed_is_filled_again(web: WebServer, fetcher: Fetcher) -> None:
+def test_a_forgotten_copy_is_filled_again(web: WebServer, fetcher: Fetcher) -> None:
     fetcher.fill([Range("0", 0, SIZE), Range("1", 0, SIZE)], {"0": SIZE, "1": SIZE})
-    _until_filled(fetcher)
+    _wait_until_filled(fetcher)
     fetcher.read("1", 5, 50, SIZE)
     assert fetcher.is_filled
     web.requests.clear()
     assert fetcher.forget("1")
     assert fetcher.read("1", 5, 50, SIZE).tobytes() == bytes(45)
-    _until_filled(fetcher)
+    _wait_until_filled(fetcher)
     asked = [span.removeprefix("bytes=").split("-") for _, path, span in web.requests if path == "/1"]
     assert sum(int(last) + 1 - int(first) for first, last in asked) == SIZE
 
@@ -66,11 +66,11 @@ def test_a_copy_that_is_missed_is_filled_again(web: WebServer, fetcher: Fetcher)
 def test_a_server_without_ranges_is_filled_too(web: WebServer, fetcher: Fetcher) -> None:
     web.ranges = False
     fetcher.fill([Range("0", 0, 10_000), Range("0", 20_000, SIZE)], {"0": SIZE})
-    _until_filled(fetcher)
+    _wait_until_filled(fetcher)
     assert fetcher.read("0", 30_000, SIZE, SIZE).tobytes() == bytes(10_000)
 
 
-def _until_filled(fetcher: Fetcher) -> None:
+def _wait_until_filled(fetcher: Fetcher) -> None:
     end = time.monotonic() + 20
     while not fetcher.is_filled:
         assert time.monotonic() < end
@@ -78,7 +78,7 @@ def _until_filled(fetcher: Fetcher) -> None:
 
 
 def test_files_of_unknown_size_do_not_wait_for_each_other(tmp_path: Path, web: WebServer, fetcher: Fetcher) -> None:
-    """The server answers none before it was asked for all."""
+    """The server answers no request before all have arrived."""
     together = threading.Barrier(FILES, timeout=60)
     web.fault = lambda method, path: 500 if together.wait() < 0 else None
     with ThreadPoolExecutor(FILES) as pool:

@@ -1,6 +1,6 @@
-"""An encoder that goes wrong on demand; on the path of every process of the test's cluster.
+"""An encoder that fails on demand; it is on the path of every process of the test cluster.
 
-Files in the folder that DATAMERGE_FAULTS names switch faults on. Numbers never depend on them.
+Files in the folder DATAMERGE_FAULTS switch faults on. Faults never change results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from storage_schemas.access import retries
 
-# The store's faults are over at once; how long to wait for others is tested without a cluster.
+# The store's faults end at once, so retries need not wait here; delays are tested without a cluster.
 retries.FIRST_DELAY = 0.01
 
 # Grey levels of the first pixel that mark an image.

@@ -1,4 +1,4 @@
-"""Fetching ahead: the same batches, no byte twice, none that the run does not read; nothing is left at the end."""
+"""Prefetching: the same batches, no byte twice, none that the run does not read, and no threads at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 import trainer.data.ahead
 from storage_schemas import Artifact, Cache, UserError, open_artifact
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from tests.support.refusals import refused
 from tests.support.servers import WebServer
 from trainer.data.ahead import Course
@@ -31,8 +31,8 @@ BATCH, SEED = 3, 5
 
 
 @pytest.fixture
-def there(tmp_path: Path, web: WebServer, make_artifact: MakeArtifact) -> Callable[[str], str]:
-    """Writes an artifact of 10 groups in 3 shards for the web server; gives its URL."""
+def serve(tmp_path: Path, web: WebServer, make_artifact: MakeArtifact) -> Callable[[str], str]:
+    """A function that writes an artifact of 10 groups in 3 shards for the web server, and returns its URL."""
 
     def make(form: str) -> str:
         make_artifact(name="web/a", format=form, shape=SHAPE)
@@ -48,7 +48,7 @@ def _stream(artifact: Artifact, start: int, stop: int, workers: int = 0, partiti
     return stream(artifact, order, COLLATE, start=start, stop=stop, workers=workers, pin=False, partition=partition)
 
 
-def _same(found: Iterator[Any], expected: Iterator[Any]) -> None:
+def _assert_same(found: Iterator[Any], expected: Iterator[Any]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.keys == other.keys
         assert torch.equal(one.mean, other.mean)
@@ -57,7 +57,7 @@ def _same(found: Iterator[Any], expected: Iterator[Any]) -> None:
 
 
 def _spans(web: WebServer) -> dict[str, list[tuple[int, int]]]:
-    """By path, the bytes [first, last] of the shards' files that were sent."""
+    """Byte ranges [first, last] of shard files that were sent, by path."""
     found = defaultdict(list)
     for method, path, span in web.requests:
         if method == "GET" and ("/shards/" in path or "/c/" in path):
@@ -66,17 +66,17 @@ def _spans(web: WebServer) -> dict[str, list[tuple[int, int]]]:
     return {path: sorted(spans) for path, spans in found.items()}
 
 
-def _none_twice(web: WebServer) -> None:
+def _assert_no_byte_twice(web: WebServer) -> None:
     for path, spans in _spans(web).items():
         assert all(last < first for (_, last), (first, _) in pairwise(spans)), (path, spans)
 
 
-def _sent(web: WebServer) -> int:
+def _bytes_sent(web: WebServer) -> int:
     return sum(last + 1 - first for spans in _spans(web).values() for first, last in spans)
 
 
-def _needed(artifact: Artifact, stop: int) -> int:
-    """Bytes of all that the steps before `stop` read, each once: of Zarr the indices of the shards too."""
+def _bytes_needed(artifact: Artifact, stop: int) -> int:
+    """Number of bytes that the steps before `stop` read, each counted once, with the indices of Zarr shards."""
     order = Order(artifact.shard_sizes, BATCH, SEED)
     own = artifact.only(COLLATE.arrays())
     ranges = set()
@@ -89,69 +89,69 @@ def _needed(artifact: Artifact, stop: int) -> int:
     return sum(one.end - one.start for one in ranges)
 
 
-def _no_threads() -> None:
+def _assert_no_threads() -> None:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("datamerge-")]
 
 
 @pytest.mark.parametrize("form", ["webdataset", "zarr"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_the_same_batches_and_no_byte_twice(
-    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str, cached: bool
+def test_remote_batches_equal_local_ones_and_no_byte_is_sent_twice(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str], form: str, cached: bool
 ) -> None:
-    url, cache = there(form), Cache(tmp_path / "cache", 10**9) if cached else None
+    url, cache = serve(form), Cache(tmp_path / "cache", 10**9) if cached else None
     local, steps = open_artifact(tmp_path / "web/a"), 4
     artifact = open_artifact(url, cache=cache)
-    _same(_stream(artifact, 0, steps), _stream(local, 0, steps))
-    _none_twice(web)
-    assert _sent(web) <= 1.05 * artifact.only(COLLATE.arrays()).bytes_read
+    _assert_same(_stream(artifact, 0, steps), _stream(local, 0, steps))
+    _assert_no_byte_twice(web)
+    assert _bytes_sent(web) <= 1.05 * artifact.only(COLLATE.arrays()).bytes_read
     web.requests.clear()
     cut = Partition(1, 2, 2)
-    _same(_stream(artifact, 3, 2 * steps, 0, cut), _stream(local, 3, 2 * steps, 0, cut))
-    assert (_sent(web) == 0) is cached  # a later epoch is read from the copies
-    _no_threads()
+    _assert_same(_stream(artifact, 3, 2 * steps, 0, cut), _stream(local, 3, 2 * steps, 0, cut))
+    assert (_bytes_sent(web) == 0) is cached  # with a cache, later epochs are read from it
+    _assert_no_threads()
 
 
 @pytest.mark.parametrize("form", ["webdataset", "zarr"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_nothing_is_fetched_that_the_run_does_not_read(
-    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str, cached: bool
+def test_only_bytes_that_the_run_reads_are_fetched(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str], form: str, cached: bool
 ) -> None:
-    url, cache = there(form), Cache(tmp_path / "cache", 10**9) if cached else None
+    url, cache = serve(form), Cache(tmp_path / "cache", 10**9) if cached else None
     list(_stream(open_artifact(url, cache=cache), 0, 2))
-    needed = _needed(open_artifact(tmp_path / "web/a"), 2)
-    # A range of a copy is rounded to blocks; of a tar, headers between two arrays come with them.
+    needed = _bytes_needed(open_artifact(tmp_path / "web/a"), 2)
+    # Ranges for the cache are rounded to blocks; of tars, the headers between two arrays are fetched too.
     slack = 2 * BATCH * 3 * 2 * BLOCK
-    assert needed <= _sent(web) <= needed + slack
-    _none_twice(web)
+    assert needed <= _bytes_sent(web) <= needed + slack
+    _assert_no_byte_twice(web)
 
 
 @pytest.mark.parametrize("form", ["webdataset", "zarr"])
-def test_a_run_that_was_stopped_fetches_nothing_twice(
-    tmp_path: Path, web: WebServer, there: Callable[[str], str], form: str
+def test_a_continued_run_fetches_nothing_twice(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str], form: str
 ) -> None:
-    url, local = there(form), open_artifact(tmp_path / "web/a")
+    url, local = serve(form), open_artifact(tmp_path / "web/a")
     for start, stop in ((0, 2), (2, 4)):
         artifact = open_artifact(url, cache=Cache(tmp_path / "cache", 10**9))
         with ended(_stream(artifact, start, 4)) as batches:
             for expected in _stream(local, start, stop):
                 assert next(batches).keys == expected.keys
-        _no_threads()
-    _none_twice(web)
+        _assert_no_threads()
+    _assert_no_byte_twice(web)
 
 
-def test_workers_fetch_for_themselves_through_one_cache(
-    tmp_path: Path, web: WebServer, there: Callable[[str], str]
+def test_data_workers_share_a_cache_and_fetch_nothing_twice(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str]
 ) -> None:
-    artifact = open_artifact(there("zarr"), cache=Cache(tmp_path / "cache", 10**9))
-    _same(_stream(artifact, 1, 8, 2), _stream(open_artifact(tmp_path / "web/a"), 1, 8))
-    _none_twice(web)
+    artifact = open_artifact(serve("zarr"), cache=Cache(tmp_path / "cache", 10**9))
+    _assert_same(_stream(artifact, 1, 8, 2), _stream(open_artifact(tmp_path / "web/a"), 1, 8))
+    _assert_no_byte_twice(web)
 
 
-def test_sidecars_and_records_of_a_batch_are_asked_for_at_once(
-    tmp_path: Path, web: WebServer, there: Callable[[str], str]
+def test_sidecars_and_records_of_a_batch_are_requested_concurrently(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str]
 ) -> None:
-    """The server answers none of the three sidecars before all are asked for, nor one record before six are."""
-    url, stages = there("webdataset"), {"/commits/": threading.Barrier(3), "/shards/": threading.Barrier(3)}
+    """The server answers no sidecar before all three are requested, and no record before three are."""
+    url, stages = serve("webdataset"), {"/commits/": threading.Barrier(3), "/shards/": threading.Barrier(3)}
 
     def fault(method: str, path: str) -> None:
         for part, barrier in stages.items():
@@ -165,13 +165,36 @@ def test_sidecars_and_records_of_a_batch_are_asked_for_at_once(
         assert len(next(batches).keys) == BATCH
 
 
-def test_what_cannot_be_fetched_is_one_error(web: WebServer, there: Callable[[str], str]) -> None:
-    artifact = open_artifact(there("webdataset"))
+def test_the_end_of_one_stream_does_not_cancel_another(
+    tmp_path: Path, web: WebServer, serve: Callable[[str], str]
+) -> None:
+    """Of two streams of one `Artifact`, the second is waiting for the server when the first ends."""
+    artifact, local = open_artifact(serve("webdataset")), open_artifact(tmp_path / "web/a")
+    waiting, go, found = threading.Event(), threading.Event(), list[Any]()
+    with ended(_stream(artifact, 0, 1)) as first:
+        next(first)
+
+        def hold(method: str, path: str) -> None:
+            waiting.set()
+            go.wait(20)
+
+        web.fault = hold
+        second = threading.Thread(target=lambda: found.extend(_stream(artifact, 1, 3)))
+        second.start()
+        assert waiting.wait(20)
+    go.set()
+    second.join(20)
+    _assert_same(iter(found), _stream(local, 1, 3))
+    _assert_no_threads()
+
+
+def test_a_record_that_cannot_be_fetched_is_one_error(web: WebServer, serve: Callable[[str], str]) -> None:
+    artifact = open_artifact(serve("webdataset"))
     web.fault = lambda method, path: 403 if "/shards/" in path else None
     with refused(UserError, None, web.url, "shards", 403), ended(_stream(artifact, 0, 4)) as batches:
         next(batches)
-    _no_threads()
-    # What was fetched ahead and failed is not asked for without end.
+    _assert_no_threads()
+    # Failed prefetches are not repeated without end.
     assert len([path for _, path, _ in web.requests if "/shards/" in path]) <= 4 * BATCH * 2
 
 
@@ -195,31 +218,33 @@ def test_the_groups_of_a_machine_are_those_of_its_processes(
     assert (stop, found.tolist()) == (9, expected)
 
 
-def test_shards_are_dealt_in_order_of_first_use() -> None:
-    wanted, ends = np.array([9, 2, 8, 3, 0, 9, 5]), np.array([4, 6, 10])
-    dealt = [list(trainer.data.ahead._by_shard(wanted, np.unique(wanted), ends, part, 2)) for part in (0, 1)]
-    assert dealt == [[[8, 9, 5]], [[0, 2, 3]]]
+def test_shards_are_divided_in_order_of_first_use() -> None:
+    reads, ends = np.array([9, 2, 8, 3, 0, 9, 5]), np.array([4, 6, 10])
+    divided = [list(trainer.data.ahead._by_shard(reads, np.unique(reads), ends, part, 2)) for part in (0, 1)]
+    assert divided == [[[8, 9, 5]], [[0, 2, 3]]]
 
 
-def test_what_is_in_the_cache_is_not_announced(
-    tmp_path: Path, there: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+def test_cached_records_are_not_requested_ahead(
+    tmp_path: Path, serve: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    announced, expect = [0], Artifact.expect
+    announced, expect, own = [0], Artifact.expect, list[Artifact]()
 
     def counted(artifact: Artifact, indices: Sequence[int]) -> int:
         announced[0] += 1
+        own[:] = [artifact]
         return expect(artifact, indices)
 
     monkeypatch.setattr(Artifact, "expect", counted)
-    artifact, local = open_artifact(there("webdataset"), cache=Cache(tmp_path / "cache", 10**9)), tmp_path / "web/a"
+    artifact, local = open_artifact(serve("webdataset"), cache=Cache(tmp_path / "cache", 10**9)), tmp_path / "web/a"
     found, expected = _stream(artifact, 0, 400_000), _stream(open_artifact(local), 0, 400_000)
     with ended(found), ended(expected):
-        _same(islice(found, 40), islice(expected, 40))
+        _assert_same(islice(found, 40), islice(expected, 40))
         end = time.monotonic() + 20
-        while not artifact.is_filled and time.monotonic() < end:
+        while not own[0].is_filled:
+            assert time.monotonic() < end
             time.sleep(0.01)
-        _same(islice(found, 400), islice(expected, 400))  # some blocks were announced before
+        _assert_same(islice(found, 400), islice(expected, 400))  # some blocks were announced before
         before = announced[0]
-        _same(islice(found, 400), islice(expected, 400))
+        _assert_same(islice(found, 400), islice(expected, 400))
     assert announced[0] == before  # nor at the end
-    _no_threads()
+    _assert_no_threads()

@@ -1,4 +1,4 @@
-"""Which cache a remote artifact is read through, and what is said of it."""
+"""The cache that a remote artifact is read through, and messages about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def url(web: WebServer, make_artifact: MakeArtifact) -> str:
     return f"{web.url}/a"
 
 
-def test_a_cache_is_on_unless_it_is_refused(
+def test_remote_artifacts_have_a_cache_unless_it_is_disabled(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("DATAMERGE_CACHE", str(tmp_path / "mine"))
@@ -39,7 +39,7 @@ def test_a_cache_is_on_unless_it_is_refused(
     assert all(url in line and place in line for line, place in zip(said, places, strict=True))
 
 
-def test_nothing_is_said_or_made_for_a_local_artifact(
+def test_local_artifacts_have_no_cache_and_no_message(
     make_artifact: MakeArtifact, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert opened(make_artifact(), str(tmp_path / "cache"), None).cache_bytes == 0
@@ -47,7 +47,7 @@ def test_nothing_is_said_or_made_for_a_local_artifact(
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_that_cannot_be_made_is_refused_only_if_it_was_asked_for(
+def test_an_impossible_folder_is_refused_only_if_it_was_set(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_made_is_refused_only_if_it_was_asked_for(
     assert "nothing is kept" in capsys.readouterr().err
 
 
-def test_a_cache_that_is_too_small_is_told_what_would_do(
+def test_a_warning_about_a_small_cache_names_remedies(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = sum(path.stat().st_size for path in (tmp_path / "web/a/shards").iterdir())

@@ -1,4 +1,4 @@
-"""Training from a server in trouble: the same losses bit for bit, few requests more, or one line."""
+"""Training from a faulty server: the same losses bit for bit with few more requests, or a one-line error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage_schemas import DatamergeError
 from storage_schemas.access import request_threads
 from trainer import TrainConfig, train
 
-# 32 KiB of sums and as much scatter a record: several requests a batch.
+# 32 KiB of sums and as much scatter per record: several requests per batch.
 SHAPE = (1, 128, 128)
 TROUBLES: dict[str, dict[str, float]] = {
     "slow": {"latency": 0.01, "rate": 2e6},
@@ -29,14 +29,14 @@ TROUBLES: dict[str, dict[str, float]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
-    """Of all temporary folders, in a process of its own."""
+    """A server for all temporary folders, in another process."""
     with running(tmp_path_factory.getbasetemp()) as remote:
         yield remote
 
 
 @pytest.fixture
 def remote(server: Remote, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    """The same server, in good health, found as S3 too."""
+    """The server without faults, which also serves as S3."""
     for name, value in (("ACCESS_KEY_ID", "KEY"), ("SECRET_ACCESS_KEY", "SECRET"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -62,7 +62,7 @@ def _data(log: list[Request]) -> list[Request]:
 
 
 def _shards(artifact: Path) -> list[dict[str, int]]:
-    """Bytes of every file of each shard, by path."""
+    """Sizes in bytes of the files of each shard, by path."""
     documents = [json.loads(path.read_bytes()) for path in (artifact / "commits").iterdir()]
     return [{file["path"]: file["bytes"] for file in document["files"]} for document in documents]
 
@@ -77,7 +77,7 @@ def _shards(artifact: Path) -> list[dict[str, int]]:
         ("slower and failing", "s3", False),
     ],
 )
-def test_trouble_changes_no_loss(
+def test_a_slow_or_failing_server_changes_no_loss(
     tmp_path: Path,
     remote: Remote,
     make_artifact: Callable[..., str],
@@ -96,16 +96,16 @@ def test_trouble_changes_no_loss(
     assert _losses(url, tmp_path / "ill-run", cache=ill) == expected
     log = remote.log()[0]
     failed = sum(one.status == 503 for one in log)
-    # What fails is asked for again, also where several processes' worth of requests were joined to one.
+    # Failed requests are repeated, also those that were joined from several.
     assert len(log) <= len(usual) + 3 * failed + 8
     answered = [one for one in log if one.status != 503]
-    # Without a cache a record may be asked for in every epoch; it is not where the next one is expected in time.
+    # Without a cache a record may be requested in every epoch, or less often if its next use is announced in time.
     epochs = 1 if cached else 8 * 3 / 10
     assert sum(one.end - one.start for one in answered) <= 1.1 * epochs * sum(one.end - one.start for one in usual)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_answers_that_stop_half_way_are_waited_for_and_said(
+def test_stalled_answers_give_a_warning_and_change_no_loss(
     tmp_path: Path,
     remote: Remote,
     make_artifact: Callable[..., str],
@@ -128,14 +128,14 @@ def test_answers_that_stop_half_way_are_waited_for_and_said(
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_server_that_changes_in_the_middle_changes_no_loss(
+def test_a_server_that_slows_down_changes_no_loss(
     tmp_path: Path,
     remote: Remote,
     make_artifact: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
     cached: bool,
 ) -> None:
-    """After the first step it sends half as much a second."""
+    """After the first step its rate is halved."""
     artifact = make_artifact(shape=SHAPE, encoder="mlp:1x128x128-2-6")
     shared = {"batch_size": 1, "steps": 10}
     expected = _losses(artifact, tmp_path / "local", **shared)
@@ -156,14 +156,14 @@ def test_a_server_that_changes_in_the_middle_changes_no_loss(
     assert done[0] < 5
 
 
-def test_a_server_that_fails_for_good_ends_the_run_with_one_line(
+def test_a_server_that_always_fails_ends_the_run_with_one_line(
     tmp_path: Path,
     remote: Remote,
     make_artifact: Callable[..., str],
     tmp_path_factory: pytest.TempPathFactory,
     quick: list[float],
 ) -> None:
-    """What it had by then it has still: the same command goes on and asks for nothing twice."""
+    """The cache keeps what it has: the same command continues and requests nothing twice."""
     artifact = make_artifact(shape=SHAPE, encoder="mlp:1x128x128-2-6")
     url, cache = _url(remote, artifact, tmp_path_factory), str(tmp_path / "cache")
     expected = _losses(artifact, tmp_path / "local")
@@ -182,7 +182,7 @@ def test_a_server_that_fails_for_good_ends_the_run_with_one_line(
 
 
 @pytest.mark.parametrize("form", ["webdataset", "zarr"])
-def test_of_a_file_damaged_in_the_cache_only_the_shard_is_fetched_again(
+def test_only_the_shard_of_a_damaged_cache_file_is_fetched_again(
     tmp_path: Path,
     remote: Remote,
     make_artifact: Callable[..., str],

@@ -1,4 +1,4 @@
-"""Ctrl-C while the server says nothing: the command ends, and the same command goes on."""
+"""Ctrl-C while the server does not answer: the command ends, and the same command continues."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def test_ctrl_c_while_the_server_is_silent(
+def test_ctrl_c_ends_a_run_that_waits_for_a_silent_server(
     tmp_path: Path, web: WebServer, make_artifact: Callable[..., str], request: pytest.FixtureRequest
 ) -> None:
-    """One shard of three does not come: the commands wait after some steps, which are not lost."""
+    """One shard of three is never sent: the commands wait after some steps, which are kept."""
     local, url = make_artifact(name="web/a", shape=SHAPE, encoder=ENCODER), f"{web.url}/a"
     train(TrainConfig(artifact=local, run=str(tmp_path / "local"), **SETTINGS))
     sizes, go = open_artifact(local).shard_sizes, threading.Event()
@@ -58,7 +58,7 @@ def test_ctrl_c_while_the_server_is_silent(
     for cache in ("none", str(tmp_path / "cache")):
         run = tmp_path / f"run-{len(commands)}"
         command = [sys.executable, "-m", "datamerge", "train", url, str(run), "--cache", cache, *FLAGS]
-        # A group of its own for each, as a terminal makes it.
+        # Each has its own process group, as a terminal makes it.
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
         request.addfinalizer(process.kill)
         commands.append((run, cache, process))
@@ -68,7 +68,7 @@ def test_ctrl_c_while_the_server_is_silent(
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
     for run, _, process in commands:
-        # The server is still silent: it answers nobody before all have ended, threads and all.
+        # The server is still silent: the processes must end with all their threads before it answers.
         _, said = process.communicate(timeout=40)
         assert process.returncode == 130, said
         assert "Traceback" not in said

@@ -24,7 +24,7 @@ def _losses(artifacts: list[str], run: Path, **settings: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_the_place_changes_nothing(
+def test_remote_artifacts_give_the_losses_of_local_ones(
     tmp_path: Path, web: WebServer, make_artifact: Callable[..., str], cached: bool
 ) -> None:
     local = [make_artifact(name=f"web/{name}", format=kind, seed=seed) for name, kind, seed in FORMS]
@@ -35,8 +35,8 @@ def test_the_place_changes_nothing(
     assert _losses(remote, tmp_path / "remote", cache=cache) == expected
 
 
-def test_requests_at_a_time_are_bounded(tmp_path: Path, make_artifact: Callable[..., str]) -> None:
-    """For each place by its own, at a server that takes so long that many are on their way."""
+def test_concurrent_requests_are_bounded_per_artifact(tmp_path: Path, make_artifact: Callable[..., str]) -> None:
+    """The server is so slow that many requests are under way at a time."""
     names = ("a", "b")
     for seed, name in enumerate(names):
         make_artifact(name=name, format="zarr", seed=seed, shape=(1, 128, 128), encoder="mlp:1x128x128-2-6")
@@ -44,6 +44,6 @@ def test_requests_at_a_time_are_bounded(tmp_path: Path, make_artifact: Callable[
         _losses([f"{server.url}/{name}" for name in names], tmp_path / "run", cache="none", epochs=1)
         log, _ = server.log()
     for name in names:
-        own = [one for one in log if one.path.startswith(f"/{name}/")]
-        most = max(sum(one.began <= other.began < one.ended for one in own) for other in own)
+        requests = [one for one in log if one.path.startswith(f"/{name}/")]
+        most = max(sum(one.began <= other.began < one.ended for one in requests) for other in requests)
         assert 8 < most <= REQUESTS

@@ -1,4 +1,4 @@
-"""What a run asks of a remote artifact before its first step."""
+"""Requests and checks before the first step of a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trainer import TrainConfig
 from trainer.run.job import make_job
 
 
-def test_labels_of_many_shards_are_asked_for_at_once(
+def test_labels_of_many_shards_are_requested_concurrently(
     tmp_path: Path, web: WebServer, make_artifact: Callable[..., str]
 ) -> None:
-    """The server answers no sidecar before all three were asked for."""
+    """The server answers no sidecar before all three are requested."""
     make_artifact(name="web/a", targets=False, labels=True)
     shards = len(open_artifact(tmp_path / "web" / "a").shard_sizes)
     together = threading.Barrier(shards, timeout=60)

@@ -1,4 +1,4 @@
-"""Whole runs on a remote artifact: killed and continued, and through a cache that cannot hold it."""
+"""Whole runs on a remote artifact: killed and continued, and with a cache that is too small for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from storage_schemas.access.blocks import BLOCK
+from storage_schemas.access.block_file import BLOCK
 from tests.support.servers import WebServer
 from trainer import TrainConfig, train
 
 FRESH = multiprocessing.get_context("forkserver")
-# 32 KiB of sums and as much scatter a record: several blocks of the cache.
+# 32 KiB of sums and as much scatter per record: several blocks of the cache.
 SHAPE, ENCODER = (1, 128, 128), "mlp:1x128x128-2-6"
 
 
@@ -33,8 +33,8 @@ def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def _here(cache: Path, url: str, files: list[str]) -> set[tuple[str, int]]:
-    """The blocks of these files that the cache has."""
+def _cached_blocks(cache: Path, url: str, files: list[str]) -> set[tuple[str, int]]:
+    """Blocks of these files that are in the cache."""
     found = set()
     for path in files:
         for copy in cache.glob(hashlib.sha256(f"{url}/{path}".encode()).hexdigest() + "*"):
@@ -45,10 +45,10 @@ def _here(cache: Path, url: str, files: list[str]) -> set[tuple[str, int]]:
     return found
 
 
-def test_killed_in_the_middle_and_continued(
+def test_a_killed_run_continues_without_fetching_cached_blocks_again(
     tmp_path: Path, web: WebServer, make_artifact: Callable[..., str]
 ) -> None:
-    """The same losses; what had come is not fetched again."""
+    """Losses are the same, and cached blocks are not fetched again."""
     local, url = make_artifact(name="web/a", shape=SHAPE, encoder=ENCODER), f"{web.url}/a"
     run, cache, go = tmp_path / "run", tmp_path / "cache", threading.Event()
     files = [path.relative_to(local).as_posix() for path in (Path(local) / "shards").iterdir()]
@@ -65,14 +65,14 @@ def test_killed_in_the_middle_and_continued(
     FRESH.set_forkserver_preload(["trainer.run.job"])
     process = FRESH.Process(target=_train, args=(url, run), kwargs={"cache": str(cache)})
     process.start()
-    while process.is_alive() and not (len(asked) > 6 and _here(cache, url, files)):
+    while process.is_alive() and not (len(asked) > 6 and _cached_blocks(cache, url, files)):
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert process.exitcode == -signal.SIGKILL
     go.set()
-    had = _here(cache, url, files)
+    had = _cached_blocks(cache, url, files)
     web.requests.clear()
     _train(url, run, cache=str(cache))
     assert _losses(run) == _losses(tmp_path / "local")
@@ -87,14 +87,14 @@ def test_killed_in_the_middle_and_continued(
 
 
 @pytest.mark.parametrize("form", ["webdataset", "zarr"])
-def test_a_cache_smaller_than_the_artifact(
+def test_a_cache_smaller_than_the_artifact_keeps_its_limit(
     tmp_path: Path,
     web: WebServer,
     make_artifact: Callable[..., str],
     capsys: pytest.CaptureFixture[str],
     form: str,
 ) -> None:
-    """The same losses, one line that says what would do, and never more than the limit on the disk."""
+    """Losses are the same, with one warning and no more bytes on the disk than the limit."""
     local = make_artifact(name="web/a", shape=SHAPE, encoder=ENCODER, format=form)
     _train(local, tmp_path / "local")
     limit, cache = 40 * BLOCK, tmp_path / "cache"
