@@ -166,7 +166,7 @@ class Members:
         beginnings: prefix of keys, by tar.
         of_tar: int32 [M], index of the tar of each file.
         stems: paths inside the tar up to the first dot of the file name, Arrow large strings [M].
-        starts, sizes: int64 [M], byte offset and size of the content.
+        starts, sizes: integers [M], byte offset and size of the content.
         clashing: as in `Paths`.
     """
 
@@ -174,8 +174,8 @@ class Members:
     beginnings: Sequence[str]
     of_tar: npt.NDArray[np.int32]
     stems: pa.LargeStringArray
-    starts: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
+    starts: Indices
+    sizes: Indices
     clashing: npt.NDArray[np.bool_] | None
 
     @classmethod
@@ -184,8 +184,8 @@ class Members:
         tars: Sequence[str],
         of_tar: npt.NDArray[np.int32],
         stems: pa.LargeStringArray,
-        starts: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
+        starts: Indices,
+        sizes: Indices,
     ) -> Members:
         """Find out which keys clash."""
         found = cls(tars, [_without_marks(f"{tar}#") for tar in tars], of_tar, stems, starts, sizes, None)

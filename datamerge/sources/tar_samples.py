@@ -1,4 +1,4 @@
-"""Samples of tars as columns, in 28 bytes and the name per sample. M samples.
+"""Samples of tars as columns, in 28 bytes and the name per sample, labels included. M samples.
 
 A sample consists of the members of one tar whose paths are equal up to the first dot of the file name. Values of
 members and JSON fields are stored as codes, and only for columns that may hold labels or groups.
@@ -179,7 +179,8 @@ class TarSamples:
         stems = pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._text))
         of_tar = np.repeat(np.arange(len(self._tars), dtype=np.int32), self._counts)
         starts, sizes = (np.frombuffer(column, np.int64) for column in (self._starts, self._sizes))
-        return Members.of(self._tars, of_tar, stems, starts, sizes)
+        narrow = np.uint32 if sizes.max(initial=0) < 2**32 else np.int64
+        return Members.of(self._tars, of_tar, stems, starts, sizes.astype(narrow))
 
     def path(self, index: int) -> str:
         """The name of a sample, for messages."""

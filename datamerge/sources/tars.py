@@ -92,6 +92,7 @@ def open_tars(location: Location, url: str, files: Sequence[tuple[str, int]], co
     samples = Samples(found.naming(), labels, found.groups())
     listing = make_listing(location, files)
     identity = fingerprint([listing, JsonTexts(map(_json, samples.parts()))])
+    pa.default_memory_pool().release_unused()  # it holds on to 20 MB of temporary columns
     return Source(url, "webdataset", samples, names, identity, TarReader(location), listing, location, unlabelled)
 
 
