@@ -14,7 +14,7 @@ from datamerge.sources.naming import Indices, buffers_of
 _JUNK = "__MACOSX"  # folder of what the file manager of macOS adds
 
 
-class Paths(NamedTuple):
+class SplitPaths(NamedTuple):
     """The paths that belong to samples.
 
     Attributes:
@@ -30,7 +30,7 @@ class Paths(NamedTuple):
     codes: npt.NDArray[np.int64]
 
 
-def split(names: pa.LargeStringArray) -> Paths:
+def split(names: pa.LargeStringArray) -> SplitPaths:
     """Split paths; those without an extension, of hidden files and of junk are left out."""
     ends, text = buffers_of(names)
     begins, ends = ends[:-1], ends[1:]
@@ -51,7 +51,8 @@ def split(names: pa.LargeStringArray) -> Paths:
     coded = _parts(text, dots + 1, ends).dictionary_encode()
     places: dict[str, int] = {}
     table = [places.setdefault(text.lower(), len(places)) for text in coded.dictionary.to_pylist()]
-    return Paths(rows, _parts(text, begins, dots), list(places), np.array(table, np.int64)[coded.indices.to_numpy()])
+    codes = np.array(table, np.int64)[coded.indices.to_numpy()]
+    return SplitPaths(rows, _parts(text, begins, dots), list(places), codes)
 
 
 def _parts(text: npt.NDArray[np.uint8], starts: Indices, stops: Indices) -> pa.LargeStringArray:

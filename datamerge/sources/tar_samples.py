@@ -23,7 +23,7 @@ from datamerge.sources.naming import Members, buffers_of
 from datamerge.sources.sample import Columns, as_text
 from datamerge.sources.suffixes import kind_of
 from datamerge.sources.tar_headers import TarFiles, TarLister
-from datamerge.sources.tar_paths import Paths, split
+from datamerge.sources.tar_paths import SplitPaths, split
 from storage_schemas import SourceError, read_json
 
 JSON = "json"
@@ -209,7 +209,7 @@ class TarSamples:
         self,
         name: str,
         files: TarFiles,
-        paths: Paths,
+        paths: SplitPaths,
         samples: npt.NDArray[np.integer[Any]],
         roles: npt.NDArray[np.int64],
     ) -> None:
@@ -290,7 +290,7 @@ class TarSamples:
 
 def _texts(
     files: TarFiles,
-    paths: Paths,
+    paths: SplitPaths,
     samples: npt.NDArray[np.integer[Any]],
     roles: npt.NDArray[np.int64],
     has_image: npt.NDArray[np.bool_],
