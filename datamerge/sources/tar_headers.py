@@ -320,6 +320,9 @@ class _Tar:
         with tarfile.open(fileobj=self._stream, mode="r:", errors=NAMES) as tar:
             info = tar.next()
             if info is None:
+                # `tarfile` also takes a damaged header for the end, and would leave out all files behind it.
+                if self._read(offset, BLOCK).strip(b"\0"):
+                    raise tarfile.ReadError(f"the header at byte {offset} is damaged; make the tar again")
                 return None, None
             after = tar.offset
         if not info.offset < after < info.offset + MAX_MEMBER:

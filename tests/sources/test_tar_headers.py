@@ -88,6 +88,9 @@ def _by_tarfile(stream: Any) -> Iterator[tuple[str, int, int]]:
             tar.pax_headers = {}
             if info.isfile():
                 yield info.name, info.offset_data, info.size
+        stream.seek(tar.offset)
+        if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # `tarfile` takes this for the end
+            raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged; make the tar again")
 
 
 def _outcome(files: Iterator[tuple[str, int, int]]) -> tuple[Listed, str]:
@@ -121,7 +124,7 @@ def test_what_tarfile_lists(
     damage: list[tuple[float, int]],
     cut: int,
 ) -> None:
-    """Up to the same error."""
+    """Up to the same error, and up to damage that `tarfile` takes for the end."""
     data = _tar(format_, members, damage, cut)
     expected = _outcome(_by_tarfile(io.BytesIO(data)))
     path = tmp_path_factory.getbasetemp() / "x.tar"

@@ -22,6 +22,7 @@ from datamerge.sources.sample import make_keys
 from storage_schemas import Location, SourceError
 from storage_schemas.schema.preprocessing import Preprocessing
 from tests.support.refusals import refused
+from tests.support.small_sources import tar
 
 
 def _pixels(number: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -282,3 +283,15 @@ def test_samples_of_random_tars(tmp_path: Path, seed: int) -> None:
         assert source.samples.keys == keys
         assert source.fingerprint == digest
         assert [sample.key for sample in source.samples[::-7]] == keys[::-7]
+
+
+def test_a_damaged_header_in_the_middle_is_refused(tmp_path: Path) -> None:
+    """`tarfile` takes it for the end, and half of the images would be missing."""
+    tar(tmp_path / "a.tar", *(f"{number}.png" for number in range(40)))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        offset = archive.getmembers()[20].offset
+    with (tmp_path / "a.tar").open("r+b") as stream:
+        stream.seek(offset + 150)
+        stream.write(b"9")
+    with refused(SourceError, None, "a.tar", f"byte {offset} "):
+        open_source(tmp_path / "a.tar")
