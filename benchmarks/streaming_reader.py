@@ -54,10 +54,13 @@ class Seen:
         """Seconds to the first batch."""
         return self.batches[0][0] - self.started
 
-    def speed(self, steps: int, epoch: int = 0) -> float:
-        """Groups per second of an epoch of `steps` steps; the first epoch includes opening the artifact."""
-        ends = [self.started, *(when for when, _ in self.batches)]
-        return steps * BATCH / (ends[(epoch + 1) * steps] - ends[epoch * steps])
+    def speed(self, steps: int) -> float:
+        """Groups per second of the first `steps` steps; they include opening the artifact."""
+        return steps * BATCH / (self.batches[steps - 1][0] - self.started)
+
+    def later(self, steps: int) -> float:
+        """Groups per second after the first `steps` steps."""
+        return (len(self.batches) - steps) * BATCH / (self.batches[-1][0] - self.batches[steps - 1][0])
 
     def waiting(self) -> float:
         """Fraction of the time after the first window that was spent waiting."""
