@@ -7,12 +7,13 @@ PACKAGES := datamerge merge_service storage_schemas trainer benchmarks docs expe
 # Tests that use the larger data sets are skipped, and say so, where DATAMERGE_DATA is not set.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test test-floors dist slow check lint format docs pictures clean experiments-small bench gpu gpu-wheels
+.PHONY: help demo test test-floors test-floors-all dist slow check lint format docs pictures clean experiments-small bench gpu gpu-wheels
 
 help:
 	@echo "make demo    merge, train and evaluate on real digits (a few minutes)"
 	@echo "make test    run the tests"
 	@echo "make test-floors  read, check and convert artifacts with the oldest dependencies that pyproject.toml allows"
+	@echo "make test-floors-all  run the tests with the oldest dependencies of the extras, torch 2.6 among them (3 GB)"
 	@echo "make dist    build the wheel and the sdist into dist/"
 	@echo "make slow    run the tests at full size (15 minutes, 12 GB of memory and 20 GB of disk)"
 	@echo "make check   what CI runs: lint, format, types, import contracts, tests"
@@ -66,6 +67,7 @@ test: $(VENV)/.dev
 
 # uv, because pip always takes the newest.
 FLOORS := .floors
+TEST_TOOLS := 'pytest<9.2' pytest-xdist hypothesis jsonschema 'moto[server]' pyyaml tensorstore xarray datasets mlcroissant hatchling
 test-floors:
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(FLOORS)/bin/python -m pip install --quiet uv
@@ -76,6 +78,15 @@ test-floors:
 	  $(FLOORS)/bin/datamerge convert tests/golden/v1/$$one-full $(FLOORS)/$$one && \
 	  $(FLOORS)/bin/datamerge diff tests/golden/v1/$$one-full $(FLOORS)/$$one || exit; \
 	done
+
+# The same of the extras, with the newest tools for the tests: the whole suite.
+test-floors-all:
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet uv
+	$(FLOORS)/bin/uv pip compile --quiet --resolution lowest-direct --extra all --extra heif pyproject.toml -o $(FLOORS)/floors.txt
+	$(FLOORS)/bin/uv pip install --quiet --python $(FLOORS)/bin/python -r $(FLOORS)/floors.txt -c $(FLOORS)/floors.txt -e . \
+	  $(TEST_TOOLS)
+	$(FLOORS)/bin/python -m pytest --numprocesses logical --maxprocesses 4
 
 dist: $(VENV)/bin/python
 	$(PIP) build
