@@ -135,7 +135,7 @@ def test_extras_exist_and_are_resolved() -> None:
         assert set(PROJECT["project"]["dependencies"]) <= set(found)
         # All services write to S3, which needs a driver.
         assert any(line.startswith("s3fs") for line in found)
-    assert "ray[default]>=2.40" in requirements(PROJECT["project"], ["demo"])
+    assert any(line.startswith("ray[default]>=") for line in requirements(PROJECT["project"], ["demo"]))
     with pytest.raises(SystemExit, match="s4"):
         requirements(PROJECT["project"], ["merge", "s4"])
 
