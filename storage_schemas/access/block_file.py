@@ -13,8 +13,8 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 4096  # bytes; the page size of sparse files, and small enough to fetch little beyond a request
-# Bytes written at a time, at multiples of them: Linux keeps such writes as large pages in memory, and reading them
-# through a map takes two thirds of the time that pages of arbitrary writes take.
+# Bytes written at a time, at multiples of them: Linux keeps such writes in large pages, which are read faster through
+# a map than the small pages of writes of any size.
 UNIT = 2**20
 
 
